@@ -1,0 +1,45 @@
+"""Types and the letters of array dimensions that all of tttjax shares.
+
+Array names carry their shape as a suffix of these letters (`x_BTD` is batch x tokens x embed):
+
+    B  sequences of a batch        S  keys that a query may look at
+    T  tokens of a sequence        W  window of sliding-window attention (k in the papers)
+    N  chunks (inner mini-batches) D  embedding (residual stream)
+    C  tokens of one chunk (b)     H  attention heads
+    L  layers of a stack           K  entries of one head
+    F  hidden entries of an MLP    V  vocabulary
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+PyTree = Any
+
+
+@flax.struct.dataclass
+class Params:
+    """A model's weights, divided by the loop that owns them.
+
+    Both are nested dicts of arrays with disjoint leaves. `slow` (theta) changes only through the
+    outer optimizer; `fast` (W0, the learned start of the fast weights) does too, and is what the
+    inner loop copies for each sequence and rewrites while reading.
+    """
+
+    slow: PyTree
+    fast: PyTree
+
+
+@flax.struct.dataclass
+class Batch:
+    """Sequences with their next-token targets.
+
+    inputs: int [B, T]. targets: int [B, T], the token that follows each input.
+    mask: bool [B, T], False where the target does not count in the loss.
+    """
+
+    inputs: Array
+    targets: Array
+    mask: Array
