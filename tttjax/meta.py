@@ -1,0 +1,182 @@
+"""The outer loss: the mean of the losses that the inner loop meets, and how far it is derived.
+
+    loss(theta, W0) = mean over sequences of mean over chunks of loss_i(W_{i-1})     (eq. 6)
+
+with W_i from `inner_loop.adapt`. The outer gradient is plain `jax.grad` of this function, through
+every update, the clip's norm, the cached keys and values, and the prefix: this file is the
+definition of the method.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tttjax import inner_loop
+from tttjax.models import Transformer, combine
+from tttjax.ops.cross_entropy import masked_mean
+from tttjax.types import Array, Batch, Params, PyTree
+from tttjax.update_rules import make_rule
+from tttjax.update_rules.rules import global_norm
+
+META_GRADIENTS = ("exact", "truncated", "first_order", "none")
+LOGIT_ROWS = 1024  # rows of logits in memory at a time where nothing is learned
+
+
+class Reading(NamedTuple):
+    """What reading one sequence showed. N chunks, T tokens; batched by vmap."""
+
+    loss: Array  # mean of chunk_loss_N
+    chunk_loss_N: Array
+    token_nll_T: Array  # not masked
+    grad_norm_N: Array  # inner gradient norms before the rule; zeros without learning
+    fast: PyTree  # the fast weights after the last update
+    drift: Array  # ||W_n - W0||
+
+
+class InnerLoop(NamedTuple):
+    """The choices of the inner loop, as values (from `InnerConfig` by `make_inner_loop`)."""
+
+    chunk_size: int
+    rule: optax.GradientTransformation
+    fast_dtype: jnp.dtype
+    exact_chunks: int | None  # the outer gradient goes through so many of the last updates
+    remat: bool
+
+
+def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
+    """How many of the last updates the outer gradient goes through; None for all."""
+    return {"exact": None, "truncated": truncate_chunks, "first_order": 0, "none": 0}[meta_gradient]
+
+
+def make_inner_loop(inner) -> InnerLoop:
+    """The inner loop of an `InnerConfig`."""
+    rule = make_rule(
+        inner.rule,
+        clip=inner.clip,
+        momentum=inner.momentum,
+        b1=inner.b1,
+        b2=inner.b2,
+        eps=inner.eps,
+    )
+    return InnerLoop(
+        chunk_size=inner.chunk_size,
+        rule=rule,
+        fast_dtype=jnp.dtype(inner.fast_dtype),
+        exact_chunks=exact_chunks(inner.meta_gradient, inner.truncate_chunks),
+        remat=inner.remat,
+    )
+
+
+def inner_lr(step: Array | int, *, lr: float, lr_init: float, warmup_steps: int) -> Array | float:
+    """Learning rate of the inner loop at outer step 0, 1, ...: linear from lr_init to lr.
+
+    Step 0 already takes the first part of the way; without warm-up it is lr.
+    """
+    if warmup_steps == 0:
+        return lr
+    return lr_init + (lr - lr_init) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+
+def split_chunks(x_T: Array, chunk_size: int) -> Array:
+    """[T, ...] -> [N, C, ...]."""
+    return x_T.reshape((-1, chunk_size, *x_T.shape[1:]))
+
+
+def _reading(chunk_loss_N, nll_T, grad_norm_N, fast, fast_start) -> Reading:
+    drift = global_norm(jax.tree.map(jnp.subtract, fast, fast_start))
+    return Reading(jnp.mean(chunk_loss_N), chunk_loss_N, nll_T, grad_norm_N, fast, drift)
+
+
+def read_static(
+    model: Transformer, params: Params, inputs_T: Array, targets_T: Array, mask_T: Array, chunk: int
+) -> Reading:
+    """One sequence read without learning: a single pass over all tokens.
+
+    The loss is the mean of the means over chunks of `chunk` tokens, as with learning.
+    """
+    weights = combine(params.slow, params.fast)
+    x_TD = model.embed(params.slow, inputs_T)
+    for part in ("prefix", "suffix"):
+        x_TD, _ = model.run_part(part, weights, None, x_TD)
+    nll_T = model.nll(weights, x_TD, targets_T, block=LOGIT_ROWS)
+    chunk_loss_N = masked_mean(split_chunks(nll_T, chunk), split_chunks(mask_T, chunk))
+    return _reading(chunk_loss_N, nll_T, jnp.zeros_like(chunk_loss_N), params.fast, params.fast)
+
+
+def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
+    """The inner loss of one chunk as a function of the fast weights.
+
+    A chunk is (x_CD, targets_C, mask_C): prefix outputs, targets and what counts.
+    """
+
+    def chunk_loss(fast, state, chunk):
+        x_CD, target_C, mask_C = chunk
+        weights = combine(slow, fast)
+        x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
+        nll_C = model.nll(weights, x_CD, target_C)
+        return masked_mean(nll_C, mask_C), (state, jnp.any(mask_C), nll_C)
+
+    return chunk_loss
+
+
+def read_learning(
+    model: Transformer,
+    inner: InnerLoop,
+    params: Params,
+    inputs_T: Array,
+    targets_T: Array,
+    mask_T: Array,
+    lr: Array | float,
+) -> Reading:
+    """One sequence read with learning: the prefix once over all tokens, then chunk by chunk."""
+    length = inputs_T.shape[0]
+    weights = combine(params.slow, params.fast)
+    x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, inputs_T))
+    fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
+    reader, records = inner_loop.adapt(
+        make_chunk_loss(model, params.slow),
+        inner.rule,
+        lr,
+        inner_loop.start(inner.rule, fast, model.init_state(length, parts=["suffix"])),
+        tuple(split_chunks(x, inner.chunk_size) for x in (x_TD, targets_T, mask_T)),
+        exact_chunks=inner.exact_chunks,
+        remat=inner.remat,
+    )
+    return _reading(records.loss, records.aux.reshape(-1), records.grad_norm, reader.fast, fast)
+
+
+def make_reader(
+    model: Transformer, inner: InnerLoop, *, learn: bool
+) -> Callable[[Params, Batch, Array | float], Reading]:
+    """reader(params, batch, inner_lr) -> Reading of every sequence, stacked [B, ...].
+
+    learn: False reads without updates (TTT off, and every model without fast weights).
+    """
+
+    def read_one(params: Params, one: Batch, lr: Array | float) -> Reading:
+        if not learn:
+            return read_static(model, params, one.inputs, one.targets, one.mask, inner.chunk_size)
+        return read_learning(model, inner, params, one.inputs, one.targets, one.mask, lr)
+
+    return jax.vmap(read_one, in_axes=(None, 0, None))
+
+
+def learns(model: Transformer, meta_gradient: str) -> bool:
+    """Whether training reads with learning: there are fast weights, and the loss follows them."""
+    return bool(model.fast_paths) and meta_gradient != "none"
+
+
+def make_outer_loss(
+    model: Transformer, inner: InnerLoop, *, learn: bool
+) -> Callable[[Params, Batch, Array | float], tuple[Array, Reading]]:
+    """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, Reading [B, ...])."""
+    reader = make_reader(model, inner, learn=learn)
+
+    def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, Reading]:
+        reading = reader(params, batch, lr)
+        return jnp.mean(reading.loss), reading
+
+    return outer_loss

@@ -1,0 +1,129 @@
+"""Attention mixers: full, sliding-window, and local (within blocks).
+
+Every mixer has the one form of the framework, for any number of tokens of one sequence:
+
+    mixer(x_TD, state, position) -> (y_TD, state)
+
+state None means that the sequence starts here and that nothing will follow: the form of training
+over a whole sequence. `position` is the number of tokens read before.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tttjax.models.layers import Identity, RMSNorm, normal_weight
+from tttjax.ops.attention import Sight, attend, attend_sequence, visible
+from tttjax.ops.rope import rotate
+from tttjax.types import Array
+
+State = dict[str, Array] | None
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with QK-norm before RoPE; what it sees is said by `sight`."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        head_dim: int,
+        rngs: nnx.Rngs,
+        *,
+        sight: Sight,
+        rope_theta: float,
+        qk_norm: bool,
+        norm_eps: float,
+        std: float,
+        dtype: jnp.dtype,
+        query_block: int,
+    ):
+        def weight(shape, axes):
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
+
+        def head_norm():
+            return RMSNorm(head_dim, "head_dim", eps=norm_eps, dtype=dtype)
+
+        into_heads = (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim")
+        self.wq = weight(*into_heads)
+        self.wk = weight(*into_heads)
+        self.wv = weight(*into_heads)
+        self.wo = weight((num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
+        self.q_norm = head_norm() if qk_norm else Identity()
+        self.k_norm = head_norm() if qk_norm else Identity()
+        self.sight = sight
+        self.rope_theta = rope_theta
+        self.query_block = query_block
+
+    @property
+    def memory(self) -> int:
+        """Keys that have to be kept for the tokens to come; 0 where all of them must be."""
+        reach = [size for size in self.sight if size]
+        return min(reach) if reach else 0
+
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
+        """An empty state. Its size does not depend on `max_length` except for full attention.
+
+        Keys are kept after k_norm but before RoPE, so that a window can be given positions of its
+        own, which never grow.
+        """
+        num_heads, head_dim = self.wk.shape[-2:]
+        shape = (self.memory or max_length, num_heads, head_dim)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+        def project(weight):
+            return jnp.einsum("td,dhk->thk", x_TD, weight[...].astype(x_TD.dtype))
+
+        q_THK = self.q_norm(project(self.wq))
+        k_THK = self.k_norm(project(self.wk))
+        v_THK = project(self.wv)
+        if state is None:
+            position_T = jnp.arange(x_TD.shape[0])
+            q_THK, k_THK = (rotate(x, position_T, self.rope_theta) for x in (q_THK, k_THK))
+            y_THK = attend_sequence(q_THK, k_THK, v_THK, self.sight, self.query_block)
+        elif self.memory:
+            y_THK, state = self._attend_window(q_THK, k_THK, v_THK, state, position)
+        else:
+            y_THK, state = self._attend_all(q_THK, k_THK, v_THK, state, position)
+        return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
+
+    def _attend_window(self, q_THK, k_THK, v_THK, state, position):
+        """Keys are the window's, then the new ones, at positions 0..W+T-1 whatever was read."""
+        window, length = self.memory, q_THK.shape[0]
+        k_SHK = jnp.concatenate((state["k"], k_THK))
+        v_SHK = jnp.concatenate((state["v"], v_THK))
+        slot_S = jnp.arange(window + length)
+        true_S = slot_S - window + position  # negative: a slot that no token has filled yet
+        seen_TS = visible(true_S[window:], true_S, self.sight)
+        y_THK = attend(
+            rotate(q_THK, slot_S[window:], self.rope_theta),
+            rotate(k_SHK, slot_S, self.rope_theta),
+            v_SHK,
+            seen_TS,
+        )
+        return y_THK, {"k": k_SHK[length:], "v": v_SHK[length:]}
+
+    def _attend_all(self, q_THK, k_THK, v_THK, state, position):
+        """Keys are all that were ever read, each at its own position in a buffer."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        k_SHK = write(state["k"], k_THK, position, axis=0)
+        v_SHK = write(state["v"], v_THK, position, axis=0)
+        key_S = jnp.arange(k_SHK.shape[0])
+        query_T = position + jnp.arange(q_THK.shape[0])
+        y_THK = attend(
+            rotate(q_THK, query_T, self.rope_theta),
+            rotate(k_SHK, key_S, self.rope_theta),
+            v_SHK,
+            visible(query_T, key_S, self.sight),
+        )
+        return y_THK, {"k": k_SHK, "v": v_SHK}
+
+
+class NoMixer(nnx.Module):
+    """A block without a mixer of tokens (the toy of the paper's appendix A)."""
+
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
+        """Nothing has to be kept."""
+        del max_length, dtype
+        return {}

@@ -1,0 +1,344 @@
+"""The model: a pure function from (parameters, state, tokens) to (outputs, state).
+
+The blocks are cut in two. The *prefix* has no fast weights: it does not change while reading and
+runs over all tokens at once. The *suffix*, the last blocks, holds the fast weights: the inner loop
+runs it chunk by chunk. Like blocks are stacked and scanned, so that compile time does not grow with
+depth; a pattern such as 5 window : 1 full is scanned by the period of the pattern.
+
+Everything here is for one sequence; `jax.vmap` adds the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tttjax.errors import UserError
+from tttjax.models.block import Block, BlockShape
+from tttjax.models.functional import (
+    Stack,
+    combine,
+    declared_axes,
+    is_declared_fast,
+    partition,
+    path_filter,
+)
+from tttjax.models.layers import RMSNorm, normal_weight
+from tttjax.ops.cross_entropy import token_nll, token_nll_in_blocks
+from tttjax.types import Array, Params, PyTree
+
+PARTS = ("prefix", "suffix")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive blocks of the kinds `kinds`, that sequence `repeats` times over."""
+
+    kinds: tuple[str, ...]
+    repeats: int
+
+
+def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:
+    """Whole periods of the shortest pattern as one scanned stage, the rest as a second."""
+    if not kinds:
+        return ()
+    period = next(
+        p
+        for p in range(1, len(kinds) + 1)
+        if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
+    )
+    repeats, rest = divmod(len(kinds), period)
+    stages = []
+    if repeats:
+        stages.append(Stage(tuple(kinds[:period]), repeats))
+    if rest:
+        stages.append(Stage(tuple(kinds[-rest:]), 1))
+    return tuple(stages)
+
+
+class Ends(nnx.Module):
+    """What stands before the first block and after the last: embedding, final norm, head."""
+
+    def __init__(self, vocab_size: int, tied: bool, shape: BlockShape, rngs: nnx.Rngs):
+        def weight(size, axes):
+            return normal_weight(rngs, size, axes, std=shape.init_std, dtype=shape.param_dtype)
+
+        self.embedding = weight((vocab_size, shape.embed_dim), ("vocab", "embed"))
+        self.final_norm = RMSNorm(
+            shape.embed_dim, "embed", eps=shape.norm_eps, dtype=shape.param_dtype
+        )
+        if not tied:
+            self.head = weight((shape.embed_dim, vocab_size), ("embed", "vocab"))
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Sizes of a model, and its pure functions. Holds no weights.
+
+    suffix_layers: blocks of the suffix; with `fast_mlp` each has the extra fast MLP.
+    fast_patterns: paths of the fast weights instead of the declared ones (`FastWeight`).
+    """
+
+    shape: BlockShape
+    vocab_size: int
+    mixers: tuple[str, ...]
+    num_layers: int
+    suffix_layers: int
+    fast_mlp: bool
+    tied: bool
+    compute_dtype: jnp.dtype
+    remat: bool
+    fast_patterns: tuple[str, ...] = ()
+
+    # --- layout -----------------------------------------------------------------------------
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The mixer of every block, first to last."""
+        return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_layers))
+
+    @cached_property
+    def stages(self) -> dict[str, tuple[Stage, ...]]:
+        first = self.num_layers - self.suffix_layers
+        return {
+            "prefix": plan_stages(self.kinds[:first]),
+            "suffix": plan_stages(self.kinds[first:]),
+        }
+
+    @cached_property
+    def _stacks(self) -> dict[str, Stack]:
+        """Every stack of blocks by its path, in the order in which they run."""
+
+        def stack(kind: str, fast: bool, repeats: int) -> Stack:
+            return Stack(lambda rngs: Block(kind, fast, self.shape, rngs), repeats)
+
+        return {
+            f"{part}/stage{i}/block{j}": stack(
+                kind, self.fast_mlp and part == "suffix", stage.repeats
+            )
+            for part in PARTS
+            for i, stage in enumerate(self.stages[part])
+            for j, kind in enumerate(stage.kinds)
+        }
+
+    @cached_property
+    def _ends(self) -> Stack:
+        return Stack(lambda rngs: Ends(self.vocab_size, self.tied, self.shape, rngs), 1)
+
+    def block_paths(self) -> list[tuple[str, int]]:
+        """(path of the stack, row in it) of every block, first to last."""
+        return [
+            (f"{part}/stage{i}/block{j}", row)
+            for part in PARTS
+            for i, stage in enumerate(self.stages[part])
+            for row in range(stage.repeats)
+            for j in range(len(stage.kinds))
+        ]
+
+    @cached_property
+    def _variables(self) -> dict[str, tuple[nnx.Variable, bool]]:
+        """Every declared weight by path, and whether it is stacked."""
+        found = {"/".join(path): (v, False) for path, v in self._ends.variables().items()}
+        for prefix, stack in self._stacks.items():
+            for path, variable in stack.variables().items():
+                found["/".join((prefix, *path))] = (variable, True)
+        return found
+
+    @cached_property
+    def fast_paths(self) -> frozenset[str]:
+        """Paths of the fast weights: the declared ones, or those that the patterns name.
+
+        Raises UserError for a pattern that matches nothing or a weight outside the suffix.
+        """
+        if not self.fast_patterns:
+            return frozenset(p for p, (v, _) in self._variables.items() if is_declared_fast(v))
+        for pattern in self.fast_patterns:
+            if not any(map(path_filter([pattern]), self._variables)):
+                raise UserError(
+                    f"inner.fast_paths: {pattern!r} matches no weight; the paths are "
+                    + ", ".join(sorted(self._variables))
+                )
+        chosen = frozenset(filter(path_filter(self.fast_patterns), self._variables))
+        outside = sorted(p for p in chosen if p.startswith("prefix/") or p == "embedding")
+        if outside:
+            raise UserError(
+                f"inner.fast_paths chooses {outside[0]!r}, which lies before the suffix and runs "
+                "once for the whole sequence; choose weights of the suffix, or enlarge "
+                "model.suffix_layers"
+            )
+        return chosen
+
+    def axes(self) -> Params:
+        """Logical axis names (a tuple of strings) of every weight."""
+        tree = {path: declared_axes(v, stacked) for path, (v, stacked) in self._variables.items()}
+        return partition(unflatten_dict(tree, sep="/"), self.fast_paths)
+
+    # --- parameters and state ---------------------------------------------------------------
+
+    def init(self, key: Array) -> Params:
+        """Random weights: matrices N(0, init_std^2), norms 1."""
+        end_key, *keys = jax.random.split(key, 1 + len(self._stacks))
+        ends = jax.tree.map(lambda x: x[0], self._ends.init(end_key))
+        blocks = {
+            path: stack.init(k) for (path, stack), k in zip(self._stacks.items(), keys, strict=True)
+        }
+        return partition({**ends, **unflatten_dict(blocks, sep="/")}, self.fast_paths)
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of `init` without computing anything."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def init_state(self, max_length: int, parts: Sequence[str] = PARTS) -> PyTree:
+        """The state of a sequence of which nothing has been read.
+
+        max_length: tokens that full attention must have room for; other mixers ignore it.
+        """
+
+        def stacked(path: str, repeats: int):
+            one = self._stacks[path].module().mixer.init_state(max_length, self.compute_dtype)
+            return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), one)
+
+        state: dict[str, Any] = {
+            f"{part}/stage{i}/block{j}": stacked(f"{part}/stage{i}/block{j}", stage.repeats)
+            for part in parts
+            for i, stage in enumerate(self.stages[part])
+            for j in range(len(stage.kinds))
+        }
+        return {"position": jnp.zeros((), jnp.int32), "blocks": unflatten_dict(state, sep="/")}
+
+    # --- functions --------------------------------------------------------------------------
+
+    def embed(self, slow: PyTree, token_T: Array) -> Array:
+        """Embeddings of the tokens, not scaled, in the compute dtype, [T, D]."""
+        return jnp.take(slow["embedding"], token_T, axis=0).astype(self.compute_dtype)
+
+    def run_part(
+        self,
+        part: str,
+        weights: PyTree,
+        state: PyTree | None,
+        x_TD: Array,
+        remat: bool | None = None,
+    ) -> tuple[Array, PyTree | None]:
+        """Runs the blocks of "prefix" or "suffix" over T further tokens of a sequence.
+
+        weights: the nested dict of all weights (`combine(slow, fast)`), or at least this part.
+        state: from `init_state` or an earlier call; None: the sequence starts here and ends here.
+        remat: overrides the model's own choice to compute blocks again in the backward pass.
+        Returns the hidden states [T, D] and the new state.
+        """
+        position = jnp.zeros((), jnp.int32) if state is None else state["position"]
+        new_blocks: dict[str, Any] = {}
+        for i, stage in enumerate(self.stages[part]):
+            names = [f"block{j}" for j in range(len(stage.kinds))]
+            stage_weights = weights[part][f"stage{i}"]
+            stage_state = state and state["blocks"][part][f"stage{i}"]
+
+            def one_period(x_TD, row, i=i, names=names):
+                row_weights, row_state = row
+                new_state = {}
+                for name in names:
+                    apply = self._stacks[f"{part}/stage{i}/{name}"].apply
+                    block_state = row_state and row_state[name]
+                    x_TD, new_state[name] = apply(row_weights[name], x_TD, block_state, position)
+                return x_TD, row_state and new_state
+
+            if self.remat if remat is None else remat:
+                one_period = jax.checkpoint(one_period, prevent_cse=False)
+            rows = (stage_weights, stage_state)
+            x_TD, new_blocks[f"stage{i}"] = jax.lax.scan(one_period, x_TD, rows)
+        if state is None:
+            return x_TD, None
+        blocks = {**state["blocks"], part: new_blocks}
+        return x_TD, {"position": position + x_TD.shape[0], "blocks": blocks}
+
+    def head(self, weights: PyTree) -> Array:
+        """The output matrix [D, V] in the compute dtype."""
+        head_DV = weights["embedding"].T if self.tied else weights["head"]
+        return head_DV.astype(self.compute_dtype)
+
+    def final_norm(self, weights: PyTree, x_TD: Array) -> Array:
+        norm = RMSNorm(1, "embed", eps=self.shape.norm_eps, dtype=self.shape.param_dtype)
+        graphdef, _ = nnx.split(norm)
+        return nnx.merge(graphdef, weights["final_norm"])(x_TD)
+
+    def nll(self, weights: PyTree, x_TD: Array, target_T: Array, block: int | None = None) -> Array:
+        """Negative log-likelihood of the targets given the last block's output, float32 [T].
+
+        block: rows of logits in memory at a time (None: all).
+        """
+        h_TD, head_DV = self.final_norm(weights, x_TD), self.head(weights)
+        if block is None:
+            return token_nll(h_TD, head_DV, target_T)
+        return token_nll_in_blocks(h_TD, head_DV, target_T, block)
+
+    def apply(self, params: Params, state: PyTree, token_T: Array) -> tuple[Array, PyTree]:
+        """(parameters, state, tokens) -> (logits float32 [T, V], state), without learning.
+
+        Any split of a sequence into calls gives the same logits and the same last state.
+        """
+        weights = combine(params.slow, params.fast)
+        position = state["position"]
+        x_TD, state = self.run_part("prefix", weights, state, self.embed(params.slow, token_T))
+        x_TD, state = self.run_part("suffix", weights, {**state, "position": position}, x_TD)
+        wide = jnp.promote_types(self.compute_dtype, jnp.float32)
+        h_TD = self.final_norm(weights, x_TD)
+        logit_TV = jnp.einsum("td,dv->tv", h_TD, self.head(weights), preferred_element_type=wide)
+        return logit_TV, state
+
+
+def build_model(model: Any, inner: Any) -> Transformer:
+    """The model of a `ModelConfig` and an `InnerConfig` (fast weights and chunk size)."""
+    dtype = jnp.dtype(model.param_dtype)
+    shape = BlockShape(
+        embed_dim=model.embed_dim,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim or model.embed_dim // model.num_heads,
+        mlp_dim=model.mlp_dim,
+        window_size=model.window_size,
+        local_size=inner.chunk_size,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        init_std=model.init_std,
+        qk_norm=model.qk_norm,
+        pre_norm=model.pre_norm,
+        post_norm=model.post_norm,
+        param_dtype=dtype,
+        query_block=min(1024, max(128, model.window_size // 2)),
+    )
+    return Transformer(
+        shape=shape,
+        vocab_size=model.vocab_size,
+        mixers=tuple(model.mixers),
+        num_layers=model.num_layers,
+        suffix_layers=model.suffix_layers,
+        fast_mlp=model.fast_mlp,
+        tied=model.tie_embeddings,
+        compute_dtype=jnp.dtype(model.compute_dtype),
+        remat=model.remat == "block",
+        fast_patterns=tuple(inner.fast_paths),
+    )
+
+
+def relayout(params: Params, source: Transformer, target: Transformer) -> Params:
+    """The same weights in the layout of a model with another suffix or other fast weights.
+
+    For a model that was trained without an inner loop and shall now have one (dynamic evaluation).
+    """
+    flat = flatten_dict(combine(params.slow, params.fast), sep="/")
+    rows_of: dict[str, list[Array]] = {}
+    for (source_path, source_row), (target_path, _) in zip(
+        source.block_paths(), target.block_paths(), strict=True
+    ):
+        for path, leaf in flat.items():
+            if path.startswith(source_path + "/"):
+                name = target_path + path[len(source_path) :]
+                rows_of.setdefault(name, []).append(leaf[source_row])
+    ends = {path: leaf for path, leaf in flat.items() if path.split("/")[0] not in PARTS}
+    stacked = {path: jnp.stack(rows) for path, rows in rows_of.items()}
+    return partition(unflatten_dict({**ends, **stacked}, sep="/"), target.fast_paths)

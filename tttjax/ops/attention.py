@@ -1,0 +1,127 @@
+"""Causal attention of one sequence: full, over a window, or within blocks.
+
+What a query may see is a function of the two positions alone (`visible`), so one definition serves
+the whole sequence at once, a chunk with the keys of its past, and a single decoded token. `attend`
+is that definition with all scores in memory; `attend_sequence` gives the same numbers over a long
+sequence in blocks of queries, so that memory grows with T x (window + block) and not with T x T.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.types import Array
+
+MASKED_SCORE = -1e30  # finite, so that a fully masked row stays free of NaN in every derivative
+FULL_SEGMENTS = 4  # full attention skips the upper triangle in this many steps
+
+
+class Sight(NamedTuple):
+    """Which of the past a query sees: itself and everything before it, then narrowed.
+
+    window: at most this many keys, the query's own included (0: no limit).
+    block: only keys of the query's own block of this many positions (0: no blocks).
+    """
+
+    window: int = 0
+    block: int = 0
+
+
+def visible(query_T: Array, key_S: Array, sight: Sight) -> Array:
+    """bool [T, S]: may the query at position query_T[t] see the key at position key_S[s]?
+
+    Negative key positions mark slots that hold no token; nobody sees them.
+    """
+    query, key = query_T[:, None], key_S[None, :]
+    seen = (key <= query) & (key >= 0)
+    if sight.window:
+        seen &= key > query - sight.window
+    if sight.block:
+        seen &= key // sight.block == query // sight.block
+    return seen
+
+
+def attend(q_THK: Array, k_SHK: Array, v_SHK: Array, seen_TS: Array) -> Array:
+    """softmax(q k^T / sqrt(K)) v over the visible keys, [T, H, K].
+
+    Softmax in float32 at least; the probabilities meet v in the dtype of v.
+    """
+    wide = jnp.promote_types(q_THK.dtype, jnp.float32)
+    scale = q_THK.shape[-1] ** -0.5
+    score_HTS = jnp.einsum("thk,shk->hts", q_THK, k_SHK, preferred_element_type=wide) * scale
+    probability_HTS = jax.nn.softmax(jnp.where(seen_TS, score_HTS, MASKED_SCORE), axis=-1)
+    return jnp.einsum("hts,shk->thk", probability_HTS.astype(v_SHK.dtype), v_SHK)
+
+
+def attend_sequence(
+    q_THK: Array, k_THK: Array, v_THK: Array, sight: Sight, query_block: int
+) -> Array:
+    """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
+
+    Equal to `attend` with `visible(arange(T), arange(T), sight)`, in blocks of `query_block`
+    queries whose scores are computed again in the backward pass.
+    """
+    length = q_THK.shape[0]
+    reach = sight.window or length
+    if sight.block:
+        reach = min(reach, sight.block)
+    if length <= 2 * query_block:
+        position_T = jnp.arange(length)
+        return attend(q_THK, k_THK, v_THK, visible(position_T, position_T, sight))
+    if reach + query_block < length:
+        return _attend_near(q_THK, k_THK, v_THK, sight, reach, query_block)
+    return _attend_far(q_THK, k_THK, v_THK, sight, query_block)
+
+
+def _pad_front_and_back(x_THK: Array, front: int, back: int) -> Array:
+    return jnp.pad(x_THK, ((front, back), (0, 0), (0, 0)))
+
+
+def _map_blocks(block_fn, starts: Array) -> Array:
+    """block_fn at every start, one after the other, rematerialised; joined along tokens."""
+    out = jax.lax.map(jax.checkpoint(block_fn, prevent_cse=False), starts)
+    return out.reshape((-1, *out.shape[2:]))
+
+
+def _attend_near(q_THK, k_THK, v_THK, sight: Sight, reach: int, query_block: int) -> Array:
+    """Each block of queries with the `reach` keys before it: the far past is never touched."""
+    length = q_THK.shape[0]
+    back = -length % query_block
+    q_THK = _pad_front_and_back(q_THK, 0, back)
+    k_SHK = _pad_front_and_back(k_THK, reach, back)
+    v_SHK = _pad_front_and_back(v_THK, reach, back)
+
+    def block(start):
+        slice_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start)
+        query_T = start + jnp.arange(query_block)
+        key_S = start - reach + jnp.arange(reach + query_block)
+        return attend(
+            slice_of(q_THK, slice_size=query_block),
+            slice_of(k_SHK, slice_size=reach + query_block),
+            slice_of(v_SHK, slice_size=reach + query_block),
+            visible(query_T, key_S, sight),
+        )
+
+    return _map_blocks(block, jnp.arange(0, length + back, query_block))[:length]
+
+
+def _attend_far(q_THK, k_THK, v_THK, sight: Sight, query_block: int) -> Array:
+    """Blocks of queries against all keys up to the end of their quarter of the sequence."""
+    length = q_THK.shape[0]
+    segment = -(-length // (FULL_SEGMENTS * query_block)) * query_block
+    q_THK = _pad_front_and_back(q_THK, 0, -length % query_block)
+    outputs = []
+    for first in range(0, q_THK.shape[0], segment):
+        last = min(first + segment, q_THK.shape[0])
+        keys, values = k_THK[:last], v_THK[:last]
+        key_S = jnp.arange(keys.shape[0])
+
+        def block(start, keys=keys, values=values, key_S=key_S):
+            q_block = jax.lax.dynamic_slice_in_dim(q_THK, start, query_block)
+            query_T = start + jnp.arange(query_block)
+            return attend(q_block, keys, values, visible(query_T, key_S, sight))
+
+        outputs.append(_map_blocks(block, jnp.arange(first, last, query_block)))
+    return jnp.concatenate(outputs)[:length]

@@ -1,0 +1,20 @@
+"""Root-mean-square normalisation."""
+
+import jax.numpy as jnp
+
+from tttjax.types import Array
+
+
+def rms_norm(x_D: Array, weight_D: Array | None, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, [..., D] -> [..., D].
+
+    Computed in float32 at least, the product with the weight too, and only then cast back to the
+    dtype of x (Zhang & Sennrich, arXiv 1910.07467). No weight means a weight of one.
+    """
+    wide = jnp.promote_types(x_D.dtype, jnp.float32)
+    x_wide = x_D.astype(wide)
+    inverse_rms = jnp.reciprocal(jnp.sqrt(jnp.mean(jnp.square(x_wide), -1, keepdims=True) + eps))
+    normed = x_wide * inverse_rms
+    if weight_D is not None:
+        normed = normed * weight_D.astype(wide)
+    return normed.astype(x_D.dtype)
