@@ -1,0 +1,191 @@
+"""The program `tttjax`: reads the command line, calls one command, turns errors into sentences.
+
+Each command is a module with `add_arguments(parser)` and `run(args) -> int`, imported only when
+it is asked for, so that `tttjax --help` answers at once. Exit codes: 0 done; 1 a check failed or
+a bug (with its traceback); 2 something the user can mend, said in one sentence; 130 interrupted;
+others are a command's own.
+"""
+
+import argparse
+import errno
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import tttjax
+from tttjax.config.files import OVERRIDE_PREFIX
+from tttjax.config.values import nearest
+from tttjax.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's module, and its line in `tttjax --help`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "prepare": Command("tttjax.prepare", "turn text into a tokenizer and token shards"),
+    "train": Command("tttjax.train", "meta-train a model, or extend one; resumes by itself"),
+    "evaluate": Command("tttjax.evaluate", "loss by token position and context, TTT on and off"),
+    "verify": Command("tttjax.verify", "check this build against reference numbers"),
+    "bench": Command("tttjax.bench", "measure speed and memory"),
+}
+
+DESCRIPTION = """\
+Language models that keep learning while they read: end-to-end test-time training in JAX.
+"""
+
+EPILOG = """\
+the usual order:
+  tttjax prepare ...    once for each corpus
+  tttjax train ...      writes checkpoints and metrics to --workdir; the same command resumes
+  tttjax evaluate ...   what the trained model gains from learning while it reads
+
+  `tttjax COMMAND --help` says what each needs, with examples.
+
+configuration:
+  A run is described by a Python file, and any field of it can be set on the command line:
+
+    tttjax train --config=experiments/quickstart.py:ttt_e2e --workdir=runs/first \\
+        --config.data.sources=data/books --config.train.steps=100
+
+  The fields are listed in docs/configuration.md, the papers' recipes are in experiments/.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: that of the process) and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        return _report(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not _is_out_of_space(error):
+            raise
+        return _report(
+            "No space is left on the device (or in the quota) that the results are written to; "
+            "free some and run the same command again."
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our errors, and without its guessing at abbreviated flags."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs |= {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`.")
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if arguments and arguments[0] == name and name not in COMMANDS:
+        raise UserError(
+            f"There is no command {name!r}; the commands are {', '.join(COMMANDS)}."
+            f"{nearest(name, COMMANDS)}"
+        )
+    module = importlib.import_module(COMMANDS[name].module) if name in COMMANDS else None
+    overrides, arguments = _split_overrides(arguments)
+    parser, command_parser = _build_parser(name if module else None)
+    if module is None or command_parser is None:
+        return _parse_without_command(parser, arguments)
+    module.add_arguments(command_parser)
+    # Set here so that a command with a --config can rely on it.
+    command_parser.set_defaults(overrides=overrides)
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+    except SystemExit as stop:  # --help has been printed
+        return int(stop.code or 0)
+    has_config = hasattr(args, "config")
+    _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
+    if overrides and args.config is None:
+        raise UserError(f"{overrides[0]} changes a configuration, but no --config=FILE is given.")
+    return module.run(args)
+
+
+def _build_parser(name: str | None) -> tuple[_Parser, argparse.ArgumentParser | None]:
+    """The program's parser, and the one inside it of the command `name`."""
+    parser = _Parser(prog="tttjax", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"tttjax {tttjax.__version__}")
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", title="commands", required=True
+    )
+    added = {}
+    for command_name, command in COMMANDS.items():
+        description = None
+        if command_name == name:
+            description = importlib.import_module(command.module).__doc__
+        added[command_name] = subparsers.add_parser(
+            command_name, help=command.summary, description=description
+        )
+    return parser, added.get(name) if name else None
+
+
+def _parse_without_command(parser: _Parser, arguments: list[str]) -> int:
+    try:
+        parser.parse_args(arguments or ["--help"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    raise UserError("No command is given; see `tttjax --help`.")
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config.x.y=v` words, and the others; `--config.x.y v` is joined to `--config.x.y=v`."""
+    overrides, others = [], []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith(OVERRIDE_PREFIX):
+            others.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{word} has no value; write {word}=VALUE.")
+            overrides.append(f"{word}={value}")
+    return overrides, others
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    if not unknown:
+        return
+    flag = unknown[0].partition("=")[0]
+    raise UserError(
+        f"`{parser.prog}` has no argument {flag!r}.{nearest(flag, parser._option_string_actions)}"
+    )
+
+
+def _is_out_of_space(error: BaseException) -> bool:
+    """Whether the error, or one it came from, says so; storage libraries say it only in text."""
+    return any(
+        (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT))
+        or "No space left on device" in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _report(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return USER_ERROR

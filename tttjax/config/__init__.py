@@ -1,0 +1,56 @@
+"""Configuration: a ConfigDict at the edge, frozen typed dataclasses inside.
+
+An experiment file returns `default_config()` with its own values; `load_config` runs it, applies
+the command line's overrides and checks everything once. Importing this package never imports JAX.
+"""
+
+from tttjax.config.build import default_config, from_config_dict, to_dict, to_flat_dict
+from tttjax.config.checks import check_mesh, has_fast_weights
+from tttjax.config.counts import match_parameters, parameter_count
+from tttjax.config.files import apply_override, load_config, load_config_dict
+from tttjax.config.run_info import (
+    check_same_run,
+    config_fingerprint,
+    describe_environment,
+    fixed_values,
+    read_run_info,
+    write_run_info,
+)
+from tttjax.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    InnerConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "InnerConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "apply_override",
+    "check_mesh",
+    "check_same_run",
+    "config_fingerprint",
+    "default_config",
+    "describe_environment",
+    "fixed_values",
+    "from_config_dict",
+    "has_fast_weights",
+    "load_config",
+    "load_config_dict",
+    "match_parameters",
+    "parameter_count",
+    "read_run_info",
+    "to_dict",
+    "to_flat_dict",
+    "write_run_info",
+]

@@ -1,0 +1,59 @@
+"""From an editable ConfigDict to the frozen Config, once, at the edge; and back to plain values."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tttjax.config.checks import check_config
+from tttjax.config.schema import SECTIONS, Config
+from tttjax.config.values import check_value, nearest
+from tttjax.errors import UserError
+
+
+def default_config() -> ConfigDict:
+    """All defaults as a ConfigDict, locked: values can be changed, fields not added."""
+    config = ConfigDict({name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()})
+    return config.lock()
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """The checked, frozen configuration of a ConfigDict or of nested dicts (read from JSON).
+
+    Absent fields take their defaults. Raises UserError for an unknown name (with the nearest
+    spelling), a wrong type, a value out of its limits, or fields that contradict each other.
+    """
+    sections = {}
+    for name, values in config.items():
+        if name not in SECTIONS:
+            raise UserError(
+                f"There is no configuration section {name!r}; the sections are "
+                f"{', '.join(SECTIONS)}.{nearest(name, SECTIONS)}"
+            )
+        if not isinstance(values, ConfigDict | Mapping):
+            raise UserError(f"{name} = {values!r} must be a section with fields.")
+        checked = {key: check_value(f"{name}.{key}", value) for key, value in values.items()}
+        sections[name] = SECTIONS[name](**checked)
+    result = Config(**sections)
+    check_config(result)
+    return result
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain nested dicts, ready for JSON (tuples become lists); `from_config_dict` inverts it."""
+    return {
+        section: {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
+        for section, values in dataclasses.asdict(config).items()
+    }
+
+
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """All values by dotted name: `{"model.vocab_size": 32000, ...}`, tuples as lists."""
+    return {
+        f"{section}.{key}": value
+        for section, values in to_dict(config).items()
+        for key, value in values.items()
+    }

@@ -1,0 +1,168 @@
+"""What must hold between the fields of a configuration, and between it and the devices.
+
+Every function raises UserError with one sentence that names the fields, their values and what
+is allowed.
+"""
+
+import dataclasses
+
+from tttjax.config.schema import Config, InnerConfig, MeshConfig, ModelConfig
+from tttjax.errors import UserError
+
+
+def has_fast_weights(model: ModelConfig, inner: InnerConfig) -> bool:
+    """Whether anything is there for the inner loop to rewrite."""
+    return model.suffix_layers > 0 and (model.fast_mlp or bool(inner.fast_paths))
+
+
+def check_config(config: Config) -> None:
+    """All relations between fields; single values have been checked before."""
+    _check_shapes(config.model)
+    _check_fast_weights(config.model, config.inner)
+    _check_chunks(config)
+    _check_schedule(config)
+    _check_data(config)
+    if config.mesh.data == 0:
+        raise UserError("mesh.data = 0 must be a number of devices, or -1 for all the rest.")
+
+
+def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> MeshConfig:
+    """The mesh with `data` resolved to a number; UserError if it does not fit devices or model."""
+    mesh, model, train = config.mesh, config.model, config.train
+    others = mesh.fsdp * mesh.tensor
+    if mesh.data == -1 and num_devices % others:
+        raise UserError(
+            f"mesh.fsdp x mesh.tensor = {mesh.fsdp} x {mesh.tensor} = {others} does not divide the "
+            f"number of devices, {num_devices}."
+        )
+    data = num_devices // others if mesh.data == -1 else mesh.data
+    if data * others != num_devices:
+        raise UserError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {mesh.fsdp} x {mesh.tensor} = "
+            f"{data * others} is not the number of devices, {num_devices}; "
+            "mesh.data = -1 takes all the rest."
+        )
+    shards = data * mesh.fsdp
+    micro_batch = train.batch_size // train.accum_steps
+    if micro_batch % shards:
+        raise UserError(
+            f"train.batch_size / train.accum_steps = {train.batch_size} / {train.accum_steps} = "
+            f"{micro_batch} sequences cannot be divided among mesh.data x mesh.fsdp = {data} x "
+            f"{mesh.fsdp} = {shards}; choose a multiple of {shards}."
+        )
+    if shards % num_processes:
+        raise UserError(
+            f"mesh.data x mesh.fsdp = {shards} must be a multiple of the {num_processes} "
+            "processes, so that each loads its own part of the batch."
+        )
+    for name, size in (("num_heads", model.num_heads), ("mlp_dim", model.mlp_dim)):
+        if size % mesh.tensor:
+            raise UserError(
+                f"model.{name} = {size} cannot be divided among mesh.tensor = {mesh.tensor}."
+            )
+    return dataclasses.replace(mesh, data=data)
+
+
+def _check_shapes(model: ModelConfig) -> None:
+    if not model.mixers:
+        raise UserError('model.mixers is empty; give at least one, such as ("window",).')
+    if len(model.mixers) > model.num_layers:
+        raise UserError(
+            f"model.mixers is a pattern of {len(model.mixers)} blocks, longer than "
+            f"model.num_layers = {model.num_layers}; some of it would never be used."
+        )
+    if model.suffix_layers > model.num_layers:
+        raise UserError(
+            f"model.suffix_layers = {model.suffix_layers} is more than model.num_layers = "
+            f"{model.num_layers}; the suffix is the last blocks of the model."
+        )
+    if set(model.mixers) == {"none"}:
+        return
+    if model.head_dim == 0 and model.embed_dim % model.num_heads:
+        raise UserError(
+            f"model.embed_dim = {model.embed_dim} is not a multiple of model.num_heads = "
+            f"{model.num_heads}; change one, or set model.head_dim."
+        )
+    head_dim = model.head_dim or model.embed_dim // model.num_heads
+    if head_dim % 2:
+        raise UserError(
+            f"A head has {head_dim} entries (model.head_dim, or embed_dim / num_heads = "
+            f"{model.embed_dim} / {model.num_heads}); rotary positions need an even number."
+        )
+
+
+def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
+    if model.fast_mlp and model.suffix_layers == 0:
+        raise UserError(
+            "model.fast_mlp = True needs model.suffix_layers of at least 1: the fast MLPs are in "
+            "the suffix."
+        )
+    if inner.fast_paths and model.suffix_layers == 0:
+        raise UserError(
+            f"inner.fast_paths = {inner.fast_paths} needs model.suffix_layers of at least 1: only "
+            "the suffix runs chunk by chunk."
+        )
+    if inner.meta_gradient == "truncated" and inner.truncate_chunks == 0:
+        raise UserError(
+            'inner.meta_gradient = "truncated" needs inner.truncate_chunks of at least 1.'
+        )
+    if inner.meta_gradient != "truncated" and inner.truncate_chunks:
+        raise UserError(
+            f"inner.truncate_chunks = {inner.truncate_chunks} is only for inner.meta_gradient = "
+            f'"truncated", not "{inner.meta_gradient}"; set it to 0.'
+        )
+    too_narrow = "window" in model.mixers and model.window_size < inner.chunk_size
+    if has_fast_weights(model, inner) and too_narrow:
+        raise UserError(
+            f"model.window_size = {model.window_size} is smaller than inner.chunk_size = "
+            f"{inner.chunk_size}; tokens of one chunk would not see each other before the weights "
+            "change, so the window must be at least a chunk."
+        )
+
+
+def _check_chunks(config: Config) -> None:
+    chunk = config.inner.chunk_size
+    lengths = [("train.seq_len", config.train.seq_len)]
+    lengths += [("eval.context_lengths", length) for length in config.eval.context_lengths]
+    for name, length in lengths:
+        if length % chunk:
+            below = length - length % chunk
+            choices = f"{below} or {below + chunk}" if below else str(chunk)
+            raise UserError(
+                f"{name} = {length} is not a multiple of inner.chunk_size = {chunk}; the nearest "
+                f"is {choices}."
+            )
+
+
+def _check_schedule(config: Config) -> None:
+    train, optim = config.train, config.optim
+    if train.batch_size % train.accum_steps:
+        raise UserError(
+            f"train.batch_size = {train.batch_size} is not a multiple of train.accum_steps = "
+            f"{train.accum_steps}."
+        )
+    end, name = (
+        (optim.decay_steps, "optim.decay_steps")
+        if optim.decay_steps
+        else (train.steps, "train.steps")
+    )
+    if optim.warmup_steps > end:
+        raise UserError(
+            f"optim.warmup_steps = {optim.warmup_steps} is more than {name} = {end}, where the "
+            "learning rate has decayed to optim.end_lr."
+        )
+    first_last = train.profile_steps
+    if first_last and (len(first_last) != 2 or first_last[0] > first_last[1]):
+        raise UserError(
+            f"train.profile_steps = {first_last} must be the first and the last step, such as "
+            "(10, 12)."
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.weights and len(data.weights) != len(data.sources):
+        raise UserError(
+            f"data.weights has {len(data.weights)} entries for {len(data.sources)} data.sources; "
+            "give one weight per source, or none."
+        )

@@ -1,0 +1,125 @@
+"""Experiment files: Python files with `get_config(arg) -> ConfigDict`, and overrides of them."""
+
+import contextlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tttjax.config.build import from_config_dict
+from tttjax.config.schema import SECTIONS, Config
+from tttjax.config.values import nearest, parse_value
+from tttjax.errors import UserError
+
+OVERRIDE_PREFIX = "--config."
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration of an experiment file with overrides.
+
+    spec: `path/file.py` or `path/file.py:arg`, where `arg` is handed to its `get_config`.
+    overrides: `--config.train.steps=100` (the prefix may be left out), applied in order.
+    Raises UserError for anything wrong with file, argument or override.
+    """
+    config = load_config_dict(spec)
+    for override in overrides:
+        apply_override(config, override)
+    return from_config_dict(config)
+
+
+def load_config_dict(spec: str) -> ConfigDict:
+    """What the `get_config` of an experiment file returns, before any check of its values."""
+    path, arg = split_spec(spec)
+    module = _run_file(path)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{path} has no function get_config(arg) that returns a ConfigDict.")
+    config = _call(get_config, path, arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config of {path} returned {type(config).__name__}, not a ConfigDict; start from "
+            "tttjax.config.default_config()."
+        )
+    return config
+
+
+def split_spec(spec: str) -> tuple[Path, str | None]:
+    """`file.py:arg` as path and argument (None if absent)."""
+    match = re.fullmatch(r"(.+?\.py)(?::(.*))?", spec)
+    if match is None:
+        raise UserError(
+            f"--config={spec} must name a Python file, as in experiments/quickstart.py."
+        )
+    path = Path(match[1])
+    if not path.is_file():
+        siblings = [str(file) for file in sorted(path.parent.glob("*.py"))]
+        raise UserError(f"There is no experiment file {path}.{nearest(str(path), siblings)}")
+    return path, match[2]
+
+
+def apply_override(config: ConfigDict, override: str) -> None:
+    """Sets one field of `config` in place from `--config.section.field=value`."""
+    name, equals, text = override.removeprefix(OVERRIDE_PREFIX).partition("=")
+    if not equals:
+        raise UserError(
+            f"{override} has no value; write {OVERRIDE_PREFIX}{name}=VALUE, without spaces."
+        )
+    value = parse_value(name, text)
+    section, _, key = name.partition(".")
+    with config.unlocked(), config.ignore_type():
+        if section not in config:
+            config[section] = ConfigDict()
+        if section in SECTIONS:
+            config[section][key] = value
+
+
+def _run_file(path: Path) -> ModuleType:
+    module_spec = importlib.util.spec_from_file_location(f"_experiment_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{path} cannot be read as a Python file.")
+    module = importlib.util.module_from_spec(module_spec)
+    with _blamed_on(path), _importable_from(path.resolve().parent.parent):
+        module_spec.loader.exec_module(module)
+    return module
+
+
+def _call(get_config: Callable[..., Any], path: Path, arg: str | None) -> Any:
+    if arg is not None and not inspect.signature(get_config).parameters:
+        raise UserError(f"get_config of {path} takes no argument, but {arg!r} was given.")
+    with _blamed_on(path), _importable_from(path.resolve().parent.parent):
+        return get_config() if arg is None else get_config(arg)
+
+
+@contextlib.contextmanager
+def _importable_from(folder: Path) -> Iterator[None]:
+    """Lets files of experiments/ import each other, `from experiments.sizes import ...`."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def _blamed_on(path: Path) -> Iterator[None]:
+    """Turns an error in the user's file into one sentence with file and line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        where = error.filename or str(path)
+        raise UserError(f"{where}, line {error.lineno}: {error.msg}.") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        line = f", line {inside[-1].lineno}" if inside else ""
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}{line}: {type(error).__name__}: {text}") from error

@@ -1,0 +1,113 @@
+"""Single values: their types and limits, and how they are written on the command line."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, get_args, get_origin
+
+from tttjax.config.schema import all_fields, field_info
+from tttjax.errors import UserError
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `names`, or an empty string."""
+    names = list(names)
+    leaf = name.rpartition(".")[2]
+    elsewhere = [n for n in names if "." in n and n.rpartition(".")[2] == leaf]
+    close = elsewhere or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def find_field(name: str) -> dataclasses.Field:
+    """The field of a dotted name; UserError with the nearest spelling if there is none."""
+    fields = all_fields()
+    if name not in fields:
+        raise UserError(f"There is no configuration field {name!r}.{nearest(name, fields)}")
+    return fields[name]
+
+
+def check_value(name: str, value: Any) -> Any:
+    """`value` as the type of field `name`, within its limits; UserError otherwise.
+
+    Integers are taken for numbers, lists for tuples; nothing else is converted.
+    """
+    field = find_field(name)
+    if get_origin(field.type) is not tuple:
+        value = _scalar(name, value, field.type)
+        _check_limits(name, value, field)
+        return value
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise UserError(f"{name} = {value!r} must be a list of values, such as {_example(field)}.")
+    kind = get_args(field.type)[0]
+    values = tuple(_scalar(name, entry, kind) for entry in value)
+    for entry in values:
+        _check_limits(name, entry, field)
+    return values
+
+
+def parse_value(name: str, text: str) -> Any:
+    """The value of field `name` written as `text` on the command line, checked.
+
+    Lists are written `a,b`, `(a, b)` or `[a, b]`; booleans true or false; numbers as in Python.
+    """
+    field = find_field(name)
+    if get_origin(field.type) is not tuple:
+        return check_value(name, _parse_scalar(text, field.type))
+    kind = get_args(field.type)[0]
+    inside = text.strip()
+    if inside[:1] + inside[-1:] in ("()", "[]"):
+        inside = inside[1:-1]
+    entries = [entry.strip() for entry in inside.split(",")]
+    return check_value(name, [_parse_scalar(entry, kind) for entry in entries if entry])
+
+
+def _parse_scalar(text: str, kind: Any) -> Any:
+    """`text` as `kind` if it reads as one; else the text itself, for check_value to refuse."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    if kind is bool:
+        return _BOOLEANS.get(text.lower(), text)
+    if kind is str:
+        return text
+    for reading in (int, float):
+        try:
+            number = reading(text)
+        except ValueError:
+            continue
+        whole = isinstance(number, float) and math.isfinite(number) and number == int(number)
+        return int(number) if kind is int and whole else number  # 1e5 steps
+    return text
+
+
+def _scalar(name: str, value: Any, kind: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number and math.isfinite(value):
+        return float(value)
+    if type(value) is kind and kind is not float:
+        return value
+    raise UserError(f"{name} = {value!r} must be {_WORDS[kind]}, not {type(value).__name__}.")
+
+
+def _check_limits(name: str, value: Any, field: dataclasses.Field) -> None:
+    info = field_info(field)
+    if info.choices and value not in info.choices:
+        raise UserError(
+            f"{name} = {value!r} is not one of {', '.join(info.choices)}."
+            f"{nearest(str(value), info.choices)}"
+        )
+    if info.minimum is not None and value < info.minimum:
+        raise UserError(f"{name} = {value!r} must be at least {info.minimum}.")
+    if info.above is not None and value <= info.above:
+        raise UserError(f"{name} = {value!r} must be greater than {info.above}.")
+    if info.below is not None and value >= info.below:
+        raise UserError(f"{name} = {value!r} must be less than {info.below}.")
+
+
+def _example(field: dataclasses.Field) -> str:
+    kind = get_args(field.type)[0]
+    return {int: "(1, 2)", float: "(0.5, 0.5)", str: '("a", "b")'}[kind]
