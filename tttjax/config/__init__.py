@@ -13,7 +13,7 @@ from tttjax.config.run_info import (
     config_fingerprint,
     describe_environment,
     fixed_values,
-    read_run_info,
+    read_config,
     write_run_info,
 )
 from tttjax.config.schema import (
@@ -49,7 +49,7 @@ __all__ = [
     "load_config_dict",
     "match_parameters",
     "parameter_count",
-    "read_run_info",
+    "read_config",
     "to_dict",
     "to_flat_dict",
     "write_run_info",

@@ -12,7 +12,7 @@ from tttjax.errors import UserError
 
 def has_fast_weights(model: ModelConfig, inner: InnerConfig) -> bool:
     """Whether anything is there for the inner loop to rewrite."""
-    return model.suffix_layers > 0 and (model.fast_mlp or bool(inner.fast_paths))
+    return model.fast_mlp or bool(inner.fast_paths)
 
 
 def check_config(config: Config) -> None:
@@ -97,11 +97,6 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
             "model.fast_mlp = True needs model.suffix_layers of at least 1: the fast MLPs are in "
             "the suffix."
         )
-    if inner.fast_paths and model.suffix_layers == 0:
-        raise UserError(
-            f"inner.fast_paths = {inner.fast_paths} needs model.suffix_layers of at least 1: only "
-            "the suffix runs chunk by chunk."
-        )
     if inner.meta_gradient == "truncated" and inner.truncate_chunks == 0:
         raise UserError(
             'inner.meta_gradient = "truncated" needs inner.truncate_chunks of at least 1.'
@@ -146,11 +141,13 @@ def _check_schedule(config: Config) -> None:
         if optim.decay_steps
         else (train.steps, "train.steps")
     )
-    if optim.warmup_steps > end:
+    if optim.warmup_steps >= end:
         raise UserError(
-            f"optim.warmup_steps = {optim.warmup_steps} is more than {name} = {end}, where the "
-            "learning rate has decayed to optim.end_lr."
+            f"optim.warmup_steps = {optim.warmup_steps} leaves no step for the decay, which ends at "
+            f"{name} = {end}."
         )
+    if -1 < optim.init_lr < 0:
+        raise UserError(f"optim.init_lr = {optim.init_lr} must be at least 0, or exactly -1.")
     first_last = train.profile_steps
     if first_last and (len(first_last) != 2 or first_last[0] > first_last[1]):
         raise UserError(

@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tttjax.config.build import to_dict, to_flat_dict
+from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
 from tttjax.config.schema import Config, all_fields, field_info
 from tttjax.errors import UserError
 
-RUN_INFO = "run_info.json"
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
 PACKAGES = (
     *("tttjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record"),
     *("numpy", "ml-collections", "tensorstore", "tokenizers", "sentencepiece", "zstandard"),
@@ -28,11 +29,15 @@ PACKAGES = (
 def fixed_values(config: Config) -> dict[str, Any]:
     """By dotted name, what must stay the same between resumes of one work directory.
 
-    Everything that decides the numbers; not the mesh, evaluation, logging or checkpoint cadence.
+    Everything that decides the numbers, and not the mesh, evaluation, logging or checkpoint
+    cadence; nor the number of steps where `optim.decay_steps` fixes the schedule.
     """
     fields = all_fields()
     values = to_flat_dict(config)
-    return {name: v for name, v in values.items() if not field_info(fields[name]).may_change}
+    fixed = {name: v for name, v in values.items() if not field_info(fields[name]).may_change}
+    if config.optim.decay_steps:
+        del fixed["train.steps"]
+    return fixed
 
 
 def config_fingerprint(config: Config) -> str:
@@ -73,64 +78,65 @@ def git_revision() -> dict[str, Any] | None:
     return {"commit": commit, "modified": bool(_git(root, "status", "--porcelain", "-uno"))}
 
 
-def write_run_info(workdir: str | Path, config: Config, with_devices: bool = False) -> Path:
-    """Writes `run_info.json`, adding this start to those of earlier ones. Returns its path.
+def write_run_info(workdir: str | Path, config: Config, with_devices: bool = False) -> None:
+    """Writes `config.json`, and adds this start to those in `environment.json`.
 
-    Call it from one process. Raises UserError as `check_same_run` does.
+    Call it from one process. Raises UserError as `check_same_run` does, before writing.
     """
     check_same_run(workdir, config)
-    previous = read_run_info(workdir) or {"starts": []}
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config": to_dict(config),
-        "environment": describe_environment(with_devices),
-    }
-    info = {
         "fingerprint": config_fingerprint(config),
+        "environment": describe_environment(with_devices),
         "config": to_dict(config),
-        "starts": [*previous["starts"], start],
     }
-    path = Path(workdir) / RUN_INFO
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(info, indent=1) + "\n")
-    os.replace(temporary, path)
-    return path
+    starts = _read_json(folder / ENVIRONMENT) or []
+    _write_json(folder / CONFIG, to_dict(config))
+    _write_json(folder / ENVIRONMENT, [*starts, start])
 
 
-def read_run_info(workdir: str | Path) -> dict[str, Any] | None:
-    """The contents of a work directory's `run_info.json`; None if it has none."""
-    path = Path(workdir) / RUN_INFO
-    if not path.exists():
-        return None
-    try:
-        info = json.loads(path.read_text())
-        info["config"], info["starts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); restore it or choose another workdir."
-        ) from None
-    return info
+def read_config(workdir: str | Path) -> Config | None:
+    """The configuration that a work directory's run was last started with; None if never."""
+    values = _read_json(Path(workdir) / CONFIG)
+    return None if values is None else from_config_dict(values)
 
 
 def check_same_run(workdir: str | Path, config: Config) -> None:
     """UserError, naming the differences, if `workdir` belongs to another configuration."""
-    info = read_run_info(workdir)
-    if info is None:
+    previous = read_config(workdir)
+    if previous is None:
         return
-    differences = []
-    for name, value in fixed_values(config).items():
-        section, _, key = name.partition(".")
-        saved = info["config"].get(section, {}).get(key, all_fields()[name].default)
-        saved = list(saved) if isinstance(saved, tuple) else saved
-        if saved != value:
-            differences.append(f"{name} was {saved!r}, is {value!r}")
+    before, now = to_flat_dict(previous), fixed_values(config)
+    differences = [
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if before[name] != value
+    ]
     if differences:
         shown = "; ".join(differences[:5]) + ("; ..." if len(differences) > 5 else "")
         raise UserError(
             f"The work directory {workdir} belongs to another configuration ({shown}); choose "
             "another --workdir or go back to the first values."
         )
+
+
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it, or choose another --workdir."
+        ) from None
+
+
+def _write_json(path: Path, values: Any) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def _version(package: str) -> str | None:

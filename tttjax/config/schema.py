@@ -144,7 +144,12 @@ class OptimConfig:
     """The outer optimizer: AdamW, linear warm-up, cosine decay."""
 
     peak_lr: float = _field(3e-3, "Learning rate at the end of the warm-up.", minimum=0)
-    init_lr: float = _field(0.0, "Learning rate at the start of the warm-up.", minimum=0)
+    init_lr: float = _field(
+        -1.0,
+        "Learning rate of the first step, where the warm-up starts; -1: one notch above zero, "
+        "peak_lr / (warmup_steps + 1), so that the first step is not lost (as it is with 0).",
+        minimum=-1,
+    )
     end_lr: float = _field(1e-5, "Learning rate at the end of the decay.", minimum=0)
     warmup_steps: int = _field(0, "Steps of linear warm-up.", minimum=0)
     decay_steps: int = _field(

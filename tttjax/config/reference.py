@@ -1,0 +1,109 @@
+"""Writes docs/configuration.md from the schema: `python -m tttjax.config.reference FILE`."""
+
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+from typing import get_args, get_origin
+
+from tttjax.config.schema import SECTIONS, FieldInfo, field_info
+
+_HEAD = """\
+# Configuration
+
+<!-- Generated from tttjax/config/schema.py by `python -m tttjax.config.reference \
+docs/configuration.md`; do not edit. -->
+
+A run is described by a Python file with a function `get_config(arg)` that starts from
+`tttjax.config.default_config()`, changes what it needs and returns it:
+
+```python
+from tttjax.config import default_config
+
+
+def get_config(arg: str | None = None):
+    config = default_config()
+    config.model.num_layers = 12
+    config.train.seq_len = 8192
+    return config
+```
+
+Choose the file, its argument, and any field on the command line; the last word wins:
+
+```
+tttjax train --config=experiments/paper.py:125m,ttt_e2e,pretrain --workdir=runs/125m \\
+    --config.data.sources=data/dclm,data/books --config.train.steps=4800 --config.model.remat=none
+```
+
+Lists are written `a,b`; booleans `true` and `false`; numbers as in Python (`1e-3`). Everything is
+checked once, before anything else happens: an unknown name, a wrong type, a value out of its
+limits or fields that contradict each other end the program with a sentence that says so.
+
+Every run writes two files into its work directory: `config.json`, the resolved configuration, and
+`environment.json`, for each start the versions of the packages, the git revision and what the
+configuration was then. When a run is resumed, the fields marked *may change* below may have other
+values (and `train.steps`, if `optim.decay_steps` fixes the schedule); any other difference is
+refused.
+"""
+
+_BETWEEN_FIELDS = """\
+## What must hold between fields
+
+- `train.seq_len` and every one of `eval.context_lengths` are multiples of `inner.chunk_size`.
+- With fast weights and window attention, `model.window_size` is at least `inner.chunk_size`.
+- `model.suffix_layers` is at most `model.num_layers`; `model.fast_mlp` needs a suffix. A model has
+  fast weights if it has fast MLPs or `inner.fast_paths` chooses others.
+- `model.mixers` is no longer than `model.num_layers`.
+- `model.embed_dim` is a multiple of `model.num_heads` unless `model.head_dim` is set; a head has an
+  even number of entries.
+- `inner.truncate_chunks` is set if, and only if, `inner.meta_gradient` is `truncated`.
+- `train.batch_size` is a multiple of `train.accum_steps`, and each micro-batch of
+  `mesh.data` x `mesh.fsdp`.
+- `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices; `model.num_heads` and
+  `model.mlp_dim` are multiples of `mesh.tensor`; `mesh.data` x `mesh.fsdp` is a multiple of the
+  number of processes.
+- `optim.warmup_steps` is less than `optim.decay_steps` (or `train.steps`).
+- `data.weights` is empty or has one entry for each of `data.sources`.
+"""
+
+
+def reference() -> str:
+    """The whole page as Markdown."""
+    parts = [_HEAD]
+    for name, section in SECTIONS.items():
+        rows = [_row(field) for field in dataclasses.fields(section)]
+        table = "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows])
+        parts.append(f"## {name}\n\n{inspect.getdoc(section)}\n\n{table}\n")
+    return "\n".join([*parts, _BETWEEN_FIELDS])
+
+
+def _row(field: dataclasses.Field) -> str:
+    info = field_info(field)
+    default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
+    notes = [info.doc, *_limits(info)]
+    if info.may_change:
+        notes.append("*May change.*")
+    return f"| `{field.name}` | {_type_name(field)} | `{default}` | {' '.join(notes)} |"
+
+
+def _limits(info: FieldInfo) -> list[str]:
+    limits = []
+    if info.choices:
+        limits.append(f"One of {', '.join(f'`{choice}`' for choice in info.choices)}.")
+    if info.minimum is not None:
+        limits.append(f"At least {info.minimum}.")
+    if info.above is not None:
+        limits.append(f"Above {info.above}.")
+    if info.below is not None:
+        limits.append(f"Below {info.below}.")
+    return limits
+
+
+def _type_name(field: dataclasses.Field) -> str:
+    kind = get_args(field.type)[0] if get_origin(field.type) is tuple else field.type
+    name = getattr(kind, "__name__", str(kind))
+    return f"list of {name}" if kind is not field.type else name
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(reference())
