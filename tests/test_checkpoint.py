@@ -1,0 +1,297 @@
+"""Checkpoints: exact round trips, damage, differences, full disks."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from tttjax import checkpoint, checkpoint_io
+from tttjax.errors import UserError
+from tttjax.types import Params
+
+
+def mesh(*shape):
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def shardings(tree, on):
+    """Matrices are sharded over fsdp, the rest is replicated."""
+
+    def one(x):
+        return NamedSharding(on, PartitionSpec("fsdp") if x.ndim == 2 else PartitionSpec())
+
+    return jax.tree.map(one, tree)
+
+
+def make_state(on, seed=0, width=16):
+    key = jax.random.key(seed)
+    params = Params(
+        slow={"embedding": jax.random.normal(key, (32, width)), "norm": {"scale": jnp.ones(width)}},
+        fast={"mlp": jax.random.normal(key, (width, 8)).astype(jnp.bfloat16)},
+    )
+    opt_state = optax.chain(optax.identity(), optax.adam(0.1)).init(params)
+    state = {"step": jnp.int32(seed), "params": params, "opt_state": opt_state}
+    return jax.device_put(state, shardings(state, on))
+
+
+def abstract(state, on=None):
+    placed = shardings(state, on) if on else jax.tree.map(lambda x: x.sharding, state)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+    )
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save_steps(path, steps, keep=5):
+    """Saves one state per step under path/checkpoints and returns them by step."""
+    states = {n: make_state(mesh(4, 2), seed=n) for n in steps}
+    saver = checkpoint.Checkpointer(path / "checkpoints", keep=keep)
+    for n, state in states.items():
+        saver.save(n, state, data_state={"next": n}, extra={"tokens": 10 * n}, config={"a": {}})
+    saver.close()
+    return states
+
+
+def restore(path, target):
+    saver = checkpoint.Checkpointer(path / "checkpoints", keep=5)
+    try:
+        return saver.restore(target)
+    finally:
+        saver.close()
+
+
+def arrays_of(path, step, item="train"):
+    folder = path / "checkpoints" / str(step) / item / "ocdbt.process_0" / "d"
+    return sorted(folder.iterdir(), key=lambda f: f.stat().st_size)
+
+
+def test_round_trip_is_exact_and_old_steps_are_dropped(tmp_path):
+    states = save_steps(tmp_path, [1, 2, 3], keep=2)
+    got = restore(tmp_path, abstract(states[3]))
+    assert (got.step, got.data_state, got.extra) == (3, {"next": 3}, {"tokens": 30})
+    assert_same_bits(got.state, states[3])
+    for x, y in zip(jax.tree.leaves(got.state), jax.tree.leaves(states[3]), strict=True):
+        assert x.sharding == y.sharding
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
+        "2",
+        "3",
+    ]
+
+
+def test_empty_directory_has_nothing_to_restore(tmp_path):
+    assert restore(tmp_path, abstract(make_state(mesh(4, 2)))) is None
+
+
+def test_saving_is_safe_when_the_next_step_donates_the_state(tmp_path):
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = {"params": {"w": jnp.zeros((256, 256))}, "step": jnp.int32(0)}
+    saver = checkpoint.Checkpointer(tmp_path / "checkpoints", keep=9)
+    for n in range(1, 6):
+        state = step(state)
+        saver.save(n, state)
+    saver.close()
+    for n in range(1, 6):
+        w = checkpoint_io.read_item(
+            checkpoint.epath.Path(tmp_path) / "checkpoints" / str(n) / "params",
+            abstract(state)["params"],
+        )["w"]
+        np.testing.assert_array_equal(w, np.full((256, 256), n))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1)])
+def test_restores_onto_another_mesh(tmp_path, shape):
+    states = save_steps(tmp_path, [1])
+    devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+    other = jax.sharding.Mesh(devices, ("data", "fsdp"))
+    got = restore(tmp_path, abstract(states[1], other)).state
+    assert_same_bits(got, states[1])
+    assert got["params"].slow["embedding"].sharding.mesh.shape == other.shape
+
+
+def truncate(path):
+    largest = arrays_of(path, 2)[-1]
+    largest.write_bytes(largest.read_bytes()[:-7])
+
+
+def flip_a_bit(path):
+    largest = arrays_of(path, 2, "params")[-1]
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(bytes(data))
+
+
+def remove_an_array_file(path):
+    arrays_of(path, 2)[-1].unlink()
+
+
+def remove_the_metadata(path):
+    (path / "checkpoints" / "2" / "params" / "_METADATA").unlink()
+
+
+def remove_an_item(path):
+    shutil.rmtree(path / "checkpoints" / "2" / "meta")
+
+
+def remove_the_checksums(path):
+    (path / "checkpoints" / "2" / "checksums.json").unlink()
+
+
+DAMAGES = [
+    truncate,
+    flip_a_bit,
+    remove_an_array_file,
+    remove_the_metadata,
+    remove_an_item,
+    remove_the_checksums,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_is_reported_and_the_one_before_used(tmp_path, capfd, damage):
+    states = save_steps(tmp_path, [1, 2])
+    damage(tmp_path)
+    got = restore(tmp_path, abstract(states[1]))
+    assert got.step == 1
+    assert_same_bits(got.state, states[1])
+    assert "checkpoint of step 2 is damaged" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints" / "damaged-2").exists()
+    # The step can be saved again, and is then the newest.
+    save_steps(tmp_path, [2])
+    assert restore(tmp_path, abstract(states[1])).step == 2
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+    save_steps(tmp_path, [2])
+    truncate(tmp_path)
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        restore(tmp_path, abstract(make_state(mesh(4, 2))))
+
+
+def test_half_written_newest_is_reported_and_ignored(tmp_path, capfd):
+    states = save_steps(tmp_path, [1, 2])
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "2").rename(checkpoints / "2.orbax-checkpoint-tmp")
+    assert restore(tmp_path, abstract(states[1])).step == 1
+    assert "checkpoint of step 2" in capfd.readouterr().err
+    assert not (checkpoints / "2.orbax-checkpoint-tmp").exists()
+
+
+def test_another_architecture_is_refused_with_every_difference(tmp_path):
+    states = save_steps(tmp_path, [1])
+    target = abstract(make_state(mesh(4, 2), width=24))
+    params = target["params"]
+    params.slow["norm_out"] = params.slow.pop("norm")
+    with pytest.raises(UserError) as info:
+        restore(tmp_path, target)
+    text = str(info.value)
+    assert "slow/embedding is float32[32, 16] in the checkpoint and float32[32, 24]" in text
+    assert "missing slow/norm_out/scale float32[24] (nearest: slow/norm/scale)" in text
+    assert "unexpected slow/norm/scale float32[16]" in text
+    assert "fast/mlp is bfloat16[16, 8]" in text
+    # The checkpoint is not damaged by being refused.
+    assert restore(tmp_path, abstract(states[1])).step == 1
+
+
+def test_another_dtype_is_refused(tmp_path):
+    target = abstract(save_steps(tmp_path, [1])[1])
+    mlp = target["params"].fast["mlp"]
+    target["params"].fast["mlp"] = jax.ShapeDtypeStruct(
+        mlp.shape, jnp.float32, sharding=mlp.sharding
+    )
+    with pytest.raises(UserError, match=r"fast/mlp is bfloat16.* and float32"):
+        restore(tmp_path, target)
+
+
+def test_weights_only_from_a_work_directory_or_one_checkpoint(tmp_path):
+    states = save_steps(tmp_path, [1, 2])
+    target = abstract(states[1])["params"]
+    for path, step in [
+        (tmp_path, 2),
+        (tmp_path / "checkpoints", 2),
+        (tmp_path / "checkpoints/1", 1),
+    ]:
+        assert_same_bits(checkpoint.restore_params(path, target), states[step]["params"])
+    assert checkpoint.load_config(tmp_path) == {"a": {}}
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.restore_params(tmp_path / "nowhere", target)
+
+
+def test_weights_only_passes_over_a_damaged_checkpoint_without_renaming(tmp_path, capfd):
+    states = save_steps(tmp_path, [1, 2])
+    flip_a_bit(tmp_path)
+    got = checkpoint.restore_params(tmp_path, abstract(states[1])["params"])
+    assert_same_bits(got, states[1]["params"])
+    assert "is damaged" in capfd.readouterr().err
+    assert (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_partial_loading_only_on_request(tmp_path):
+    saved = save_steps(tmp_path, [1])[1]["params"]
+    target = abstract(saved)
+    extra = jax.device_put(jnp.full((3,), 7.0), NamedSharding(mesh(4, 2), PartitionSpec()))
+    target = target.replace(fast={**target.fast, "new": {"scale": extra}})
+    with pytest.raises(UserError, match="missing fast/new/scale"):
+        checkpoint.restore_params(tmp_path, target)
+    got = checkpoint.restore_params(tmp_path, target, allow_missing=("fast/**",))
+    np.testing.assert_array_equal(got.fast["new"]["scale"], extra)
+    assert_same_bits(got.slow, saved.slow)
+
+    without = abstract(saved)
+    del without.slow["norm"]
+    with pytest.raises(UserError, match="unexpected slow/norm/scale"):
+        checkpoint.restore_params(tmp_path, without)
+    got = checkpoint.restore_params(tmp_path, without, allow_unexpected=("slow/norm/*",))
+    assert list(got.slow) == ["embedding"]
+
+
+def test_patterns():
+    assert checkpoint_io.matches("fast/**", "fast/a/b")
+    assert checkpoint_io.matches("fast/*/b", "fast/a/b")
+    assert not checkpoint_io.matches("fast/*", "fast/a/b")
+    assert not checkpoint_io.matches("fas.*", "fast/a")
+
+
+def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
+    """A limit on the size of files stands for the full disk; it needs a process of its own."""
+    script = textwrap.dedent("""
+        import resource, sys
+        from absl import logging
+        import jax, jax.numpy as jnp
+        from tttjax import checkpoint
+        from tttjax.errors import UserError
+
+        logging.set_verbosity("fatal")
+        w = jax.random.normal(jax.random.key(0), (512, 512))
+        state = {"params": {"w": w}, "step": jnp.int32(0)}
+        saver = checkpoint.Checkpointer(sys.argv[1], keep=3)
+        saver.save(1, state)
+        saver.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            saver.save(2, state)
+            saver.wait()
+        except UserError as error:
+            print("UserError", error)
+        print("latest", checkpoint.find_checkpoint(sys.argv[1]).name)
+    """)
+    folder = tmp_path / "checkpoints"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert "UserError no space left" in done.stdout, done.stderr[-2000:]
+    assert "step 1 is intact" in done.stdout
+    assert "latest 1" in done.stdout
+    assert not list(folder.glob("*tmp*"))

@@ -1,0 +1,246 @@
+"""Checkpoints: asynchronous saves with Orbax, exact and verified restores.
+
+A work directory keeps them in `checkpoints/<step>/`, each with three items and a seal:
+
+    params/         the weights, Params(slow, fast)
+    train/          everything else of the train state: optimizer, step, counters
+    meta/           JSON: data iterator state, metrics' state, resolved configuration
+    checksums.json  BLAKE2b of every file of the three, written before the commit
+
+Arrays are stored under the path they have in the train state (`params/slow/...`), so a restore
+can compare every name, shape and dtype, and evaluation can read the weights alone.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from tttjax import checkpoint_io as io
+from tttjax.errors import UserError
+from tttjax.types import Params, PyTree
+
+FORMAT = 1
+DIRECTORY = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back: the state on its devices, and what was saved with it."""
+
+    step: int
+    state: PyTree
+    data_state: Any
+    extra: dict[str, Any]
+
+
+def _is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def _warn(sentence: str) -> None:
+    if _is_first():
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+class Checkpointer:
+    """Saves and restores train states under `directory`, keeping the newest `keep`.
+
+    `save` returns as soon as the arrays are copied off the devices; the files are written in the
+    background and the checkpoint appears under its name only when complete. Every process of a
+    multi-process run must make the same calls.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int = 2):
+        """Opens (and creates) `directory`; reports and removes checkpoints never completed."""
+        self.directory = epath.Path(directory)
+        self._report_unfinished()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=(*io.ARRAY_ITEMS, io.META),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=lambda: io.seal_unfinished(self.directory)
+                ),
+            ),
+        )
+
+    def _report_unfinished(self) -> None:
+        for step in io.unfinished_steps(self.directory):
+            _warn(f"the checkpoint of step {step} in {self.directory} was never completed; removed")
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        data_state: Any = None,
+        extra: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts saving `state`; does nothing if this step is already saved.
+
+        Arguments:
+          step: the number of finished updates, the checkpoint's name.
+          state: a pytree of arrays with an attribute or key `params`.
+          data_state, extra, config: anything JSON holds; given back by `restore`, `load_config`.
+
+        Raises:
+          UserError: this save or the one before it met a full disk.
+        """
+        if step in self._manager.all_steps():
+            return
+        arrays = io.split_items(state)
+        meta = {"format": FORMAT, "data_state": data_state, "extra": extra or {}, "config": config}
+        items: dict[str, Any] = {k: ocp.args.StandardSave(arrays[k]) for k in io.ARRAY_ITEMS}
+        items[io.META] = ocp.args.JsonSave(meta)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as e:
+            self._explain(e)
+            raise
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is complete; raises like `save`."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            self._explain(e)
+            raise
+
+    def _explain(self, error: Exception) -> None:
+        """Turns a full disk into a UserError, after removing what was half written."""
+        if io.is_disk_full(error):
+            io.remove_unfinished(self.directory)
+            earlier = io.completed(self.directory)
+            kept = f"step {earlier[-1].name} is intact" if earlier else "no earlier one exists"
+            raise UserError(
+                f"no space left while saving a checkpoint in {self.directory} ({kept}): free some "
+                "space and start again with the same command, which continues from there"
+            ) from error
+
+    def latest_step(self) -> int | None:
+        """The newest completed checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract_state: PyTree) -> Restored | None:
+        """Reads the newest undamaged checkpoint, or returns None if there is none at all.
+
+        Arguments:
+          abstract_state: jax.ShapeDtypeStructs with shardings, in the structure that was saved.
+            The shardings may belong to another mesh or number of hosts than the saved ones.
+
+        A damaged checkpoint is reported, renamed to `damaged-<step>` and passed over.
+
+        Raises:
+          UserError: a name, shape or dtype differs from the checkpoint's, or every checkpoint
+            is damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            path = self.directory / str(step)
+            problem = _agree(io.damage(path) if _is_first() else None)
+            if problem is None:
+                state = io.read_items(path, abstract_state)
+                meta = io.read_meta(path)
+                return Restored(step, state, meta["data_state"], meta["extra"])
+            _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
+            self._set_aside(path)
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self.directory} is damaged (see damaged-* there): restore "
+                "the directory from a copy, or start over in a new work directory"
+            )
+        return None
+
+    def _set_aside(self, path: epath.Path) -> None:
+        if _is_first():
+            target = path.parent / f"damaged-{path.name}"
+            if target.exists():
+                target.rmtree()
+            path.rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("tttjax set damaged checkpoint aside")
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for the save in progress and releases Orbax's threads; raises like `save`."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _agree(problem: str | None) -> str | None:
+    """Process 0's verdict, on every process."""
+    if jax.process_count() == 1:
+        return problem
+    text = np.zeros(512, np.uint8)
+    encoded = (problem or "").encode()[:512]
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    shared = np.asarray(multihost_utils.broadcast_one_to_all(text))
+    return bytes(shared).rstrip(b"\0").decode(errors="replace") or None
+
+
+def find_checkpoint(path: epath.PathLike) -> epath.Path:
+    """The newest undamaged checkpoint of a work directory, or `path` if it is a checkpoint.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = epath.Path(path)
+    if (path / io.META).exists():
+        candidates = [path]
+    else:
+        folder = path / DIRECTORY if (path / DIRECTORY).exists() else path
+        candidates = io.completed(folder)
+    if not candidates:
+        raise UserError(
+            f"{path} holds no checkpoint: give a work directory that `tttjax train` has written, "
+            "or one checkpoint in it"
+        )
+    for candidate in reversed(candidates):
+        problem = _agree(io.damage(candidate) if _is_first() else None)
+        if problem is None:
+            return candidate
+        _warn(f"the checkpoint {candidate} is damaged ({problem})")
+    raise UserError(f"every checkpoint in {path} is damaged: restore it from a copy")
+
+
+def load_config(path: epath.PathLike) -> dict[str, Any] | None:
+    """The resolved configuration saved in the newest undamaged checkpoint under `path`."""
+    return io.read_meta(find_checkpoint(path))["config"]
+
+
+def restore_params(
+    path: epath.PathLike,
+    template: Params,
+    *,
+    allow_missing: tuple[str, ...] = (),
+    allow_unexpected: tuple[str, ...] = (),
+) -> Params:
+    """Reads weights only, from a work directory (its newest checkpoint) or a checkpoint.
+
+    Arguments:
+      template: jax.ShapeDtypeStructs with shardings. Where `allow_missing` lets the checkpoint
+        lack an array, the template must hold the array itself, which is returned unchanged.
+      allow_missing, allow_unexpected: patterns over paths such as "fast/**" or "slow/*/norm":
+        arrays that the checkpoint, or the template, may lack (`*` stays within one part of a
+        path, `**` crosses). Everything else must match in name, shape and dtype.
+
+    Raises:
+      UserError: no checkpoint, all damaged, or the differences between the two.
+    """
+    return io.read_item(
+        find_checkpoint(path) / "params",
+        template,
+        allow_missing=allow_missing,
+        allow_unexpected=allow_unexpected,
+    )
