@@ -41,7 +41,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Attention | NoMi
     sights = {
         "full": Sight(),
         "window": Sight(window=shape.window_size),
-        "local": Sight(block=shape.local_size),
+        "local": Sight(window=shape.window_size, block=shape.local_size),
     }
     if kind not in sights:
         raise ValueError(f"unknown mixer {kind!r}; one of none, {', '.join(sights)}")

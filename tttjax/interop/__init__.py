@@ -1,0 +1,1 @@
+"""Checkpoints and reference numbers of other implementations."""
