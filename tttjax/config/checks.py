@@ -143,8 +143,8 @@ def _check_schedule(config: Config) -> None:
     )
     if optim.warmup_steps >= end:
         raise UserError(
-            f"optim.warmup_steps = {optim.warmup_steps} leaves no step for the decay, which ends at "
-            f"{name} = {end}."
+            f"optim.warmup_steps = {optim.warmup_steps} leaves no step for the decay, which ends "
+            f"at {name} = {end}."
         )
     if -1 < optim.init_lr < 0:
         raise UserError(f"optim.init_lr = {optim.init_lr} must be at least 0, or exactly -1.")

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tttjax.config.build import from_config_dict
-from tttjax.config.schema import SECTIONS, Config
+from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.config.values import nearest, parse_value
 from tttjax.errors import UserError
 
@@ -121,5 +121,13 @@ def _blamed_on(path: Path) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         line = f", line {inside[-1].lineno}" if inside else ""
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}{line}: {type(error).__name__}: {text}") from error
+        raise UserError(f"{path}{line}: {_in_short(error)}") from error
+
+
+def _in_short(error: Exception) -> str:
+    """One line; a ConfigDict's own error about an unknown field would print the whole section."""
+    locked = re.search(r'Key \\?"(\w+)\\?" does not exist', str(error))
+    if locked is None:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    leaves = [name.rpartition(".")[2] for name in all_fields()]
+    return f"there is no configuration field {locked[1]!r}.{nearest(locked[1], leaves)}"

@@ -1,0 +1,60 @@
+"""Every recipe of this folder as text, so that a change to any of them is seen as a diff.
+
+    python experiments/all_recipes.py tests/golden_configs
+
+writes one file per experiment file (paper.py: one per size) with, for each recipe, the fields
+that differ from the defaults, and `defaults.txt` with all defaults.
+"""
+
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments import ablations, paper, quickstart, toy
+from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
+
+
+def all_recipes() -> dict[str, ConfigDict]:
+    """Every recipe by the word that `--config=experiments/` takes."""
+    found = {f"paper.py:{recipe}": recipe.config() for recipe in paper.recipes()}
+    for name, module in (("ablations", ablations), ("toy", toy), ("quickstart", quickstart)):
+        found |= {f"{name}.py:{arg}": module.get_config(arg) for arg in module.recipes()}
+    return found
+
+
+def dumps() -> dict[str, str]:
+    """The contents of the dumped files by name."""
+    defaults = to_flat_dict(from_config_dict(default_config()))
+    files = {"defaults.txt": "".join(f"{name} = {v!r}\n" for name, v in defaults.items())}
+    for word, config in all_recipes().items():
+        file, _, arg = word.partition(".py:")
+        name = f"paper_{arg.split(',')[0]}.txt" if file == "paper" else f"{file}.txt"
+        text = _dump(word, from_config_dict(config), defaults)
+        files[name] = f"{files[name]}\n{text}" if name in files else text
+    return files
+
+
+def _dump(word: str, config: Config, defaults: dict) -> str:
+    count = parameter_count(config.model)
+    train = config.train
+    lines = [
+        f"[{word}]",
+        f"parameters: {count['total']:,}; fast MLPs {count['fast']:,}",
+        f"tokens: {train.steps * train.batch_size * train.seq_len:,}",
+    ]
+    if word.startswith("paper.py:"):
+        lines.append(paper.describe(word.partition(":")[2]).splitlines()[-1])
+    values = to_flat_dict(config)
+    lines += [f"{name} = {v!r}" for name, v in values.items() if v != defaults[name]]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in dumps().items():
+        (folder / name).write_text(text)
