@@ -1,0 +1,212 @@
+"""Metrics files, their repair after a kill, rates, and the FLOP formula."""
+
+import dataclasses
+import io
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tttjax import flops, metrics
+from tttjax.config import InnerConfig, ModelConfig
+from tttjax.errors import UserError
+from tttjax.metrics import LateMetrics, MetricLogger, Throughput
+
+RATES = Throughput(tokens_per_step=100, flops_per_token=1e6, peak=flops.Peak(1e9, "test"))
+
+
+def logger(path, start=0, stream=None, **kwargs):
+    return MetricLogger(path, RATES, 20, start_step=start, stream=stream or io.StringIO(), **kwargs)
+
+
+def log_steps(log, first, last):
+    for step in range(first, last + 1):
+        log.log(step, {"loss": 1 / step, "skipped": 0}, seconds=0.5, input_seconds=0.1)
+
+
+def test_metrics_are_read_one_step_late():
+    late = LateMetrics()
+    assert late.swap(1, {"loss": jnp.float32(3.5)}, "a") is None
+    assert late.swap(2, {"loss": jnp.float32(2.5)}, "b") == (1, {"loss": 3.5}, "a")
+    assert late.flush() == (2, {"loss": 2.5}, "b")
+    assert late.flush() is None
+
+
+def test_late_metrics_never_read_the_step_just_dispatched(monkeypatch):
+    fetched = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(float(x["loss"])) or get(x))
+    late = LateMetrics()
+    for step in range(1, 4):
+        late.swap(step, {"loss": jnp.float32(step)})
+        assert fetched == [float(n) for n in range(1, step)]
+
+
+def test_records_hold_exact_values_and_rates(tmp_path):
+    log = logger(tmp_path)
+    loss = float(np.float32(0.1))
+    log.log(1, {"loss": loss, "nonfinite": False}, seconds=0.5, input_seconds=0.1)
+    log.close()
+    (record,) = metrics.read_records(tmp_path)
+    assert record["loss"] == loss
+    assert record["time"]["tokens_per_second"] == 200
+    assert record["time"]["mfu"] == pytest.approx(200 * 1e6 / 1e9)
+    assert record["time"]["input_share"] == pytest.approx(0.2)
+    assert record["time"]["memory_bytes"] > 1e6
+    assert metrics.loss_stream(tmp_path) == [{"step": 1, "loss": loss, "nonfinite": False}]
+
+
+def test_resuming_cuts_later_records_and_repairs_a_torn_line(tmp_path):
+    log = logger(tmp_path / "whole")
+    log_steps(log, 1, 8)
+    log.close()
+
+    log = logger(tmp_path / "cut")
+    log_steps(log, 1, 6)
+    log.close()
+    with (tmp_path / "cut" / metrics.JSONL).open("a") as file:
+        file.write('{"step": 7, "lo')
+    log = logger(tmp_path / "cut", start=4)
+    log_steps(log, 5, 8)
+    log.close()
+    assert metrics.loss_stream(tmp_path / "cut") == metrics.loss_stream(tmp_path / "whole")
+
+
+def test_non_finite_values_stay_valid_json(tmp_path):
+    log = logger(tmp_path)
+    log.log(1, {"loss": math.nan, "grad_norm": math.inf}, seconds=1.0)
+    log.close()
+    text = (tmp_path / metrics.JSONL).read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert (record["loss"], record["grad_norm"]) == ("nan", "inf")
+
+
+def test_tensorboard_gets_points(tmp_path):
+    log = logger(tmp_path, log_every=2)
+    log_steps(log, 1, 4)
+    log.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    assert b"loss" in content
+    assert b"time/mfu" in content
+
+
+def test_progress_on_a_terminal_and_elsewhere(tmp_path):
+    plain = io.StringIO()
+    log = logger(tmp_path / "a", stream=plain, log_every=2)
+    log_steps(log, 1, 4)
+    log.close()
+    lines = plain.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["2/20", "4/20"]
+    assert "loss 0.2500  200 tok/s  mfu 20.0%  input 20%  eta 0:08" in lines[1]
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    log = logger(tmp_path / "b", stream=terminal, log_every=2)
+    log_steps(log, 1, 4)
+    log.say("saved")
+    log.close()
+    assert terminal.getvalue().count("\r") == 4
+    assert terminal.getvalue().endswith("\nsaved\n")
+
+
+def test_the_compiled_step_stays_out_of_the_averages(tmp_path):
+    stream = io.StringIO()
+    log = logger(tmp_path, stream=stream, log_every=2)
+    log.log(1, {"loss": 1.0}, seconds=100.0, steady=False)
+    log.log(2, {"loss": 1.0}, seconds=0.5)
+    log.close()
+    assert "200 tok/s" in stream.getvalue()
+
+
+def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb_project='mine'.*not installed"):
+        logger(tmp_path, wandb_project="mine")
+
+
+def test_loss_curve_is_a_png(tmp_path):
+    log = logger(tmp_path)
+    log_steps(log, 1, 5)
+    log.close()
+    assert metrics.write_loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+# FLOPs -------------------------------------------------------------------------------------------
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    embed_dim=8,
+    num_layers=3,
+    num_heads=2,
+    mlp_dim=16,
+    window_size=8,
+    suffix_layers=2,
+    fast_mlp=True,
+)
+INNER = InnerConfig(chunk_size=4)
+PROJECTIONS, MLP, HEAD = 8 * 8 * 8, 6 * 8 * 16, 2 * 8 * 64
+SCORES = 4 * 8 * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 9 * 8) / 16  # 16 tokens, window 8
+OWN = 4 * 8 * 2.5  # a chunk's 4 queries see 1, 2, 3, 4 of their own keys
+
+
+def test_forward_flops_by_hand():
+    by_hand = 3 * (PROJECTIONS + SCORES + MLP) + 2 * MLP + HEAD
+    assert flops.forward_flops_per_token(MODEL, INNER, 16) == pytest.approx(by_hand)
+
+
+def test_train_flops_by_hand():
+    forward = flops.forward_flops_per_token(MODEL, INNER, 16)
+    inner_backward = (
+        (MLP + MLP / 3)  # lowest fast MLP: its gradients, and back through w2
+        + MLP  # its block's static MLP
+        + (PROJECTIONS + SCORES + OWN)  # the second block
+        + 2 * MLP
+        + MLP
+        + HEAD
+    )
+    exact = flops.train_flops_per_token(MODEL, INNER, 16)
+    assert exact == pytest.approx(3 * forward + 3 * inner_backward * 3 / 4)
+
+    def with_inner(**kwargs):
+        inner = dataclasses.replace(INNER, **kwargs)
+        return flops.train_flops_per_token(MODEL, inner, 16)
+
+    assert with_inner(meta_gradient="none") == pytest.approx(3 * forward)
+    assert with_inner(meta_gradient="first_order") == pytest.approx(
+        3 * forward + inner_backward * 3 / 4
+    )
+    assert with_inner(meta_gradient="truncated", truncate_chunks=2) == pytest.approx(
+        3 * forward + inner_backward * (3 + 2) / 4
+    )
+    assert with_inner(meta_gradient="truncated", truncate_chunks=4) == pytest.approx(exact)
+
+
+def test_train_flops_without_fast_weights_are_three_forward_passes():
+    model = dataclasses.replace(MODEL, suffix_layers=0, fast_mlp=False, mixers=("full",))
+    forward = flops.forward_flops_per_token(model, INNER, 16)
+    full = 3 * (PROJECTIONS + 4 * 8 * 8.5 + MLP) + HEAD
+    assert forward == pytest.approx(full)
+    assert flops.train_flops_per_token(model, INNER, 16) == pytest.approx(3 * full)
+
+
+def test_peaks_prefer_the_longest_name():
+    @dataclasses.dataclass
+    class Device:
+        device_kind: str
+        platform: str = "gpu"
+
+    assert flops.device_peak([Device("NVIDIA H100 80GB HBM3")] * 2).flops_per_second == 2 * 989e12
+    assert flops.device_peak([Device("NVIDIA H100 PCIe")]).flops_per_second == 756e12
+    assert flops.device_peak([Device("TPU v5 lite", "tpu")]).flops_per_second == 197e12
+    assert flops.device_peak([Device("unheard of")]) is None
+
+
+def test_cpu_peak_is_measured_and_says_so():
+    peak = flops.device_peak()
+    assert peak.flops_per_second > 1e9
+    assert "measured" in peak.source
