@@ -101,6 +101,8 @@ def test_the_mesh_takes_all_devices(values, devices, processes, data):
         ({"train.accum_steps": 2}, 8, 1, "8 / 2 = 4 sequences cannot be divided"),
         ({"mesh.tensor": 8}, 8, 1, "model.num_heads = 4 cannot be divided among mesh.tensor = 8"),
         ({"mesh.tensor": 4, "model.mlp_dim": 510}, 8, 1, "model.mlp_dim = 510 cannot be divided"),
+        ({"mesh.tensor": 4, "model.vocab_size": 257}, 8, 1, "model.vocab_size = 257 cannot"),
+        ({"mesh.fsdp": 3, "train.batch_size": 3}, 3, 1, "model.embed_dim = 256 cannot be divided"),
         ({"mesh.tensor": 4}, 8, 4, "= 2 must be a multiple of the 4 processes"),
     ],
 )

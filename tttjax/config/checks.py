@@ -55,11 +55,16 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
             f"mesh.data x mesh.fsdp = {shards} must be a multiple of the {num_processes} "
             "processes, so that each loads its own part of the batch."
         )
-    for name, size in (("num_heads", model.num_heads), ("mlp_dim", model.mlp_dim)):
-        if size % mesh.tensor:
-            raise UserError(
-                f"model.{name} = {size} cannot be divided among mesh.tensor = {mesh.tensor}."
-            )
+    for axis, ways, names in (
+        ("tensor", mesh.tensor, ("num_heads", "mlp_dim", "vocab_size")),
+        ("fsdp", mesh.fsdp, ("embed_dim",)),
+    ):
+        for name in names:
+            size = getattr(model, name)
+            if size % ways:
+                raise UserError(
+                    f"model.{name} = {size} cannot be divided among mesh.{axis} = {ways}."
+                )
     return dataclasses.replace(mesh, data=data)
 
 

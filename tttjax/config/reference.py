@@ -59,9 +59,9 @@ _BETWEEN_FIELDS = """\
 - `inner.truncate_chunks` is set if, and only if, `inner.meta_gradient` is `truncated`.
 - `train.batch_size` is a multiple of `train.accum_steps`, and each micro-batch of
   `mesh.data` x `mesh.fsdp`.
-- `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices; `model.num_heads` and
-  `model.mlp_dim` are multiples of `mesh.tensor`; `mesh.data` x `mesh.fsdp` is a multiple of the
-  number of processes.
+- `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices; `model.num_heads`,
+  `model.mlp_dim` and `model.vocab_size` are multiples of `mesh.tensor`, `model.embed_dim` of
+  `mesh.fsdp`; `mesh.data` x `mesh.fsdp` is a multiple of the number of processes.
 - `optim.warmup_steps` is less than `optim.decay_steps` (or `train.steps`).
 - `data.weights` is empty or has one entry for each of `data.sources`.
 """

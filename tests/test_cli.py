@@ -1,0 +1,153 @@
+"""The command line: help, dispatch, overrides, and what every kind of failure looks like."""
+
+import errno
+import subprocess
+import sys
+import types
+
+import pytest
+
+from tttjax import cli
+from tttjax.config import load_config
+from tttjax.errors import UserError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command `greet` with --config and --name, whose `run` the test gives."""
+
+    def install(run):
+        module = types.ModuleType("greet_for_test", "Greets somebody.\n")
+
+        def add_arguments(parser):
+            parser.add_argument("--config")
+            parser.add_argument("--name", required=True)
+
+        module.add_arguments, module.run = add_arguments, run
+        monkeypatch.setitem(sys.modules, "greet_for_test", module)
+        monkeypatch.setitem(cli.COMMANDS, "greet", cli.Command("greet_for_test", "greet"))
+
+    return install
+
+
+def fails_with(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_help_answers_without_jax():
+    code = "import sys; from tttjax import cli; print(cli.main(['--help']), 'jax' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "0 False", result.stderr
+    for name in cli.COMMANDS:
+        assert f"\n    {name}" in result.stdout
+
+
+def test_no_argument_is_a_call_for_help(capsys):
+    assert cli.main([]) == 0
+    assert "the usual order" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("tttjax ")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: tttjax {name}")
+    assert len(out.splitlines()) > 5
+
+
+def test_a_command_gets_its_arguments_and_its_code_is_returned(command):
+    command(lambda args: 7 if args.name == "Ada" and args.overrides == [] else 0)
+    assert cli.main(["greet", "--name=Ada"]) == 7
+
+
+def test_overrides_reach_the_command_in_order(command, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from tttjax.config import default_config as get_config\n")
+    found = []
+    command(lambda args: found.append(load_config(args.config, args.overrides)) or 0)
+    words = ["--config.train.steps=5", "--config.optim.peak_lr", "1e-4", "--config.train.steps=6"]
+    assert cli.main(["greet", f"--config={file}", "--name", "x", *words]) == 0
+    assert (found[0].train.steps, found[0].optim.peak_lr) == (6, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "There is no command 'trian'.* Did you mean 'train'"),
+        (["--nmae=3"], "COMMAND"),
+        (["greet"], "--name"),
+        (["greet", "--name=x", "--nome=y"], "no argument '--nome'. Did you mean '--name'"),
+        (["greet", "--nam=x", "--name=y"], "no argument '--nam'"),
+        (["greet", "--name=x", "left"], "no argument 'left'"),
+        (["greet", "--name=x", "--config.train.steps=1"], "but no --config=FILE is given"),
+        (["greet", "--name=x", "--config=a.py", "--config.train.steps"], "has no value"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(command, arguments, sentence, capsys):
+    command(lambda args: 0)
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(err)
+
+
+def test_a_user_error_is_printed_without_traceback(command, capsys):
+    command(fails_with(UserError("The file x is empty.")))
+    assert cli.main(["greet", "--name=x"]) == 2
+    assert capsys.readouterr().err == "error: The file x is empty.\n"
+
+
+def test_an_interrupt_has_its_own_code(command, capsys):
+    command(fails_with(KeyboardInterrupt()))
+    assert cli.main(["greet", "--name=x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("kvstore write failed [RESOURCE_EXHAUSTED: No space left on device]"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(command, error, capsys):
+    command(fails_with(error))
+    assert cli.main(["greet", "--name=x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: No space is left")
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_is_recognised_below_another_error(command):
+    def run(args):
+        try:
+            raise OSError(errno.ENOSPC, "full")
+        except OSError as error:
+            raise ValueError("saving failed") from error
+
+    command(run)
+    assert cli.main(["greet", "--name=x"]) == 2
+
+
+def test_a_bug_keeps_its_traceback(command):
+    command(fails_with(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cli.main(["greet", "--name=x"])
+
+
+def test_the_module_is_the_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "tttjax", "trian"], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: There is no command 'trian'")

@@ -1,0 +1,86 @@
+"""Imports point downward, flax.nnx stays in models, and the core neither prints nor parses."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "tttjax"
+
+# From the bottom up; a module imports from its own layer and those below.
+LAYERS = (
+    {"errors", "types"},
+    {"config"},
+    {"ops"},
+    {"update_rules"},
+    {"inner_loop"},
+    {"models"},
+    {"meta"},
+    {"optim", "sharding", "flops", "metrics", "checkpoint", "checkpoint_io", "data", "interop"},
+    {"train_step"},
+    {"prepare", "train", "evaluate", "verify", "bench"},
+    {"cli"},
+    {"__main__"},
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+CORE = ("ops", "update_rules", "inner_loop", "models", "meta", "train_step")
+COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "cli")
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def module_of(path: Path) -> str:
+    """The name under tttjax/ that a file belongs to: `ops` for ops/rope.py."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, those of functions and type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """Names under tttjax/ that a file imports from."""
+    parts = [name.split(".") for name in imports(path)]
+    return {words[1] for words in parts if words[0] == "tttjax" and len(words) > 1}
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_point_downward(path):
+    module = module_of(path)
+    assert module in RANK, f"give tttjax/{module} a place in LAYERS"
+    upward = {name for name in own_imports(path) if RANK.get(name, 0) > RANK[module]}
+    assert not upward, f"{path} imports {upward} from above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_flax_nnx_stays_in_models(path):
+    uses = [name for name in imports(path) if name.startswith(("flax.nnx", "flax.linen"))]
+    assert not uses or module_of(path) == "models"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_operations_and_models_know_no_configuration(path):
+    if module_of(path) in ("ops", "update_rules", "inner_loop", "models", "meta"):
+        assert "config" not in own_imports(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_the_core_does_not_print(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+    assert not prints or module_of(path) not in CORE
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_commands_parse_flags(path):
+    parsers = {"argparse", "absl.flags", "sys.argv"}
+    assert not parsers & imports(path) or module_of(path) in COMMANDS
