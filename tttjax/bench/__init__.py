@@ -1,0 +1,23 @@
+"""`tttjax bench NAME`: what this machine does, measured. Each benchmark is a module here.
+
+A benchmark module has a docstring, `add_arguments(parser)` and `run(args) -> int`.
+"""
+
+import argparse
+import importlib
+
+BENCHMARKS = ("data",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One subcommand per benchmark."""
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    for name in BENCHMARKS:
+        module = importlib.import_module(f"tttjax.bench.{name}")
+        text = (module.__doc__ or "").split("\n\n")[0]
+        module.add_arguments(commands.add_parser(name, help=text, description=module.__doc__))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark that the arguments name; the exit code."""
+    return importlib.import_module(f"tttjax.bench.{args.benchmark}").run(args)

@@ -1,0 +1,145 @@
+"""Tasks of `tttjax prepare` and the worker processes that turn them into tokens.
+
+Reading order and writing order are the same whatever the number of workers: the coordinator hands
+out tasks in order, keeps a bounded number in flight, and takes results in order.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from tttjax.data.documents import InputFile, Item, item_size, pieces_of, read_items
+from tttjax.data.tokenizers import Tokenizer, load_tokenizer
+from tttjax.data.writer import EncodedPiece
+from tttjax.errors import UserError
+
+_TASK_BYTES = 1 << 20
+# Tokenizers slow down on very long strings, and a token never spans more than a line or two.
+_ENCODE_CHARACTERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit of work. `size`: about how many bytes of input it covers."""
+
+    items: tuple[Item, ...]
+    size: int
+
+
+def make_tasks(files: Sequence[InputFile]) -> Iterator[Task]:
+    """Groups the documents of `files`, in order, into tasks of about one MiB of text."""
+    items: list[Item] = []
+    size = 0
+    for file in files:
+        for item in read_items(file):
+            items.append(item)
+            size += item_size(item)
+            if size >= _TASK_BYTES:
+                yield Task(tuple(items), size)
+                items, size = [], 0
+    if items:
+        yield Task(tuple(items), size)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """int32 [N] tokens of a text of any length, encoded in stretches that end with a line."""
+    if len(text) <= _ENCODE_CHARACTERS:
+        return tokenizer.encode(text)
+    parts, start = [], 0
+    while start < len(text):
+        stop = min(start + _ENCODE_CHARACTERS, len(text))
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        parts.append(tokenizer.encode(text[start:stop]))
+        start = stop
+    return np.concatenate(parts)
+
+
+def encode_task(tokenizer: Tokenizer, task: Task) -> list[EncodedPiece]:
+    """Raises UserError for text that cannot be read."""
+    encoded = []
+    for item in task.items:
+        for piece in pieces_of(item):
+            tokens = encode_text(tokenizer, piece.text)
+            num_bytes = len(piece.text.encode("utf-8"))
+            encoded.append(
+                EncodedPiece(piece.document, tokens, num_bytes, piece.begins, piece.ends)
+            )
+    return encoded
+
+
+class _Worker:
+    """What a worker process keeps between tasks."""
+
+    tokenizer: Tokenizer
+
+    @classmethod
+    def start(cls, tokenizer_dir: str) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+        cls.tokenizer = load_tokenizer(tokenizer_dir)
+
+    @classmethod
+    def run(cls, task: Task) -> list[EncodedPiece]:
+        return encode_task(cls.tokenizer, task)
+
+
+def _exit_with_parent() -> None:
+    """A worker whose coordinator was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def encode_in_order(
+    tasks: Iterator[Task], tokenizer_dir: Path, num_workers: int
+) -> Iterator[tuple[Task, list[EncodedPiece]]]:
+    """Results of all tasks, in their order. With no workers, in this process."""
+    if num_workers == 0:
+        tokenizer = load_tokenizer(tokenizer_dir)
+        yield from ((task, encode_task(tokenizer, task)) for task in tasks)
+        return
+    # Spawned, not forked: the caller may have JAX's or Grain's threads running.
+    with _pool(num_workers, _Worker.start, (str(tokenizer_dir),)) as pool:
+        running = deque((t, pool.submit(_Worker.run, t)) for t in islice(tasks, 2 * num_workers))
+        while running:
+            task, future = running.popleft()
+            try:
+                result = future.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "A worker process of `tttjax prepare` died (out of memory?); run the same "
+                    "command again, with fewer --num-workers, and it goes on where it stopped."
+                ) from error
+            running.extend((t, pool.submit(_Worker.run, t)) for t in islice(tasks, 1))
+            yield task, result
+
+
+@contextlib.contextmanager
+def _pool(num_workers: int, start: Callable, args: tuple) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=start, initargs=args)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def default_workers(total_bytes: int) -> int:
+    """One per core; none for a corpus that is done before the workers have started."""
+    if total_bytes < 4 << 20:
+        return 0
+    if hasattr(os, "sched_getaffinity"):  # the cores this process may use, where that is known
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,109 @@
+"""Held-out sequences for evaluation: documents, so that standard errors can be taken over them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tttjax.data.pipeline import make_batch
+from tttjax.data.records import DocumentRecords
+from tttjax.data.shards import PreparedData, TokenSplit
+from tttjax.errors import UserError
+from tttjax.types import Batch
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """N sequences of T+1 tokens, each within one document.
+
+    tokens: int32 [N, T+1], PADDING (-1) behind the end of a document shorter than T+1.
+    document: int64 [N], which document of the split; sequences of one are not independent.
+    offset: int64 [N], token of the document with which the sequence begins.
+    """
+
+    tokens: np.ndarray
+    document: np.ndarray
+    offset: np.ndarray
+    bos_id: int | None
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, start: int = 0, stop: int | None = None) -> Batch:
+        """Sequences [start, stop) as a Batch; padding and BOS targets are masked."""
+        return make_batch(self.tokens[start:stop], self.bos_id, self.pad_id)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All sequences in order; the last batch may be smaller."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(start, start + batch_size)
+
+    def target_bytes(self, token_bytes_V: np.ndarray) -> np.ndarray:
+        """int64 [N, T] UTF-8 bytes of each target token; 0 where it does not count."""
+        batch = self.batch()
+        return np.where(batch.mask, token_bytes_V[batch.targets], 0).astype(np.int64)
+
+
+def eval_sequences(
+    data: PreparedData,
+    *,
+    length: int,
+    num: int,
+    split: str = "val",
+    seed: int = 0,
+    min_document_tokens: int = 0,
+) -> HeldOut:
+    """Up to `num` sequences of exactly length+1 tokens.
+
+    First the beginning of every document that is long enough (`min_document_tokens`, at least
+    length+1), in an order drawn with `seed`; if that is fewer than `num`, their second stretches of
+    `length` tokens, and so on: no target occurs twice. To compare several lengths on the same text,
+    take sequences of the longest and cut them.
+    Raises UserError if no document of the split is long enough.
+    """
+    if length < 1 or num < 1:
+        raise UserError(f"Held-out sequences need length={length} and num={num} of at least 1.")
+    tokens = data.split(split)
+    starts, stops = tokens.document_bounds()
+    sizes = stops - starts
+    needed = max(length + 1, min_document_tokens)
+    if not (sizes >= needed).any():
+        raise UserError(
+            f"No document of the split {split!r} of {data.folder} has {needed} tokens (the longest "
+            f"has {sizes.max()}); evaluate at a shorter context, or prepare longer documents."
+        )
+    document = np.flatnonzero(sizes >= needed)
+    document = np.random.default_rng(seed).permutation(document)
+    stretches = (sizes[document] - 1) // length
+    owner = np.repeat(np.arange(len(document)), stretches)
+    place = np.arange(len(owner)) - np.repeat(np.cumsum(stretches) - stretches, stretches)
+    chosen = np.lexsort((owner, place))[:num]  # every document's first, then every second, ...
+    which, offset = document[owner[chosen]], place[chosen] * length
+    return _read(data, tokens, length, which, offset)
+
+
+def eval_documents(
+    data: PreparedData, *, max_length: int, split: str = "val", min_length: int = 1
+) -> HeldOut:
+    """The first `max_length` targets of every document with at least `min_length`, padded."""
+    tokens = data.split(split)
+    starts, stops = tokens.document_bounds()
+    which = np.flatnonzero(stops - starts - 1 >= min_length)
+    if not len(which):
+        raise UserError(
+            f"No document of the split {split!r} of {data.folder} has {min_length} targets."
+        )
+    return _read(data, tokens, max_length, which, np.zeros(len(which), np.int64))
+
+
+def _read(
+    data: PreparedData, tokens: TokenSplit, length: int, document: np.ndarray, offset: np.ndarray
+) -> HeldOut:
+    starts, stops = tokens.document_bounds()
+    begin = starts[document] + offset
+    end = np.minimum(begin + length + 1, stops[document])
+    records = DocumentRecords(tokens, length, begin, end)
+    stacked = np.stack([records[i] for i in range(len(records))])
+    eos = data.tokenizer.eos_id
+    return HeldOut(stacked, document, offset, data.tokenizer.bos_id, 0 if eos is None else eos)

@@ -1,0 +1,284 @@
+"""Prepared data to training batches, with Grain.
+
+    records -> shuffle -> (mixture) -> batches of this process -> prefetch in threads
+
+Every stage is a Grain `MapDataset`, a function of an index, so the batch of a step is a function of
+(seed, step) alone: there is no state but the step, resuming needs no replay, and the number of
+processes may change on the way. The order of operations is that of the official TTT-E2E loader:
+shuffle the records of an epoch with Grain's index_shuffle, seed (seed + epoch) mod 2^32, cut them
+into global batches, drop the epoch's remainder, repeat. Process p of S takes the p-th of S equal
+parts of each global batch, which is the official "batches p, p+S, ... of size global_batch / S".
+"""
+
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grain
+import numpy as np
+
+from tttjax.data.records import PADDING, Records, document_records, stream_records
+from tttjax.data.shards import PreparedData, open_prepared
+from tttjax.errors import UserError
+from tttjax.types import Batch
+
+LAYOUTS = ("stream", "documents")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records of one prepared data set, and its share of the mixture."""
+
+    records: Records
+    weight: float
+    bos_id: int | None
+    pad_id: int
+
+
+def epoch_order(records: Any, *, shuffle: bool, seed: int) -> grain.MapDataset:
+    """Records in the order of their epochs; index epoch * len + i is the i-th of that epoch."""
+    dataset = grain.MapDataset.source(records)
+    return dataset.shuffle(seed=seed % 2**32) if shuffle else dataset
+
+
+def local_batches(
+    dataset: grain.MapDataset,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    batch_fn: Any = None,
+) -> grain.MapDataset:
+    """This process's part of each global batch; every epoch drops its own remainder.
+
+    Raises UserError if the batch does not divide, or an epoch has no whole batch.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"The batch of {batch_size} sequences cannot be divided among {process_count} "
+            "processes; make train.batch_size a multiple of them."
+        )
+    whole = len(dataset) // batch_size * batch_size
+    if not whole:
+        raise UserError(
+            f"The data have {len(dataset)} sequences, fewer than one batch of {batch_size}; lower "
+            "train.batch_size or train.seq_len, or prepare more text."
+        )
+    local = dataset[:whole].batch(batch_size // process_count, batch_fn=batch_fn)
+    return local[process_index::process_count]
+
+
+def make_batch(
+    records: Sequence[np.ndarray] | np.ndarray, bos_id: int | None = None, pad_id: int = 0
+) -> Batch:
+    """Records int32 [T+1] to a Batch: inputs, the tokens that follow them, and which ones count.
+
+    A target that is BOS does not count (nothing foretells the next document), nor does padding.
+    """
+    tokens = np.stack(records)
+    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+    mask_BT = targets_BT != (PADDING if bos_id is None else bos_id)
+    if tokens.min() == PADDING:
+        mask_BT &= targets_BT != PADDING
+        inputs_BT = np.where(inputs_BT == PADDING, np.int32(pad_id), inputs_BT)
+        targets_BT = np.where(targets_BT == PADDING, np.int32(pad_id), targets_BT)
+    arrays: dict[str, Any] = {"inputs": inputs_BT, "targets": targets_BT, "mask": mask_BT}
+    return Batch(**{name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
+@dataclass(frozen=True)
+class _BatchFn:
+    bos_id: int | None
+    pad_id: int
+
+    def __call__(self, records: Sequence[np.ndarray]) -> Batch:
+        return make_batch(records, self.bos_id, self.pad_id)
+
+
+class TrainStream:
+    """An endless iterator over batches that can be put at any step.
+
+    `batch_at(step)` gives any batch without moving. `get_state`, `set_state`: a small JSON value
+    for the checkpoint; a state of other data or of another batch is refused.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, identity: dict[str, Any], prefetch: int):
+        self._dataset, self._identity = dataset, identity
+        self._options = grain.ReadOptions(
+            num_threads=min(2, prefetch), prefetch_buffer_size=prefetch
+        )
+        self._iterator: Any = None
+        self._step = 0
+
+    def __iter__(self) -> "TrainStream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._dataset.to_iter_dataset(self._options))
+            self._iterator.set_state({"next_index": self._step})
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    @property
+    def step(self) -> int:
+        """Index of the batch that `next` gives."""
+        return self._step
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of `step`."""
+        return self._dataset[step]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"step": self._step, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on at the step of `state`. Raises UserError if it belongs to other batches."""
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"The checkpoint's place in the data has {name}={state.get(name)!r}, this run "
+                    f"has {value!r}: the batches would not continue; use the same data settings or "
+                    "a new work directory."
+                )
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Stops the prefetch threads; iterating starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """What of a run's configuration decides its batches.
+
+    seq_len: T. batch_size: sequences of the whole global batch. weights: shares of the sources in
+    the mixture (empty: by number of records). min_length: in the layout "documents", pieces with
+    fewer targets are left out.
+    """
+
+    seq_len: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    layout: str = "stream"
+    weights: tuple[float, ...] = field(default=())
+    split: str = "train"
+    min_length: int = 1
+
+    def check(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"data.layout={self.layout!r} is unknown; choose from {LAYOUTS}.")
+        if self.seq_len < 1:
+            raise UserError(f"train.seq_len={self.seq_len} must be at least 1.")
+        if not 1 <= self.min_length <= self.seq_len:
+            raise UserError(
+                f"min_length={self.min_length} must be between 1 and the sequence's {self.seq_len}."
+            )
+
+
+def make_train_stream(
+    sources: Sequence[str | os.PathLike | PreparedData],
+    options: StreamOptions,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: int = 4,
+    fingerprint: str | None = None,
+) -> TrainStream:
+    """Batches of this process from one prepared data set or a mixture of several.
+
+    prefetch: batches made ahead in background threads (0: none). fingerprint: of the tokenizer
+    that the model expects. Raises UserError for data that are missing, damaged, too short, or made
+    by different tokenizers.
+    """
+    options.check()
+    if not sources:
+        raise UserError("No data: name at least one prepared data set in data.sources.")
+    opened = [
+        s if isinstance(s, PreparedData) else open_prepared(s, fingerprint=fingerprint)
+        for s in sources
+    ]
+    _check_tokenizers(opened, fingerprint)
+    made = _make_sources(opened, options)
+    dataset = _mixture(made, options)
+    batch_fn = _BatchFn(made[0].bos_id, made[0].pad_id)
+    batches = local_batches(
+        dataset,
+        options.batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        batch_fn=batch_fn,
+    )
+    if len(made) == 1:  # a mixture has no end already
+        batches = batches.repeat()
+    return TrainStream(batches, _identity(opened, made, options), prefetch)
+
+
+def _check_tokenizers(opened: Sequence[PreparedData], fingerprint: str | None) -> None:
+    wanted = fingerprint or opened[0].fingerprint
+    for data in opened:
+        if data.fingerprint != wanted:
+            raise UserError(
+                f"The data in {data.folder} were made by another tokenizer (fingerprint "
+                f"{data.fingerprint[:12]}, expected {wanted[:12]}); prepare them with "
+                f"--tokenizer={opened[0].folder}."
+            )
+
+
+def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> list[Source]:
+    weights = options.weights
+    if weights and len(weights) != len(opened):
+        raise UserError(
+            f"data.weights has {len(weights)} entries for {len(opened)} sources; give one each."
+        )
+    if any(not weight > 0 for weight in weights):
+        raise UserError(f"data.weights={weights} must all be above 0; leave a source out instead.")
+    made = []
+    for i, data in enumerate(opened):
+        split = data.split(options.split)
+        records: Records
+        if options.layout == "stream":
+            records = stream_records(split, options.seq_len)
+        else:
+            records = document_records(split, options.seq_len, options.min_length)
+        tokenizer = data.tokenizer
+        pad_id = 0 if tokenizer.eos_id is None else tokenizer.eos_id
+        weight = weights[i] if weights else float(len(records))
+        made.append(Source(records, weight, tokenizer.bos_id, pad_id))
+    return made
+
+
+def _mixture(sources: Sequence[Source], options: StreamOptions) -> grain.MapDataset:
+    order = {"shuffle": options.shuffle}
+    if len(sources) == 1:
+        return epoch_order(sources[0].records, seed=options.seed, **order)
+    # Sources are passed through at their own pace, each with its own epochs and its own order.
+    repeated = [
+        epoch_order(
+            source.records, seed=zlib.crc32(f"{options.seed}:{i}".encode()), **order
+        ).repeat()
+        for i, source in enumerate(sources)
+    ]
+    return grain.MapDataset.mix(repeated, [source.weight for source in sources])
+
+
+def _identity(
+    opened: Sequence[PreparedData], sources: Sequence[Source], options: StreamOptions
+) -> dict[str, Any]:
+    return {
+        "data": [data.content_id(options.split) for data in opened],
+        "layout": options.layout,
+        "seq_len": options.seq_len,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "shuffle": options.shuffle,
+        "weights": [source.weight for source in sources],
+        "min_length": options.min_length,
+    }

@@ -1,0 +1,209 @@
+"""`prepare`: from text to a finished folder of shards, once, or continued, or found finished.
+
+Documents are tokenised in parallel and written in the order of the inputs, so the result does not
+depend on the number of workers. The manifest comes last: a folder with a manifest is finished.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tttjax.data import shards
+from tttjax.data.encode import default_workers
+from tttjax.data.prepare_pass import (
+    InputSource,
+    Log,
+    PreparePass,
+    PrepareSettings,
+    write_json,
+)
+from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
+from tttjax.data.splits import VAL, SplitRule, read_split_manifest
+from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
+from tttjax.data.vocabulary import make_tokenizer
+from tttjax.errors import UserError
+
+__all__ = ["PrepareSettings", "prepare", "remove_prepared"]
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def prepare(
+    inputs: Sequence[str | os.PathLike],
+    out_dir: str | os.PathLike,
+    *,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    log: Log = _silent,
+    **settings: Any,
+) -> PreparedData:
+    """Tokenises `inputs` into `out_dir` and opens the result.
+
+    settings: the fields of `PrepareSettings`. num_workers: processes (None: one per core; 0: this
+    one). overwrite: replace a data set in `out_dir` that was made with other settings or inputs.
+    Called again with the same arguments, it continues an interrupted run, and returns at once if
+    the data set is finished. Raises UserError for bad input; what is on disk stays continuable.
+    """
+    chosen = PrepareSettings(inputs=tuple(os.fspath(i) for i in inputs), **settings)
+    chosen.check()
+    if num_workers is not None and num_workers < 0:
+        raise UserError(f"num_workers={num_workers} must not be negative.")
+    source = InputSource.find(chosen)
+    folder = Path(out_dir)
+    try:
+        _prepare(chosen, source, folder, num_workers, overwrite, log)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"No space left for {folder}; free some and run the same command again: it goes on "
+                "where it stopped."
+            ) from error
+        raise UserError(f"Cannot write to {folder}: {error}.") from error
+    return open_prepared(folder)
+
+
+def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
+    request = {"settings": _plain(settings), "inputs": source.identity}
+    journal = _claim(folder, request, overwrite)
+    if journal is None:
+        log(f"prepare: {folder} is already prepared with these settings")
+        return
+    listed = read_split_manifest(settings.split_manifest) if settings.split_manifest else None
+    rule = SplitRule(settings.val_fraction, settings.seed, listed, journal.get("forced"))
+    if not (folder / TOKENIZER_DIR / CONFIG_FILE).exists():
+        tokenizer = make_tokenizer(settings, source.files, rule, log)
+        tokenizer.save(folder / TOKENIZER_DIR)
+    tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
+    workers = default_workers(source.total_bytes) if num_workers is None else num_workers
+    run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log)
+    splits = run.write()
+    if run.needs_held_out(splits):
+        # No document's hash fell below the fraction: start over with the nearest one held out.
+        forced = run.nearest_to_held_out(splits)
+        log(f"prepare: no document fell into the held-out split; again, holding out {forced}")
+        journal = {**request, "forced": forced}
+        write_json(folder / JOURNAL, journal)
+        run = PreparePass(
+            settings, source, folder, rule.with_forced(forced), tokenizer, workers, journal, log
+        )
+        splits = run.write()
+    _finish(folder, request, splits, run, tokenizer, log)
+
+
+def _plain(settings: PrepareSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The journal to continue from, or None if `folder` already has what is asked for.
+
+    Raises UserError if the folder holds anything else and is not to be overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder for the prepared data.")
+    finished, started = folder / MANIFEST, folder / JOURNAL
+    existing = finished if finished.exists() else started
+    if existing.exists():
+        found = _read_json(existing)
+        differing = _differences(found, request)
+        if not differing:
+            return None if existing is finished else found
+        if not overwrite:
+            state = "was prepared" if existing is finished else "is half prepared"
+            raise UserError(
+                f"{folder} {state} with other {differing}; choose another folder, or pass "
+                "--overwrite to replace it."
+            )
+        remove_prepared(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} is not empty and has no prepared data in it; choose another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(started, request)
+    return request
+
+
+def _differences(found: dict[str, Any], request: dict[str, Any]) -> str:
+    old, new = found.get("settings", {}), request["settings"]
+    names = [f"{name} ({old.get(name)!r})" for name in new if old.get(name) != new[name]]
+    if not names and found.get("inputs") != request["inputs"]:
+        names = ["content of its input files"]
+    return ", ".join(names)
+
+
+def remove_prepared(folder: Path) -> None:
+    """Deletes the files of a prepared data set, the manifest first, and nothing else."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in _shard_paths(folder):
+        path.unlink()
+    shutil.rmtree(folder / TOKENIZER_DIR, ignore_errors=True)
+    (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def _remove_strays(folder: Path, splits: dict[str, dict[str, Any]]) -> None:
+    """Deletes shards that an interrupted or repeated pass left and this one did not write."""
+    named = {shard["name"] for entry in splits.values() for shard in entry["shards"]}
+    for path in _shard_paths(folder):
+        if path.stem not in named:
+            path.unlink()
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    wanted = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in shards.PARTS]
+    return [path for pattern in wanted for path in folder.glob(pattern)]
+
+
+def _finish(
+    folder: Path, request, splits, run: PreparePass, tokenizer: Tokenizer, log: Log
+) -> None:
+    skipped = run.skipped()
+    if not sum(entry["documents"] for entry in splits.values()):
+        remove_prepared(folder)
+        raise UserError(
+            f"No document was left: {skipped['empty']} empty, {skipped['short']} shorter than "
+            f"min_document_tokens={run.settings.min_document_tokens}."
+        )
+    kept = {split: entry for split, entry in splits.items() if entry["documents"]}
+    manifest = {
+        "format": "tttjax tokens",
+        "version": shards.FORMAT_VERSION,
+        "dtype": shards.token_dtype(tokenizer.vocab_size).str,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "lossless": tokenizer.lossless,
+        },
+        **request,
+        "skipped": skipped,
+        "splits": kept,
+    }
+    _remove_strays(folder, kept)
+    write_json(folder / MANIFEST, manifest)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    for split, entry in kept.items():
+        log(
+            f"prepare: {split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+            f"{entry['bytes']:,} bytes, longest {entry['longest_document']:,} tokens"
+        )
+    if not kept.get(VAL) and not run.source.zarr_root:
+        log("prepare: nothing is held out, so this data set can be trained on but not evaluated")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete {path.parent} and prepare it again."
+        ) from error

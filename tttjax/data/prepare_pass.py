@@ -1,0 +1,217 @@
+"""One pass of `prepare` over its inputs: documents in, shards out, with a journal.
+
+Every few seconds the journal records how far the files on disk are complete, and a later pass goes
+on from there.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tttjax.data import shards, zarr
+from tttjax.data.documents import InputFile, list_inputs
+from tttjax.data.encode import Task, encode_in_order, make_tasks
+from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
+from tttjax.data.splits import TRAIN, VAL
+from tttjax.data.writer import EncodedPiece, SplitWriter
+from tttjax.errors import UserError
+
+JOURNAL_SECONDS = 5.0
+PROGRESS_SECONDS = 2.0
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Everything that the prepared tokens depend on, beside the text itself."""
+
+    inputs: tuple[str, ...]
+    tokenizer: str = "bytes"
+    vocab_size: int = 4096
+    bos_id: int | None = None
+    eos_id: int | None = None
+    val_fraction: float = 0.05
+    split_manifest: str = ""
+    seed: int = 0
+    pattern: str = ""
+    min_document_tokens: int = 0
+    add_bos: bool = True
+    add_eos: bool = False
+    shard_tokens: int = 1 << 27
+
+    def check(self) -> None:
+        """Raises UserError for a value outside its range."""
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(
+                f"val_fraction={self.val_fraction} must be at least 0 and less than 1: the share "
+                "of documents that is held out."
+            )
+        for name in ("vocab_size", "shard_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.min_document_tokens < 0:
+            raise UserError(f"min_document_tokens={self.min_document_tokens} must not be negative.")
+
+
+@dataclass(frozen=True)
+class InputSource:
+    """The inputs, looked up: text files, or one Zarr folder. `identity` changes when they do."""
+
+    files: tuple[InputFile, ...]
+    zarr_root: str
+    total_bytes: int
+    identity: str
+
+    @staticmethod
+    def find(settings: PrepareSettings) -> "InputSource":
+        if any(zarr.is_zarr(path) for path in settings.inputs):
+            return InputSource._find_zarr(settings)
+        files = tuple(list_inputs(settings.inputs, settings.pattern))
+        marks = [[file.id, file.size, file.mtime_ns] for file in files]
+        total = sum(file.size * (4 if file.compressed else 1) for file in files)
+        return InputSource(files, "", total, _hash(marks))
+
+    @staticmethod
+    def _find_zarr(settings: PrepareSettings) -> "InputSource":
+        if len(settings.inputs) > 1:
+            raise UserError("A Zarr folder must be the only input: its arrays are its splits.")
+        if settings.min_document_tokens or settings.split_manifest or settings.pattern:
+            raise UserError(
+                "A Zarr folder is taken as it is: min_document_tokens, split_manifest and pattern "
+                "do not apply to it."
+            )
+        total, marks = zarr.zarr_size(settings.inputs[0])
+        return InputSource((), settings.inputs[0], total, _hash(marks))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class PreparePass:
+    """One pass over the inputs, from the state in the journal to the last document."""
+
+    def __init__(self, settings, source, folder, rule, tokenizer, workers, journal, log):
+        self.settings, self.source, self.folder = settings, source, folder
+        self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
+        self.journal, self.log = journal, log
+        self.writers: dict[str, SplitWriter] = {}
+        for split, state in journal.get("writers", {}).items():
+            self.writers[split] = self._writer(split, state)
+
+    def _writer(self, split: str, state: dict[str, Any] | None = None) -> SplitWriter:
+        from_text = not self.source.zarr_root
+        return SplitWriter(
+            self.folder,
+            split,
+            shards.token_dtype(self.tokenizer.vocab_size),
+            shard_tokens=self.settings.shard_tokens,
+            bos=self.tokenizer.bos_id if self.settings.add_bos and from_text else None,
+            eos=self.tokenizer.eos_id if self.settings.add_eos and from_text else None,
+            min_tokens=self.settings.min_document_tokens,
+            state=state,
+        )
+
+    def write(self) -> dict[str, dict[str, Any]]:
+        """Writes all shards; split -> manifest entry."""
+        done = self.journal.get("tasks", 0)
+        progress = _Progress(self.source, self.journal.get("covered", 0), self.log)
+        last_record = time.monotonic()
+        try:
+            for number, (task, pieces) in enumerate(self._encoded(done), start=done + 1):
+                for piece in pieces:
+                    self._writer_of(piece).append(piece)
+                progress.add(task, pieces)
+                between = not pieces or pieces[-1].ends
+                if between and time.monotonic() - last_record >= JOURNAL_SECONDS:
+                    self._record(number, progress.covered)
+                    last_record = time.monotonic()
+            return {split: writer.finish() for split, writer in sorted(self.writers.items())}
+        finally:
+            for writer in self.writers.values():
+                writer.abandon()
+            progress.report()
+
+    def _encoded(self, done: int) -> Iterator[tuple[Task, list[EncodedPiece]]]:
+        if self.source.zarr_root:
+            return zarr.zarr_documents(self.source.zarr_root, self.tokenizer, skip=done)
+        tasks = islice(make_tasks(self.source.files), done, None)
+        return encode_in_order(tasks, self.folder / TOKENIZER_DIR, self.workers)
+
+    def _writer_of(self, piece: EncodedPiece) -> SplitWriter:
+        split = piece.split or self.rule(piece.document)
+        if split not in self.writers:
+            self.writers[split] = self._writer(split)
+        return self.writers[split]
+
+    def _record(self, tasks: int, covered: int) -> None:
+        writers = {split: writer.state() for split, writer in self.writers.items()}
+        state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
+        write_json(self.folder / JOURNAL, state)
+
+    def needs_held_out(self, splits: dict[str, dict[str, Any]]) -> bool:
+        counts = {split: entry["documents"] for split, entry in splits.items()}
+        by_hash = self.rule.listed is None and not self.source.zarr_root
+        wanted = by_hash and self.settings.val_fraction > 0 and self.rule.forced is None
+        return wanted and counts.get(TRAIN, 0) >= 2 and not counts.get(VAL)
+
+    def nearest_to_held_out(self, splits: dict[str, dict[str, Any]]) -> str:
+        dtype = shards.token_dtype(self.tokenizer.vocab_size)
+        train = shards.TokenSplit(self.folder, TRAIN, splits[TRAIN], dtype)
+        return min(train.document_names(), key=self.rule.position)
+
+    def skipped(self) -> dict[str, int]:
+        writers = self.writers.values()
+        return {
+            "empty": sum(writer.empty for writer in writers),
+            "short": sum(writer.short for writer in writers),
+        }
+
+
+class _Progress:
+    """A line every two seconds: documents, tokens, tokens per second, share of the input."""
+
+    def __init__(self, source: InputSource, covered: int, log: Log):
+        self._total, self._log = max(source.total_bytes, 1), log
+        self.covered = covered
+        self._covered_before = covered
+        self._documents = self._tokens = 0
+        self._start = self._last = time.monotonic()
+
+    def add(self, task: Task, pieces: list[EncodedPiece]) -> None:
+        self.covered += task.size
+        self._documents += sum(piece.ends for piece in pieces)
+        self._tokens += sum(len(piece.tokens) for piece in pieces)
+        if time.monotonic() - self._last >= PROGRESS_SECONDS:
+            self.report()
+
+    def report(self) -> None:
+        self._last = time.monotonic()
+        seconds = max(self._last - self._start, 1e-9)
+        share = min(self.covered / self._total, 1.0)
+        here = max(self.covered - self._covered_before, 1)
+        left = max(self._total - self.covered, 0) * seconds / here
+        self._log(
+            f"prepare: {self._documents:,} documents, {self._tokens:,} tokens, "
+            f"{self._tokens / seconds:,.0f} tokens/s, {share:.0%} of the input, "
+            f"{left:,.0f} s left"
+        )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,87 @@
+"""Records: the sequences of T+1 tokens that training draws, addressed by number.
+
+Two layouts. "stream", as in the papers: the split is one long stream, cut without regard to
+documents; record i is tokens[i*T : (i+1)*T + 1], so that its last token is also the next one's
+first, and there are (N-1) // T records. "documents": a sequence never holds parts of two documents;
+a document longer than T is cut into consecutive pieces in the same way, and the last is padded.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from tttjax.data.shards import TokenSplit
+from tttjax.errors import UserError
+
+PADDING = -1
+
+
+class Records(Protocol):
+    """A Grain random-access source of int32 [T+1] records; PADDING behind a short one's end."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+class StreamRecords:
+    """Layout "stream"."""
+
+    def __init__(self, split: TokenSplit, seq_len: int):
+        self._split, self._seq_len = split, seq_len
+        self._length = max(split.num_tokens - 1, 0) // seq_len
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = int(index) * self._seq_len
+        return self._split.read(start, start + self._seq_len + 1)
+
+
+class DocumentRecords:
+    """Layout "documents". starts, stops: int64 [records], where each lies in the split."""
+
+    def __init__(self, split: TokenSplit, seq_len: int, starts: np.ndarray, stops: np.ndarray):
+        self._split, self._seq_len = split, seq_len
+        self.starts, self.stops = starts, stops
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        tokens = self._split.read(int(self.starts[index]), int(self.stops[index]))
+        if len(tokens) == self._seq_len + 1:
+            return tokens
+        record = np.full(self._seq_len + 1, PADDING, np.int32)
+        record[: len(tokens)] = tokens
+        return record
+
+
+def stream_records(split: TokenSplit, seq_len: int) -> StreamRecords:
+    """Raises UserError if the split is shorter than one record."""
+    records = StreamRecords(split, seq_len)
+    if not len(records):
+        raise UserError(
+            f"The split {split.name!r} of {split.folder} has {split.num_tokens} tokens, fewer than "
+            f"one sequence of {seq_len} + 1; prepare more text or lower train.seq_len."
+        )
+    return records
+
+
+def document_records(split: TokenSplit, seq_len: int, min_length: int = 1) -> DocumentRecords:
+    """Pieces with at least `min_length` targets. Raises UserError if there are none."""
+    starts, stops = split.document_bounds()
+    targets = stops - starts - 1  # the first token of a document is no target
+    counts = -(-targets // seq_len)  # pieces per document; a document of one token has none
+    document = np.repeat(np.arange(len(starts)), counts)
+    place = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = starts[document] + place * seq_len
+    end = np.minimum(begin + seq_len + 1, stops[document])
+    keep = end - begin - 1 >= min_length
+    if not keep.any():
+        raise UserError(
+            f"No document of the split {split.name!r} of {split.folder} has {min_length} targets; "
+            "prepare longer documents or lower the minimum."
+        )
+    return DocumentRecords(split, seq_len, begin[keep], end[keep])

@@ -1,0 +1,120 @@
+"""SentencePiece models: given, or trained so that every byte of the text survives."""
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from tttjax.data.tokenizers import (
+    as_text,
+    hash_definition,
+    is_lossless,
+    read_model,
+    save_definition,
+)
+from tttjax.errors import UserError
+
+_BLANK = "\u2581"  # how SentencePiece writes a blank inside its pieces
+_MODEL_FILE = "sentencepiece.model"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model from a `.model` file.
+
+    SentencePiece writes a blank as U+2581, so a U+2581 in the text would come back as a blank.
+    Where the model has byte pieces, that one character is encoded by its three bytes instead.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: str | os.PathLike):
+        self._model = read_model(path, "SentencePiece model")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a SentencePiece model ({error}).") from error
+        pieces = self._processor
+        self.vocab_size: int = pieces.vocab_size()
+        self.bos_id: int | None = pieces.bos_id() if pieces.bos_id() >= 0 else None
+        self.eos_id: int | None = pieces.eos_id() if pieces.eos_id() >= 0 else None
+        byte_ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
+        self._blank_ids = byte_ids if all(pieces.is_byte(i) for i in byte_ids) else None
+        self.lossless = is_lossless(self)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        text = as_text(text)
+        if _BLANK not in text or self._blank_ids is None:
+            return np.array(self._processor.encode(text), np.int32)
+        ids: list[int] = []
+        for i, part in enumerate(text.split(_BLANK)):
+            ids += (self._blank_ids if i else []) + self._processor.encode(part)
+        return np.array(ids, np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(token) for token in tokens])
+
+    def token_bytes(self) -> np.ndarray:
+        pieces = self._processor
+        counts = np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if pieces.is_byte(i):
+                counts[i] = 1
+            elif not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)):
+                counts[i] = len(pieces.id_to_piece(i).replace(_BLANK, " ").encode())
+        return counts
+
+    def _config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "file": _MODEL_FILE}
+
+    def fingerprint(self) -> str:
+        return hash_definition(self._config(), self._model)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        save_definition(directory, self._config(), self._model)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, *, num_threads: int = 1, model_type: str = "bpe"
+) -> bytes:
+    """A new SentencePiece model of `vocab_size` pieces, as the bytes of its `.model` file.
+
+    Nothing of the text is altered: identity normalisation, no dummy blank in front, blanks kept
+    in runs (so that indentation costs few tokens), and byte pieces for rare characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            num_threads=num_threads,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except (RuntimeError, StopIteration) as error:
+        raise UserError(
+            f"Cannot train a SentencePiece vocabulary of {vocab_size} on this text ({error}); use "
+            "a smaller --vocab-size (at least 300, for the byte pieces and some letters) or more "
+            "text."
+        ) from error
+    return model.getvalue()
+
+
+def _sentences(texts: Iterable[str], characters: int = 2000) -> Iterable[str]:
+    """The texts cut into stretches: the trainer's memory grows with the longest sentence."""
+    for text in texts:
+        for start in range(0, len(text), characters):
+            stretch = text[start : start + characters].replace("\x00", " ")
+            if stretch.strip():
+                yield stretch

@@ -1,0 +1,256 @@
+"""Prepared data on disk: flat token files with an index of documents.
+
+A prepared data set is a folder:
+
+    manifest.json            written last: a folder without it is unfinished
+    tokenizer/               what `load_tokenizer` reads
+    train-00000.tokens       token ids, little-endian, uint16 or uint32, one document after another
+    train-00000.documents    int64 [documents, 2]: end offset in the token file, UTF-8 bytes
+    train-00000.names        one JSON string per line: the documents' names
+    val-00000.tokens ...
+
+Flat arrays, since one prepared data set then serves every sequence length, and a record is one
+slice of a memory map. The manifest has size and CRC-32 of every file.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tttjax.data.tokenizers import Tokenizer, load_tokenizer
+from tttjax.errors import UserError
+
+MANIFEST = "manifest.json"
+JOURNAL = "prepare.journal"
+TOKENIZER_DIR = "tokenizer"
+PARTS = ("tokens", "documents", "names")
+FORMAT_VERSION = 1
+# Files of up to this many bytes together are read through once when a run starts: about a second.
+AUTO_VERIFY_BYTES = 1 << 30
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def crc32_of(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a split: where its tokens lie in the split, and what it is called."""
+
+    index: int
+    start: int
+    stop: int
+    num_bytes: int
+    name: str
+
+
+class _Shard:
+    """One shard, memory-mapped. Token and document offsets are those within the split."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype):
+        self.path = folder / f"{entry['name']}.tokens"
+        self.num_tokens: int = entry["tokens"]
+        self.num_documents: int = entry["documents"]
+        self.tokens = np.memmap(self.path, dtype, "r", shape=(self.num_tokens,))
+        self.documents = np.memmap(
+            folder / f"{entry['name']}.documents", "<i8", "r", shape=(self.num_documents, 2)
+        )
+        self.names_path = folder / f"{entry['name']}.names"
+
+
+class TokenSplit:
+    """The tokens of one split as one long stream, with the borders of its documents."""
+
+    def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: np.dtype):
+        self.folder, self.name = folder, name
+        self._shards = [_Shard(folder, shard, dtype) for shard in entry["shards"]]
+        self._starts = np.cumsum([0, *(shard.num_tokens for shard in self._shards)])
+        self._first_document = np.cumsum([0, *(shard.num_documents for shard in self._shards)])
+        self.num_tokens = int(self._starts[-1])
+        self.num_documents = int(self._first_document[-1])
+        self.num_bytes: int = entry["bytes"]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int32 [stop - start] tokens of the stream."""
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        out = np.empty(stop - start, np.int32)
+        filled = 0
+        while filled < len(out):
+            local = start + filled - int(self._starts[first])
+            part = self._shards[first].tokens[local : local + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            first += 1
+        return out
+
+    def document_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [documents] start and stop of every document in the stream."""
+        ends = [
+            shard.documents[:, 0] + start
+            for shard, start in zip(self._shards, self._starts[:-1], strict=True)
+        ]
+        stop = np.concatenate(ends) if ends else np.zeros(0, np.int64)
+        return np.concatenate([[0], stop[:-1]]).astype(np.int64), stop
+
+    def document_bytes(self) -> np.ndarray:
+        """int64 [documents] UTF-8 bytes of every document."""
+        return np.concatenate([shard.documents[:, 1] for shard in self._shards])
+
+    def document_names(self) -> Iterator[str]:
+        for shard in self._shards:
+            with shard.names_path.open(encoding="utf-8") as lines:
+                yield from (json.loads(line) for line in lines)
+
+    def documents(self) -> Iterator[Document]:
+        starts, stops = self.document_bounds()
+        rows = zip(starts, stops, self.document_bytes(), self.document_names(), strict=True)
+        for i, (start, stop, num_bytes, name) in enumerate(rows):
+            yield Document(i, int(start), int(stop), int(num_bytes), name)
+
+
+class PreparedData:
+    """A finished prepared data set. Make one with `open_prepared`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], tokenizer: Tokenizer):
+        self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """The tokenizer's fingerprint."""
+        return self.manifest["tokenizer"]["fingerprint"]
+
+    @property
+    def splits(self) -> dict[str, dict[str, Any]]:
+        """Split name to counts: tokens, documents, bytes, longest_document."""
+        return self.manifest["splits"]
+
+    def content_id(self, split: str) -> int:
+        """A number that changes when any token of the split does: CRC-32 of the shards' sums."""
+        shards = self.splits[split]["shards"]
+        return zlib.crc32(repr([shard["files"]["tokens"]["crc32"] for shard in shards]).encode())
+
+    def split(self, name: str) -> TokenSplit:
+        """Raises UserError if there is no such split, or nothing in it."""
+        entry = self.splits.get(name)
+        if not entry or not entry["tokens"]:
+            have = ", ".join(s for s, e in self.splits.items() if e["tokens"]) or "none"
+            raise UserError(
+                f"{self.folder} has no documents in the split {name!r} (it has: {have}); prepare "
+                "it with a larger --val-fraction or a --split-manifest, or name another split."
+            )
+        dtype = np.dtype(self.manifest["dtype"])
+        return TokenSplit(self.folder, name, entry, dtype)
+
+    def bytes_per_token(self, split: str) -> float:
+        """Mean UTF-8 bytes of a token, for tokenizers without exact `token_bytes`."""
+        entry = self.splits[split]
+        return entry["bytes"] / max(entry["tokens"], 1)
+
+
+def open_prepared(
+    path: str | os.PathLike, *, verify: bool | None = None, fingerprint: str | None = None
+) -> PreparedData:
+    """Opens a folder that `tttjax prepare` made.
+
+    The size of every file is always compared with the manifest; its checksum if `verify`, and by
+    default if all files together have at most 1 GiB (`tttjax prepare --check` compares any size).
+    `fingerprint`: that of the tokenizer which the caller's model was trained with.
+    Raises UserError naming the file if anything is missing, damaged or of another tokenizer.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    total = _check_sizes(folder, manifest)
+    if verify or (verify is None and total <= AUTO_VERIFY_BYTES):
+        check_sums(folder, manifest)
+    tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
+    recorded = manifest["tokenizer"]["fingerprint"]
+    if tokenizer.fingerprint() != recorded:
+        raise UserError(
+            f"The tokenizer in {folder / TOKENIZER_DIR} is not the one that made the data "
+            f"(fingerprint {tokenizer.fingerprint()[:12]}, data {recorded[:12]}); prepare it again."
+        )
+    if fingerprint is not None and fingerprint != recorded:
+        raise UserError(
+            f"The data in {folder} were made by another tokenizer (fingerprint {recorded[:12]}) "
+            f"than the model's ({fingerprint[:12]}); prepare them with the model's tokenizer."
+        )
+    return PreparedData(folder, manifest, tokenizer)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished data set; UserError if the folder is not one."""
+    if not (folder / MANIFEST).exists():
+        if (folder / JOURNAL).exists():
+            raise UserError(
+                f"{folder} is half prepared: `tttjax prepare` was interrupted; run the same "
+                "command again and it goes on where it stopped."
+            )
+        what = "is not a prepared data set" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what} (no {MANIFEST}); make it with `tttjax prepare`.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({error}); prepare the data again.") from (
+            error
+        )
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has format version {version}, but this tttjax reads {FORMAT_VERSION}; "
+            "prepare the data again."
+        )
+    return manifest
+
+
+def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, int]]]:
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            for part in PARTS:
+                yield folder / f"{shard['name']}.{part}", shard["files"][part]
+
+
+def _check_sizes(folder: Path, manifest: dict[str, Any]) -> int:
+    """Total bytes of all shards; UserError if one is missing or has another size."""
+    total = 0
+    for path, entry in _shard_files(folder, manifest):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"Shard file {path} is missing ({error.strerror}); copy it again or prepare the "
+                "data again."
+            ) from error
+        if size != entry["size"]:
+            word = "truncated" if size < entry["size"] else "too long"
+            raise UserError(
+                f"Shard file {path} is {word}: {size} bytes, the manifest says {entry['size']}; "
+                "copy it again or prepare the data again."
+            )
+        total += size
+    return total
+
+
+def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
+    """Compares every file's CRC-32 with the manifest; returns the number of files."""
+    files = list(_shard_files(folder, manifest))
+    for path, entry in files:
+        if crc32_of(path) != entry["crc32"]:
+            raise UserError(
+                f"Shard file {path} is corrupt (its checksum differs from the manifest's); copy it "
+                "again or prepare the data again."
+            )
+    return len(files)

@@ -1,0 +1,78 @@
+"""Which split a document belongs to: by the hash of its name, or by a list."""
+
+import csv
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from tttjax.errors import UserError
+
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Document name -> split, the same whatever else is in the corpus and in whatever order.
+
+    `listed`: names and their splits; else a document is held out if the hash of seed and name
+    falls below `val_fraction`. `forced`: a document that is held out in any case.
+    """
+
+    val_fraction: float
+    seed: int
+    listed: Mapping[str, str] | None = None
+    forced: str | None = None
+
+    def __call__(self, document: str) -> str:
+        if self.listed is not None:
+            return self._look_up(document)
+        held_out = document == self.forced or self.position(document) < self.val_fraction
+        return VAL if held_out else TRAIN
+
+    def position(self, document: str) -> float:
+        """Pseudo-random number in [0, 1) that belongs to the document."""
+        digest = hashlib.sha256(f"{self.seed}:{document}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    def with_forced(self, document: str | None) -> "SplitRule":
+        return replace(self, forced=document)
+
+    def _look_up(self, document: str) -> str:
+        assert self.listed is not None
+        name = PurePosixPath(document).name
+        for key in (document, name, name.split(".")[0]):
+            if key in self.listed:
+                return self.listed[key]
+        raise UserError(
+            f"Document {document} is not in the split manifest; add a line for it or leave the "
+            "file out with --pattern."
+        )
+
+
+def read_split_manifest(path: str) -> dict[str, str]:
+    """Document -> split from a table with a heading: the first column and the column `split`.
+
+    Tabs or commas separate. The first column has a document's name, its file name, or its file
+    name without suffixes.
+    """
+    try:
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            heading = file.readline()
+            file.seek(0)
+            delimiter = "\t" if "\t" in heading else ","
+            rows = list(csv.DictReader(file, delimiter=delimiter))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the split manifest {path}: {error}.") from error
+    if not rows or "split" not in rows[0]:
+        raise UserError(f'The split manifest {path} has no column "split" or no rows.')
+    first = next(iter(rows[0]))
+    listed = {row[first]: row["split"] or "" for row in rows}
+    for document, split in listed.items():
+        if not re.fullmatch(r"[a-z0-9_]+", split):
+            raise UserError(
+                f"The split manifest {path} gives {document} the split {split!r}; a split's name "
+                "has small letters, digits and underscores."
+            )
+    return listed

@@ -1,0 +1,199 @@
+"""Tokenizers: one small protocol, four kinds.
+
+    bytes          ids 0..255 are the UTF-8 bytes, then BOS and EOS
+    sentencepiece  a SentencePiece model, trained by `tttjax prepare` or given
+    huggingface    a `tokenizer.json` of the Hugging Face `tokenizers` library
+    ids            no text at all: only sizes, for data that comes as tokens (Zarr)
+
+A tokenizer is saved beside the data that it made (`save`, `load_tokenizer`), and its fingerprint,
+a hash of its whole definition, is in the manifest, so that training and evaluation find the same
+one again or refuse.
+
+Bits per byte need the number of UTF-8 bytes behind a target token: `token_bytes()`. It is exact
+when `lossless` is true, that is, when decoding gives back every byte that was encoded.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tttjax.errors import UserError
+
+CONFIG_FILE = "tokenizer_config.json"
+
+# Everything that tokenizers commonly alter: blanks at either end and in runs, line ends, tabs,
+# compatibility forms, combining marks, characters outside any vocabulary, and the sign with which
+# SentencePiece writes a blank.
+_PROBE = "  two blanks,\ttab \r\n\n    \ufb01 \uff11 \xe9 e\u0301 ☃ 😀 \u2581 <s> <0x41> \x00 \n"
+
+
+class Tokenizer(Protocol):
+    """What the rest of tttjax knows of a tokenizer."""
+
+    kind: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    lossless: bool
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """int32 [N] token ids of `text`, without BOS or EOS."""
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of `tokens`. BOS, EOS and padding give no text."""
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [V] UTF-8 bytes that each token stands for; 0 for BOS, EOS and padding."""
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the tokenizer's definition, special tokens included."""
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes what `load_tokenizer` needs into `directory`."""
+
+
+def hash_definition(config: dict[str, Any], model: bytes = b"") -> str:
+    """sha256 of a tokenizer's settings and model file."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(model)
+    return digest.hexdigest()
+
+
+def save_definition(directory: str | os.PathLike, config: dict[str, Any], model: bytes = b""):
+    """Writes settings and model file; the settings last, since they make the folder loadable."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if model:
+        _write(directory / config["file"], model)
+    _write(directory / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_lossless(tokenizer: Tokenizer) -> bool:
+    """Whether a text of everything that tokenizers like to alter survives the round trip."""
+    return tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE
+
+
+def as_text(text: str | bytes) -> str:
+    return text.decode("utf-8") if isinstance(text, bytes) else text
+
+
+class ByteTokenizer:
+    """UTF-8 bytes. Vocabulary 264: 256 bytes, BOS 256, EOS 257, and six ids that never occur.
+
+    The padding makes the embedding divisible by 8, so that it can be sharded.
+    """
+
+    kind = "bytes"
+    vocab_size = 264
+    lossless = True
+    bos_id: int | None = 256
+    eos_id: int | None = 257
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        return np.frombuffer(raw, np.uint8).astype(np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(tokens)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return (np.arange(self.vocab_size) < 256).astype(np.int32)
+
+    def _config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab_size": self.vocab_size}
+
+    def fingerprint(self) -> str:
+        return hash_definition(self._config())
+
+    def save(self, directory: str | os.PathLike) -> None:
+        save_definition(directory, self._config())
+
+
+class IdsTokenizer:
+    """Stands in for an unknown tokenizer: data that came as token ids. It has no text."""
+
+    kind = "ids"
+    lossless = False
+
+    def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None):
+        self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raise UserError(
+            "This data set holds token ids of an unknown tokenizer, so text cannot be encoded for "
+            "it; prepare it again with --tokenizer=tokenizer.json."
+        )
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        return " ".join(str(int(token)) for token in tokens)
+
+    def token_bytes(self) -> np.ndarray:
+        return np.zeros(self.vocab_size, np.int32)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+        }
+
+    def fingerprint(self) -> str:
+        return hash_definition(self._config())
+
+    def save(self, directory: str | os.PathLike) -> None:
+        save_definition(directory, self._config())
+
+
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+    """The tokenizer that `save` wrote into `directory`.
+
+    Raises UserError if there is none, or if it is of an unknown kind.
+    """
+    from tttjax.data.huggingface import HuggingFaceTokenizer
+    from tttjax.data.sentencepiece import SentencePieceTokenizer
+
+    directory = Path(directory)
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{directory} has no readable tokenizer ({CONFIG_FILE}: {error}); run `tttjax prepare` "
+            "again."
+        ) from error
+    kind = config.get("kind")
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "ids":
+        return IdsTokenizer(config["vocab_size"], config["bos_id"], config["eos_id"])
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(directory / config["file"])
+    if kind == "huggingface":
+        return HuggingFaceTokenizer(
+            directory / config["file"], bos_id=config["bos_id"], eos_id=config["eos_id"]
+        )
+    raise UserError(f"{directory / CONFIG_FILE} names the unknown tokenizer kind {kind!r}.")
+
+
+def read_model(path: str | os.PathLike, what: str) -> bytes:
+    """Bytes of a model file; UserError if it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the {what} {path}: {error.strerror}.") from error

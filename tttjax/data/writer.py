@@ -1,0 +1,173 @@
+"""Writing shards: append-only files that can be cut back to the last recorded state.
+
+A writer's `state()` is plain JSON. An interrupted `prepare` truncates the files to the sizes in the
+last recorded state and goes on appending; the CRC-32 of a file runs on from the recorded value.
+"""
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from tttjax.data.shards import PARTS
+
+
+@dataclass(frozen=True)
+class EncodedPiece:
+    """Tokens of a document, or of a part of it. `split`: where it goes, or None for the rule's."""
+
+    document: str
+    tokens: np.ndarray
+    num_bytes: int
+    begins: bool = True
+    ends: bool = True
+    split: str | None = None
+
+
+class _ShardFiles:
+    """The three open files of one shard, with their sizes and running checksums."""
+
+    def __init__(self, folder: Path, name: str, state: dict[str, Any] | None = None):
+        self.name = name
+        self.tokens = self.documents = self.bytes = 0
+        self.files = {part: {"size": 0, "crc32": 0} for part in PARTS}
+        if state:
+            self.tokens, self.documents = state["tokens"], state["documents"]
+            self.bytes, self.files = state["bytes"], state["files"]
+        self._streams: dict[str, IO[bytes]] = {}
+        for part in PARTS:
+            path = folder / f"{name}.{part}"
+            if state:
+                os.truncate(path, self.files[part]["size"])
+            self._streams[part] = path.open("ab" if state else "wb")
+
+    def write(self, part: str, content: bytes) -> None:
+        self._streams[part].write(content)
+        entry = self.files[part]
+        entry["size"] += len(content)
+        entry["crc32"] = zlib.crc32(content, entry["crc32"])
+
+    def state(self) -> dict[str, Any]:
+        """Counts, sizes and checksums, after everything written so far has reached the disk."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "files": {part: dict(entry) for part, entry in self.files.items()},
+        }
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+
+class SplitWriter:
+    """Appends documents to the shards of one split.
+
+    Adds BOS in front of a document and EOS behind it where given, and drops documents of fewer
+    than `min_tokens` tokens (BOS and EOS included) or without any text.
+    A document lies in one shard; a shard ends with the document that fills it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        *,
+        shard_tokens: int,
+        bos: int | None = None,
+        eos: int | None = None,
+        min_tokens: int = 0,
+        state: dict[str, Any] | None = None,
+    ):
+        self._folder, self.split, self._dtype = folder, split, dtype
+        self._shard_tokens, self._min_tokens = shard_tokens, min_tokens
+        self._head = np.array([] if bos is None else [bos], dtype)
+        self._tail = np.array([] if eos is None else [eos], dtype)
+        state = state or {"shards": [], "open": None, "longest": 0, "empty": 0, "short": 0}
+        self._shards: list[dict[str, Any]] = list(state["shards"])
+        self._longest, self.empty, self.short = state["longest"], state["empty"], state["short"]
+        current = state["open"]
+        self._shard = _ShardFiles(folder, current["name"], current) if current else None
+        self._pending: list[np.ndarray] = []  # of a document not yet known to be long enough
+        self._length = self._bytes = 0  # of the document being written
+
+    def append(self, piece: EncodedPiece) -> None:
+        """Takes the next piece; a document's pieces come one after another."""
+        if piece.begins:
+            self._pending, self._length, self._bytes = [self._head], len(self._head), 0
+        tokens = piece.tokens.astype(self._dtype)
+        self._pending.append(tokens)
+        self._length += len(tokens)
+        self._bytes += piece.num_bytes
+        has_text = self._length > len(self._head)
+        if piece.ends and has_text:
+            self._pending.append(self._tail)
+            self._length += len(self._tail)
+        if has_text and self._length >= self._min_tokens:
+            shard = self._open_shard()
+            for part in self._pending:
+                shard.write("tokens", part.tobytes())
+                shard.tokens += len(part)
+            self._pending = []
+        if piece.ends:
+            self._end_document(piece.document)
+
+    def _end_document(self, name: str) -> None:
+        if self._pending:  # never reached the minimum
+            empty = self._length <= len(self._head)
+            self.empty, self.short = self.empty + empty, self.short + (not empty)
+            self._pending = []
+            return
+        shard = self._open_shard()
+        shard.documents += 1
+        shard.bytes += self._bytes
+        shard.write("documents", np.array([shard.tokens, self._bytes], "<i8").tobytes())
+        shard.write("names", (json.dumps(name) + "\n").encode())
+        self._longest = max(self._longest, self._length)
+        if shard.tokens >= self._shard_tokens:
+            self._close_shard()
+
+    def _open_shard(self) -> _ShardFiles:
+        if self._shard is None:
+            self._shard = _ShardFiles(self._folder, f"{self.split}-{len(self._shards):05d}")
+        return self._shard
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append(self._shard.state())
+            self._shard.close()
+            self._shard = None
+
+    def state(self) -> dict[str, Any]:
+        """JSON from which a new writer goes on. Only between documents."""
+        return {
+            "shards": list(self._shards),
+            "open": self._shard.state() if self._shard else None,
+            "longest": self._longest,
+            "empty": self.empty,
+            "short": self.short,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Closes the files; the split's entry in the manifest."""
+        self._close_shard()
+        entry: dict[str, Any] = {
+            key: sum(shard[key] for shard in self._shards)
+            for key in ("tokens", "documents", "bytes")
+        }
+        return entry | {"longest_document": self._longest, "shards": self._shards}
+
+    def abandon(self) -> None:
+        """Closes the files as they are."""
+        if self._shard is not None:
+            self._shard.close()

@@ -1,0 +1,116 @@
+"""`tttjax prepare`: text files, folders, `.jsonl`, or Zarr tokens to a prepared data set.
+
+The work is done by `tttjax.data.preparation.prepare`; here are the options and the printing.
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from tttjax.data import shards
+from tttjax.data.preparation import PrepareSettings, prepare
+from tttjax.data.shards import open_prepared
+from tttjax.errors import UserError
+
+__all__ = ["PrepareSettings", "add_arguments", "prepare", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax prepare`."""
+    default = PrepareSettings(inputs=())
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="*",
+        help="files, folders (searched recursively), a Zarr folder, or the word "
+        "`stdlib`: the sources of Python's standard library on this machine. A text file (.txt, "
+        '.py, ...; also .gz, .xz, .zst) is one document, a line of a .jsonl file too (key "text")',
+    )
+    add("--out", metavar="DIR", help="folder of the prepared data set")
+    add(
+        "--tokenizer",
+        default=default.tokenizer,
+        help="bytes (the default: no vocabulary to learn); "
+        "sentencepiece (trained on the training documents); a .model file; a Hugging Face "
+        "tokenizer.json; the folder of another prepared data set (its tokenizer); ids (Zarr tokens "
+        "without their tokenizer)",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        default=default.vocab_size,
+        help="of a trained SentencePiece model, or of `ids` (default %(default)s)",
+    )
+    add("--bos-id", type=int, help="token that begins a document, if the tokenizer does not say")
+    add("--eos-id", type=int, help="token that ends a document, if the tokenizer does not say")
+    add(
+        "--val-fraction",
+        type=float,
+        default=default.val_fraction,
+        help="share of documents held "
+        "out, by a hash of their names: never the same text in both (default %(default)s)",
+    )
+    add(
+        "--split-manifest",
+        default=default.split_manifest,
+        metavar="TABLE",
+        help="table (tabs or "
+        "commas) whose first column names a document and whose column `split` says where it goes",
+    )
+    add("--seed", type=int, default=default.seed, help="changes which documents are held out")
+    add(
+        "--pattern",
+        default=default.pattern,
+        help="which files of a folder, such as '*.txt' (default: the usual suffixes of text)",
+    )
+    add(
+        "--min-document-tokens",
+        type=int,
+        default=default.min_document_tokens,
+        help="leave shorter documents out: long contexts are learned from long documents",
+    )
+    add("--no-bos", dest="add_bos", action="store_false", help="do not begin documents with BOS")
+    add("--eos", dest="add_eos", action="store_true", help="end documents with EOS")
+    add(
+        "--shard-tokens",
+        type=int,
+        default=default.shard_tokens,
+        help="tokens after which a new shard begins (default %(default)s)",
+    )
+    add("--num-workers", type=int, help="processes (default: one per core)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace what is in DIR if it was made with other settings",
+    )
+    add("--check", metavar="DIR", help="instead: compare every checksum of a prepared data set")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax prepare` from parsed arguments; the exit code."""
+    if args.check:
+        folder = Path(args.check)
+        open_prepared(folder, verify=False)
+        count = shards.check_sums(folder, shards.read_manifest(folder))
+        print(f"{folder}: {count} files are whole")
+        return 0
+    if not args.out:
+        raise UserError("Say where the prepared data go: --out=DIR.")
+    settings = {
+        f.name: getattr(args, f.name) for f in fields(PrepareSettings) if f.name != "inputs"
+    }
+    prepare(
+        args.inputs,
+        args.out,
+        num_workers=args.num_workers,
+        overwrite=args.overwrite,
+        log=_log,
+        **settings,
+    )
+    print(args.out)
+    return 0
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
