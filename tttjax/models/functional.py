@@ -35,7 +35,7 @@ class Stack:
 
     def variables(self) -> dict[tuple[str, ...], nnx.Variable]:
         """The declared weights of one copy by path."""
-        return dict(nnx.state(self._abstract()).flat_state())
+        return dict(nnx.to_flat_state(nnx.state(self._abstract())))
 
     def module(self) -> nnx.Module:
         """One copy without values, to ask it for sizes."""
