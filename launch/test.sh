@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Checks everything: lint, formatting, types, tests. Needs only Python 3.11 or newer.
+#
+#   bash launch/test.sh                      all of it
+#   bash launch/test.sh tests/test_cli.py    the checks, and these tests (arguments go to pytest)
+#
+# Makes a virtual environment in .venv first, or reuses it. PYTHON and VENV: see launch/_venv.sh.
+# WORKERS: processes that run tests (default 2).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/_venv.sh
+ensure_venv test
+
+failed=()
+check() {
+    local name="$1"
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "mypy" mypy
+check "pytest" python -m pytest -n "${WORKERS:-2}" "$@" </dev/null
+
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "$(IFS=, && echo "${failed[*]}")" >&2
+    exit 1
+fi
