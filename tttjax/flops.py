@@ -26,6 +26,8 @@ for n chunks; the last chunk's update reaches no loss. An update that the outer 
 a constant (first order; truncated, before the last m chunks) costs B once instead of 3 times.
 """
 
+import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,7 +93,7 @@ def _parts(
     def entries(prefix: str, only_fast: bool = False) -> float:
         """FLOPs of a token through the matrices below a path of stacked blocks."""
         return sum(
-            2.0 * np.prod(shape[1:])
+            2.0 * math.prod(shape[1:])
             for path, shape in weights.items()
             if path.startswith(prefix)
             and len(shape) > 2
@@ -187,8 +189,6 @@ def device_peak(devices: list[jax.Device] | None = None) -> Peak | None:
 
 
 def _measured_matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-    import time
-
     x = jax.device_put(np.ones((size, size), np.float32), jax.local_devices()[0])
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()

@@ -215,7 +215,6 @@ def check_wandb(project: str) -> None:
 
 def _start_wandb(project: str, workdir: Path, config: dict[str, Any] | None) -> Any:
     """One W&B run per work directory, whatever it is called: its id is kept in a file there."""
-    check_wandb(project)
     wandb = importlib.import_module("wandb")
     id_file = workdir / "wandb_id.txt"
     if not id_file.exists():
@@ -263,6 +262,7 @@ class MetricLogger:
     _window: _Window = field(default_factory=_Window)
 
     def __post_init__(self) -> None:
+        check_wandb(self.wandb_project)
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -300,7 +300,8 @@ class MetricLogger:
         seconds = max(seconds, 1e-9)
         rates = self.throughput.rates(seconds, input_seconds)
         rates["memory_bytes"] = peak_memory()[0]
-        record = {"step": step, **{k: _json_safe(v) for k, v in values.items()}, "time": rates}
+        ordered = {"loss": values["loss"], **values}
+        record = {"step": step, **{k: _json_safe(v) for k, v in ordered.items()}, "time": rates}
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
         smooth = rates

@@ -1,0 +1,350 @@
+"""Meta-trains a model, or extends one from another run's weights; resumes by itself.
+
+examples:
+  tttjax train --config=experiments/quickstart.py --workdir=runs/first --config.data.sources=DATA
+  tttjax train --config=... --workdir=runs/first          again: continues where it stopped
+  tttjax train --config=... --workdir=runs/long --config.train.init_from=runs/first
+                                                          extension: weights only, fresh schedule
+
+The work directory gets checkpoints/, metrics.jsonl (one record per step), tensorboard/,
+config.json, environment.json and, at the end, summary.json and loss.png. SIGTERM or Ctrl-C saves
+and exits with code 75; the same command goes on from there.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+
+from tttjax import checkpoint, flops, metrics
+from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
+from tttjax.data.pipeline import StreamOptions, make_train_stream
+from tttjax.data.shards import open_prepared
+from tttjax.errors import UserError
+from tttjax.run_control import (
+    EXIT_INTERRUPTED,
+    FinishedSteps,
+    Profiler,
+    StopRequest,
+    Totals,
+    start_distributed,
+)
+from tttjax.sharding import make_mesh
+from tttjax.train_step import Trainer, TrainState, make_trainer
+from tttjax.types import Batch
+
+
+class BatchStream(Protocol):
+    """What training reads: this process's part of every batch, from any step on."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run went. Seconds are of this start; `train_seconds` of all starts together.
+
+    step: updates done in all. first_step_seconds: the first step of this start, compilation
+    included; step_seconds: median of the others (None if there were none). interrupted: asked to
+    stop before the last step; saved, and to be continued.
+    """
+
+    step: int
+    loss: float | None
+    interrupted: bool
+    state: TrainState
+    setup_seconds: float
+    first_step_seconds: float | None
+    step_seconds: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+    mfu_refers_to: str | None
+    train_seconds: float
+    skipped_steps: int
+    peak_memory_bytes: int
+    peak_memory_of: str
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the state, as `summary.json` has it."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "state"
+        }
+
+
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    stop_after: int | None = None,
+    batches: BatchStream | None = None,
+) -> TrainResult:
+    """Trains up to step `config.train.steps`, from the newest checkpoint in `workdir` if any.
+
+    Arguments:
+      stop_after: save and return after this step, as if interrupted there.
+      batches: instead of the prepared data sets of `config.data`.
+
+    Raises:
+      UserError: anything wrong with configuration, data, mesh, work directory or checkpoints; no
+        space left; loss or gradient not finite for too long.
+    """
+    started = time.perf_counter()
+    workdir = Path(workdir)
+    metrics.check_wandb(config.train.wandb_project)
+    check_same_run(workdir, config)
+    with contextlib.ExitStack() as closing:
+        run, state = _set_up(config, workdir, batches, closing)
+        setup_seconds = time.perf_counter() - started
+        last = min(config.train.steps, stop_after or config.train.steps)
+        state, step = _loop(run, state, last)
+        result = _result(run, state, step, setup_seconds)
+        run.logger.say(_conclude(result))
+    if jax.process_index() == 0 and step == config.train.steps:
+        _write_results(run, result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that the loop works with. start: steps that earlier starts have done."""
+
+    config: Config
+    workdir: Path
+    trainer: Trainer
+    batches: BatchStream
+    saver: checkpoint.Checkpointer
+    logger: metrics.MetricLogger
+    finished: FinishedSteps
+    totals: Totals
+    start: int
+
+
+def _set_up(
+    config: Config, workdir: Path, batches: BatchStream | None, closing: contextlib.ExitStack
+) -> tuple[Run, TrainState]:
+    """Opens all that training needs, to be closed by `closing`, and the state to go on from."""
+    settings = config.train
+    batches = batches or open_batches(config)
+    closing.callback(batches.close)
+    trainer = make_trainer(config, _make_mesh(config))
+    if jax.process_index() == 0:
+        write_run_info(workdir, config, with_devices=True)
+    saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY, keep=settings.keep_checkpoints)
+    closing.callback(saver.close)
+    state, start, totals = _first_state(config, trainer, saver, batches)
+    logger = metrics.MetricLogger(
+        workdir,
+        metrics.Throughput(
+            settings.batch_size * settings.seq_len,
+            flops.train_flops_per_token(config.model, config.inner, settings.seq_len),
+            flops.device_peak(),
+        ),
+        total_steps=settings.steps,
+        log_every=settings.log_every,
+        start_step=start,
+        wandb_project=settings.wandb_project,
+        config=dataclasses.asdict(config),
+    )
+    closing.callback(logger.close)
+    logger.say(_describe(config, trainer, start))
+    finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
+    return Run(config, workdir, trainer, batches, saver, logger, finished, totals, start), state
+
+
+def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
+    """Steps start + 1 to `last`, or until asked to stop; saved at the end. (state, steps done)."""
+    settings, finished, late = run.config.train, run.finished, metrics.LateMetrics()
+    step = run.start
+    with contextlib.ExitStack() as closing:
+        stop = closing.enter_context(StopRequest())
+        profiler = Profiler(settings.profile_steps, run.workdir / "profile")
+        closing.callback(profiler.close)
+        finished.start_clock()
+        for step in range(run.start + 1, last + 1):
+            profiler.before(step)
+            waiting_since = time.perf_counter()
+            data_state, batch = run.batches.get_state(), next(run.batches)
+            on_device = run.trainer.put_batch(batch)
+            waited = time.perf_counter() - waiting_since
+            state, values = run.trainer.step(state, on_device)
+            finished.add(late.swap(step, values, (waited, batch, data_state)))
+            profiler.after(step, values)
+            asked_to_stop = stop.after(step)
+            if step == run.start + 1:  # it was compiled first, so its time is told apart
+                finished.add(late.flush())
+            if step % settings.checkpoint_every == 0 or step == last or asked_to_stop:
+                # Records go to disk before the checkpoint that they lead to.
+                finished.add(late.flush())
+                _save(run, step, state)
+            if asked_to_stop:
+                break
+        run.saver.wait()
+    return state, step
+
+
+def _save(run: Run, step: int, state: TrainState) -> None:
+    run.logger.sync()
+    run.saver.save(
+        step,
+        state,
+        data_state=run.batches.get_state(),
+        extra=dataclasses.asdict(run.totals),
+        config=dataclasses.asdict(run.config),
+    )
+    run.finished.start_clock()
+
+
+def _result(run: Run, state: TrainState, step: int, setup_seconds: float) -> TrainResult:
+    memory, memory_of = metrics.peak_memory()
+    peak = run.logger.throughput.peak
+    return TrainResult(
+        step=step,
+        loss=run.finished.loss,
+        interrupted=step < run.config.train.steps,
+        state=state,
+        setup_seconds=setup_seconds,
+        first_step_seconds=run.finished.first_seconds,
+        **run.finished.steady_rates(),
+        mfu_refers_to=peak.source if peak else None,
+        train_seconds=run.totals.seconds,
+        skipped_steps=int(state.skipped),
+        peak_memory_bytes=memory,
+        peak_memory_of=memory_of,
+    )
+
+
+def open_batches(config: Config) -> BatchStream:
+    """The training batches of the prepared data sets that `config.data` names.
+
+    Raises:
+      UserError: data missing, damaged or too short, or with more tokens than model.vocab_size.
+    """
+    data, settings = config.data, config.train
+    opened = [open_prepared(path) for path in data.sources]
+    for source in opened:
+        if source.tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of "
+                f"{source.folder}, {source.tokenizer.vocab_size}: set model.vocab_size to that"
+            )
+    options = StreamOptions(
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        seed=data.seed,
+        shuffle=data.shuffle,
+        layout=data.layout,
+        weights=data.weights,
+    )
+    return make_train_stream(
+        opened,
+        options,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        prefetch=data.prefetch,
+    )
+
+
+def _make_mesh(config: Config) -> jax.sharding.Mesh:
+    mesh = check_mesh(config, jax.device_count(), jax.process_count())
+    return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+
+
+def _first_state(
+    config: Config, trainer: Trainer, saver: checkpoint.Checkpointer, batches: BatchStream
+) -> tuple[TrainState, int, Totals]:
+    """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
+    restored = saver.restore(trainer.abstract_state)
+    if restored is not None:
+        batches.set_state(restored.data_state)
+        return restored.state, restored.step, Totals(**restored.extra)
+    if config.train.init_from:
+        weights = checkpoint.restore_params(config.train.init_from, trainer.abstract_state.params)
+        return trainer.start_from(weights), 0, Totals()
+    return trainer.init_state(config.train.seed), 0, Totals()
+
+
+def _describe(config: Config, trainer: Trainer, start: int) -> str:
+    """The line before the first step."""
+    count = {
+        part: sum(x.size for x in jax.tree.leaves(getattr(trainer.abstract_state.params, part)))
+        for part in ("slow", "fast")
+    }
+    mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
+    origin = f" from {config.train.init_from}" if config.train.init_from else ""
+    begin = f"continuing after step {start} of" if start else f"training{origin} for"
+    return (
+        f"{begin} {config.train.steps} steps of {config.train.batch_size} x "
+        f"{config.train.seq_len} tokens; {sum(count.values()):,} parameters, "
+        f"{count['fast']:,} of them fast; {jax.device_count()} {jax.default_backend()} devices "
+        f"({mesh})"
+    )
+
+
+def _conclude(result: TrainResult) -> str:
+    how = "stopped, saved, to be continued by the same command," if result.interrupted else "done"
+    loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
+    speed = (
+        "" if result.step_seconds is None else f"; {result.step_seconds:.3f} s per step (median)"
+    )
+    return f"{how} at step {result.step}{loss}{speed}"
+
+
+def _write_results(run: Run, result: TrainResult) -> None:
+    path = run.workdir / "summary.json"
+    if result.step == run.start and path.exists():
+        return  # nothing was left to do, so the earlier start's figures stand
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result.summary(), indent=1) + "\n")
+    os.replace(temporary, path)
+    metrics.write_loss_curve(run.workdir)
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `tttjax train`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="experiment file; any field can be changed with --config.SECTION.FIELD=VALUE",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="what the run writes; resumed from here"
+    )
+    parser.add_argument(
+        "--stop-after", type=int, metavar="STEP", help="save and exit (code 75) after this step"
+    )
+    several = parser.add_argument_group("several processes (start the command once on each host)")
+    several.add_argument(
+        "--distributed", action="store_true", help="join the run that the cluster describes"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--process-id", type=int, metavar="N", help="this process: 0, 1, ...")
+    several.add_argument("--process-count", type=int, metavar="N", help="how many there are")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax train`: 0 if training is complete, 75 if it was interrupted and saved."""
+    # Orbax logs a failed save's traceback from its own thread; the error itself arrives in the
+    # loop and is told in one sentence.
+    logging.set_verbosity(logging.FATAL)
+    config = load_config(args.config, args.overrides)
+    by_hand = (args.coordinator, args.process_id, args.process_count)
+    if args.distributed or any(value is not None for value in by_hand):
+        start_distributed(*by_hand)
+    result = train(config, args.workdir, stop_after=args.stop_after)
+    return EXIT_INTERRUPTED if result.interrupted else 0
