@@ -1,6 +1,14 @@
-"""`tttjax prepare`: text files, folders, `.jsonl`, or Zarr tokens to a prepared data set.
+"""Turn text into a prepared data set: a tokenizer, token shards, and a manifest.
 
-The work is done by `tttjax.data.preparation.prepare`; here are the options and the printing.
+  tttjax prepare stdlib --out=data/stdlib
+      the sources of Python's standard library on this machine, as bytes
+  tttjax prepare books/ --out=data/books --tokenizer=sentencepiece --vocab-size=4096
+      all text files of a folder, with a vocabulary learned from them
+  tttjax prepare part-*.jsonl.zst --out=data/web --tokenizer=llama3/tokenizer.json
+      documents under the key "text", one per line, with a given vocabulary
+
+Documents, never parts of them, are held out for evaluation. The same command again continues an
+interrupted run, and does nothing if the data set is finished.
 """
 
 import argparse
@@ -82,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="replace what is in DIR if it was made with other settings",
+        help="replace the data set that is in DIR already",
     )
     add("--check", metavar="DIR", help="instead: compare every checksum of a prepared data set")
 

@@ -1,4 +1,4 @@
-"""`tttjax bench NAME`: what this machine does, measured. Each benchmark is a module here.
+"""Measure what this machine does: `tttjax bench NAME`. Each benchmark is a module here.
 
 A benchmark module has a docstring, `add_arguments(parser)` and `run(args) -> int`.
 """

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +26,10 @@ from tttjax.errors import UserError
 _TASK_BYTES = 1 << 20
 # Tokenizers slow down on very long strings, and a token never spans more than a line or two.
 _ENCODE_CHARACTERS = 1 << 16
+
+
+class ResumableError(UserError):
+    """The command failed, but not because of its input: run again, it continues."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _exit_with_parent() -> None:
 
 def encode_in_order(
     tasks: Iterator[Task], tokenizer_dir: Path, num_workers: int
-) -> Iterator[tuple[Task, list[EncodedPiece]]]:
+) -> Generator[tuple[Task, list[EncodedPiece]]]:
     """Results of all tasks, in their order. With no workers, in this process."""
     if num_workers == 0:
         tokenizer = load_tokenizer(tokenizer_dir)
@@ -118,7 +122,7 @@ def encode_in_order(
             try:
                 result = future.result()
             except BrokenProcessPool as error:
-                raise UserError(
+                raise ResumableError(
                     "A worker process of `tttjax prepare` died (out of memory?); run the same "
                     "command again, with fewer --num-workers, and it goes on where it stopped."
                 ) from error

@@ -77,15 +77,15 @@ def make_batch(
 
     A target that is BOS does not count (nothing foretells the next document), nor does padding.
     """
-    tokens = np.stack(records)
+    tokens = np.stack(list(records))
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     mask_BT = targets_BT != (PADDING if bos_id is None else bos_id)
     if tokens.min() == PADDING:
         mask_BT &= targets_BT != PADDING
         inputs_BT = np.where(inputs_BT == PADDING, np.int32(pad_id), inputs_BT)
         targets_BT = np.where(targets_BT == PADDING, np.int32(pad_id), targets_BT)
-    arrays: dict[str, Any] = {"inputs": inputs_BT, "targets": targets_BT, "mask": mask_BT}
-    return Batch(**{name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    whole: Any = np.ascontiguousarray  # numpy arrays: the train step puts them on the devices
+    return Batch(inputs=whole(inputs_BT), targets=whole(targets_BT), mask=mask_BT)
 
 
 @dataclass(frozen=True)

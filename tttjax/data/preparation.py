@@ -9,12 +9,12 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tttjax.data import shards
-from tttjax.data.encode import default_workers
+from tttjax.data.encode import ResumableError, default_workers
 from tttjax.data.prepare_pass import (
     InputSource,
     Log,
@@ -47,7 +47,7 @@ def prepare(
     """Tokenises `inputs` into `out_dir` and opens the result.
 
     settings: the fields of `PrepareSettings`. num_workers: processes (None: one per core; 0: this
-    one). overwrite: replace a data set in `out_dir` that was made with other settings or inputs.
+    one). overwrite: replace a data set that is in `out_dir` already.
     Called again with the same arguments, it continues an interrupted run, and returns at once if
     the data set is finished. Raises UserError for bad input; what is on disk stays continuable.
     """
@@ -75,8 +75,18 @@ def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite
     if journal is None:
         log(f"prepare: {folder} is already prepared with these settings")
         return
+    try:
+        _write_all(settings, source, folder, num_workers, journal, log)
+    except ResumableError:
+        raise
+    except UserError:  # the input is at fault: there is nothing to go on with
+        remove_prepared(folder)
+        raise
+
+
+def _write_all(settings, source: InputSource, folder: Path, num_workers, journal, log: Log) -> None:
     listed = read_split_manifest(settings.split_manifest) if settings.split_manifest else None
-    rule = SplitRule(settings.val_fraction, settings.seed, listed, journal.get("forced"))
+    rule = SplitRule(settings.val_fraction, settings.seed, listed, journal.get("forced", {}))
     if not (folder / TOKENIZER_DIR / CONFIG_FILE).exists():
         tokenizer = make_tokenizer(settings, source.files, rule, log)
         tokenizer.save(folder / TOKENIZER_DIR)
@@ -84,17 +94,15 @@ def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite
     workers = default_workers(source.total_bytes) if num_workers is None else num_workers
     run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log)
     splits = run.write()
-    if run.needs_held_out(splits):
-        # No document's hash fell below the fraction: start over with the nearest one held out.
-        forced = run.nearest_to_held_out(splits)
-        log(f"prepare: no document fell into the held-out split; again, holding out {forced}")
-        journal = {**request, "forced": forced}
+    if mending := run.mend(splits):
+        what = next(iter(mending.get("forced", ["the end of the only document"])))
+        log(f"prepare: a split would be empty; once more, with {what} in it")
+        journal = {key: journal[key] for key in ("settings", "inputs")} | mending
         write_json(folder / JOURNAL, journal)
-        run = PreparePass(
-            settings, source, folder, rule.with_forced(forced), tokenizer, workers, journal, log
-        )
+        rule = replace(rule, forced=mending.get("forced", {}))
+        run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log)
         splits = run.write()
-    _finish(folder, request, splits, run, tokenizer, log)
+    _finish(folder, journal, splits, run, tokenizer, log)
 
 
 def _plain(settings: PrepareSettings) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> dict[str, 
     if existing.exists():
         found = _read_json(existing)
         differing = _differences(found, request)
-        if not differing:
+        if not differing and not (overwrite and existing is finished):
             return None if existing is finished else found
         if not overwrite:
             state = "was prepared" if existing is finished else "is half prepared"
@@ -146,6 +154,8 @@ def remove_prepared(folder: Path) -> None:
         path.unlink()
     shutil.rmtree(folder / TOKENIZER_DIR, ignore_errors=True)
     (folder / JOURNAL).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _remove_strays(folder: Path, splits: dict[str, dict[str, Any]]) -> None:
@@ -162,11 +172,10 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 
 def _finish(
-    folder: Path, request, splits, run: PreparePass, tokenizer: Tokenizer, log: Log
+    folder: Path, journal, splits, run: PreparePass, tokenizer: Tokenizer, log: Log
 ) -> None:
     skipped = run.skipped()
     if not sum(entry["documents"] for entry in splits.values()):
-        remove_prepared(folder)
         raise UserError(
             f"No document was left: {skipped['empty']} empty, {skipped['short']} shorter than "
             f"min_document_tokens={run.settings.min_document_tokens}."
@@ -184,7 +193,8 @@ def _finish(
             "eos_id": tokenizer.eos_id,
             "lossless": tokenizer.lossless,
         },
-        **request,
+        "settings": journal["settings"],
+        "inputs": journal["inputs"],
         "skipped": skipped,
         "splits": kept,
     }

@@ -4,12 +4,13 @@ Every few seconds the journal records how far the files on disk are complete, an
 on from there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class InputSource:
         files = tuple(list_inputs(settings.inputs, settings.pattern))
         marks = [[file.id, file.size, file.mtime_ns] for file in files]
         total = sum(file.size * (4 if file.compressed else 1) for file in files)
-        return InputSource(files, "", total, _hash(marks))
+        return InputSource(files, "", total, _hash([marks, _named_files(settings)]))
 
     @staticmethod
     def _find_zarr(settings: PrepareSettings) -> "InputSource":
@@ -87,7 +88,13 @@ class InputSource:
                 "do not apply to it."
             )
         total, marks = zarr.zarr_size(settings.inputs[0])
-        return InputSource((), settings.inputs[0], total, _hash(marks))
+        return InputSource((), settings.inputs[0], total, _hash([marks, _named_files(settings)]))
+
+
+def _named_files(settings: PrepareSettings) -> list[str]:
+    """Checksums of the other files that the settings name."""
+    paths = [Path(name) for name in (settings.tokenizer, settings.split_manifest) if name]
+    return [f"{shards.crc32_of(path):08x}" for path in paths if path.is_file()]
 
 
 def _hash(value: Any) -> str:
@@ -101,6 +108,8 @@ class PreparePass:
         self.settings, self.source, self.folder = settings, source, folder
         self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
         self.journal, self.log = journal, log
+        self._tail_at: int = journal.get("tail_at", 0)
+        self._position = 0  # in the only document, if its end is held out
         self.writers: dict[str, SplitWriter] = {}
         for split, state in journal.get("writers", {}).items():
             self.writers[split] = self._writer(split, state)
@@ -124,21 +133,22 @@ class PreparePass:
         progress = _Progress(self.source, self.journal.get("covered", 0), self.log)
         last_record = time.monotonic()
         try:
-            for number, (task, pieces) in enumerate(self._encoded(done), start=done + 1):
-                for piece in pieces:
-                    self._writer_of(piece).append(piece)
-                progress.add(task, pieces)
-                between = not pieces or pieces[-1].ends
-                if between and time.monotonic() - last_record >= JOURNAL_SECONDS:
-                    self._record(number, progress.covered)
-                    last_record = time.monotonic()
+            with contextlib.closing(self._encoded(done)) as encoded:
+                for number, (task, pieces) in enumerate(encoded, start=done + 1):
+                    for piece in self._divide(pieces) if self._tail_at else pieces:
+                        self._writer_of(piece).append(piece)
+                    progress.add(task, pieces)
+                    between = not pieces or pieces[-1].ends
+                    if between and time.monotonic() - last_record >= JOURNAL_SECONDS:
+                        self._record(number, progress.covered)
+                        last_record = time.monotonic()
             return {split: writer.finish() for split, writer in sorted(self.writers.items())}
         finally:
             for writer in self.writers.values():
                 writer.abandon()
             progress.report()
 
-    def _encoded(self, done: int) -> Iterator[tuple[Task, list[EncodedPiece]]]:
+    def _encoded(self, done: int) -> Generator[tuple[Task, list[EncodedPiece]]]:
         if self.source.zarr_root:
             return zarr.zarr_documents(self.source.zarr_root, self.tokenizer, skip=done)
         tasks = islice(make_tasks(self.source.files), done, None)
@@ -155,16 +165,50 @@ class PreparePass:
         state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
         write_json(self.folder / JOURNAL, state)
 
-    def needs_held_out(self, splits: dict[str, dict[str, Any]]) -> bool:
-        counts = {split: entry["documents"] for split, entry in splits.items()}
-        by_hash = self.rule.listed is None and not self.source.zarr_root
-        wanted = by_hash and self.settings.val_fraction > 0 and self.rule.forced is None
-        return wanted and counts.get(TRAIN, 0) >= 2 and not counts.get(VAL)
+    def mend(self, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What a second pass must do so that there is something to train on and to hold out.
 
-    def nearest_to_held_out(self, splits: dict[str, dict[str, Any]]) -> str:
+        `{}`: nothing. With two documents or more, the one whose hash is nearest goes to the empty
+        split; of a single document the end is held out.
+        """
+        counts = {split: splits.get(split, {}).get("documents", 0) for split in (TRAIN, VAL)}
+        by_hash = self.rule.listed is None and not self.source.zarr_root
+        if not by_hash or not self.settings.val_fraction or all(counts.values()):
+            return {}
+        full = TRAIN if counts[TRAIN] else VAL
+        if not counts[full] or "mended" in self.journal:
+            return {}
+        if counts[full] == 1:
+            content = splits[full]["tokens"] - self.settings.add_bos - self.settings.add_eos
+            return {"mended": True, "tail_at": int(content * (1 - self.settings.val_fraction))}
         dtype = shards.token_dtype(self.tokenizer.vocab_size)
-        train = shards.TokenSplit(self.folder, TRAIN, splits[TRAIN], dtype)
-        return min(train.document_names(), key=self.rule.position)
+        names = shards.TokenSplit(self.folder, full, splits[full], dtype).document_names()
+        nearest = (min if full == TRAIN else max)(names, key=self.rule.position)
+        return {"mended": True, "forced": {nearest: VAL if full == TRAIN else TRAIN}}
+
+    def _divide(self, pieces: list[EncodedPiece]) -> Iterator[EncodedPiece]:
+        """Pieces of the only document: up to token `tail_at` for training, the rest held out."""
+        for piece in pieces:
+            cut = min(max(self._tail_at - self._position, 0), len(piece.tokens))
+            head_bytes = self._count_bytes(piece, cut)
+            if cut or piece.begins:
+                ends = self._position + cut >= self._tail_at or piece.ends
+                head = replace(piece, tokens=piece.tokens[:cut], num_bytes=head_bytes)
+                yield replace(head, ends=ends, split=TRAIN)
+            if cut < len(piece.tokens) or piece.ends:
+                tail = replace(piece, document=f"{piece.document}#tail", split=VAL)
+                yield replace(
+                    tail,
+                    tokens=piece.tokens[cut:],
+                    num_bytes=piece.num_bytes - head_bytes,
+                    begins=self._position <= self._tail_at,
+                )
+            self._position += len(piece.tokens)
+
+    def _count_bytes(self, piece: EncodedPiece, cut: int) -> int:
+        if self.tokenizer.lossless:
+            return int(self.tokenizer.token_bytes()[piece.tokens[:cut]].sum())
+        return round(piece.num_bytes * cut / max(len(piece.tokens), 1))
 
     def skipped(self) -> dict[str, int]:
         writers = self.writers.values()

@@ -231,14 +231,14 @@ def _check_sizes(folder: Path, manifest: dict[str, Any]) -> int:
             size = path.stat().st_size
         except OSError as error:
             raise UserError(
-                f"Shard file {path} is missing ({error.strerror}); copy it again or prepare the "
-                "data again."
+                f"Shard file {path} is missing ({error.strerror}); copy it again, or prepare "
+                "the data again with --overwrite."
             ) from error
         if size != entry["size"]:
             word = "truncated" if size < entry["size"] else "too long"
             raise UserError(
                 f"Shard file {path} is {word}: {size} bytes, the manifest says {entry['size']}; "
-                "copy it again or prepare the data again."
+                "copy it again, or prepare the data again with --overwrite."
             )
         total += size
     return total
@@ -251,6 +251,6 @@ def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
         if crc32_of(path) != entry["crc32"]:
             raise UserError(
                 f"Shard file {path} is corrupt (its checksum differs from the manifest's); copy it "
-                "again or prepare the data again."
+                "again, or prepare the data again with --overwrite."
             )
     return len(files)

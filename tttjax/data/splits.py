@@ -4,7 +4,7 @@ import csv
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tttjax.errors import UserError
@@ -17,27 +17,24 @@ class SplitRule:
     """Document name -> split, the same whatever else is in the corpus and in whatever order.
 
     `listed`: names and their splits; else a document is held out if the hash of seed and name
-    falls below `val_fraction`. `forced`: a document that is held out in any case.
+    falls below `val_fraction`, unless `forced` names it.
     """
 
     val_fraction: float
     seed: int
     listed: Mapping[str, str] | None = None
-    forced: str | None = None
+    forced: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, document: str) -> str:
         if self.listed is not None:
             return self._look_up(document)
-        held_out = document == self.forced or self.position(document) < self.val_fraction
-        return VAL if held_out else TRAIN
+        held_out = self.position(document) < self.val_fraction
+        return self.forced.get(document, VAL if held_out else TRAIN)
 
     def position(self, document: str) -> float:
         """Pseudo-random number in [0, 1) that belongs to the document."""
         digest = hashlib.sha256(f"{self.seed}:{document}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
-
-    def with_forced(self, document: str | None) -> "SplitRule":
-        return replace(self, forced=document)
 
     def _look_up(self, document: str) -> str:
         assert self.listed is not None

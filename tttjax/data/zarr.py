@@ -4,7 +4,7 @@ A folder with one-dimensional integer arrays, one per split (`train`, `val`); a 
 each BOS. Read with TensorStore, a block at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def open_zarr(root: str | Path) -> dict[str, Any]:
 
 def zarr_documents(
     root: str | Path, tokenizer: Tokenizer, skip: int = 0
-) -> Iterator[tuple[Task, list[EncodedPiece]]]:
+) -> Generator[tuple[Task, list[EncodedPiece]]]:
     """The tokens of every array in blocks, cut where documents begin; the first `skip` left out."""
     num_bytes_V = tokenizer.token_bytes()
     number = 0
