@@ -41,6 +41,7 @@ class InnerLoop(NamedTuple):
 
     chunk_size: int
     rule: optax.GradientTransformation
+    clip: float  # the norm to which the rule clips (0: it does not)
     fast_dtype: jnp.dtype
     exact_chunks: int | None  # the outer gradient goes through so many of the last updates
     remat: bool
@@ -64,6 +65,7 @@ def make_inner_loop(inner) -> InnerLoop:
     return InnerLoop(
         chunk_size=inner.chunk_size,
         rule=rule,
+        clip=inner.clip,
         fast_dtype=jnp.dtype(inner.fast_dtype),
         exact_chunks=exact_chunks(inner.meta_gradient, inner.truncate_chunks),
         remat=inner.remat,

@@ -1,0 +1,217 @@
+"""One jitted, sharded step of the outer loop.
+
+The batch is divided over the mesh axes `data` and `fsdp` with shard_map: every device reads its
+own sequences from start to end, backward pass included, and the gradient of all weights is reduced
+once at the end. (Left to the partitioner, that reduction would land inside the backward scan, once
+per chunk.) The axis `tensor` stays with the partitioner.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tttjax import sharding
+from tttjax.config import Config
+from tttjax.meta import InnerLoop, inner_lr, learns, make_inner_loop, make_outer_loss
+from tttjax.models import Transformer, build_model
+from tttjax.optim import make_optimizer, make_schedule
+from tttjax.types import Array, Batch, Params, PyTree
+
+Metrics = dict[str, Array]
+PARTS = ("embedding", "prefix", "suffix", "head", "final_norm")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes. A checkpoint holds this and the data iterator's state."""
+
+    step: Array  # int32: batches seen, those of skipped steps included
+    params: Params
+    opt_state: PyTree
+    skipped: Array  # int32: steps skipped because loss or gradient was not finite
+    skipped_in_row: Array  # int32: how many of them were the latest ones
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The compiled pieces of training for one configuration and mesh."""
+
+    mesh: Mesh
+    model: Transformer
+    abstract_state: TrainState  # ShapeDtypeStruct with shardings
+    init_state: Callable[[int], TrainState]  # by seed
+    start_from: Callable[[Params], TrainState]  # given weights, everything else fresh
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+    def put_batch(self, batch: Batch) -> Batch:
+        """This process's sequences as its part of the global batch on the devices."""
+        place = partial(jax.make_array_from_process_local_data, sharding.batch_sharding(self.mesh))
+        return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+
+
+def make_gradient(
+    model: Transformer,
+    inner: InnerLoop,
+    mesh: Mesh,
+    *,
+    learn: bool,
+    accum_steps: int = 1,
+) -> Callable[[Params, Batch, Array], tuple[Params, Metrics]]:
+    """gradient(params, batch, inner_lr) -> (outer gradient, metrics), averaged over the batch.
+
+    The batch is read in `accum_steps` parts, one after the other, to save memory.
+    """
+    outer_loss = make_outer_loss(model, inner, learn=learn)
+    specs = sharding.param_specs(mesh, model.axes())
+    axes = sharding.batch_axes(mesh)
+
+    def of_micro_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        (_, reading), grads = jax.value_and_grad(outer_loss, has_aux=True)(params, batch, lr)
+        metrics = {
+            "loss": jnp.mean(reading.loss),
+            "inner_grad_norm": jnp.mean(reading.grad_norm_N),
+            "fast_drift": jnp.mean(reading.drift),
+            "inner_clip_rate": jnp.mean(reading.grad_norm_N >= (inner.clip or jnp.inf)),
+        }
+        return grads, metrics
+
+    def of_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        if accum_steps == 1:
+            return of_micro_batch(params, batch, lr)
+        parts = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, of_micro_batch(params, part, lr)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        shape = jax.eval_shape(of_micro_batch, params, first, lr)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / accum_steps, total)
+
+    def of_shard(params_shard: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        params = jax.tree.map(sharding.gather, params_shard, specs)
+        grads, metrics = of_batch(params, batch, lr)
+        grads = jax.tree.map(partial(sharding.reduce_mean, axes=axes), grads, specs)
+        return grads, jax.lax.pmean(metrics, axes)
+
+    if not axes:
+        return of_batch
+    manual_specs = jax.tree.map(sharding.manual, specs)
+    return jax.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(manual_specs, sharding.spec(mesh, ["batch"]), PartitionSpec()),
+        out_specs=(manual_specs, PartitionSpec()),
+        axis_names=set(axes),
+        check_vma=False,
+    )
+
+
+def norms_by_part(grads: Params) -> Metrics:
+    """Gradient norms: of everything, of slow and fast weights, and by part of the model."""
+    norms = {"": grads, "_slow": grads.slow, "_fast": grads.fast}
+    norms |= {f"_{part}": grads.slow[part] for part in PARTS if part in grads.slow}
+    return {f"grad_norm{name}": optax.tree.norm(tree) for name, tree in norms.items()}
+
+
+def make_trainer(config: Config, mesh: Mesh) -> Trainer:
+    """Model, optimizer and one outer step for a configuration on a mesh.
+
+    A step whose loss or gradient is not finite changes neither weights nor optimizer; it is counted
+    in `skipped`, and metrics["nonfinite"] says so.
+
+    Raises UserError if the mesh does not fit the model.
+    """
+    model = build_model(config.model, config.inner)
+    inner = make_inner_loop(config.inner)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    schedule = make_schedule(config.optim, config.train.steps)
+    gradient = make_gradient(
+        model,
+        inner,
+        mesh,
+        learn=learns(model, config.inner.meta_gradient),
+        accum_steps=config.train.accum_steps,
+    )
+    inner_lr_at = partial(
+        inner_lr,
+        lr=config.inner.lr,
+        lr_init=config.inner.lr_init,
+        warmup_steps=config.inner.lr_warmup_steps,
+    )
+
+    def start_from(params: Params) -> TrainState:
+        def zero():
+            return jnp.zeros((), jnp.int32)
+
+        return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+    def init_state(seed: Array) -> TrainState:
+        return start_from(model.init(jax.random.key(seed)))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        lr_inner = jnp.asarray(inner_lr_at(state.step), jnp.float32)
+        grads, metrics = gradient(state.params, batch, lr_inner)
+        metrics |= norms_by_part(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def if_finite(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        updates_done = state.step - state.skipped
+        new_state = TrainState(
+            step=state.step + 1,
+            params=if_finite(params, state.params),
+            opt_state=if_finite(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        metrics |= {
+            "inner_lr": lr_inner,
+            "lr": jnp.asarray(schedule(updates_done), jnp.float32),
+            "param_norm": optax.tree.norm(new_state.params),
+            "nonfinite": ~finite,
+            "skipped": new_state.skipped,
+            "skipped_in_row": new_state.skipped_in_row,
+            "tokens": jnp.asarray(batch.inputs.size, jnp.int32),
+        }
+        return new_state, metrics
+
+    abstract, shardings = _abstract_state(mesh, model, start_from)
+    scalar = NamedSharding(mesh, PartitionSpec())
+    return Trainer(
+        mesh=mesh,
+        model=model,
+        abstract_state=abstract,
+        init_state=jax.jit(init_state, out_shardings=shardings),
+        start_from=jax.jit(start_from, out_shardings=shardings, donate_argnums=0),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(shardings, scalar),
+            donate_argnums=0,
+        ),
+    )
+
+
+def _abstract_state(mesh: Mesh, model: Transformer, start_from) -> tuple[TrainState, TrainState]:
+    """(shapes with shardings, shardings) of the training state."""
+    params = model.abstract_params()
+    of_params = sharding.param_shardings(mesh, model.axes(), params)
+    abstract = jax.eval_shape(start_from, params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = sharding.like_params(abstract, params, of_params, replicated)
+    with_shardings = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    return with_shardings, shardings
