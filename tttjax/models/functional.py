@@ -35,7 +35,8 @@ class Stack:
 
     def variables(self) -> dict[tuple[str, ...], nnx.Variable]:
         """The declared weights of one copy by path."""
-        return dict(nnx.to_flat_state(nnx.state(self._abstract())))
+        flat: Any = nnx.to_flat_state(nnx.state(self._abstract()))
+        return dict(flat)
 
     def module(self) -> nnx.Module:
         """One copy without values, to ask it for sizes."""
