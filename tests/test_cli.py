@@ -86,6 +86,7 @@ def test_overrides_reach_the_command_in_order(command, tmp_path):
         (["greet"], "--name"),
         (["greet", "--name=x", "--nome=y"], "no argument '--nome'. Did you mean '--name'"),
         (["greet", "--nam=x", "--name=y"], "no argument '--nam'"),
+        (["greet", "--nmae=x"], "no argument '--nmae'. Did you mean '--name'"),
         (["greet", "--name=x", "left"], "no argument 'left'"),
         (["greet", "--name=x", "--config.train.steps=1"], "but no --config=FILE is given"),
         (["greet", "--name=x", "--config=a.py", "--config.train.steps"], "has no value"),

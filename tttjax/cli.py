@@ -108,6 +108,7 @@ def _dispatch(arguments: list[str]) -> int:
     module.add_arguments(command_parser)
     # Set here so that a command with a --config can rely on it.
     command_parser.set_defaults(overrides=overrides)
+    _refuse_unknown(command_parser, _unknown_flags(command_parser, arguments))
     try:
         args, unknown = parser.parse_known_args(arguments)
     except SystemExit as stop:  # --help has been printed
@@ -160,6 +161,14 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 raise UserError(f"{word} has no value; write {word}=VALUE.")
             overrides.append(f"{word}={value}")
     return overrides, others
+
+
+def _unknown_flags(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[str]:
+    """Misspelt flags, found before argparse complains that the right ones are missing."""
+    if parser._subparsers is not None:  # their flags are known to parsers inside
+        return []
+    flags = [word.partition("=")[0] for word in arguments if word.startswith("--") and word != "--"]
+    return [flag for flag in flags if flag not in parser._option_string_actions]
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
