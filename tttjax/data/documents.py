@@ -8,6 +8,7 @@ Documents are read in pieces, so that neither a huge file nor a huge archive is 
 import codecs
 import fnmatch
 import gzip
+import io
 import json
 import lzma
 import os
@@ -15,7 +16,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -160,8 +161,46 @@ def open_stream(path: str) -> BinaryIO:
     if path.endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.endswith(".zst"):
-        return cast(BinaryIO, zstandard.open(path, "rb"))
+        return cast(BinaryIO, io.BufferedReader(_ZstdReader(path), 1 << 20))
     return Path(path).open("rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressed bytes of a `.zst` file of one or more frames.
+
+    The library's own reader takes a file that was cut off for a complete one; this raises EOFError.
+    """
+
+    def __init__(self, path: str):
+        self._file = Path(path).open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = memoryview(b"")
+        self._within = False  # a frame
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(
+                1 << 17
+            )
+            if not block:
+                if self._within:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(block))
+            self._within = not self._frame.eof
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_items(file: InputFile) -> Iterator[Item]:

@@ -66,7 +66,10 @@ def local_batches(
             f"The data have {len(dataset)} sequences, fewer than one batch of {batch_size}; lower "
             "train.batch_size or train.seq_len, or prepare more text."
         )
-    local = dataset[:whole].batch(batch_size // process_count, batch_fn=batch_fn)
+    # No remainder is left, but the length of an endless mixture needs integer arithmetic.
+    local = dataset[:whole].batch(
+        batch_size // process_count, drop_remainder=True, batch_fn=batch_fn
+    )
     return local[process_index::process_count]
 
 

@@ -1,0 +1,265 @@
+"""`tttjax prepare`: deterministic, continuable, atomic, and plain about what is wrong."""
+
+import argparse
+import errno
+import filecmp
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from tttjax import prepare as command
+from tttjax.data import preparation, prepare_pass, writer
+from tttjax.data.preparation import prepare
+from tttjax.data.shards import open_prepared
+from tttjax.errors import UserError
+
+
+def write_corpus(folder, sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, size in enumerate(sizes):
+        letters = rng.choice(np.frombuffer(b"abcdefgh    \n", np.uint8), size)
+        (folder / f"doc{i:03d}.txt").write_bytes(letters.tobytes())
+    return folder
+
+
+def same_files(a, b):
+    """Whether two folders have the same files with the same content, the manifest's paths aside."""
+    names = sorted(p.relative_to(a).as_posix() for p in a.rglob("*") if p.is_file())
+    assert names == sorted(p.relative_to(b).as_posix() for p in b.rglob("*") if p.is_file())
+    return not filecmp.cmpfiles(a, b, [n for n in names if n != "manifest.json"], False)[1]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("c") / "corpus"
+    return write_corpus(folder, np.random.default_rng(1).integers(50, 3000, 60))
+
+
+def test_the_number_of_workers_changes_nothing(corpus, tmp_path):
+    options = {"tokenizer": "sentencepiece", "vocab_size": 300, "shard_tokens": 5000}
+    one = prepare([corpus], tmp_path / "one", num_workers=0, **options)
+    two = prepare([corpus], tmp_path / "two", num_workers=2, **options)
+    assert same_files(one.folder, two.folder)
+    assert one.manifest == two.manifest
+
+
+def test_counts_filter_and_borders(corpus, tmp_path):
+    data = prepare(
+        [corpus], tmp_path / "d", min_document_tokens=1000, add_eos=True, shard_tokens=10_000
+    )
+    sizes = [path.stat().st_size for path in corpus.iterdir()]
+    kept = [size for size in sizes if size + 2 >= 1000]
+    assert sum(s["documents"] for s in data.splits.values()) == len(kept)
+    assert sum(s["bytes"] for s in data.splits.values()) == sum(kept)
+    assert data.manifest["skipped"] == {"empty": 0, "short": len(sizes) - len(kept)}
+    assert max(s["longest_document"] for s in data.splits.values()) == max(kept) + 2
+    for name in data.splits:
+        split = data.split(name)
+        starts, stops = split.document_bounds()
+        tokens = split.read(0, split.num_tokens)
+        assert (tokens[starts] == data.tokenizer.bos_id).all()
+        assert (tokens[stops - 1] == data.tokenizer.eos_id).all()
+
+
+def test_a_documents_split_does_not_depend_on_the_others(corpus, tmp_path):
+    everything = prepare([corpus], tmp_path / "all", val_fraction=0.3)
+    some = prepare([corpus], tmp_path / "some", val_fraction=0.3, pattern="doc00*.txt")
+    other_seed = prepare([corpus], tmp_path / "seed", val_fraction=0.3, seed=1)
+    held_out = set(everything.split("val").document_names())
+    assert 5 < len(held_out) < 35
+    part = {name for name in held_out if "/doc00" in name}
+    assert set(some.split("val").document_names()) == part
+    assert set(other_seed.split("val").document_names()) != held_out
+
+
+@pytest.mark.parametrize("val_fraction", [1e-9, 0.999999])
+def test_no_split_is_empty_by_chance(tmp_path, val_fraction):
+    corpus = write_corpus(tmp_path / "c", [400, 500, 600, 0])
+    data = prepare([corpus], tmp_path / "d", val_fraction=val_fraction)
+    counts = {name: split["documents"] for name, split in data.splits.items()}
+    assert sorted(counts.values()) == [1, 2]
+    assert data.manifest["skipped"]["empty"] == 1
+
+
+def test_the_end_of_a_single_document_is_held_out(tmp_path):
+    corpus = write_corpus(tmp_path / "c", [4000])
+    data = prepare([corpus], tmp_path / "d", val_fraction=0.25)
+    train, val = data.split("train"), data.split("val")
+    assert (train.num_tokens, val.num_tokens) == (3001, 1001)
+    tokens = np.concatenate([s.read(1, s.num_tokens) for s in (train, val)])
+    assert tokens.astype(np.uint8).tobytes() == (corpus / "doc000.txt").read_bytes()
+    assert (train.num_bytes, val.num_bytes) == (3000, 1000)
+
+
+def test_split_manifest(tmp_path):
+    corpus = write_corpus(tmp_path / "c", [300, 300, 300])
+    table = tmp_path / "splits.tsv"
+    table.write_text("name\tsplit\ndoc000\ttrain\ndoc001.txt\tval\nc/doc002.txt\ttest\n")
+    data = prepare([corpus], tmp_path / "d", split_manifest=str(table))
+    names = {split: list(data.split(split).document_names()) for split in data.splits}
+    assert names == {"train": ["c/doc000.txt"], "val": ["c/doc001.txt"], "test": ["c/doc002.txt"]}
+    table.write_text("name\tsplit\ndoc000\ttrain\n")
+    with pytest.raises(UserError, match=r"doc001\.txt is not in the split manifest"):
+        prepare([corpus], tmp_path / "e", split_manifest=str(table))
+    table.write_text("name\tpart\ndoc000\ttrain\n")
+    with pytest.raises(UserError, match='no column "split"'):
+        prepare([corpus], tmp_path / "e", split_manifest=str(table))
+
+
+def test_again_is_free_and_other_settings_are_refused(corpus, tmp_path):
+    out = tmp_path / "d"
+    prepare([corpus], out)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    said = []
+    prepare([corpus], out, log=said.append)
+    assert said == [f"prepare: {out} is already prepared with these settings"]
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"was prepared with other val_fraction \(0\.05\)"):
+        prepare([corpus], out, val_fraction=0.2)
+    assert open_prepared(out).manifest["settings"]["val_fraction"] == 0.05
+    data = prepare([corpus], out, val_fraction=0.2, overwrite=True)
+    assert data.manifest["settings"]["val_fraction"] == 0.2
+    (out / "train-00000.tokens").write_bytes(b"damage")
+    prepare([corpus], out, val_fraction=0.2, overwrite=True)
+
+
+def test_changed_input_is_noticed(tmp_path):
+    corpus = write_corpus(tmp_path / "c", [300, 300])
+    prepare([corpus], tmp_path / "d")
+    (corpus / "doc000.txt").write_text("something else")
+    with pytest.raises(UserError, match="other content of its input files"):
+        prepare([corpus], tmp_path / "d")
+
+
+def test_other_peoples_folders_are_left_alone(corpus, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and has no prepared data"):
+        prepare([corpus], tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file"):
+        prepare([corpus], tmp_path / "thesis.tex")
+
+
+def test_bad_text_leaves_nothing_behind(tmp_path):
+    corpus = write_corpus(tmp_path / "c", [300, 300])
+    (corpus / "doc999.txt").write_bytes(b"\xff\xfe\x00")
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"doc999\.txt is not UTF-8"):
+            prepare([corpus], tmp_path / "d", num_workers=workers)
+        assert not (tmp_path / "d").exists()
+    with pytest.raises(UserError, match="No document was left: 0 empty, 2 shorter than"):
+        prepare([corpus], tmp_path / "d", pattern="doc00*", min_document_tokens=5000)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_fraction": 1.0}, "val_fraction=1.0"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"min_document_tokens": -1}, "min_document_tokens=-1"),
+        ({"num_workers": -2}, "num_workers=-2"),
+        ({"tokenizer": "gpt9"}, "Tokenizer 'gpt9' is unknown"),
+    ],
+)
+def test_bad_settings(corpus, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        prepare([corpus], tmp_path / "d", **settings)
+    assert not (tmp_path / "d").exists()
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    from tttjax.data import encode, prepare_pass
+    from tttjax.data.preparation import prepare
+
+    encode._TASK_BYTES, prepare_pass.JOURNAL_SECONDS = 2000, 0.0
+    record, left = prepare_pass.PreparePass._record, [int(sys.argv[3])]
+
+    def record_and_die(self, *args):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)  # with documents on disk that no journal knows
+        record(self, *args)
+        left[0] -= 1
+
+    prepare_pass.PreparePass._record = record_and_die
+    prepare([sys.argv[1]], sys.argv[2], shard_tokens=9000, num_workers=0)
+    """
+)
+
+
+@pytest.mark.parametrize("kills", [(0,), (3, 7, 1)])
+def test_killed_and_run_again(corpus, tmp_path, monkeypatch, kills):
+    out = tmp_path / "killed"
+    for journals in kills:
+        child = subprocess.run(
+            [sys.executable, "-c", KILLED, str(corpus), str(out), str(journals)], timeout=60
+        )
+        assert child.returncode == -9
+        with pytest.raises(UserError, match="is half prepared"):
+            open_prepared(out)
+    journal = json.loads((out / "prepare.journal").read_text())
+    assert journal.get("tasks", 0) == sum(kills)
+    with pytest.raises(UserError, match=r"is half prepared with other seed \(0\)"):
+        prepare([corpus], out, seed=5)
+    monkeypatch.setattr("tttjax.data.encode._TASK_BYTES", 2000)
+    again = prepare([corpus], out, shard_tokens=9000, num_workers=0)
+    whole = prepare([corpus], tmp_path / "whole", shard_tokens=9000, num_workers=0)
+    assert same_files(again.folder, whole.folder)
+    assert again.manifest == whole.manifest
+
+
+def test_no_space_left(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "full"
+    monkeypatch.setattr("tttjax.data.encode._TASK_BYTES", 2000)
+    monkeypatch.setattr(prepare_pass, "JOURNAL_SECONDS", 0.0)
+    write, room = writer._ShardFiles.write, [100]
+
+    def write_until_full(self, part, content):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, part, content)
+
+    with monkeypatch.context() as full:
+        full.setattr(writer._ShardFiles, "write", write_until_full)
+        with pytest.raises(UserError, match=r"No space left for .*full; free some and run"):
+            prepare([corpus], out, num_workers=0)
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*.tmp"))
+    again = prepare([corpus], out, num_workers=0)
+    whole = prepare([corpus], tmp_path / "whole", num_workers=0)
+    assert same_files(again.folder, whole.folder)
+    with monkeypatch.context() as full:
+        full.setattr(preparation, "write_json", _disk_full)
+        with pytest.raises(UserError, match="No space left"):
+            prepare([corpus], tmp_path / "new", num_workers=0)
+    assert not any((tmp_path / "new").iterdir())
+
+
+def _disk_full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_command_line(corpus, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    out = str(tmp_path / "d")
+    arguments = [str(corpus), f"--out={out}", "--eos", "--no-bos", "--min-document-tokens=100"]
+    assert command.run(parser.parse_args(arguments)) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "100% of the input" in captured.err
+    settings = open_prepared(out).manifest["settings"]
+    assert (settings["add_bos"], settings["add_eos"]) == (False, True)
+    assert settings["min_document_tokens"] == 100
+    assert command.run(parser.parse_args(["--check", out])) == 0
+    assert "6 files are whole" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--out=DIR"):
+        command.run(parser.parse_args([str(corpus)]))
