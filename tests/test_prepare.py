@@ -10,6 +10,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from tttjax import prepare as command
 from tttjax.data import preparation, prepare_pass, writer
@@ -245,6 +246,16 @@ def test_no_space_left(corpus, tmp_path, monkeypatch):
 
 def _disk_full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_eos_of_a_tokenizer_without_one(corpus, tmp_path):
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({"<s>": 0, "a": 1}, "a"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    options = {"tokenizer": str(tmp_path / "tokenizer.json"), "add_eos": True}
+    with pytest.raises(UserError, match="has no EOS; give its id with --eos-id"):
+        prepare([corpus], tmp_path / "d", **options)
+    data = prepare([corpus], tmp_path / "d", eos_id=1, **options)
+    assert data.split("train").read(0, 1).tolist() == [0]
 
 
 def test_command_line(corpus, tmp_path, capsys):

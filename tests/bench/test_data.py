@@ -30,11 +30,8 @@ def test_the_rate_is_that_of_the_batches_drawn(data_dir):
 
 
 def test_synthetic_text_and_command_line(data_dir, monkeypatch, capsys):
-    monkeypatch.setattr(
-        bench_module,
-        "_synthetic",
-        lambda folder, make=bench_module._synthetic: make(folder, 2, 9999),
-    )
+    make = bench_module._synthetic
+    monkeypatch.setattr(bench_module, "_synthetic", lambda folder: make(folder, 2, 9999))
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     common = ["data", "--seconds=0.05", "--seq-len=64", "--batch-size=2"]

@@ -1,11 +1,9 @@
-"""Measure what this machine does: `tttjax bench NAME`. Each benchmark is a module here.
-
-A benchmark module has a docstring, `add_arguments(parser)` and `run(args) -> int`.
-"""
+"""Measure what this machine does: `tttjax bench NAME`, and `tttjax bench NAME --help`."""
 
 import argparse
 import importlib
 
+# Each is a module of this package with a docstring, `add_arguments(parser)`, `run(args) -> int`.
 BENCHMARKS = ("data",)
 
 
@@ -14,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name in BENCHMARKS:
         module = importlib.import_module(f"tttjax.bench.{name}")
-        text = (module.__doc__ or "").split("\n\n")[0]
+        text = (module.__doc__ or "").partition("\n\n")[0]
         module.add_arguments(commands.add_parser(name, help=text, description=module.__doc__))
 
 

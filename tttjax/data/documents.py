@@ -172,7 +172,7 @@ class _ZstdReader(io.RawIOBase):
     """
 
     def __init__(self, path: str):
-        self._file = Path(path).open("rb")
+        self._file = Path(path).open("rb")  # noqa: SIM115 (closed by close)
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._ready = memoryview(b"")
         self._within = False  # a frame

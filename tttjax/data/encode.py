@@ -25,7 +25,7 @@ from tttjax.errors import UserError
 
 _TASK_BYTES = 1 << 20
 # Tokenizers slow down on very long strings, and a token never spans more than a line or two.
-_ENCODE_CHARACTERS = 1 << 16
+_ENCODE_CHARACTERS = 1 << 14
 
 
 class ResumableError(UserError):

@@ -91,6 +91,10 @@ def _write_all(settings, source: InputSource, folder: Path, num_workers, journal
         tokenizer = make_tokenizer(settings, source.files, rule, log)
         tokenizer.save(folder / TOKENIZER_DIR)
     tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
+    if settings.add_eos and tokenizer.eos_id is None:
+        raise UserError(
+            f"The tokenizer {settings.tokenizer} has no EOS; give its id with --eos-id."
+        )
     workers = default_workers(source.total_bytes) if num_workers is None else num_workers
     run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log)
     splits = run.write()
