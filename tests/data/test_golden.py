@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from grain.experimental import index_shuffle
 
 from tttjax.data.golden import check_zarr_case
 from tttjax.data.preparation import prepare
@@ -37,7 +38,11 @@ def case(tmp_path):
     rng = np.random.default_rng(0)
     tokens = {"train": rng.integers(0, 50, 1003), "val": rng.integers(0, 50, 500).astype("uint16")}
     rows = np.stack([tokens["val"][i * 16 : i * 16 + 17] for i in range(6)]).reshape(2, 3, 17)
+    # 62 training records, so 20 batches of 3 in an epoch; its second epoch has seed 5 + 1.
+    second = [index_shuffle(i, max_index=61, seed=6, rounds=4) for i in range(6)]
     arrays = {
+        "train_shuffled_epoch1_shard1of3/record_index": np.array([[second[1]], [second[4]]]),
+        "train_shuffled_seed5_epoch1/record_index": np.array(second).reshape(2, 3),
         "tokens/train": tokens["train"],
         "val_unshuffled/input_ids": rows[..., :-1].astype(np.int32),
         "val_unshuffled/target_tokens": rows[..., 1:].astype(np.int32),
@@ -46,7 +51,7 @@ def case(tmp_path):
         "val_unshuffled_shard1of3/record_index": np.array([[1], [4], [7]]),
     }
     sizes = {"seq_len": 16, "global_batch_size": 3, "vocab_size": 50}
-    write_case(tmp_path, tokens, arrays, **sizes, bos_token_id=48, eos_token_id=49)
+    write_case(tmp_path, tokens, arrays, **sizes, seed=5, bos_token_id=48, eos_token_id=49)
     return tmp_path
 
 
@@ -104,3 +109,9 @@ def test_bad_zarr(case, tmp_path):
     assert not (tmp_path / "a").exists()
     with pytest.raises(UserError, match="Cannot read the golden case"):
         check_zarr_case(tmp_path / "square")
+
+
+def test_an_array_of_unknown_meaning(case):
+    np.savez(case / "batches.npz", **{"train_sorted/input_ids": np.zeros(3)})
+    with pytest.raises(UserError, match="'train_sorted/input_ids' whose name says nothing"):
+        check_zarr_case(case)

@@ -7,6 +7,7 @@ out tasks in order, keeps a bounded number in flight, and takes results in order
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -90,6 +91,7 @@ class _Worker:
     @classmethod
     def start(cls, tokenizer_dir: str) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator stops the workers
         threading.Thread(target=_exit_with_parent, daemon=True).start()
         cls.tokenizer = load_tokenizer(tokenizer_dir)
 

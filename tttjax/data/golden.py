@@ -5,7 +5,7 @@ array holds follows from its name:
 
     tokens/SPLIT                                                the tokens themselves
     permutation_seedS_epochE                                    the record order of an epoch
-    SPLIT_(unshuffled|shuffled_seedS)[_epochE][_shardPofQ]/ARRAY    the first batches, with ARRAY
+    SPLIT_(unshuffled|shuffled)[_seedS][_epochE][_shardPofQ]/ARRAY    the first batches, with ARRAY
         one of input_ids, target_tokens, loss_masks, record_index
 """
 
@@ -26,8 +26,9 @@ from tttjax.errors import UserError
 
 _FIELDS = {"input_ids": "inputs", "target_tokens": "targets", "loss_masks": "mask"}
 _BATCHES = re.compile(
-    r"(?P<split>[a-z0-9]+)_(?:unshuffled|shuffled_seed(?P<seed>\d+))(?:_epoch(?P<epoch>\d+))?"
-    r"(?:_shard(?P<index>\d+)of(?P<count>\d+))?/(?P<array>\w+)"
+    r"(?P<split>[a-z0-9]+)_(?P<order>unshuffled|shuffled)(?:_seed(?P<seed>\d+))?"
+    r"(?:_epoch(?P<epoch>\d+))?(?:_shard(?P<index>\d+)of(?P<count>\d+))?"
+    r"/(?P<array>input_ids|target_tokens|loss_masks|record_index)"
 )
 _PERMUTATION = re.compile(
     r"permutation_seed(?P<seed>\d+)_epoch(?P<epoch>\d+)(?:_(?P<split>[a-z0-9]+))?"
@@ -96,8 +97,8 @@ class _Steps:
 
     def __init__(self, data: PreparedData, description: dict[str, Any], match: re.Match):
         self._data, self._description, self._match = data, description, match
-        self._shuffle = match["seed"] is not None
-        self._seed = int(match["seed"] or 0)
+        self._shuffle = match["order"] == "shuffled"
+        self._seed = int(match["seed"] or description.get("seed", 0))
         self._place: dict[str, Any] = {
             "process_index": int(match["index"] or 0),
             "process_count": int(match["count"] or 1),
