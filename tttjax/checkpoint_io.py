@@ -7,7 +7,6 @@ import difflib
 import errno
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tttjax.errors import UserError
+from tttjax.models import path_filter
 from tttjax.types import PyTree
 
 ARRAY_ITEMS = ("params", "train")
@@ -64,13 +64,6 @@ def split_items(state: PyTree) -> dict[str, dict[str, Any]]:
     return {item: _nested(leaves) for item, leaves in items.items()}
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a path matches: `*` within one part of it, `**` across parts."""
-    pieces = re.split(r"(\*\*|\*)", pattern)
-    regex = "".join({"**": ".*", "*": "[^/]*"}.get(p, re.escape(p)) for p in pieces)
-    return re.fullmatch(regex, name) is not None
-
-
 # Comparison --------------------------------------------------------------------------------------
 
 
@@ -92,7 +85,7 @@ def differences(
     """Every array that the two do not share in name, shape and dtype, one phrase each."""
 
     def allowed(name: str, patterns: tuple[str, ...]) -> bool:
-        return any(matches(p, name) for p in patterns)
+        return path_filter(patterns)(name)
 
     missing = [n for n in wanted if n not in saved and not allowed(n, allow_missing)]
     unexpected = [n for n in saved if n not in wanted and not allowed(n, allow_unexpected)]

@@ -1,0 +1,171 @@
+"""The training loop: what it writes, counts and refuses."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tttjax import run_control
+from tttjax import train as train_module
+from tttjax.cli import main
+from tttjax.config import load_config
+from tttjax.errors import UserError
+from tttjax.metrics import read_records
+from tttjax.prepare import prepare
+from tttjax.train import train
+from tttjax.types import Batch
+
+TINY = Path(__file__).parent / "tiny_run.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copy(Path(os.__file__).parent / "argparse.py", folder / "text.py")
+    shutil.copy(Path(os.__file__).parent / "ast.py", folder / "more.py")
+    prepare([str(folder / "text.py"), str(folder / "more.py")], folder / "prepared", num_workers=1)
+    return folder / "prepared"
+
+
+def config(data, *overrides, arg="static"):
+    return load_config(f"{TINY}:{arg}", [f"data.sources={data}", *overrides])
+
+
+class TraceCounter(logging.Handler):
+    """Counts the programs that JAX compiles, by the log that jax_log_compiles writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def emit(self, record):
+        text = record.getMessage()
+        if text.startswith("Compiling"):
+            self.names.append(text)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """(work directory, result, names of compiled programs) of a whole run by the command."""
+    workdir = tmp_path_factory.mktemp("run")
+    counter = TraceCounter()
+    logging.getLogger("jax").addHandler(counter)
+    with jax.log_compiles():
+        result = train(config(data, "train.profile_steps=(6, 7)"), workdir)
+    logging.getLogger("jax").removeHandler(counter)
+    return workdir, result, counter.names
+
+
+def test_a_run_writes_its_results(finished):
+    workdir, result, _ = finished
+    records = read_records(workdir)
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert records[-1]["loss"] == result.loss < records[0]["loss"]
+    wanted = {"grad_norm", "inner_grad_norm", "inner_clip_rate", "fast_drift", "inner_lr", "lr"}
+    assert wanted <= records[0].keys()
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["step"] == 12
+    assert summary["first_step_seconds"] > summary["step_seconds"] > 0
+    assert summary["peak_memory_bytes"] > 1e7
+    for name in ("config.json", "environment.json", "loss.png", "tensorboard", "profile"):
+        assert (workdir / name).exists()
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_the_first_step_is_not_lost(finished):
+    first, second = read_records(finished[0])[:2]
+    assert first["lr"] == pytest.approx(1e-2 / 4)
+    assert first["param_norm"] != second["param_norm"]
+
+
+def test_nothing_retraces(finished):
+    steps = [name for name in finished[2] if "jit(step)" in name]
+    assert len(steps) == 1
+
+
+def test_stops_when_too_many_steps_are_not_finite(data, tmp_path, capsys):
+    bad = ("optim.peak_lr=1e30", "optim.weight_decay=0.0", "train.nonfinite_limit=3")
+    with pytest.raises(UserError, match=r"3 steps in a row.*batch [0-9a-f]{16}.*grad_norm="):
+        train(config(data, *bad), tmp_path)
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    last = read_records(tmp_path)[-1]
+    assert report["step"] == last["step"]
+    assert last["skipped_in_row"] == 3
+    assert report["batch"]["data_state"]["step"] == last["step"] - 1
+    assert "not finite, skipped" in capsys.readouterr().out
+
+
+def test_command_line(data, tmp_path, capsys):
+    command = ["train", f"--config={TINY}", f"--workdir={tmp_path}", "--stop-after=1"]
+    verbosity = train_module.logging.get_verbosity()
+    try:
+        assert main([*command, f"--config.data.sources={data}"]) == 75
+    finally:
+        train_module.logging.set_verbosity(verbosity)
+    assert "to be continued" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "1").exists()
+
+
+def test_a_vocabulary_too_small_for_the_data(data, tmp_path):
+    with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller .*264"):
+        train(config(data, "model.vocab_size=100"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_mesh_that_does_not_fit_writes_nothing(data, tmp_path):
+    with pytest.raises(UserError, match=r"mesh\.fsdp"):
+        train(config(data, "mesh.fsdp=3"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+# Pieces ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_handlers_are_restored(number):
+    before = signal.getsignal(number)
+    with run_control.StopRequest() as stop:
+        assert not stop.after(1)
+        os.kill(os.getpid(), number)
+        assert stop.after(2)
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once():
+    with run_control.StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stop_requests_work_outside_the_main_thread():
+    answers = []
+
+    def ask():
+        with run_control.StopRequest() as stop:
+            answers.append(stop.after(1))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+def test_batch_fingerprints_tell_batches_apart():
+    tokens = np.arange(6, dtype=np.int32).reshape(2, 3)
+    batch = Batch(inputs=tokens, targets=tokens + 1, mask=np.ones((2, 3), bool))
+    other = batch.replace(mask=~batch.mask)
+    assert run_control.batch_fingerprint(batch) == run_control.batch_fingerprint(batch)
+    assert run_control.batch_fingerprint(batch) != run_control.batch_fingerprint(other)
+
+
+def test_distributed_flags_come_together():
+    with pytest.raises(UserError, match="--process-id, --process-count is missing"):
+        run_control.start_distributed("localhost:1234")
