@@ -5,11 +5,17 @@ store of their own (`prime_storage`, row j for suffix block j). Here prefix and 
 apart and attention weights carry the head axis.
 """
 
+import json
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.errors import UserError
@@ -82,38 +88,45 @@ def suffix_names(model: Transformer) -> dict[str, str]:
     return names
 
 
+def official_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of every weight that the model has."""
+    abstract = flatten_dict(combine(*_slow_fast(model)), sep="/")
+    shapes, rows = {}, Counter(place.official for place in places(model))
+    for place in places(model):
+        shape = abstract[place.path].shape
+        if place.row is not None:
+            shape = (rows[place.official], *_matrix_shape(place.path, shape[1:]))
+        shapes[place.official] = shape
+    return shapes
+
+
 def from_official(arrays: Mapping[str, np.ndarray], model: Transformer, dtype=None) -> Params:
     """The model's weights out of arrays under official names.
 
-    Raises UserError with the names that are missing, left over, or of another size.
+    Raises UserError with the names that are missing, left over, or of another shape.
     """
-    abstract = flatten_dict(combine(*_slow_fast(model)), sep="/")
-    wanted = places(model)
-    names = {place.official for place in wanted}
-    problems = [f"missing {name}" for name in sorted(names - set(arrays))]
-    problems += [f"unexpected {name}" for name in sorted(set(arrays) - names)]
-    rows: dict[str, list[np.ndarray]] = {}
-    for place in wanted:
-        if place.official not in arrays:
-            continue
-        array = np.asarray(arrays[place.official])
-        shape = abstract[place.path].shape
-        one_shape = shape if place.row is None else shape[1:]
-        if place.official_row is not None:
-            array = array[place.official_row]
-        if array.size != np.prod(one_shape):
-            problems.append(f"{place.official} has {array.shape}, not {one_shape}")
-            continue
-        rows.setdefault(place.path, []).append(array.reshape(one_shape))
+    shapes = official_shapes(model)
+    problems = [f"missing {name}" for name in sorted(set(shapes) - set(arrays))]
+    problems += [f"unexpected {name}" for name in sorted(set(arrays) - set(shapes))]
+    problems += [
+        f"{name} has shape {tuple(np.shape(arrays[name]))}, not {shape}"
+        for name, shape in sorted(shapes.items())
+        if name in arrays and np.shape(arrays[name]) != shape
+    ]
     if problems:
         raise UserError("the weights do not fit this model: " + "; ".join(problems))
-    flat = {
-        path: jnp.asarray(
-            np.stack(parts) if path.split("/")[0] in ("prefix", "suffix") else parts[0], dtype
-        )
-        for path, parts in rows.items()
-    }
-    return partition(unflatten_dict(flat, sep="/"), model.fast_paths)
+    abstract = flatten_dict(combine(*_slow_fast(model)), sep="/")
+    flat: dict[str, np.ndarray] = {}
+    stacks: dict[str, list[np.ndarray]] = {}
+    for place in places(model):
+        array, shape = np.asarray(arrays[place.official]), abstract[place.path].shape
+        if place.row is None:
+            flat[place.path] = array
+        else:
+            stacks.setdefault(place.path, []).append(array[place.official_row].reshape(shape[1:]))
+    flat |= {path: np.stack(rows) for path, rows in stacks.items()}
+    tree = {path: jnp.asarray(array, dtype) for path, array in flat.items()}
+    return partition(unflatten_dict(tree, sep="/"), model.fast_paths)
 
 
 def to_official(params: Params, model: Transformer) -> dict[str, np.ndarray]:
@@ -138,11 +151,16 @@ def _flat(params: Params) -> dict[str, np.ndarray]:
     return flatten_dict(combine(params.slow, params.fast), sep="/")
 
 
-def _as_matrix(path: str, array: np.ndarray) -> np.ndarray:
+def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """[D, H, K] or [H, K, D] as the official [in, out]."""
-    if array.ndim < 3:
-        return array
-    return array.reshape((-1, array.shape[-1]) if path.endswith("/wo") else (array.shape[0], -1))
+    if len(shape) < 3:
+        return shape
+    a, b, c = shape
+    return (a * b, c) if path.endswith("/wo") else (a, b * c)
+
+
+def _as_matrix(path: str, array: np.ndarray) -> np.ndarray:
+    return array.reshape(_matrix_shape(path, array.shape))
 
 
 def fast_to_official(fast, model: Transformer) -> dict[str, np.ndarray]:
@@ -157,3 +175,54 @@ def fast_to_official(fast, model: Transformer) -> dict[str, np.ndarray]:
             parts.setdefault(names[place.path], []).append(matrices)
     ends = {names[path]: np.asarray(flat[path]) for path in flat if path in ENDS}
     return {**ends, **{name: np.stack(rows, axis=1) for name, rows in parts.items()}}
+
+
+class OfficialCheckpoint(NamedTuple):
+    """What a checkpoint of the official code holds, by dotted names; None for an absent item."""
+
+    step: int
+    model_weights: dict[str, np.ndarray]
+    opt_state: dict[str, np.ndarray] | None
+    data_iterator: dict[str, int] | None
+
+
+def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
+    """Reads an Orbax checkpoint that the official code wrote.
+
+    path: the folder of a step (`.../4`), or the one above it (its newest step is read). Nodes
+    that are stored as None (biases, an untied head that there is not) are left out.
+    Raises UserError if there is no such checkpoint or it cannot be read.
+    """
+    folder = epath.Path(path)
+    if folder.is_dir() and not (folder / "model_weights").is_dir():
+        steps = [child for child in folder.iterdir() if child.name.isdigit()]
+        folder = max(steps, key=lambda child: int(child.name), default=folder)
+    if not (folder / "model_weights").is_dir():
+        raise UserError(f"{path} is no official checkpoint: it has no model_weights")
+    optimizer, iterator = folder / "opt_state", folder / "train_ds_iter"
+    progress = sorted(iterator.glob("*.json")) if iterator.is_dir() else []
+    try:
+        return OfficialCheckpoint(
+            step=int(folder.name) if folder.name.isdigit() else 0,
+            model_weights=_read_item(folder / "model_weights"),
+            opt_state=_read_item(optimizer) if optimizer.is_dir() else None,
+            data_iterator=json.loads(progress[0].read_text()) if progress else None,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the checkpoint {folder} cannot be read: {reason}") from error
+
+
+def _read_item(folder: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of one item as numpy, whatever devices they were saved from."""
+    handler = ocp.PyTreeCheckpointHandler()
+    to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    metadata = handler.metadata(folder).tree
+    tree = handler.restore(
+        folder,
+        args=ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: to_numpy, metadata)),
+    )
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="."): np.asarray(leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

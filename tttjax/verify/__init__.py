@@ -1,0 +1,16 @@
+"""Checks this build against reference numbers: recomputes every case in a folder and compares.
+
+Works from each case's JSON alone, so any folder in the format will do. Cases (`X.json` beside
+`X.npz`): losses, per-token NLL, outer gradient, inner loop, optimizer steps. Official Orbax
+checkpoints: every array, and the loss with the imported weights. Zarr data: every batch.
+
+  tttjax verify golden/e2e
+  tttjax verify golden/e2e --x64 --json verify.json
+
+Exit code 0: everything within tolerance; 1: something is not; 2: nothing here can be checked.
+"""
+
+from tttjax.verify.command import add_arguments, run, verify
+from tttjax.verify.rows import Row
+
+__all__ = ["Row", "add_arguments", "run", "verify"]
