@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,13 @@ def test_round_trip_is_exact_and_old_steps_are_dropped(tmp_path):
         "2",
         "3",
     ]
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    states = save_steps(Path("run"), [1])
+    assert_same_bits(restore(Path("run"), abstract(states[1])).state, states[1])
+    assert checkpoint.find_checkpoint("run") == tmp_path / "run" / "checkpoints" / "1"
 
 
 def test_empty_directory_has_nothing_to_restore(tmp_path):

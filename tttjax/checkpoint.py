@@ -48,6 +48,11 @@ def _warn(sentence: str) -> None:
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax takes absolute paths only."""
+    return epath.Path(path).expanduser().resolve()
+
+
 class Checkpointer:
     """Saves and restores train states under `directory`, keeping the newest `keep`.
 
@@ -58,7 +63,7 @@ class Checkpointer:
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
         """Opens (and creates) `directory`; reports and removes checkpoints never completed."""
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         self._report_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -195,7 +200,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     if (path / io.META).exists():
         candidates = [path]
     else:
