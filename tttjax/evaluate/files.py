@@ -1,0 +1,195 @@
+"""The results on disk: results.json with everything, two CSV tables, two plots."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tttjax.evaluate import plots
+from tttjax.evaluate.results import Comparison, Series
+from tttjax.evaluate.statistics import Estimate, Sums
+
+FORMAT = 1
+
+
+def write_results(
+    comparison: Comparison, out: str | os.PathLike, *, log_x: bool = False
+) -> dict[str, Path]:
+    """Writes everything under `out`, each file whole or not at all; returns their paths by name.
+
+    log_x: whether loss by position is drawn over a logarithmic axis.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    writers: dict[str, Callable[[Path], None]] = {
+        "results.json": lambda path: _write_text(path, to_json(comparison)),
+        "by_position.csv": lambda path: _write_text(path, _csv(*_by_position(comparison))),
+        "by_context.csv": lambda path: _write_text(path, _csv(*_by_context(comparison))),
+        "loss_by_position.png": lambda path: plots.by_position(comparison, log_x).savefig(path),
+        "loss_by_context.png": lambda path: plots.by_context(comparison).savefig(path),
+    }
+    paths = {}
+    for name, write in writers.items():
+        paths[name] = folder / name
+        temporary = folder / f".{os.getpid()}.{name}"
+        try:
+            write(temporary)
+            os.replace(temporary, paths[name])
+        finally:
+            temporary.unlink(missing_ok=True)
+    return paths
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# JSON --------------------------------------------------------------------------------------------
+
+
+def to_json(comparison: Comparison) -> str:
+    """Everything that was found, as JSON; what is not known is null."""
+    values = to_dict(comparison)
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def to_dict(comparison: Comparison) -> dict[str, Any]:
+    """The results as plain values. The keys are described in docs/evaluation.md."""
+    return {
+        "format": FORMAT,
+        "text": comparison.text,
+        "window": comparison.window,
+        "context_lengths": list(comparison.lengths),
+        "runs": list(comparison.runs),
+        "series": [_series(comparison, series) for series in comparison.series],
+        "differences": [
+            {"a": a.label, "b": b.label, "contexts": _contexts(comparison, a, b)}
+            for a, b in comparison.pairs()
+        ],
+        "table": comparison.table,
+        "sentence": comparison.sentence,
+    }
+
+
+def _series(comparison: Comparison, series: Series) -> dict[str, Any]:
+    contexts = {}
+    for length in comparison.lengths:
+        sums = series.contexts[length]
+        by_token = sums.loss_by_position()
+        contexts[str(length)] = {
+            **_regions(comparison, length, sums),
+            "bins": _bins(comparison, length, sums),
+            "by_token": {"mean": _numbers(by_token.mean), "stderr": _numbers(by_token.stderr)},
+        }
+    change = comparison.context_change(series)
+    return {
+        "label": series.label,
+        "run": series.run,
+        "mode": series.mode,
+        "inner": series.inner,
+        "seconds": round(series.seconds, 3),
+        "contexts": contexts,
+        "longest_minus_shortest_context": None if change is None else _estimate(change),
+    }
+
+
+def _contexts(comparison: Comparison, a: Series, b: Series) -> dict[str, Any]:
+    differences = {length: a.contexts[length] - b.contexts[length] for length in comparison.lengths}
+    return {
+        str(length): {
+            **_regions(comparison, length, sums),
+            "bins": _bins(comparison, length, sums),
+        }
+        for length, sums in differences.items()
+    }
+
+
+def _regions(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
+    found = {}
+    for name, (first, stop) in comparison.regions(length).items():
+        part = sums.between(first, stop)
+        bits = part.bits_per_byte()
+        found[name] = {
+            "first_token": first + 1,
+            "last_token": stop,
+            "targets": int(part.count_DL.sum()),
+            "nats_per_token": _estimate(part.loss()),
+            "bits_per_byte": None if bits is None else _estimate(bits),
+        }
+    return found
+
+
+def _bins(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
+    edges = comparison.edges(length)
+    loss = sums.binned(edges).loss_by_position()
+    return {
+        "first_token": [int(edge) + 1 for edge in edges[:-1]],
+        "last_token": [int(edge) for edge in edges[1:]],
+        "mean": _numbers(loss.mean),
+        "stderr": _numbers(loss.stderr),
+    }
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"mean": _number(estimate.mean), "stderr": _number(estimate.stderr)}
+
+
+def _number(value: Any) -> float | None:
+    """Seven digits are more than any standard error needs, and keep long contexts' files small."""
+    return float(f"{float(value):.7g}") if math.isfinite(float(value)) else None
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_number(value) for value in values]
+
+
+# CSV ---------------------------------------------------------------------------------------------
+
+Rows = Iterator[Sequence[Any]]
+
+
+def _csv(head: Sequence[str], rows: Rows) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _by_position(comparison: Comparison) -> tuple[Sequence[str], Rows]:
+    head = ("run", "mode", "label", "context", "first_token", "last_token", "loss", "stderr")
+
+    def rows() -> Rows:
+        for series in comparison.series:
+            for length in comparison.lengths:
+                bins = _bins(comparison, length, series.contexts[length])
+                for row in zip(*bins.values(), strict=True):
+                    yield (series.run, series.mode, series.label, length, *row)
+
+    return head, rows()
+
+
+def _by_context(comparison: Comparison) -> tuple[Sequence[str], Rows]:
+    head = (
+        *("run", "mode", "label", "context", "tokens", "targets"),
+        *("loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"),
+    )
+
+    def rows() -> Rows:
+        for series in comparison.series:
+            for length in comparison.lengths:
+                regions = _regions(comparison, length, series.contexts[length])
+                for name, region in regions.items():
+                    loss, bits = region["nats_per_token"], region["bits_per_byte"] or {}
+                    yield (
+                        *(series.run, series.mode, series.label, length, name, region["targets"]),
+                        *(loss["mean"], loss["stderr"], bits.get("mean"), bits.get("stderr")),
+                    )
+
+    return head, rows()

@@ -1,0 +1,227 @@
+"""Finished runs, and the ways in which their models can read: learning on, off, dynamic."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tttjax import checkpoint, checkpoint_io, sharding
+from tttjax.config import Config, InnerConfig, from_config_dict, has_fast_weights, read_config
+from tttjax.config.values import check_value
+from tttjax.errors import UserError
+from tttjax.evaluate.scoring import Way
+from tttjax.meta import make_inner_loop
+from tttjax.models import Transformer, build_model, relayout
+from tttjax.types import Params
+
+MODES = ("on", "off", "dynamic")
+DYNAMIC_PATHS = ("suffix/**/mlp/**",)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run to evaluate: its work directory (or one checkpoint), and what to call it.
+
+    name: default the directory's name. modes: default those asked of all runs.
+    """
+
+    workdir: Path | str
+    name: str = ""
+    modes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How models learn while they are evaluated, where that differs from their configuration.
+
+    inner: fields of `InnerConfig` with other values, for every learning mode.
+    dynamic_paths, dynamic_layers: which weights of a model without fast weights learn in dynamic
+        evaluation: patterns over paths, and the last blocks that form the suffix (0: a quarter).
+    dynamic_lrs: inner learning rates of dynamic evaluation, one curve each (empty: inner.lr).
+    """
+
+    inner: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_paths: tuple[str, ...] = DYNAMIC_PATHS
+    dynamic_layers: int = 0
+    dynamic_lrs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been found; its weights are read when it is its turn.
+
+    weights: template with shapes, dtypes and shardings -> the arrays.
+    """
+
+    name: str
+    config: Config
+    weights: Callable[[Params], Params]
+    step: int | None = None
+    source: str = ""
+    modes: tuple[str, ...] = ()
+
+    @property
+    def has_fast_weights(self) -> bool:
+        return has_fast_weights(self.config.model, self.config.inner)
+
+    @property
+    def window(self) -> int:
+        """Tokens that its window attention sees; 0 if it has none."""
+        model = self.config.model
+        return model.window_size if "window" in model.mixers else 0
+
+
+def open_run(spec: RunSpec) -> Run:
+    """The newest undamaged checkpoint of a run. UserError if there is none."""
+    found = checkpoint.find_checkpoint(spec.workdir)
+    config = read_config(spec.workdir)
+    if config is None:
+        values = checkpoint_io.read_meta(found)["config"]
+        if values is None:
+            raise UserError(
+                f"{spec.workdir} has no configuration: give the work directory of a run, with its "
+                "config.json"
+            )
+        config = from_config_dict(values)
+    return Run(
+        name=spec.name or Path(spec.workdir).resolve().name,
+        config=config,
+        weights=lambda template: checkpoint_io.read_item(found / "params", template),
+        step=int(found.name) if found.name.isdigit() else None,
+        source=str(spec.workdir),
+        modes=spec.modes,
+    )
+
+
+def run_of_params(config: Config, params: Params, name: str = "model") -> Run:
+    """A run from weights in memory."""
+
+    def weights(template: Params) -> Params:
+        return jax.device_put(params, jax.tree.map(lambda x: x.sharding, template))
+
+    return Run(name=name, config=config, weights=weights)
+
+
+def choose_modes(runs: Sequence[Run], wanted: Sequence[str]) -> list[tuple[str, ...]]:
+    """The modes of each run: what it asks for itself, or those of `wanted` that fit its model.
+
+    `on` needs fast weights, `dynamic` a model without; by default on and off, or off.
+    Raises UserError for a mode that is unknown or fits no run.
+    """
+    for mode in {*wanted, *(mode for run in runs for mode in run.modes)} - set(MODES):
+        raise UserError(f"the mode {mode!r} is unknown; choose from {', '.join(MODES)}")
+    chosen = []
+    for run in runs:
+        possible = ("on", "off") if run.has_fast_weights else ("off", "dynamic")
+        asked = run.modes or wanted or (("on", "off") if run.has_fast_weights else ("off",))
+        fits = tuple(mode for mode in MODES if mode in asked and mode in possible)
+        if not fits or set(run.modes) - set(fits):
+            raise _misfit(run, [mode for mode in asked if mode not in fits])
+        chosen.append(fits)
+    for mode in wanted:
+        if not any(mode in modes for modes in chosen):
+            raise _misfit(runs[0], [mode])
+    return chosen
+
+
+def _misfit(run: Run, modes: Sequence[str]) -> UserError:
+    if run.has_fast_weights:
+        why = "has fast weights, whose learning is the mode on (dynamic is for models without)"
+    else:
+        why = "has no fast weights: choose off, or dynamic to let some of its weights learn anyway"
+    return UserError(f"the mode {', '.join(modes)} does not fit the run {run.name}, which {why}")
+
+
+def make_run_mesh(config: Config) -> Mesh:
+    """All devices, arranged like the run's if that is possible here."""
+    mesh = config.mesh
+    if jax.device_count() % (mesh.fsdp * mesh.tensor) == 0:
+        return sharding.make_mesh(-1, mesh.fsdp, mesh.tensor)
+    return sharding.make_mesh()
+
+
+def inner_config(run: Run, learning: Learning) -> InnerConfig:
+    """The run's inner loop with the values that were asked for. UserError for an impossible one."""
+    values = {key: check_value(f"inner.{key}", value) for key, value in learning.inner.items()}
+    inner = dataclasses.replace(run.config.inner, **values)
+    if run.window and run.window < inner.chunk_size:
+        raise UserError(
+            f"the run {run.name} has a window of {run.window} tokens, smaller than the chunk size "
+            f"of {inner.chunk_size}, so tokens of one chunk would not see each other; choose a "
+            f"chunk size of at most {run.window}"
+        )
+    return inner
+
+
+def learning_rates(run: Run, mode: str, learning: Learning) -> tuple[float, ...]:
+    """The inner learning rates with which a mode is evaluated; one, and unused, if it is off."""
+    if mode == "dynamic" and learning.dynamic_lrs:
+        return tuple(check_value("inner.lr", lr) for lr in learning.dynamic_lrs)
+    return (inner_config(run, learning).lr if mode != "off" else 0.0,)
+
+
+def ways_to_read(
+    run: Run, modes: Sequence[str], learning: Learning, mesh: Mesh
+) -> Iterator[tuple[Way, ...]]:
+    """Reads the run's weights and gives, for each mode, its ways of reading (one per rate)."""
+    model = build_model(run.config.model, run.config.inner)
+    params = run.weights(_template(model, mesh))
+    for mode in modes:
+        # What is off does not learn, so what was asked of learning does not concern it.
+        inner = run.config.inner if mode == "off" else inner_config(run, learning)
+        its_model, its_params = model, params
+        if mode == "dynamic":
+            its_model = _dynamic_model(run, inner, learning)
+            its_params = _relayout(params, model, its_model, mesh)
+        rates = learning_rates(run, mode, learning)
+        yield tuple(
+            Way(
+                mode=mode,
+                label=_label(run, mode, lr if len(rates) > 1 else None),
+                model=its_model,
+                params=its_params,
+                mesh=mesh,
+                inner=make_inner_loop(inner),
+                lr=lr,
+                learn=mode != "off",
+                rule=inner.rule,
+            )
+            for lr in rates
+        )
+
+
+def _template(model: Transformer, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of a model's weights."""
+    abstract = model.abstract_params()
+    shardings = sharding.param_shardings(mesh, model.axes(), abstract)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+
+
+def _dynamic_model(run: Run, inner: InnerConfig, learning: Learning) -> Transformer:
+    config = run.config.model
+    layers = learning.dynamic_layers or max(1, config.num_layers // 4)
+    if not 1 <= layers <= config.num_layers:
+        raise UserError(
+            f"dynamic evaluation of the last {layers} blocks does not fit the run {run.name}, "
+            f"which has {config.num_layers}"
+        )
+    model = dataclasses.replace(config, suffix_layers=max(layers, config.suffix_layers))
+    return build_model(model, dataclasses.replace(inner, fast_paths=learning.dynamic_paths))
+
+
+def _relayout(params: Params, source: Transformer, target: Transformer, mesh: Mesh) -> Params:
+    shardings = sharding.param_shardings(mesh, target.axes(), target.abstract_params())
+    move = jax.jit(lambda params: relayout(params, source, target), out_shardings=shardings)
+    return move(params)
+
+
+def _label(run: Run, mode: str, lr: float | None) -> str:
+    if mode == "dynamic":
+        return f"{run.name}, dynamic" + ("" if lr is None else f" {lr:g}")
+    return f"{run.name}, TTT {mode}" if run.has_fast_weights else run.name
