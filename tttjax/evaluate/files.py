@@ -85,7 +85,7 @@ def _series(comparison: Comparison, series: Series) -> dict[str, Any]:
         contexts[str(length)] = {
             **_regions(comparison, length, sums),
             "bins": _bins(comparison, length, sums),
-            "by_token": {"mean": _numbers(by_token.mean), "stderr": _numbers(by_token.stderr)},
+            "by_token": {"loss": _numbers(by_token.mean), "stderr": _numbers(by_token.stderr)},
         }
     change = comparison.context_change(series)
     return {
@@ -127,12 +127,16 @@ def _regions(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
 
 def _bins(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
     edges = comparison.edges(length)
-    loss = sums.binned(edges).loss_by_position()
+    binned = sums.binned(edges)
+    loss, bits = binned.loss_by_position(), binned.bits_by_position()
+    unknown = [None] * (len(edges) - 1)
     return {
         "first_token": [int(edge) + 1 for edge in edges[:-1]],
         "last_token": [int(edge) for edge in edges[1:]],
-        "mean": _numbers(loss.mean),
+        "loss": _numbers(loss.mean),
         "stderr": _numbers(loss.stderr),
+        "bits_per_byte": _numbers(bits.mean) if bits else unknown,
+        "bits_per_byte_stderr": _numbers(bits.stderr) if bits else unknown,
     }
 
 
@@ -163,7 +167,10 @@ def _csv(head: Sequence[str], rows: Rows) -> str:
 
 
 def _by_position(comparison: Comparison) -> tuple[Sequence[str], Rows]:
-    head = ("run", "mode", "label", "context", "first_token", "last_token", "loss", "stderr")
+    head = (
+        *("run", "mode", "label", "context", "first_token", "last_token"),
+        *("loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"),
+    )
 
     def rows() -> Rows:
         for series in comparison.series:

@@ -11,9 +11,13 @@ from tttjax.evaluate.statistics import Estimate, doubling_windows
 def table(comparison: Comparison) -> str:
     """All tables, each under a heading that says what is in it."""
     text = comparison.text
+    steps = ", ".join(
+        run["name"] + ("" if run["step"] is None else f" after {run['step']} steps")
+        for run in comparison.runs
+    )
     heading = (
-        f"{text['tokens']:,} target tokens of {text['documents']} held-out documents (split "
-        f"{text['split']} of {text['data']}), as {text['sequences']} sequences of "
+        f"{steps}: {text['tokens']:,} target tokens of {text['documents']} held-out documents\n"
+        f"(split {text['split']} of {text['data']}), as {text['sequences']} sequences of "
         f"{comparison.longest} tokens.\nValues: mean ± standard error over documents."
     )
     parts = [heading, _by_context(comparison), _by_position(comparison)]
@@ -131,18 +135,22 @@ def _about_learning(comparison: Comparison, learning: Series) -> str:
         for other in same
     ]
     rest = [other for other in others if other.run != learning.run]
-    parts += [_stands(comparison, learning, other, region) for other in rest]
+    subject = "its loss with learning" if same else f"the loss of {learning.label}"
+    parts += [_stands(comparison, learning, other, region, subject) for other in rest]
     if not parts:
         loss = learning.contexts[comparison.longest].between(*region).loss()
         return f"{where}, {learning.label} had a loss of {_value(loss)} nats per token."
-    lead = "learning while reading " if same else ""
+    several = sum(s.learns and s.run == learning.run for s in comparison.series) > 1
+    how = f" ({learning.label})" if several else ""
+    lead = f"learning while reading{how} " if same else ""
     return f"{where}, {lead}{'; '.join(parts)} {_unit(comparison)}."
 
 
 def _about_runs(comparison: Comparison) -> str:
     where, region = _main_region(comparison)
     first = comparison.series[0]
-    parts = [_stands(comparison, first, other, region) for other in comparison.series[1:]]
+    subject = f"the loss of {first.label}"
+    parts = [_stands(comparison, first, other, region, subject) for other in comparison.series[1:]]
     return f"{where}, {'; '.join(parts)} {_unit(comparison)}."
 
 
@@ -180,8 +188,9 @@ def _difference(comparison: Comparison, a: Series, b: Series, region: tuple[int,
 
 def _size(difference: Estimate, signed: bool = False) -> str:
     mean, error = float(difference.mean), float(difference.stderr)
-    text = f"{mean:+.3f}" if signed else f"{abs(mean):.3f}"
-    return text if math.isnan(error) else f"{text} ± {error:.3f}"
+    digits = 3 if abs(mean) >= 0.01 else 4
+    text = f"{mean:+.{digits}f}" if signed else f"{abs(mean):.{digits}f}"
+    return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
 
 
 def _is_none(difference: Estimate) -> bool:
@@ -199,14 +208,16 @@ def _changed(difference: Estimate, what: str, against: str) -> str:
     return f"{verb} {what} by {_size(difference)} {against}"
 
 
-def _stands(comparison: Comparison, a: Series, b: Series, region: tuple[int, int]) -> str:
+def _stands(
+    comparison: Comparison, a: Series, b: Series, region: tuple[int, int], subject: str
+) -> str:
     """`the loss of A was 0.1 ± 0.0 lower than that of B`, and how it was inside the window.
 
     What A has over B from the first tokens on is a better start, not memory: so both are said.
     """
     beyond = _difference(comparison, a, b, region)
     than = f"from that of {b.label}" if _is_none(beyond) else f"than that of {b.label}"
-    text = f"the loss of {a.label} was {_side(beyond)} {than}"
+    text = f"{subject} was {_side(beyond)} {than}"
     if region[0] == 0:
         return text
     inside = _difference(comparison, a, b, (0, region[0]))
