@@ -1,9 +1,10 @@
 """One case of the `e2e` family: every stored quantity computed again and compared.
 
-Measures: losses, hidden states, weights and rates by their largest absolute difference; norms by
-the difference relative to a value above 1; gradients by relative L2 norm.
+Measures: losses, weights and rates by their largest absolute difference; hidden states and norms
+by that difference relative to the largest entry (if above 1); gradients by relative L2 norm.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -72,10 +73,13 @@ class _Comparison:
             yield self.row(quantity, measure(got, reference[0]), reference[1], note)
 
 
-class _Computed:
-    """The compiled functions of one setting."""
+class Compiled:
+    """The compiled functions of one setting.
 
-    def __init__(self, setting: Setting, with_gradient: bool, with_prefix: bool):
+    one_batch(params, batch, step) -> (Reading, gradient or None, prefix output or None)
+    """
+
+    def __init__(self, setting: Setting, with_gradient: bool = False, with_prefix: bool = False):
         def one_batch(params: Params, batch: Batch, step: Array):
             loss = partial(setting.outer_loss, batch=batch, step=step)
             prefix = setting.prefix_output(params, batch) if with_prefix else None
@@ -84,10 +88,21 @@ class _Computed:
                 return reading, grads, prefix
             return loss(params)[1], None, prefix
 
+        self.setting = setting
         self.one_batch = jax.jit(one_batch)
 
 
-def check_case(path: Path, case: Mapping[str, Any], name: str, x64: bool) -> Iterator[Row]:
+# What was compiled for which setting of which case; checkpoints are read with the same functions.
+Cache = dict[str, Compiled]
+
+
+def cache_key(case: Mapping[str, Any], prefix: str) -> str:
+    return prefix + json.dumps(case, sort_keys=True)
+
+
+def check_case(
+    path: Path, case: Mapping[str, Any], name: str, x64: bool, cache: Cache
+) -> Iterator[Row]:
     """Rows of every setting of the case described by `case`, the JSON at `path`."""
     for field in golden.unknown_fields(case):
         yield Row(name, "settings", None, None, True, f"not known, ignored: {field}")
@@ -104,9 +119,12 @@ def check_case(path: Path, case: Mapping[str, Any], name: str, x64: bool) -> Ite
     for prefix, setting in settings.items():
         comparison = _Comparison(name, prefix, arrays, setting)
         try:
-            yield from _check_setting(case, comparison)
+            yield from _check_setting(case, comparison, cache)
         except UserError as error:
             yield Row(comparison.case, "settings", None, None, False, str(error))
+        except KeyError as error:
+            note = f"the JSON has no field {error}"
+            yield Row(comparison.case, "settings", None, None, False, note)
         used |= comparison.used
     inputs = ("f64/", "params/", "batch/", "traj/input_ids", "traj/target_", "traj/loss_masks")
     left = [key for key in arrays if key not in used and not key.startswith(inputs)]
@@ -119,16 +137,16 @@ def first_step(case: Mapping[str, Any]) -> int:
     return int(case.get("step_index", case["training"].get("step_index", 0)))
 
 
-def _check_setting(case: Mapping[str, Any], c: _Comparison) -> Iterator[Row]:
+def _check_setting(case: Mapping[str, Any], c: _Comparison, cache: Cache) -> Iterator[Row]:
     setting = c.setting
     param_dtype = setting.model.shape.param_dtype
     params = official.from_official(under(c.arrays, "params/"), setting.model, param_dtype)
     batch = golden.load_batch(c.arrays)
-    step = jnp.asarray(first_step(case), jnp.int32)
+    step = jnp.asarray(first_step(case))
     steps_follow = not c.prefix and c.has("traj", "final_params")
-    computed = _Computed(
-        setting, steps_follow or c.has("grads", "grad_norm"), c.has("prefix_output")
-    )
+    with_gradient = steps_follow or c.has("grads", "grad_norm", "grad_norm_official_metric")
+    computed = Compiled(setting, with_gradient, c.has("prefix_output"))
+    cache[cache_key(case, c.prefix)] = computed
     reading, grads, prefix = computed.one_batch(params, batch, step)
     rows = [
         *_inner_rates(case, c, step),
@@ -164,9 +182,7 @@ def _losses(c: _Comparison, reading: Any, batch: Batch) -> Iterator[Row]:
 
 def _inner_loop(c: _Comparison, reading: Any, prefix_BTD: Any) -> Iterator[Row]:
     if prefix_BTD is not None:
-        yield from c.compare(
-            "prefix_output", prefix_BTD.astype(jnp.promote_types(prefix_BTD, "f4"))
-        )
+        yield from c.compare("prefix_output", prefix_BTD, relative)
     yield from c.compare("inner_grad_norm", reading.grad_norm_N, relative)
     wanted = c.group("inner_final")
     if wanted:
@@ -191,7 +207,7 @@ def _official_metric(grads: Params) -> Array:
 
 
 def _optimizer_steps(
-    case: Mapping[str, Any], c: _Comparison, computed: _Computed, params: Params
+    case: Mapping[str, Any], c: _Comparison, computed: Compiled, params: Params
 ) -> Iterator[Row]:
     """As many optimizer steps as the case has batches for, from a fresh optimizer."""
     optimizer, schedule = golden.outer_optimizer(case)
@@ -208,7 +224,7 @@ def _optimizer_steps(
     opt_state, losses, metrics = optimizer.init(params), [], []
     for i in range(count):
         batch = jax.tree.map(lambda x, i=i: x[i], batches)
-        step = jnp.asarray(steps[i], jnp.int32)
+        step = jnp.asarray(int(steps[i]))
         reading, grads, _ = computed.one_batch(params, batch, step)
         params, opt_state, metric = update(params, opt_state, grads)
         losses.append(np.mean(reading.loss))
@@ -216,7 +232,7 @@ def _optimizer_steps(
     rates = np.asarray([schedule(i) for i in range(count)])
     stored_rates = case.get("effective_inner_lr_of_traj_steps")
     if stored_rates:
-        got = np.asarray([c.setting.inner_lr(step) for step in steps])
+        got = np.asarray([c.setting.inner_lr(int(step)) for step in steps])
         deviation = absolute(got, np.asarray(stored_rates))
         yield c.row("inner_lr", deviation, note="of the optimizer steps")
     yield from c.compare("traj/loss", np.asarray(losses))
@@ -224,7 +240,7 @@ def _optimizer_steps(
     yield from c.compare("traj/lr", rates)
     wanted = c.group("final_params")
     if wanted:
-        got = official.to_official(params, c.setting.model)
-        quantile, moved, note = change(got, wanted, under(c.arrays, "params/"))
+        final = official.to_official(params, c.setting.model)
+        quantile, moved, note = change(final, wanted, under(c.arrays, "params/"))
         yield c.row("final_params, 99.9 %", quantile, note=note)
         yield c.row("final_params, change", moved, note=note)

@@ -14,7 +14,7 @@ import jax
 
 import tttjax
 from tttjax.errors import UserError
-from tttjax.verify.cases import check_case
+from tttjax.verify.cases import Cache, check_case
 from tttjax.verify.imports import check_checkpoints, check_zarr
 from tttjax.verify.rows import Row
 
@@ -95,19 +95,20 @@ def verify(
 
 def _check(entries: Sequence[Entry], x64: bool, progress) -> list[Row]:
     rows = []
+    cache: Cache = {}
     with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
         for entry in entries:
             if progress and entry.kind:
                 progress(entry.name)
-            rows += _check_entry(entry, x64)
+            rows += _check_entry(entry, x64, cache)
     return rows
 
 
-def _check_entry(entry: Entry, x64: bool) -> list[Row]:
+def _check_entry(entry: Entry, x64: bool, cache: Cache) -> list[Row]:
     if entry.kind == "case":
-        return list(check_case(entry.path, entry.content, entry.name, x64))
+        return list(check_case(entry.path, entry.content, entry.name, x64, cache))
     if entry.kind == "checkpoints":
-        return list(check_checkpoints(entry.path, entry.content, entry.name, x64))
+        return list(check_checkpoints(entry.path, entry.content, entry.name, x64, cache))
     if entry.kind == "zarr":
         return list(check_zarr(entry.path, entry.name))
     if entry.kind == "damaged":
