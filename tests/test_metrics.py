@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,20 @@ def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb_project='mine'.*not installed"):
         logger(tmp_path, wandb_project="mine")
+
+
+def test_wandb_gets_points_of_one_run_over_restarts(tmp_path, monkeypatch):
+    started, points = [], []
+    run = SimpleNamespace(log=lambda v, step: points.append((step, v["loss"])), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **kwargs: started.append(kwargs) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for first, last in ((1, 2), (3, 4)):
+        log = logger(tmp_path, start=first - 1, wandb_project="mine", log_every=2)
+        log_steps(log, first, last)
+        log.close()
+    assert points == [(2, 0.5), (4, 0.25)]
+    assert started[0]["id"] == started[1]["id"]
+    assert (started[0]["project"], started[0]["resume"]) == ("mine", "allow")
 
 
 def test_loss_curve_is_a_png(tmp_path):

@@ -119,6 +119,11 @@ def test_a_vocabulary_too_small_for_the_data(data, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_stop_after_must_be_a_step(data, tmp_path):
+    with pytest.raises(UserError, match="--stop-after=0"):
+        train(config(data), tmp_path, stop_after=0)
+
+
 def test_a_mesh_that_does_not_fit_writes_nothing(data, tmp_path):
     with pytest.raises(UserError, match=r"mesh\.fsdp"):
         train(config(data, "mesh.fsdp=3"), tmp_path)

@@ -102,6 +102,8 @@ def train(
     """
     started = time.perf_counter()
     workdir = Path(workdir)
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
     check_same_run(workdir, config)
     with contextlib.ExitStack() as closing:
