@@ -33,6 +33,7 @@ from tttjax.ops.cross_entropy import token_nll, token_nll_in_blocks
 from tttjax.types import Array, Params, PyTree
 
 PARTS = ("prefix", "suffix")
+UNROLL_UP_TO = 2  # a loop over so few blocks costs more than it saves, above all inside another
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,8 @@ class Transformer:
             if self.remat if remat is None else remat:
                 one_period = jax.checkpoint(one_period, prevent_cse=False)
             rows = (stage_weights, stage_state)
-            x_TD, new_blocks[f"stage{i}"] = jax.lax.scan(one_period, x_TD, rows)
+            unroll = stage.repeats <= UNROLL_UP_TO
+            x_TD, new_blocks[f"stage{i}"] = jax.lax.scan(one_period, x_TD, rows, unroll=unroll)
         if state is None:
             return x_TD, None
         blocks = {**state["blocks"], part: new_blocks}
