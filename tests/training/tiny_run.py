@@ -1,6 +1,6 @@
 """A run small enough for tests: bytes of Python sources, some seconds from start to end.
 
-    tttjax train --config=tests/tiny_run.py --workdir=DIR --config.data.sources=DATA
+    tttjax train --config=tests/training/tiny_run.py --workdir=DIR --config.data.sources=DATA
 
 Arguments: static (default; no inner loop, compiles fast) or ttt_e2e.
 """

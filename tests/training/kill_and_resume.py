@@ -1,11 +1,11 @@
 """Kills a run with SIGKILL at random moments and compares it with one that was left alone.
 
-    python tests/kill_and_resume.py [--kills 20] [--steps 4000] [--arg ttt_e2e] [--seed 0]
+    python tests/training/kill_and_resume.py [--kills 20] [--steps 4000] [--arg ttt_e2e] [--seed 0]
 
-Prepares a small data set, trains `tests/tiny_run.py` once without a stop, and once more with every
-start but the last killed after a random time (some while JAX compiles, some while a checkpoint is
-being written: one is due every few steps). At the end the loss streams and the weights must be
-equal bit for bit. Prints what happened at every kill; exit code 1 if anything differs.
+Prepares a small data set, trains `tests/training/tiny_run.py` once without a stop, and once more
+with every start but the last killed after a random time (some while JAX compiles, some while a
+checkpoint is being written: one is due every few steps). At the end the loss streams and the train
+states must be equal bit for bit. Prints what happened at every kill; exit code 1 if they differ.
 """
 
 import argparse

@@ -11,55 +11,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from tttjax.config import load_config
 from tttjax.errors import UserError
 from tttjax.metrics import loss_stream, read_records
-from tttjax.prepare import prepare
 from tttjax.train import train
 
 TINY = Path(__file__).parent / "tiny_run.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """The same programs are compiled again and again here: compiled once, they are kept."""
-    folder = tmp_path_factory.mktemp("compiled")
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    text = folder / "text"
-    text.mkdir()
-    for name in ("argparse.py", "ast.py", "json/decoder.py", "shutil.py"):
-        shutil.copy(Path(os.__file__).parent / name, text)
-    prepare([str(text)], folder / "prepared", num_workers=1)
-    return folder / "prepared"
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def whole(tiny, tmp_path_factory):
     """(work directory, result) of a run that was never stopped."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, train(config(data), workdir)
-
-
-def config(data, *overrides, arg="static"):
-    return load_config(f"{TINY}:{arg}", [f"data.sources={data}", *overrides])
+    return workdir, train(tiny(), workdir)
 
 
 def assert_same_run(workdir, result, whole):
@@ -70,8 +34,8 @@ def assert_same_run(workdir, result, whole):
         np.testing.assert_array_equal(x, y)
 
 
-def test_two_stops_on_the_way(data, whole, tmp_path):
-    cfg = config(data)
+def test_two_stops_on_the_way(tiny, whole, tmp_path):
+    cfg = tiny()
     assert train(cfg, tmp_path, stop_after=3).interrupted
     second = train(cfg, tmp_path, stop_after=7)
     assert (second.step, second.interrupted) == (7, True)
@@ -80,8 +44,8 @@ def test_two_stops_on_the_way(data, whole, tmp_path):
     assert_same_run(tmp_path, last, whole)
 
 
-def test_two_stops_with_an_inner_loop(data, tmp_path):
-    cfg = config(data, "train.steps=6", arg="ttt_e2e")
+def test_two_stops_with_an_inner_loop(tiny, tmp_path):
+    cfg = tiny("train.steps=6", arg="ttt_e2e")
     whole = train(cfg, tmp_path / "whole")
     train(cfg, tmp_path / "cut", stop_after=2)
     train(cfg, tmp_path / "cut", stop_after=5)
@@ -89,17 +53,17 @@ def test_two_stops_with_an_inner_loop(data, tmp_path):
     assert_same_run(tmp_path / "cut", last, (tmp_path / "whole", whole))
 
 
-def test_a_complete_run_is_left_as_it_is(data, whole, tmp_path):
+def test_a_complete_run_is_left_as_it_is(tiny, whole, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(whole[0], workdir)
     before = (workdir / "summary.json").read_text()
-    again = train(config(data), workdir)
+    again = train(tiny(), workdir)
     assert_same_run(workdir, again, whole)
     assert (workdir / "summary.json").read_text() == before
 
 
-def test_damaged_newest_checkpoint(data, whole, tmp_path, capfd):
-    cfg = config(data)
+def test_damaged_newest_checkpoint(tiny, whole, tmp_path, capfd):
+    cfg = tiny()
     train(cfg, tmp_path, stop_after=8)
     biggest = max(
         (tmp_path / "checkpoints" / "8").rglob("d/*"), key=lambda file: file.stat().st_size
@@ -110,24 +74,24 @@ def test_damaged_newest_checkpoint(data, whole, tmp_path, capfd):
     assert_same_run(tmp_path, last, whole)
 
 
-def test_resumes_on_another_mesh_and_with_other_logging(data, whole, tmp_path):
-    train(config(data), tmp_path, stop_after=4)
+def test_resumes_on_another_mesh_and_with_other_logging(tiny, whole, tmp_path):
+    train(tiny(), tmp_path, stop_after=4)
     changed = ("mesh.fsdp=2", "mesh.tensor=2", "train.log_every=1", "train.checkpoint_every=100")
-    last = train(config(data, *changed), tmp_path)
+    last = train(tiny(*changed), tmp_path)
     got, want = ([r["loss"] for r in loss_stream(d)] for d in (tmp_path, whole[0]))
     assert got[:4] == want[:4]
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert last.step == 12
 
 
-def test_a_work_directory_of_another_configuration(data, whole):
+def test_a_work_directory_of_another_configuration(tiny, whole):
     with pytest.raises(UserError, match=r"train\.seed"):
-        train(config(data, "train.seed=1"), whole[0])
+        train(tiny("train.seed=1"), whole[0])
 
 
-def test_extension_takes_weights_only(data, whole, tmp_path):
+def test_extension_takes_weights_only(tiny, whole, tmp_path):
     changed = ("train.steps=2", "train.seq_len=64", f"train.init_from={whole[0]}")
-    cfg = config(data, *changed, "optim.warmup_steps=0", "optim.peak_lr=0.0", "optim.end_lr=0.0")
+    cfg = tiny(*changed, "optim.warmup_steps=0", "optim.peak_lr=0.0", "optim.end_lr=0.0")
     result = train(cfg, tmp_path)
     for x, y in zip(
         jax.tree.leaves(result.state.params), jax.tree.leaves(whole[1].state.params), strict=True
@@ -137,8 +101,8 @@ def test_extension_takes_weights_only(data, whole, tmp_path):
     assert read_records(tmp_path)[0]["lr"] == 0.0
 
 
-def test_extension_from_another_architecture_is_refused(data, whole, tmp_path):
-    cfg = config(data, f"train.init_from={whole[0]}", "model.mlp_dim=32")
+def test_extension_from_another_architecture_is_refused(tiny, whole, tmp_path):
+    cfg = tiny(f"train.init_from={whole[0]}", "model.mlp_dim=32")
     with pytest.raises(UserError, match=r"mlp/w1 is float32.*16.* and .*32"):
         train(cfg, tmp_path)
 
@@ -155,7 +119,7 @@ def start(data, workdir, compiled, *overrides):
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def test_sigterm_saves_and_the_restart_continues(data, tmp_path, compiled):
+def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path, compiled):
     many = ("train.steps=100000", "train.checkpoint_every=100000", "optim.decay_steps=1000")
     process = start(data, tmp_path, compiled, *many)
     deadline = time.monotonic() + 120
@@ -171,7 +135,7 @@ def test_sigterm_saves_and_the_restart_continues(data, tmp_path, compiled):
     assert steps == [str(stopped)]
 
     # The schedule has its own length, so the run may be made shorter: two more steps.
-    cfg = config(data, f"train.steps={stopped + 2}", *many[1:])
+    cfg = tiny(f"train.steps={stopped + 2}", *many[1:])
     train(cfg, tmp_path)
     train(cfg, tmp_path / "whole")
     assert loss_stream(tmp_path) == loss_stream(tmp_path / "whole")

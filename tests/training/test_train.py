@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -15,27 +14,12 @@ import pytest
 from tttjax import run_control
 from tttjax import train as train_module
 from tttjax.cli import main
-from tttjax.config import load_config
 from tttjax.errors import UserError
 from tttjax.metrics import read_records
-from tttjax.prepare import prepare
 from tttjax.train import train
 from tttjax.types import Batch
 
 TINY = Path(__file__).parent / "tiny_run.py"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    shutil.copy(Path(os.__file__).parent / "argparse.py", folder / "text.py")
-    shutil.copy(Path(os.__file__).parent / "ast.py", folder / "more.py")
-    prepare([str(folder / "text.py"), str(folder / "more.py")], folder / "prepared", num_workers=1)
-    return folder / "prepared"
-
-
-def config(data, *overrides, arg="static"):
-    return load_config(f"{TINY}:{arg}", [f"data.sources={data}", *overrides])
 
 
 class TraceCounter(logging.Handler):
@@ -52,13 +36,13 @@ class TraceCounter(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
+def finished(tiny, tmp_path_factory):
     """(work directory, result, names of compiled programs) of a whole run by the command."""
     workdir = tmp_path_factory.mktemp("run")
     counter = TraceCounter()
     logging.getLogger("jax").addHandler(counter)
     with jax.log_compiles():
-        result = train(config(data, "train.profile_steps=(6, 7)"), workdir)
+        result = train(tiny("train.profile_steps=(6, 7)"), workdir)
     logging.getLogger("jax").removeHandler(counter)
     return workdir, result, counter.names
 
@@ -90,10 +74,10 @@ def test_nothing_retraces(finished):
     assert len(steps) == 1
 
 
-def test_stops_when_too_many_steps_are_not_finite(data, tmp_path, capsys):
+def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys):
     bad = ("optim.peak_lr=1e30", "optim.weight_decay=0.0", "train.nonfinite_limit=3")
     with pytest.raises(UserError, match=r"3 steps in a row.*batch [0-9a-f]{16}.*grad_norm="):
-        train(config(data, *bad), tmp_path)
+        train(tiny(*bad), tmp_path)
     report = json.loads((tmp_path / "nonfinite.json").read_text())
     last = read_records(tmp_path)[-1]
     assert report["step"] == last["step"]
@@ -113,20 +97,20 @@ def test_command_line(data, tmp_path, capsys):
     assert (tmp_path / "checkpoints" / "1").exists()
 
 
-def test_a_vocabulary_too_small_for_the_data(data, tmp_path):
+def test_a_vocabulary_too_small_for_the_data(tiny, tmp_path):
     with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller .*264"):
-        train(config(data, "model.vocab_size=100"), tmp_path)
+        train(tiny("model.vocab_size=100"), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_stop_after_must_be_a_step(data, tmp_path):
+def test_stop_after_must_be_a_step(tiny, tmp_path):
     with pytest.raises(UserError, match="--stop-after=0"):
-        train(config(data), tmp_path, stop_after=0)
+        train(tiny(), tmp_path, stop_after=0)
 
 
-def test_a_mesh_that_does_not_fit_writes_nothing(data, tmp_path):
+def test_a_mesh_that_does_not_fit_writes_nothing(tiny, tmp_path):
     with pytest.raises(UserError, match=r"mesh\.fsdp"):
-        train(config(data, "mesh.fsdp=3"), tmp_path)
+        train(tiny("mesh.fsdp=3"), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
