@@ -42,6 +42,7 @@ def by_position(comparison: Comparison, log_x: bool = False) -> Figure:
         if axes is not None:
             _mark_windows(axes, comparison)
             _decorate(axes)
+    _name_the_window(above, comparison)
     _set_positions(below or above, comparison, log_x)
     return figure
 
@@ -82,14 +83,21 @@ def _panels(two: bool, width: float) -> tuple[Figure, Axes, Axes | None]:
 
 
 def _look(comparison: Comparison, series: Series) -> dict[str, Any]:
-    """A colour for each run; dashed where the same run was also read with learning."""
-    names = [run["name"] for run in comparison.runs]
+    """A colour for each run (and for each further way in which it learns), dashes for TTT off."""
+    colours = list(dict.fromkeys(_coloured_as(comparison, other) for other in comparison.series))
     learns = any(other.learns and other.run == series.run for other in comparison.series)
     return {
         "label": series.label,
-        "color": COLOURS[names.index(series.run) % len(COLOURS)],
+        "color": COLOURS[colours.index(_coloured_as(comparison, series)) % len(COLOURS)],
         "linestyle": STYLES[series.mode] if learns else "-",
     }
+
+
+def _coloured_as(comparison: Comparison, series: Series) -> str:
+    """The label of the series whose colour it shares: off has that of the run's first learning."""
+    of_run = [other for other in comparison.series if other.run == series.run]
+    first = next((other for other in of_run if other.learns), of_run[0])
+    return series.label if series.learns else first.label
 
 
 def _pairs_and_looks(
@@ -147,27 +155,29 @@ def _mark_windows(axes: Axes, comparison: Comparison) -> None:
     if comparison.longest // comparison.window <= 16:
         for end in range(2 * comparison.window, comparison.longest, comparison.window):
             axes.axvline(end, color="0.85", linewidth=0.6)
-    axes.annotate(
-        " beyond the window",
-        (comparison.window, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, -9),
-        textcoords="offset points",
-        fontsize=8,
-        color="0.35",
-    )
+
+
+def _name_the_window(axes: Axes, comparison: Comparison) -> None:
+    if comparison.has_beyond():
+        axes.annotate(
+            " beyond the window",
+            (comparison.window, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -9),
+            textcoords="offset points",
+            fontsize=8,
+            color="0.35",
+        )
 
 
 def _set_positions(axes: Axes, comparison: Comparison, log_x: bool) -> None:
     axes.set_xlabel("position of the token in the context")
     if log_x:
         axes.set_xscale("log", base=2)
-        axes.set_xlim(1, comparison.longest)
-    else:
-        axes.set_xlim(0, comparison.longest)
-        ends = [0, *comparison.lengths]
-        if len(ends) > 2:
-            axes.set_xticks(ends, [f"{end:,}" for end in ends])
+    axes.set_xlim(1 if log_x else 0, comparison.longest)
+    ends = [1 if log_x else 0, *comparison.lengths]
+    axes.set_xticks(ends, [f"{end:,}" for end in ends])
+    axes.minorticks_off()
 
 
 def _decorate_differences(axes: Axes) -> None:
@@ -179,4 +189,4 @@ def _decorate_differences(axes: Axes) -> None:
 def _decorate(axes: Axes) -> None:
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
