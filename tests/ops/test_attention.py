@@ -1,0 +1,104 @@
+"""Attention in blocks against the definition, values and gradients; what a query may see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tttjax.ops.attention import Sight, attend, attend_sequence, visible
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def by_hand(q, k, v, sight):
+    """Loops over queries and heads; the keys of each are listed one by one."""
+    out = np.zeros_like(v)
+    for t in range(len(q)):
+        seen = [
+            s
+            for s in range(t + 1)
+            if (not sight.window or s > t - sight.window)
+            and (not sight.block or s // sight.block == t // sight.block)
+        ]
+        for h in range(q.shape[1]):
+            score = np.array([q[t, h] @ k[s, h] for s in seen]) / np.sqrt(q.shape[-1])
+            weight = np.exp(score - score.max())
+            out[t, h] = (weight / weight.sum()) @ v[seen, h]
+    return out
+
+
+def qkv(length, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(length, 2, 4)) for _ in range(3)]
+
+
+CASES = [
+    # tokens, window, block, query_block: dense; near; near with a rest; far; far with a rest
+    (9, 0, 0, 8),
+    (9, 4, 0, 8),
+    (24, 5, 0, 4),
+    (23, 5, 0, 4),
+    (21, 1, 0, 3),
+    (24, 0, 0, 4),
+    (23, 0, 0, 4),
+    (33, 0, 0, 2),
+    (22, 20, 0, 4),
+    (22, 60, 0, 4),
+    (24, 0, 6, 4),
+    (23, 3, 6, 4),
+]
+
+
+@pytest.mark.parametrize(("length", "window", "block", "query_block"), CASES)
+def test_blocks_equal_the_definition(length, window, block, query_block):
+    sight = Sight(window=window, block=block)
+    q, k, v = qkv(length)
+    weight = np.random.default_rng(1).normal(size=v.shape)
+    position = jnp.arange(length)
+
+    def in_blocks(q, k, v):
+        return attend_sequence(q, k, v, sight, query_block)
+
+    def dense(q, k, v):
+        return attend(q, k, v, visible(position, position, sight))
+
+    def value_and_gradient(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2)))
+
+    np.testing.assert_allclose(jax.jit(in_blocks)(q, k, v), by_hand(q, k, v, sight), atol=1e-12)
+    loss, grads = value_and_gradient(in_blocks)(q, k, v)
+    expected, expected_grads = value_and_gradient(dense)(q, k, v)
+    assert float(loss) == pytest.approx(float(expected), abs=1e-11)
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-12)
+
+
+def test_visible_as_a_literal_matrix():
+    seen = visible(jnp.arange(4), jnp.arange(-1, 4), Sight(window=2))
+    wanted = ["01000", "01100", "00110", "00011"]
+    assert ["".join(str(int(x)) for x in row) for row in seen] == wanted
+    blocks = visible(jnp.arange(5), jnp.arange(5), Sight(block=2))
+    wanted = ["10000", "11000", "00100", "00110", "00001"]
+    assert ["".join(str(int(x)) for x in row) for row in blocks] == wanted
+
+
+def test_a_query_that_sees_nothing_stays_finite_in_every_derivative():
+    q, k, v = qkv(4)
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v, jnp.zeros((4, 4), bool)))
+
+    hessian_rows = jax.jacfwd(jax.grad(loss))(*qkv(4))
+    assert np.isfinite(loss(q, k, v))
+    assert np.isfinite(hessian_rows).all()
+
+
+def test_softmax_is_float32_under_bfloat16():
+    """Hundreds of equal small weights would not sum to 1 in bfloat16."""
+    length = 600
+    q = k = jnp.zeros((length, 1, 2), jnp.bfloat16)
+    v = jnp.ones((length, 1, 2), jnp.bfloat16)
+    position = jnp.arange(length)
+    out = attend(q, k, v, visible(position, position, Sight()))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=0.01)

@@ -1,0 +1,96 @@
+"""RoPE, RMSNorm and cross-entropy against their formulas; precision and range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tttjax.ops.cross_entropy import masked_mean, token_nll, token_nll_in_blocks
+from tttjax.ops.norms import rms_norm
+from tttjax.ops.rope import rotate
+
+pytestmark = pytest.mark.usefixtures("x64")
+RNG = np.random.default_rng(0)
+
+
+def test_rotation_is_a_complex_product_of_neighbouring_pairs():
+    x, theta = RNG.normal(size=(3, 2, 6)), 100.0
+    position = np.array([0, 5, 1000])
+    z = x[..., 0::2] + 1j * x[..., 1::2]
+    z = z * np.exp(1j * position[:, None, None] * theta ** (-2 * np.arange(3) / 6))
+    wanted = np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), position, theta), wanted, atol=1e-12)
+
+
+def test_rotated_products_depend_on_the_difference_of_positions():
+    q, k = RNG.normal(size=(2, 1, 1, 8))
+
+    def product(i, j):
+        a, b = rotate(q, jnp.array([i]), 1e4), rotate(k, jnp.array([j]), 1e4)
+        return float(jnp.sum(a * b))
+
+    assert product(7, 3) == pytest.approx(product(1007, 1003), abs=1e-10)
+
+
+def test_positions_have_no_end():
+    """No table to run out of: a million tokens on, still finite and still a rotation."""
+    x = jnp.asarray(RNG.normal(size=(2, 1, 4)), jnp.float32)
+    y = rotate(x, jnp.array([10**6, 2**30]), 5e5)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+def test_rms_norm_has_its_epsilon_inside_the_root():
+    x, w = RNG.normal(size=(2, 5)), RNG.normal(size=5)
+    wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * w
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(w), 0.1), wanted, atol=1e-12)
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), None, 0.1), wanted / w, atol=1e-12)
+
+
+def test_rms_norm_of_bfloat16_computes_in_float32():
+    x, w = (jnp.asarray(RNG.normal(size=64), jnp.bfloat16) for _ in range(2))
+    got = rms_norm(x, w, 1e-6)
+    wide = rms_norm(x.astype(jnp.float32), w.astype(jnp.float32), 1e-6)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, wide.astype(jnp.bfloat16))
+
+
+def make_nll_inputs(dtype, length=7):
+    h, head = RNG.normal(size=(length, 6)), 3 * RNG.normal(size=(6, 9))
+    target = RNG.integers(9, size=length)
+    return jnp.asarray(h, dtype), jnp.asarray(head, dtype), jnp.asarray(target)
+
+
+def test_nll_is_minus_the_log_of_the_softmax():
+    h, head, target = make_nll_inputs("float64")
+    p = np.exp(np.asarray(h) @ np.asarray(head))
+    wanted = -np.log(p[np.arange(7), target] / p.sum(-1))
+    np.testing.assert_allclose(token_nll(h, head, target), wanted, atol=1e-12)
+
+
+def test_nll_of_bfloat16_is_float32_and_off_the_bfloat16_grid():
+    nll = token_nll(*make_nll_inputs("bfloat16", 50))
+    assert nll.dtype == jnp.float32
+    on_grid = nll == nll.astype(jnp.bfloat16).astype(jnp.float32)
+    assert int(on_grid.sum()) < 5
+
+
+@pytest.mark.parametrize("block", [2, 3, 7, 100])
+def test_nll_in_blocks_is_the_same_with_its_gradient(block):
+    h, head, target = make_nll_inputs("float64")
+
+    def loss(f, *args):
+        return jnp.sum(jnp.sin(f(h, head, target, *args)))
+
+    got = jax.value_and_grad(lambda h: jnp.sum(token_nll_in_blocks(h, head, target, block) ** 2))(h)
+    wanted = jax.value_and_grad(lambda h: jnp.sum(token_nll(h, head, target) ** 2))(h)
+    assert float(loss(token_nll_in_blocks, block)) == pytest.approx(float(loss(token_nll)))
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-12)
+    np.testing.assert_allclose(got[1], wanted[1], atol=1e-11)
+
+
+def test_masked_mean_counts_what_counts_and_is_zero_for_nothing():
+    nll = jnp.array([[1.0, 2.0, 6.0], [np.inf, 3.0, 4.0], [1.0, 1.0, 1.0]])
+    mask = jnp.array([[True, True, False], [False, True, True], [False, False, False]])
+    np.testing.assert_allclose(masked_mean(nll, mask), [1.5, 3.5, 0.0])
+    assert np.isfinite(jax.grad(lambda x: masked_mean(x, mask[2]))(nll[2])).all()
