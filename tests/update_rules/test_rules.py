@@ -118,7 +118,9 @@ def test_muon_makes_every_matrix_of_a_stack_near_orthogonal():
     for matrix in np.asarray(u["a"]):
         singular = np.linalg.svd(matrix, compute_uv=False)
         assert singular.max() / singular.min() < 2.5
-    np.testing.assert_allclose(np.abs(u["b"]), 1.0, atol=1e-3)  # vectors follow Adam
+    first = np.abs(u["b"])  # vectors follow Adam, whose first step is the same for all entries
+    np.testing.assert_allclose(first, first[0], rtol=1e-5)
+    np.testing.assert_array_equal(np.sign(u["b"]), -np.sign(make_tree()["b"]))
     grown = updates_of(make_rule("muon", clip=0.0), [make_tree(scale=50.0)])[0]
     assert_close(grown, u, atol=1e-3)
 

@@ -1,0 +1,77 @@
+"""The reference numbers of the official code, all of them; needs the folder they lie in.
+
+TTTJAX_GOLDEN names it; else it is looked for beside the project.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tttjax.errors import UserError
+from tttjax.interop import golden, official
+from tttjax.verify import verify
+
+FOLDER = Path(
+    os.environ.get("TTTJAX_GOLDEN", Path(__file__).parents[3] / "shared" / "golden" / "e2e")
+)
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason=f"no reference numbers at {FOLDER} (set TTTJAX_GOLDEN)"
+)
+
+
+def failures(rows):
+    return [row for row in rows if not row.ok]
+
+
+CASES = sorted(path.stem for path in FOLDER.glob("*.json")) if FOLDER.is_dir() else []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_in_float32(case):
+    rows = verify(FOLDER / f"{case}.json")
+    assert not failures(rows)
+    assert sum(row.deviation is not None for row in rows) >= 10
+
+
+@pytest.mark.parametrize("case", ["03_e2e_noclip", "05_swa_pretrain"])
+def test_losses_in_float64_agree_to_rounding(case):
+    rows = verify(FOLDER / f"{case}.json", x64=True)
+    assert not failures(rows)
+    losses = [row for row in rows if row.quantity == "loss" and row.case == case]
+    assert losses[0].tolerance == 1e-10
+
+
+def test_the_zarr_batches():
+    rows = verify(FOLDER / "zarr")
+    assert not failures(rows)
+    assert {row.deviation for row in rows} == {0.0}
+
+
+def test_the_checkpoints_bit_for_bit(tmp_path):
+    rows = verify(FOLDER / "checkpoint" / "checkpoint.json")
+    assert not failures(rows)
+    assert [row.quantity for row in rows].count("model_weights") == 2
+    assert "loss" in {row.quantity for row in rows}
+
+
+def test_an_official_checkpoint_by_its_parent_folder_and_its_step(tmp_path):
+    root = FOLDER / "checkpoint" / "01_e2e_basic_full"
+    by_parent, by_step = (official.load_official_checkpoint(p) for p in (root, root / "4"))
+    assert by_parent.step == by_step.step == 4
+    assert by_parent.data_iterator == {"next_index": 5}
+    for name, array in by_parent.model_weights.items():
+        np.testing.assert_array_equal(array, by_step.model_weights[name])
+    arrays = golden.load_arrays(FOLDER / "01_e2e_basic.npz")
+    assert set(by_parent.model_weights) == set(golden.under(arrays, "final_params/"))
+    with pytest.raises(UserError, match="is no official checkpoint"):
+        official.load_official_checkpoint(tmp_path)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(root / "4" / "model_weights", damaged / "model_weights")
+    for path in [damaged, *damaged.rglob("*")]:
+        path.chmod(0o755)
+    (damaged / "model_weights" / "manifest.ocdbt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        official.load_official_checkpoint(damaged)

@@ -1,0 +1,212 @@
+"""The model as one pure function for any number of tokens; layouts, fast weights, dtypes."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from small import random_batch, shaken, small_config, worst
+
+from tttjax.errors import UserError
+from tttjax.meta import make_inner_loop, make_reader
+from tttjax.models import build_model, combine, path_filter, relayout
+
+pytestmark = pytest.mark.usefixtures("x64")
+PATTERNS = {
+    "full": ("full",),
+    "window": ("window",),
+    "all": ("window", "full", "local", "none"),
+}
+LENGTH = 12
+
+
+@cache
+def built(name):
+    """(model, weights, jitted apply) of a pattern, four blocks, the last two with fast MLPs."""
+    config = small_config(model={"mixers": PATTERNS[name], "num_layers": 4, "suffix_layers": 2})
+    model = build_model(config.model, config.inner)
+    return model, shaken(model.init(jax.random.key(0))), jax.jit(model.apply)
+
+
+TOKENS = np.random.default_rng(3).integers(11, size=LENGTH)
+
+
+def read_in(name, *lengths):
+    """Logits and last state of TOKENS read in calls of these lengths."""
+    model, params, apply = built(name)
+    state, logits, first = model.init_state(LENGTH), [], 0
+    for length in lengths:
+        logit_TV, state = apply(params, state, TOKENS[first : first + length])
+        logits.append(logit_TV)
+        first += length
+    return np.concatenate(logits), state
+
+
+@pytest.mark.parametrize("lengths", [(8, 4), (4, 8), (1,) * LENGTH], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_any_split_gives_the_same_logits_and_state(name, lengths):
+    whole, whole_state = read_in(name, LENGTH)
+    logits, state = read_in(name, *lengths)
+    np.testing.assert_allclose(logits, whole, atol=1e-12)
+    assert worst(state, whole_state) < 1e-12
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_whole_sequence_without_state_gives_the_same(name):
+    model, params, _ = built(name)
+    weights = combine(params.slow, params.fast)
+    x_TD = model.embed(params.slow, TOKENS)
+    for part in ("prefix", "suffix"):
+        x_TD, state = model.run_part(part, weights, None, x_TD)
+        assert state is None
+    target_T = jnp.roll(TOKENS, -1)
+    logit_TV, _ = read_in(name, LENGTH)
+    wanted = -jax.nn.log_softmax(logit_TV)[jnp.arange(LENGTH), target_T]
+    np.testing.assert_allclose(model.nll(weights, x_TD, target_T), wanted, atol=1e-12)
+    np.testing.assert_allclose(model.nll(weights, x_TD, target_T, block=5), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("position", [0, 5, LENGTH - 1])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_no_logit_sees_a_later_token(name, position):
+    model, params, apply = built(name)
+    changed = TOKENS.copy()
+    changed[position] = (changed[position] + 1) % 11
+    before, _ = read_in(name, LENGTH)
+    after, _ = apply(params, model.init_state(LENGTH), changed)
+    np.testing.assert_array_equal(before[:position], after[:position])
+    assert (np.abs(before[position] - after[position]) > 1e-6).any()
+
+
+def test_a_window_sees_exactly_its_keys():
+    """One block, window 5: a token reaches itself and the 4 after it, no further."""
+    config = small_config(model={"num_layers": 1, "suffix_layers": 0, "fast_mlp": False})
+    model = build_model(config.model, config.inner)
+    params = model.init(jax.random.key(0))
+    read = jax.jit(lambda tokens: model.apply(params, model.init_state(LENGTH), tokens)[0])
+    changed = TOKENS.copy()
+    changed[3] = (changed[3] + 1) % 11
+    moved = np.abs(read(TOKENS) - read(changed)).max(-1) > 1e-9
+    assert moved.nonzero()[0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_state_has_constant_size_but_for_full_attention():
+    def sizes(name, length):
+        model, _, _ = built(name)
+        return sum(x.size for x in jax.tree.leaves(model.init_state(length)))
+
+    assert sizes("window", 100) == sizes("window", 10_000)
+    assert sizes("full", 100) < sizes("full", 10_000)
+
+
+def test_a_window_longer_than_the_sequence_and_any_table_is_finite():
+    config = small_config(model={"window_size": 500}, train={"seq_len": 8})
+    model = build_model(config.model, config.inner)
+    params = model.init(jax.random.key(0))
+    logits, _ = jax.jit(model.apply)(params, model.init_state(8), TOKENS[:8])
+    assert np.isfinite(logits).all()
+
+
+def test_full_attention_in_the_suffix_sees_the_whole_past():
+    """The first token reaches the last chunk through attention alone (no learning)."""
+    config = small_config(model={"mixers": ("full",), "suffix_layers": 2})
+    model = build_model(config.model, config.inner)
+    params = model.init(jax.random.key(0))
+    read = jax.jit(make_reader(model, make_inner_loop(config.inner), learn=True))
+    batch = random_batch(config)
+    inputs = batch.inputs.copy()
+    inputs[:, 0] = (inputs[:, 0] + 1) % 11
+    before, after = (read(params, b, 0.0) for b in (batch, batch.replace(inputs=inputs)))
+    assert (np.abs(before.token_nll_T - after.token_nll_T)[:, -4:] > 1e-9).all()
+
+
+def test_initial_weights_are_normal_and_every_copy_its_own():
+    config = small_config(model={"num_layers": 6, "embed_dim": 32, "init_std": 0.02})
+    model = build_model(config.model, config.inner)
+    flat = flatten_dict(model.init(jax.random.key(0)).slow, sep="/")
+    matrix = flat["prefix/stage0/block0/mlp/w1"]
+    assert float(matrix.std()) == pytest.approx(0.02, rel=0.1)
+    assert worst(matrix[0], matrix[1]) > 1e-3
+    norm = flat["prefix/stage0/block0/mlp_norm/weight"]
+    np.testing.assert_array_equal(norm, jnp.ones_like(norm))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_weight_has_a_name_for_every_dimension(name):
+    model, params, _ = built(name)
+    for part in ("slow", "fast"):
+        axes = flatten_dict(getattr(model.axes(), part))
+        shapes = flatten_dict(getattr(params, part))
+        assert axes.keys() == shapes.keys()
+        assert all(len(axes[k]) == shapes[k].ndim for k in shapes)
+
+
+def test_fast_weights_are_the_declared_ones_or_those_of_the_patterns():
+    model, params, _ = built("window")
+    declared = set(flatten_dict(params.fast, sep="/"))
+    assert declared == {f"suffix/stage0/block0/fast_mlp/{w}" for w in ("w1", "w2", "w3")}
+    chosen = dataclasses.replace(model, fast_patterns=("suffix/**/mlp/w1", "final_norm/*"))
+    assert chosen.fast_paths == {"suffix/stage0/block0/mlp/w1", "final_norm/weight"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("suffix/**/mpl/**", "'suffix/\\*\\*/mpl/\\*\\*' matches no weight; the paths are"),
+        ("prefix/**", "lies before the suffix"),
+        ("embedding", "lies before the suffix"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_is_refused(pattern, message):
+    model, _, _ = built("window")
+    with pytest.raises(UserError, match=message):
+        _ = dataclasses.replace(model, fast_patterns=(pattern,)).fast_paths
+
+
+def test_two_stars_stand_for_any_number_of_parts():
+    matches = path_filter(["a/**/z", "b/*"])
+    assert [p for p in ("a/z", "a/b/z", "a/b/c/z", "a/z/c", "b/c", "b/c/d") if matches(p)] == [
+        "a/z",
+        "a/b/z",
+        "a/b/c/z",
+        "b/c",
+    ]
+
+
+def test_relayout_keeps_the_function_and_comes_back():
+    """A model without suffix, given one for dynamic evaluation, says the same until it learns."""
+    plain = small_config(model={"num_layers": 3, "suffix_layers": 0, "fast_mlp": False})
+    source = build_model(plain.model, plain.inner)
+    target = dataclasses.replace(source, suffix_layers=2, fast_patterns=("suffix/**/mlp/**",))
+    params = source.init(jax.random.key(0))
+    moved = relayout(params, source, target)
+    assert set(flatten_dict(moved.fast, sep="/")) == target.fast_paths
+    assert worst(relayout(moved, target, source), params) == 0
+    results = [
+        jax.jit(m.apply)(p, m.init_state(LENGTH), TOKENS)[0]
+        for m, p in ((source, params), (target, moved))
+    ]
+    np.testing.assert_allclose(results[0], results[1], atol=1e-12)
+
+
+def test_under_bfloat16_losses_and_fast_weights_are_float32():
+    dtypes = {"param_dtype": "float32", "compute_dtype": "bfloat16"}
+    config = small_config(model=dtypes, inner={"fast_dtype": "float32"})
+    model = build_model(config.model, config.inner)
+    params, batch = model.init(jax.random.key(0)), random_batch(config)
+    inner = make_inner_loop(config.inner)
+    reading = jax.jit(make_reader(model, inner, learn=True))(params, batch, 1.0)
+    assert {x.dtype for x in jax.tree.leaves(reading.fast)} == {jnp.dtype("float32")}
+    assert reading.token_nll_T.dtype == reading.chunk_loss_N.dtype == jnp.float32
+    nll = np.asarray(reading.token_nll_T)
+    coarse = nll == np.asarray(reading.token_nll_T.astype(jnp.bfloat16).astype(jnp.float32))
+    assert coarse.mean() < 0.2
+    state = model.init_state(LENGTH)["blocks"]
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
+    means = nll.reshape(2, -1, 4)
+    mask = batch.mask.reshape(2, -1, 4)
+    wanted = (means * mask).sum(-1) / np.maximum(mask.sum(-1), 1)
+    np.testing.assert_allclose(reading.chunk_loss_N, wanted, rtol=1e-6)

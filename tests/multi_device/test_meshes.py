@@ -1,0 +1,134 @@
+"""The same five steps on every mesh, one reduction of the gradient, shardings as declared."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import random_batch, small_config, worst
+
+from tttjax.errors import UserError
+from tttjax.sharding import make_mesh, spec
+from tttjax.train_step import make_trainer
+
+pytestmark = pytest.mark.usefixtures("x64")
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+STEPS = 5
+
+
+def make_config(**train):
+    return small_config(
+        model={"embed_dim": 16, "num_heads": 8, "head_dim": 2, "mlp_dim": 8, "vocab_size": 16},
+        train={"batch_size": 8, "seq_len": 8, **train},
+    )
+
+
+def make(shape, **train):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return make_trainer(make_config(**train), make_mesh(*shape, devices=devices))
+
+
+def five_steps(trainer):
+    """(losses, final weights as numpy, last state)"""
+    state, losses = trainer.init_state(0), []
+    for seed in range(STEPS):
+        batch = trainer.put_batch(random_batch(make_config(), seed))
+        state, metrics = trainer.step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.tree.map(np.asarray, state.params), state
+
+
+@pytest.fixture(scope="module")
+def on_one_device(x64):
+    return five_steps(make((1, 1, 1)))
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_five_steps_are_the_same_on_every_mesh(shape, on_one_device):
+    trainer = make(shape)
+    losses, params, state = five_steps(trainer)
+    np.testing.assert_allclose(losses, on_one_device[0], atol=1e-11)
+    assert worst(params, on_one_device[1]) < 1e-9
+    for array, declared in zip(
+        jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True
+    ):
+        assert array.sharding == declared.sharding
+        assert (array.shape, array.dtype) == (declared.shape, declared.dtype)
+    assert trainer.step._cache_size() == 1, "the step was traced again"
+
+
+def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device):
+    losses, params, _ = five_steps(make((2, 1, 1), accum_steps=2))
+    np.testing.assert_allclose(losses, on_one_device[0], atol=1e-11)
+    assert worst(params, on_one_device[1]) < 1e-9
+
+
+def computations(hlo):
+    """Name -> lines of every computation of a compiled program's text."""
+    found, name = {}, None
+    for line in hlo.splitlines():
+        if match := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = match[1]
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+
+def called_by_loops(found):
+    """Every computation that runs inside some while loop."""
+    calls = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.-]+)")
+    pending = [
+        name
+        for lines in found.values()
+        for line in lines
+        if " while(" in line
+        for name in re.findall(r"body=%?([\w.-]+)", line)
+    ]
+    assert pending, "a step has loops: over chunks, and back over them"
+    inside = set()
+    while pending:
+        name = pending.pop()
+        if name not in inside:
+            inside.add(name)
+            pending += [n for line in found.get(name, []) for n in calls.findall(line)]
+    return inside
+
+
+def test_the_gradient_is_reduced_once_and_not_in_a_loop():
+    trainer = make((8, 1, 1))
+    batch = random_batch(make_config())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    found = computations(trainer.step.lower(trainer.abstract_state, abstract).compile().as_text())
+    inside = called_by_loops(found)
+    collective = re.compile(r" (all-reduce|reduce-scatter|all-gather|all-to-all)(-start)?\(")
+    places = [name for name, lines in found.items() for x in lines if collective.search(x)]
+    assert places, "eight devices must exchange their gradients"
+    assert not inside & set(places)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match=r"data 3 x fsdp 1 x tensor 1 = 3 devices does not fit"):
+        make_mesh(3, 1, 1)
+    config = small_config(model={"num_heads": 2})
+    with pytest.raises(UserError, match=r"the mesh does not fit the model: .* 8 devices"):
+        make_trainer(config, make_mesh(1, 1, 8))
+
+
+def test_a_misspelt_axis_name_is_refused():
+    mesh = make_mesh(2, 2, 2)
+    assert spec(mesh, ["batch"]) == jax.sharding.PartitionSpec(("data", "fsdp"))
+    with pytest.raises(KeyError):
+        spec(mesh, ["embde"])
+    with pytest.raises(ValueError, match="map to one mesh axis"):
+        spec(mesh, ["mlp", "heads"])
+
+
+def test_weights_are_divided_as_declared():
+    trainer = make((2, 2, 2))
+    state = trainer.abstract_state
+    w1 = state.params.fast["suffix"]["stage0"]["block0"]["fast_mlp"]["w1"]
+    assert w1.sharding.shard_shape(w1.shape) == (1, 8, 4)
+    assert state.step.sharding.is_fully_replicated
+    assert jnp.issubdtype(state.step.dtype, jnp.integer)

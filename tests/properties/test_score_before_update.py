@@ -1,0 +1,78 @@
+"""No token profits from its own update, and nothing sees the future: with learning on."""
+
+import jax
+import numpy as np
+import pytest
+from small import random_batch, shaken, small_config
+
+from tttjax.meta import make_inner_loop, make_reader
+from tttjax.models import build_model
+
+pytestmark = pytest.mark.usefixtures("x64")
+CHUNK, LENGTH = 4, 12
+
+
+@pytest.fixture(scope="module")
+def read(x64):
+    """read(batch, lr) -> Reading, jitted once; two of three blocks in the suffix."""
+    config = small_config(model={"num_layers": 3, "suffix_layers": 2})
+    model = build_model(config.model, config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    reader = jax.jit(make_reader(model, make_inner_loop(config.inner), learn=True))
+    return lambda batch, lr: reader(params, batch, lr)
+
+
+@pytest.fixture(scope="module")
+def batch(x64):
+    return random_batch(small_config(), masked=0.0)
+
+
+def changed(x, position):
+    x = np.array(x)
+    x[:, position] = (x[:, position] + 1) % 11
+    return x
+
+
+@pytest.mark.parametrize("position", range(LENGTH))
+def test_a_target_changes_no_earlier_loss_and_in_its_own_chunk_only_its_own(read, batch, position):
+    """A target enters the future only through the update of its chunk."""
+    before = read(batch, 1.0).token_nll_T
+    after = read(batch.replace(targets=changed(batch.targets, position)), 1.0).token_nll_T
+    differs = np.asarray(before != after).any(0)
+    end_of_chunk = (position // CHUNK + 1) * CHUNK
+    assert differs[:end_of_chunk].nonzero()[0].tolist() == [position]
+    assert differs[end_of_chunk:].all()
+
+
+@pytest.mark.parametrize("position", range(LENGTH))
+def test_an_input_changes_its_own_chunk_through_attention_alone(read, batch, position):
+    """Up to the end of its chunk the effect of a token is the same with learning as without."""
+    other = batch.replace(inputs=changed(batch.inputs, position))
+    before, after = read(batch, 1.0).token_nll_T, read(other, 1.0).token_nll_T
+    np.testing.assert_array_equal(before[:, :position], after[:, :position])
+    assert (np.asarray(before != after)).any(0)[position]
+
+
+def test_the_first_chunk_is_scored_without_learning(read, batch):
+    on, off = read(batch, 1.0).token_nll_T, read(batch, 0.0).token_nll_T
+    np.testing.assert_array_equal(on[:, :CHUNK], off[:, :CHUNK])
+    assert (np.asarray(on != off)[:, CHUNK:]).all()
+
+
+def test_masking_a_chunk_changes_it_nowhere_and_what_follows_only_by_its_update(read, batch):
+    """The NLL is reported for masked tokens too: only what is learned from them goes away."""
+    mask = np.array(batch.mask)
+    mask[:, CHUNK : 2 * CHUNK] = False
+    before, after = read(batch, 1.0), read(batch.replace(mask=mask), 1.0)
+    end = 2 * CHUNK
+    np.testing.assert_array_equal(before.token_nll_T[:, :end], after.token_nll_T[:, :end])
+    assert (np.asarray(before.token_nll_T != after.token_nll_T)[:, end:]).all()
+
+
+def test_the_last_update_changes_no_loss(read, batch):
+    """It is made (the weights move) but nothing is read after it."""
+    targets = changed(batch.targets, LENGTH - 1)
+    before, after = read(batch, 1.0), read(batch.replace(targets=targets), 1.0)
+    np.testing.assert_array_equal(before.token_nll_T[:, :-1], after.token_nll_T[:, :-1])
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before.fast, after.fast)
+    assert all(jax.tree.leaves(moved))
