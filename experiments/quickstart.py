@@ -47,6 +47,7 @@ def _ttt_e2e() -> ConfigDict:
         window_size=64,
         suffix_layers=2,
         fast_mlp=True,
+        init_std=0.1,  # about 1 / sqrt(embed_dim): 0.02, for widths of 768 and more, learns slower
         remat="none",
     )
     config.inner.update(chunk_size=32, lr_init=0.1, lr_warmup_steps=60)
