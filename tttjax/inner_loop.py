@@ -21,8 +21,8 @@ from tttjax.types import Array, PyTree
 from tttjax.update_rules.rules import global_norm
 
 
-class Reader(NamedTuple):
-    """Everything that changes while one sequence is read."""
+class Progress(NamedTuple):
+    """How far one sequence has been read: everything that changes on the way."""
 
     fast: PyTree  # W_i
     rule_state: PyTree  # momentum and the like; empty for SGD
@@ -41,31 +41,31 @@ class ChunkRecord(NamedTuple):
 ChunkLoss = Callable[[PyTree, PyTree, PyTree], tuple[Array, tuple[PyTree, Array, Any]]]
 
 
-def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> Reader:
-    """A reader that has read nothing: W = W0."""
-    return Reader(fast=fast, rule_state=rule.init(fast), state=state)
+def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> Progress:
+    """Nothing has been read: W = W0."""
+    return Progress(fast=fast, rule_state=rule.init(fast), state=state)
 
 
 def read_chunk(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
     lr: Array | float,
-    reader: Reader,
+    progress: Progress,
     chunk: PyTree,
     update_is_constant: bool = False,
-) -> tuple[Reader, ChunkRecord]:
+) -> tuple[Progress, ChunkRecord]:
     """Scores one chunk with the weights as they are, then learns from it.
 
     update_is_constant: the outer gradient treats the change of W as a constant (first order).
     A chunk without a single counted target teaches nothing: W and the rule's state stay.
     """
     value_and_grad = jax.value_and_grad(chunk_loss, has_aux=True)
-    (loss, (state, has_targets, aux)), g = value_and_grad(reader.fast, reader.state, chunk)
+    (loss, (state, has_targets, aux)), g = value_and_grad(progress.fast, progress.state, chunk)
     grad_norm = global_norm(g)
     # The rule sees ones instead of an empty gradient, whatever it does with them is dropped: so no
     # rule's derivative at zero can turn the whole meta-gradient into NaN.
     g = jax.tree.map(lambda leaf: jnp.where(has_targets, leaf, jnp.ones_like(leaf)), g)
-    update, rule_state = rule.update(g, reader.rule_state, reader.fast)
+    update, rule_state = rule.update(g, progress.rule_state, progress.fast)
     if update_is_constant:
         update, rule_state = jax.lax.stop_gradient((update, rule_state))
 
@@ -75,21 +75,21 @@ def read_chunk(
     def keep_if_empty(new, old):
         return jnp.where(has_targets, new, old)
 
-    fast = jax.tree.map(learn, reader.fast, update)
-    rule_state = jax.tree.map(keep_if_empty, rule_state, reader.rule_state)
-    return Reader(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
+    fast = jax.tree.map(learn, progress.fast, update)
+    rule_state = jax.tree.map(keep_if_empty, rule_state, progress.rule_state)
+    return Progress(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
 
 
 def adapt(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
     lr: Array | float,
-    reader: Reader,
+    progress: Progress,
     chunks: PyTree,
     *,
     exact_chunks: int | None = None,
     remat: bool = True,
-) -> tuple[Reader, ChunkRecord]:
+) -> tuple[Progress, ChunkRecord]:
     """Reads the chunks [N, C, ...] of one sequence in order; records are stacked [N, ...].
 
     exact_chunks: the outer gradient goes through the updates of the last so many chunks only
@@ -99,20 +99,20 @@ def adapt(
     length = jax.tree.leaves(chunks)[0].shape[0]
     first_exact = 0 if exact_chunks is None else max(length - exact_chunks, 0)
 
-    def scan(reader: Reader, chunks: PyTree, update_is_constant: bool):
-        def step(reader, chunk):
-            return read_chunk(chunk_loss, rule, lr, reader, chunk, update_is_constant)
+    def scan(progress: Progress, chunks: PyTree, update_is_constant: bool):
+        def step(progress, chunk):
+            return read_chunk(chunk_loss, rule, lr, progress, chunk, update_is_constant)
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        return jax.lax.scan(step, reader, chunks)
+        return jax.lax.scan(step, progress, chunks)
 
     if first_exact == 0:
-        return scan(reader, chunks, update_is_constant=False)
+        return scan(progress, chunks, update_is_constant=False)
     early = jax.tree.map(lambda x: x[:first_exact], chunks)
-    reader, records = scan(reader, early, update_is_constant=True)
+    progress, records = scan(progress, early, update_is_constant=True)
     if first_exact == length:
-        return reader, records
+        return progress, records
     late = jax.tree.map(lambda x: x[first_exact:], chunks)
-    reader, late_records = scan(reader, late, update_is_constant=False)
-    return reader, jax.tree.map(lambda a, b: jnp.concatenate((a, b)), records, late_records)
+    progress, late_records = scan(progress, late, update_is_constant=False)
+    return progress, jax.tree.map(lambda a, b: jnp.concatenate((a, b)), records, late_records)

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import optax
 
 from tttjax import inner_loop
-from tttjax.models import Transformer, combine
+from tttjax.models import Transformer, advance, combine
 from tttjax.ops.cross_entropy import masked_mean
 from tttjax.types import Array, Batch, Params, PyTree
 from tttjax.update_rules import make_rule
 from tttjax.update_rules.rules import global_norm
 
-META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 LOGIT_ROWS = 1024  # rows of logits in memory at a time where nothing is learned
 
 
@@ -119,6 +118,7 @@ def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
         weights = combine(slow, fast)
         x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
         nll_C = model.nll(weights, x_CD, target_C)
+        state = advance(state, x_CD.shape[0])
         return masked_mean(nll_C, mask_C), (state, jnp.any(mask_C), nll_C)
 
     return chunk_loss
@@ -138,7 +138,7 @@ def read_learning(
     weights = combine(params.slow, params.fast)
     x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, inputs_T))
     fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
-    reader, records = inner_loop.adapt(
+    end, records = inner_loop.adapt(
         make_chunk_loss(model, params.slow),
         inner.rule,
         lr,
@@ -147,7 +147,7 @@ def read_learning(
         exact_chunks=inner.exact_chunks,
         remat=inner.remat,
     )
-    return _reading(records.loss, records.aux.reshape(-1), records.grad_norm, reader.fast, fast)
+    return _reading(records.loss, records.aux.reshape(-1), records.grad_norm, end.fast, fast)
 
 
 def make_reader(

@@ -162,7 +162,7 @@ def gather(weight: Array, partition: PartitionSpec) -> Array:
 
 
 def reduce_mean(gradient: Array, partition: PartitionSpec, axes: tuple[str, ...]) -> Array:
-    """Mean over the batch shards on the mesh axes `axes`; over fsdp left divided like the weight."""
+    """Mean over the shards on the mesh axes `axes`; over fsdp left divided like the weight."""
     dimension = _sharded_dimension(partition)
     rest = axes
     if dimension is not None:

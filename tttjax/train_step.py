@@ -158,7 +158,8 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         return start_from(model.init(jax.random.key(seed)))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        lr_inner = jnp.asarray(inner_lr_at(state.step), jnp.float32)
+        updates_done = state.step - state.skipped  # both learning rates count these
+        lr_inner = jnp.asarray(inner_lr_at(updates_done), jnp.float32)
         grads, metrics = gradient(state.params, batch, lr_inner)
         metrics |= norms_by_part(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -168,7 +169,6 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         def if_finite(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        updates_done = state.step - state.skipped
         new_state = TrainState(
             step=state.step + 1,
             params=if_finite(params, state.params),

@@ -38,7 +38,7 @@ class Stack:
         flat: Any = nnx.to_flat_state(nnx.state(self._abstract()))
         return dict(flat)
 
-    def module(self) -> nnx.Module:
+    def module(self) -> Any:
         """One copy without values, to ask it for sizes."""
         return self._abstract()
 

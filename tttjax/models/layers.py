@@ -5,8 +5,6 @@ A weight is declared once: shape, initialiser, and `axes`, one logical name per 
 rewritten by the inner loop while reading, `nnx.Param` only by the outer optimizer.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +26,7 @@ def normal_weight(
     dtype: jnp.dtype,
     kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
-    """A weight drawn from N(0, std^2), not truncated and without depth scaling (PAPER A)."""
+    """A weight drawn from N(0, std^2): neither truncated nor scaled with depth, as officially."""
     return kind(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
@@ -73,6 +71,3 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_TD: Array) -> Array:
         w1_DF, w3_DF, w2_FD = (w[...].astype(x_TD.dtype) for w in (self.w1, self.w3, self.w2))
         return (jax.nn.silu(x_TD @ w1_DF) * (x_TD @ w3_DF)) @ w2_FD
-
-
-NormFactory = Callable[[], nnx.Module]

@@ -30,6 +30,7 @@ from tttjax.models.functional import (
 )
 from tttjax.models.layers import RMSNorm, normal_weight
 from tttjax.ops.cross_entropy import token_nll, token_nll_in_blocks
+from tttjax.ops.norms import rms_norm
 from tttjax.types import Array, Params, PyTree
 
 PARTS = ("prefix", "suffix")
@@ -42,6 +43,11 @@ class Stage:
 
     kinds: tuple[str, ...]
     repeats: int
+
+
+def advance(state: PyTree, tokens: int) -> PyTree:
+    """The state after `tokens` more tokens have gone through all parts that it is kept for."""
+    return {**state, "position": state["position"] + tokens}
 
 
 def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:
@@ -231,7 +237,8 @@ class Transformer:
         weights: the nested dict of all weights (`combine(slow, fast)`), or at least this part.
         state: from `init_state` or an earlier call; None: the sequence starts here and ends here.
         remat: overrides the model's own choice to compute blocks again in the backward pass.
-        Returns the hidden states [T, D] and the new state.
+        Returns the hidden states [T, D] and the new state, whose position is still the old one:
+        `advance` it once all parts have run.
         """
         position = jnp.zeros((), jnp.int32) if state is None else state["position"]
         new_blocks: dict[str, Any] = {}
@@ -257,7 +264,7 @@ class Transformer:
         if state is None:
             return x_TD, None
         blocks = {**state["blocks"], part: new_blocks}
-        return x_TD, {"position": position + x_TD.shape[0], "blocks": blocks}
+        return x_TD, {**state, "blocks": blocks}
 
     def head(self, weights: PyTree) -> Array:
         """The output matrix [D, V] in the compute dtype."""
@@ -265,9 +272,7 @@ class Transformer:
         return head_DV.astype(self.compute_dtype)
 
     def final_norm(self, weights: PyTree, x_TD: Array) -> Array:
-        norm = RMSNorm(1, "embed", eps=self.shape.norm_eps, dtype=self.shape.param_dtype)
-        graphdef, _ = nnx.split(norm)
-        return nnx.merge(graphdef, weights["final_norm"])(x_TD)
+        return rms_norm(x_TD, weights["final_norm"]["weight"], self.shape.norm_eps)
 
     def nll(self, weights: PyTree, x_TD: Array, target_T: Array, block: int | None = None) -> Array:
         """Negative log-likelihood of the targets given the last block's output, float32 [T].
@@ -285,13 +290,13 @@ class Transformer:
         Any split of a sequence into calls gives the same logits and the same last state.
         """
         weights = combine(params.slow, params.fast)
-        position = state["position"]
-        x_TD, state = self.run_part("prefix", weights, state, self.embed(params.slow, token_T))
-        x_TD, state = self.run_part("suffix", weights, {**state, "position": position}, x_TD)
+        x_TD = self.embed(params.slow, token_T)
+        for part in PARTS:
+            x_TD, state = self.run_part(part, weights, state, x_TD)
         wide = jnp.promote_types(self.compute_dtype, jnp.float32)
         h_TD = self.final_norm(weights, x_TD)
         logit_TV = jnp.einsum("td,dv->tv", h_TD, self.head(weights), preferred_element_type=wide)
-        return logit_TV, state
+        return logit_TV, advance(state, token_T.shape[0])
 
 
 def build_model(model: Any, inner: Any) -> Transformer:
