@@ -8,7 +8,7 @@ chunk,B                  mini-batch of 1k, 2k, 4k, 8k tokens; at 8k, the whole s
 layers,N                 last 1, 3, 6 or 12 of 24 blocks updated; pretraining
 layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon
-meta,NAME                exact, truncated1, truncated2, truncated4, first_order, none
+meta,NAME                exact, truncated2, truncated4, first_order, none
 
 Each is `paper.py:760m,ttt_e2e,pretrain` with one thing changed, and costs 15.2B tokens (an
 extension 0.76B). Expected numbers: `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for
@@ -43,7 +43,6 @@ RULE_CHANGES: dict[str, dict[str, float]] = {
 }
 META_CHANGES: dict[str, dict[str, str | int]] = {
     "exact": {"meta_gradient": "exact"},
-    "truncated1": {"meta_gradient": "truncated", "truncate_chunks": 1},
     "truncated2": {"meta_gradient": "truncated", "truncate_chunks": 2},
     "truncated4": {"meta_gradient": "truncated", "truncate_chunks": 4},
     "first_order": {"meta_gradient": "first_order"},

@@ -16,6 +16,9 @@ books in data/books, both prepared with the Llama 3 tokenizer, or set
 `--config.data.sources`. An extension starts from `train.init_from`, by default the work directory
 of its pretraining run as named by the command that is printed. The mesh is the machine's: 1b and
 3b need `--config.mesh.fsdp=8` or the like, and `--config.train.accum_steps` where memory is short.
+
+One choice differs from the published runs: their warm-up starts at a learning rate of 0, so that
+the first step does nothing; here it starts one notch up (`--config.optim.init_lr=0` is theirs).
 """
 
 import re

@@ -105,13 +105,14 @@ class InnerConfig:
     lr: float = _field(1.0, "Inner learning rate.", minimum=0)
     clip: float = _field(
         1.0,
-        "Global norm, over all fast weights, to which gradients are clipped; 0: off.",
+        "Global norm, over all fast weights, to which gradients are clipped; 0: off. The length of "
+        "every step of normalized_sgd (0: 1).",
         minimum=0,
     )
     momentum: float = _field(0.9, "Decay of momentum and Muon.", minimum=0, below=1)
     b1: float = _field(0.9, "First-moment decay of Adam.", minimum=0, below=1)
     b2: float = _field(0.95, "Second-moment decay of Adam.", minimum=0, below=1)
-    eps: float = _field(1e-8, "Epsilon of Adam and of the normalised rules.", above=0)
+    eps: float = _field(1e-8, "Epsilon of Adam and Muon.", above=0)
     lr_init: float = _field(
         1.0, "Inner learning rate at the start of the ramp over outer steps.", minimum=0
     )
@@ -121,16 +122,22 @@ class InnerConfig:
     fast_paths: tuple[str, ...] = _field(
         (),
         'Glob patterns over parameter paths that choose the fast weights, as "suffix/**/mlp/**"; '
-        "empty: those declared fast (the fast MLPs).",
+        "empty: those declared fast (the fast MLPs). Patterns replace the declared ones.",
     )
     meta_gradient: str = _field(
         "exact",
         "How the outer gradient sees the updates. exact: through all of them. truncated: through "
-        "the last truncate_chunks. first_order: updates are constants. none: trained without "
-        "updates (TTT only at evaluation: dynamic evaluation).",
+        "those of the sequence's last truncate_chunks chunks, the others are constants. "
+        "first_order: all updates are constants (keys and values of earlier chunks are not). "
+        "none: trained without updates (TTT only at evaluation: dynamic evaluation).",
         choices=META_GRADIENTS,
     )
-    truncate_chunks: int = _field(0, 'Chunks that "truncated" goes back (m); else 0.', minimum=0)
+    truncate_chunks: int = _field(
+        0,
+        'How many chunks "truncated" keeps exact (m), else 0. The very last update meets no loss, '
+        "so 1 is the same as first_order.",
+        minimum=0,
+    )
     remat: bool = _field(
         True, "Whether the backward pass recomputes each chunk's activations.", may_change=True
     )
@@ -231,7 +238,11 @@ class MeshConfig:
         may_change=True,
     )
     fsdp: int = _field(
-        1, "Devices among which sequences and parameters are divided.", minimum=1, may_change=True
+        1,
+        "Devices among which sequences, parameters and optimizer state are divided. For the time "
+        "of a step each device gathers the whole parameters and holds their whole gradient.",
+        minimum=1,
+        may_change=True,
     )
     tensor: int = _field(
         1, "Devices among which heads and MLP entries are divided.", minimum=1, may_change=True
