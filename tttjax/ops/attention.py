@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from tttjax.types import Array
 
 MASKED_SCORE = -1e30  # finite, so that a fully masked row stays free of NaN in every derivative
+SCORES_AT_ONCE = 2**28  # entries, over all heads: a gigabyte in float32
 FULL_SEGMENTS = 4  # full attention skips the upper triangle in this many steps
 
 
@@ -61,12 +62,12 @@ def attend_sequence(
     """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
 
     Equal to `attend` with `visible(arange(T), arange(T), sight)`, in blocks of `query_block`
-    queries whose scores are computed again in the backward pass.
+    queries (fewer where there are very many keys) whose scores are computed again in the backward
+    pass.
     """
-    length = q_THK.shape[0]
-    reach = sight.window or length
-    if sight.block:
-        reach = min(reach, sight.block)
+    length, heads, _ = q_THK.shape
+    reach = min(size for size in (*sight, length) if size)
+    query_block = min(query_block, max(128, SCORES_AT_ONCE // (heads * reach)))
     if length <= 2 * query_block:
         position_T = jnp.arange(length)
         return attend(q_THK, k_THK, v_THK, visible(position_T, position_T, sight))
