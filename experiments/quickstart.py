@@ -51,7 +51,7 @@ def _ttt_e2e() -> ConfigDict:
         remat="none",
     )
     config.inner.update(chunk_size=32, lr_init=0.1, lr_warmup_steps=60)
-    config.optim.update(peak_lr=5e-3, warmup_steps=60)
+    config.optim.update(peak_lr=2e-2, warmup_steps=60)
     config.data.update(layout="documents")
     config.train.update(steps=600, batch_size=8, seq_len=512, log_every=10, checkpoint_every=100)
     config.eval.update(
