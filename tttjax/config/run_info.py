@@ -21,8 +21,8 @@ from tttjax.errors import UserError
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 PACKAGES = (
-    *("tttjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record"),
-    *("numpy", "ml-collections", "tensorstore", "tokenizers", "sentencepiece", "zstandard"),
+    *("tttjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    *("ml-collections", "tensorstore", "tokenizers", "sentencepiece", "zstandard"),
 )
 
 
