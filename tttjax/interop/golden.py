@@ -300,7 +300,7 @@ def outer_optimizer(
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file. Raises UserError if it is missing or damaged."""
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             return dict(stored)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; the case has no numbers without it") from None
