@@ -10,6 +10,10 @@ window    window attention alone, its MLPs wider so that both have as many param
 A window so small makes memory visible within a short run: sequences are eight windows long, pieces
 of long documents, and what was read more than a window ago can only be in the weights. Meta-learned
 from scratch with the exact meta-gradient and the paper's inner rule.
+
+Cost: 2.5 million tokens each; 6 and 4 minutes on two CPU cores. Expected on the default text, loss
+beyond the window in nats per token: ttt_e2e 2.60 with learning on, 3.26 with learning off; window
+3.50 (docs/quickstart.md).
 """
 
 from ml_collections import ConfigDict

@@ -10,6 +10,7 @@ definition of the method.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -178,6 +179,8 @@ def make_outer_loss(
     reader = make_reader(model, inner, learn=learn)
 
     def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, Reading]:
+        chex.assert_rank(batch.inputs, 2)  # [B, T]: without a batch, vmap would split the sequence
+        chex.assert_equal_shape([batch.inputs, batch.targets, batch.mask])
         reading = reader(params, batch, lr)
         return jnp.mean(reading.loss), reading
 
