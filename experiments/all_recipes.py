@@ -14,14 +14,15 @@ from ml_collections import ConfigDict
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import ablations, paper, quickstart, toy
+from experiments import ablations, mid_size, paper, quickstart, toy
 from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
 
 
 def all_recipes() -> dict[str, ConfigDict]:
     """Every recipe by the word that `--config=experiments/` takes."""
     found = {f"paper.py:{recipe}": recipe.config() for recipe in paper.recipes()}
-    for name, module in (("ablations", ablations), ("toy", toy), ("quickstart", quickstart)):
+    others = {"ablations": ablations, "toy": toy, "quickstart": quickstart, "mid_size": mid_size}
+    for name, module in others.items():
         found |= {f"{name}.py:{arg}": module.get_config(arg) for arg in module.recipes()}
     return found
 

@@ -48,7 +48,7 @@ class Trainer:
     abstract_state: TrainState  # ShapeDtypeStruct with shardings
     init_state: Callable[[int], TrainState]  # by seed
     start_from: Callable[[Params], TrainState]  # given weights, everything else fresh
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    step: jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics); the state is donated
 
     def put_batch(self, batch: Batch) -> Batch:
         """This process's sequences as its part of the global batch on the devices."""

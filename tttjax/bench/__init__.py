@@ -4,7 +4,7 @@ import argparse
 import importlib
 
 # Each is a module of this package with a docstring, `add_arguments(parser)`, `run(args) -> int`.
-BENCHMARKS = ("data",)
+BENCHMARKS = ("data", "train")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,40 @@
+"""The benchmark of train steps runs, compares and refuses."""
+
+import json
+
+import pytest
+from small import small_config
+
+from tttjax.bench.train import bench_train
+from tttjax.cli import main
+from tttjax.errors import UserError
+
+
+def test_results_belong_to_their_configurations():
+    train = {"batch_size": 8}  # the tests have eight devices
+    learning = small_config(train=train)
+    static = small_config(train=train, inner={"meta_gradient": "none"})
+    results = bench_train([("learning", learning), ("static", static)], rounds=1)
+    assert [result.name for result in results] == ["learning", "static"]
+    assert results[1].step_ratio == 1
+    assert results[0].step_ratio == results[0].step_seconds / results[1].step_seconds
+    for result in results:
+        assert result.tokens == learning.train.batch_size * learning.train.seq_len
+        # At least what comes in: weights and both moments of Adam.
+        assert result.memory_bytes >= 3 * 4 * result.parameters / 8
+
+
+def test_rounds_below_one_are_refused():
+    with pytest.raises(UserError, match="rounds=0 must be at least 1"):
+        bench_train([("a", small_config())], rounds=0)
+
+
+def test_command_line(capsys):
+    spec = "experiments/mid_size.py:window"
+    small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
+    overrides = [f"--config.model.{field}" for field in small]
+    overrides += ["--config.train.seq_len=256", "--config.train.batch_size=8"]
+    arguments = ["bench", "train", f"--config={spec}", "--rounds=1", "--json", *overrides]
+    assert main(arguments) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 256 * 8

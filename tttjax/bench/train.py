@@ -1,0 +1,136 @@
+"""Compile time, step time and memory of the train steps of several configurations, in one run.
+
+  tttjax bench train --config=experiments/mid_size.py:ttt_e2e --config=experiments/mid_size.py:full
+
+All steps are compiled first, then run in turn, round after round, so that a busy machine slows all
+alike; times are medians over the rounds, on random tokens. The ratio is to the last configuration.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tttjax.config import Config, check_mesh, load_config, parameter_count
+from tttjax.errors import UserError
+from tttjax.sharding import make_mesh
+from tttjax.train_step import Trainer, TrainState, make_trainer
+from tttjax.types import Batch
+
+
+@dataclass(frozen=True)
+class TrainBenchmark:
+    """What one configuration's step cost.
+
+    compile_seconds: tracing and compiling. step_seconds: median. step_ratio: to the last
+    configuration. memory_bytes: what the compiled step holds at its peak on one device (arguments,
+    temporaries and results, donated buffers counted once), by the compiler's own account.
+    """
+
+    name: str
+    parameters: int
+    tokens: int
+    compile_seconds: float
+    step_seconds: float
+    step_ratio: float
+    memory_bytes: int
+
+
+@dataclass
+class _Entry:
+    name: str
+    config: Config
+    trainer: Trainer
+    state: TrainState
+    batch: Batch
+    compile_seconds: float
+    memory_bytes: int
+
+
+def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[TrainBenchmark]:
+    """Measures the named configurations against each other on this machine's devices.
+
+    Raises UserError if a configuration does not fit the devices.
+    """
+    if rounds < 1:
+        raise UserError(f"rounds={rounds} must be at least 1.")
+    entries = [_prepare(name, config) for name, config in configs]
+    seconds: list[list[float]] = [[] for _ in entries]
+    for _ in range(rounds + 1):  # the first round warms caches and is left out
+        for entry, times in zip(entries, seconds, strict=True):
+            start = time.perf_counter()
+            entry.state, metrics = entry.trainer.step(entry.state, entry.batch)
+            jax.block_until_ready((entry.state, metrics))
+            times.append(time.perf_counter() - start)
+    medians = [statistics.median(times[1:]) for times in seconds]
+    return [
+        TrainBenchmark(
+            name=entry.name,
+            parameters=parameter_count(entry.config.model)["total"],
+            tokens=entry.batch.inputs.size,
+            compile_seconds=entry.compile_seconds,
+            step_seconds=median,
+            step_ratio=median / medians[-1],
+            memory_bytes=entry.memory_bytes,
+        )
+        for entry, median in zip(entries, medians, strict=True)
+    ]
+
+
+def _prepare(name: str, config: Config) -> _Entry:
+    mesh = check_mesh(config, jax.device_count())
+    trainer = make_trainer(config, make_mesh(mesh.data, mesh.fsdp, mesh.tensor))
+    shape = (config.train.batch_size, config.train.seq_len)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.model.vocab_size, (2, *shape), dtype=np.int32)
+    batch = trainer.put_batch(Batch(tokens[0], tokens[1], jnp.ones(shape, bool)))
+    start = time.perf_counter()
+    compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    held = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    state = trainer.init_state(config.train.seed)
+    return _Entry(name, config, trainer, state, batch, compile_seconds, held)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax bench train`."""
+    add = parser.add_argument
+    add(
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
+    )
+    add("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax bench train` from parsed arguments; the exit code."""
+    configs = [(spec, load_config(spec, args.overrides)) for spec in args.config]
+    results = bench_train(configs, args.rounds)
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+        return 0
+    width = max(len(result.name) for result in results)
+    print(f"{'':{width}}  parameters  compile s   step s  ratio  memory MiB")
+    for result in results:
+        print(
+            f"{result.name:{width}}  {result.parameters:10,}  {result.compile_seconds:9.1f}  "
+            f"{result.step_seconds:7.3f}  {result.step_ratio:5.2f}  "
+            f"{result.memory_bytes / 2**20:10,.0f}"
+        )
+    return 0
