@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ class TrainBenchmark:
 
     compile_seconds: tracing and compiling. step_seconds: median. step_ratio: to the last
     configuration. memory_bytes: what the compiled step holds at its peak on one device (arguments,
-    temporaries and results, donated buffers counted once), by the compiler's own account.
+    temporaries and results, donated buffers counted once), by the compiler's own account; None
+    where it gives none.
     """
 
     name: str
@@ -39,7 +41,7 @@ class TrainBenchmark:
     compile_seconds: float
     step_seconds: float
     step_ratio: float
-    memory_bytes: int
+    memory_bytes: int | None
 
 
 @dataclass
@@ -50,7 +52,7 @@ class _Entry:
     state: TrainState
     batch: Batch
     compile_seconds: float
-    memory_bytes: int
+    memory_bytes: int | None
 
 
 def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[TrainBenchmark]:
@@ -93,15 +95,20 @@ def _prepare(name: str, config: Config) -> _Entry:
     start = time.perf_counter()
     compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
     compile_seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    held = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
     state = trainer.init_state(config.train.seed)
+    held = _memory_bytes(compiled.memory_analysis())
     return _Entry(name, config, trainer, state, batch, compile_seconds, held)
+
+
+def _memory_bytes(analysis: Any) -> int | None:
+    if analysis is None:
+        return None
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(result.name) for result in results)
     print(f"{'':{width}}  parameters  compile s   step s  ratio  memory MiB")
     for result in results:
+        memory = "?" if result.memory_bytes is None else f"{result.memory_bytes / 2**20:,.0f}"
         print(
             f"{result.name:{width}}  {result.parameters:10,}  {result.compile_seconds:9.1f}  "
-            f"{result.step_seconds:7.3f}  {result.step_ratio:5.2f}  "
-            f"{result.memory_bytes / 2**20:10,.0f}"
+            f"{result.step_seconds:7.3f}  {result.step_ratio:5.2f}  {memory:>10}"
         )
     return 0
