@@ -184,7 +184,17 @@ def test_damaged_newest_is_reported_and_the_one_before_used(tmp_path, capfd, dam
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     save_steps(tmp_path, [2])
     truncate(tmp_path)
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+    target = abstract(make_state(mesh(4, 2)))
+    for _ in range(2):  # the same command again meets the same
+        with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(2\)"):
+            restore(tmp_path, target)
+
+
+def test_only_damaged_ones_set_aside_are_no_fresh_start_either(tmp_path):
+    save_steps(tmp_path, [2])
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "2").rename(checkpoints / "damaged-2")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(damaged-2\)"):
         restore(tmp_path, abstract(make_state(mesh(4, 2))))
 
 

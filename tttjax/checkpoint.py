@@ -27,6 +27,7 @@ from tttjax.types import Params, PyTree
 
 FORMAT = 1
 DIRECTORY = "checkpoints"
+ASIDE = "damaged-"  # how names begin of damaged checkpoints that were passed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,37 +143,45 @@ class Checkpointer:
           abstract_state: jax.ShapeDtypeStructs with shardings, in the structure that was saved.
             The shardings may belong to another mesh or number of hosts than the saved ones.
 
-        A damaged checkpoint is reported, renamed to `damaged-<step>` and passed over.
+        Damaged checkpoints are reported and passed over. They are renamed to `damaged-<step>`
+        once an older one has been read; until then nothing changes, so that the same command meets
+        the same damage again.
 
         Raises:
           UserError: a name, shape or dtype differs from the checkpoint's, or every checkpoint
             is damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: list[epath.Path] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
             problem = _agree(io.damage(path) if _is_first() else None)
             if problem is None:
                 state = io.read_items(path, abstract_state)
                 meta = io.read_meta(path)
+                self._set_aside(damaged)
                 return Restored(step, state, meta["data_state"], meta["extra"])
             _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
-            self._set_aside(path)
-        if steps:
+            damaged.append(path)
+        left = damaged or [path for path in self.directory.iterdir() if path.name.startswith(ASIDE)]
+        if left:
             raise UserError(
-                f"every checkpoint in {self.directory} is damaged (see damaged-* there): restore "
-                "the directory from a copy, or start over in a new work directory"
+                f"every checkpoint in {self.directory} is damaged "
+                f"({', '.join(sorted(path.name for path in left))}): restore the directory from a "
+                "copy, or start over in a new work directory"
             )
         return None
 
-    def _set_aside(self, path: epath.Path) -> None:
+    def _set_aside(self, damaged: list[epath.Path]) -> None:
+        if not damaged:
+            return
         if _is_first():
-            target = path.parent / f"damaged-{path.name}"
-            if target.exists():
-                target.rmtree()
-            path.rename(target)
+            for path in damaged:
+                target = path.parent / f"{ASIDE}{path.name}"
+                if target.exists():
+                    target.rmtree()
+                path.rename(target)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("tttjax set damaged checkpoint aside")
+            multihost_utils.sync_global_devices("tttjax set damaged checkpoints aside")
         self._manager.reload()
 
     def close(self) -> None:
