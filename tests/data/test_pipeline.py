@@ -149,6 +149,15 @@ def test_documents_are_never_mixed(prepared):
     assert all(PADDING not in long[i] for i in range(len(long)))
 
 
+def test_a_corpus_that_never_fills_a_sequence_is_refused(prepared):
+    split = prepared.split("train")
+    longest = max(document.stop - document.start for document in split.documents())
+    records = document_records(split, longest - 1)
+    assert sum(PADDING not in records[i] for i in range(len(records))) == 1
+    with pytest.raises(UserError, match=rf"has {longest} tokens, fewer .* of {longest} \+ 1; "):
+        document_records(split, longest)
+
+
 def test_padding_is_masked_and_valid(prepared):
     stream = make_train_stream(
         [prepared], StreamOptions(seq_len=T, batch_size=4, layout="documents")

@@ -70,18 +70,23 @@ def stream_records(split: TokenSplit, seq_len: int) -> StreamRecords:
 
 
 def document_records(split: TokenSplit, seq_len: int, min_length: int = 1) -> DocumentRecords:
-    """Pieces with at least `min_length` targets. Raises UserError if there are none."""
+    """Pieces with at least `min_length` targets.
+
+    Raises UserError if no document fills a sequence: training would be on padding.
+    """
     starts, stops = split.document_bounds()
     targets = stops - starts - 1  # the first token of a document is no target
+    longest = int(targets.max(initial=-1)) + 1
+    if longest <= seq_len:
+        raise UserError(
+            f"The longest document of the split {split.name!r} of {split.folder} has {longest} "
+            f"tokens, fewer than one sequence of {seq_len} + 1; prepare longer documents, lower "
+            "train.seq_len, or join documents with data.layout=stream."
+        )
     counts = -(-targets // seq_len)  # pieces per document; a document of one token has none
     document = np.repeat(np.arange(len(starts)), counts)
     place = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     begin = starts[document] + place * seq_len
     end = np.minimum(begin + seq_len + 1, stops[document])
     keep = end - begin - 1 >= min_length
-    if not keep.any():
-        raise UserError(
-            f"No document of the split {split.name!r} of {split.folder} has {min_length} targets; "
-            "prepare longer documents or lower the minimum."
-        )
     return DocumentRecords(split, seq_len, begin[keep], end[keep])
