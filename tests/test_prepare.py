@@ -129,6 +129,76 @@ def test_again_is_free_and_other_settings_are_refused(corpus, tmp_path):
     prepare([corpus], out, val_fraction=0.2, overwrite=True)
 
 
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_overwriting_with_bad_input_keeps_the_old_data(tmp_path):
+    good, bad = write_corpus(tmp_path / "good", [300, 300]), write_corpus(tmp_path / "bad", [300])
+    (bad / "not_text.txt").write_bytes(b"\xff\xfe\x00")
+    out = tmp_path / "d"
+    prepare([good], out)
+    before = names_in(out)
+    for settings in ({}, {"min_document_tokens": 5000}, {"tokenizer": "gpt9"}):
+        with pytest.raises(UserError):
+            prepare([bad if not settings else good], out, overwrite=True, **settings)
+        assert names_in(tmp_path) == ["bad", "d", "good"]
+        assert names_in(out) == before
+        assert open_prepared(out, verify=True).splits.keys() == {"train", "val"}
+
+
+def test_overwriting_is_continued_and_spares_other_files(corpus, tmp_path, monkeypatch):
+    real, out = tmp_path / "real", tmp_path / "d"
+    real.mkdir()
+    out.symlink_to(real)
+    prepare([corpus], out)
+    (out / "notes.md").write_text("precious")
+    again = {"seed": 1, "shard_tokens": 9000, "overwrite": True, "num_workers": 0}
+    monkeypatch.setattr("tttjax.data.encode._TASK_BYTES", 2000)
+    monkeypatch.setattr(prepare_pass, "JOURNAL_SECONDS", 0.0)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(prepare_pass._Progress, "report", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], out, **again)
+    assert json.loads((tmp_path / ".real.preparing" / "prepare.journal").read_text())["tasks"] > 0
+    assert open_prepared(out).manifest["settings"]["seed"] == 0
+    with monkeypatch.context() as killed:
+        killed.setattr(preparation, "_swap", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], out, **again)
+    said = []
+    data = prepare([corpus], out, **again, log=said.append)
+    assert (said, data.manifest["settings"]["seed"]) == ([], 1)  # it only had to be put in place
+    assert (out / "notes.md").read_text() == "precious"
+    (out / "notes.md").unlink()
+    whole = prepare([corpus], tmp_path / "whole", **again)
+    assert same_files(out, whole.folder)
+    assert names_in(tmp_path) == ["d", "real", "whole"]
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_bad_input_does_not_cost_an_earlier_calls_work(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "c", [300, 300, 300])
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(preparation, "_finish", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], tmp_path / "d")
+    before = names_in(tmp_path / "d")
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr("tttjax.data.documents.open_stream", _not_permitted)
+        with pytest.raises(UserError, match="Cannot read"):
+            prepare([corpus], tmp_path / "d")
+    assert names_in(tmp_path / "d") == before
+    assert prepare([corpus], tmp_path / "d").splits.keys() == {"train", "val"}
+
+
+def _not_permitted(path):
+    raise PermissionError(errno.EACCES, "Permission denied", path)
+
+
 def test_changed_input_is_noticed(tmp_path):
     corpus = write_corpus(tmp_path / "c", [300, 300])
     prepare([corpus], tmp_path / "d")

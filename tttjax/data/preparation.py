@@ -47,9 +47,9 @@ def prepare(
     """Tokenises `inputs` into `out_dir` and opens the result.
 
     settings: the fields of `PrepareSettings`. num_workers: processes (None: one per core; 0: this
-    one). overwrite: replace a data set that is in `out_dir` already.
+    one). overwrite: replace a data set that is in `out_dir` already, once the new one is finished.
     Called again with the same arguments, it continues an interrupted run, and returns at once if
-    the data set is finished. Raises UserError for bad input; what is on disk stays continuable.
+    the data set is finished. Raises UserError for bad input, and deletes only what this call began.
     """
     chosen = PrepareSettings(inputs=tuple(os.fspath(i) for i in inputs), **settings)
     chosen.check()
@@ -71,17 +71,59 @@ def prepare(
 
 def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
     request = {"settings": _plain(settings), "inputs": source.identity}
-    journal = _claim(folder, request, overwrite)
-    if journal is None:
+    place = _place_to_build(folder, request, overwrite)
+    existed = place.exists()
+    journal = _claim(place, request, replaceable=place != folder)
+    if journal is None and place == folder:
         log(f"prepare: {folder} is already prepared with these settings")
         return
-    try:
-        _write_all(settings, source, folder, num_workers, journal, log)
-    except ResumableError:
-        raise
-    except UserError:  # the input is at fault: there is nothing to go on with
-        remove_prepared(folder)
-        raise
+    if journal is not None:
+        try:
+            _write_all(settings, source, place, num_workers, journal, log)
+        except ResumableError:
+            raise
+        except UserError:
+            if journal is request:  # begun by this call; what an earlier one has done is kept
+                remove_prepared(place, keep_folder=existed)
+            raise
+    if place != folder:
+        _swap(place, folder)
+
+
+def _place_to_build(folder: Path, request: dict[str, Any], overwrite: bool) -> Path:
+    """`folder`, or a folder beside it if it holds what may be replaced only when all is well."""
+    if not overwrite:
+        return folder
+    beside = _beside(folder, "preparing")
+    started = folder / JOURNAL
+    if (folder / MANIFEST).exists() or beside.exists():
+        return beside
+    return beside if started.exists() and _differences(_read_json(started), request) else folder
+
+
+def _beside(folder: Path, state: str) -> Path:
+    """A hidden neighbour, on the same file system also if `folder` is a link."""
+    real = Path(os.path.realpath(folder))
+    return real.with_name(f".{real.name}.{state}")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts a finished data set in the place of another. Files of other people stay in `folder`.
+
+    Killed between the two renamings, the same command finds `new` finished and gets here again.
+    """
+    folder, old = Path(os.path.realpath(folder)), _beside(folder, "replaced")
+    if folder.exists():
+        if old.exists():
+            remove_prepared(old)
+        os.rename(folder, old)
+    os.rename(new, folder)
+    if not old.exists():
+        return
+    remove_prepared(old, keep_folder=True)
+    for path in old.iterdir():
+        os.replace(path, folder / path.name)
+    old.rmdir()
 
 
 def _write_all(settings, source: InputSource, folder: Path, num_workers, journal, log: Log) -> None:
@@ -113,10 +155,11 @@ def _plain(settings: PrepareSettings) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings)))
 
 
-def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[str, Any] | None:
     """The journal to continue from, or None if `folder` already has what is asked for.
 
-    Raises UserError if the folder holds anything else and is not to be overwritten.
+    A new journal is `request` itself. Raises UserError if the folder holds anything else, unless
+    it is another data set and `replaceable`.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder for the prepared data.")
@@ -125,9 +168,9 @@ def _claim(folder: Path, request: dict[str, Any], overwrite: bool) -> dict[str, 
     if existing.exists():
         found = _read_json(existing)
         differing = _differences(found, request)
-        if not differing and not (overwrite and existing is finished):
+        if not differing:
             return None if existing is finished else found
-        if not overwrite:
+        if not replaceable:
             state = "was prepared" if existing is finished else "is half prepared"
             raise UserError(
                 f"{folder} {state} with other {differing}; choose another folder, or pass "
@@ -151,14 +194,14 @@ def _differences(found: dict[str, Any], request: dict[str, Any]) -> str:
     return ", ".join(names)
 
 
-def remove_prepared(folder: Path) -> None:
+def remove_prepared(folder: Path, *, keep_folder: bool = False) -> None:
     """Deletes the files of a prepared data set, the manifest first, and nothing else."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in _shard_paths(folder):
         path.unlink()
     shutil.rmtree(folder / TOKENIZER_DIR, ignore_errors=True)
     (folder / JOURNAL).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
+    if not keep_folder and not any(folder.iterdir()):
         folder.rmdir()
 
 
