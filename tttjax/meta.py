@@ -22,7 +22,7 @@ from tttjax.types import Array, Batch, Params, PyTree
 from tttjax.update_rules import make_rule
 from tttjax.update_rules.rules import global_norm
 
-LOGIT_ROWS = 1024  # rows of logits in memory at a time where nothing is learned
+LOGIT_ROWS = 1024  # rows of logits in memory at a time
 
 
 class Reading(NamedTuple):
@@ -118,7 +118,7 @@ def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
         x_CD, target_C, mask_C = chunk
         weights = combine(slow, fast)
         x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
-        nll_C = model.nll(weights, x_CD, target_C)
+        nll_C = model.nll(weights, x_CD, target_C, block=LOGIT_ROWS)
         state = advance(state, x_CD.shape[0])
         return masked_mean(nll_C, mask_C), (state, jnp.any(mask_C), nll_C)
 

@@ -211,17 +211,21 @@ def _changed(difference: Estimate, what: str, against: str) -> str:
 def _stands(
     comparison: Comparison, a: Series, b: Series, region: tuple[int, int], subject: str
 ) -> str:
-    """`the loss of A was 0.1 ± 0.0 lower than that of B`, and how it was inside the window.
+    """`the loss of A was 0.1 ± 0.0 lower than that of B`, and how it was from the start.
 
-    What A has over B from the first tokens on is a better start, not memory: so both are said.
+    What A has over B before it has learned anything is a better start, not memory: so both are
+    said. The start is the first chunk of a series that learns, else the first window.
     """
     beyond = _difference(comparison, a, b, region)
     than = f"from that of {b.label}" if _is_none(beyond) else f"than that of {b.label}"
     text = f"{subject} was {_side(beyond)} {than}"
     if region[0] == 0:
         return text
-    inside = _difference(comparison, a, b, (0, region[0]))
-    return f"{text} (within the first window {_side(inside)})"
+    start, when = region[0], "within the first window"
+    if a.inner and a.inner["chunk_size"] <= start:
+        start, when = a.inner["chunk_size"], "before its first step"
+    early = _difference(comparison, a, b, (0, start))
+    return f"{text} ({when}, tokens 1-{start}: {_side(early)})"
 
 
 def _side(difference: Estimate) -> str:
