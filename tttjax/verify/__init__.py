@@ -4,8 +4,8 @@ Works from each case's JSON alone, so any folder in the format will do. Cases (`
 `X.npz`): losses, per-token NLL, outer gradient, inner loop, optimizer steps. Official Orbax
 checkpoints: every array, and the loss with the imported weights. Zarr data: every batch.
 
-  tttjax verify golden/e2e
-  tttjax verify golden/e2e --x64 --json verify.json
+  tttjax verify tests/golden/cases
+  tttjax verify tests/golden/cases --x64 --json verify.json
 
 Exit code 0: everything within tolerance; 1: something is not; 2: nothing here can be checked.
 """
