@@ -1,6 +1,7 @@
 """The command line: help, dispatch, overrides, and what every kind of failure looks like."""
 
 import errno
+import re
 import subprocess
 import sys
 import types
@@ -127,6 +128,32 @@ def test_a_full_disk_is_one_sentence(command, error, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: No space is left")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (errno.EEXIST, "/there is there already"),
+        (errno.ENOTDIR, "/there leads through a file"),
+        (errno.EISDIR, "/there is a folder"),
+        (errno.EACCES, "/there cannot be .* your permissions"),
+        (errno.EROFS, "/there cannot be .* your permissions"),
+        (errno.ENOENT, "/there does not exist"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_one_sentence(command, code, sentence, capsys):
+    command(fails_with(OSError(code, "refused", "/there")))
+    assert cli.main(["greet", "--name=x"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert re.match(f"error: {sentence}.*; .*\\.$", err)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken", "/x"), OSError(errno.ENOENT, "?")])
+def test_another_system_error_keeps_its_traceback(command, error):
+    command(fails_with(error))
+    with pytest.raises(OSError):  # noqa: PT011 (the very error)
+        cli.main(["greet", "--name=x"])
 
 
 def test_a_full_disk_is_recognised_below_another_error(command):

@@ -9,6 +9,7 @@ others are a command's own.
 import argparse
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,12 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if not _is_out_of_space(error):
-            raise
-        return _report(
-            "No space is left on the device (or in the quota) that the results are written to; "
-            "free some and run the same command again."
-        )
+        if _is_out_of_space(error):
+            return _report(
+                "No space is left on the device (or in the quota) that the results are written "
+                "to; free some and run the same command again."
+            )
+        if sentence := _about_a_path(error):
+            return _report(sentence)
+        raise
 
 
 class _Parser(argparse.ArgumentParser):
@@ -187,6 +190,26 @@ def _is_out_of_space(error: BaseException) -> bool:
         or "No space left on device" in str(cause)
         for cause in _causes(error)
     )
+
+
+_PATH_ERRORS = {
+    errno.EEXIST: "is there already, as a file where a folder is needed; name another place",
+    errno.ENOTDIR: "leads through a file where a folder is needed; name another place",
+    errno.EISDIR: "is a folder where a file is needed; name a file",
+    errno.ENOENT: "does not exist; check how it is spelt and where the command was started",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "cannot be read or written with your permissions; change them or name another place",
+    ),
+}
+
+
+def _about_a_path(error: BaseException) -> str:
+    """A sentence, if the error is the system's refusal of a path; else empty."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    problem = _PATH_ERRORS.get(error.errno or 0)
+    return f"{os.fspath(error.filename)} {problem}." if problem else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -25,7 +25,7 @@ from tttjax.config import EvalConfig
 from tttjax.config.values import check_value
 from tttjax.errors import UserError
 from tttjax.evaluate.compare import compare, evaluate
-from tttjax.evaluate.files import to_dict, write_results
+from tttjax.evaluate.files import check_writable, to_dict, write_results
 from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.runs import (
     DYNAMIC_PATHS,
@@ -137,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
     """`tttjax evaluate` from parsed arguments; the exit code."""
     runs = [open_run(spec) for spec in _specs(args)]
     out = Path(args.out) if args.out else Path(args.workdirs[0]) / "eval"
+    if jax.process_index() == 0:
+        check_writable(out)  # now, not after an hour of computing
     comparison = compare(
         runs,
         data=args.data,

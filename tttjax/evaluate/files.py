@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tttjax.errors import UserError
 from tttjax.evaluate import plots
 from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.statistics import Estimate, Sums
@@ -44,6 +45,19 @@ def write_results(
         finally:
             temporary.unlink(missing_ok=True)
     return paths
+
+
+def check_writable(out: str | os.PathLike) -> None:
+    """UserError if `write_results` could not write under `out`. Creates nothing."""
+    folder = Path(out).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file; name a folder for the results with --out=DIR")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"the results cannot be written to {folder}: {existing} is read-only for you; name "
+            "another folder with --out=DIR"
+        )
 
 
 def _write_text(path: Path, text: str) -> None:
