@@ -155,7 +155,10 @@ def test_fast_weights_are_the_declared_ones_or_those_of_the_patterns():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("suffix/**/mpl/**", "'suffix/\\*\\*/mpl/\\*\\*' matches no weight; the paths are"),
+        (
+            "suffix/**/mpl/**",
+            "'suffix/\\*\\*/mpl/\\*\\*' matches no weight; the paths nearest to it are",
+        ),
         ("prefix/**", "lies before the suffix"),
         ("embedding", "lies before the suffix"),
     ],

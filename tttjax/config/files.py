@@ -60,7 +60,10 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
     path = Path(match[1])
     if not path.is_file():
         siblings = [str(file) for file in sorted(path.parent.glob("*.py"))]
-        raise UserError(f"There is no experiment file {path}.{nearest(str(path), siblings)}")
+        raise UserError(
+            f"There is no experiment file {path}; give the path of one, such as those in "
+            f"experiments/.{nearest(str(path), siblings)}"
+        )
     return path, match[2]
 
 

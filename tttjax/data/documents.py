@@ -92,7 +92,10 @@ def list_inputs(inputs: Sequence[str | os.PathLike], pattern: str = "") -> list[
         elif path.exists():
             files.append(_input_file(path, path.name))
         else:
-            raise UserError(f"Input {path} does not exist.")
+            raise UserError(
+                f"Input {path} does not exist; check how it is spelt, and where the command was "
+                "started."
+            )
     if not files:
         raise UserError("No input was given: name files, folders, or `stdlib`.")
     if not sum(file.size for file in files):
@@ -102,7 +105,7 @@ def list_inputs(inputs: Sequence[str | os.PathLike], pattern: str = "") -> list[
 
 def _list_folder(folder: Path, pattern: str) -> list[InputFile]:
     found = []
-    for root, folders, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found += [Path(root, name) for name in names if not name.startswith(".")]
     chosen = sorted(path for path in found if _wanted(path.name, pattern))
@@ -150,8 +153,19 @@ def _input_file(path: Path, document: str) -> InputFile:
         with path.open("rb"):
             pass
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+        raise _unreadable(path, error) from error
     return InputFile(str(path), document, stat.st_size, stat.st_mtime_ns)
+
+
+def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
+    why = getattr(error, "strerror", None) or error
+    return UserError(
+        f"Cannot read {path} ({why}); mend it or its permissions, or leave it out of the input."
+    )
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise _unreadable(error.filename, error) from error
 
 
 def open_stream(path: str) -> BinaryIO:
@@ -241,7 +255,7 @@ def read_pieces(file: InputFile) -> Iterator[Piece]:
             "UTF-8 or leave it out."
         ) from error
     except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise UserError(f"Cannot read {file.path}: {error}.") from error
+        raise _unreadable(file.path, error) from error
     yield Piece(file.id, held, begins, ends=True)
 
 
@@ -252,7 +266,7 @@ def _read_lines(file: InputFile) -> Iterator[Line]:
                 if raw.strip():
                     yield Line(file.path, f"{file.id}:{number}", raw)
     except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise UserError(f"Cannot read {file.path}: {error}.") from error
+        raise _unreadable(file.path, error) from error
 
 
 def pieces_of(item: Item) -> Iterator[Piece]:

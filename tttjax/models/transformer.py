@@ -8,6 +8,7 @@ depth; a pattern such as 5 window : 1 full is scanned by the period of the patte
 Everything here is for one sequence; `jax.vmap` adds the batch.
 """
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,9 +167,10 @@ class Transformer:
             return frozenset(p for p, (v, _) in self._variables.items() if is_declared_fast(v))
         for pattern in self.fast_patterns:
             if not any(map(path_filter([pattern]), self._variables)):
+                similar = difflib.get_close_matches(pattern, self._variables, n=3, cutoff=0)
                 raise UserError(
-                    f"inner.fast_paths: {pattern!r} matches no weight; the paths are "
-                    + ", ".join(sorted(self._variables))
+                    f"inner.fast_paths: {pattern!r} matches no weight; the paths nearest to it are "
+                    + ", ".join(similar)
                 )
         chosen = frozenset(filter(path_filter(self.fast_patterns), self._variables))
         outside = sorted(p for p in chosen if p.startswith("prefix/") or p == "embedding")

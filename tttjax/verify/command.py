@@ -51,7 +51,7 @@ def find_entries(directory: str | Path) -> list[Entry]:
     """
     root = Path(directory)
     if not root.exists():
-        raise UserError(f"there is no folder {root}")
+        raise UserError(f"there is no folder {root}; name one with reference cases (JSON)")
     paths = list(_json_files(root)) if root.is_dir() else [root]
     base = root if root.is_dir() else root.parent
     entries = []
