@@ -115,6 +115,17 @@ def test_progress_on_a_terminal_and_elsewhere(tmp_path):
     assert terminal.getvalue().endswith("\nsaved\n")
 
 
+def test_progress_counts_skipped_steps(tmp_path):
+    stream = io.StringIO()
+    log = logger(tmp_path, stream=stream, log_every=1)
+    log.log(1, {"loss": 1.0, "skipped": 0}, seconds=0.5)
+    log.log(2, {"loss": math.nan, "skipped": 3}, seconds=0.5)
+    log.close()
+    first, second = stream.getvalue().splitlines()
+    assert "skipped" not in first
+    assert "loss nan  skipped 3  200 tok/s" in second
+
+
 def test_the_compiled_step_stays_out_of_the_averages(tmp_path):
     stream = io.StringIO()
     log = logger(tmp_path, stream=stream, log_every=2)

@@ -94,7 +94,7 @@ def _cut_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """JSON has no NaN: what is not finite becomes its name, "nan", "inf" or "-inf"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -164,15 +164,16 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._open_line = False
 
-    def show(self, step: int, loss: float, rates: dict[str, Any]) -> None:
-        """Shows a finished step; `rates` as from `Throughput.rates`."""
+    def show(self, step: int, loss: float, rates: dict[str, Any], skipped: int = 0) -> None:
+        """Shows a finished step; `rates` as from `Throughput.rates`, `skipped` of the whole run."""
         last = step == self.total_steps
         if not (self._terminal or last or step % self.log_every == 0):
             return
         width = len(str(self.total_steps))
         mfu = f"  mfu {rates['mfu']:.1%}" if "mfu" in rates else ""
+        lost = f"skipped {skipped}  " if skipped else ""
         text = (
-            f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  "
+            f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {lost}"
             f"{_count(rates['tokens_per_second'])} tok/s{mfu}  "
             f"input {rates['input_share']:.0%}  "
             f"eta {_duration((self.total_steps - step) * rates['seconds'])}"
@@ -301,7 +302,7 @@ class MetricLogger:
         rates = self.throughput.rates(seconds, input_seconds)
         rates["memory_bytes"] = peak_memory()[0]
         ordered = {"loss": values["loss"], **values}
-        record = {"step": step, **{k: _json_safe(v) for k, v in ordered.items()}, "time": rates}
+        record = {"step": step, **{k: json_safe(v) for k, v in ordered.items()}, "time": rates}
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
         smooth = rates
@@ -309,7 +310,7 @@ class MetricLogger:
             window = self._window
             window.add(seconds, input_seconds)
             smooth = self.throughput.rates(window.seconds, window.input_seconds, window.steps)
-        self.progress.show(step, values["loss"], smooth)
+        self.progress.show(step, values["loss"], smooth, values.get("skipped", 0))
         if step % self.log_every == 0 or step == self.total_steps:
             self._point(step, {**values, **{f"time/{k}": v for k, v in (rates | smooth).items()}})
             self._window = _Window()

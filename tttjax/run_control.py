@@ -1,12 +1,16 @@
 """Around the training loop: several processes, requests to stop, the profiler, what went wrong."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import socket
 import statistics
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tttjax.errors import UserError
-from tttjax.metrics import MetricLogger
+from tttjax.metrics import MetricLogger, json_safe
 from tttjax.types import Batch, PyTree
 
 # sysexits.h: "temporary failure; the user is invited to retry". A scheduler that sees it starts
@@ -61,20 +65,26 @@ class StopRequest:
 
     One process: SIGTERM or SIGINT; a second SIGINT ends at once, unsaved. Several processes: JAX's
     preemption service receives SIGTERM on any of them and lets all stop after the same step.
+
+    The answer to a signal is printed by a thread that the interpreter wakes up, since handlers
+    written in Python have to wait while JAX compiles.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._earlier: dict[int, Any] = {}
+        self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequest":
         main = threading.current_thread() is threading.main_thread()
         if main and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._earlier[number] = signal.signal(number, self._note)
+            self._closing.enter_context(_answer_signals())
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._closing.close()
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
@@ -88,6 +98,32 @@ class StopRequest:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._signal is not None
+
+
+@contextlib.contextmanager
+def _answer_signals() -> Iterator[None]:
+    """Prints a line to stderr at the first signal that has a handler in Python."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    handled = {bytes([number]) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def answer() -> None:
+        while received := reading.recv(1):
+            if received in handled:
+                begin = "\n" if sys.stdout.isatty() else ""  # below the progress line
+                print(f"{begin}stopping after this step", file=sys.stderr, flush=True)
+                return
+
+    thread = threading.Thread(target=answer, daemon=True)
+    earlier = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(earlier)
+        writing.close()
+        thread.join()
+        reading.close()
 
 
 class Profiler:
@@ -196,12 +232,12 @@ def refuse_nonfinite(
     report = {
         "step": step,
         "batch": {"fingerprint": fingerprint, "data_state": data_state},
-        "values": {name: str(value) for name, value in values.items()},
+        "values": {name: json_safe(value) for name, value in values.items()},
     }
     path = workdir / "nonfinite.json"
     if jax.process_index() == 0:
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         os.replace(temporary, path)
     shown = ", ".join(f"{name}={value:.4g}" for name, value in norms.items())
     raise UserError(

@@ -51,6 +51,7 @@ def configured(**values) -> Config:
         ({"optim.init_lr": -0.5}, "must be at least 0, or exactly -1"),
         ({"train.profile_steps": (5,)}, "must be the first and the last step"),
         ({"train.profile_steps": (5, 3)}, "must be the first and the last step"),
+        ({"train.profile_steps": (0, 3)}, "train.profile_steps = 0 must be at least 1"),
         ({"data.weights": (1.0,)}, "data.weights has 1 entries for 0 data.sources"),
         ({"mesh.data": 0}, "mesh.data = 0"),
     ],

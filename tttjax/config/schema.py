@@ -195,12 +195,12 @@ class TrainConfig:
     )
     nonfinite_limit: int = _field(
         10,
-        "Steps skipped for a loss or gradient that is not finite before training stops.",
+        "Steps in a row skipped for a loss or gradient that is not finite before training stops.",
         minimum=1,
         may_change=True,
     )
     profile_steps: tuple[int, ...] = _field(
-        (), "First and last step of a profiler trace; empty: none.", minimum=0, may_change=True
+        (), "First and last step of a profiler trace; empty: none.", minimum=1, may_change=True
     )
     wandb_project: str = _field(
         "", "Weights & Biases project to log to as well; empty: none.", may_change=True
