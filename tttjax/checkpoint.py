@@ -32,12 +32,16 @@ ASIDE = "damaged-"  # how names begin of damaged checkpoints that were passed ov
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint gave back: the state on its devices, and what was saved with it."""
+    """What a checkpoint gave back: the state on its devices, and what was saved with it.
+
+    tokenizer: the fingerprint of the tokenizer that made the training data; "" if not known.
+    """
 
     step: int
     state: PyTree
     data_state: Any
     extra: dict[str, Any]
+    tokenizer: str
 
 
 def _is_first() -> bool:
@@ -90,6 +94,7 @@ class Checkpointer:
         data_state: Any = None,
         extra: dict[str, Any] | None = None,
         config: dict[str, Any] | None = None,
+        tokenizer: str = "",
     ) -> None:
         """Starts saving `state`; does nothing if this step is already saved.
 
@@ -97,6 +102,7 @@ class Checkpointer:
           step: the number of finished updates, the checkpoint's name.
           state: a pytree of arrays with an attribute or key `params`.
           data_state, extra, config: anything JSON holds; given back by `restore`, `load_config`.
+          tokenizer: the fingerprint of the tokenizer that made the training data.
 
         Raises:
           UserError: this save or the one before it met a full disk.
@@ -105,6 +111,7 @@ class Checkpointer:
             return
         arrays = io.split_items(state)
         meta = {"format": FORMAT, "data_state": data_state, "extra": extra or {}, "config": config}
+        meta["tokenizer"] = tokenizer
         items: dict[str, Any] = {k: ocp.args.StandardSave(arrays[k]) for k in io.ARRAY_ITEMS}
         items[io.META] = ocp.args.JsonSave(meta)
         try:
@@ -159,7 +166,9 @@ class Checkpointer:
                 state = io.read_items(path, abstract_state)
                 meta = io.read_meta(path)
                 self._set_aside(damaged)
-                return Restored(step, state, meta["data_state"], meta["extra"])
+                return Restored(
+                    step, state, meta["data_state"], meta["extra"], meta.get("tokenizer", "")
+                )
             _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
             damaged.append(path)
         left = damaged or [path for path in self.directory.iterdir() if path.name.startswith(ASIDE)]
@@ -231,6 +240,11 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
 def load_config(path: epath.PathLike) -> dict[str, Any] | None:
     """The resolved configuration saved in the newest undamaged checkpoint under `path`."""
     return io.read_meta(find_checkpoint(path))["config"]
+
+
+def load_tokenizer_fingerprint(path: epath.PathLike) -> str:
+    """Of the tokenizer whose tokens the newest undamaged checkpoint learned; "" if not known."""
+    return io.read_meta(find_checkpoint(path)).get("tokenizer", "")
 
 
 def restore_params(

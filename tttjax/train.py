@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import jax
 from absl import logging
 
-from tttjax import checkpoint, flops, metrics
+from tttjax import checkpoint, flops, metrics, precision
 from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import open_prepared
@@ -75,9 +75,9 @@ class TrainResult:
     peak_memory_of: str
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the state, as `summary.json` has it."""
+        """Everything but the state, as `summary.json` has it; not finite: "nan", "inf"."""
         return {
-            field.name: getattr(self, field.name)
+            field.name: metrics.json_safe(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if field.name != "state"
         }
@@ -105,8 +105,10 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
+    _check_folder(workdir)
     check_same_run(workdir, config)
     with contextlib.ExitStack() as closing:
+        closing.enter_context(precision.as_configured(config))
         run, state = _set_up(config, workdir, batches, closing)
         setup_seconds = time.perf_counter() - started
         last = min(config.train.steps, stop_after or config.train.steps)
@@ -118,14 +120,28 @@ def train(
     return result
 
 
+def _check_folder(workdir: Path) -> None:
+    """UserError if a file is where the work directory, or a folder above it, should be."""
+    nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), workdir)
+    if nearest.exists() and not nearest.is_dir():
+        raise UserError(
+            f"--workdir={workdir} cannot be a folder, because {nearest} is a file; choose another"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that the loop works with. start: steps that earlier starts have done."""
+    """Everything that the loop works with.
+
+    tokenizer: fingerprint of the one that made the data ("" for batches from elsewhere). start:
+    steps that earlier starts have done.
+    """
 
     config: Config
     workdir: Path
     trainer: Trainer
     batches: BatchStream
+    tokenizer: str
     saver: checkpoint.Checkpointer
     logger: metrics.MetricLogger
     finished: FinishedSteps
@@ -138,14 +154,14 @@ def _set_up(
 ) -> tuple[Run, TrainState]:
     """Opens all that training needs, to be closed by `closing`, and the state to go on from."""
     settings = config.train
-    batches = batches or open_batches(config)
+    batches, tokenizer = (batches, "") if batches else open_batches(config)
     closing.callback(batches.close)
     trainer = make_trainer(config, _make_mesh(config))
     if jax.process_index() == 0:
         write_run_info(workdir, config, with_devices=True)
     saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY, keep=settings.keep_checkpoints)
     closing.callback(saver.close)
-    state, start, totals = _first_state(config, trainer, saver, batches)
+    state, start, totals = _first_state(config, trainer, saver, batches, tokenizer)
     logger = metrics.MetricLogger(
         workdir,
         metrics.Throughput(
@@ -162,7 +178,8 @@ def _set_up(
     closing.callback(logger.close)
     logger.say(_describe(config, trainer, start))
     finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
-    return Run(config, workdir, trainer, batches, saver, logger, finished, totals, start), state
+    run = Run(config, workdir, trainer, batches, tokenizer, saver, logger, finished, totals, start)
+    return run, state
 
 
 def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
@@ -204,6 +221,7 @@ def _save(run: Run, step: int, state: TrainState) -> None:
         data_state=run.batches.get_state(),
         extra=dataclasses.asdict(run.totals),
         config=dataclasses.asdict(run.config),
+        tokenizer=run.tokenizer,
     )
     run.finished.start_clock()
 
@@ -227,8 +245,8 @@ def _result(run: Run, state: TrainState, step: int, setup_seconds: float) -> Tra
     )
 
 
-def open_batches(config: Config) -> BatchStream:
-    """The training batches of the prepared data sets that `config.data` names.
+def open_batches(config: Config) -> tuple[BatchStream, str]:
+    """The training batches of `config.data`, and the fingerprint of their tokenizer.
 
     Raises:
       UserError: data missing, damaged or too short, or with more tokens than model.vocab_size.
@@ -249,13 +267,14 @@ def open_batches(config: Config) -> BatchStream:
         layout=data.layout,
         weights=data.weights,
     )
-    return make_train_stream(
+    stream = make_train_stream(
         opened,
         options,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         prefetch=data.prefetch,
     )
+    return stream, opened[0].fingerprint
 
 
 def _make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -264,17 +283,35 @@ def _make_mesh(config: Config) -> jax.sharding.Mesh:
 
 
 def _first_state(
-    config: Config, trainer: Trainer, saver: checkpoint.Checkpointer, batches: BatchStream
+    config: Config,
+    trainer: Trainer,
+    saver: checkpoint.Checkpointer,
+    batches: BatchStream,
+    tokenizer: str,
 ) -> tuple[TrainState, int, Totals]:
     """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
     restored = saver.restore(trainer.abstract_state)
     if restored is not None:
+        _check_tokenizer(config, tokenizer, restored.tokenizer, str(saver.directory))
         batches.set_state(restored.data_state)
         return restored.state, restored.step, Totals(**restored.extra)
-    if config.train.init_from:
-        weights = checkpoint.restore_params(config.train.init_from, trainer.abstract_state.params)
+    if origin := config.train.init_from:
+        known = checkpoint.load_tokenizer_fingerprint(origin)
+        _check_tokenizer(config, tokenizer, known, origin)
+        weights = checkpoint.restore_params(origin, trainer.abstract_state.params)
         return trainer.start_from(weights), 0, Totals()
     return trainer.init_state(config.train.seed), 0, Totals()
+
+
+def _check_tokenizer(config: Config, of_data: str, of_weights: str, where: str) -> None:
+    """UserError if weights learned another tokenizer's tokens; what is not known passes."""
+    if of_data and of_weights and of_data != of_weights:
+        raise UserError(
+            f"the data in {', '.join(config.data.sources)} were made by another tokenizer "
+            f"(fingerprint {of_data[:12]}) than those that the weights in {where} were trained "
+            f"with ({of_weights[:12]}); prepare the data with that one (`tttjax prepare "
+            "--tokenizer=DIR`, DIR being the prepared data of that training)"
+        )
 
 
 def _describe(config: Config, trainer: Trainer, start: int) -> str:
@@ -308,7 +345,7 @@ def _write_results(run: Run, result: TrainResult) -> None:
     if result.step == run.start and path.exists():
         return  # nothing was left to do, so the earlier start's figures stand
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result.summary(), indent=1) + "\n")
+    temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
     metrics.write_loss_curve(run.workdir)
 

@@ -1,10 +1,16 @@
 """The training loop: what it writes, counts and refuses."""
 
+import dataclasses
+import hashlib
+import io
 import json
 import logging
+import math
 import os
 import signal
+import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -78,12 +84,20 @@ def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys):
     bad = ("optim.peak_lr=1e30", "optim.weight_decay=0.0", "train.nonfinite_limit=3")
     with pytest.raises(UserError, match=r"3 steps in a row.*batch [0-9a-f]{16}.*grad_norm="):
         train(tiny(*bad), tmp_path)
-    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    text = (tmp_path / "nonfinite.json").read_text()
+    report = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     last = read_records(tmp_path)[-1]
     assert report["step"] == last["step"]
     assert last["skipped_in_row"] == 3
     assert report["batch"]["data_state"]["step"] == last["step"] - 1
+    assert report["values"]["skipped_in_row"] == 3
     assert "not finite, skipped" in capsys.readouterr().out
+
+
+def test_a_summary_is_json_even_if_the_last_loss_is_not_finite(finished):
+    result = dataclasses.replace(finished[1], loss=math.nan)
+    summary = json.loads(json.dumps(result.summary(), allow_nan=False))
+    assert summary["loss"] == "nan"
 
 
 def test_command_line(data, tmp_path, capsys):
@@ -108,6 +122,24 @@ def test_stop_after_must_be_a_step(tiny, tmp_path):
         train(tiny(), tmp_path, stop_after=0)
 
 
+@pytest.mark.parametrize("inside", ["", "new/run"])
+def test_a_work_directory_that_is_a_file(tiny, tmp_path, inside):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--workdir=.* cannot be a folder, because .*file is a f"):
+        train(tiny(), tmp_path / "file" / inside)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_float64_is_float64_and_resumes(tiny, tmp_path):
+    config = tiny("model.param_dtype=float64", "model.compute_dtype=float64", "train.steps=4")
+    train(config, tmp_path, stop_after=1)
+    state = train(config, tmp_path, stop_after=2).state
+    assert not jax.config.jax_enable_x64
+    assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"float64"}
+    loss = read_records(tmp_path)[-1]["loss"]
+    assert float(np.float32(loss)) != loss
+
+
 def test_a_mesh_that_does_not_fit_writes_nothing(tiny, tmp_path):
     with pytest.raises(UserError, match=r"mesh\.fsdp"):
         train(tiny("mesh.fsdp=3"), tmp_path)
@@ -125,6 +157,31 @@ def test_a_signal_is_noted_and_handlers_are_restored(number):
         os.kill(os.getpid(), number)
         assert stop.after(2)
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_is_answered_while_the_interpreter_waits(monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    working, answered_meanwhile = threading.Event(), threading.Event()
+
+    def interrupt():
+        working.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while working.is_set():
+            if "stopping after this step\n" in said.getvalue():
+                answered_meanwhile.set()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=interrupt)
+    with run_control.StopRequest() as stop:
+        thread.start()
+        working.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # as long as compiling, and as deaf
+        working.clear()
+        thread.join()
+        assert stop.after(1)
+    assert answered_meanwhile.is_set()
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from jax.sharding import Mesh
 
+from tttjax import precision
 from tttjax.config import Config, EvalConfig
 from tttjax.data.held_out import HeldOut
 from tttjax.data.shards import PreparedData
@@ -74,8 +75,9 @@ def compare(
     bar = Progress(_total_work(opened, chosen, learning, lengths, held_out), progress)
     series: list[Series] = []
     for run, its_modes in zip(opened, chosen, strict=True):
-        for ways in ways_to_read(run, its_modes, learning, mesh or make_run_mesh(run.config)):
-            series += _read(run, ways, text, held_out, lengths, settings.batch_size, bar)
+        with precision.as_configured(run.config):
+            for ways in ways_to_read(run, its_modes, learning, mesh or make_run_mesh(run.config)):
+                series += _read(run, ways, text, held_out, lengths, settings.batch_size, bar)
     bar.close()
     comparison = Comparison(
         series=tuple(series),

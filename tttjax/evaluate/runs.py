@@ -54,7 +54,8 @@ class Learning:
 class Run:
     """A run that has been found; its weights are read when it is its turn.
 
-    weights: template with shapes, dtypes and shardings -> the arrays.
+    weights: template with shapes, dtypes and shardings -> the arrays. tokenizer: fingerprint of
+    the one whose tokens they were trained on; "" if not known.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Run:
     step: int | None = None
     source: str = ""
     modes: tuple[str, ...] = ()
+    tokenizer: str = ""
 
     @property
     def has_fast_weights(self) -> bool:
@@ -78,9 +80,10 @@ class Run:
 def open_run(spec: RunSpec) -> Run:
     """The newest undamaged checkpoint of a run. UserError if there is none."""
     found = checkpoint.find_checkpoint(spec.workdir)
+    meta = checkpoint_io.read_meta(found)
     config = read_config(spec.workdir)
     if config is None:
-        values = checkpoint_io.read_meta(found)["config"]
+        values = meta["config"]
         if values is None:
             raise UserError(
                 f"{spec.workdir} has no configuration: give the work directory of a run, with its "
@@ -94,6 +97,7 @@ def open_run(spec: RunSpec) -> Run:
         step=int(found.name) if found.name.isdigit() else None,
         source=str(spec.workdir),
         modes=spec.modes,
+        tokenizer=meta.get("tokenizer", ""),
     )
 
 

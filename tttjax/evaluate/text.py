@@ -95,11 +95,8 @@ def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> P
 
 
 def _check_tokenizer(run: Run, data: PreparedData) -> None:
-    """Refuses data of another tokenizer than that of the run's own data, where these are there."""
-    for source in run.config.data.sources:
-        if not (Path(source) / MANIFEST).exists():
-            continue
-        trained = read_manifest(Path(source))["tokenizer"]["fingerprint"]
+    """Refuses data of another tokenizer than the run's, where that is known."""
+    for trained in _fingerprints(run):
         if trained != data.fingerprint:
             raise UserError(
                 f"the data in {data.folder} were made by another tokenizer (fingerprint "
@@ -113,6 +110,15 @@ def _check_tokenizer(run: Run, data: PreparedData) -> None:
             f"that of the run {run.name}, {run.config.model.vocab_size}; evaluate on data that "
             "were prepared with its tokenizer"
         )
+
+
+def _fingerprints(run: Run) -> list[str]:
+    """Of the run's tokenizer: as saved with its weights; else of its data that are there."""
+    if run.tokenizer:
+        return [run.tokenizer]
+    folders = [Path(source) for source in run.config.data.sources]
+    found = [read_manifest(folder) for folder in folders if (folder / MANIFEST).exists()]
+    return [manifest["tokenizer"]["fingerprint"] for manifest in found]
 
 
 def _sequences(data: PreparedData, split: str, settings: EvalConfig, longest: int) -> HeldOut:

@@ -1,0 +1,65 @@
+"""Weights know whose tokens they learned: another tokenizer's data are refused everywhere."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tttjax import checkpoint
+from tttjax.errors import UserError
+from tttjax.evaluate import RunSpec, compare
+from tttjax.prepare import prepare
+from tttjax.train import open_batches, train
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / "prepared"
+    text = str(Path(os.__file__).parent / "argparse.py")
+    prepare([text], folder, tokenizer="sentencepiece", vocab_size=400, num_workers=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def replaced(tiny, data, other_data, tmp_path_factory):
+    """(work directory, configuration, where the data were) of a run whose data were replaced."""
+    folder = tmp_path_factory.mktemp("replaced")
+    shutil.copytree(data, folder / "data")
+    config = tiny(f"data.sources={folder / 'data'}", "model.vocab_size=400", "train.steps=4")
+    train(config, folder / "run", stop_after=1)
+    shutil.rmtree(folder / "data")
+    shutil.copytree(other_data, folder / "data")
+    return folder / "run", config, folder / "data"
+
+
+def refused(where):
+    return pytest.raises(UserError, match=rf"data in .* another tokenizer \(.*{where}.*\([0-9a-f]+")
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(replaced):
+    workdir, config, _ = replaced
+    with refused("run/checkpoints"):
+        train(config, workdir)
+
+
+def test_extension_with_another_tokenizer_is_refused(replaced, tiny, tmp_path):
+    workdir, _, folder = replaced
+    changed = (f"data.sources={folder}", "model.vocab_size=400", f"train.init_from={workdir}")
+    with refused(workdir.name):
+        train(tiny(*changed), tmp_path)
+
+
+def test_evaluation_believes_the_weights_and_not_the_folder(replaced):
+    with pytest.raises(UserError, match=r"another tokenizer .* than those of the run run"):
+        compare([RunSpec(replaced[0])])
+
+
+def test_weights_of_batches_from_elsewhere_fit_any_data(replaced, tiny, data, tmp_path):
+    config = tiny("model.vocab_size=400")
+    train(config, tmp_path / "first", batches=open_batches(config)[0], stop_after=1)
+    assert checkpoint.load_tokenizer_fingerprint(tmp_path / "first") == ""
+    origin = f"train.init_from={tmp_path / 'first'}"
+    extended = tiny(f"data.sources={replaced[2]}", "model.vocab_size=400", origin)
+    assert train(extended, tmp_path / "second", stop_after=1).step == 1
+    assert len(checkpoint.load_tokenizer_fingerprint(tmp_path / "second")) > 12
