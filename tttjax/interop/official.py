@@ -193,7 +193,7 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     that are stored as None (biases, an untied head that there is not) are left out.
     Raises UserError if there is no such checkpoint or it cannot be read.
     """
-    folder = epath.Path(path)
+    folder = epath.Path(path).resolve()  # Orbax takes no relative paths
     if folder.is_dir() and not (folder / "model_weights").is_dir():
         steps = [child for child in folder.iterdir() if child.name.isdigit()]
         folder = max(steps, key=lambda child: int(child.name), default=folder)
