@@ -32,7 +32,7 @@ def test_every_format(tmp_path):
     lines = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in ("one", "two\n", ""))
     (folder / "a.txt").write_bytes(raw)
     (folder / "b.txt.xz").write_bytes(lzma.compress(raw))
-    (folder / "c.md.gz").write_bytes(gzip.compress(raw))
+    (folder / "c.md.gz").write_bytes(gzip.compress(raw, mtime=0))
     (folder / "d.py.zst").write_bytes(zstandard.compress(raw))
     (folder / "e.jsonl").write_bytes(lines)
     (folder / "f.jsonl.zst").write_bytes(zstandard.compress(lines) + zstandard.compress(lines))
@@ -96,7 +96,7 @@ def test_bad_inputs(tmp_path):
         ("latin.txt", b"caf\xe9 au lait", r"latin\.txt is not UTF-8 text \(about byte 3\)"),
         ("cut.txt", "caf\u00e9".encode()[:-1], r"cut\.txt is not UTF-8 text"),
         ("torn.txt.xz", lzma.compress(b"text" * 999)[:-9], r"Cannot read .*torn\.txt\.xz"),
-        ("torn.txt.gz", gzip.compress(b"text" * 999)[:-9], r"Cannot read .*torn\.txt\.gz"),
+        ("torn.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-9], r"Cannot read .*torn\.txt\.gz"),
         ("torn.jsonl.zst", b"\x28\xb5\x2f\xfdnonsense", r"Cannot read .*torn\.jsonl\.zst"),
         ("cut.txt.zst", zstandard.compress(b"text" * 999)[:-9], r"Cannot read .*cut\.txt\.zst"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2: not JSON"),

@@ -142,6 +142,17 @@ def test_files_that_are_no_tokenizers(tmp_path, tokenizer_json):
         IdsTokenizer(512, 510, 511).encode("text")
 
 
-def test_a_vocabulary_too_large_for_the_text():
-    with pytest.raises(UserError, match="Cannot train a SentencePiece vocabulary of 50000"):
-        train_sentencepiece(["a few words only"], 50000)
+@pytest.mark.parametrize(
+    ("text", "size", "sentence"),
+    [
+        ("a few words only", 50000, r"enough for \d+ pieces; use a smaller --vocab-size"),
+        ("the cat sat on the mat " * 99, 1024, r"enough for \d+ pieces; .*--tokenizer=bytes"),
+        ("".join(map(chr, range(0x4E00, 0x5300))), 600, r"alone need \d+ pieces; use a larger"),
+        ("", 500, "it is empty; .*--tokenizer=bytes"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_text(text, size, sentence, capfd):
+    with pytest.raises(UserError, match=f"vocabulary of {size} on this text: .*{sentence}") as info:
+        train_sentencepiece([text], size)
+    assert ".cc(" not in str(info.value)
+    assert capfd.readouterr().err == ""
