@@ -97,6 +97,22 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path):
     assert (train.num_bytes, val.num_bytes) == (3000, 1000)
 
 
+def test_the_end_of_the_only_long_document_is_held_out(tmp_path):
+    corpus = write_corpus(tmp_path / "c", [700, 700, 2000, 700])
+    data = prepare([corpus], tmp_path / "d", val_fraction=0.5, min_document_tokens=800)
+    train, val = data.split("train"), data.split("val")
+    assert list(train.document_names()) == ["c/doc002.txt"]
+    assert list(val.document_names()) == ["c/doc002.txt#tail"]
+    tokens = np.concatenate([s.read(1, s.num_tokens) for s in (train, val)])
+    assert tokens.astype(np.uint8).tobytes() == (corpus / "doc002.txt").read_bytes()
+    assert data.manifest["skipped"]["short"] == 3
+    with pytest.raises(UserError, match=r"No document is left to hold out: .* 4 shorter than"):
+        prepare([corpus], tmp_path / "e", val_fraction=0.2, min_document_tokens=800)
+    with pytest.raises(UserError, match=r"No document is left to train on: .* 4 shorter than"):
+        prepare([corpus], tmp_path / "e", val_fraction=0.8, min_document_tokens=800)
+    assert not (tmp_path / "e").exists()
+
+
 def test_split_manifest(tmp_path):
     corpus = write_corpus(tmp_path / "c", [300, 300, 300])
     table = tmp_path / "splits.tsv"
@@ -223,7 +239,7 @@ def test_bad_text_leaves_nothing_behind(tmp_path):
         with pytest.raises(UserError, match=r"doc999\.txt is not UTF-8"):
             prepare([corpus], tmp_path / "d", num_workers=workers)
         assert not (tmp_path / "d").exists()
-    with pytest.raises(UserError, match="No document was left: 0 empty, 2 shorter than"):
+    with pytest.raises(UserError, match="No document is left at all: 0 were empty, 2 shorter than"):
         prepare([corpus], tmp_path / "d", pattern="doc00*", min_document_tokens=5000)
     assert not (tmp_path / "d").exists()
 

@@ -222,12 +222,14 @@ def _finish(
     folder: Path, journal, splits, run: PreparePass, tokenizer: Tokenizer, log: Log
 ) -> None:
     skipped = run.skipped()
-    if not sum(entry["documents"] for entry in splits.values()):
-        raise UserError(
-            f"No document was left: {skipped['empty']} empty, {skipped['short']} shorter than "
-            f"min_document_tokens={run.settings.min_document_tokens}."
-        )
     kept = {split: entry for split, entry in splits.items() if entry["documents"]}
+    if empty := run.missing(kept):
+        minimum = run.settings.min_document_tokens
+        raise UserError(
+            f"No document is left {empty}: {skipped['empty']} were empty, {skipped['short']} "
+            f"shorter than min_document_tokens={minimum}; prepare longer texts or more of them, or "
+            "lower that minimum."
+        )
     manifest = {
         "format": "tttjax tokens",
         "version": shards.FORMAT_VERSION,

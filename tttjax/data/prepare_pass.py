@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -108,8 +108,9 @@ class PreparePass:
         self.settings, self.source, self.folder = settings, source, folder
         self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
         self.journal, self.log = journal, log
+        self._tail_of: str = journal.get("tail_of", "")  # the document whose end is held out
         self._tail_at: int = journal.get("tail_at", 0)
-        self._position = 0  # in the only document, if its end is held out
+        self._position = 0  # in that document
         self.writers: dict[str, SplitWriter] = {}
         for split, state in journal.get("writers", {}).items():
             self.writers[split] = self._writer(split, state)
@@ -135,8 +136,10 @@ class PreparePass:
         try:
             with contextlib.closing(self._encoded(done)) as encoded:
                 for number, (task, pieces) in enumerate(encoded, start=done + 1):
-                    for piece in self._divide(pieces) if self._tail_at else pieces:
-                        self._writer_of(piece).append(piece)
+                    for piece in pieces:
+                        parts = self._divide(piece) if piece.document == self._tail_of else [piece]
+                        for part in parts:
+                            self._writer_of(part).append(part)
                     progress.add(task, pieces)
                     between = not pieces or pieces[-1].ends
                     if between and time.monotonic() - last_record >= JOURNAL_SECONDS:
@@ -165,6 +168,19 @@ class PreparePass:
         state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
         write_json(self.folder / JOURNAL, state)
 
+    def missing(self, kept: Collection[str]) -> str:
+        """What, of that which was to have documents, has none; empty if there is nothing."""
+        if not kept:
+            return "at all"
+        if self._chooses_splits():
+            return "to train on" * (TRAIN not in kept) or "to hold out" * (VAL not in kept)
+        return ""
+
+    def _chooses_splits(self) -> bool:
+        """Whether it is up to this program, not a table, that something is held out."""
+        by_hash = self.rule.listed is None and not self.source.zarr_root
+        return by_hash and self.settings.val_fraction > 0
+
     def mend(self, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """What a second pass must do so that there is something to train on and to hold out.
 
@@ -172,38 +188,37 @@ class PreparePass:
         split; of a single document the end is held out.
         """
         counts = {split: splits.get(split, {}).get("documents", 0) for split in (TRAIN, VAL)}
-        by_hash = self.rule.listed is None and not self.source.zarr_root
-        if not by_hash or not self.settings.val_fraction or all(counts.values()):
+        if not self._chooses_splits() or all(counts.values()):
             return {}
         full = TRAIN if counts[TRAIN] else VAL
         if not counts[full] or "mended" in self.journal:
             return {}
-        if counts[full] == 1:
-            content = splits[full]["tokens"] - self.settings.add_bos - self.settings.add_eos
-            return {"mended": True, "tail_at": int(content * (1 - self.settings.val_fraction))}
         dtype = shards.token_dtype(self.tokenizer.vocab_size)
         names = shards.TokenSplit(self.folder, full, splits[full], dtype).document_names()
+        if counts[full] == 1:
+            content = splits[full]["tokens"] - self.settings.add_bos - self.settings.add_eos
+            tail_at = int(content * (1 - self.settings.val_fraction))
+            return {"mended": True, "tail_of": next(names), "tail_at": tail_at}
         nearest = (min if full == TRAIN else max)(names, key=self.rule.position)
         return {"mended": True, "forced": {nearest: VAL if full == TRAIN else TRAIN}}
 
-    def _divide(self, pieces: list[EncodedPiece]) -> Iterator[EncodedPiece]:
-        """Pieces of the only document: up to token `tail_at` for training, the rest held out."""
-        for piece in pieces:
-            cut = min(max(self._tail_at - self._position, 0), len(piece.tokens))
-            head_bytes = self._count_bytes(piece, cut)
-            if cut or piece.begins:
-                ends = self._position + cut >= self._tail_at or piece.ends
-                head = replace(piece, tokens=piece.tokens[:cut], num_bytes=head_bytes)
-                yield replace(head, ends=ends, split=TRAIN)
-            if cut < len(piece.tokens) or piece.ends:
-                tail = replace(piece, document=f"{piece.document}#tail", split=VAL)
-                yield replace(
-                    tail,
-                    tokens=piece.tokens[cut:],
-                    num_bytes=piece.num_bytes - head_bytes,
-                    begins=self._position <= self._tail_at,
-                )
-            self._position += len(piece.tokens)
+    def _divide(self, piece: EncodedPiece) -> Iterator[EncodedPiece]:
+        """A piece of the only document: up to token `tail_at` for training, the rest held out."""
+        cut = min(max(self._tail_at - self._position, 0), len(piece.tokens))
+        head_bytes = self._count_bytes(piece, cut)
+        if cut or piece.begins:
+            ends = self._position + cut >= self._tail_at or piece.ends
+            head = replace(piece, tokens=piece.tokens[:cut], num_bytes=head_bytes)
+            yield replace(head, ends=ends, split=TRAIN)
+        if cut < len(piece.tokens) or piece.ends:
+            tail = replace(piece, document=f"{piece.document}#tail", split=VAL)
+            yield replace(
+                tail,
+                tokens=piece.tokens[cut:],
+                num_bytes=piece.num_bytes - head_bytes,
+                begins=self._position <= self._tail_at,
+            )
+        self._position += len(piece.tokens)
 
     def _count_bytes(self, piece: EncodedPiece, cut: int) -> int:
         if self.tokenizer.lossless:

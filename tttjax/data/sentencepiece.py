@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -104,11 +105,20 @@ def train_sentencepiece(
         )
     except (RuntimeError, StopIteration) as error:
         raise UserError(
-            f"Cannot train a SentencePiece vocabulary of {vocab_size} on this text ({error}); use "
-            "a smaller --vocab-size (at least 300, for the byte pieces and some letters) or more "
-            "text."
+            f"Cannot train a SentencePiece vocabulary of {vocab_size} on this text: "
+            f"{_advice(str(error))}, or --tokenizer=bytes, which needs no training."
         ) from error
     return model.getvalue()
+
+
+def _advice(error: str) -> str:
+    """What the trainer's error means for somebody who does not know its source."""
+    if too_many := re.search(r"value <= (\d+)", error):
+        return f"it has enough for {too_many[1]} pieces; use a smaller --vocab-size, more text"
+    if too_few := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"its characters alone need {too_few[1]} pieces; use a larger --vocab-size"
+    why = "it is empty" if "sentences_.empty" in error or not error else error
+    return f"{why}; use another --vocab-size, more text"
 
 
 def _sentences(texts: Iterable[str], characters: int = 2000) -> Iterable[str]:
