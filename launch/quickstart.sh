@@ -9,8 +9,11 @@
 # that neither has seen, at 1, 2, 4 and 8 windows of context. About ten minutes on two CPU cores
 # after the installation. Stopped half-way, the same command goes on from there.
 #
-#   --out DIR     where everything goes (default: quickstart)
-#   --steps N     outer steps of each model (default: see experiments/quickstart.py)
+#   --out DIR         where everything goes (default: quickstart)
+#   --steps N         outer steps of each model, more than the 60 in which the learning rate rises
+#                     (default: see experiments/quickstart.py)
+#   --tokenizer KIND  sentencepiece, learned from the text, or bytes (default: bytes for texts of
+#                     less than 200,000 bytes, which are too small to learn 1024 pieces from)
 #
 # PYTHON and VENV: see launch/_venv.sh.
 set -euo pipefail
@@ -18,6 +21,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 TEXT=stdlib
 OUT=quickstart
+TOKENIZER=
+SMALL=200000
 OVERRIDES=()
 
 _usage() {
@@ -27,11 +32,12 @@ _usage() {
 while (($#)); do
     case "$1" in
         -h | --help) _usage && exit 0 ;;
-        --text | --out | --steps)
+        --text | --out | --steps | --tokenizer)
             [[ $# -ge 2 && -n "$2" ]] || _fail "$1 needs a value; see bash $0 --help."
             case "$1" in
                 --text) TEXT="$2" ;;
                 --out) OUT="$2" ;;
+                --tokenizer) TOKENIZER="$2" ;;
                 --steps) OVERRIDES+=("--config.train.steps=$2") ;;
             esac
             shift 2
@@ -39,6 +45,7 @@ while (($#)); do
         --text=*) set -- --text "${1#*=}" "${@:2}" ;;
         --out=*) set -- --out "${1#*=}" "${@:2}" ;;
         --steps=*) set -- --steps "${1#*=}" "${@:2}" ;;
+        --tokenizer=*) set -- --tokenizer "${1#*=}" "${@:2}" ;;
         *) _fail "unknown option $1; see bash $0 --help." ;;
     esac
 done
@@ -51,16 +58,31 @@ _say() {
     printf '\n== %s\n' "$1"
 }
 
-# Long documents only, of the default text: what happened many windows ago has to be in them.
-FILTER=()
-[[ "$TEXT" == stdlib ]] && FILTER=(--min-document-tokens=513 --val-fraction=0.1)
+# Whether all files of $TEXT together have fewer than $SMALL bytes; reads no more than those.
+_is_small() {
+    local bytes
+    bytes="$({ find -L "$TEXT" -type f -exec cat {} + || true; } 2>/dev/null | head -c "$SMALL" | wc -c)"
+    ((bytes < SMALL))
+}
+
+if [[ -z "$TOKENIZER" ]]; then
+    TOKENIZER=sentencepiece
+    if [[ -e "$TEXT" ]] && _is_small; then
+        TOKENIZER=bytes
+    fi
+fi
+VOCABULARY=()
+[[ "$TOKENIZER" == sentencepiece ]] && VOCABULARY=(--vocab-size=1024)
 
 _say "1/4 preparing $TEXT"
-tttjax prepare "$TEXT" --out="$OUT/data" --tokenizer=sentencepiece --vocab-size=1024 "${FILTER[@]}"
+# Both splits get only documents that fill a sequence of 512 tokens and its last target: what
+# happened many windows ago has to be in them.
+tttjax prepare "$TEXT" --out="$OUT/data" --tokenizer="$TOKENIZER" \
+    ${VOCABULARY[@]+"${VOCABULARY[@]}"} --min-document-tokens=513 --val-fraction=0.1
 
 _train() {
     tttjax train --config="$REPOSITORY/experiments/quickstart.py:$1" --workdir="$OUT/$1" \
-        --config.data.sources="$OUT/data" "${OVERRIDES[@]}"
+        --config.data.sources="$OUT/data" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 }
 _say "2/4 training TTT-E2E: the outer gradient goes through every step of learning while reading"
 _train ttt_e2e

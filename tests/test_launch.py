@@ -1,6 +1,7 @@
 """The shell scripts of launch/, run against stand-ins for the programs of a cluster."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,105 @@ def test_a_folder_with_other_files_is_left_alone(shell, tmp_path):
     assert result.returncode == 2
     assert "holds other files" in result.stderr
     assert (tmp_path / "precious").read_text() == "keep"
+
+
+@pytest.fixture
+def quickstart(shell, tmp_path):
+    """Runs quickstart.sh in an environment that is ready, with a `tttjax` that tells its words."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    program = tmp_path / "venv" / "bin" / "tttjax"
+    program.write_text(f"#!/usr/bin/env bash\n{SHOW}\n[[ $1 != $FAILING ]]\n")
+    # It is asked whether everything is installed: yes.
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text("#!/usr/bin/env bash\nexit 0\n")
+    for path in (program, python):
+        path.chmod(0o755)
+
+    def run(*arguments: str, failing: str = "nothing"):
+        venv = str(tmp_path / "venv")
+        return shell(str(LAUNCH / "quickstart.sh"), *arguments, VENV=venv, FAILING=failing)
+
+    return run
+
+
+def called(result):
+    """The words of every call of tttjax."""
+    lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
+    return [line[1:-1].split("][") for line in lines]
+
+
+LEARNED = ["--tokenizer=sentencepiece", "--vocab-size=1024"]
+BYTES = ["--tokenizer=bytes"]
+LONG = ["--min-document-tokens=513", "--val-fraction=0.1"]
+
+
+def test_quickstart_prepares_trains_both_and_compares(quickstart):
+    result = quickstart()
+    assert result.returncode == 0, result.stderr
+    experiment = f"--config={ROOT}/experiments/quickstart.py"
+    data = "--config.data.sources=quickstart/data"
+    assert called(result) == [
+        ["prepare", "stdlib", "--out=quickstart/data", *LEARNED, *LONG],
+        ["train", f"{experiment}:ttt_e2e", "--workdir=quickstart/ttt_e2e", data],
+        ["train", f"{experiment}:window", "--workdir=quickstart/window", data],
+        ["evaluate", "quickstart/ttt_e2e", "quickstart/window", "--out=quickstart/results"],
+    ]
+    assert "The plot: quickstart/results/loss_by_position.png" in result.stdout
+
+
+def test_quickstart_passes_its_options_on(quickstart, tmp_path):
+    (tmp_path / "my text").mkdir()
+    (tmp_path / "my text" / "a.txt").write_text("x" * 120_000)
+    (tmp_path / "my text" / "b.txt").write_text("x" * 120_000)
+    words = ["--text", f"{tmp_path}/my text", f"--out={tmp_path}/o p", "--steps", "3"]
+    result = quickstart(*words)
+    prepare, *trains, evaluate = called(result)
+    assert prepare == ["prepare", words[1], f"--out={tmp_path}/o p/data", *LEARNED, *LONG]
+    assert [words[-1] for words in trains] == ["--config.train.steps=3"] * 2
+    assert evaluate[-1] == f"--out={tmp_path}/o p/results"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--tokenizer=bytes"], ["--tokenizer", "sentencepiece"]])
+def test_quickstart_learns_no_vocabulary_from_a_small_text(quickstart, tmp_path, arguments):
+    (tmp_path / "small.txt").write_text("x" * 199_999)
+    prepare = called(quickstart("--text", str(tmp_path / "small.txt"), *arguments))[0]
+    assert prepare[3:] == [*(LEARNED if "sentencepiece" in arguments else BYTES), *LONG]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--text", "/nowhere"], "--text /nowhere: there is no such file or folder"),
+        (["--text"], "--text needs a value; see bash .*quickstart.sh --help"),
+        (["--steps="], "--steps needs a value"),
+        (["--txet=a"], "unknown option --txet=a; see bash .*quickstart.sh --help"),
+    ],
+)
+def test_quickstart_refuses_what_it_does_not_know(quickstart, arguments, sentence):
+    result = quickstart(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(f"error: .*{sentence}.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(("failing", "calls"), [("prepare", 1), ("train", 2), ("evaluate", 4)])
+def test_quickstart_stops_where_something_fails(quickstart, failing, calls):
+    result = quickstart(failing=failing)
+    assert result.returncode == 1
+    assert len(called(result)) == calls
+    assert "Done in" not in result.stdout
+
+
+def test_quickstart_explains_itself(quickstart):
+    result = quickstart("--help")
+    assert result.returncode == 0
+    for option in ("--text PATH", "--out DIR", "--steps N", "--tokenizer KIND"):
+        assert f" {option} " in result.stdout
+    assert "#" not in result.stdout
+    assert "set -euo" not in result.stdout
+
+
+def test_quickstart_has_no_unguarded_list():
+    """Under `set -u`, bash 3.2 of macOS takes "${LIST[@]}" of an empty list for unset."""
+    script = (LAUNCH / "quickstart.sh").read_text()
+    assert "[@]+" in script
+    assert not re.search(r'(?<!\+)"\$\{\w+\[@\]\}"', script)
