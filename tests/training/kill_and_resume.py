@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -41,8 +42,8 @@ def start(workdir: Path, data: Path, options: argparse.Namespace) -> subprocess.
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    log = workdir.with_suffix(".log").open("a")
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    with workdir.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def finish(workdir: Path, process: subprocess.Popen) -> None:
@@ -98,14 +99,14 @@ def same_state(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--checkpoint-every", type=int, default=25)
     parser.add_argument("--arg", default="static", choices=("static", "ttt_e2e"))
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         library = Path(os.__file__).parent
