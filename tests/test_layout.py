@@ -16,7 +16,7 @@ LAYERS = (
     {"inner_loop"},
     {"models"},
     {"meta"},
-    {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop"},
+    {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
     {"metrics", "run_control"},
     {"train_step"},
     {"prepare", "train", "evaluate", "verify", "bench"},

@@ -20,6 +20,7 @@ import numpy as np
 
 from tttjax.config import Config, check_mesh, load_config, parameter_count
 from tttjax.errors import UserError
+from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
 from tttjax.train_step import Trainer, TrainState, make_trainer
 from tttjax.types import Batch
@@ -62,13 +63,17 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
     """
     if rounds < 1:
         raise UserError(f"rounds={rounds} must be at least 1.")
-    entries = [_prepare(name, config) for name, config in configs]
+    entries = []
+    for name, config in configs:
+        with as_configured(config):
+            entries.append(_prepare(name, config))
     seconds: list[list[float]] = [[] for _ in entries]
     for _ in range(rounds + 1):  # the first round warms caches and is left out
         for entry, times in zip(entries, seconds, strict=True):
-            start = time.perf_counter()
-            entry.state, metrics = entry.trainer.step(entry.state, entry.batch)
-            jax.block_until_ready((entry.state, metrics))
+            with as_configured(entry.config):
+                start = time.perf_counter()
+                entry.state, metrics = entry.trainer.step(entry.state, entry.batch)
+                jax.block_until_ready((entry.state, metrics))
             times.append(time.perf_counter() - start)
     medians = [statistics.median(times[1:]) for times in seconds]
     return [
