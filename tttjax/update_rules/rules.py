@@ -92,7 +92,8 @@ def make_rule(
     adam            Adam with `b1`, `b2`, `eps`; eps^2 is also added under the root, whose slope is
                     infinite at 0. g clipped first.
     muon            momentum, then every matrix replaced by its nearest orthogonal one (five
-                    Newton-Schulz steps, optax.contrib); arrays that are no matrices follow Adam.
+                    Newton-Schulz steps, optax.contrib); arrays that are no matrices follow Adam
+                    with Nesterov momentum.
     """
     clipping = [clip_by_global_norm(clip)] if clip else []
     descend = optax.scale(-1.0)
