@@ -12,8 +12,8 @@ For training them: one sequence per step, 7 million parameters want about 70,000
 
 from ml_collections import ConfigDict
 
-from experiments.sizes import choose
-from tttjax.config import default_config, from_config_dict, match_parameters, parameter_count
+from experiments.sizes import choose, make_control
+from tttjax.config import default_config
 
 SYSTEMS = ("ttt_e2e", "window", "full")
 
@@ -23,9 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     system = choose(arg or "ttt_e2e", SYSTEMS, "The system")
     config = _ttt_e2e()
     if system != "ttt_e2e":
-        size = parameter_count(from_config_dict(config).model)["total"]
-        config.model.update(mixers=(system,), suffix_layers=0, fast_mlp=False)
-        config.model.mlp_dim = match_parameters(from_config_dict(config).model, size)
+        make_control(config, (system,))
     return config
 
 

@@ -18,8 +18,8 @@ beyond the window in nats per token: ttt_e2e 2.60 with learning on, 3.26 with le
 
 from ml_collections import ConfigDict
 
-from experiments.sizes import choose
-from tttjax.config import default_config, from_config_dict, match_parameters, parameter_count
+from experiments.sizes import choose, make_control
+from tttjax.config import default_config
 
 SYSTEMS = ("ttt_e2e", "window")
 
@@ -28,9 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration of one of SYSTEMS; default ttt_e2e."""
     config = _ttt_e2e()
     if choose(arg or "ttt_e2e", SYSTEMS, "The system") == "window":
-        size = parameter_count(from_config_dict(config).model)["total"]
-        config.model.update(suffix_layers=0, fast_mlp=False)
-        config.model.mlp_dim = match_parameters(from_config_dict(config).model, size)
+        make_control(config, ("window",))
     return config
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from tttjax.config import default_config
+from tttjax.config import default_config, from_config_dict, match_parameters, parameter_count
 from tttjax.config.values import nearest
 from tttjax.errors import UserError
 
@@ -147,3 +147,10 @@ def _finish(config: ConfigDict) -> None:
     config.eval.context_lengths = tuple(
         length for length in CONTEXTS.values() if length <= config.train.seq_len
     )
+
+
+def make_control(config: ConfigDict, mixers: tuple[str, ...]) -> None:
+    """Turns a TTT-E2E configuration into its control: `mixers`, nothing fast, the same size."""
+    size = parameter_count(from_config_dict(config).model)["total"]
+    config.model.update(mixers=mixers, suffix_layers=0, fast_mlp=False)
+    config.model.mlp_dim = match_parameters(from_config_dict(config).model, size)
