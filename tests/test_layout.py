@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tttjax.config import schema
+from tttjax.update_rules import rules
+
 ROOT = Path(__file__).parents[1] / "tttjax"
 
 # From the bottom up; a module imports from its own layer and those below.
@@ -85,3 +88,8 @@ def test_the_core_does_not_print(path):
 def test_only_commands_parse_flags(path):
     parsers = {"argparse", "absl.flags", "sys.argv"}
     assert not parsers & imports(path) or module_of(path) in COMMANDS
+
+
+def test_the_configuration_offers_the_rules_that_there_are():
+    """It lists them again, because reading a configuration must not import JAX."""
+    assert schema.RULES == rules.RULES

@@ -139,10 +139,6 @@ class Checkpointer:
                 "space and start again with the same command, which continues from there"
             ) from error
 
-    def latest_step(self) -> int | None:
-        """The newest completed checkpoint's step, or None."""
-        return self._manager.latest_step()
-
     def restore(self, abstract_state: PyTree) -> Restored | None:
         """Reads the newest undamaged checkpoint, or returns None if there is none at all.
 

@@ -155,11 +155,6 @@ class PreparedData:
         dtype = np.dtype(self.manifest["dtype"])
         return TokenSplit(self.folder, name, entry, dtype)
 
-    def bytes_per_token(self, split: str) -> float:
-        """Mean UTF-8 bytes of a token, for tokenizers without exact `token_bytes`."""
-        entry = self.splits[split]
-        return entry["bytes"] / max(entry["tokens"], 1)
-
 
 def open_prepared(
     path: str | os.PathLike, *, verify: bool | None = None, fingerprint: str | None = None
