@@ -1,9 +1,12 @@
 """Checkpoints: exact round trips, damage, differences, full disks."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tttjax import checkpoint, checkpoint_io
@@ -308,3 +312,21 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
     assert "step 1 is intact" in done.stdout
     assert "latest 1" in done.stdout
     assert not list(folder.glob("*tmp*"))
+
+
+def test_writes_that_go_on_after_a_failure_leave_nothing(tmp_path):
+    """As when one write of a save fails while its others are still running."""
+    half_written = tmp_path / f"2{checkpoint_io.TMP_MARK}"
+    stop = time.monotonic() + 0.3
+
+    def write_on():
+        while time.monotonic() < stop:
+            half_written.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):
+                (half_written / "array").write_text("x")
+
+    (tmp_path / "1").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write_on)
+        checkpoint_io.remove_unfinished(epath.Path(tmp_path), quiet_s=0.2)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -186,12 +187,22 @@ def unfinished_steps(folder: epath.Path) -> list[int]:
     return sorted({int(n.split(TMP_MARK)[0]) for n in names if n.split(TMP_MARK)[0].isdigit()})
 
 
-def remove_unfinished(folder: epath.Path) -> None:
-    """Deletes checkpoints that were being written; the completed ones are not touched."""
-    if jax.process_index() == 0:
+def remove_unfinished(folder: epath.Path, quiet_s: float = 0.5, patience_s: float = 10.0) -> None:
+    """Deletes checkpoints that were being written; the completed ones are not touched.
+
+    One failed write ends a save, but its other writes go on in Orbax's threads and can bring a
+    directory back: deletes until nothing has appeared for `quiet_s` seconds, or `patience_s` are
+    over.
+    """
+    if jax.process_index() != 0:
+        return
+    start = last_seen = time.monotonic()
+    while (now := time.monotonic()) - last_seen < quiet_s and now - start < patience_s:
         for path in folder.iterdir():
             if TMP_MARK in path.name:
                 shutil.rmtree(path, ignore_errors=True)
+                last_seen = now
+        time.sleep(quiet_s / 10)
 
 
 def _files_below(path: epath.Path) -> Iterator[epath.Path]:
