@@ -26,6 +26,10 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "head_dim": (),
+    "kv_groups": (),
+    "state": (),
+    "taps": (),
+    "chunk": (),
     "layers": (),
 }
 

@@ -8,6 +8,11 @@ Array names carry their shape as a suffix of these letters (`x_BTD` is batch x t
     C  tokens of one chunk (b)     H  attention heads
     L  layers of a stack           K  entries of one head
     F  hidden entries of an MLP    V  vocabulary
+
+and in the recurrent mixers
+
+    J  taps of a convolution       N  entries of Mamba-2's state
+    G  groups of Mamba-2's heads   P  entries of one of its heads
 """
 
 from typing import Any

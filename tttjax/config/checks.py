@@ -55,17 +55,32 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
             f"mesh.data x mesh.fsdp = {shards} must be a multiple of the {num_processes} "
             "processes, so that each loads its own part of the batch."
         )
-    for axis, ways, names in (
-        ("tensor", mesh.tensor, ("num_heads", "mlp_dim", "vocab_size")),
-        ("fsdp", mesh.fsdp, ("embed_dim",)),
-    ):
-        for name in names:
-            size = getattr(model, name)
-            if size % ways:
-                raise UserError(
-                    f"model.{name} = {size} cannot be divided among mesh.{axis} = {ways}."
-                )
+    for size, what in _divided_by_tensor(model):
+        if size % mesh.tensor:
+            raise UserError(f"{what} = {size} cannot be divided among mesh.tensor = {mesh.tensor}.")
+    if model.embed_dim % mesh.fsdp:
+        raise UserError(
+            f"model.embed_dim = {model.embed_dim} cannot be divided among mesh.fsdp = {mesh.fsdp}."
+        )
     return dataclasses.replace(mesh, data=data)
+
+
+def _divided_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:
+    """What the mesh axis `tensor` divides: sizes and their names."""
+    kinds = model.mixer_kinds
+    found = [(model.mlp_dim, "model.mlp_dim"), (model.vocab_size, "model.vocab_size")]
+    if kinds & {"full", "window", "local"}:
+        found.append((model.num_heads, "model.num_heads"))
+    if "mamba2" in kinds:
+        found.append((model.mamba_heads, "The number of mamba2's heads"))
+    if "gated_deltanet" in kinds:
+        names = ("model.delta_heads (or num_heads)", "model.delta_value_heads (or delta_heads)")
+        found += zip(model.delta_sizes, names, strict=False)
+    if kinds & {"ttt_linear", "ttt_mlp"}:
+        found.append((model.ttt_num_heads, "model.ttt_heads (or num_heads)"))
+    if model.fast_mlp_heads:
+        found.append((model.fast_mlp_heads, "model.fast_mlp_heads"))
+    return found
 
 
 def _check_shapes(model: ModelConfig) -> None:
@@ -81,18 +96,72 @@ def _check_shapes(model: ModelConfig) -> None:
             f"model.suffix_layers = {model.suffix_layers} is more than model.num_layers = "
             f"{model.num_layers}; the suffix is the last blocks of the model."
         )
-    if set(model.mixers) == {"none"}:
+    for check in (_check_attention, _check_mamba, _check_delta, _check_ttt):
+        check(model)
+
+
+def _check_attention(model: ModelConfig) -> None:
+    if not model.mixer_kinds & {"full", "window", "local"}:
         return
     if model.head_dim == 0 and model.embed_dim % model.num_heads:
         raise UserError(
             f"model.embed_dim = {model.embed_dim} is not a multiple of model.num_heads = "
             f"{model.num_heads}; change one, or set model.head_dim."
         )
-    head_dim = model.head_dim or model.embed_dim // model.num_heads
-    if head_dim % 2:
+    if model.head_size % 2:
         raise UserError(
-            f"A head has {head_dim} entries (model.head_dim, or embed_dim / num_heads = "
+            f"A head has {model.head_size} entries (model.head_dim, or embed_dim / num_heads = "
             f"{model.embed_dim} / {model.num_heads}); rotary positions need an even number."
+        )
+
+
+def _check_mamba(model: ModelConfig) -> None:
+    if "mamba2" not in model.mixer_kinds:
+        return
+    width = model.mamba_expand * model.embed_dim
+    if width % model.mamba_head_dim:
+        raise UserError(
+            f"model.mamba_expand x model.embed_dim = {model.mamba_expand} x {model.embed_dim} = "
+            f"{width} is not a multiple of model.mamba_head_dim = {model.mamba_head_dim}."
+        )
+    if model.mamba_heads % model.mamba_groups:
+        raise UserError(
+            f"mamba2 has {model.mamba_heads} heads (mamba_expand x embed_dim / mamba_head_dim), "
+            f"not a multiple of model.mamba_groups = {model.mamba_groups}."
+        )
+    limits = model.mamba_dt_limits
+    if limits and (len(limits) != 2 or limits[0] > limits[1]):
+        raise UserError(
+            f"model.mamba_dt_limits = {limits} must be the least and the largest time step, such "
+            "as (0.001, 0.1), or empty."
+        )
+
+
+def _check_delta(model: ModelConfig) -> None:
+    if "gated_deltanet" not in model.mixer_kinds:
+        return
+    key_heads, value_heads, key_dim, _ = model.delta_sizes
+    if value_heads % key_heads:
+        raise UserError(
+            f"model.delta_value_heads = {value_heads} is not a multiple of the {key_heads} key "
+            "heads (model.delta_heads, or num_heads); each key head serves as many value heads."
+        )
+    if key_dim == 0:
+        raise UserError(
+            f"model.embed_dim / model.num_heads = {model.embed_dim} / {model.num_heads} leaves a "
+            "key of gated_deltanet no entry; set model.delta_key_dim."
+        )
+
+
+def _check_ttt(model: ModelConfig) -> None:
+    if not model.mixer_kinds & {"ttt_linear", "ttt_mlp"}:
+        return
+    heads = model.ttt_num_heads
+    if model.embed_dim % heads or model.embed_dim // heads % 2:
+        raise UserError(
+            f"A TTT layer of {heads} heads (model.ttt_heads, or num_heads) divides "
+            f"model.embed_dim = {model.embed_dim} into {model.embed_dim / heads:g} entries each; "
+            "rotary positions need an even whole number."
         )
 
 
@@ -101,6 +170,17 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
         raise UserError(
             "model.fast_mlp = True needs model.suffix_layers of at least 1: the fast MLPs are in "
             "the suffix."
+        )
+    if model.fast_mlp and not (model.mlp_dim or model.fast_mlp_heads):
+        raise UserError("model.fast_mlp = True needs model.mlp_dim, the fast MLPs' width, above 0.")
+    if model.fast_mlp_heads and model.embed_dim % model.fast_mlp_heads:
+        raise UserError(
+            f"model.embed_dim = {model.embed_dim} is not a multiple of model.fast_mlp_heads = "
+            f"{model.fast_mlp_heads}."
+        )
+    if model.fast_mlp_heads and not model.fast_mlp:
+        raise UserError(
+            f"model.fast_mlp_heads = {model.fast_mlp_heads} is only for model.fast_mlp = True."
         )
     if inner.meta_gradient == "truncated" and inner.truncate_chunks == 0:
         raise UserError(
@@ -111,7 +191,7 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
             f"inner.truncate_chunks = {inner.truncate_chunks} is only for inner.meta_gradient = "
             f'"truncated", not "{inner.meta_gradient}"; set it to 0.'
         )
-    too_narrow = "window" in model.mixers and model.window_size < inner.chunk_size
+    too_narrow = "window" in model.mixer_kinds and model.window_size < inner.chunk_size
     if has_fast_weights(model, inner) and too_narrow:
         raise UserError(
             f"model.window_size = {model.window_size} is smaller than inner.chunk_size = "

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import get_args, get_origin
 
-from tttjax.config.schema import SECTIONS, FieldInfo, field_info
+from tttjax.config.fields import FieldInfo, field_info
+from tttjax.config.schema import SECTIONS
 
 _HEAD = """\
 # Configuration
 
-<!-- Generated from tttjax/config/schema.py by `python -m tttjax.config.reference \
+<!-- Generated from tttjax/config by `python -m tttjax.config.reference \
 docs/configuration.md`; do not edit. -->
 
 A run is described by a Python file with a function `get_config(arg)` that starts from
@@ -89,7 +90,8 @@ def _row(field: dataclasses.Field) -> str:
 def _limits(info: FieldInfo) -> list[str]:
     limits = []
     if info.choices:
-        limits.append(f"One of {', '.join(f'`{choice}`' for choice in info.choices)}.")
+        several = ", or several joined by `+`" if info.joined else ""
+        limits.append(f"One of {', '.join(f'`{choice}`' for choice in info.choices)}{several}.")
     if info.minimum is not None:
         limits.append(f"At least {info.minimum}.")
     if info.above is not None:

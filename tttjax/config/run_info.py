@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
-from tttjax.config.schema import Config, all_fields, field_info
+from tttjax.config.fields import field_info
+from tttjax.config.schema import Config, all_fields
 from tttjax.errors import UserError
 
 CONFIG = "config.json"

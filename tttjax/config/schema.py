@@ -1,130 +1,51 @@
 """The configuration as frozen dataclasses: every field, its default, its meaning, its limits.
 
-This file is the only place where a field is declared. The checks of single values, the command
-line's parsing, the comparison of a resumed run with its work directory and docs/configuration.md
-are all derived from it. Relations between fields are in `checks`.
+A field is declared in one place, here or (the network's) in `model`. The checks of single values,
+the command line's parsing, the comparison of a resumed run with its work directory and
+docs/configuration.md are all derived from it. Relations between fields are in `checks`.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-MIXERS = ("full", "window", "local", "none")
+from tttjax.config.fields import declare
+from tttjax.config.model import ModelConfig
+
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
-
-
-@dataclass(frozen=True)
-class FieldInfo:
-    """What is known of a field beside its name, type and default.
-
-    doc: its meaning. choices: the allowed strings (of each entry, for a tuple). minimum, above,
-    below: numeric limits (inclusive, exclusive, exclusive) of the value or of each entry.
-    may_change: whether a resumed run may use another value than the work directory's first run.
-    """
-
-    doc: str
-    choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    above: float | None = None
-    below: float | None = None
-    may_change: bool = False
-
-
-def _field(default: Any, doc: str, **limits: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"info": FieldInfo(doc, **limits)})
-
-
-def field_info(field: dataclasses.Field) -> FieldInfo:
-    """The FieldInfo of a field of one of the sections below."""
-    return field.metadata["info"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network. The two papers' sizes are in `experiments/sizes.py`."""
-
-    vocab_size: int = _field(
-        32000, "Entries of the vocabulary; at least that of the tokenizer.", minimum=1
-    )
-    embed_dim: int = _field(256, "Width of the residual stream (D).", minimum=1)
-    num_layers: int = _field(8, "Blocks, those of the suffix included (L).", minimum=1)
-    num_heads: int = _field(4, "Attention heads (H).", minimum=1)
-    head_dim: int = _field(0, "Entries of one head (K), even; 0: embed_dim / num_heads.", minimum=0)
-    mlp_dim: int = _field(
-        512, "Hidden entries of each SwiGLU MLP (F), static and fast alike.", minimum=1
-    )
-    mixers: tuple[str, ...] = _field(
-        ("window",),
-        "What mixes tokens in a block, as a pattern repeated over the layers. full: all earlier "
-        "tokens. window: the last window_size tokens. local: causal inside blocks of "
-        "inner.chunk_size tokens (the official code's full attention in meta mode; for "
-        "verification). none: the block has no attention.",
-        choices=MIXERS,
-    )
-    window_size: int = _field(
-        512, "Keys a query sees in window attention, its own included (k).", minimum=1
-    )
-    suffix_layers: int = _field(
-        0, "Last blocks, run chunk by chunk, that may hold fast weights.", minimum=0
-    )
-    fast_mlp: bool = _field(
-        False, "Whether suffix blocks have the extra fast MLP before the static one."
-    )
-    tie_embeddings: bool = _field(True, "Whether logits use the embedding table.")
-    rope_theta: float = _field(500000.0, "Base of the rotary position embedding.", above=0)
-    norm_eps: float = _field(1e-6, "Epsilon of every RMSNorm, inside the root.", above=0)
-    init_std: float = _field(0.02, "Standard deviation of every initial matrix.", minimum=0)
-    qk_norm: bool = _field(True, "RMSNorm of queries and keys, before the rotary embedding.")
-    pre_norm: bool = _field(True, "RMSNorm before attention and MLPs.")
-    post_norm: bool = _field(True, "RMSNorm after attention and MLPs, before the residual sum.")
-    param_dtype: str = _field(
-        "float32", "Type of the parameters.", choices=("float32", "bfloat16", "float64")
-    )
-    compute_dtype: str = _field(
-        "float32",
-        "Type of activations and matrix products; losses, norms and softmax are float32 or wider.",
-        choices=("float32", "bfloat16", "float64"),
-    )
-    remat: str = _field(
-        "block",
-        "What the backward pass recomputes. block: each block's activations. none: nothing.",
-        choices=("none", "block"),
-        may_change=True,
-    )
 
 
 @dataclass(frozen=True)
 class InnerConfig:
     """The inner loop: one step on the fast weights per chunk of tokens."""
 
-    chunk_size: int = _field(
+    chunk_size: int = declare(
         128, "Tokens of one inner mini-batch (b); sequences are cut into these.", minimum=1
     )
-    rule: str = _field("sgd", "Update rule of the fast weights.", choices=RULES)
-    lr: float = _field(1.0, "Inner learning rate.", minimum=0)
-    clip: float = _field(
+    rule: str = declare("sgd", "Update rule of the fast weights.", choices=RULES)
+    lr: float = declare(1.0, "Inner learning rate.", minimum=0)
+    clip: float = declare(
         1.0,
         "Global norm, over all fast weights, to which gradients are clipped; 0: off. The length of "
         "every step of normalized_sgd (0: 1).",
         minimum=0,
     )
-    momentum: float = _field(0.9, "Decay of momentum and Muon.", minimum=0, below=1)
-    b1: float = _field(0.9, "First-moment decay of Adam.", minimum=0, below=1)
-    b2: float = _field(0.95, "Second-moment decay of Adam.", minimum=0, below=1)
-    eps: float = _field(1e-8, "Epsilon of Adam and Muon.", above=0)
-    lr_init: float = _field(
+    momentum: float = declare(0.9, "Decay of momentum and Muon.", minimum=0, below=1)
+    b1: float = declare(0.9, "First-moment decay of Adam.", minimum=0, below=1)
+    b2: float = declare(0.95, "Second-moment decay of Adam.", minimum=0, below=1)
+    eps: float = declare(1e-8, "Epsilon of Adam and Muon.", above=0)
+    lr_init: float = declare(
         1.0, "Inner learning rate at the start of the ramp over outer steps.", minimum=0
     )
-    lr_warmup_steps: int = _field(
+    lr_warmup_steps: int = declare(
         0, "Outer steps over which the inner learning rate ramps to lr; 0: always lr.", minimum=0
     )
-    fast_paths: tuple[str, ...] = _field(
+    fast_paths: tuple[str, ...] = declare(
         (),
         'Glob patterns over parameter paths that choose the fast weights, as "suffix/**/mlp/**"; '
         "empty: those declared fast (the fast MLPs). Patterns replace the declared ones.",
     )
-    meta_gradient: str = _field(
+    meta_gradient: str = declare(
         "exact",
         "How the outer gradient sees the updates. exact: through all of them. truncated: through "
         "those of the sequence's last truncate_chunks chunks, the others are constants. "
@@ -132,16 +53,16 @@ class InnerConfig:
         "none: trained without updates (TTT only at evaluation: dynamic evaluation).",
         choices=META_GRADIENTS,
     )
-    truncate_chunks: int = _field(
+    truncate_chunks: int = declare(
         0,
         'How many chunks "truncated" keeps exact (m), else 0. The very last update meets no loss, '
         "so 1 is the same as first_order.",
         minimum=0,
     )
-    remat: bool = _field(
+    remat: bool = declare(
         True, "Whether the backward pass recomputes each chunk's activations.", may_change=True
     )
-    fast_dtype: str = _field(
+    fast_dtype: str = declare(
         "float32", "Type of the fast weights while reading.", choices=("float32", "float64")
     )
 
@@ -150,24 +71,24 @@ class InnerConfig:
 class OptimConfig:
     """The outer optimizer: AdamW, linear warm-up, cosine decay."""
 
-    peak_lr: float = _field(3e-3, "Learning rate at the end of the warm-up.", minimum=0)
-    init_lr: float = _field(
+    peak_lr: float = declare(3e-3, "Learning rate at the end of the warm-up.", minimum=0)
+    init_lr: float = declare(
         -1.0,
         "Learning rate of the first step, where the warm-up starts; -1: one notch above zero, "
         "peak_lr / (warmup_steps + 1), so that the first step is not lost (as it is with 0).",
         minimum=-1,
     )
-    end_lr: float = _field(1e-5, "Learning rate at the end of the decay.", minimum=0)
-    warmup_steps: int = _field(0, "Steps of linear warm-up.", minimum=0)
-    decay_steps: int = _field(
+    end_lr: float = declare(1e-5, "Learning rate at the end of the decay.", minimum=0)
+    warmup_steps: int = declare(0, "Steps of linear warm-up.", minimum=0)
+    decay_steps: int = declare(
         0, "Step at which end_lr is reached, warm-up included; 0: train.steps.", minimum=0
     )
-    b1: float = _field(0.9, "First-moment decay.", minimum=0, below=1)
-    b2: float = _field(0.95, "Second-moment decay.", minimum=0, below=1)
-    eps: float = _field(1e-8, "Added to the root of the second moment.", above=0)
-    weight_decay: float = _field(0.1, "Decoupled weight decay.", minimum=0)
-    decay_embeddings: bool = _field(True, "Whether the embedding table is decayed too.")
-    clip: float = _field(
+    b1: float = declare(0.9, "First-moment decay.", minimum=0, below=1)
+    b2: float = declare(0.95, "Second-moment decay.", minimum=0, below=1)
+    eps: float = declare(1e-8, "Added to the root of the second moment.", above=0)
+    weight_decay: float = declare(0.1, "Decoupled weight decay.", minimum=0)
+    decay_embeddings: bool = declare(True, "Whether the embedding table is decayed too.")
+    clip: float = declare(
         1.0, "Global norm to which the outer gradient is clipped; 0: off.", minimum=0
     )
 
@@ -176,33 +97,33 @@ class OptimConfig:
 class TrainConfig:
     """The length of the run, its batches, and what it writes."""
 
-    steps: int = _field(1000, "Outer steps of the whole run.", minimum=1)
-    batch_size: int = _field(8, "Sequences per step, over all devices and processes.", minimum=1)
-    seq_len: int = _field(2048, "Tokens of a sequence (T), a multiple of chunk_size.", minimum=1)
-    accum_steps: int = _field(
+    steps: int = declare(1000, "Outer steps of the whole run.", minimum=1)
+    batch_size: int = declare(8, "Sequences per step, over all devices and processes.", minimum=1)
+    seq_len: int = declare(2048, "Tokens of a sequence (T), a multiple of chunk_size.", minimum=1)
+    accum_steps: int = declare(
         1, "Micro-batches a batch is cut into to save memory.", minimum=1, may_change=True
     )
-    seed: int = _field(0, "Seed of the initial parameters.", minimum=0)
-    log_every: int = _field(10, "Steps between progress lines.", minimum=1, may_change=True)
-    checkpoint_every: int = _field(
+    seed: int = declare(0, "Seed of the initial parameters.", minimum=0)
+    log_every: int = declare(10, "Steps between progress lines.", minimum=1, may_change=True)
+    checkpoint_every: int = declare(
         100, "Steps between checkpoints; the last step is always saved.", minimum=1, may_change=True
     )
-    keep_checkpoints: int = _field(2, "Newest checkpoints kept.", minimum=1, may_change=True)
-    init_from: str = _field(
+    keep_checkpoints: int = declare(2, "Newest checkpoints kept.", minimum=1, may_change=True)
+    init_from: str = declare(
         "",
         "Work directory or checkpoint whose weights the run starts from, as the extension stage "
         "does; empty: random.",
     )
-    nonfinite_limit: int = _field(
+    nonfinite_limit: int = declare(
         10,
         "Steps in a row skipped for a loss or gradient that is not finite before training stops.",
         minimum=1,
         may_change=True,
     )
-    profile_steps: tuple[int, ...] = _field(
+    profile_steps: tuple[int, ...] = declare(
         (), "First and last step of a profiler trace; empty: none.", minimum=1, may_change=True
     )
-    wandb_project: str = _field(
+    wandb_project: str = declare(
         "", "Weights & Biases project to log to as well; empty: none.", may_change=True
     )
 
@@ -211,40 +132,40 @@ class TrainConfig:
 class DataConfig:
     """Prepared data sets (see `tttjax prepare`) and how sequences are drawn from them."""
 
-    sources: tuple[str, ...] = _field((), "Paths of prepared data sets.")
-    weights: tuple[float, ...] = _field(
+    sources: tuple[str, ...] = declare((), "Paths of prepared data sets.")
+    weights: tuple[float, ...] = declare(
         (), "Share of each source; empty: proportional to their sizes.", above=0
     )
-    layout: str = _field(
+    layout: str = declare(
         "stream",
         "stream: sequences are cut from one contiguous stream of tokens, as in the papers. "
         "documents: one document per sequence, the rest masked.",
         choices=("stream", "documents"),
     )
-    seed: int = _field(0, "Seed of the order of sequences.", minimum=0)
-    shuffle: bool = _field(True, "Whether the order of sequences is shuffled.")
-    prefetch: int = _field(4, "Batches made ready ahead of time.", minimum=0, may_change=True)
-    val_split: str = _field("val", "Split that evaluation reads.", may_change=True)
+    seed: int = declare(0, "Seed of the order of sequences.", minimum=0)
+    shuffle: bool = declare(True, "Whether the order of sequences is shuffled.")
+    prefetch: int = declare(4, "Batches made ready ahead of time.", minimum=0, may_change=True)
+    val_split: str = declare("val", "Split that evaluation reads.", may_change=True)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How devices are arranged. The numbers of a run do not depend on it, but for rounding."""
 
-    data: int = _field(
+    data: int = declare(
         -1,
         "Devices among which sequences are divided; -1: all the rest.",
         minimum=-1,
         may_change=True,
     )
-    fsdp: int = _field(
+    fsdp: int = declare(
         1,
         "Devices among which sequences, parameters and optimizer state are divided. For the time "
         "of a step each device gathers the whole parameters and holds their whole gradient.",
         minimum=1,
         may_change=True,
     )
-    tensor: int = _field(
+    tensor: int = declare(
         1, "Devices among which heads and MLP entries are divided.", minimum=1, may_change=True
     )
 
@@ -253,22 +174,22 @@ class MeshConfig:
 class EvalConfig:
     """What `tttjax evaluate` measures."""
 
-    context_lengths: tuple[int, ...] = _field(
+    context_lengths: tuple[int, ...] = declare(
         (), "Context lengths in tokens; empty: 1, 2, 4 and 8 windows.", minimum=1, may_change=True
     )
-    num_sequences: int = _field(32, "Held-out sequences per length.", minimum=1, may_change=True)
-    batch_size: int = _field(4, "Sequences evaluated at once.", minimum=1, may_change=True)
-    bins: int = _field(
+    num_sequences: int = declare(32, "Held-out sequences per length.", minimum=1, may_change=True)
+    batch_size: int = declare(4, "Sequences evaluated at once.", minimum=1, may_change=True)
+    bins: int = declare(
         32, "Bins of the table of loss by token position.", minimum=1, may_change=True
     )
-    seed: int = _field(0, "Seed of the choice of sequences.", minimum=0, may_change=True)
+    seed: int = declare(0, "Seed of the choice of sequences.", minimum=0, may_change=True)
 
 
 @dataclass(frozen=True)
 class Config:
     """A whole run: what every experiment file resolves to."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inner: InnerConfig = InnerConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
-from tttjax.config.schema import all_fields, field_info
+from tttjax.config.fields import field_info
+from tttjax.config.schema import all_fields
 from tttjax.errors import UserError
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -95,10 +96,14 @@ def _scalar(name: str, value: Any, kind: Any) -> Any:
 
 def _check_limits(name: str, value: Any, field: dataclasses.Field) -> None:
     info = field_info(field)
-    if info.choices and value not in info.choices:
+    words = str(value).split("+") if info.joined else [value]
+    wrong = next((word for word in words if info.choices and word not in info.choices), None)
+    if wrong is not None:
+        subject = f"{name} = {value!r}" if wrong == value else f"{name} = {value!r}: {wrong!r}"
+        several = ", or several joined by +" if info.joined else ""
         raise UserError(
-            f"{name} = {value!r} is not one of {', '.join(info.choices)}."
-            f"{nearest(str(value), info.choices)}"
+            f"{subject} is not one of {', '.join(info.choices)}{several}."
+            f"{nearest(str(wrong), info.choices)}"
         )
     if info.minimum is not None and value < info.minimum:
         raise UserError(f"{name} = {value!r} must be at least {info.minimum}.")

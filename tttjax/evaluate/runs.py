@@ -74,7 +74,7 @@ class Run:
     def window(self) -> int:
         """Tokens that its window attention sees; 0 if it has none."""
         model = self.config.model
-        return model.window_size if "window" in model.mixers else 0
+        return model.window_size if "window" in model.mixer_kinds else 0
 
 
 def open_run(spec: RunSpec) -> Run:

@@ -1,0 +1,184 @@
+"""The network's fields."""
+
+from dataclasses import dataclass
+
+from tttjax.config.fields import declare
+
+MIXERS = (
+    *("full", "window", "local", "none"),
+    *("mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp"),
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. The two papers' sizes are in `experiments/sizes.py`."""
+
+    vocab_size: int = declare(
+        32000, "Entries of the vocabulary; at least that of the tokenizer.", minimum=1
+    )
+    embed_dim: int = declare(256, "Width of the residual stream (D).", minimum=1)
+    num_layers: int = declare(8, "Blocks, those of the suffix included (L).", minimum=1)
+    num_heads: int = declare(4, "Attention heads (H).", minimum=1)
+    head_dim: int = declare(
+        0, "Entries of one head (K), even; 0: embed_dim / num_heads.", minimum=0
+    )
+    mlp_dim: int = declare(
+        512,
+        "Hidden entries of each SwiGLU MLP (F), static and fast alike; 0: blocks without an MLP.",
+        minimum=0,
+    )
+    mixers: tuple[str, ...] = declare(
+        ("window",),
+        "What mixes tokens in a block, as a pattern repeated over the layers. full: all earlier "
+        "tokens. window: the last window_size tokens. local: causal inside blocks of "
+        "inner.chunk_size tokens (the official code's full attention in meta mode; for "
+        "verification). mamba2, gated_deltanet, ttt_linear, ttt_mlp: recurrent layers. none: the "
+        "block mixes nothing. Two mixers joined by + run one after the other, each with its own "
+        "norms and residual: window+ttt_mlp is the papers' TTT-KVB.",
+        choices=MIXERS,
+        joined=True,
+    )
+    window_size: int = declare(
+        512, "Keys a query sees in window attention, its own included (k).", minimum=1
+    )
+    suffix_layers: int = declare(
+        0, "Last blocks, run chunk by chunk, that may hold fast weights.", minimum=0
+    )
+    fast_mlp: bool = declare(
+        False, "Whether suffix blocks have the extra fast MLP before the static one."
+    )
+    fast_mlp_heads: int = declare(
+        0,
+        "0: the fast MLP is a SwiGLU like the static one. Above: it is this many two-layer GELU "
+        "MLPs, each from embed_dim / heads entries to 4 times as many and back, as in TTT-MLP.",
+        minimum=0,
+    )
+    tie_embeddings: bool = declare(True, "Whether logits use the embedding table.")
+    rope_theta: float = declare(500000.0, "Base of the rotary position embedding.", above=0)
+    norm_eps: float = declare(
+        1e-6, "Epsilon of every norm but the gated ones, inside the root.", above=0
+    )
+    mixer_norm_eps: float = declare(
+        1e-5, "Epsilon of the gated norms inside mamba2 and gated_deltanet.", above=0
+    )
+    init_std: float = declare(0.02, "Standard deviation of every initial matrix.", minimum=0)
+    qk_norm: bool = declare(True, "RMSNorm of queries and keys, before the rotary embedding.")
+    pre_norm: bool = declare(True, "RMSNorm before mixers and MLPs.")
+    post_norm: bool = declare(True, "RMSNorm after mixers and MLPs, before the residual sum.")
+    param_dtype: str = declare(
+        "float32", "Type of the parameters.", choices=("float32", "bfloat16", "float64")
+    )
+    compute_dtype: str = declare(
+        "float32",
+        "Type of activations and matrix products; losses, norms and softmax are float32 or wider.",
+        choices=("float32", "bfloat16", "float64"),
+    )
+    remat: str = declare(
+        "block",
+        "What the backward pass recomputes. block: each block's activations. none: nothing.",
+        choices=("none", "block"),
+        may_change=True,
+    )
+    pre_conv: bool = declare(
+        False,
+        "Whether a block begins with a residual causal convolution of its normed input, as the "
+        "TTT papers' Mamba backbone does.",
+    )
+    conv_size: int = declare(
+        4, "Taps of the causal convolutions of pre_conv and the recurrent mixers.", minimum=1
+    )
+    scan_chunk: int = declare(
+        64,
+        "Tokens that mamba2 and gated_deltanet compute in parallel at a time; changes no number.",
+        minimum=1,
+        may_change=True,
+    )
+    mamba_expand: int = declare(2, "Width of mamba2's heads together / embed_dim.", minimum=1)
+    mamba_head_dim: int = declare(64, "Entries of one head of mamba2 (P).", minimum=1)
+    mamba_state: int = declare(128, "Entries of mamba2's state for each of these (N).", minimum=1)
+    mamba_groups: int = declare(
+        1, "Groups of mamba2's heads that share B and C and are normed together (G).", minimum=1
+    )
+    mamba_dt_limits: tuple[float, ...] = declare(
+        (), "Least and largest time step of mamba2; empty: no limits.", minimum=0
+    )
+    delta_heads: int = declare(0, "Key heads of gated_deltanet; 0: num_heads.", minimum=0)
+    delta_value_heads: int = declare(
+        0, "Value heads of gated_deltanet, a multiple of delta_heads; 0: as many.", minimum=0
+    )
+    delta_key_dim: int = declare(
+        0, "Entries of a key of gated_deltanet; 0: those of an attention head.", minimum=0
+    )
+    delta_value_dim: int = declare(
+        0, "Entries of a value of gated_deltanet; 0: twice those of a key.", minimum=0
+    )
+    delta_negative: bool = declare(
+        False, "Whether gated_deltanet's beta reaches 2, so that eigenvalues may be negative."
+    )
+    ttt_heads: int = declare(
+        0, "Heads of the TTT layers, embed_dim / heads entries each; 0: num_heads.", minimum=0
+    )
+    ttt_chunk: int = declare(16, "Tokens of one inner mini-batch of the TTT layers.", minimum=1)
+    ttt_lr: float = declare(
+        0.0,
+        "Base inner learning rate; 0: the paper's, 1 for ttt_linear, 0.1 for ttt_mlp.",
+        minimum=0,
+    )
+    ttt_rope_theta: float = declare(
+        10000.0, "Base of the rotary embedding inside each mini-batch of a TTT layer.", above=0
+    )
+    ttt_backbone: str = declare(
+        "mamba",
+        "What surrounds the TTT layers' inner model. mamba: one projection and two convolutions "
+        "for queries and keys, and an output gate. plain: three projections.",
+        choices=("mamba", "plain"),
+    )
+    ttt_form: str = declare(
+        "dual",
+        "How a mini-batch is computed. dual: by matrix products, no weights of single tokens. "
+        "primal: by each token's weights. The same numbers.",
+        choices=("dual", "primal"),
+        may_change=True,
+    )
+    ttt_output: str = declare(
+        "query",
+        "What a TTT layer gives for a token. query: its query read with the weights after its own "
+        "update. key: its key read with the weights before the mini-batch (TTT-E2E's simplified "
+        "rule; there are no queries then).",
+        choices=("query", "key"),
+    )
+
+    # --- what follows from the fields ---
+
+    @property
+    def mixer_kinds(self) -> frozenset[str]:
+        """Every mixer that occurs, joined ones taken apart."""
+        return frozenset(kind for entry in self.mixers for kind in entry.split("+"))
+
+    @property
+    def head_size(self) -> int:
+        """Entries of one attention head."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def mamba_heads(self) -> int:
+        return self.mamba_expand * self.embed_dim // self.mamba_head_dim
+
+    @property
+    def delta_sizes(self) -> tuple[int, int, int, int]:
+        """Of gated_deltanet: key heads, value heads, entries of a key, entries of a value."""
+        key_heads = self.delta_heads or self.num_heads
+        key_dim = self.delta_key_dim or self.head_size
+        return (
+            *(key_heads, self.delta_value_heads or key_heads),
+            *(key_dim, self.delta_value_dim or 2 * key_dim),
+        )
+
+    @property
+    def ttt_num_heads(self) -> int:
+        return self.ttt_heads or self.num_heads
+
+    def ttt_base_lr(self, inner: str) -> float:
+        """Of the TTT layer with the inner model "linear" or "mlp"."""
+        return self.ttt_lr or {"linear": 1.0, "mlp": 0.1}[inner]
