@@ -23,12 +23,13 @@ LAYERS = (
     {"metrics", "run_control"},
     {"train_step"},
     {"prepare", "train", "evaluate", "verify", "bench"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE = ("ops", "update_rules", "inner_loop", "models", "meta", "train_step")
-COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "cli")
+COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "report", "cli")
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
