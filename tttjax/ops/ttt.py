@@ -1,0 +1,294 @@
+"""Test-time training of one inner model per head: TTT-Linear and TTT-MLP (arXiv 2407.04620).
+
+Each head holds a model f, one dense layer or two with a GELU between, that learns while it reads:
+to give back from the key k_j of a token its value, by the loss
+
+    l_j = 1/2 |LN(f(k_j; W)) - (v_j - k_j)|^2.
+
+Tokens come in mini-batches of C. All gradients of a mini-batch are taken at the weights W from its
+start; token i of the mini-batch, counted from 0, is read with
+
+    W_i = W - rate_i sum_{j<=i} lam_j dl_j/dW,     z_i = q_i + LN(f(q_i; W_i)),
+
+where rate_i belongs to the place in the mini-batch and lam_j to the token that wrote. The next
+mini-batch starts from W_{C-1}.
+
+Two forms give the same numbers. *primal* makes W_i for every token. *dual* never does: a gradient
+with respect to a dense layer is an outer product x_j e_j^T of the layer's input and of the error at
+its output, so that a row x_i W_i equals x_i W - rate_i sum_{j<=i} (x_i . x_j) e_j, which is causal
+linear attention within the mini-batch, and matrix products throughout.
+
+Letters besides the usual: I inputs and O outputs of one dense layer of the inner model.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.types import Array
+
+Weights = dict[str, Array]  # w1 [H,K,O], b1 [H,O]; with two layers also w2 [H,O,K], b2 [H,K]
+
+FORMS = ("dual", "primal")
+SUM = "g_"  # before a weight's name: its gradients so far in a mini-batch that is not full
+
+
+class InnerNorm(NamedTuple):
+    """The layer norm at the inner model's output, per head; the inner loop leaves it alone."""
+
+    scale_HK: Array
+    bias_HK: Array
+    eps: float
+
+
+class Tokens(NamedTuple):
+    """What tokens bring to the inner loop: one mini-batch [H, C, K], or N of them [N, H, C, K].
+
+    query: what the learned model is asked; None: the key, before anything of the mini-batch is
+    learned (the simplified output rule z_i = k_i + LN(f(k_i; W)) of the TTT-E2E paper).
+    lam: [H, C], how much each token writes; 0 in a slot that holds no token.
+    """
+
+    query: Array | None
+    key: Array
+    value: Array
+    lam: Array
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float, axis: int | tuple = -1) -> Array:
+    """(x - mean) / sqrt(var + eps) * scale + bias over `axis`, in float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x - x.mean(axis, keepdims=True)
+    variance = jnp.square(centred).mean(axis, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps) * scale + bias
+
+
+def learning_rates(base_lr: float, head_dim: int, token_idx_C: Array) -> Array:
+    """rate_i = base_lr / head_dim * max(0, 1/(i+1) + token_idx_i), [C], in float32 at least."""
+    wide = jnp.promote_types(token_idx_C.dtype, jnp.float32)
+    place_C = jnp.arange(1, token_idx_C.shape[0] + 1, dtype=wide)
+    return base_lr / head_dim * jnp.maximum(1 / place_C + token_idx_C.astype(wide), 0)
+
+
+def ttt(
+    q_THK: Array | None,
+    k_THK: Array,
+    v_THK: Array,
+    lam_TH: Array,
+    rate_C: Array,
+    weights: Weights,
+    norm: InnerNorm,
+    state: Weights | None = None,
+    position: Array | int = 0,
+    *,
+    form: str = "dual",
+) -> tuple[Array, Weights | None]:
+    """Reads T tokens of one sequence, learning: (z [T, H, K], state).
+
+    q, k: rotated by RoPE where the layer has it. q_THK None: the simplified output rule.
+    lam_TH: learning rate that each token's gradient is weighted with; rate_C: `learning_rates`.
+    weights: the inner model before the first token of the sequence.
+    state: from `initial_state` or an earlier call, `position` the tokens read before it. None: the
+        sequence starts here and ends here.
+    All in float32 at least. Any split of a sequence into calls gives the same z and last state.
+    """
+    wide = jnp.promote_types(k_THK.dtype, jnp.float32)
+    tokens = Tokens(q_THK, k_THK, v_THK, lam_TH)
+    tokens, weights, rate_C = jax.tree.map(lambda x: x.astype(wide), (tokens, weights, rate_C))
+    if state is None:
+        z_THK, _ = _scan(tokens, rate_C, weights, None, 0, norm, form)
+        return z_THK, None
+    phase = position % rate_C.shape[0]
+    weights, sums = split_state(state, weights, position)
+    run = _one_token if k_THK.shape[0] == 1 else _scan
+    z_THK, (weights, sums) = run(tokens, rate_C, weights, sums, phase, norm, form)
+    return z_THK, join_state(weights, sums)
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+def initial_state(weights: Weights, dtype: jnp.dtype) -> Weights:
+    """The state of a sequence of which nothing has been read: zeros, whatever the weights are.
+
+    The weights that it holds are those from the start of the mini-batch that is being read; at
+    position 0 the learned ones are taken instead, so that a state needs only their shapes.
+    """
+    zeros = {name: jnp.zeros(w.shape, dtype) for name, w in weights.items()}
+    return join_state(zeros, zeros)
+
+
+def join_state(weights: Weights, sums: Weights) -> Weights:
+    return {**weights, **{SUM + name: total for name, total in sums.items()}}
+
+
+def split_state(state: Weights, learned: Weights, position: Array | int) -> tuple[Weights, Weights]:
+    """(weights at the start of the current mini-batch, sums of lam_j dl_j/dW within it)."""
+    started = {n: jnp.where(position == 0, w, state[n].astype(w.dtype)) for n, w in learned.items()}
+    return started, {n: state[SUM + n].astype(w.dtype) for n, w in learned.items()}
+
+
+def final_weights(
+    state: Weights, learned: Weights, rate_C: Array, position: Array | int
+) -> Weights:
+    """The inner model after the last of `position` tokens: W_{r-1} of the r in the mini-batch."""
+    weights, sums = split_state(state, learned, position)
+    rate = rate_C[(position - 1) % rate_C.shape[0]]  # sums are 0 at the end of a mini-batch
+    return jax.tree.map(lambda w, total: w - rate * total, weights, sums)
+
+
+def _close(weights: Weights, sums: Weights, rate: Array, full: Array) -> tuple[Weights, Weights]:
+    """At the end of a mini-batch the sums go into the weights."""
+    moved = jax.tree.map(lambda w, total: jnp.where(full, w - rate * total, w), weights, sums)
+    return moved, jax.tree.map(lambda total: jnp.where(full, 0, total), sums)
+
+
+# --- the loop over mini-batches -------------------------------------------------------------------
+
+
+def _one_token(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
+    """The decoding form: one token, at place `phase` of its mini-batch."""
+    chunk = rate_C.shape[0]
+    one = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens)  # [H, 1, ...]
+    z_HCK, gradient = _mini_batch(one, rate_C[phase][None], weights, sums, norm, form)
+    sums = jax.tree.map(jnp.add, sums, gradient)
+    return jnp.swapaxes(z_HCK, 0, 1), _close(weights, sums, rate_C[-1], phase == chunk - 1)
+
+
+def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
+    """One mini-batch after the other. phase: slots of the first that earlier calls have filled.
+
+    sums None: there were no calls before and none will follow, and `phase` is 0.
+    """
+    length, chunk = tokens.key.shape[0], rate_C.shape[0]
+    most_filled = 0 if sums is None else chunk - 1
+    count = -(-(length + most_filled) // chunk)
+
+    def step(carry, row):
+        weights, sums = carry
+        last_slot, mini_batch = row
+        z_HCK, gradient = _mini_batch(mini_batch, rate_C, weights, sums, norm, form)
+        if sums is None:
+            moved = jax.tree.map(lambda w, g: w - rate_C[-1] * g, weights, gradient)
+            return (moved, None), z_HCK
+        sums = jax.tree.map(jnp.add, sums, gradient)
+        return _close(weights, sums, rate_C[-1], last_slot < phase + length), z_HCK
+
+    last_slot_N = jnp.arange(1, count + 1) * chunk - 1
+    rows = last_slot_N, jax.tree.map(lambda x: _lay_out(x, phase, count, chunk), tokens)
+    carry, z_NHCK = jax.lax.scan(step, (weights, sums), rows)
+    z_THK = jnp.swapaxes(z_NHCK, 1, 2).reshape(-1, *tokens.key.shape[1:])
+    return jax.lax.dynamic_slice_in_dim(z_THK, phase, length), carry
+
+
+def _lay_out(x_TH: Array, phase: Array | int, count: int, chunk: int) -> Array:
+    """[T, H, ...] -> [N, H, C, ...], from slot `phase` on; zeros where there is no token."""
+    slots = jnp.zeros((count * chunk, *x_TH.shape[1:]), x_TH.dtype)
+    slots = jax.lax.dynamic_update_slice_in_dim(slots, x_TH, phase, axis=0)
+    return jnp.swapaxes(slots.reshape(count, chunk, *x_TH.shape[1:]), 1, 2)
+
+
+# --- one mini-batch -------------------------------------------------------------------------------
+
+
+def _mini_batch(
+    tokens: Tokens, rate_C: Array, weights: Weights, sums: Weights | None, norm: InnerNorm, form
+) -> tuple[Array, Weights]:
+    """(z [H, C, K], sum_j lam_j dl_j/dW).
+
+    sums: what earlier tokens of the same mini-batch, from earlier calls, add to every row.
+    """
+    inputs, errors, z_HCK = _errors(tokens, weights, norm)
+    if tokens.query is None:
+        z_HCK = tokens.key + z_HCK
+    else:
+        read = {"dual": _read_dual, "primal": _read_primal}[form]
+        x_HCI = tokens.query
+        for n, (key_HCI, error_HCO) in enumerate(zip(inputs, errors, strict=True), start=1):
+            before = None if sums is None else (sums[f"w{n}"], sums[f"b{n}"])
+            dense = weights[f"w{n}"], weights[f"b{n}"]
+            y_HCO = read(x_HCI, dense, before, key_HCI, error_HCO, rate_C)
+            x_HCI = _gelu(y_HCO)
+        z_HCK = tokens.query + _head_norm(y_HCO, norm)
+    gradient = {}
+    for n, (key_HCI, error_HCO) in enumerate(zip(inputs, errors, strict=True), start=1):
+        gradient[f"w{n}"] = jnp.einsum("hci,hco->hio", key_HCI, error_HCO)
+        gradient[f"b{n}"] = error_HCO.sum(1)
+    return z_HCK, gradient
+
+
+def _errors(tokens: Tokens, weights: Weights, norm: InnerNorm):
+    """For every dense layer its inputs x_j [H, C, I] and errors e_j = lam_j dl_j/dy_j [H, C, O].
+
+    Also LN(f(k)) [H, C, K].
+    """
+    depth = len(weights) // 2
+    inputs, outputs = [tokens.key], []
+    for n in range(1, depth + 1):
+        outputs.append(_dense(inputs[-1], weights[f"w{n}"], weights[f"b{n}"]))
+        inputs.append(_gelu(outputs[-1]))
+    normed_HCK, error = _loss_gradient(outputs[-1], tokens.value - tokens.key, norm)
+    errors = [error * tokens.lam[..., None]]
+    for n in range(depth, 1, -1):
+        error = jnp.einsum("hco,hio->hci", errors[0], weights[f"w{n}"])
+        errors.insert(0, error * _gelu_slope(outputs[n - 2]))
+    return inputs[:depth], errors, normed_HCK
+
+
+def _read_dual(x_HCI, dense, before, key_HCI, error_HCO, rate_C) -> Array:
+    """x_i W_i + b_i [H, C, O] without any W_i; the bias is a weight whose input is 1."""
+    overlap_HCC = jnp.tril(jnp.einsum("hci,hsi->hcs", x_HCI, key_HCI) + 1)
+    moved_HCO = jnp.einsum("hcs,hso->hco", overlap_HCC, error_HCO)
+    if before is not None:
+        moved_HCO = moved_HCO + _dense(x_HCI, *before)
+    return _dense(x_HCI, *dense) - rate_C[:, None] * moved_HCO
+
+
+def _read_primal(x_HCI, dense, before, key_HCI, error_HCO, rate_C) -> Array:
+    """x_i W_i + b_i [H, C, O] from weights made for every token."""
+    w_HIO, b_HO = dense
+    moved_HCIO = jnp.cumsum(key_HCI[..., :, None] * error_HCO[..., None, :], axis=1)
+    moved_HCO = jnp.cumsum(error_HCO, axis=1)
+    if before is not None:
+        moved_HCIO = moved_HCIO + before[0][:, None]
+        moved_HCO = moved_HCO + before[1][:, None]
+    w_HCIO = w_HIO[:, None] - rate_C[:, None, None] * moved_HCIO
+    b_HCO = b_HO[:, None] - rate_C[:, None] * moved_HCO
+    return jnp.einsum("hci,hcio->hco", x_HCI, w_HCIO) + b_HCO
+
+
+def _dense(x_HCI: Array, w_HIO: Array, b_HO: Array) -> Array:
+    return jnp.einsum("hci,hio->hco", x_HCI, w_HIO) + b_HO[:, None]
+
+
+def _head_norm(x_HCK: Array, norm: InnerNorm) -> Array:
+    return layer_norm(x_HCK, norm.scale_HK[:, None], norm.bias_HK[:, None], norm.eps)
+
+
+def _loss_gradient(y_HCK: Array, target_HCK: Array, norm: InnerNorm) -> tuple[Array, Array]:
+    """(LN(y), gradient of 1/2 |LN(y) - target|^2 with respect to y)."""
+    scale_H1K = norm.scale_HK[:, None]
+    centred = y_HCK - y_HCK.mean(-1, keepdims=True)
+    inverse_std = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + norm.eps)
+    standard = centred * inverse_std
+    normed = standard * scale_H1K + norm.bias_HK[:, None]
+    error = (normed - target_HCK) * scale_H1K
+    along = (error * standard).mean(-1, keepdims=True)
+    return normed, inverse_std * (error - error.mean(-1, keepdims=True) - standard * along)
+
+
+GELU_SLOPE = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_slope(x: Array) -> Array:
+    """The derivative of the tanh approximation of GELU."""
+    tanh = jnp.tanh(GELU_SLOPE * (x + GELU_CUBIC * x**3))
+    inner = GELU_SLOPE * (1 + 3 * GELU_CUBIC * x**2)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner
