@@ -1,0 +1,177 @@
+"""Mamba-2 (arXiv 2405.21060): a state-space model whose decay is one number per head and token."""
+
+from math import log, sqrt
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tttjax.errors import UserError
+from tttjax.models.attention import State
+from tttjax.models.layers import normal_weight
+from tttjax.ops.norms import rms_norm
+from tttjax.ops.short_conv import short_conv
+from tttjax.ops.ssd import ssd, ssd_recurrent
+from tttjax.types import Array
+
+DT_RANGE = (1e-3, 0.1)  # step sizes at the start of training, log-uniform
+A_RANGE = (1.0, 16.0)  # decay rates at the start of training, uniform
+
+
+class Mamba2(nnx.Module):
+    """The Mamba-2 mixer: projections, short convolutions, SSD, gated norm, projection.
+
+    H = expand * embed_dim / head_dim heads of P = head_dim entries; b and c of N = state_size
+    entries are shared by the H/G consecutive heads of a group. `dt_limits`: nothing, or the least
+    and largest step size. `chunk`: tokens that the training form takes together; it changes no
+    result. Raises UserError where the sizes do not divide each other.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        rngs: nnx.Rngs,
+        *,
+        expand: int,
+        head_dim: int,
+        state_size: int,
+        groups: int,
+        conv_size: int,
+        dt_limits: tuple[float, ...],
+        norm_eps: float,
+        chunk: int,
+        std: float,
+        dtype: jnp.dtype,
+    ):
+        heads = _count_heads(expand * embed_dim, head_dim, groups)
+        _check_limits(dt_limits)
+
+        def weight(shape, axes):
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
+
+        per_head = (heads, head_dim), ("heads", "head_dim")
+        per_group = (groups, state_size), ("kv_groups", "state")
+
+        def read(shape, axes):
+            return weight((embed_dim, *shape), ("embed", *axes))
+
+        def taps(shape, axes):
+            value = _uniform(rngs, (conv_size, *shape), 1 / sqrt(conv_size), dtype)
+            return nnx.Param(value, axes=("taps", *axes))
+
+        def full(value, shape, axes):
+            return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+
+        self.wz, self.wx = read(*per_head), read(*per_head)
+        self.wb, self.wc = read(*per_group), read(*per_group)
+        self.wdt = weight((embed_dim, heads), ("embed", "heads"))
+        self.conv_x, self.conv_x_bias = taps(*per_head), full(0, *per_head)
+        self.conv_b, self.conv_b_bias = taps(*per_group), full(0, *per_group)
+        self.conv_c, self.conv_c_bias = taps(*per_group), full(0, *per_group)
+        self.dt_bias = nnx.Param(_initial_dt_bias(rngs, heads).astype(dtype), axes=("heads",))
+        self.a_log = nnx.Param(_initial_a_log(rngs, heads).astype(dtype), axes=("heads",))
+        self.skip = full(1, (heads,), ("heads",))
+        self.norm = full(1, *per_head)
+        self.wo = weight((heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
+        self.dt_limits = dt_limits
+        self.norm_eps = norm_eps
+        self.chunk = chunk
+
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
+        """The state before the first token; its size does not depend on `max_length`."""
+        del max_length
+        wide = jnp.promote_types(dtype, jnp.float32)
+        kernels = {"conv_x": self.conv_x, "conv_b": self.conv_b, "conv_c": self.conv_c}
+        sizes = {name: kernel.shape[-3:] for name, kernel in kernels.items()}
+        past = {name: jnp.zeros((taps - 1, *rest), dtype) for name, (taps, *rest) in sizes.items()}
+        return {"ssm": jnp.zeros((*self.norm.shape[-2:], self.wb.shape[-1]), wide), **past}
+
+    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+        """x [T, D] -> y [T, D]: exactly one sequence or the next piece of one (see attention)."""
+        del position
+        past = state or {}
+
+        def convolved(weight, name):
+            kernel, bias = getattr(self, name), getattr(self, f"{name}_bias")
+            out, last = short_conv(_project(x_TD, weight), kernel[...], bias[...], past.get(name))
+            return jax.nn.silu(out), last
+
+        x_THP, last_x = convolved(self.wx, "conv_x")
+        b_TGN, last_b = convolved(self.wb, "conv_b")
+        c_TGN, last_c = convolved(self.wc, "conv_c")
+        dt_TH = self._step_sizes(x_TD)
+        a_H = -jnp.exp(self.a_log[...].astype(dt_TH.dtype))
+        operands = x_THP, dt_TH, a_H, b_TGN, c_TGN, self.skip[...]
+        if state is None:
+            empty_HPN = jnp.zeros((*self.norm.shape, b_TGN.shape[-1]), dt_TH.dtype)
+            y_THP, _ = ssd(*operands, empty_HPN, self.chunk)
+        elif x_TD.shape[0] == 1:
+            y_THP, ssm = ssd_recurrent(*operands, state["ssm"])
+        else:
+            y_THP, ssm = ssd(*operands, state["ssm"], self.chunk)
+        u_THP = self._gated_norm(y_THP, _project(x_TD, self.wz))
+        if state is not None:
+            state = {"ssm": ssm, "conv_x": last_x, "conv_b": last_b, "conv_c": last_c}
+        return jnp.einsum("thp,hpd->td", u_THP, self.wo[...].astype(x_TD.dtype)), state
+
+    def _step_sizes(self, x_TD: Array) -> Array:
+        """dt = softplus(x wdt + dt_bias) within the limits, float32 at least: [T, H]."""
+        wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+        wdt_DH = self.wdt[...].astype(x_TD.dtype)
+        raw_TH = jnp.einsum("td,dh->th", x_TD, wdt_DH, preferred_element_type=wide)
+        dt_TH = jax.nn.softplus(raw_TH + self.dt_bias[...].astype(wide))
+        return jnp.clip(dt_TH, *self.dt_limits) if self.dt_limits else dt_TH
+
+    def _gated_norm(self, y_THP: Array, z_THP: Array) -> Array:
+        """RMS norm of y * silu(z) within each group of heads, in float32 at least."""
+        wide = jnp.promote_types(y_THP.dtype, jnp.float32)
+        groups = self.wb.shape[-2]
+        gated_THP = y_THP.astype(wide) * jax.nn.silu(z_THP.astype(wide))
+        gated_TGE = gated_THP.reshape(y_THP.shape[0], groups, -1)
+        weight_GE = self.norm[...].reshape(groups, -1)
+        normed_TGE = rms_norm(gated_TGE, weight_GE, self.norm_eps)
+        return normed_TGE.reshape(y_THP.shape).astype(y_THP.dtype)
+
+
+def _project(x_TD: Array, weight: nnx.Param) -> Array:
+    """[T, D] times [D, ...]"""
+    return jnp.tensordot(x_TD, weight[...].astype(x_TD.dtype), axes=1)
+
+
+def _count_heads(inner_dim: int, head_dim: int, groups: int) -> int:
+    heads, rest = divmod(inner_dim, head_dim)
+    if rest or not heads:
+        raise UserError(
+            f"Mamba-2: the inner width expand * embed_dim = {inner_dim} is not a multiple of the "
+            f"head dimension {head_dim}; choose another head dimension or expansion"
+        )
+    if heads % groups:
+        raise UserError(
+            f"Mamba-2: {heads} heads cannot be divided into {groups} groups; choose a number of "
+            "groups that divides the heads"
+        )
+    return heads
+
+
+def _check_limits(dt_limits: tuple[float, ...]) -> None:
+    if dt_limits and not (len(dt_limits) == 2 and 0 <= dt_limits[0] <= dt_limits[1]):
+        raise UserError(
+            f"Mamba-2: dt_limits is {dt_limits}; give the least and the largest step size, "
+            "0 <= least <= largest, or nothing for no limits"
+        )
+
+
+def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: jnp.dtype) -> Array:
+    return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+
+
+def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
+    """softplus^-1 of step sizes log-uniform in DT_RANGE: float32 [H]."""
+    low, high = map(log, DT_RANGE)
+    dt_H = jnp.exp(jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high))
+    return dt_H + jnp.log(-jnp.expm1(-dt_H))
+
+
+def _initial_a_log(rngs: nnx.Rngs, heads: int) -> Array:
+    """log of decay rates uniform in A_RANGE: float32 [H]."""
+    return jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, *A_RANGE))

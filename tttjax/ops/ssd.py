@@ -1,0 +1,141 @@
+"""State-space duality (Mamba-2, arXiv 2405.21060): a linear recurrence with a decay per head.
+
+Per head, with a state S of P x N entries:
+
+    S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t^T        y_t = S_t c_t + skip x_t
+
+`ssd_recurrent` is that, token by token: for decoding. `ssd` gives the same numbers with matrix
+products over chunks of tokens (the paper's section 6): for training and prefill.
+
+Letters here: H heads of P entries, in G groups of R that share b and c (head h is in group
+h // R); N entries of the state; M chunks of C tokens, S the tokens of a chunk that are read.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.types import Array
+
+
+def ssd(
+    x_THP: Array,
+    dt_TH: Array,
+    a_H: Array,
+    b_TGN: Array,
+    c_TGN: Array,
+    skip_H: Array,
+    state_HPN: Array,
+    chunk: int,
+) -> tuple[Array, Array]:
+    """Chunk-parallel form: y [T, H, P] in the dtype of x, and the state after the last token.
+
+    dt >= 0 and a < 0 (both dimensionless: exp(dt a) is one token's decay). Any T. Decays and
+    states are float32 at least; matrix products take x, b, c in their own dtype and sum in
+    float32 at least. Every exponent is <= 0, so nothing overflows however large dt is.
+    """
+    length, heads, width = x_THP.shape
+    groups = b_TGN.shape[1]
+    wide = jnp.promote_types(x_THP.dtype, jnp.float32)
+    chunk = min(chunk, max(length, 1))
+    count = -(-length // chunk)
+    per_group = groups, heads // groups
+
+    def cut(array_T):
+        """[T, ...] -> [M, C, ...], padded with tokens of dt = 0, which change nothing."""
+        padding = [(0, count * chunk - length)] + [(0, 0)] * (array_T.ndim - 1)
+        return jnp.pad(array_T, padding).reshape(count, chunk, *array_T.shape[1:])
+
+    dt_TH = dt_TH.astype(wide)
+    x_MCGRP = cut(x_THP.reshape(length, *per_group, width))
+    dt_MGRC = jnp.moveaxis(cut(dt_TH.reshape(length, *per_group)), 1, -1)
+    reach_MGRC = jnp.moveaxis(
+        jnp.cumsum(cut(_log_decay(dt_TH, a_H).reshape(length, *per_group)), axis=1), 1, -1
+    )
+    b_MCGN, c_MCGN = cut(b_TGN), cut(c_TGN)
+
+    within_MCGRP = _within_chunks(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN, c_MCGN)
+    written_MGRPN = _written(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN)
+    state_GRPN = state_HPN.astype(wide).reshape(*per_group, *state_HPN.shape[1:])
+    state_GRPN, before_MGRPN = jax.lax.scan(
+        lambda state, step: (step[0][..., None, None] * state + step[1], state),
+        state_GRPN,
+        (jnp.exp(reach_MGRC[..., -1]), written_MGRPN),
+    )
+    across_MCGRP = _read_past(before_MGRPN, reach_MGRC, c_MCGN)
+    y_THP = (within_MCGRP + across_MCGRP).reshape(count * chunk, heads, width)[:length]
+    y_THP += skip_H.astype(wide)[:, None] * x_THP.astype(wide)
+    return y_THP.astype(x_THP.dtype), state_GRPN.reshape(state_HPN.shape).astype(state_HPN.dtype)
+
+
+def _log_decay(dt_TH: Array, a_H: Array) -> Array:
+    """dt a, but no smaller than the logarithm of the smallest number there is.
+
+    A decay below it is zero, and the differences of its running sums would lose the digits of
+    all milder decays in the same chunk.
+    """
+    least = jnp.log(jnp.finfo(dt_TH.dtype).tiny)
+    return jnp.maximum(dt_TH * a_H.astype(dt_TH.dtype), least)
+
+
+# Rematerialised: the C x C arrays of all heads are cheap to compute and large to keep.
+@partial(jax.checkpoint, prevent_cse=False)
+def _within_chunks(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN, c_MCGN) -> Array:
+    """What tokens of a chunk read that the same chunk wrote: (c b^T * decay * dt) x."""
+    wide = dt_MGRS.dtype
+    score_MGCS = jnp.einsum("mcgn,msgn->mgcs", c_MCGN, b_MSGN, preferred_element_type=wide)
+    exponent_MGRCS = reach_MGRS[..., :, None] - reach_MGRS[..., None, :]
+    causal_CS = jnp.tri(dt_MGRS.shape[-1], dtype=bool)
+    # Masked before the exponential: what lies ahead would grow, and its gradient be inf * 0.
+    decay_MGRCS = jnp.exp(jnp.where(causal_CS, exponent_MGRCS, -jnp.inf))
+    weight_MGRCS = score_MGCS[:, :, None] * decay_MGRCS * dt_MGRS[..., None, :]
+    return jnp.einsum(
+        "mgrcs,msgrp->mcgrp", weight_MGRCS.astype(x_MSGRP.dtype), x_MSGRP,
+        preferred_element_type=wide,
+    )  # fmt: skip
+
+
+def _written(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN) -> Array:
+    """What each chunk adds to the state, as it is after the chunk's last token: [M, G, R, P, N]."""
+    scale_MGRS = jnp.exp(reach_MGRS[..., -1:] - reach_MGRS) * dt_MGRS
+    scaled_MSGRP = jnp.moveaxis(scale_MGRS, -1, 1)[..., None] * x_MSGRP
+    return jnp.einsum(
+        "msgrp,msgn->mgrpn", scaled_MSGRP.astype(x_MSGRP.dtype), b_MSGN,
+        preferred_element_type=dt_MGRS.dtype,
+    )  # fmt: skip
+
+
+def _read_past(before_MGRPN, reach_MGRC, c_MCGN) -> Array:
+    """What tokens read from the state at the start of their chunk: [M, C, G, R, P]."""
+    read_MCGRP = jnp.einsum(
+        "mcgn,mgrpn->mcgrp", c_MCGN, before_MGRPN.astype(c_MCGN.dtype),
+        preferred_element_type=before_MGRPN.dtype,
+    )  # fmt: skip
+    return jnp.moveaxis(jnp.exp(reach_MGRC), -1, 1)[..., None] * read_MCGRP
+
+
+def ssd_recurrent(
+    x_THP: Array,
+    dt_TH: Array,
+    a_H: Array,
+    b_TGN: Array,
+    c_TGN: Array,
+    skip_H: Array,
+    state_HPN: Array,
+) -> tuple[Array, Array]:
+    """`ssd` token by token, all of it in float32 at least."""
+    groups, heads = b_TGN.shape[1], x_THP.shape[1]
+    wide = jnp.promote_types(x_THP.dtype, jnp.float32)
+    a_H, skip_H = a_H.astype(wide), skip_H.astype(wide)
+
+    def step(state_HPN, token):
+        x_HP, dt_H, b_GN, c_GN = (array.astype(wide) for array in token)
+        b_HN, c_HN = (jnp.repeat(array, heads // groups, axis=0) for array in (b_GN, c_GN))
+        write_HPN = (dt_H[:, None] * x_HP)[:, :, None] * b_HN[:, None, :]
+        state_HPN = jnp.exp(dt_H * a_H)[:, None, None] * state_HPN + write_HPN
+        y_HP = jnp.einsum("hpn,hn->hp", state_HPN, c_HN) + skip_H[:, None] * x_HP
+        return state_HPN, y_HP
+
+    last_HPN, y_THP = jax.lax.scan(step, state_HPN.astype(wide), (x_THP, dt_TH, b_TGN, c_TGN))
+    return y_THP.astype(x_THP.dtype), last_HPN.astype(state_HPN.dtype)
