@@ -6,7 +6,7 @@ the command line's overrides and checks everything once. Importing this package 
 
 from tttjax.config.build import default_config, from_config_dict, to_dict, to_flat_dict
 from tttjax.config.checks import check_mesh, has_fast_weights
-from tttjax.config.counts import match_parameters, parameter_count
+from tttjax.config.counts import match_parameters, matched_model, parameter_count
 from tttjax.config.files import apply_override, load_config, load_config_dict
 from tttjax.config.run_info import (
     check_same_run,
@@ -48,6 +48,7 @@ __all__ = [
     "load_config",
     "load_config_dict",
     "match_parameters",
+    "matched_model",
     "parameter_count",
     "read_config",
     "to_dict",

@@ -1,46 +1,49 @@
-"""Parameter counts by formula, and widths that make two models equally large."""
+"""Parameter counts by formula, and sizes that make two models equally large."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 
-from tttjax.config.schema import ModelConfig
+from tttjax.config.model import ModelConfig
 from tttjax.errors import UserError
 
 
 def parameter_count(model: ModelConfig) -> dict[str, int]:
-    """Counts of scalars: `total`, `non_embedding`, and `fast` (the fast MLPs' matrices).
+    """Counts of scalars: `total`, `non_embedding`, and `fast` (the fast MLPs).
 
     `non_embedding` leaves out the embedding table and an untied output matrix. `fast` counts the
-    weights declared fast, whatever `inner.fast_paths` may choose instead. For tied embeddings and
-    all norms on, with s suffix blocks,
+    weights declared fast, whatever `inner.fast_paths` may choose instead; what a TTT layer learns
+    while it reads is its state, and the start of it an ordinary weight. For attention in every
+    block, tied embeddings and all norms on, with s suffix blocks,
 
         non_embedding = L (4 D H K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
     """
-    D, layers = model.embed_dim, model.num_layers
-    K = model.head_dim or D // model.num_heads
-    norms_D = (model.pre_norm + model.post_norm) * D
-    mlp = 3 * D * model.mlp_dim
-    attention = 4 * D * model.num_heads * K + 2 * K * model.qk_norm + norms_D
-    with_attention = sum(
-        model.mixers[layer % len(model.mixers)] != "none" for layer in range(layers)
+    D = model.embed_dim
+    blocks = sum(
+        _block(model, model.mixers[layer % len(model.mixers)]) for layer in range(model.num_layers)
     )
     fast_blocks = model.suffix_layers if model.fast_mlp else 0
-    non_embedding = with_attention * attention + (layers + fast_blocks) * (mlp + norms_D) + D
+    fast = fast_blocks * _fast_mlp(model)
+    non_embedding = blocks + fast + fast_blocks * _branch_norms(model) + D
     tables = 1 if model.tie_embeddings else 2
     return {
         "total": non_embedding + tables * model.vocab_size * D,
         "non_embedding": non_embedding,
-        "fast": fast_blocks * mlp,
+        "fast": fast,
     }
 
 
-def match_parameters(model: ModelConfig, target: int, multiple_of: int = 8) -> int:
-    """The `mlp_dim`, a multiple of `multiple_of`, whose total is nearest to `target` scalars.
+def match_parameters(
+    model: ModelConfig, target: int, multiple_of: int = 8, count: str = "total"
+) -> int:
+    """The `mlp_dim`, a multiple of `multiple_of`, whose size is nearest to `target` scalars.
 
     How controls of equal size are made: the one with more MLPs gets narrower ones, as in the
-    paper. Raises UserError if even the narrowest model is nearer to twice the target.
+    paper. count: what of `parameter_count` is compared, "total" or "non_embedding". Raises
+    UserError if even the narrowest model is nearer to twice the target.
     """
     widths = [dataclasses.replace(model, mlp_dim=multiple_of * n) for n in (1, 2)]
-    first, second = (parameter_count(m)["total"] for m in widths)
+    first, second = (parameter_count(m)[count] for m in widths)
     steps = max(0, round((target - first) / (second - first)))
     if first > 1.5 * target:
         raise UserError(
@@ -48,3 +51,141 @@ def match_parameters(model: ModelConfig, target: int, multiple_of: int = 8) -> i
             f"{first}."
         )
     return multiple_of * (1 + steps)
+
+
+def matched_model(
+    model: ModelConfig,
+    target: int,
+    multiple_of: int = 8,
+    count: str = "non_embedding",
+    within: float = 0.02,
+) -> ModelConfig:
+    """`model` at a size within `within` (a fraction) of `target` scalars.
+
+    Solved for, in this order:
+    the width of the MLPs, a multiple of `multiple_of`, at the model's own depth;
+    where the mixers alone are too large for that, fewer blocks too: as many as leave room for an
+    MLP;
+    where the model has no MLP (mlp_dim = 0), the number of blocks alone, as in the Mamba models,
+    which have two blocks for each one of a Transformer.
+    The mixers' own sizes stay as they are. Raises UserError if nothing comes near enough.
+    """
+    if model.mlp_dim:
+        narrowest = dataclasses.replace(model, mlp_dim=multiple_of)
+        layers = _most_blocks(narrowest, round(target * (1 + within)), count)
+        model = dataclasses.replace(model, num_layers=min(model.num_layers, layers))
+        width = match_parameters(model, target, multiple_of, count)
+        model = dataclasses.replace(model, mlp_dim=width)
+    else:
+        below = _most_blocks(model, target, count)
+        choices = [dataclasses.replace(model, num_layers=below + more) for more in (0, 1)]
+        model = min(choices, key=lambda m: abs(parameter_count(m)[count] - target))
+    found = parameter_count(model)[count]
+    if abs(found - target) > within * target:
+        remedy = "embed_dim or the mixers" if model.mlp_dim else "embed_dim, or set an mlp_dim"
+        raise UserError(
+            f"No model of the mixers {', '.join(model.mixers)} has {target} parameters within "
+            f"{within:.1%}; the nearest, with num_layers = {model.num_layers} and mlp_dim = "
+            f"{model.mlp_dim}, has {found}. Change {remedy}."
+        )
+    return model
+
+
+def _most_blocks(model: ModelConfig, target: int, count: str) -> int:
+    """The largest num_layers that the fields allow with at most `target` scalars, or the least."""
+    least = max(len(model.mixers), model.suffix_layers, 1)
+    for layers in itertools.count(least):
+        if parameter_count(dataclasses.replace(model, num_layers=layers + 1))[count] > target:
+            return layers
+    raise AssertionError("itertools.count ended")
+
+
+# --- parts of a block ---------------------------------------------------------------------------
+
+
+def _block(model: ModelConfig, mixers: str) -> int:
+    """A block without its fast MLP. mixers: its entry of `model.mixers`."""
+    D = model.embed_dim
+    count = sum(MIXERS[kind](model) + _branch_norms(model) for kind in _real(mixers))
+    if model.mlp_dim:
+        count += 3 * D * model.mlp_dim + _branch_norms(model)
+    if model.pre_conv:
+        count += D + model.conv_size * D + D  # norm, taps, bias
+    return count
+
+
+def _real(mixers: str) -> list[str]:
+    return [kind for kind in mixers.split("+") if kind != "none"]
+
+
+def _branch_norms(model: ModelConfig) -> int:
+    """The norms before and after one residual branch."""
+    return (model.pre_norm + model.post_norm) * model.embed_dim
+
+
+def _fast_mlp(model: ModelConfig) -> int:
+    """The fast weights of one block."""
+    if model.fast_mlp_heads:
+        head = model.embed_dim // model.fast_mlp_heads
+        return model.fast_mlp_heads * (2 * head * 4 * head + 4 * head + head)
+    return 3 * model.embed_dim * model.mlp_dim
+
+
+# --- mixers -------------------------------------------------------------------------------------
+
+
+def _attention(model: ModelConfig) -> int:
+    K = model.head_size
+    return 4 * model.embed_dim * model.num_heads * K + 2 * K * model.qk_norm
+
+
+def _mamba2(model: ModelConfig) -> int:
+    D, H = model.embed_dim, model.mamba_heads
+    inner = H * model.mamba_head_dim
+    groups = model.mamba_groups * model.mamba_state  # of B, and of C
+    projections = D * (2 * inner + 2 * groups + H) + inner * D
+    convolutions = (model.conv_size + 1) * (inner + 2 * groups)
+    return projections + convolutions + 3 * H + inner  # dt's bias, A and the skip; the norm
+
+
+def _gated_deltanet(model: ModelConfig) -> int:
+    D = model.embed_dim
+    key_heads, value_heads, key_dim, value_dim = model.delta_sizes
+    keys, values = key_heads * key_dim, value_heads * value_dim
+    projections = D * (2 * keys + 2 * values + 2 * value_heads) + values * D
+    convolutions = model.conv_size * (2 * keys + values)
+    return projections + convolutions + 2 * value_heads + value_dim  # A, dt's bias; the norm
+
+
+def _ttt(model: ModelConfig, inner: int) -> int:
+    """A TTT layer whose inner model has `inner` scalars over all heads."""
+    D, heads = model.embed_dim, model.ttt_num_heads
+    reads_queries = model.ttt_output == "query"
+    if model.ttt_backbone == "mamba":  # one projection and its convolutions; values, gate, output
+        outer = 4 * D * D + (1 + reads_queries) * (model.conv_size + 1) * D
+    else:
+        outer = (3 + reads_queries) * D * D
+    rates = D * heads + heads + model.ttt_chunk
+    return outer + rates + inner + 4 * D  # the inner norm and the one of the output
+
+
+def _ttt_linear(model: ModelConfig) -> int:
+    D = model.embed_dim
+    return _ttt(model, inner=D * (D // model.ttt_num_heads) + D)
+
+
+def _ttt_mlp(model: ModelConfig) -> int:
+    D = model.embed_dim
+    hidden = 4 * D // model.ttt_num_heads
+    return _ttt(model, inner=2 * D * hidden + model.ttt_num_heads * hidden + D)
+
+
+MIXERS: dict[str, Callable[[ModelConfig], int]] = {
+    "full": _attention,
+    "window": _attention,
+    "local": _attention,
+    "mamba2": _mamba2,
+    "gated_deltanet": _gated_deltanet,
+    "ttt_linear": _ttt_linear,
+    "ttt_mlp": _ttt_mlp,
+}
