@@ -43,6 +43,7 @@ def compare(
     settings: EvalConfig | None = None,
     modes: Sequence[str] = (),
     window: int = 0,
+    longest: int = 0,
     learning: Learning | None = None,
     mesh: Mesh | None = None,
     progress: TextIO | None = None,
@@ -57,6 +58,7 @@ def compare(
       settings: context lengths, numbers and sizes; default those of the first run's configuration.
       modes: of "on", "off", "dynamic"; default on and off, or off for runs without fast weights.
       window: where "beyond the window" begins; default the largest window of the runs.
+      longest: tokens of the sequences that the text is cut into; default the longest context.
       learning: changes to the inner loop.
       mesh: default all devices, arranged like each run's own.
       progress: where the progress line goes; None: nowhere.
@@ -69,9 +71,9 @@ def compare(
     _check_names(opened)
     settings = settings or opened[0].config.eval
     chosen = choose_modes(opened, modes)
-    window = window or _window(opened, settings)
-    lengths = _lengths(opened, chosen, settings, window, learning)
-    held_out, text = open_text(opened, data, split, settings, max(lengths))
+    window = window or largest_window(opened, settings)
+    lengths = context_lengths(opened, chosen, settings, window, learning)
+    held_out, text = open_text(opened, data, split, settings, max(longest, *lengths))
     bar = Progress(_total_work(opened, chosen, learning, lengths, held_out), progress)
     series: list[Series] = []
     for run, its_modes in zip(opened, chosen, strict=True):
@@ -116,20 +118,21 @@ def _check_names(runs: Sequence[Run]) -> None:
         raise UserError(f"two runs are called {twice!r}; give them different names with --names")
 
 
-def _window(runs: Sequence[Run], settings: EvalConfig) -> int:
+def largest_window(runs: Sequence[Run], settings: EvalConfig) -> int:
     """The largest window; where no run has one, the shortest context or the runs' own size."""
     largest = max(run.window for run in runs)
     shortest = min(settings.context_lengths, default=runs[0].config.model.window_size)
     return largest or shortest
 
 
-def _lengths(
+def context_lengths(
     runs: Sequence[Run],
     modes: Sequence[tuple[str, ...]],
     settings: EvalConfig,
     window: int,
     learning: Learning,
 ) -> tuple[int, ...]:
+    """Those of the settings, else 1, 2, 4 and 8 windows. UserError if one does not fit a run."""
     lengths = settings.context_lengths or tuple(window * n for n in (1, 2, 4, 8))
     lengths = tuple(sorted(set(lengths)))
     if lengths[0] < 1:

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,22 @@ def write_results(
 
     log_x: whether loss by position is drawn over a logarithmic axis.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[Path], None]] = {
-        "results.json": lambda path: _write_text(path, to_json(comparison)),
-        "by_position.csv": lambda path: _write_text(path, _csv(*_by_position(comparison))),
-        "by_context.csv": lambda path: _write_text(path, _csv(*_by_context(comparison))),
+        "results.json": lambda path: write_text(path, to_json(comparison)),
+        "by_position.csv": lambda path: write_text(path, to_csv(*_by_position(comparison))),
+        "by_context.csv": lambda path: write_text(path, to_csv(*_by_context(comparison))),
         "loss_by_position.png": lambda path: plots.by_position(comparison, log_x).savefig(path),
         "loss_by_context.png": lambda path: plots.by_context(comparison).savefig(path),
     }
+    return write_files(out, writers)
+
+
+def write_files(
+    out: str | os.PathLike, writers: Mapping[str, Callable[[Path], None]]
+) -> dict[str, Path]:
+    """Has each file under `out` written whole or not at all; returns their paths by name."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, write in writers.items():
         paths[name] = folder / name
@@ -60,7 +67,7 @@ def check_writable(out: str | os.PathLike) -> None:
         )
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
@@ -172,7 +179,7 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 Rows = Iterator[Sequence[Any]]
 
 
-def _csv(head: Sequence[str], rows: Rows) -> str:
+def to_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)

@@ -175,11 +175,9 @@ def ways_to_read(
     model = build_model(run.config.model, run.config.inner)
     params = run.weights(_template(model, mesh))
     for mode in modes:
-        # What is off does not learn, so what was asked of learning does not concern it.
-        inner = run.config.inner if mode == "off" else inner_config(run, learning)
-        its_model, its_params = model, params
+        its_model, inner = reading_model(run, mode, learning)
+        its_params = params
         if mode == "dynamic":
-            its_model = _dynamic_model(run, inner, learning)
             its_params = _relayout(params, model, its_model, mesh)
         rates = learning_rates(run, mode, learning)
         yield tuple(
@@ -196,6 +194,15 @@ def ways_to_read(
             )
             for lr in rates
         )
+
+
+def reading_model(run: Run, mode: str, learning: Learning) -> tuple[Transformer, InnerConfig]:
+    """The model that reads in a mode, and its inner loop."""
+    # What is off does not learn, so what was asked of learning does not concern it.
+    inner = run.config.inner if mode == "off" else inner_config(run, learning)
+    if mode == "dynamic":
+        return _dynamic_model(run, inner, learning), inner
+    return build_model(run.config.model, run.config.inner), inner
 
 
 def _template(model: Transformer, mesh: Mesh) -> Params:

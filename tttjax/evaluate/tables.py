@@ -37,12 +37,12 @@ def _by_context(comparison: Comparison) -> str:
     head.append(f"bits per byte at {longest}")
     rows = []
     for series, change in zip(comparison.series, changes, strict=True):
-        cells = [_value(series.contexts[length].loss()) for length in comparison.lengths]
+        cells = [show(series.contexts[length].loss()) for length in comparison.lengths]
         if change is not None:
-            cells.append(_value(change, signed=True))
+            cells.append(show(change, signed=True))
         bits = _bits(series, longest)
-        rows.append([series.label, *cells, _value(bits) if bits else "unknown"])
-    return f"Loss in nats per token, the same tokens read with more context.\n{_align(head, rows)}"
+        rows.append([series.label, *cells, show(bits) if bits else "unknown"])
+    return f"Loss in nats per token, the same tokens read with more context.\n{align(head, rows)}"
 
 
 def _by_position(comparison: Comparison) -> str:
@@ -53,10 +53,10 @@ def _by_position(comparison: Comparison) -> str:
     for series in comparison.series:
         mean, stderr = series.contexts[longest].binned(edges).loss_by_position()
         values = [Estimate(m, s) for m, s in zip(mean, stderr, strict=True)]
-        rows.append([series.label, *map(_value, values)])
+        rows.append([series.label, *map(show, values)])
     return (
         f"Loss in nats per token by position in a context of {longest} tokens (window: "
-        f"{comparison.window}).\n{_align(head, rows)}"
+        f"{comparison.window}).\n{align(head, rows)}"
     )
 
 
@@ -70,10 +70,10 @@ def _differences(comparison: Comparison) -> str:
     for a, b in comparison.main_pairs():
         difference = a.contexts[longest] - b.contexts[longest]
         values = [difference.between(*regions[name]).loss() for name in shown]
-        rows.append([f"{a.label} - {b.label}", *(_value(v, signed=True) for v in values)])
+        rows.append([f"{a.label} - {b.label}", *(show(v, signed=True) for v in values)])
     return (
         f"Differences at {longest} tokens in nats per token; negative: a is better; * more than "
-        f"two standard errors from 0.\n{_align(head, rows)}"
+        f"two standard errors from 0.\n{align(head, rows)}"
     )
 
 
@@ -85,7 +85,8 @@ def _ranges(edges: Sequence[int]) -> list[str]:
     return [f"{a + 1}-{b}" for a, b in pairwise(edges)]
 
 
-def _value(estimate: Estimate, signed: bool = False) -> str:
+def show(estimate: Estimate, signed: bool = False) -> str:
+    """`1.2345 ± 0.0067`; signed, with a star if it is more than two standard errors from 0."""
     mean, stderr = float(estimate.mean), float(estimate.stderr)
     if math.isnan(mean):
         return "no targets"
@@ -96,7 +97,7 @@ def _value(estimate: Estimate, signed: bool = False) -> str:
     return f"{text} ± {stderr:.4f}{star}"
 
 
-def _align(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def align(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up; the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
@@ -139,7 +140,7 @@ def _about_learning(comparison: Comparison, learning: Series) -> str:
     parts += [_stands(comparison, learning, other, region, subject) for other in rest]
     if not parts:
         loss = learning.contexts[comparison.longest].between(*region).loss()
-        return f"{where}, {learning.label} had a loss of {_value(loss)} nats per token."
+        return f"{where}, {learning.label} had a loss of {show(loss)} nats per token."
     several = sum(s.learns and s.run == learning.run for s in comparison.series) > 1
     how = f" ({learning.label})" if several else ""
     lead = f"learning while reading{how} " if same else ""
@@ -156,7 +157,7 @@ def _about_runs(comparison: Comparison) -> str:
 
 def _about_context(comparison: Comparison, series: Series) -> str:
     long = comparison.longest
-    loss = f"{series.label} had a loss of {_value(series.contexts[long].loss())} nats per token"
+    loss = f"{series.label} had a loss of {show(series.contexts[long].loss())} nats per token"
     change = comparison.context_change(series)
     if change is None:
         return f"With a context of {long} tokens, {loss}."
