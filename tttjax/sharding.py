@@ -30,6 +30,7 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "state": (),
     "taps": (),
     "chunk": (),
+    "hidden": (),
     "layers": (),
 }
 

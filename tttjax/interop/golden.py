@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tttjax.config import OptimConfig
+from tttjax.config import InnerConfig, ModelConfig, OptimConfig
 from tttjax.errors import UserError
 from tttjax.interop import official
 from tttjax.meta import InnerLoop, inner_lr, make_inner_loop, make_outer_loss
@@ -163,7 +162,7 @@ def make_setting(
     window = length if block == "self_attention" else model["sliding_window_size"]
     optimizer = inner_optimizer or {"type": "sgd", "lr": 0.0, "clip_gradient": 0.0}
     _require("inner_optimizer", optimizer, {"type": ("sgd",)})
-    inner = SimpleNamespace(
+    inner = InnerConfig(
         chunk_size=chunk,
         rule="momentum" if optimizer.get("momentum") else "sgd",
         clip=optimizer["clip_gradient"] or 0.0,
@@ -178,7 +177,7 @@ def make_setting(
         fast_dtype=_dtype(model, "state_dtype", x64),
     )
     transformer = build_model(
-        SimpleNamespace(
+        ModelConfig(
             vocab_size=model["vocab_size"],
             embed_dim=model["hidden_size"],
             num_layers=model["num_hidden_layers"],

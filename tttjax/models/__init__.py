@@ -1,7 +1,8 @@
 """Models as pure functions of (parameters, state, tokens). The only package that knows flax.nnx."""
 
+from tttjax.models.build import build_model
 from tttjax.models.functional import combine, partition, path_filter
-from tttjax.models.transformer import Transformer, advance, build_model, relayout
+from tttjax.models.transformer import Transformer, advance, relayout
 
 __all__ = [
     "Transformer",

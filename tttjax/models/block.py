@@ -1,14 +1,64 @@
-"""One block of the Transformer: mixer, fast MLP (in the suffix), MLP, each with its residual."""
+"""One block: mixers, fast MLP (in the suffix), MLP, each with its norms and residual."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from tttjax.models.attention import Attention, NoMixer, State
-from tttjax.models.layers import FastWeight, Identity, RMSNorm, SwiGLU
+from tttjax.models.attention import Attention, NoMixer
+from tttjax.models.gated_deltanet import GatedDeltaNet
+from tttjax.models.layers import (
+    FastWeight,
+    Identity,
+    MultiHeadMLP,
+    NormedConv,
+    RMSNorm,
+    SwiGLU,
+)
+from tttjax.models.mamba2 import Mamba2
 from tttjax.ops.attention import Sight
 from tttjax.types import Array
+
+BlockState = dict[str, dict[str, Array]] | None  # by the name of the branch that keeps it
+
+Mixer = Attention | NoMixer | Mamba2 | GatedDeltaNet
+
+
+@dataclass(frozen=True)
+class MambaShape:
+    """Sizes of Mamba-2 layers."""
+
+    expand: int
+    head_dim: int
+    state_size: int
+    groups: int
+    dt_limits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """Sizes of Gated DeltaNet layers."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    negative: bool
+
+
+@dataclass(frozen=True)
+class TTTShape:
+    """Sizes and choices of TTT layers."""
+
+    num_heads: int
+    chunk_size: int
+    base_lr_linear: float
+    base_lr_mlp: float
+    rope_theta: float
+    backbone: str
+    form: str
+    output: str
 
 
 @dataclass(frozen=True)
@@ -19,32 +69,88 @@ class BlockShape:
     num_heads: int
     head_dim: int
     mlp_dim: int
+    fast_mlp_heads: int
     window_size: int
     local_size: int
     rope_theta: float
     norm_eps: float
+    mixer_norm_eps: float
     init_std: float
     qk_norm: bool
     pre_norm: bool
     post_norm: bool
+    pre_conv: bool
+    conv_size: int
+    scan_chunk: int
     param_dtype: jnp.dtype
     query_block: int
+    mamba: MambaShape
+    delta: DeltaShape
+    ttt: TTTShape
 
 
-def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Attention | NoMixer:
+def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
     """The mixer called `kind`; a new mixer joins here.
 
     Raises ValueError for a kind that there is not.
     """
+    common: dict[str, Any] = {"std": shape.init_std, "dtype": shape.param_dtype}
     if kind == "none":
         return NoMixer()
+    if kind == "mamba2":
+        return Mamba2(
+            shape.embed_dim,
+            rngs,
+            expand=shape.mamba.expand,
+            head_dim=shape.mamba.head_dim,
+            state_size=shape.mamba.state_size,
+            groups=shape.mamba.groups,
+            dt_limits=shape.mamba.dt_limits,
+            conv_size=shape.conv_size,
+            norm_eps=shape.mixer_norm_eps,
+            chunk=shape.scan_chunk,
+            **common,
+        )
+    if kind == "gated_deltanet":
+        return GatedDeltaNet(
+            shape.embed_dim,
+            rngs,
+            key_heads=shape.delta.key_heads,
+            value_heads=shape.delta.value_heads,
+            key_dim=shape.delta.key_dim,
+            value_dim=shape.delta.value_dim,
+            negative=shape.delta.negative,
+            conv_size=shape.conv_size,
+            norm_eps=shape.mixer_norm_eps,
+            chunk=shape.scan_chunk,
+            **common,
+        )
+    if kind in ("ttt_linear", "ttt_mlp"):
+        from tttjax.models.ttt_layer import TTTLayer
+
+        is_linear = kind == "ttt_linear"
+        return TTTLayer(
+            shape.embed_dim,
+            rngs,
+            inner="linear" if is_linear else "mlp",
+            num_heads=shape.ttt.num_heads,
+            chunk_size=shape.ttt.chunk_size,
+            base_lr=shape.ttt.base_lr_linear if is_linear else shape.ttt.base_lr_mlp,
+            rope_theta=shape.ttt.rope_theta,
+            backbone=shape.ttt.backbone,
+            form=shape.ttt.form,
+            output=shape.ttt.output,
+            conv_size=shape.conv_size,
+            norm_eps=shape.norm_eps,
+            **common,
+        )
     sights = {
         "full": Sight(),
         "window": Sight(window=shape.window_size),
         "local": Sight(window=shape.window_size, block=shape.local_size),
     }
     if kind not in sights:
-        raise ValueError(f"unknown mixer {kind!r}; one of none, {', '.join(sights)}")
+        raise ValueError(f"unknown mixer {kind!r}")
     return Attention(
         shape.embed_dim,
         shape.num_heads,
@@ -54,49 +160,75 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Attention | NoMi
         rope_theta=shape.rope_theta,
         qk_norm=shape.qk_norm,
         norm_eps=shape.norm_eps,
-        std=shape.init_std,
-        dtype=shape.param_dtype,
         query_block=shape.query_block,
+        **common,
     )
 
 
 class Block(nnx.Module):
-    """x += post(mixer(pre(x))); x += post(fast_mlp(pre(x))) if any; x += post(mlp(pre(x)))."""
+    """The branches of one block in the order in which they run, each x += post(branch(pre(x))).
+
+    A convolution if the model has pre_conv (its norm is its own); the mixers of `kind`, several
+    joined by `+`; the fast MLP if `fast`; the MLP if it has a width.
+    """
 
     def __init__(self, kind: str, fast: bool, shape: BlockShape, rngs: nnx.Rngs):
+        mixers = [name for name in kind.split("+") if name != "none"]
+        self.mixers = tuple("mixer" if i == 0 else f"mixer{i + 1}" for i in range(len(mixers)))
+        self.mlps = ("fast_mlp",) * fast + ("mlp",) * (shape.mlp_dim > 0)
+        self.has_conv = shape.pre_conv
+        if shape.pre_conv:
+            self.pre_conv = NormedConv(
+                shape.embed_dim, shape.conv_size, rngs, eps=shape.norm_eps, dtype=shape.param_dtype
+            )
+        for name, mixer in zip(self.mixers, mixers, strict=True):
+            self._add(name, make_mixer(mixer, shape, rngs), shape)
+        for name in self.mlps:
+            self._add(name, _make_mlp(name == "fast_mlp", shape, rngs), shape)
+
+    def _add(self, name: str, branch: nnx.Module, shape: BlockShape) -> None:
         def norm(on: bool):
             if not on:
                 return Identity()
             return RMSNorm(shape.embed_dim, "embed", eps=shape.norm_eps, dtype=shape.param_dtype)
 
-        def mlp(weight_type):
-            return SwiGLU(
-                shape.embed_dim,
-                shape.mlp_dim,
-                rngs,
-                std=shape.init_std,
-                dtype=shape.param_dtype,
-                kind=weight_type,
-            )
+        setattr(self, f"{name}_norm", norm(shape.pre_norm))
+        setattr(self, name, branch)
+        setattr(self, f"{name}_post_norm", norm(shape.post_norm))
 
-        self.mixer = make_mixer(kind, shape, rngs)
-        if kind != "none":
-            self.mixer_norm = norm(shape.pre_norm)
-            self.mixer_post_norm = norm(shape.post_norm)
-        if fast:
-            self.fast_mlp_norm = norm(shape.pre_norm)
-            self.fast_mlp = mlp(FastWeight)
-            self.fast_mlp_post_norm = norm(shape.post_norm)
-        self.mlp_norm = norm(shape.pre_norm)
-        self.mlp = mlp(nnx.Param)
-        self.mlp_post_norm = norm(shape.post_norm)
-        self.has_mixer = kind != "none"
-        self.has_fast_mlp = fast
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, dict[str, Array]]:
+        """What the branches keep of a sequence of which nothing has been read."""
+        state = {name: getattr(self, name).init_state(max_length, dtype) for name in self.mixers}
+        if self.has_conv:
+            state["pre_conv"] = self.pre_conv.init_state(dtype)
+        return state
 
-    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
-        if self.has_mixer:
-            y_TD, state = self.mixer(self.mixer_norm(x_TD), state, position)
-            x_TD = x_TD + self.mixer_post_norm(y_TD)
-        if self.has_fast_mlp:
-            x_TD = x_TD + self.fast_mlp_post_norm(self.fast_mlp(self.fast_mlp_norm(x_TD)))
-        return x_TD + self.mlp_post_norm(self.mlp(self.mlp_norm(x_TD))), state
+    def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
+        new_state: dict[str, Any] = {}
+        if self.has_conv:
+            y_TD, new_state["pre_conv"] = self.pre_conv(x_TD, state and state["pre_conv"])
+            x_TD = x_TD + y_TD
+        for name in self.mixers:
+            pre, mixer, post = self._branch(name)
+            y_TD, new_state[name] = mixer(pre(x_TD), state and state[name], position)
+            x_TD = x_TD + post(y_TD)
+        for name in self.mlps:
+            pre, mlp, post = self._branch(name)
+            x_TD = x_TD + post(mlp(pre(x_TD)))
+        return x_TD, None if state is None else new_state
+
+    def _branch(self, name: str) -> tuple[Any, Any, Any]:
+        return (
+            getattr(self, f"{name}_norm"),
+            getattr(self, name),
+            getattr(self, f"{name}_post_norm"),
+        )
+
+
+def _make_mlp(fast: bool, shape: BlockShape, rngs: nnx.Rngs) -> SwiGLU | MultiHeadMLP:
+    std, dtype = shape.init_std, shape.param_dtype
+    kind = FastWeight if fast else nnx.Param
+    if fast and shape.fast_mlp_heads:
+        heads = shape.fast_mlp_heads
+        return MultiHeadMLP(shape.embed_dim, heads, rngs, std=std, dtype=dtype, kind=kind)
+    return SwiGLU(shape.embed_dim, shape.mlp_dim, rngs, std=std, dtype=dtype, kind=kind)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.ops.norms import rms_norm
+from tttjax.ops.short_conv import short_conv
 from tttjax.types import Array
 
 
@@ -71,3 +72,64 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_TD: Array) -> Array:
         w1_DF, w3_DF, w2_FD = (w[...].astype(x_TD.dtype) for w in (self.w1, self.w3, self.w2))
         return (jax.nn.silu(x_TD @ w1_DF) * (x_TD @ w3_DF)) @ w2_FD
+
+
+class MultiHeadMLP(nnx.Module):
+    """gelu(x w1 + b1) w2 + b2 in each of H heads: K entries to 4 K and back. [T, D] -> [T, D].
+
+    The inner model of TTT-MLP (arXiv 2407.04620) without its norm and projections: what the fast
+    MLP is on the way from TTT-KVB to TTT-E2E (arXiv 2512.23675, table 1).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        rngs: nnx.Rngs,
+        *,
+        std: float,
+        dtype: jnp.dtype,
+        kind: type[nnx.Param] = nnx.Param,
+    ):
+        entries = embed_dim // num_heads
+
+        def weight(shape, axes):
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind)
+
+        def bias(shape, axes):
+            return kind(jnp.zeros(shape, dtype), axes=axes)
+
+        self.w1 = weight((num_heads, entries, 4 * entries), ("heads", "head_dim", "hidden"))
+        self.b1 = bias((num_heads, 4 * entries), ("heads", "hidden"))
+        self.w2 = weight((num_heads, 4 * entries, entries), ("heads", "hidden", "head_dim"))
+        self.b2 = bias((num_heads, entries), ("heads", "head_dim"))
+
+    def __call__(self, x_TD: Array) -> Array:
+        w1_HKF, b1_HF, w2_HFK, b2_HK = (
+            w[...].astype(x_TD.dtype) for w in (self.w1, self.b1, self.w2, self.b2)
+        )
+        x_THK = x_TD.reshape(x_TD.shape[0], *b2_HK.shape)
+        hidden_THF = jax.nn.gelu(jnp.einsum("thk,hkf->thf", x_THK, w1_HKF) + b1_HF)
+        return (jnp.einsum("thf,hfk->thk", hidden_THF, w2_HFK) + b2_HK).reshape(x_TD.shape)
+
+
+class NormedConv(nnx.Module):
+    """A causal depthwise convolution of the normed input, with a bias. [T, D] -> [T, D]."""
+
+    def __init__(self, embed_dim: int, taps: int, rngs: nnx.Rngs, *, eps: float, dtype: jnp.dtype):
+        self.norm = RMSNorm(embed_dim, "embed", eps=eps, dtype=dtype)
+        self.kernel = normal_weight(
+            rngs, (taps, embed_dim), ("taps", "embed"), std=taps**-0.5, dtype=dtype
+        )
+        self.bias = nnx.Param(jnp.zeros((embed_dim,), dtype), axes=("embed",))
+
+    def init_state(self, dtype: jnp.dtype) -> dict[str, Array]:
+        """The inputs before the sequence: zeros, [J - 1, D]."""
+        taps, embed_dim = self.kernel.shape
+        return {"conv": jnp.zeros((taps - 1, embed_dim), dtype)}
+
+    def __call__(self, x_TD: Array, state: dict[str, Array] | None):
+        """(y [T, D], state of the convolution; None if none was given)."""
+        past_JD = None if state is None else state["conv"]
+        y_TD, past_JD = short_conv(self.norm(x_TD), self.kernel[...], self.bias[...], past_JD)
+        return y_TD, None if state is None else {"conv": past_JD}

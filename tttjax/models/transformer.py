@@ -209,7 +209,7 @@ class Transformer:
         """
 
         def stacked(path: str, repeats: int):
-            one = self._stacks[path].module().mixer.init_state(max_length, self.compute_dtype)
+            one = self._stacks[path].module().init_state(max_length, self.compute_dtype)
             return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), one)
 
         state: dict[str, Any] = {
@@ -299,39 +299,6 @@ class Transformer:
         h_TD = self.final_norm(weights, x_TD)
         logit_TV = jnp.einsum("td,dv->tv", h_TD, self.head(weights), preferred_element_type=wide)
         return logit_TV, advance(state, token_T.shape[0])
-
-
-def build_model(model: Any, inner: Any) -> Transformer:
-    """The model of a `ModelConfig` and an `InnerConfig` (fast weights and chunk size)."""
-    dtype = jnp.dtype(model.param_dtype)
-    shape = BlockShape(
-        embed_dim=model.embed_dim,
-        num_heads=model.num_heads,
-        head_dim=model.head_dim or model.embed_dim // model.num_heads,
-        mlp_dim=model.mlp_dim,
-        window_size=model.window_size,
-        local_size=inner.chunk_size,
-        rope_theta=model.rope_theta,
-        norm_eps=model.norm_eps,
-        init_std=model.init_std,
-        qk_norm=model.qk_norm,
-        pre_norm=model.pre_norm,
-        post_norm=model.post_norm,
-        param_dtype=dtype,
-        query_block=min(1024, max(128, model.window_size // 2)),
-    )
-    return Transformer(
-        shape=shape,
-        vocab_size=model.vocab_size,
-        mixers=tuple(model.mixers),
-        num_layers=model.num_layers,
-        suffix_layers=model.suffix_layers,
-        fast_mlp=model.fast_mlp,
-        tied=model.tie_embeddings,
-        compute_dtype=jnp.dtype(model.compute_dtype),
-        remat=model.remat == "block",
-        fast_patterns=tuple(inner.fast_paths),
-    )
 
 
 def relayout(params: Params, source: Transformer, target: Transformer) -> Params:
