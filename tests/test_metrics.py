@@ -1,6 +1,5 @@
-"""Metrics files, their repair after a kill, rates, and the FLOP formula."""
+"""Metrics files, their repair after a kill, and rates."""
 
-import dataclasses
 import io
 import json
 import math
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from tttjax import flops, metrics
-from tttjax.config import InnerConfig, ModelConfig
 from tttjax.errors import UserError
 from tttjax.metrics import LateMetrics, MetricLogger, Throughput
 
@@ -160,79 +158,3 @@ def test_loss_curve_is_a_png(tmp_path):
     log_steps(log, 1, 5)
     log.close()
     assert metrics.write_loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
-
-
-# FLOPs -------------------------------------------------------------------------------------------
-
-MODEL = ModelConfig(
-    vocab_size=64,
-    embed_dim=8,
-    num_layers=3,
-    num_heads=2,
-    mlp_dim=16,
-    window_size=8,
-    suffix_layers=2,
-    fast_mlp=True,
-)
-INNER = InnerConfig(chunk_size=4)
-PROJECTIONS, MLP, HEAD = 8 * 8 * 8, 6 * 8 * 16, 2 * 8 * 64
-SCORES = 4 * 8 * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 9 * 8) / 16  # 16 tokens, window 8
-OWN = 4 * 8 * 2.5  # a chunk's 4 queries see 1, 2, 3, 4 of their own keys
-
-
-def test_forward_flops_by_hand():
-    by_hand = 3 * (PROJECTIONS + SCORES + MLP) + 2 * MLP + HEAD
-    assert flops.forward_flops_per_token(MODEL, INNER, 16) == pytest.approx(by_hand)
-
-
-def test_train_flops_by_hand():
-    forward = flops.forward_flops_per_token(MODEL, INNER, 16)
-    inner_backward = (
-        (MLP + MLP / 3)  # lowest fast MLP: its gradients, and back through w2
-        + MLP  # its block's static MLP
-        + (PROJECTIONS + SCORES + OWN)  # the second block
-        + 2 * MLP
-        + MLP
-        + HEAD
-    )
-    exact = flops.train_flops_per_token(MODEL, INNER, 16)
-    assert exact == pytest.approx(3 * forward + 3 * inner_backward * 3 / 4)
-
-    def with_inner(**kwargs):
-        inner = dataclasses.replace(INNER, **kwargs)
-        return flops.train_flops_per_token(MODEL, inner, 16)
-
-    assert with_inner(meta_gradient="none") == pytest.approx(3 * forward)
-    assert with_inner(meta_gradient="first_order") == pytest.approx(
-        3 * forward + inner_backward * 3 / 4
-    )
-    assert with_inner(meta_gradient="truncated", truncate_chunks=2) == pytest.approx(
-        3 * forward + inner_backward * (3 + 2) / 4
-    )
-    assert with_inner(meta_gradient="truncated", truncate_chunks=4) == pytest.approx(exact)
-
-
-def test_train_flops_without_fast_weights_are_three_forward_passes():
-    model = dataclasses.replace(MODEL, suffix_layers=0, fast_mlp=False, mixers=("full",))
-    forward = flops.forward_flops_per_token(model, INNER, 16)
-    full = 3 * (PROJECTIONS + 4 * 8 * 8.5 + MLP) + HEAD
-    assert forward == pytest.approx(full)
-    assert flops.train_flops_per_token(model, INNER, 16) == pytest.approx(3 * full)
-
-
-def test_peaks_prefer_the_longest_name():
-    @dataclasses.dataclass
-    class Device:
-        device_kind: str
-        platform: str = "gpu"
-
-    assert flops.device_peak([Device("NVIDIA H100 80GB HBM3")] * 2).flops_per_second == 2 * 989e12
-    assert flops.device_peak([Device("NVIDIA H100 PCIe")]).flops_per_second == 756e12
-    assert flops.device_peak([Device("TPU v5 lite", "tpu")]).flops_per_second == 197e12
-    assert flops.device_peak([Device("unheard of")]) is None
-
-
-def test_cpu_peak_is_measured_and_says_so():
-    peak = flops.device_peak()
-    assert peak.flops_per_second > 1e9
-    assert "measured" in peak.source

@@ -1,12 +1,19 @@
 """Model FLOPs of a train step by formula, and the peak rates that they are compared with.
 
 Counted are matrix products (2 FLOPs per multiply-add) that the mathematics needs: nothing that is
-recomputed to save memory, no norms, softmaxes or optimizer. Per token, with s(T) the mean number
-of keys that a query sees,
+recomputed to save memory, no norms, softmaxes or optimizer, and for recurrent mixers the products
+of the recurrence token by token, not those of the chunk-parallel form that is run. Per token, with
+s(T) the mean number of keys that a query sees,
 
-    linear maps    F = 2 x entries of the matrix
-    attention      F = 4 H K s(T)        scores and mixed values
-    head           F = 2 D V
+    linear maps       F = 2 x entries of the matrix
+    convolutions      F = 2 x entries of the kernel: one of its taps per channel and token
+    attention         F = 4 H K s(T)        scores and mixed values
+    Mamba-2           F = 4 H P N           x B^T into the state, the state times C
+    Gated DeltaNet    F = 6 H K V           the state times k, the write, the state times q
+    TTT layer         F = 2 E for the inner model on the key, E its matrices' entries,
+                        + 2 E for its gradient in them, and 2 x entries of w2 back through w2,
+                        + 2 E for reading the query (not with ttt_output = "key")
+    head              F = 2 D V
 
 Training without an inner loop costs 3 F: the forward pass, and twice that backward, once for the
 inputs and once for the weights. With an inner loop, the suffix (head included) also takes an inner
@@ -15,6 +22,7 @@ backward pass B for each chunk, towards the fast weights only:
     above the lowest fast weight:  2 x entries of every matrix (gradients of activations)
                                    4 H K s(T) + 4 H K s(C)  for attention: earlier chunks' keys
                                    and values are constants of the inner step
+                                   2 F  for the recurrence of a recurrent mixer
     of each fast matrix:           2 x entries (its own gradient)
 
 The exact meta-gradient is the derivative of forward pass and inner backward pass alike, and both
@@ -28,13 +36,15 @@ a constant (first order; truncated, before the last m chunks) costs B once inste
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from tttjax.models import build_model, combine
+from tttjax.models import Transformer, build_model, combine
 
 if TYPE_CHECKING:
     from tttjax.config import InnerConfig, ModelConfig
@@ -62,8 +72,9 @@ PEAKS = {
 class Part:
     """One residual branch (or the head) of the model: FLOPs of one token's forward pass.
 
-    linear: its matrices. fast: those of them that are fast. out: its last matrix alone.
-    scores: attention over all keys. own_scores: attention over keys of the query's chunk.
+    linear: its matrices and convolutions. fast: those of them that are fast. out: its last matrix
+    alone. scores: attention over all keys. own_scores: attention over keys of the query's chunk.
+    recurrence: what a recurrent mixer does to its state.
     """
 
     linear: float
@@ -71,6 +82,16 @@ class Part:
     out: float = 0.0
     scores: float = 0.0
     own_scores: float = 0.0
+    recurrence: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.linear + self.scores + self.recurrence
+
+    @property
+    def backward_of_mixing(self) -> float:
+        """Of the inner backward pass: what it does beside the matrices."""
+        return self.scores + self.own_scores + 2 * self.recurrence
 
 
 def mean_keys(length: int, window: int) -> float:
@@ -84,48 +105,108 @@ def _parts(
 ) -> tuple[list[Part], list[Part]]:
     """Branches of the prefix, and of the suffix with the head, in the order they run."""
     network = build_model(model, inner)
-    params = network.abstract_params()
-    weights = {
-        "/".join(k.key for k in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(combine(params.slow, params.fast))[0]
-    }
-
-    def entries(prefix: str, only_fast: bool = False) -> float:
-        """FLOPs of a token through the matrices below a path of stacked blocks."""
-        return sum(
-            2.0 * math.prod(shape[1:])
-            for path, shape in weights.items()
-            if path.startswith(prefix)
-            and len(shape) > 2
-            and (not only_fast or path in network.fast_paths)
-        )
-
-    head_width = model.num_heads * (model.head_dim or model.embed_dim // model.num_heads)
-    chunk = inner.chunk_size
-    sights = {"full": seq_len, "window": model.window_size, "local": chunk, "none": 0}
+    entries = _Entries(network)
     prefix: list[Part] = []
     suffix: list[Part] = []
-    for (stack, _), kind in zip(network.block_paths(), network.kinds, strict=True):
-        keys = mean_keys(chunk if kind == "local" else seq_len, sights[kind])
-        for branch, out in (("mixer", "wo"), ("fast_mlp", "w2"), ("mlp", "w2")):
-            path = f"{stack}/{branch}/"
-            attends = branch == "mixer"
-            (suffix if stack.startswith("suffix") else prefix).append(
-                Part(
-                    linear=entries(path),
-                    fast=entries(path, only_fast=True),
-                    out=entries(path + out),
-                    scores=4 * head_width * keys * attends,
-                    own_scores=4 * head_width * mean_keys(chunk, sights[kind]) * attends,
-                )
-            )
+    for (stack, _), kinds in zip(network.block_paths(), network.kinds, strict=True):
+        parts = suffix if stack.startswith("suffix") else prefix
+        if model.pre_conv:
+            parts.append(entries.part(f"{stack}/pre_conv"))
+        mixers = [kind for kind in kinds.split("+") if kind != "none"]
+        for i, kind in enumerate(mixers):
+            path = f"{stack}/mixer{i + 1 if i else ''}"
+            parts.append(entries.part(path, out="wo", **_mixing(kind, model, inner, seq_len)))
+        for branch in ("fast_mlp", "mlp"):
+            parts.append(entries.part(f"{stack}/{branch}", out="w2"))
     head = 2.0 * model.embed_dim * model.vocab_size
     suffix.append(Part(linear=head, fast=head * ("head" in network.fast_paths)))
     return prefix, suffix
 
 
+class _Entries:
+    """FLOPs of a token through the weights below a path of stacked blocks."""
+
+    def __init__(self, network: Transformer):
+        params, axes = network.abstract_params(), network.axes()
+        shapes = flatten_dict(combine(params.slow, params.fast), sep="/")
+        names = flatten_dict(combine(axes.slow, axes.fast), sep="/")
+        self.fast_paths = network.fast_paths
+        self.flops = {
+            path: 2.0 * math.prod(shape.shape[1:])
+            for path, shape in shapes.items()
+            if path.startswith(("prefix/", "suffix/")) and _multiplies_tokens(path, names[path])
+        }
+
+    def part(self, path: str, out: str = "", **mixing: float) -> Part:
+        """The branch at `path`, all zeros if the block has none; out: its last matrix's name."""
+        linear = {p: n for p, n in self.flops.items() if p.startswith(f"{path}/")}
+        return Part(
+            linear=sum(linear.values()),
+            fast=sum(n for p, n in linear.items() if p in self.fast_paths),
+            out=linear.get(f"{path}/{out}", 0.0),
+            **mixing,
+        )
+
+
+def _multiplies_tokens(path: str, axes: tuple[str, ...]) -> bool:
+    """Whether a stacked weight is a matrix or a kernel that every token goes through.
+
+    Not: norms, biases, and the start of a TTT layer's inner weights, which belong to its state.
+    """
+    if "/fast_mlp/" in path and "heads" in axes:
+        return "head_dim" in axes and "hidden" in axes
+    return len(axes) > 2 and ("embed" in axes or "taps" in axes)
+
+
+def _mixing(
+    kind: str, model: "ModelConfig", inner: "InnerConfig", seq_len: int
+) -> dict[str, float]:
+    """Of a mixer's Part, what is not in its matrices: how tokens reach each other."""
+    if kind in RECURRENCES:
+        return {"recurrence": RECURRENCES[kind](model)}
+    chunk = inner.chunk_size
+    sight = {"full": seq_len, "window": model.window_size, "local": chunk}[kind]
+    per_key = 4 * model.num_heads * model.head_size
+    return {
+        "scores": per_key * mean_keys(chunk if kind == "local" else seq_len, sight),
+        "own_scores": per_key * mean_keys(chunk, sight),
+    }
+
+
+def _mamba2(model: "ModelConfig") -> float:
+    return 4.0 * model.mamba_heads * model.mamba_head_dim * model.mamba_state
+
+
+def _gated_deltanet(model: "ModelConfig") -> float:
+    _, value_heads, key_dim, value_dim = model.delta_sizes
+    return 6.0 * value_heads * key_dim * value_dim
+
+
+def _ttt_linear(model: "ModelConfig") -> float:
+    entries = model.embed_dim * (model.embed_dim // model.ttt_num_heads)
+    return _ttt(model, entries)
+
+
+def _ttt_mlp(model: "ModelConfig") -> float:
+    w2 = 4 * model.embed_dim * (model.embed_dim // model.ttt_num_heads)
+    return _ttt(model, 2 * w2) + 2.0 * w2
+
+
+def _ttt(model: "ModelConfig", entries: int) -> float:
+    """Key and gradient, and the query where it is read."""
+    return 2.0 * entries * (2 + (model.ttt_output == "query"))
+
+
+RECURRENCES: dict[str, Callable[["ModelConfig"], float]] = {
+    "mamba2": _mamba2,
+    "gated_deltanet": _gated_deltanet,
+    "ttt_linear": _ttt_linear,
+    "ttt_mlp": _ttt_mlp,
+}
+
+
 def _forward(parts: list[Part]) -> float:
-    return sum(part.linear + part.scores for part in parts)
+    return sum(part.forward for part in parts)
 
 
 def _inner_backward(parts: list[Part]) -> float:
@@ -133,11 +214,9 @@ def _inner_backward(parts: list[Part]) -> float:
     lowest = next((i for i, part in enumerate(parts) if part.fast), None)
     if lowest is None:
         return 0.0
-    total = parts[lowest].fast + parts[lowest].out
-    if parts[lowest].scores:
-        total += parts[lowest].scores + parts[lowest].own_scores
+    total = parts[lowest].fast + parts[lowest].out + parts[lowest].backward_of_mixing
     for part in parts[lowest + 1 :]:
-        total += part.fast + part.linear + part.scores + part.own_scores
+        total += part.fast + part.linear + part.backward_of_mixing
     return total
 
 

@@ -1,11 +1,20 @@
-"""Parameter counts by formula against the official models' numbers."""
+"""Parameter counts by formula against the official models' numbers and the arrays themselves."""
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
-from tttjax.config import ModelConfig, match_parameters, parameter_count
+from tttjax.config import (
+    InnerConfig,
+    ModelConfig,
+    match_parameters,
+    matched_model,
+    parameter_count,
+)
 from tttjax.errors import UserError
+from tttjax.models import build_model
 
 # Layers, embed, heads, MLP, suffix; total, without embedding, fast: of the official code.
 OFFICIAL = {
@@ -20,6 +29,9 @@ OFFICIAL = {
     "3b e2e": (32, 2560, 32, 5632, 8, 2897722880, 2569387520, 346030080),
     "3b fa": (32, 2560, 32, 6912, 0, 2866224640, 2537889280, 0),
 }
+
+
+_SIZE_125M = {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp_dim": 2048}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -66,3 +78,82 @@ def test_matched_models_are_equally_large(suffix):
 def test_a_model_that_cannot_be_that_small_is_refused():
     with pytest.raises(UserError, match="No mlp_dim gives 1000 parameters"):
         match_parameters(ModelConfig(), 1000)
+
+
+SMALL = ModelConfig(vocab_size=10, embed_dim=16, num_layers=3, num_heads=2, mlp_dim=6)
+MAMBA = {"mamba_head_dim": 4, "mamba_state": 3, "mamba_groups": 2, "conv_size": 3}
+DELTA = {"delta_heads": 2, "delta_value_heads": 4, "delta_key_dim": 3, "delta_value_dim": 5}
+TTT = {"ttt_heads": 4, "ttt_chunk": 5, "conv_size": 3}
+VARIANTS = [
+    {"mixers": ("mamba2",), **MAMBA},
+    {"mixers": ("mamba2",), "mamba_expand": 3, "mamba_head_dim": 8, "mlp_dim": 0},
+    {"mixers": ("gated_deltanet",)},
+    {"mixers": ("gated_deltanet", "full"), **DELTA, "conv_size": 2},
+    {"mixers": ("ttt_linear",), **TTT},
+    {"mixers": ("ttt_linear",), **TTT, "ttt_backbone": "plain"},
+    {"mixers": ("ttt_mlp",), **TTT},
+    {"mixers": ("ttt_mlp",), **TTT, "ttt_backbone": "plain"},
+    {"mixers": ("ttt_mlp",), "ttt_output": "key"},
+    {"mixers": ("ttt_mlp",), "ttt_output": "key", "ttt_backbone": "plain"},
+    {"mixers": ("window+ttt_mlp",), "ttt_backbone": "plain", "post_norm": False},
+    {"mixers": ("none", "mamba2+gated_deltanet", "window"), **MAMBA, **DELTA, "pre_norm": False},
+    {"mixers": ("ttt_linear", "window"), "pre_conv": True, "conv_size": 3, "mlp_dim": 0},
+    {**MAMBA, "mixers": ("mamba2",), "suffix_layers": 2, "fast_mlp": True, "fast_mlp_heads": 4},
+    {"suffix_layers": 3, "fast_mlp": True, "fast_mlp_heads": 2, "mlp_dim": 0},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_counts_are_those_of_the_arrays(fields):
+    model = dataclasses.replace(SMALL, **fields)
+    params = build_model(model, InnerConfig()).abstract_params()
+
+    def size(tree):
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+    count = parameter_count(model)
+    assert size(params) == count["total"]
+    assert size(params.fast) == count["fast"]
+    assert count["non_embedding"] == count["total"] - 10 * 16
+
+
+LARGE = ModelConfig(vocab_size=100, embed_dim=256, num_layers=8, num_heads=4, mlp_dim=512)
+
+
+@pytest.mark.parametrize("count", ["total", "non_embedding"])
+@pytest.mark.parametrize("mixers", [("mamba2+window",), ("gated_deltanet",), ("none", "full")])
+def test_the_width_of_mlps_makes_up_for_other_mixers(mixers, count):
+    target = parameter_count(dataclasses.replace(LARGE, mlp_dim=1024))[count]
+    model = matched_model(dataclasses.replace(LARGE, mixers=mixers), target, count=count)
+    assert parameter_count(model)[count] == pytest.approx(target, rel=0.02)
+    assert (model.num_layers, model.mixers, model.mlp_dim % 8) == (8, mixers, 0)
+
+
+def test_models_without_mlps_get_their_depth():
+    """As the official Mamba-2: about two blocks for each one of a Transformer."""
+    target = parameter_count(ModelConfig(**_SIZE_125M, mixers=("full",)))["non_embedding"]
+    pure = ModelConfig(**_SIZE_125M, mixers=("mamba2",), post_norm=False)
+    model = matched_model(dataclasses.replace(pure, mlp_dim=0), target)
+    assert (model.mlp_dim, model.num_layers) == (0, 23)
+    assert parameter_count(model)["non_embedding"] == pytest.approx(target, rel=0.02)
+
+
+def test_mixers_that_are_too_large_get_fewer_blocks():
+    target = parameter_count(LARGE)["non_embedding"]
+    model = matched_model(dataclasses.replace(LARGE, mixers=("mamba2+full",)), target)
+    assert 0 < model.num_layers < 8
+    assert model.mlp_dim > 0
+    assert parameter_count(model)["non_embedding"] == pytest.approx(target, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "sentence"),
+    [
+        ({"mlp_dim": 0, "mixers": ("mamba2",)}, 600_000, "embed_dim, or set an mlp_dim"),
+        ({"mixers": ("mamba2",) * 4}, 600_000, "No mlp_dim gives 600000 parameters"),
+        ({"mixers": ("mamba2",) * 4}, 1_500_000, "num_layers = 4 and mlp_dim = 8, has 1889632"),
+    ],
+)
+def test_a_size_that_cannot_be_had_is_refused(fields, target, sentence):
+    with pytest.raises(UserError, match=sentence):
+        matched_model(dataclasses.replace(LARGE, **fields), target)
