@@ -187,14 +187,15 @@ def _difference(comparison: Comparison, a: Series, b: Series, region: tuple[int,
     return (a.contexts[longest] - b.contexts[longest]).between(*region).loss()
 
 
-def _size(difference: Estimate, signed: bool = False) -> str:
+def size(difference: Estimate, signed: bool = False) -> str:
+    """`0.012 ± 0.003`, with its sign or without."""
     mean, error = float(difference.mean), float(difference.stderr)
     digits = 3 if abs(mean) >= 0.01 else 4
     text = f"{mean:+.{digits}f}" if signed else f"{abs(mean):.{digits}f}"
     return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
 
 
-def _is_none(difference: Estimate) -> bool:
+def is_none(difference: Estimate) -> bool:
     """Whether it is zero, or within two standard errors of it (as far as they are known)."""
     known = not math.isnan(float(difference.stderr))
     return difference.mean == 0 or (known and not difference.is_clear())
@@ -202,11 +203,11 @@ def _is_none(difference: Estimate) -> bool:
 
 def _changed(difference: Estimate, what: str, against: str) -> str:
     """`lowered X by 0.1 ± 0.0 against Y`, or that it did not."""
-    if _is_none(difference):
-        size = _size(difference, signed=True)
-        return f"did not change {what} significantly ({size}) {against}"
+    if is_none(difference):
+        amount = size(difference, signed=True)
+        return f"did not change {what} significantly ({amount}) {against}"
     verb = "lowered" if difference.mean < 0 else "raised"
-    return f"{verb} {what} by {_size(difference)} {against}"
+    return f"{verb} {what} by {size(difference)} {against}"
 
 
 def _stands(
@@ -218,18 +219,19 @@ def _stands(
     said. The start is the first chunk of a series that learns, else the first window.
     """
     beyond = _difference(comparison, a, b, region)
-    than = f"from that of {b.label}" if _is_none(beyond) else f"than that of {b.label}"
-    text = f"{subject} was {_side(beyond)} {than}"
+    than = f"from that of {b.label}" if is_none(beyond) else f"than that of {b.label}"
+    text = f"{subject} was {side(beyond)} {than}"
     if region[0] == 0:
         return text
     start, when = region[0], "within the first window"
     if a.inner and a.inner["chunk_size"] <= start:
         start, when = a.inner["chunk_size"], "before its first step"
     early = _difference(comparison, a, b, (0, start))
-    return f"{text} ({when}, tokens 1-{start}: {_side(early)})"
+    return f"{text} ({when}, tokens 1-{start}: {side(early)})"
 
 
-def _side(difference: Estimate) -> str:
-    if _is_none(difference):
-        return f"not significantly different ({_size(difference, signed=True)})"
-    return f"{_size(difference)} {'lower' if difference.mean < 0 else 'higher'}"
+def side(difference: Estimate) -> str:
+    """`0.012 ± 0.003 lower`, or that it is not significantly different."""
+    if is_none(difference):
+        return f"not significantly different ({size(difference, signed=True)})"
+    return f"{size(difference)} {'lower' if difference.mean < 0 else 'higher'}"

@@ -1,7 +1,99 @@
-"""One comparison of several finished runs."""
+"""One comparison of several finished runs: loss by context, position and FLOPs; speed; state.
 
-from tttjax.report.entries import Entry
+examples:
+  tttjax report full=runs/full ttt=runs/ttt_e2e window=runs/window --out=report
+      three systems on the same held-out tokens, as differences from full attention
+  tttjax report full=runs/full_s0 full=runs/full_s1 ttt=runs/ttt_s0 ttt=runs/ttt_s1 --out=report
+      several runs under one label are its seeds, or its extensions to longer contexts, or both
+  tttjax report on=runs/ttt_e2e:on off=runs/ttt_e2e:off --out=report --lengths=512,1024
+      the same weights, read in two ways
+
+Writes report.md, report.html (one page that needs nothing else), report.csv, report.json and the
+plots into --out. What was read and measured is kept in cache/ there: the same command goes on where
+an interrupted one stopped, or writes the report again at once. docs/report.md says what is in it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from tttjax.evaluate import Learning
+from tttjax.report.entries import Entry, parse_entry
 from tttjax.report.make import make_report
 from tttjax.report.results import Report, SystemResult
 
-__all__ = ["Entry", "Report", "SystemResult", "make_report"]
+__all__ = ["Entry", "Report", "SystemResult", "add_arguments", "make_report", "run"]
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(",") if word.strip())
+
+
+_lengths.__name__ = "list of int"  # how argparse names it in errors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax report`."""
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="LABEL=DIR, LABEL=DIR:MODE or DIR; modes: auto (learning if there are fast weights), "
+        "on, off, dynamic (dynamic evaluation)",
+    )
+    add("--out", metavar="DIR", required=True, help="where the report goes")
+    add("--data", metavar="DIR", help="prepared data set (default: the baseline's own)")
+    add("--split", default="", help="split of the data (default: the baseline's data.val_split)")
+    add(
+        "--baseline",
+        default="",
+        metavar="LABEL",
+        help="system that differences are taken from (default: full attention, else the first)",
+    )
+    add(
+        "--lengths",
+        type=_lengths,
+        default=(),
+        metavar="T,T",
+        help="context lengths in tokens (default: those that the runs were extended to, else the "
+        "baseline's eval.context_lengths)",
+    )
+    add(
+        "--num-sequences",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sequences of the longest context (default: the baseline's eval.num_sequences)",
+    )
+    add(
+        "--dynamic-lr",
+        type=float,
+        metavar="LR",
+        help="inner learning rate of the mode dynamic (default: the run's inner.lr)",
+    )
+    add("--no-latency", action="store_true", help="do not measure prefill")
+    add("--title", default="", help="the report's title")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax report` from parsed arguments; the exit code."""
+    learning = Learning(dynamic_lrs=() if args.dynamic_lr is None else (args.dynamic_lr,))
+    report = make_report(
+        [parse_entry(text, learning) for text in args.runs],
+        Path(args.out),
+        data=args.data,
+        split=args.split,
+        lengths=args.lengths,
+        num_sequences=args.num_sequences,
+        baseline=args.baseline,
+        title=args.title,
+        latency=not args.no_latency,
+        progress=sys.stderr,
+    )
+    if jax.process_index() == 0:
+        print("\n".join([*(f"note: {warning}" for warning in report.warnings), *report.summary]))
+        print("\n".join(["", *(str(path) for path in report.paths.values())]))
+    return 0

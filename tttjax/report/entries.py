@@ -163,8 +163,8 @@ def _check_distinct(systems: Sequence[System]) -> None:
     seen: dict[tuple, str] = {}
     for system in systems:
         for member in system.members:
-            key = Path(member.run.source).resolve(), member.run.step, member.mode
-            key = (*key, repr(member.learning))
+            source = Path(member.run.source).resolve()
+            key = (source, member.mode, repr(member.learning))
             if key in seen:
                 raise UserError(
                     f"{member.run.source} is given twice, as {seen[key]} and as {system.label}, "

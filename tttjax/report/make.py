@@ -1,12 +1,28 @@
 """Makes a report: opens the runs, reads what was not read before, measures, writes."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import jax
+
+from tttjax.config import EvalConfig, parameter_count
+from tttjax.config.values import check_value
 from tttjax.data.shards import PreparedData
-from tttjax.report.entries import Entry, choose_baseline, open_systems
-from tttjax.report.results import Report
+from tttjax.errors import UserError
+from tttjax.evaluate import Learning
+from tttjax.evaluate.compare import context_lengths, largest_window
+from tttjax.evaluate.files import check_writable
+from tttjax.evaluate.runs import inner_config, learning_rates
+from tttjax.evaluate.statistics import Sums
+from tttjax.report import speed
+from tttjax.report.costs import run_facts, warn_unfinished
+from tttjax.report.entries import Entry, Member, System, choose_baseline, open_systems
+from tttjax.report.files import write_report
+from tttjax.report.losses import Reader, open_reader
+from tttjax.report.results import Report, SystemResult
+from tttjax.report.summary import several, summarise
 
 
 def make_report(
@@ -31,8 +47,9 @@ def make_report(
       lengths: contexts in tokens (default: those that systems have a run of their own for, else
         the baseline's eval.context_lengths).
       num_sequences: sequences of the longest context (0: the baseline's eval.num_sequences).
-      baseline: label of the system that differences are taken from (default: full attention).
-      latency: whether to measure prefill. progress: where progress goes.
+      baseline: label of the system that differences are taken from (default: the first of full
+        attention alone, else the first).
+      latency: whether to measure prefill. progress: where progress goes; None: nowhere.
       notes: Markdown paragraphs that are put below the summary.
 
     Raises:
@@ -40,4 +57,125 @@ def make_report(
     """
     systems = open_systems(entries)
     chosen = choose_baseline(systems, baseline)
-    raise NotImplementedError(chosen.label)
+    check_writable(out)
+    settings, window = _settings(systems, chosen, lengths, num_sequences)
+    ordered = [chosen, *(system for system in systems if system is not chosen)]
+    reader = open_reader(ordered, data, split, settings, window, Path(out), progress)
+    readings = reader.read(systems)
+    prefill = _prefill(systems, reader) if latency else {}
+    results = tuple(
+        _result(system, readings[system.label], prefill.get(system.label, {}))
+        for system in systems
+        if readings[system.label]
+    )
+    report = Report(
+        title=title or "Comparison of " + several([result.label for result in results]),
+        systems=results,
+        baseline=next(result for result in results if result.label == chosen.label),
+        lengths=reader.lengths,
+        window=window,
+        bins=settings.bins,
+        text=reader.text.describe(reader.held_out),
+        device=speed.device_name(),
+        notes=notes,
+        warnings=_warnings(systems, results, reader),
+    )
+    report = dataclasses.replace(report, summary=summarise(report))
+    if jax.process_index() == 0:
+        report = dataclasses.replace(report, paths=write_report(report, out))
+    return report
+
+
+def _settings(
+    systems: Sequence[System], baseline: System, lengths: Sequence[int], num_sequences: int
+) -> tuple[EvalConfig, int]:
+    """(the baseline's settings with the contexts to be read, the largest window).
+
+    Raises UserError for a context that does not fit a run, or if the baseline has no run for any.
+    """
+    settings = baseline.config.eval
+    own = {context for s in systems if len(s.contexts) > 1 for context in s.contexts}
+    if lengths or own:
+        settings = dataclasses.replace(settings, context_lengths=tuple(lengths or sorted(own)))
+    if num_sequences:
+        number = check_value("eval.num_sequences", num_sequences)
+        settings = dataclasses.replace(settings, num_sequences=number)
+    window = largest_window([m.run for s in systems for m in s.members], settings)
+    found = context_lengths([], [], settings, window, Learning())
+    for system in systems:
+        for member in system.members:
+            its_lengths = tuple(length for length in found if member in system.at(length))
+            if its_lengths:
+                its_settings = dataclasses.replace(settings, context_lengths=its_lengths)
+                modes = [(member.mode,)]
+                context_lengths([member.run], modes, its_settings, window, member.learning)
+    if not any(map(baseline.at, found)):
+        raise UserError(
+            f"the baseline {baseline.label} has no run for any of the contexts "
+            f"{', '.join(map(str, found))}, only for {', '.join(map(str, baseline.contexts))}; "
+            "choose another with --baseline, or other --lengths"
+        )
+    return dataclasses.replace(settings, context_lengths=found), window
+
+
+def _prefill(systems: Sequence[System], reader: Reader) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for length in reader.lengths:
+        # Speed does not depend on the seed, so the first one stands for all.
+        members = {system.label: at[0] for system in systems if (at := system.at(length))}
+        seconds = speed.measure_prefill(members, length, reader.cache, reader.progress)
+        for label, value in seconds.items():
+            found.setdefault(label, {})[length] = value
+    return found
+
+
+def _result(
+    system: System, readings: dict[int, tuple[Sums, ...]], prefill: dict[int, float]
+) -> SystemResult:
+    return SystemResult(
+        label=system.label,
+        mode=system.mode,
+        inner=_inner(system.members[0]),
+        parameters=parameter_count(system.config.model),
+        readings=readings,
+        runs={length: tuple(map(run_facts, system.at(length))) for length in readings},
+        state_bytes={
+            length: speed.state_bytes(system.at(length)[0], length) for length in readings
+        },
+        prefill_seconds=prefill,
+    )
+
+
+def _inner(member: Member) -> dict[str, Any] | None:
+    if member.mode == "off":
+        return None
+    inner = inner_config(member.run, member.learning)
+    (lr,) = learning_rates(member.run, member.mode, member.learning)
+    return {"rule": inner.rule, "lr": lr, "clip": inner.clip, "chunk_size": inner.chunk_size}
+
+
+def _warnings(
+    systems: Sequence[System], results: Sequence[SystemResult], reader: Reader
+) -> tuple[str, ...]:
+    read = {result.label for result in results}
+    found = [
+        warn_unfinished(system.label, member.run) for system in systems for member in system.members
+    ]
+    found += [
+        f"{system.label} has runs for contexts of {', '.join(map(str, system.contexts))} tokens "
+        "and none of those that were read; it is left out."
+        for system in systems
+        if system.label not in read
+    ]
+    for system in systems:
+        for length in reader.lengths:
+            seeds = {member.seed for member in system.at(length)}
+            missing = {member.seed for member in system.members} - seeds
+            if seeds and missing:
+                found.append(
+                    f"{system.label} has no run with context {length} of seed "
+                    f"{', '.join(map(str, sorted(missing)))}."
+                )
+    if reader.text.describe(reader.held_out)["documents"] < 2:
+        found.append("There is one held-out document only, so no standard error over documents.")
+    return tuple(filter(None, found))

@@ -1,0 +1,86 @@
+"""Tiny runs for reports: full attention with two seeds and one that learns, on five documents."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tttjax import checkpoint
+from tttjax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    InnerConfig,
+    ModelConfig,
+    TrainConfig,
+    write_run_info,
+)
+from tttjax.data.preparation import prepare
+from tttjax.models import build_model
+
+WINDOW, CHUNK, STEPS = 8, 8, 3
+LENGTHS = (8, 16, 32)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Bytes; five held-out documents of different lengths."""
+    folder = tmp_path_factory.mktemp("report")
+    rng = np.random.default_rng(0)
+    texts = folder / "texts"
+    texts.mkdir()
+    rows = ["document\tsplit"]
+    for i, size in enumerate((300, 200, 140, 90, 60, 500)):
+        line = "".join(rng.choice(list("abcdé "), 23)) + "\n"
+        (texts / f"{i}.txt").write_text((line * 40)[:size], encoding="utf-8")
+        rows.append(f"{i}.txt\t{'train' if i == 5 else 'val'}")
+    (folder / "splits.tsv").write_text("\n".join(rows) + "\n")
+    prepare([texts], folder / "data", split_manifest=str(folder / "splits.tsv"), num_workers=0)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def make_run(data, tmp_path_factory):
+    """make_run(name, seed=, step=, seq_len=, init_from=, model fields) -> its work directory."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(name, seed=0, step=STEPS, seq_len=32, init_from="", data=data, **model):
+        fields = {"embed_dim": 8, "num_layers": 1, "num_heads": 1, "mlp_dim": 8, "init_std": 0.3}
+        config = Config(
+            model=ModelConfig(vocab_size=264, window_size=WINDOW, **{**fields, **model}),
+            inner=InnerConfig(chunk_size=CHUNK),
+            train=TrainConfig(
+                steps=STEPS, batch_size=2, seq_len=seq_len, seed=seed, init_from=str(init_from)
+            ),
+            data=DataConfig(sources=(str(data),)),
+            eval=EvalConfig(context_lengths=LENGTHS, num_sequences=6, batch_size=8, bins=6),
+        )
+        workdir = folder / name
+        write_run_info(workdir, config)
+        params = build_model(config.model, config.inner).init(jax.random.key(seed))
+        saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY)
+        saver.save(step, {"params": params, "step": jnp.int32(step)})
+        saver.close()
+        record = '{"step": %d, "loss": 1.0, "time": {"seconds": 2.0, "tokens_per_second": 32.0}}\n'
+        (workdir / "metrics.jsonl").write_text("".join(record % (i + 1) for i in range(step)))
+        return workdir
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runs(make_run):
+    """full of two seeds; learning."""
+    full = [make_run(f"full{seed}", seed=seed, mixers=("full",)) for seed in (0, 1)]
+    return [*full, make_run("ttt", suffix_layers=1, fast_mlp=True, mixers=("window",))]
+
+
+@pytest.fixture(scope="session")
+def report_and_folder(runs, tmp_path_factory):
+    from tttjax.report import Entry, make_report
+
+    out = tmp_path_factory.mktemp("out") / "report"
+    entries = [Entry("full", runs[0]), Entry("full", runs[1]), Entry("ttt", runs[2])]
+    return make_report(entries, out, notes="With `--scale cpu`:\n\n```\ncommand <x>\n```"), out

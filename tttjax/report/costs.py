@@ -1,0 +1,107 @@
+"""What training cost: FLOPs by formula, seconds as measured, back to the first random weights."""
+
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tttjax import checkpoint
+from tttjax.config import Config, InnerConfig, ModelConfig, read_config
+from tttjax.config.run_info import CONFIG
+from tttjax.errors import UserError
+from tttjax.evaluate import Run
+from tttjax.flops import train_flops_per_token
+from tttjax.metrics import read_records
+from tttjax.report.entries import Member
+from tttjax.report.results import RunFacts
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a run, or of a chain of runs. seconds: None where no record is left."""
+
+    tokens: int
+    flops: float
+    seconds: float | None
+
+    def __add__(self, other: "Cost") -> "Cost":
+        both = self.seconds is not None and other.seconds is not None
+        seconds = self.seconds + other.seconds if both else None  # type: ignore[operator]
+        return Cost(self.tokens + other.tokens, self.flops + other.flops, seconds)
+
+
+def run_facts(member: Member) -> RunFacts:
+    """How far a member's run got, and what it cost with those that it was started from."""
+    run = member.run
+    steps = run.config.train.steps
+    cost, complete = _with_ancestors(run.config, Path(run.source), run.step, frozenset())
+    rates = [record["time"]["tokens_per_second"] for record in _records(Path(run.source), run.step)]
+    return RunFacts(
+        workdir=run.source,
+        seed=member.seed,
+        context=member.context,
+        step=run.step,
+        steps=steps,
+        tokens=cost.tokens,
+        flops=cost.flops,
+        known_from_start=complete,
+        seconds=cost.seconds,
+        tokens_per_second=statistics.median(rates) if rates else None,
+    )
+
+
+def warn_unfinished(label: str, run: Run) -> str:
+    """A sentence if the run stopped before its last step; else empty."""
+    steps = run.config.train.steps
+    if run.step is None or run.step >= steps:
+        return ""
+    return (
+        f"{label}: the run {run.source} stopped at step {run.step} of {steps}; it is compared as "
+        "it is."
+    )
+
+
+def _with_ancestors(
+    config: Config, source: Path, step: int | None, seen: frozenset[Path]
+) -> tuple[Cost, bool]:
+    """(cost, whether every run it goes back to was found)."""
+    train = config.train
+    tokens = (train.steps if step is None else step) * train.batch_size * train.seq_len
+    flops = tokens * _flops_per_token(config.model, config.inner, train.seq_len)
+    records = _records(source, step)
+    seconds = sum(record["time"]["seconds"] for record in records) if records else None
+    cost = Cost(tokens, flops, seconds)
+    if not train.init_from:
+        return cost, True
+    origin = Path(train.init_from)
+    if origin.resolve() in seen:
+        return cost, False
+    try:
+        found = checkpoint.find_checkpoint(origin)
+        its_config = read_config(workdir_of(origin))
+    except UserError:
+        return cost, False
+    if its_config is None:
+        return cost, False
+    its_step = int(found.name) if found.name.isdigit() else None
+    before, complete = _with_ancestors(its_config, origin, its_step, seen | {origin.resolve()})
+    return before + cost, complete
+
+
+@cache
+def _flops_per_token(model: ModelConfig, inner: InnerConfig, seq_len: int) -> float:
+    """Counting takes the model's shapes, and a moment; runs of one shape share it."""
+    return train_flops_per_token(model, inner, seq_len)
+
+
+def workdir_of(source: Path) -> Path:
+    """The work directory that a checkpoint lies in; `source` itself if it is one."""
+    folders = (source, *source.absolute().parents[:2])
+    return next((folder for folder in folders if (folder / CONFIG).exists()), source)
+
+
+def _records(source: Path, step: int | None) -> list[dict[str, Any]]:
+    """The run's metrics up to the step, one record for each step."""
+    records = read_records(workdir_of(source))
+    return [record for record in records if step is None or record["step"] <= step]
