@@ -4,10 +4,13 @@ With `negative`, beta reaches 2 and the memory's transition may have negative ei
 (arXiv 2411.12537).
 """
 
+from math import log
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tttjax.errors import UserError
 from tttjax.models.layers import normal_weight
 from tttjax.ops.delta_rule import gated_delta_rule, gated_delta_rule_recurrent, l2_normalise
 from tttjax.ops.norms import rms_norm
@@ -16,10 +19,8 @@ from tttjax.types import Array
 
 State = dict[str, Array] | None
 
-MAX_DECAY_RATE = 16.0
-MIN_DECAY_RATE = 1e-4  # its logarithm is a weight
-TIME_STEPS = (1e-3, 1e-1)
-MIN_TIME_STEP = 1e-4
+A_RANGE = (1e-4, 16.0)  # uniform(0, 16), but with a finite logarithm
+DT_RANGE = (1e-3, 1e-1)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -45,6 +46,12 @@ class GatedDeltaNet(nnx.Module):
         std: float,
         dtype: jnp.dtype,
     ):
+        if value_heads % key_heads:
+            raise UserError(
+                f"Gated DeltaNet: {value_heads} value heads cannot share {key_heads} key heads "
+                "evenly; choose a number of value heads that is a multiple of the key heads"
+            )
+
         def into(*heads):
             axes = ("embed", "heads", "head_dim")[: 1 + len(heads)]
             return normal_weight(rngs, (embed_dim, *heads), axes, std=std, dtype=dtype)
@@ -59,8 +66,9 @@ class GatedDeltaNet(nnx.Module):
         self.wb, self.wa = into(value_heads), into(value_heads)
         self.conv_q, self.conv_k = conv(key_heads, key_dim), conv(key_heads, key_dim)
         self.conv_v = conv(value_heads, value_dim)
-        self.a_log = nnx.Param(_initial_a_log(rngs, value_heads, dtype), axes=("heads",))
-        self.dt_bias = nnx.Param(_initial_dt_bias(rngs, value_heads, dtype), axes=("heads",))
+        self.a_log = nnx.Param(_initial_a_log(rngs, value_heads).astype(dtype), axes=("heads",))
+        dt_bias_H = _initial_dt_bias(rngs, value_heads).astype(dtype)
+        self.dt_bias = nnx.Param(dt_bias_H, axes=("heads",))
         self.norm = nnx.Param(jnp.ones((value_dim,), dtype), axes=("head_dim",))
         out = (value_heads, value_dim, embed_dim), ("heads", "head_dim", "embed")
         self.wo = normal_weight(rngs, *out, std=std, dtype=dtype)
@@ -69,47 +77,53 @@ class GatedDeltaNet(nnx.Module):
         self.chunk = chunk
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
-        """An empty memory, float32 at least, and no inputs of the convolutions; of constant size."""
+        """The state before the first token; its size does not depend on `max_length`."""
         del max_length
-        past = {
-            name: jnp.zeros((kernel.shape[-3] - 1, *kernel.shape[-2:]), dtype)
-            for name, kernel in self._convolutions().items()
-        }
+        kernels = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
+        sizes = {name: kernel.shape[-3:] for name, kernel in kernels.items()}
+        past = {name: jnp.zeros((taps - 1, *rest), dtype) for name, (taps, *rest) in sizes.items()}
         return {"memory": self._empty_memory(dtype), **past}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
-        del position  # the memory knows of no positions
-        mixed, past = self._convolve(x_TD, state)
-        wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-        beta_TH = jax.nn.sigmoid(_project(x_TD, self.wb).astype(wide)) * (2 if self.negative else 1)
-        step_TH = jax.nn.softplus(_project(x_TD, self.wa).astype(wide) + self.dt_bias[...])
-        g_TH = -jnp.exp(self.a_log[...].astype(wide)) * step_TH
+        """x [T, D] -> y [T, D]: exactly one sequence or the next piece of one (see attention)."""
+        del position
+        past = state or {}
 
-        memory = self._empty_memory(x_TD.dtype) if state is None else state["memory"]
-        q_THK, k_THK = l2_normalise(mixed["conv_q"]), l2_normalise(mixed["conv_k"])
-        inputs = q_THK, k_THK, mixed["conv_v"], g_TH, beta_TH, memory
-        if state is not None and x_TD.shape[0] == 1:
-            o_THV, memory = gated_delta_rule_recurrent(*inputs)
+        def convolved(weight, name):
+            kernel_JHK = getattr(self, name)[...]
+            out_THK, last = short_conv(_project(x_TD, weight), kernel_JHK, None, past.get(name))
+            return jax.nn.silu(out_THK), last
+
+        q_THK, last_q = convolved(self.wq, "conv_q")
+        k_THK, last_k = convolved(self.wk, "conv_k")
+        v_THV, last_v = convolved(self.wv, "conv_v")
+        inputs = l2_normalise(q_THK), l2_normalise(k_THK), v_THV, *self._gates(x_TD)
+        if state is None:
+            o_THV, _ = gated_delta_rule(*inputs, self._empty_memory(x_TD.dtype), self.chunk)
+        elif x_TD.shape[0] == 1:
+            o_THV, memory = gated_delta_rule_recurrent(*inputs, state["memory"])
         else:
-            o_THV, memory = gated_delta_rule(*inputs, self.chunk)
+            o_THV, memory = gated_delta_rule(*inputs, state["memory"], self.chunk)
+        if state is not None:
+            state = {"memory": memory, "conv_q": last_q, "conv_k": last_k, "conv_v": last_v}
+        y_THV = self._gated_norm(o_THV, _project(x_TD, self.wz))
+        return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
 
-        gate_THV = jax.nn.silu(_project(x_TD, self.wz))
-        y_THV = rms_norm(o_THV, self.norm[...], self.norm_eps) * gate_THV
-        y_TD = jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype))
-        return y_TD, None if state is None else {"memory": memory, **past}
+    def _gates(self, x_TD: Array) -> tuple[Array, Array]:
+        """Log-decay g <= 0 and writing strength beta of each token, float32 at least: [T, H]."""
+        wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+        wa_DH, wb_DH = (weight[...].astype(x_TD.dtype) for weight in (self.wa, self.wb))
+        a_TH = jnp.matmul(x_TD, wa_DH, preferred_element_type=wide)
+        b_TH = jnp.matmul(x_TD, wb_DH, preferred_element_type=wide)
+        dt_TH = jax.nn.softplus(a_TH + self.dt_bias[...].astype(wide))
+        g_TH = -jnp.exp(self.a_log[...].astype(wide)) * dt_TH
+        return g_TH, jax.nn.sigmoid(b_TH) * (2 if self.negative else 1)
 
-    def _convolve(self, x_TD: Array, state: State) -> tuple[dict[str, Array], dict[str, Array]]:
-        """silu(conv(x w)) for q, k and v, and the convolutions' new states, by kernel's name."""
-        mixed, past = {}, {}
-        weights = (self.wq, self.wk, self.wv)
-        for weight, (name, kernel) in zip(weights, self._convolutions().items(), strict=True):
-            before = None if state is None else state[name]
-            y, past[name] = short_conv(_project(x_TD, weight), kernel[...], None, before)
-            mixed[name] = jax.nn.silu(y)
-        return mixed, past
-
-    def _convolutions(self) -> dict[str, nnx.Param]:
-        return {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
+    def _gated_norm(self, o_THV: Array, z_THV: Array) -> Array:
+        """RMS norm of each head, then times silu(z), in float32 at least."""
+        wide = jnp.promote_types(o_THV.dtype, jnp.float32)
+        normed_THV = rms_norm(o_THV.astype(wide), self.norm[...], self.norm_eps)
+        return (normed_THV * jax.nn.silu(z_THV.astype(wide))).astype(o_THV.dtype)
 
     def _empty_memory(self, dtype: jnp.dtype) -> Array:
         value_heads, value_dim = self.wv.shape[-2:]
@@ -118,18 +132,17 @@ class GatedDeltaNet(nnx.Module):
 
 
 def _project(x_TD: Array, weight: nnx.Param) -> Array:
+    """[T, D] times [D, ...]"""
     return jnp.tensordot(x_TD, weight[...].astype(x_TD.dtype), axes=1)
 
 
-def _initial_a_log(rngs: nnx.Rngs, heads: int, dtype: jnp.dtype) -> Array:
-    """log A, A uniform in (0, 16): how fast a head forgets per unit of its time step."""
-    rate_H = jax.random.uniform(rngs.params(), (heads,), dtype, MIN_DECAY_RATE, MAX_DECAY_RATE)
-    return jnp.log(rate_H)
+def _initial_a_log(rngs: nnx.Rngs, heads: int) -> Array:
+    """log of decay rates uniform in A_RANGE: float32 [H]."""
+    return jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, *A_RANGE))
 
 
-def _initial_dt_bias(rngs: nnx.Rngs, heads: int, dtype: jnp.dtype) -> Array:
-    """The inverse softplus of a time step, which is log-uniform in [0.001, 0.1]."""
-    low, high = jnp.log(jnp.asarray(TIME_STEPS, dtype))
-    step_H = jnp.exp(jax.random.uniform(rngs.params(), (heads,), dtype, low, high))
-    step_H = jnp.maximum(step_H, MIN_TIME_STEP)
-    return step_H + jnp.log(-jnp.expm1(-step_H))
+def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
+    """softplus^-1 of time steps log-uniform in DT_RANGE: float32 [H]."""
+    low, high = map(log, DT_RANGE)
+    dt_H = jnp.exp(jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high))
+    return dt_H + jnp.log(-jnp.expm1(-dt_H))

@@ -37,7 +37,8 @@ def gated_delta_rule_recurrent(
 ) -> tuple[Array, Array]:
     """The definition, one token after the other.
 
-    q, k: [T, Hk, K]; v: [T, Hv, V]; g (log of the decay, <= 0) and beta: [T, Hv]; state: [Hv, K, V].
+    q, k: [T, Hk, K]; v: [T, Hv, V]; g (log of the decay, <= 0) and beta (in [0, 2]): [T, Hv];
+    state: [Hv, K, V], before the first token.
     Returns o [T, Hv, V] in the dtype of v, and the state after the last token.
     """
     groups = v_THV.shape[1] // k_THK.shape[1]
@@ -64,7 +65,7 @@ def gated_delta_rule(
     state_HKV: Array,
     chunk: int,
 ) -> tuple[Array, Array]:
-    """`gated_delta_rule_recurrent` in chunks of `chunk` tokens; any T >= 1.
+    """`gated_delta_rule_recurrent` in chunks of `chunk` tokens; any T >= 0.
 
     In a chunk that starts from S, with G the running sum of g, the corrections d of its tokens obey
     (I + A) d = beta (v - exp(G) S^T k), A[i, j] = beta_i exp(G_i - G_j) k_i.k_j for j < i: linear
@@ -73,12 +74,13 @@ def gated_delta_rule(
     """
     length, value_heads, _ = v_THV.shape
     groups = value_heads // k_THK.shape[1]
-    chunk = min(chunk, length)
+    chunk = max(1, min(chunk, length))
+    chunks = -(-length // chunk)
 
     def in_chunks(x_TH):
         """[T, H, ...] -> [N, H, C, ...]; added tokens are zero: they neither decay nor write."""
-        back = [(0, -length % chunk)] + [(0, 0)] * (x_TH.ndim - 1)
-        x_NCH = jnp.pad(x_TH, back).reshape(-1, chunk, *x_TH.shape[1:])
+        back = [(0, chunks * chunk - length)] + [(0, 0)] * (x_TH.ndim - 1)
+        x_NCH = jnp.pad(x_TH, back).reshape(chunks, chunk, *x_TH.shape[1:])
         return jnp.moveaxis(x_NCH, 1, 2)
 
     def for_value_heads(x_NHC):
@@ -107,7 +109,7 @@ def gated_delta_rule(
     parts = d_free_NHCV, d_memory_NHCK, k_end_NHCK, from_start_NHC[..., -1]
     state_HKV, (s_NHKV, d_NHCV) = jax.lax.scan(step, state_HKV.astype(v_NHCV.dtype), parts)
     o_NHCV = (from_start_NHC[..., None] * q_NHCK) @ s_NHKV + (between_NHCC * qk_NHCC) @ d_NHCV
-    o_THV = jnp.moveaxis(o_NHCV, 2, 1).reshape(-1, *v_THV.shape[1:])[:length]
+    o_THV = jnp.moveaxis(o_NHCV, 2, 1).reshape(chunks * chunk, *v_THV.shape[1:])[:length]
     return o_THV.astype(v_THV.dtype), state_HKV
 
 
@@ -167,7 +169,7 @@ def _unit_lower_inverse_jvp(primals, tangents):
 
 
 def _blocks_below(a_CC: Array, half: int) -> Array:
-    """The lower left quarter of each diagonal block of size 2 half: [..., C / (2 half), half, half]."""
+    """The lower left quarters of the diagonal blocks of size 2 half: [..., B, half, half]."""
     pairs = a_CC.shape[-1] // (2 * half)
     split = a_CC.reshape(*a_CC.shape[:-2], pairs, 2, half, pairs, 2, half)[..., 1, :, :, 0, :]
     return jnp.moveaxis(jnp.diagonal(split, axis1=-4, axis2=-2), -1, -3)
