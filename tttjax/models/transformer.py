@@ -218,7 +218,9 @@ class Transformer:
             for i, stage in enumerate(self.stages[part])
             for j in range(len(stage.kinds))
         }
-        return {"position": jnp.zeros((), jnp.int32), "blocks": unflatten_dict(state, sep="/")}
+        # A part without blocks has an entry too, as it has in the state that `apply` returns.
+        blocks = {part: {} for part in parts} | unflatten_dict(state, sep="/")
+        return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
     # --- functions --------------------------------------------------------------------------
 
