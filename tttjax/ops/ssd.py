@@ -28,45 +28,76 @@ def ssd(
     skip_H: Array,
     state_HPN: Array,
     chunk: int,
+    at_once: int | None = None,
 ) -> tuple[Array, Array]:
     """Chunk-parallel form: y [T, H, P] in the dtype of x, and the state after the last token.
 
     dt >= 0 and a < 0 (both dimensionless: exp(dt a) is one token's decay). Any T. Decays and
     states are float32 at least; matrix products take x, b, c in their own dtype and sum in
     float32 at least. Every exponent is <= 0, so nothing overflows however large dt is.
+
+    chunk: tokens of one masked product. at_once: chunks computed together, the rest one such
+    segment after the other (None: what suits the device). Neither changes the result.
     """
     length, heads, width = x_THP.shape
     groups = b_TGN.shape[1]
     wide = jnp.promote_types(x_THP.dtype, jnp.float32)
     chunk = min(chunk, max(length, 1))
     count = -(-length // chunk)
-    per_group = groups, heads // groups
+    segments = -(-count // (at_once or _chunks_at_once()))
+    at_once = -(-count // max(segments, 1))
+    tokens = segments * at_once * chunk
 
     def cut(array_T):
-        """[T, ...] -> [M, C, ...], padded with tokens of dt = 0, which change nothing."""
-        padding = [(0, count * chunk - length)] + [(0, 0)] * (array_T.ndim - 1)
-        return jnp.pad(array_T, padding).reshape(count, chunk, *array_T.shape[1:])
+        """[T, ...] -> [segments, M, C, ...], padded with tokens of dt = 0: they change nothing."""
+        padding = [(0, tokens - length)] + [(0, 0)] * (array_T.ndim - 1)
+        return jnp.pad(array_T, padding).reshape(segments, at_once, chunk, *array_T.shape[1:])
+
+    def by_group(array, axis):
+        """[..., H, ...] -> [..., G, R, ...]"""
+        shape = array.shape
+        return array.reshape(*shape[:axis], groups, heads // groups, *shape[axis + 1 :])
 
     dt_TH = dt_TH.astype(wide)
-    x_MCGRP = cut(x_THP.reshape(length, *per_group, width))
-    dt_MGRC = jnp.moveaxis(cut(dt_TH.reshape(length, *per_group)), 1, -1)
-    reach_MGRC = jnp.moveaxis(
-        jnp.cumsum(cut(_log_decay(dt_TH, a_H).reshape(length, *per_group)), axis=1), 1, -1
+    operands = (
+        by_group(x_THP, 1),
+        by_group(dt_TH, 1),
+        by_group(_log_decay(dt_TH, a_H), 1),
+        b_TGN,
+        c_TGN,
     )
-    b_MCGN, c_MCGN = cut(b_TGN), cut(c_TGN)
+    last_GRPN, y = jax.lax.scan(
+        # Rematerialised: the C x C arrays of all heads are cheap to compute and large to keep.
+        jax.checkpoint(partial(_segment, by_group(skip_H.astype(wide), 0)), prevent_cse=False),
+        by_group(state_HPN.astype(wide), 0),
+        jax.tree.map(cut, operands),
+    )
+    y_THP = y.reshape(tokens, heads, width)[:length]
+    return y_THP, last_GRPN.reshape(state_HPN.shape).astype(state_HPN.dtype)
 
-    within_MCGRP = _within_chunks(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN, c_MCGN)
+
+def _chunks_at_once() -> int:
+    """One on a CPU, so that its arrays stay in the cache; elsewhere enough to fill the device."""
+    return 1 if jax.default_backend() == "cpu" else 16
+
+
+def _segment(skip_GR: Array, state_GRPN: Array, operands) -> tuple[Array, Array]:
+    """M chunks at once: the state after them, and y [M, C, G, R, P] in the dtype of x."""
+    x_MCGRP, dt_MCGR, log_decay_MCGR, b_MCGN, c_MCGN = operands
+    dt_MGRC = jnp.moveaxis(dt_MCGR, 1, -1)
+    reach_MGRC = jnp.moveaxis(jnp.cumsum(log_decay_MCGR, axis=1), 1, -1)
+
+    def next_chunk(state_GRPN, step):
+        decay_GR, written_GRPN = step
+        return decay_GR[..., None, None] * state_GRPN + written_GRPN, state_GRPN
+
     written_MGRPN = _written(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN)
-    state_GRPN = state_HPN.astype(wide).reshape(*per_group, *state_HPN.shape[1:])
-    state_GRPN, before_MGRPN = jax.lax.scan(
-        lambda state, step: (step[0][..., None, None] * state + step[1], state),
-        state_GRPN,
-        (jnp.exp(reach_MGRC[..., -1]), written_MGRPN),
-    )
-    across_MCGRP = _read_past(before_MGRPN, reach_MGRC, c_MCGN)
-    y_THP = (within_MCGRP + across_MCGRP).reshape(count * chunk, heads, width)[:length]
-    y_THP += skip_H.astype(wide)[:, None] * x_THP.astype(wide)
-    return y_THP.astype(x_THP.dtype), state_GRPN.reshape(state_HPN.shape).astype(state_HPN.dtype)
+    decay_MGR = jnp.exp(reach_MGRC[..., -1])
+    state_GRPN, before_MGRPN = jax.lax.scan(next_chunk, state_GRPN, (decay_MGR, written_MGRPN))
+    y_MCGRP = _within_chunks(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN, c_MCGN)
+    y_MCGRP += _read_past(before_MGRPN, reach_MGRC, c_MCGN)
+    y_MCGRP += skip_GR[..., None] * x_MCGRP.astype(skip_GR.dtype)
+    return state_GRPN, y_MCGRP.astype(x_MCGRP.dtype)
 
 
 def _log_decay(dt_TH: Array, a_H: Array) -> Array:
@@ -79,8 +110,6 @@ def _log_decay(dt_TH: Array, a_H: Array) -> Array:
     return jnp.maximum(dt_TH * a_H.astype(dt_TH.dtype), least)
 
 
-# Rematerialised: the C x C arrays of all heads are cheap to compute and large to keep.
-@partial(jax.checkpoint, prevent_cse=False)
 def _within_chunks(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN, c_MCGN) -> Array:
     """What tokens of a chunk read that the same chunk wrote: (c b^T * decay * dt) x."""
     wide = dt_MGRS.dtype
