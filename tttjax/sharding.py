@@ -29,7 +29,6 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "kv_groups": (),
     "state": (),
     "taps": (),
-    "chunk": (),
     "hidden": (),
     "layers": (),
 }

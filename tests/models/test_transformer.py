@@ -19,6 +19,7 @@ PATTERNS = {
     "full": ("full",),
     "window": ("window",),
     "all": ("window", "full", "local", "none"),
+    "recurrent": ("gated_deltanet", "mamba2", "ttt_linear", "window+ttt_mlp"),
 }
 LENGTH = 12
 

@@ -17,12 +17,13 @@ from tttjax.models.layers import (
     SwiGLU,
 )
 from tttjax.models.mamba2 import Mamba2
+from tttjax.models.ttt_layer import TTTLayer
 from tttjax.ops.attention import Sight
 from tttjax.types import Array
 
 BlockState = dict[str, dict[str, Array]] | None  # by the name of the branch that keeps it
 
-Mixer = Attention | NoMixer | Mamba2 | GatedDeltaNet
+Mixer = Attention | NoMixer | Mamba2 | GatedDeltaNet | TTTLayer
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,6 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
             **common,
         )
     if kind in ("ttt_linear", "ttt_mlp"):
-        from tttjax.models.ttt_layer import TTTLayer
-
         is_linear = kind == "ttt_linear"
         return TTTLayer(
             shape.embed_dim,
