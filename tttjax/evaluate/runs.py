@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def ways_to_read(
                 model=its_model,
                 params=its_params,
                 mesh=mesh,
-                inner=make_inner_loop(inner),
+                inner=_inner_loop(inner),
                 lr=lr,
                 learn=mode != "off",
                 rule=inner.rule,
@@ -203,6 +204,10 @@ def reading_model(run: Run, mode: str, learning: Learning) -> tuple[Transformer,
     if mode == "dynamic":
         return _dynamic_model(run, inner, learning), inner
     return build_model(run.config.model, run.config.inner), inner
+
+
+# The same values give the same functions, so that what is compiled for one run serves another.
+_inner_loop = lru_cache(maxsize=16)(make_inner_loop)
 
 
 def _template(model: Transformer, mesh: Mesh) -> Params:

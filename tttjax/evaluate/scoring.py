@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -33,16 +33,24 @@ class Way:
 def make_scorer(way: Way) -> Callable[[Params, Batch, float], Array]:
     """scorer(params, batch, lr) -> NLL of every target in float32 or wider, [B, T], not masked.
 
-    Compiled once per shape of the batch. Every device reads its own sequences; the weights are
-    gathered once, before reading begins, and nothing else is communicated.
+    Compiled once per shape of the batch, also for several ways that differ in their weights alone
+    (runs of several seeds). Every device reads its own sequences; the weights are gathered once,
+    before reading begins, and nothing else is communicated.
     """
     # There is no outer gradient here to cut short or to save memory for.
     inner = way.inner._replace(exact_chunks=None, remat=False)
     if not way.learn:
         inner = inner._replace(chunk_size=1)  # any length can be read without learning
-    read = make_reader(way.model, inner, learn=way.learn)
-    specs = sharding.param_specs(way.mesh, way.model.axes())
-    axes = sharding.batch_axes(way.mesh)
+    return _scorer(way.model, inner, way.learn, way.mesh)
+
+
+@lru_cache(maxsize=4)
+def _scorer(
+    model: Transformer, inner: InnerLoop, learn: bool, mesh: Mesh
+) -> Callable[[Params, Batch, float], Array]:
+    read = make_reader(model, inner, learn=learn)
+    specs = sharding.param_specs(mesh, model.axes())
+    axes = sharding.batch_axes(mesh)
 
     def of_batch(params: Params, batch: Batch, lr: Array) -> Array:
         return read(params, batch, lr).token_nll_T
@@ -52,17 +60,17 @@ def make_scorer(way: Way) -> Callable[[Params, Batch, float], Array]:
 
     score: Callable[[Params, Batch, Array], Array] = of_batch
     if axes:
-        batch_spec = sharding.spec(way.mesh, ["batch"])
+        batch_spec = sharding.spec(mesh, ["batch"])
         score = jax.shard_map(
             of_shard,
-            mesh=way.mesh,
+            mesh=mesh,
             in_specs=(jax.tree.map(sharding.manual, specs), batch_spec, PartitionSpec()),
             out_specs=batch_spec,
             axis_names=set(axes),
             check_vma=False,
         )
     # Replicated, so that every process of several can read all of it.
-    return jax.jit(score, out_shardings=NamedSharding(way.mesh, PartitionSpec()))
+    return jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def cut(held_out: HeldOut, length: int) -> HeldOut:

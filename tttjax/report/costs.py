@@ -13,7 +13,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate import Run
 from tttjax.flops import train_flops_per_token
 from tttjax.metrics import read_records
-from tttjax.report.entries import Member
+from tttjax.report.entries import Member, shown_path
 from tttjax.report.results import RunFacts
 
 
@@ -38,7 +38,7 @@ def run_facts(member: Member) -> RunFacts:
     cost, complete = _with_ancestors(run.config, Path(run.source), run.step, frozenset())
     rates = [record["time"]["tokens_per_second"] for record in _records(Path(run.source), run.step)]
     return RunFacts(
-        workdir=run.source,
+        workdir=shown_path(run.source),
         seed=member.seed,
         context=member.context,
         step=run.step,
@@ -57,8 +57,8 @@ def warn_unfinished(label: str, run: Run) -> str:
     if run.step is None or run.step >= steps:
         return ""
     return (
-        f"{label}: the run {run.source} stopped at step {run.step} of {steps}; it is compared as "
-        "it is."
+        f"{label}: the run {shown_path(run.source)} stopped at step {run.step} of {steps}; it is "
+        "compared as it is."
     )
 
 

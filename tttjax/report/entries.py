@@ -118,6 +118,12 @@ def open_systems(entries: Sequence[Entry]) -> tuple[System, ...]:
     return systems
 
 
+def shown_path(path: str | Path) -> str:
+    """As a report names it: from the current directory if it lies there, so that it can travel."""
+    full, here = Path(path).absolute(), Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(path)
+
+
 def choose_baseline(systems: Sequence[System], label: str = "") -> System:
     """The one with the label; without, the first of full attention alone, else the first."""
     if not label:

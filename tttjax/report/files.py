@@ -28,18 +28,19 @@ ALL = "all"
 
 def write_report(report: Report, out: str | os.PathLike) -> dict[str, Path]:
     """Writes all files under `out`, each whole or not at all; returns their paths by name."""
+    images = {name: plots.images(name, report) for name in plots.names(report)}
     writers: dict[str, Callable[[Path], None]] = {
-        f"{name}.png": partial(_draw, name, report) for name in plots.names(report)
+        f"{name}.png": partial(_write_bytes, light) for name, (light, _) in images.items()
     }
     writers["report.csv"] = lambda path: write_text(path, _csv(report))
     writers["report.json"] = lambda path: write_text(path, to_json(report))
     writers["report.md"] = lambda path: write_text(path, to_markdown(report))
-    writers["report.html"] = lambda path: write_text(path, to_html(report))
+    writers["report.html"] = lambda path: write_text(path, to_html(report, images))
     return write_files(out, writers)
 
 
-def _draw(name: str, report: Report, path: Path) -> None:
-    plots.draw(name, report).savefig(path)
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 # Markdown ----------------------------------------------------------------------------------------

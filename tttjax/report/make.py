@@ -18,7 +18,14 @@ from tttjax.evaluate.runs import inner_config, learning_rates
 from tttjax.evaluate.statistics import Sums
 from tttjax.report import speed
 from tttjax.report.costs import run_facts, warn_unfinished
-from tttjax.report.entries import Entry, Member, System, choose_baseline, open_systems
+from tttjax.report.entries import (
+    Entry,
+    Member,
+    System,
+    choose_baseline,
+    open_systems,
+    shown_path,
+)
 from tttjax.report.files import write_report
 from tttjax.report.losses import Reader, open_reader
 from tttjax.report.results import Report, SystemResult
@@ -68,6 +75,7 @@ def make_report(
         for system in systems
         if readings[system.label]
     )
+    described = reader.text.describe(reader.held_out)
     report = Report(
         title=title or "Comparison of " + several([result.label for result in results]),
         systems=results,
@@ -75,10 +83,10 @@ def make_report(
         lengths=reader.lengths,
         window=window,
         bins=settings.bins,
-        text=reader.text.describe(reader.held_out),
+        text={**described, "data": shown_path(described["data"])},
         device=speed.device_name(),
         notes=notes,
-        warnings=_warnings(systems, results, reader),
+        warnings=_warnings(systems, results, reader.lengths, described["documents"]),
     )
     report = dataclasses.replace(report, summary=summarise(report))
     if jax.process_index() == 0:
@@ -132,6 +140,8 @@ def _prefill(systems: Sequence[System], reader: Reader) -> dict[str, dict[int, f
 def _result(
     system: System, readings: dict[int, tuple[Sums, ...]], prefill: dict[int, float]
 ) -> SystemResult:
+    facts = {id(member): run_facts(member) for member in system.members}
+    at = {length: system.at(length) for length in readings}
     return SystemResult(
         label=system.label,
         mode=system.mode,
@@ -155,7 +165,10 @@ def _inner(member: Member) -> dict[str, Any] | None:
 
 
 def _warnings(
-    systems: Sequence[System], results: Sequence[SystemResult], reader: Reader
+    systems: Sequence[System],
+    results: Sequence[SystemResult],
+    lengths: Sequence[int],
+    documents: int,
 ) -> tuple[str, ...]:
     read = {result.label for result in results}
     found = [
@@ -168,7 +181,7 @@ def _warnings(
         if system.label not in read
     ]
     for system in systems:
-        for length in reader.lengths:
+        for length in lengths:
             seeds = {member.seed for member in system.at(length)}
             missing = {member.seed for member in system.members} - seeds
             if seeds and missing:
@@ -176,6 +189,6 @@ def _warnings(
                     f"{system.label} has no run with context {length} of seed "
                     f"{', '.join(map(str, sorted(missing)))}."
                 )
-    if reader.text.describe(reader.held_out)["documents"] < 2:
+    if documents < 2:
         found.append("There is one held-out document only, so no standard error over documents.")
     return tuple(filter(None, found))

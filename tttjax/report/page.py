@@ -1,12 +1,10 @@
 """The report as one HTML page that needs nothing else: plots inside, light and dark, any width."""
 
 import base64
-import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 
-from tttjax.report import plots
 from tttjax.report.results import Report
 from tttjax.report.tables import Section, Table, about_errors, about_text, sections
 
@@ -38,8 +36,11 @@ code { background: var(--mark); }
 """
 
 
-def to_html(report: Report) -> str:
-    """The whole page."""
+Images = Mapping[str, tuple[bytes, bytes]]
+
+
+def to_html(report: Report, images: Images) -> str:
+    """The whole page. images: by plot, as PNG on light and on dark ground."""
     title = escape(report.title)
     return "\n".join(
         [
@@ -51,44 +52,41 @@ def to_html(report: Report) -> str:
             f"<style>{STYLE}</style></head>",
             f"<body><h1>{title}</h1>",
             f'<p class="about">{escape(about_text(report))} {escape(about_errors(report))}</p>',
-            *_body(report),
+            *_body(report, images),
             "</body></html>\n",
         ]
     )
 
 
-def _body(report: Report) -> Iterator[str]:
+def _body(report: Report, images: Images) -> Iterator[str]:
     if report.warnings:
         yield f'<div class="warnings">{_list(report.warnings)}</div>'
     yield "<h2>Summary</h2>"
     yield _list(report.summary)
     yield from _notes(report.notes)
-    drawn = plots.names(report)
     for section in sections(report):
-        yield _section(report, section, section.plot in drawn)
+        yield _section(section, images.get(section.plot), report.baseline.label)
 
 
 def _list(sentences: tuple[str, ...]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _section(report: Report, section: Section, has_plot: bool) -> str:
+def _section(section: Section, image: tuple[bytes, bytes] | None, baseline: str) -> str:
     title = escape(section.title)
     parts = [f'<div class="section"><h2>{title}</h2>', f"<p>{escape(section.text)}</p>"]
-    if has_plot:
-        light, dark = (_png(report, section.plot, dark) for dark in (False, True))
+    if image:
+        light, dark = map(_address, image)
         parts.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{title}"></picture>'
         )
-    return "\n".join([*parts, _table(section.table, report.baseline.label), "</div>"])
+    return "\n".join([*parts, _table(section.table, baseline), "</div>"])
 
 
-def _png(report: Report, name: str, dark: bool) -> str:
-    """The plot as the text of an address that holds it whole."""
-    file = io.BytesIO()
-    plots.draw(name, report, dark).savefig(file, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def _address(png: bytes) -> str:
+    """An image as the text of an address that holds it whole."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _table(table: Table, baseline: str) -> str:

@@ -1,5 +1,6 @@
 """Plots of a report, on light and on dark ground, as matplotlib Figures without global state."""
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +27,20 @@ DARK: dict[Any, Any] = {
 Draw = Callable[[Axes, Report], None]
 
 
+def images(name: str, report: Report) -> tuple[bytes, bytes]:
+    """The plot as PNG on light ground, and on dark."""
+    light, dark = io.BytesIO(), io.BytesIO()
+    draw(name, report).savefig(light, format="png")
+    draw(name, report, dark=True).savefig(dark, format="png")
+    return light.getvalue(), dark.getvalue()
+
+
 def draw(name: str, report: Report, dark: bool = False) -> Figure:
     """The plot of that name, one of `names(report)`."""
     with matplotlib.rc_context(DARK if dark else {}):
         two = name == "loss_by_position" and _has_others(report)
-        height = 7.0 if two else 4.2
+        legend = 0.2 * -(-len(report.systems) // 4)
+        height = (7.0 if two else 4.2) + legend
         figure = Figure(figsize=(7.5, height), dpi=DPI, layout="constrained")
         if two:
             above, below = figure.subplots(2, 1, sharex=True)
@@ -43,7 +53,10 @@ def draw(name: str, report: Report, dark: bool = False) -> Figure:
         for axes in panels:
             axes.grid(axis="y", alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0].legend(fontsize=8, framealpha=0.85, edgecolor="none")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        )
     return figure
 
 
@@ -97,7 +110,8 @@ def _difference_by_position(axes: Axes, report: Report) -> None:
         axes.plot(centre, value.mean, linewidth=1.5, **look)
         error = np.nan_to_num(value.stderr)
         low, high = value.mean - error, value.mean + error
-        axes.fill_between(centre, low, high, color=look["color"], alpha=0.14, linewidth=0)
+        alpha = 0.14 if len(report.systems) <= 4 else 0.08
+        axes.fill_between(centre, low, high, color=look["color"], alpha=alpha, linewidth=0)
         curves.append(value.mean)
     axes.axhline(0, color=BASELINE, linewidth=1.4)
     _fit(axes, edges, curves, report)
@@ -108,19 +122,20 @@ def _difference_by_position(axes: Axes, report: Report) -> None:
 
 
 def _loss_by_flops(axes: Axes, report: Report) -> None:
-    points: dict[str, list[tuple[float, Value]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {system.label: [] for system in report.systems}
     for system, length, runs in trained(report):
-        value = report.loss(system, length)
-        if value is not None:
-            points.setdefault(system.label, []).append((mean_flops(runs), value))
+        point = mean_flops(runs), float(report.loss(system, length).mean)  # type: ignore[union-attr]
+        points[system.label].append(point)
+        axes.annotate(
+            f"{length:,}", point, (4, 4), textcoords="offset points", fontsize=6, color=BASELINE
+        )
     for system in report.systems:
-        found = points.get(system.label, [])
-        losses = [value for _, value in found]
-        _errorbar(axes, [flops for flops, _ in found], losses, report, system, bars=False)
+        x, y = zip(*points[system.label], strict=True)
+        axes.plot(x, y, marker="o", markersize=4, **_look(report, system))
     axes.set_xscale("log")
     axes.set_xlabel("training FLOPs, those of earlier stages included")
     axes.set_ylabel("loss (nats per token)")
-    title = "Every trained run, at the longest context it was read with"
+    title = "Every trained run, at the longest context that it was read with (small numbers)"
     axes.set_title(title, loc="left", fontsize=10)
 
 
@@ -171,10 +186,9 @@ def _errorbar(
     values: Sequence[Value],
     report: Report,
     system: SystemResult,
-    bars: bool = True,
 ) -> None:
     means = [float(value.mean) for value in values]
-    errors = np.nan_to_num([float(value.stderr) for value in values]) if bars else None
+    errors = np.nan_to_num([float(value.stderr) for value in values])
     look = _look(report, system)
     axes.errorbar(x, means, yerr=errors, marker="o", markersize=4, capsize=3, **look)
 

@@ -8,6 +8,7 @@ scores every chunk and takes its steps, so the logits of all tokens are part of 
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -98,14 +99,17 @@ def _prepare(member: Member, length: int) -> Callable[[], Any]:
     config = member.config
     with as_configured(config):
         model, inner = reading_model(member.run, member.mode, member.learning)
-        device = jax.local_devices()[0]
-        with jax.default_device(device):
-            params = jax.jit(model.init)(jax.random.key(0))
-            rng = np.random.default_rng(0)
-            token_T = jnp.asarray(rng.integers(0, model.vocab_size, length, dtype=np.int32))
-            lr = learning_rates(member.run, member.mode, member.learning)[0]
-            prefill = _learning_prefill(model, inner, lr) if member.mode != "off" else _plain(model)
-            compiled = jax.jit(prefill).lower(params, token_T).compile()
+        lr = learning_rates(member.run, member.mode, member.learning)[0]
+        prefill = _learning_prefill(model, inner, lr) if member.mode != "off" else _plain(model)
+        rng = np.random.default_rng(0)
+
+        def random(x: jax.ShapeDtypeStruct) -> np.ndarray:
+            return (0.02 * rng.standard_normal(x.shape, np.float32)).astype(x.dtype)
+
+        token_T = rng.integers(0, model.vocab_size, length, dtype=np.int32)
+        inputs = jax.tree.map(random, model.abstract_params()), token_T
+        params, token_T = jax.device_put(inputs, jax.local_devices()[0])
+        compiled = jax.jit(prefill).lower(params, token_T).compile()
     return lambda: compiled(params, token_T)
 
 
@@ -137,4 +141,6 @@ def _learning_prefill(model: Transformer, inner: InnerConfig, lr: float) -> Pref
 def device_name() -> str:
     """What speed is measured on, in words."""
     device = jax.local_devices()[0]
-    return f"{device.device_kind} ({device.platform})"
+    if device.platform == "cpu":
+        return f"the CPU ({os.cpu_count()} cores)"
+    return device.device_kind

@@ -41,11 +41,16 @@ def _standing(report: Report, system: SystemResult) -> str:
     known = [(length, value) for length, value in values if value is not None]
     if not known:
         return ""
-    parts = [f"{side(value.estimate)} at {length:,}" for length, value in known]
+    groups: dict[str, list[str]] = {"lower": [], "higher": [], "not significantly different": []}
+    for length, value in known:
+        none, better = is_none(value.estimate), value.mean < 0
+        words = "not significantly different" if none else "lower" if better else "higher"
+        groups[words].append(f"{length:,} ({size(value.estimate, signed=True)})")
+    parts = [f"{words} at {several(lengths)}" for words, lengths in groups.items() if lengths]
     how = {"on": " (learning while it reads)", "dynamic": " (dynamic evaluation)"}
     text = (
-        f"{system.label}{how.get(system.mode, '')} against {report.baseline.label}: its loss is "
-        f"{several(parts)} tokens"
+        f"The loss of {system.label}{how.get(system.mode, '')} against that of "
+        f"{report.baseline.label} is {', '.join(parts)} tokens"
     )
     return f"{text}{_scaling(report, system)}."
 

@@ -120,6 +120,8 @@ def about_errors(report: Report) -> str:
             f"± is one standard error: that {over}, and that over seeds (runs: {seeds}), as the "
             "root of the sum of their squares."
         )
+        if min(s.seeds() for s in several) == 2:
+            text += " An error that comes from two seeds is itself uncertain."
         if single:
             text += f" Of one seed only, so without the second part: {', '.join(single)}."
     return (
