@@ -2,16 +2,25 @@
 
     tttjax train --config=experiments/ablations.py:NAME,VALUE[,...] --workdir=DIR
 
-window,K[,SYSTEM]        window of 1k, 2k, 4k, 8k tokens; SYSTEM ttt_e2e (default) or window
-chunk,B                  mini-batch of 1k, 2k, 4k, 8k tokens; at 8k, the whole sequence, no update
-                         comes in time to matter
+path,STEP                from window attention to TTT-E2E, one thing changed at a time:
+  window                 window attention alone                                 2.827 [P]
+  ttt_kvb                and TTT-MLP in every block: keys bound to values       2.818 [P]
+  key_output             a token's output is its key, read with the weights     2.819 [P]
+                         before its mini-batch; queries are gone
+  end_loss               the inner loss is that of the next token, at the end   2.806 [P]
+                         of the model: TTT-E2E, all blocks, multi-head MLPs
+  ttt_e2e                the last quarter of the blocks only, whole MLPs        2.805 [P]
+window,K[,SYSTEM]        window of 1k, 2k, 4k, 8k tokens; SYSTEM ttt_e2e (default), window or
+                         gated_deltanet
+chunk,B[,SYSTEM]         mini-batch of 1k, 2k, 4k, 8k tokens; at 8k, the whole sequence, no update
+                         comes in time to matter; SYSTEM ttt_e2e (default) or ttt_kvb
 layers,N                 last 1, 3, 6 or 12 of 24 blocks updated; pretraining
 layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon
 meta,NAME                exact, truncated2, truncated4, first_order, none
 
-Each is `paper.py:760m,ttt_e2e,pretrain` with one thing changed, and costs 15.2B tokens (an
-extension 0.76B). Expected numbers: `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for
+Each is `paper.py:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
+extension 0.76B). Expected numbers: `PATH`, `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for
 example loss on DCLM at 8K 2.805 with b = 1K against 2.814 with 4K [V]; nothing is published for
 rules and meta-gradients at this size.
 
@@ -19,7 +28,11 @@ Where the paper is silent, our choices: MLP widths of `layers` are solved so tha
 parameters of the published one (6 blocks, width 3328). The outer batch of `layers` is doubled in
 the extension, as the paper says, at half the steps, so that the tokens stay the same. The rates
 of `rule` are such that a step has about the length of the paper's (global norm 1, which is an RMS
-of 1e-4 per weight at this size).
+of 1e-4 per weight at this size). All steps of `path` have the MLP width that makes them as large as
+full attention; the multi-head MLPs have 64 entries a head, which gives the paper's state of 18M
+(2^20) weights. TTT-KVB reads its queries after their own update, with the running mean over the
+mini-batch of the second paper, so at 8k its weights still change within the only mini-batch, where
+those of `key_output` and of TTT-E2E do not.
 """
 
 import inspect
@@ -27,13 +40,24 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from experiments.sizes import CONTEXTS, choose, extension, pretraining, run_name
+from experiments.baselines import HEAD_KVB
+from experiments.sizes import (
+    CONTEXTS,
+    choose,
+    extension,
+    match_full_attention,
+    pretraining,
+    run_name,
+)
 from tttjax.config import from_config_dict, match_parameters, parameter_count
 from tttjax.errors import UserError
 
 SIZE = "760m"
 LENGTHS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192}
 LAYERS = ("1", "3", "6", "12")
+WINDOW_SYSTEMS = ("ttt_e2e", "window", "gated_deltanet")
+CHUNK_SYSTEMS = ("ttt_e2e", "ttt_kvb")
+PATH_STEPS = ("window", "ttt_kvb", "key_output", "end_loss", "ttt_e2e")
 RULE_CHANGES: dict[str, dict[str, float]] = {
     "sgd": {"lr": 1.0},
     "momentum": {"lr": 0.1},  # 1 / (1 - momentum) steps add up
@@ -66,8 +90,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def recipes() -> list[str]:
     """The arguments of all ablations."""
     return [
-        *(f"window,{k},{system}" for system in ("ttt_e2e", "window") for k in LENGTHS),
-        *(f"chunk,{b}" for b in LENGTHS),
+        *(f"path,{step}" for step in PATH_STEPS),
+        *(f"window,{k},{system}" for system in WINDOW_SYSTEMS for k in LENGTHS),
+        *(f"chunk,{b},{system}" for system in CHUNK_SYSTEMS for b in LENGTHS),
         *(f"layers,{n}" for n in LAYERS),
         *(f"layers,{n},extend,{context}" for n in LAYERS for context in CONTEXTS),
         *(f"rule,{rule}" for rule in RULE_CHANGES),
@@ -75,15 +100,34 @@ def recipes() -> list[str]:
     ]
 
 
+def _path(step: str) -> ConfigDict:
+    choose(step, PATH_STEPS, "The step")
+    if step == "end_loss":
+        config = pretraining(SIZE, "ttt_e2e")
+        config.model.suffix_layers = config.model.num_layers
+        config.model.fast_mlp_heads = config.model.embed_dim // HEAD_KVB
+        match_full_attention(config, SIZE)
+        return config
+    config = pretraining(SIZE, "ttt_kvb" if step == "key_output" else step)
+    if step == "key_output":
+        config.model.ttt_output = "key"
+        match_full_attention(config, SIZE)
+    return config
+
+
 def _window(length: str, system: str = "ttt_e2e") -> ConfigDict:
-    config = pretraining(SIZE, choose(system, ("ttt_e2e", "window"), "The system"))
+    config = pretraining(SIZE, choose(system, WINDOW_SYSTEMS, "The system"))
     config.model.window_size = LENGTHS[choose(length, LENGTHS, "The window")]
     return config
 
 
-def _chunk(length: str) -> ConfigDict:
-    config = pretraining(SIZE, "ttt_e2e")
-    config.inner.chunk_size = LENGTHS[choose(length, LENGTHS, "The mini-batch")]
+def _chunk(length: str, system: str = "ttt_e2e") -> ConfigDict:
+    config = pretraining(SIZE, choose(system, CHUNK_SYSTEMS, "The system"))
+    tokens = LENGTHS[choose(length, LENGTHS, "The mini-batch")]
+    if system == "ttt_kvb":
+        config.model.ttt_chunk = tokens
+    else:
+        config.inner.chunk_size = tokens
     return config
 
 
@@ -119,6 +163,7 @@ def _meta(name: str) -> ConfigDict:
 
 
 ABLATIONS: dict[str, Callable[..., ConfigDict]] = {
+    "path": _path,
     "window": _window,
     "chunk": _chunk,
     "layers": _layers,

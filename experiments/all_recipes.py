@@ -3,9 +3,11 @@
     python experiments/all_recipes.py tests/golden_configs
 
 writes one file per experiment file (paper.py: one per size) with, for each recipe, the fields
-that differ from the defaults, and `defaults.txt` with all defaults.
+that differ from the defaults, `defaults.txt` with all defaults, and `sizes.txt` with the sizes of
+paper.py's systems.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,6 +17,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import ablations, mid_size, paper, quickstart, toy
+from experiments.results import expected
+from experiments.sizes import full_attention_size
 from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
 
 
@@ -31,6 +35,7 @@ def dumps() -> dict[str, str]:
     """The contents of the dumped files by name."""
     defaults = to_flat_dict(from_config_dict(default_config()))
     files = {"defaults.txt": "".join(f"{name} = {v!r}\n" for name, v in defaults.items())}
+    files["sizes.txt"] = paper.size_table() + "\n"
     for word, config in all_recipes().items():
         file, _, arg = word.partition(".py:")
         name = f"paper_{arg.split(',')[0]}.txt" if file == "paper" else f"{file}.txt"
@@ -48,7 +53,10 @@ def _dump(word: str, config: Config, defaults: dict) -> str:
         f"tokens: {train.steps * train.batch_size * train.seq_len:,}",
     ]
     if word.startswith("paper.py:"):
-        lines.append(paper.describe(word.partition(":")[2]).splitlines()[-1])
+        recipe = paper.parse(word.partition(":")[2])
+        ratio = count["non_embedding"] / full_attention_size(recipe.size)
+        lines[1] += f"; without embedding {ratio:.3f} of full attention's"
+        lines.append(f"expect: {expected(*dataclasses.astuple(recipe))}")
     values = to_flat_dict(config)
     lines += [f"{name} = {v!r}" for name, v in values.items() if v != defaults[name]]
     return "\n".join(lines) + "\n"

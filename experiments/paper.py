@@ -3,13 +3,24 @@
     tttjax train --config=experiments/paper.py:SIZE,SYSTEM,pretrain[,MULTIPLE] --workdir=DIR
     tttjax train --config=experiments/paper.py:SIZE,SYSTEM,extend,CONTEXT[,MULTIPLE] --workdir=DIR
 
-SIZE 125m, 350m, 760m, 1b, 3b; SYSTEM full, window, hybrid, ttt_e2e; CONTEXT 8k, 16k, 32k, 64k,
-128k; MULTIPLE 1x to 5x the Chinchilla-optimal tokens (default 1x; the paper's large 3B run is 3x).
+SIZE 125m, 350m, 760m, 1b, 3b; CONTEXT 8k, 16k, 32k, 64k, 128k; MULTIPLE 1x to 5x the
+Chinchilla-optimal tokens (default 1x; the paper's large 3B run is 3x). SYSTEM:
+
+full, window, hybrid     attention: to all tokens, to the last 8K, five of these for one of those
+ttt_e2e                  window attention, the MLPs of the last quarter learn while reading
+mamba2, gated_deltanet   each with window attention in every block
+ttt_kvb                  window attention and TTT-MLP in every block
+ttt_linear, ttt_mlp      the second paper's layers, without attention
+
+The last five are described in baselines.py, with patterns for any other hybrid. Every system is as
+large as full attention, the embedding left out, to within 2%.
 
 Cost, in tokens of pretraining at 1x: 2.5B (125m), 7.1B (350m), 15.2B (760m), 26.2B (1b), 54.5B
 (3b, 163.6B at 3x); each extension adds 5%. What to expect of one recipe, its cost and its command:
 
     python experiments/paper.py 3b,ttt_e2e,extend,128k,3x
+
+and the sizes of all systems: python experiments/paper.py sizes
 
 The data are the user's own: DCLM-Baseline without documents under 8K tokens in data/dclm and
 books in data/books, both prepared with the Llama 3 tokenizer, or set
@@ -23,7 +34,7 @@ the first step does nothing; here it starts one notch up (`--config.optim.init_l
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -33,7 +44,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.results import expected
-from experiments.sizes import CONTEXTS, MIXERS, SIZES, choose, extension, pretraining, run_name
+from experiments.sizes import (
+    CONTEXTS,
+    MIXERS,
+    SIZES,
+    choose,
+    extension,
+    full_attention_size,
+    pretraining,
+    run_name,
+)
 from tttjax.config import from_config_dict, parameter_count
 from tttjax.errors import UserError
 
@@ -88,22 +108,34 @@ def parse(arg: str | None) -> Recipe:
 
 
 def describe(arg: str) -> str:
-    """Command, cost and expected number of a recipe."""
+    """Command, size, cost and expected number of a recipe."""
     recipe = parse(arg)
     config = from_config_dict(recipe.config())
     count = parameter_count(config.model)
+    ratio = count["non_embedding"] / full_attention_size(recipe.size)
     train = config.train
-    name = run_name(recipe.size, recipe.system, recipe.stage, recipe.context, recipe.multiple)
-    parts = (recipe.size, recipe.system, recipe.stage, recipe.context, recipe.multiple)
+    name = run_name(*astuple(recipe))
     tokens = train.steps * train.batch_size * train.seq_len
     return (
         f"command:    tttjax train --config=experiments/paper.py:{recipe} --workdir=runs/{name}\n"
         f"parameters: {count['total'] / 1e6:.1f}M, {count['non_embedding'] / 1e6:.1f}M without "
-        f"embedding, {count['fast'] / 1e6:.1f}M fast\n"
+        f"embedding ({ratio:.3f} of full attention's), {count['fast'] / 1e6:.1f}M fast\n"
         f"cost:       {tokens / 1e9:.2f}B tokens: {train.steps} steps of {train.batch_size} x "
         f"{train.seq_len}\n"
-        f"expect:     {expected(*parts)}"
+        f"expect:     {expected(*astuple(recipe))}"
     )
+
+
+def size_table() -> str:
+    """Parameters without embedding of every system and size, and the ratio to full attention."""
+    rows = [["system", *SIZES]]
+    for system in MIXERS:
+        rows.append([system])
+        for size in SIZES:
+            model = from_config_dict(pretraining(size, system)).model
+            count = parameter_count(model)["non_embedding"]
+            rows[-1].append(f"{count / 1e6:.1f}M ({count / full_attention_size(size):.3f})")
+    return "\n".join(f"{name:15}" + "".join(f"{x:>17}" for x in row) for name, *row in rows)
 
 
 def recipes() -> list[Recipe]:
@@ -111,7 +143,7 @@ def recipes() -> list[Recipe]:
     found = []
     for size, system in product(SIZES, MIXERS):
         multiples = {"760m": (1, 2, 3, 4, 5), "3b": (1, 3)}.get(size, (1,))
-        if system not in ("full", "ttt_e2e") and size == "760m":
+        if system not in ("full", "gated_deltanet", "ttt_e2e") and size == "760m":
             multiples = (1,)
         for multiple in multiples:
             found.append(Recipe(size, system, "pretrain", multiple=multiple))
@@ -122,6 +154,8 @@ def recipes() -> list[Recipe]:
 
 if __name__ == "__main__":
     try:
-        print("\n\n".join(describe(arg) for arg in sys.argv[1:]) or __doc__)
+        words = sys.argv[1:]
+        texts = [size_table() if word == "sizes" else describe(word) for word in words]
+        print("\n\n".join(texts) or __doc__)
     except UserError as error:
         sys.exit(f"error: {error}")

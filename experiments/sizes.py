@@ -1,15 +1,24 @@
 """The TTT-E2E paper's models and recipe as one table; every recipe is derived from it.
 
 Sources: the paper (arXiv 2512.23675), its official configurations, and for numbers of a result
-those given beside them in `results.py`.
+those given beside them in `results.py`. The recurrent baselines, for which there are no official
+configurations, are in `baselines.py`.
 """
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from tttjax.config import default_config, from_config_dict, match_parameters, parameter_count
+from experiments.baselines import BASELINES
+from tttjax.config import (
+    default_config,
+    from_config_dict,
+    match_parameters,
+    matched_model,
+    parameter_count,
+)
 from tttjax.config.values import nearest
 from tttjax.errors import UserError
 
@@ -56,12 +65,15 @@ MIXERS = {
     "window": ("window",),
     "hybrid": (*["window"] * 5, "full"),
     "ttt_e2e": ("window",),
+    **{system: baseline.mixers for system, baseline in BASELINES.items()},
 }
+MLP_MULTIPLE = 64  # of which MLP widths that are solved for are multiples
 CONTEXTS = {"8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 131072}
 
 # The paper raises theta for full attention when it extends the context. For sliding windows and
 # hybrids it says nothing. Ours: a window never sees distances beyond 8K, so it keeps the 500K of
-# pretraining, as TTT-E2E does; a hybrid has full-attention layers and takes their theta.
+# pretraining, as TTT-E2E does, and so does the window attention of the recurrent baselines; a
+# hybrid with full-attention layers takes their theta.
 THETA = 500_000.0
 EXTENDED_THETA = {"8k": THETA, "16k": 1e6, "32k": 2e6, "64k": 5e6, "128k": 1e7}
 
@@ -120,6 +132,19 @@ def choose(word: str, choices: Collection[str], what: str) -> str:
     return word
 
 
+@functools.cache
+def full_attention_size(size: str) -> int:
+    """Parameters outside the embedding that every system of this size should have."""
+    return parameter_count(from_config_dict(_base(size, "full")).model)["non_embedding"]
+
+
+def match_full_attention(config: ConfigDict, size: str) -> None:
+    """Gives the model the MLP width at which it is as large as full attention of the size."""
+    model = from_config_dict(config).model
+    matched = matched_model(model, full_attention_size(size), MLP_MULTIPLE)
+    config.model.update(num_layers=matched.num_layers, mlp_dim=matched.mlp_dim)
+
+
 def _base(size: str, system: str) -> ConfigDict:
     table = SIZES[size]
     is_fast = system == "ttt_e2e"
@@ -138,6 +163,9 @@ def _base(size: str, system: str) -> ConfigDict:
         compute_dtype="bfloat16",
     )
     config.inner.chunk_size = CHUNK
+    if system in BASELINES:
+        config.model.update(BASELINES[system].fields(table.embed_dim))
+        match_full_attention(config, size)
     return config
 
 

@@ -1,5 +1,6 @@
 """Every recipe resolves, has the paper's budget and size, and can be built (shapes only)."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tttjax.config import Config, from_config_dict, load_config, parameter_count, to_flat_dict
 from tttjax.config.files import load_config_dict
 from tttjax.errors import UserError
+from tttjax.flops import train_flops_per_token
 from tttjax.models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,11 @@ def _recipe_words() -> list[str]:
 
 
 RECIPES = _recipe_words()
+SIZES = ("125m", "350m", "760m", "1b", "3b")
+SYSTEMS = (
+    *("full", "window", "hybrid", "ttt_e2e"),
+    *("mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp", "ttt_kvb"),
+)
 
 
 @functools.cache
@@ -42,15 +49,15 @@ def test_the_dump_is_current(monkeypatch):
     from experiments.all_recipes import dumps
 
     command = "run: python experiments/all_recipes.py tests/golden_configs, and review the diff"
-    assert {path.name for path in GOLDEN.glob("*.txt")} == set(dumps()), command
-    for name, text in dumps().items():
+    texts = dumps()
+    assert {path.name for path in GOLDEN.glob("*.txt")} == set(texts), command
+    for name, text in texts.items():
         assert (GOLDEN / name).read_text() == text, command
 
 
-@pytest.mark.parametrize("system", ["full", "window", "hybrid", "ttt_e2e"])
+@pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize(
-    ("size", "billions"),
-    [("125m", 2.5), ("350m", 7.1), ("760m", 15.2), ("1b", 26.2), ("3b", 54.5)],
+    ("size", "billions"), [*zip(SIZES, (2.5, 7.1, 15.2, 26.2, 54.5), strict=True)]
 )
 def test_pretraining_budgets_are_the_papers(size, system, billions):
     pretraining = tokens(f"paper.py:{size},{system},pretrain")
@@ -105,6 +112,69 @@ def test_the_large_run_has_164_billion_tokens():
         ("paper.py:760m,window,extend,128k", {"model.rope_theta": 5e5, "model.window_size": 8192}),
         ("paper.py:760m,hybrid,extend,16k", {"model.rope_theta": 1e6}),
         ("paper.py:3b,full,extend,128k,3x", {"train.init_from": "runs/3b-full-pretrain-3x"}),
+        (
+            "paper.py:760m,mamba2,extend,128k",
+            {
+                "model.mixers": ["mamba2+window"],
+                "model.mamba_expand": 2,
+                "model.mamba_head_dim": 64,
+                "model.mamba_state": 128,
+                "model.window_size": 8192,
+                "model.qk_norm": True,
+                "model.rope_theta": 5e5,
+                "model.num_layers": 24,
+                "train.init_from": "runs/760m-mamba2-pretrain",
+            },
+        ),
+        (
+            "paper.py:1b,gated_deltanet,pretrain",  # as published: 6 heads of 256, values of 512
+            {
+                "model.mixers": ["gated_deltanet+window"],
+                "model.delta_heads": 6,
+                "model.delta_key_dim": 256,
+                "model.delta_value_dim": 512,
+                "model.conv_size": 4,
+                "model.qk_norm": True,
+            },
+        ),
+        (
+            "paper.py:760m,ttt_kvb,pretrain",
+            {
+                "model.mixers": ["window+ttt_mlp"],
+                "model.ttt_heads": 24,
+                "model.ttt_chunk": 1024,
+                "model.ttt_backbone": "plain",
+                "model.ttt_output": "query",
+            },
+        ),
+        (
+            "paper.py:350m,ttt_linear,pretrain",
+            {
+                "model.mixers": ["ttt_linear"],
+                "model.ttt_chunk": 16,
+                "model.ttt_lr": 0.0,  # of each layer its own: 1.0, and 0.1 for ttt_mlp
+                "model.ttt_backbone": "mamba",
+                "model.pre_conv": True,
+                "model.post_norm": False,
+            },
+        ),
+        ("ablations.py:window,2k,gated_deltanet", {"model.window_size": 2048}),
+        (
+            "ablations.py:chunk,4k,ttt_kvb",
+            {"model.ttt_chunk": 4096, "inner.chunk_size": 1024, "model.window_size": 8192},
+        ),
+        ("ablations.py:path,key_output", {"model.ttt_output": "key", "model.ttt_heads": 24}),
+        (
+            "ablations.py:path,end_loss",
+            {
+                "model.mixers": ["window"],
+                "model.suffix_layers": 24,
+                "model.fast_mlp": True,
+                "model.fast_mlp_heads": 24,
+                "inner.lr": 1.0,
+                "inner.chunk_size": 1024,
+            },
+        ),
         ("ablations.py:layers,6", {"model.mlp_dim": 3328}),
         ("ablations.py:layers,6,extend,32k", {"train.batch_size": 64, "train.steps": 362}),
         ("ablations.py:rule,muon", {"inner.rule": "muon"}),
@@ -115,6 +185,94 @@ def test_the_large_run_has_164_billion_tokens():
 def test_recipes_have_the_published_values(word, values):
     found = to_flat_dict(resolve(word))
     assert {name: found[name] for name in values} == values
+
+
+def non_embedding(word: str) -> int:
+    return parameter_count(resolve(word).model)["non_embedding"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_is_as_large_as_full_attention(size, system):
+    count = non_embedding(f"paper.py:{size},{system},pretrain")
+    assert count == pytest.approx(non_embedding(f"paper.py:{size},full,pretrain"), rel=0.02)
+
+
+def test_the_table_of_sizes_has_every_system(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from experiments.paper import size_table
+
+    head, *rows = size_table().splitlines()
+    assert head.split() == ["system", *SIZES]
+    assert [row.split()[0] for row in rows] == list(SYSTEMS)
+    assert rows[0].split()[1:3] == ["85.0M", "(1.000)"]
+
+
+@pytest.mark.parametrize("step", ["window", "ttt_kvb", "key_output", "end_loss", "ttt_e2e"])
+def test_the_path_to_ttt_e2e_keeps_the_parameters(step):
+    full = non_embedding("paper.py:760m,full,pretrain")
+    assert non_embedding(f"ablations.py:path,{step}") == pytest.approx(full, rel=0.02)
+
+
+def test_the_path_ends_where_the_papers_recipes_are():
+    for step in ("window", "ttt_kvb", "ttt_e2e"):
+        same = resolve(f"paper.py:760m,{step},pretrain")
+        assert resolve(f"ablations.py:path,{step}") == same
+
+
+def _state_in_millions(word: str) -> float:
+    """Scalars of a sequence's recurrent states and inner weights, all blocks together.
+
+    Not keys and values, nor the inputs and the gradients of the current few tokens.
+    """
+    model = build_model(*_model_of(word))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: model.init_state(1)))
+    sizes = {path[-1].key: int(np.prod(leaf.shape)) for path, leaf in leaves}
+    names = ("ssm", "memory", "w1", "b1", "w2", "b2")
+    return sum(sizes.get(name, 0) for name in names) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("system", "millions"),
+    [
+        ("window", 0),
+        ("mamba2", 9.4),
+        ("gated_deltanet", 10.6),
+        ("ttt_kvb", 19.1),  # the paper says 18M: 18.9M weights in units of 2^20, biases apart
+        ("ttt_linear", 3.6),
+        ("ttt_mlp", 28.5),
+    ],
+)
+def test_states_are_as_large_as_the_baselines_say(system, millions):
+    assert _state_in_millions(f"paper.py:760m,{system},pretrain") == pytest.approx(
+        millions, abs=0.05
+    )
+
+
+def test_multi_head_fast_mlps_are_the_papers_state():
+    """18M in units of 2^20 at 760M; their biases are 1% more."""
+    count = parameter_count(resolve("ablations.py:path,end_loss").model)
+    assert count["fast"] / 2**20 == pytest.approx(18, rel=0.012)
+
+
+def test_training_costs_at_3b_are_the_papers(monkeypatch):
+    """To the rounding of its figures for attention; see baselines.py for the recurrent systems."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from experiments.results import TRAIN_FLOPS_3B
+
+    def cost(system: str, stage: str) -> float:
+        config = resolve(f"paper.py:3b,{system},{stage}")
+        return train_flops_per_token(config.model, config.inner, config.train.seq_len) / 1e10
+
+    for system, published in TRAIN_FLOPS_3B.items():
+        short, long = cost(system, "pretrain"), cost(system, "extend,128k")
+        if system == "ttt_e2e":  # their count of the inner loop is not known
+            assert short == pytest.approx(published["8k"], rel=0.02)
+            continue
+        growth = published["128k"] - published["8k"]
+        assert long - short == pytest.approx(growth, abs=0.011)
+        if system not in ("mamba2", "gated_deltanet"):
+            assert short == pytest.approx(published["8k"], abs=0.011)
 
 
 def test_a_hybrid_has_one_full_layer_in_six():
@@ -142,11 +300,14 @@ def _model_of(word: str):
     return config.model, config.inner
 
 
-_ONE_WORD_PER_MODEL = {
-    (model, inner.chunk_size, inner.fast_paths): word
-    for word in RECIPES
-    for model, inner in [_model_of(word)]
-}
+def _shapes_of(word: str):
+    """What the shapes of a recipe's weights follow from."""
+    model, inner = _model_of(word)
+    model = dataclasses.replace(model, rope_theta=1.0, window_size=1)
+    return model, inner.fast_paths
+
+
+_ONE_WORD_PER_MODEL = {_shapes_of(word): word for word in RECIPES}
 
 
 @pytest.mark.parametrize("word", _ONE_WORD_PER_MODEL.values())
@@ -179,12 +340,16 @@ def test_every_recipe_resolves(word):
         ("paper.py", "needs SIZE,SYSTEM"),
         ("paper.py:125m", "needs SIZE,SYSTEM"),
         ("paper.py:125M,full,pretrain", "'125M' is not one of.*Did you mean '125m'"),
+        ("paper.py:125m,mamba,pretrain", "'mamba' is not one of.*Did you mean 'mamba2'"),
+        ("ablations.py:path,e2e", "The step 'e2e' is not one of window, ttt_kvb"),
+        ("ablations.py:window,2k,ttt_kvb", "The system 'ttt_kvb' is not one of ttt_e2e, window"),
+        ("ablations.py:chunk,2k,window", "The system 'window' is not one of ttt_e2e, ttt_kvb"),
         ("paper.py:125m,swa,pretrain", "The system 'swa' is not one of"),
         ("paper.py:125m,full,extended,8k", "The stage 'extended' is not.*Did you mean 'extend'"),
         ("paper.py:125m,full,extend", "The context length '' is not one of 8k"),
         ("paper.py:125m,full,extend,8k,9x", "ends with '9x'"),
         ("paper.py:125m,full,pretrain,2x,8k", "ends with '2x,8k'"),
-        ("ablations.py", "The ablation '' is not one of window"),
+        ("ablations.py", "The ablation '' is not one of path, window"),
         ("ablations.py:window", "too many or too few parts"),
         ("ablations.py:rule,lion", "The rule 'lion' is not one of"),
         ("toy.py:e2e,2", "The toy 'e2e,2' is not one of"),
@@ -204,3 +369,9 @@ def test_a_description_gives_command_cost_and_expectation(monkeypatch):
     assert "--config=experiments/paper.py:3b,ttt_e2e,extend,128k,3x" in text
     assert "8.18B tokens" in text
     assert "2.249 [V]" in text
+    text = describe("760m,gated_deltanet,pretrain")
+    assert "without embedding (1.001 of full attention's)" in text
+    assert "2.809 [P]" in text
+    assert "-0.018 against full attention on DCLM at 8K [V]" in text
+    assert "no number" in describe("1b,ttt_mlp,pretrain")
+    assert "no number" in describe("350m,ttt_kvb,extend,32k")

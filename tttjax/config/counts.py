@@ -19,9 +19,9 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
         non_embedding = L (4 D H K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
     """
     D = model.embed_dim
-    blocks = sum(
-        _block(model, model.mixers[layer % len(model.mixers)]) for layer in range(model.num_layers)
-    )
+    periods, rest = divmod(model.num_layers, len(model.mixers))
+    sizes = [_block(model, mixers) for mixers in model.mixers]
+    blocks = periods * sum(sizes) + sum(sizes[:rest])
     fast_blocks = model.suffix_layers if model.fast_mlp else 0
     fast = fast_blocks * _fast_mlp(model)
     non_embedding = blocks + fast + fast_blocks * _branch_norms(model) + D
@@ -72,8 +72,10 @@ def matched_model(
     """
     if model.mlp_dim:
         narrowest = dataclasses.replace(model, mlp_dim=multiple_of)
-        layers = _most_blocks(narrowest, round(target * (1 + within)), count)
-        model = dataclasses.replace(model, num_layers=min(model.num_layers, layers))
+        most = round(target * (1 + within))
+        if parameter_count(narrowest)[count] > most:
+            layers = min(model.num_layers, _most_blocks(narrowest, most, count))
+            model = dataclasses.replace(model, num_layers=layers)
         width = match_parameters(model, target, multiple_of, count)
         model = dataclasses.replace(model, mlp_dim=width)
     else:

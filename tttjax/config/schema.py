@@ -6,6 +6,7 @@ docs/configuration.md are all derived from it. Relations between fields are in `
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from tttjax.config.fields import declare
@@ -201,6 +202,7 @@ class Config:
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}  # type: ignore[misc]
 
 
+@functools.cache
 def all_fields() -> dict[str, dataclasses.Field]:
     """Every field by its dotted name, `train.steps` and so on, in order of declaration."""
     return {
