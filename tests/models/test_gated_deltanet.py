@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx  # noqa: TID251
+from flax import nnx
 from small import shaken, worst
 
 from tttjax.errors import UserError

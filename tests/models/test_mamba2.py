@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx  # noqa: TID251
+from flax import nnx
 
 from tttjax.errors import UserError
 from tttjax.models.mamba2 import Mamba2

@@ -205,7 +205,8 @@ class Block(nnx.Module):
     def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
         new_state: dict[str, Any] = {}
         if self.has_conv:
-            y_TD, new_state["pre_conv"] = self.pre_conv(x_TD, state and state["pre_conv"])
+            past = None if state is None else state["pre_conv"]
+            y_TD, new_state["pre_conv"] = self.pre_conv(x_TD, past)
             x_TD = x_TD + y_TD
         for name in self.mixers:
             pre, mixer, post = self._branch(name)
