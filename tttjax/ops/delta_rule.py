@@ -43,7 +43,7 @@ def gated_delta_rule_recurrent(
     """
     groups = v_THV.shape[1] // k_THK.shape[1]
     q_THK, k_THK = (jnp.repeat(x, groups, axis=1) for x in (q_THK, k_THK))
-    tokens = _widen(q_THK * q_THK.shape[-1] ** -0.5, k_THK, v_THV, g_TH, beta_TH)
+    tokens = _prepare(q_THK, k_THK, v_THV, g_TH, beta_TH)
 
     def step(s_HKV, token):
         q_HK, k_HK, v_HV, g_H, beta_H = token
@@ -86,7 +86,7 @@ def gated_delta_rule(
     def for_value_heads(x_NHC):
         return jnp.repeat(x_NHC, groups, axis=1)
 
-    wide = _widen(q_THK * q_THK.shape[-1] ** -0.5, k_THK, v_THV, g_TH, beta_TH)
+    wide = _prepare(q_THK, k_THK, v_THV, g_TH, beta_TH)
     q_NHCK, k_NHCK, v_NHCV, g_NHC, beta_NHC = map(in_chunks, wide)
     kk_NHCC = for_value_heads(k_NHCK @ k_NHCK.mT)
     qk_NHCC = for_value_heads(q_NHCK @ k_NHCK.mT)
@@ -113,10 +113,10 @@ def gated_delta_rule(
     return o_THV.astype(v_THV.dtype), state_HKV
 
 
-def _widen(*arrays: Array) -> tuple[Array, ...]:
-    """All in the widest of their dtypes, float32 at least."""
-    wide = jnp.result_type(jnp.float32, *arrays)
-    return tuple(x.astype(wide) for x in arrays)
+def _prepare(q_THK: Array, *others: Array) -> tuple[Array, ...]:
+    """All in the widest of their dtypes, float32 at least, and q / sqrt(K)."""
+    wide = jnp.result_type(jnp.float32, q_THK, *others)
+    return q_THK.astype(wide) * q_THK.shape[-1] ** -0.5, *(x.astype(wide) for x in others)
 
 
 def _decays(g_NHC: Array) -> tuple[Array, Array]:
