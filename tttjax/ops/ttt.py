@@ -101,7 +101,7 @@ def ttt(
         z_THK, _ = _scan(tokens, rate_C, weights, None, 0, norm, form)
         return z_THK, None
     phase = position % rate_C.shape[0]
-    weights, sums = split_state(state, weights, position)
+    weights, sums = split_state(state, weights, position, wide)
     run = _one_token if k_THK.shape[0] == 1 else _scan
     z_THK, (weights, sums) = run(tokens, rate_C, weights, sums, phase, norm, form)
     return z_THK, join_state(weights, sums)
@@ -110,13 +110,13 @@ def ttt(
 # --- state ----------------------------------------------------------------------------------------
 
 
-def initial_state(weights: Weights, dtype: jnp.dtype) -> Weights:
+def initial_state(shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Weights:
     """The state of a sequence of which nothing has been read: zeros, whatever the weights are.
 
     The weights that it holds are those from the start of the mini-batch that is being read; at
     position 0 the learned ones are taken instead, so that a state needs only their shapes.
     """
-    zeros = {name: jnp.zeros(w.shape, dtype) for name, w in weights.items()}
+    zeros = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
     return join_state(zeros, zeros)
 
 
@@ -124,17 +124,21 @@ def join_state(weights: Weights, sums: Weights) -> Weights:
     return {**weights, **{SUM + name: total for name, total in sums.items()}}
 
 
-def split_state(state: Weights, learned: Weights, position: Array | int) -> tuple[Weights, Weights]:
+def split_state(
+    state: Weights, learned: Weights, position: Array | int, dtype: jnp.dtype
+) -> tuple[Weights, Weights]:
     """(weights at the start of the current mini-batch, sums of lam_j dl_j/dW within it)."""
-    started = {n: jnp.where(position == 0, w, state[n].astype(w.dtype)) for n, w in learned.items()}
-    return started, {n: state[SUM + n].astype(w.dtype) for n, w in learned.items()}
+    state = {name: x.astype(dtype) for name, x in state.items()}
+    learned = {name: w.astype(dtype) for name, w in learned.items()}
+    started = {name: jnp.where(position == 0, w, state[name]) for name, w in learned.items()}
+    return started, {name: state[SUM + name] for name in learned}
 
 
 def final_weights(
     state: Weights, learned: Weights, rate_C: Array, position: Array | int
 ) -> Weights:
     """The inner model after the last of `position` tokens: W_{r-1} of the r in the mini-batch."""
-    weights, sums = split_state(state, learned, position)
+    weights, sums = split_state(state, learned, position, state["w1"].dtype)
     rate = rate_C[(position - 1) % rate_C.shape[0]]  # sums are 0 at the end of a mini-batch
     return jax.tree.map(lambda w, total: w - rate * total, weights, sums)
 
@@ -176,6 +180,9 @@ def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: s
         sums = jax.tree.map(jnp.add, sums, gradient)
         return _close(weights, sums, rate_C[-1], last_slot < phase + length), z_HCK
 
+    # What a step computes is several times what it carries: computed again in the backward pass,
+    # it takes less memory and, on a CPU, less time than written and read back.
+    step = jax.checkpoint(step, prevent_cse=False)
     last_slot_N = jnp.arange(1, count + 1) * chunk - 1
     rows = last_slot_N, jax.tree.map(lambda x: _lay_out(x, phase, count, chunk), tokens)
     carry, z_NHCK = jax.lax.scan(step, (weights, sums), rows)
@@ -279,7 +286,7 @@ def _loss_gradient(y_HCK: Array, target_HCK: Array, norm: InnerNorm) -> tuple[Ar
     return normed, inverse_std * (error - error.mean(-1, keepdims=True) - standard * along)
 
 
-GELU_SLOPE = math.sqrt(2 / math.pi)
+GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
 
 
@@ -289,6 +296,6 @@ def _gelu(x: Array) -> Array:
 
 def _gelu_slope(x: Array) -> Array:
     """The derivative of the tanh approximation of GELU."""
-    tanh = jnp.tanh(GELU_SLOPE * (x + GELU_CUBIC * x**3))
-    inner = GELU_SLOPE * (1 + 3 * GELU_CUBIC * x**2)
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner
+    tanh = jnp.tanh(GELU_SCALE * (x + GELU_CUBIC * x**3))
+    inner_slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * x**2)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner_slope

@@ -1,0 +1,221 @@
+"""Layers that learn while they read: TTT-Linear and TTT-MLP (arXiv 2407.04620), as mixers.
+
+The inner model and its learning are `tttjax.ops.ttt`; here are the projections around it. Two
+backbones: "plain" projects queries, keys and values; "mamba" makes queries and keys from one
+projection by two short convolutions, and gates the output.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tttjax.errors import UserError
+from tttjax.models.attention import State
+from tttjax.models.layers import normal_weight
+from tttjax.ops.rope import rotate
+from tttjax.ops.short_conv import short_conv
+from tttjax.ops.ttt import (
+    FORMS,
+    InnerNorm,
+    Weights,
+    final_weights,
+    initial_state,
+    layer_norm,
+    learning_rates,
+    ttt,
+)
+from tttjax.types import Array
+
+INNER_MODELS = ("linear", "mlp")
+BACKBONES = ("mamba", "plain")
+OUTPUTS = ("query", "key")
+INNER_MLP_WIDTH = 4  # hidden entries of the inner MLP for each entry of a head
+
+
+class TTTLayer(nnx.Module):
+    """One TTT layer, [T, D] -> [T, D].
+
+    inner: "linear" or "mlp", what learns. chunk_size: tokens C of an inner mini-batch. base_lr: the
+        inner learning rate before its division by the head's size. rope_theta: base of RoPE, whose
+        positions start anew in every mini-batch.
+    backbone: "mamba" or "plain"; conv_size: taps of the convolutions of "mamba".
+    form: "dual" or "primal", the same numbers in two ways.
+    output: "query" reads with the query and the weights after the token's own gradient; "key" is
+        the simplified output rule of the TTT-E2E paper: the key reads, before the mini-batch is
+        learned, and there is nothing that makes queries.
+    norm_eps: of all the layer's norms. std: of the initial matrices, those of the inner model too.
+    Raises UserError for an unknown choice and for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        rngs: nnx.Rngs,
+        *,
+        inner: str,
+        num_heads: int,
+        chunk_size: int,
+        base_lr: float,
+        rope_theta: float,
+        backbone: str,
+        conv_size: int,
+        form: str,
+        output: str,
+        norm_eps: float,
+        std: float,
+        dtype: jnp.dtype,
+    ):
+        _check_choices(inner=inner, backbone=backbone, form=form, output=output)
+        head_dim = _head_dim(embed_dim, num_heads, chunk_size)
+        self.backbone, self.form, self.output = backbone, form, output
+        self.head_dim, self.conv_size = head_dim, conv_size
+        self.base_lr, self.rope_theta, self.norm_eps = base_lr, rope_theta, norm_eps
+
+        def matrix(shape, axes):
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
+
+        def constant(value, shape, axes):
+            return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
+
+        into_heads = (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim")
+        per_head = (num_heads, head_dim), ("heads", "head_dim")
+        if backbone == "mamba" or output == "query":
+            self.wq = matrix(*into_heads)
+        if backbone == "plain":
+            self.wk = matrix(*into_heads)
+        self.wv = matrix(*into_heads)
+        self.wo = matrix((num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
+        if backbone == "mamba":
+            self.wg = matrix(*into_heads)
+            taps = (conv_size, num_heads, head_dim), ("taps", "heads", "head_dim")
+            lecun = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+            for name in self._convolved:
+                kernel = nnx.Param(lecun(rngs.params(), taps[0], dtype), axes=taps[1])
+                setattr(self, f"conv_{name}", kernel)
+                setattr(self, f"conv_{name}_bias", constant(0, *per_head))
+        self.wlr = matrix((embed_dim, num_heads), ("embed", "heads"))
+        self.lr_bias = constant(0, (num_heads,), ("heads",))
+        self.token_idx = constant(0, (chunk_size,), ("taps",))
+        self.norm_scale, self.norm_bias = constant(1, *per_head), constant(0, *per_head)
+        hidden = INNER_MLP_WIDTH * head_dim if inner == "mlp" else head_dim
+        self.w1 = matrix((num_heads, head_dim, hidden), ("heads", "head_dim", "state"))
+        self.b1 = constant(0, (num_heads, hidden), ("heads", "state"))
+        self.inner_names = ("w1", "b1")
+        if inner == "mlp":
+            self.w2 = matrix((num_heads, hidden, head_dim), ("heads", "state", "head_dim"))
+            self.b2 = constant(0, *per_head)
+            self.inner_names = ("w1", "b1", "w2", "b2")
+        self.post_norm_scale, self.post_norm_bias = constant(1, *per_head), constant(0, *per_head)
+
+    @property
+    def _convolved(self) -> tuple[str, ...]:
+        """What the convolutions of the mamba backbone make out of the shared projection."""
+        if self.backbone == "plain":
+            return ()
+        return ("q", "k") if self.output == "query" else ("k",)
+
+    @property
+    def _learned(self) -> Weights:
+        """The inner model at the start of a sequence."""
+        return {name: getattr(self, name)[...] for name in self.inner_names}
+
+    @property
+    def rate_C(self) -> Array:
+        """The inner learning rate of each place in a mini-batch, without that of the token."""
+        return learning_rates(self.base_lr, self.head_dim, self.token_idx[...])
+
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
+        """The state of a sequence of which nothing has been read; its size is constant.
+
+        The inner model at the start of the current mini-batch (`w1`, ...), the sum of the weighted
+        gradients within it (`g_w1`, ...), both float32 at least, and the last inputs of the
+        convolutions (`conv_q`, `conv_k`) in `dtype`.
+        """
+        del max_length
+        shapes = {name: getattr(self, name).shape for name in self.inner_names}
+        state = initial_state(shapes, jnp.promote_types(dtype, jnp.float32))
+        past = (self.conv_size - 1, *self.norm_scale.shape)
+        return state | {f"conv_{name}": jnp.zeros(past, dtype) for name in self._convolved}
+
+    def final_weights(self, state: dict[str, Array], position: Array | int) -> Weights:
+        """The inner model after the last of `position` tokens, that of `state`."""
+        return final_weights(state, self._learned, self.rate_C, position)
+
+    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+        wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+        made, convs = self._queries_and_keys(x_TD, state)
+        first = 0 if state is None else position
+        place_T = (first + jnp.arange(x_TD.shape[0])) % self.token_idx.shape[0]
+        made = {name: rotate(x_THK, place_T, self.rope_theta) for name, x_THK in made.items()}
+        lam_TH = jnp.einsum("td,dh->th", x_TD, self.wlr[...].astype(x_TD.dtype))
+        lam_TH = jax.nn.sigmoid(lam_TH.astype(wide) + self.lr_bias[...].astype(wide))
+        norm = InnerNorm(
+            self.norm_scale[...].astype(wide), self.norm_bias[...].astype(wide), self.norm_eps
+        )
+        z_THK, inner_state = ttt(
+            made.get("q"),
+            made["k"],
+            self._project(self.wv, x_TD),
+            lam_TH,
+            self.rate_C,
+            self._learned,
+            norm,
+            state,
+            position,
+            form=self.form,
+        )
+        if state is not None:
+            state = {**(inner_state or {}), **convs}
+        return self._join_heads(z_THK, x_TD), state
+
+    def _project(self, weight: Any, x_TD: Array) -> Array:
+        return jnp.einsum("td,dhk->thk", x_TD, weight[...].astype(x_TD.dtype))
+
+    def _queries_and_keys(self, x_TD: Array, state: State):
+        """({"q", "k"} [T, H, K] before RoPE, the convolutions' new states)."""
+        if self.backbone == "plain":
+            names = ("q", "k") if self.output == "query" else ("k",)
+            return {name: self._project(getattr(self, f"w{name}"), x_TD) for name in names}, {}
+        u_THK = self._project(self.wq, x_TD)
+        made, convs = {}, {}
+        for name in self._convolved:
+            conv = f"conv_{name}"
+            kernel, bias = getattr(self, conv)[...], getattr(self, f"{conv}_bias")[...]
+            made[name], convs[conv] = short_conv(u_THK, kernel, bias, state and state[conv])
+        return made, convs
+
+    def _join_heads(self, z_THK: Array, x_TD: Array) -> Array:
+        """Norm over all heads together, gate, output projection."""
+        wide = z_THK.dtype
+        scale_HK = self.post_norm_scale[...].astype(wide)
+        bias_HK = self.post_norm_bias[...].astype(wide)
+        y_THK = layer_norm(z_THK, scale_HK, bias_HK, self.norm_eps, axis=(-2, -1))
+        y_THK = y_THK.astype(x_TD.dtype)
+        if self.backbone == "mamba":
+            y_THK = jax.nn.gelu(self._project(self.wg, x_TD), approximate=True) * y_THK
+        return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype))
+
+
+def _check_choices(*, inner: str, backbone: str, form: str, output: str) -> None:
+    for what, choice, known in (
+        ("inner model", inner, INNER_MODELS),
+        ("backbone", backbone, BACKBONES),
+        ("form", form, FORMS),
+        ("output rule", output, OUTPUTS),
+    ):
+        if choice not in known:
+            raise UserError(f"unknown {what} {choice!r} of a TTT layer; one of {', '.join(known)}.")
+
+
+def _head_dim(embed_dim: int, num_heads: int, chunk_size: int) -> int:
+    """Entries of one head. Raises UserError if there is no such even number."""
+    if num_heads < 1 or embed_dim % (2 * num_heads):
+        raise UserError(
+            f"a TTT layer of {num_heads} heads needs a width that {2 * num_heads} divides (RoPE "
+            f"turns pairs of a head's entries), not {embed_dim}; change the heads or the width."
+        )
+    if chunk_size < 1:
+        raise UserError(f"a TTT layer's mini-batch of {chunk_size} tokens must have at least 1.")
+    return embed_dim // num_heads
