@@ -28,11 +28,11 @@ Where the paper is silent, our choices: MLP widths of `layers` are solved so tha
 parameters of the published one (6 blocks, width 3328). The outer batch of `layers` is doubled in
 the extension, as the paper says, at half the steps, so that the tokens stay the same. The rates
 of `rule` are such that a step has about the length of the paper's (global norm 1, which is an RMS
-of 1e-4 per weight at this size). All steps of `path` have the MLP width that makes them as large as
-full attention; the multi-head MLPs have 64 entries a head, which gives the paper's state of 18M
-(2^20) weights. TTT-KVB reads its queries after their own update, with the running mean over the
-mini-batch of the second paper, so at 8k its weights still change within the only mini-batch, where
-those of `key_output` and of TTT-E2E do not.
+of 1e-4 per weight at this size). The steps of `path` before the last, published one have the MLP
+width that makes them as large as full attention; the multi-head MLPs have 64 entries a head, which
+gives the paper's state of 18M (2^20) weights. TTT-KVB reads its queries after their own update,
+with the running mean over the mini-batch of the second paper, so at 8k its weights still change
+within the only mini-batch, where those of `key_output` and of TTT-E2E do not.
 """
 
 import inspect
@@ -41,6 +41,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from experiments.baselines import HEAD_KVB
+from experiments.results import PATH
 from experiments.sizes import (
     CONTEXTS,
     choose,
@@ -57,7 +58,6 @@ LENGTHS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192}
 LAYERS = ("1", "3", "6", "12")
 WINDOW_SYSTEMS = ("ttt_e2e", "window", "gated_deltanet")
 CHUNK_SYSTEMS = ("ttt_e2e", "ttt_kvb")
-PATH_STEPS = ("window", "ttt_kvb", "key_output", "end_loss", "ttt_e2e")
 RULE_CHANGES: dict[str, dict[str, float]] = {
     "sgd": {"lr": 1.0},
     "momentum": {"lr": 0.1},  # 1 / (1 - momentum) steps add up
@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def recipes() -> list[str]:
     """The arguments of all ablations."""
     return [
-        *(f"path,{step}" for step in PATH_STEPS),
+        *(f"path,{step}" for step in PATH),
         *(f"window,{k},{system}" for system in WINDOW_SYSTEMS for k in LENGTHS),
         *(f"chunk,{b},{system}" for system in CHUNK_SYSTEMS for b in LENGTHS),
         *(f"layers,{n}" for n in LAYERS),
@@ -101,7 +101,7 @@ def recipes() -> list[str]:
 
 
 def _path(step: str) -> ConfigDict:
-    choose(step, PATH_STEPS, "The step")
+    choose(step, PATH, "The step")
     if step == "end_loss":
         config = pretraining(SIZE, "ttt_e2e")
         config.model.suffix_layers = config.model.num_layers

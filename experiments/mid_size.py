@@ -3,9 +3,15 @@
     tttjax bench train --config=experiments/mid_size.py:ttt_e2e \\
         --config=experiments/mid_size.py:window --config=experiments/mid_size.py:full
 
-ttt_e2e   window attention of 512 tokens, two of eight blocks learn on every 128 tokens
-window    window attention alone, its MLPs wider so that both have as many parameters
-full      full attention, likewise
+ttt_e2e          window attention of 512 tokens, two of eight blocks learn on every 128 tokens
+window, full     attention alone, the MLPs wider so that all have as many parameters
+mamba2, gated_deltanet, ttt_linear, ttt_mlp    that mixer alone, likewise
+ttt_kvb          window attention and TTT-MLP, one step on every 128 tokens, likewise
+
+All mixers at three lengths, in one run:
+
+    tttjax bench train --lengths 1024,4096,16384 --config=experiments/mid_size.py:mamba2 \\
+        ... --config=experiments/mid_size.py:window --config=experiments/mid_size.py:full
 
 For training them: one sequence per step, 7 million parameters want about 70,000 steps.
 """
@@ -15,15 +21,26 @@ from ml_collections import ConfigDict
 from experiments.sizes import choose, make_control
 from tttjax.config import default_config
 
-SYSTEMS = ("ttt_e2e", "window", "full")
+CONTROLS = {
+    "window": ("window",),
+    "full": ("full",),
+    "mamba2": ("mamba2",),
+    "gated_deltanet": ("gated_deltanet",),
+    "ttt_linear": ("ttt_linear",),
+    "ttt_mlp": ("ttt_mlp",),
+    "ttt_kvb": ("window+ttt_mlp",),
+}
+SYSTEMS = ("ttt_e2e", *CONTROLS)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The configuration of one of SYSTEMS; default ttt_e2e."""
     system = choose(arg or "ttt_e2e", SYSTEMS, "The system")
     config = _ttt_e2e()
+    if system == "ttt_kvb":
+        config.model.update(ttt_backbone="plain", ttt_chunk=config.inner.chunk_size)
     if system != "ttt_e2e":
-        make_control(config, (system,))
+        make_control(config, CONTROLS[system])
     return config
 
 
@@ -44,6 +61,7 @@ def _ttt_e2e() -> ConfigDict:
         suffix_layers=2,
         fast_mlp=True,
         remat="none",
+        mamba_state=64,
     )
     config.inner.update(chunk_size=128, lr_init=0.1, lr_warmup_steps=7000)
     config.optim.update(peak_lr=3e-3, warmup_steps=7000)

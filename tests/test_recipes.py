@@ -214,7 +214,15 @@ def test_the_path_to_ttt_e2e_keeps_the_parameters(step):
     assert non_embedding(f"ablations.py:path,{step}") == pytest.approx(full, rel=0.02)
 
 
-def test_the_path_ends_where_the_papers_recipes_are():
+def test_the_path_says_what_to_expect_of_each_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from experiments import ablations
+
+    for step, loss in ablations.PATH.items():
+        assert re.search(rf"^  {step} .* {loss:.3f} \[P\]$", ablations.__doc__, re.MULTILINE)
+
+
+def test_the_path_has_the_papers_recipes_on_it():
     for step in ("window", "ttt_kvb", "ttt_e2e"):
         same = resolve(f"paper.py:760m,{step},pretrain")
         assert resolve(f"ablations.py:path,{step}") == same
