@@ -33,8 +33,10 @@ def test_command_line(capsys):
     spec = "experiments/mid_size.py:window"
     small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
     overrides = [f"--config.model.{field}" for field in small]
-    overrides += ["--config.train.seq_len=256", "--config.train.batch_size=8"]
-    arguments = ["bench", "train", f"--config={spec}", "--rounds=1", "--json", *overrides]
-    assert main(arguments) == 0
-    (result,) = json.loads(capsys.readouterr().out)
-    assert result["tokens"] == 256 * 8
+    overrides += ["--config.train.seq_len=512", "--config.train.batch_size=8"]
+    arguments = ["bench", "train", f"--config={spec}", "--rounds=1", *overrides]
+    assert main([*arguments, "--json", "--lengths=128,256"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [(r["seq_len"], r["tokens"]) for r in results] == [(128, 128 * 8), (256, 256 * 8)]
+    assert main([*arguments, "--lengths=100"]) == 2
+    assert "train.seq_len = 100 is not a multiple" in capsys.readouterr().err

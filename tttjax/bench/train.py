@@ -4,6 +4,10 @@
 
 All steps are compiled first, then run in turn, round after round, so that a busy machine slows all
 alike; times are medians over the rounds, on random tokens. The ratio is to the last configuration.
+With --lengths all that is done for sequences of each of these lengths, one after the other:
+
+  tttjax bench train --lengths 1024,4096 --config=experiments/mid_size.py:mamba2 \\
+      --config=experiments/mid_size.py:window --config=experiments/mid_size.py:full
 """
 
 import argparse
@@ -19,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tttjax.config import Config, check_mesh, load_config, parameter_count
+from tttjax.config.values import parse_value
 from tttjax.errors import UserError
 from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
@@ -38,6 +43,7 @@ class TrainBenchmark:
 
     name: str
     parameters: int
+    seq_len: int
     tokens: int
     compile_seconds: float
     step_seconds: float
@@ -80,6 +86,7 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
         TrainBenchmark(
             name=entry.name,
             parameters=parameter_count(entry.config.model)["total"],
+            seq_len=entry.config.train.seq_len,
             tokens=entry.batch.inputs.size,
             compile_seconds=entry.compile_seconds,
             step_seconds=median,
@@ -126,23 +133,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py[:ARG]",
         help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
     )
+    add(
+        "--lengths",
+        default="",
+        metavar="T,T,...",
+        help="tokens of a sequence, instead of train.seq_len; the configurations are compared at "
+        "each",
+    )
     add("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
     add("--json", action="store_true", help="print the results as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench train` from parsed arguments; the exit code."""
-    configs = [(spec, load_config(spec, args.overrides)) for spec in args.config]
-    results = bench_train(configs, args.rounds)
+    lengths = [parse_value("train.seq_len", word) for word in args.lengths.split(",") if word]
+    results = []
+    for length in lengths or [0]:
+        overrides = args.overrides + ([f"--config.train.seq_len={length}"] if length else [])
+        configs = [(spec, load_config(spec, overrides)) for spec in args.config]
+        found = bench_train(configs, args.rounds)
+        if not args.json:
+            print(_table(found), flush=True)
+        results += found
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
-        return 0
+    return 0
+
+
+def _table(results: Sequence[TrainBenchmark]) -> str:
     width = max(len(result.name) for result in results)
-    print(f"{'':{width}}  parameters  compile s   step s  ratio  memory MiB")
+    lines = [f"{'':{width}}  sequence  parameters  compile s   step s  ratio  memory MiB"]
     for result in results:
         memory = "?" if result.memory_bytes is None else f"{result.memory_bytes / 2**20:,.0f}"
-        print(
-            f"{result.name:{width}}  {result.parameters:10,}  {result.compile_seconds:9.1f}  "
-            f"{result.step_seconds:7.3f}  {result.step_ratio:5.2f}  {memory:>10}"
+        lines.append(
+            f"{result.name:{width}}  {result.seq_len:8}  {result.parameters:10,}  "
+            f"{result.compile_seconds:9.1f}  {result.step_seconds:7.3f}  {result.step_ratio:5.2f}  "
+            f"{memory:>10}"
         )
-    return 0
+    return "\n".join(lines)
