@@ -16,6 +16,7 @@ import tttjax
 from tttjax.errors import UserError
 from tttjax.verify.cases import Cache, check_case
 from tttjax.verify.imports import check_checkpoints, check_zarr
+from tttjax.verify.layer_cases import LayerCache, check_layer_case
 from tttjax.verify.rows import Row
 
 # Folders with these files are stores of arrays: what JSON lies in them is not ours to judge.
@@ -24,7 +25,7 @@ STORES = ("_CHECKPOINT_METADATA", "zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 @dataclass(frozen=True)
 class Entry:
-    """One JSON file: what it describes ("case", "checkpoints", "zarr", or None), and its name."""
+    """One JSON file: its name, and what it describes: a kind that `_check_entry` knows, or None."""
 
     path: Path
     name: str
@@ -37,6 +38,8 @@ def _kind(content: Any) -> str | None:
         return None
     if isinstance(content.get("model"), dict) and isinstance(content.get("training"), dict):
         return "case"
+    if "layer" in content or {"config", "arrays"} <= set(content):
+        return "layer"
     if isinstance(content.get("checkpoints"), dict):
         return "checkpoints"
     if {"seq_len", "global_batch_size", "bos_token_id", "vocab_size"} <= set(content):
@@ -66,7 +69,7 @@ def find_entries(directory: str | Path) -> list[Entry]:
     if not any(entry.kind for entry in entries):
         raise UserError(
             f"{root} has no reference case: none of its {len(entries)} JSON files describes a "
-            "model and its training, official checkpoints, or Zarr batches"
+            "model and its training, a layer, official checkpoints, or Zarr batches"
         )
     return entries
 
@@ -96,17 +99,20 @@ def verify(
 def _check(entries: Sequence[Entry], x64: bool, progress) -> list[Row]:
     rows = []
     cache: Cache = {}
+    layer_cache: LayerCache = {}
     with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
         for entry in entries:
             if progress and entry.kind:
                 progress(entry.name)
-            rows += _check_entry(entry, x64, cache)
+            rows += _check_entry(entry, x64, cache, layer_cache)
     return rows
 
 
-def _check_entry(entry: Entry, x64: bool, cache: Cache) -> list[Row]:
+def _check_entry(entry: Entry, x64: bool, cache: Cache, layer_cache: LayerCache) -> list[Row]:
     if entry.kind == "case":
         return list(check_case(entry.path, entry.content, entry.name, x64, cache))
+    if entry.kind == "layer":
+        return list(check_layer_case(entry.path, entry.content, entry.name, x64, layer_cache))
     if entry.kind == "checkpoints":
         return list(check_checkpoints(entry.path, entry.content, entry.name, x64, cache))
     if entry.kind == "zarr":
