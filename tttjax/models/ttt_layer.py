@@ -102,7 +102,7 @@ class TTTLayer(nnx.Module):
         hidden = INNER_MLP_WIDTH * head_dim if inner == "mlp" else head_dim
         self.w1 = matrix((num_heads, head_dim, hidden), ("heads", "head_dim", "state"))
         self.b1 = constant(0, (num_heads, hidden), ("heads", "state"))
-        self.inner_names = ("w1", "b1")
+        self.inner_names: tuple[str, ...] = ("w1", "b1")
         if inner == "mlp":
             self.w2 = matrix((num_heads, hidden, head_dim), ("heads", "state", "head_dim"))
             self.b2 = constant(0, *per_head)
@@ -183,7 +183,8 @@ class TTTLayer(nnx.Module):
         for name in self._convolved:
             conv = f"conv_{name}"
             kernel, bias = getattr(self, conv)[...], getattr(self, f"{conv}_bias")[...]
-            made[name], convs[conv] = short_conv(u_THK, kernel, bias, state and state[conv])
+            past = None if state is None else state[conv]
+            made[name], convs[conv] = short_conv(u_THK, kernel, bias, past)
         return made, convs
 
     def _join_heads(self, z_THK: Array, x_TD: Array) -> Array:

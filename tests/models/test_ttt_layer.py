@@ -1,0 +1,157 @@
+"""The TTT layer as a whole: its definition, its weights, its state, and the key-read rule."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ttt_reference as by_hand
+from flax import nnx
+from small import shaken, worst
+
+from tttjax.errors import UserError
+from tttjax.models.ttt_layer import TTTLayer
+
+pytestmark = pytest.mark.usefixtures("x64")
+WIDTH, HEADS, CHUNK, LENGTH = 8, 2, 4, 11
+BASE = {
+    "inner": "linear",
+    "num_heads": HEADS,
+    "chunk_size": CHUNK,
+    "base_lr": 2.0,
+    "rope_theta": 100.0,
+    "backbone": "mamba",
+    "conv_size": 3,
+    "form": "dual",
+    "output": "query",
+    "norm_eps": 1e-6,
+    "std": 0.5,
+}
+KINDS = [
+    ("linear", "mamba", "query"),
+    ("mlp", "plain", "query"),
+    ("mlp", "mamba", "key"),
+    ("linear", "plain", "key"),
+]
+
+
+def layer(dtype=jnp.float64, embed_dim=WIDTH, **changes):
+    return TTTLayer(embed_dim, nnx.Rngs(0), **{**BASE, **changes}, dtype=dtype)
+
+
+@cache
+def built(inner, backbone, output):
+    """(graph, weights, jitted call) of a layer with noise on every weight."""
+    graph, state = nnx.split(layer(inner=inner, backbone=backbone, output=output))
+    call = jax.jit(lambda weights, *args: nnx.merge(graph, weights)(*args))
+    return graph, shaken(nnx.to_pure_dict(state)), call
+
+
+def inputs(length=LENGTH, dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(3).normal(size=(length, WIDTH)), dtype)
+
+
+def read_in(kind, *lengths):
+    """Outputs, last state and last inner weights of the inputs read in calls of these lengths."""
+    graph, weights, call = built(*kind)
+    module = nnx.merge(graph, weights)
+    x_TD, out, first = inputs(), [], 0
+    state = module.init_state(LENGTH, jnp.float64)
+    for length in lengths:
+        y_TD, state = call(weights, x_TD[first : first + length], state, jnp.int32(first))
+        out.append(y_TD)
+        first += length
+    return jnp.concatenate(out), state, module.final_weights(state, first)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_equals_the_definition(kind):
+    _, weights, call = built(*kind)
+    x_TD = inputs()
+    wanted, wanted_last = by_hand.layer(
+        np.asarray(x_TD),
+        jax.tree.map(np.asarray, weights),
+        **{"base_lr": BASE["base_lr"], "theta": BASE["rope_theta"], "eps": BASE["norm_eps"]},
+    )
+    y_TD, state = call(weights, x_TD, None, jnp.int32(0))
+    assert state is None
+    np.testing.assert_allclose(y_TD, wanted, atol=1e-11)
+    y_TD, _, last = read_in(kind, LENGTH)
+    np.testing.assert_allclose(y_TD, wanted, atol=1e-11)
+    assert worst(last, wanted_last) < 1e-11
+
+
+@pytest.mark.parametrize("lengths", [(6, 5), (2, 1, 7, 1)], ids=str)
+def test_any_split_gives_the_same_outputs_and_state(lengths):
+    """The convolutions' states as well as the inner model's, within mini-batches."""
+    for kind in (KINDS[0], KINDS[2]):
+        assert worst(read_in(kind, *lengths), read_in(kind, LENGTH)) < 1e-11
+
+
+def test_there_are_no_weights_that_nothing_uses():
+    always = {"wv", "wo", "wlr", "lr_bias", "token_idx", "norm_scale", "norm_bias"}
+    always |= {"w1", "b1", "post_norm_scale", "post_norm_bias"}
+    gated = {"wq", "wg", "conv_k", "conv_k_bias"}
+    own = {
+        ("linear", "mamba", "query"): gated | {"conv_q", "conv_q_bias"},
+        ("mlp", "plain", "query"): {"wq", "wk", "w2", "b2"},
+        ("mlp", "mamba", "key"): gated | {"w2", "b2"},
+        ("linear", "plain", "key"): {"wk"},
+    }
+    for kind in KINDS:
+        assert set(built(*kind)[1]) == always | own[kind]
+
+
+def test_key_rule_reads_before_the_mini_batch_is_learned():
+    """Within a mini-batch nothing that was written is seen; the next one sees it."""
+    _, weights, call = built("mlp", "plain", "key")
+    before, _ = call(weights, inputs(), None, 0)
+    after, _ = call(weights, inputs().at[1].add(1.0), None, 0)
+    moved = np.abs(before - after).max(-1) > 1e-6
+    assert moved.tolist() == [False, True, False, False] + [True] * (LENGTH - CHUNK)
+
+
+def test_states_are_wide_and_outputs_as_the_inputs():
+    module = layer(jnp.bfloat16)
+    state = module.init_state(100, jnp.bfloat16)
+    assert {name: x.shape for name, x in state.items()} == {
+        **{"w1": (2, 4, 4), "g_w1": (2, 4, 4), "b1": (2, 4), "g_b1": (2, 4)},
+        **{"conv_q": (2, 2, 4), "conv_k": (2, 2, 4)},
+    }
+    y_TD, new_state = module(inputs(5, jnp.bfloat16), state, jnp.int32(0))
+    assert y_TD.dtype == jnp.bfloat16
+    for state_of in (state, new_state):
+        dtypes = {name: str(x.dtype) for name, x in state_of.items()}
+        assert {dtypes.pop(name) for name in ("conv_q", "conv_k")} == {"bfloat16"}
+        assert set(dtypes.values()) == {"float32"}
+
+
+def test_initial_weights():
+    module = layer(embed_dim=256, inner="mlp", conv_size=4, std=0.02)
+    ones = {"norm_scale", "post_norm_scale"}
+    zeros = {"norm_bias", "post_norm_bias", "lr_bias", "token_idx", "b1", "b2"}
+    zeros |= {"conv_q_bias", "conv_k_bias"}
+    for name, weight in nnx.to_pure_dict(nnx.state(module)).items():
+        if name in ones | zeros:
+            assert (weight == (name in ones)).all()
+        elif name in ("conv_q", "conv_k"):
+            assert float(weight.std()) == pytest.approx(0.5, rel=0.1)  # 1 / sqrt(4 taps)
+            assert float(np.abs(weight).max()) < 1.2  # cut at two standard deviations
+        else:
+            assert float(weight.std()) == pytest.approx(0.02, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner": "cnn"}, "unknown inner model 'cnn'.*linear, mlp"),
+        ({"output": "value"}, "unknown output rule 'value'"),
+        ({"num_heads": 3}, "width that 6 divides.*not 8"),
+        ({"num_heads": 8}, "width that 16 divides"),
+        ({"chunk_size": 0}, "mini-batch of 0 tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        layer(**changes)

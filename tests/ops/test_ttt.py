@@ -1,0 +1,188 @@
+"""TTT of both inner models: the two forms, the definition token by token, any split."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import ttt_reference as by_hand
+from small import worst
+
+from tttjax.ops.ttt import (
+    FORMS,
+    InnerNorm,
+    final_weights,
+    initial_state,
+    layer_norm,
+    learning_rates,
+    ttt,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+INNER = ("linear", "mlp")
+HEADS, SIZE, CHUNK, LENGTH, EPS = 2, 4, 5, 13, 1e-6
+BASE_LR = 2.0  # several times what the paper takes, so that an error in what is learned shows
+
+
+def problem(inner, seed=0):
+    """Random tokens, inner weights, norm weights and places' learning rates, nothing trivial."""
+    rng = np.random.default_rng(seed)
+    hidden = 3 * SIZE if inner == "mlp" else SIZE
+    weights = {"w1": rng.normal(size=(HEADS, SIZE, hidden)), "b1": rng.normal(size=(HEADS, hidden))}
+    if inner == "mlp":
+        weights["w2"] = rng.normal(size=(HEADS, hidden, SIZE))
+        weights["b2"] = rng.normal(size=(HEADS, SIZE))
+    q, k, v = rng.normal(size=(3, LENGTH, HEADS, SIZE))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "lam": rng.uniform(size=(LENGTH, HEADS)),
+        "token_idx": np.array([0.1, -0.6, 0.05, 0.02, 0.1]),  # the second is clipped
+        "weights": weights,
+        "scale": 1 + 0.2 * rng.normal(size=(HEADS, SIZE)),
+        "bias": rng.normal(size=(HEADS, SIZE)),
+    }
+
+
+def rates(p):
+    return learning_rates(BASE_LR, SIZE, jnp.asarray(p["token_idx"]))
+
+
+@partial(jax.jit, static_argnames=("form", "output"))
+def run(p, state=None, position=0, form="dual", output="query"):
+    """(z, state) of all the tokens in `p`."""
+    q_THK = p["q"] if output == "query" else None
+    norm = InnerNorm(p["scale"], p["bias"], EPS)
+    tokens = q_THK, p["k"], p["v"], p["lam"]
+    return ttt(*tokens, rates(p), p["weights"], norm, state, position, form=form)
+
+
+def empty(p, dtype=jnp.float64):
+    return initial_state({name: w.shape for name, w in p["weights"].items()}, dtype)
+
+
+def run_split(p, lengths, **options):
+    """(z of all tokens, last state), read in calls of these lengths."""
+    state, out, first = empty(p), [], 0
+    for length in lengths:
+        part = {n: p[n][first : first + length] for n in ("q", "k", "v", "lam")}
+        z_THK, state = run({**p, **part}, state, jnp.int32(first), **options)
+        out.append(z_THK)
+        first += length
+    return jnp.concatenate(out), state
+
+
+@pytest.mark.parametrize("output", ["query", "key"])
+@pytest.mark.parametrize("inner", INNER)
+def test_equals_the_definition_token_by_token(inner, output):
+    p = problem(inner)
+    tau = np.maximum(0, 1 / np.arange(1, CHUNK + 1) + p["token_idx"])
+    assert tau[1] == 0
+    fixed = {"scale": p["scale"], "bias": p["bias"], "eps": EPS}
+    q = p["q"] if output == "query" else None
+    tokens = q, p["k"], p["v"], p["lam"]
+    wanted, wanted_last = by_hand.all_heads(*tokens, tau, BASE_LR / SIZE, p["weights"], fixed)
+    for form in FORMS:
+        np.testing.assert_allclose(run(p, form=form, output=output)[0], wanted, atol=1e-11)
+        z_THK, state = run_split(p, (LENGTH,), form=form, output=output)
+        np.testing.assert_allclose(z_THK, wanted, atol=1e-11)
+        last = final_weights(state, p["weights"], rates(p), LENGTH)
+        assert worst(last, wanted_last) < 1e-11
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_gradients_of_the_forms_agree(inner):
+    """With respect to everything: tokens, rates, the inner model's start and its norm."""
+    p = problem(inner)
+    cotangent = np.random.default_rng(1).normal(size=p["q"].shape)
+
+    @partial(jax.jit, static_argnames="form")
+    def value_and_gradient(p, form):
+        return jax.value_and_grad(lambda p: jnp.sum(run(p, form=form)[0] * cotangent))(p)
+
+    dual, primal = (value_and_gradient(p, form) for form in FORMS)
+    assert min(jax.tree.leaves(jax.tree.map(lambda g: np.abs(g).max(), dual[1]))) > 1e-3
+    assert worst(dual, primal) < 1e-10
+
+
+def test_gradients_equal_finite_differences():
+    """Through the inner gradients, that is: exact second derivatives."""
+    p = problem("mlp")
+    cotangent = np.random.default_rng(1).normal(size=p["q"].shape)
+    loss = jax.jit(lambda p: jnp.sum(run(p)[0] * cotangent))
+    rng = np.random.default_rng(2)
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), p)
+    direction["token_idx"] *= 0.1  # keeps the clipped one clipped
+    slope = sum(
+        jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), jax.grad(loss)(p), direction))
+    )
+
+    def moved(step):
+        return float(loss(jax.tree.map(lambda x, d: x + step * d, p, direction)))
+
+    step = 1e-5
+    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(float(slope), rel=1e-6)
+
+
+SPLITS = [(5, 5, 3), (3, 10), (7, 1, 1, 4), (1,) * LENGTH]
+
+
+@pytest.mark.parametrize(
+    ("inner", "output", "form"),
+    [
+        ("linear", "query", "dual"),
+        ("mlp", "query", "dual"),
+        ("mlp", "query", "primal"),
+        ("mlp", "key", "dual"),
+    ],
+)
+def test_any_split_gives_the_same_outputs_and_state(inner, output, form):
+    p = problem(inner)
+    options = {"output": output, "form": form}
+    whole, whole_state = run_split(p, (LENGTH,), **options)
+    for lengths in SPLITS:
+        z_THK, state = run_split(p, lengths, **options)
+        np.testing.assert_allclose(z_THK, whole, atol=1e-11)
+        assert worst(state, whole_state) < 1e-11
+
+
+def test_gradients_flow_through_the_state():
+    p = problem("mlp")
+    cotangent = np.random.default_rng(1).normal(size=p["q"].shape)
+
+    def gradient(lengths):
+        return jax.grad(lambda p: jnp.sum(run_split(p, lengths)[0] * cotangent))(p)
+
+    assert worst(gradient((LENGTH,)), gradient((6, 1, 6))) < 1e-10
+
+
+def test_a_full_mini_batch_leaves_no_sums():
+    p = problem("mlp")
+    _, state = run_split(p, (2 * CHUNK,))
+    assert all((np.asarray(state[f"g_{name}"]) == 0).all() for name in p["weights"])
+    assert worst(final_weights(state, p["weights"], rates(p), 2 * CHUNK), p["weights"]) > 1e-2
+    _, state = run_split(p, (2 * CHUNK + 1,))
+    assert all((np.asarray(state[f"g_{name}"]) != 0).any() for name in p["weights"])
+
+
+def test_before_the_first_token_the_weights_are_the_learned_ones():
+    p = problem("linear")
+    assert worst(final_weights(empty(p), p["weights"], rates(p), 0), p["weights"]) == 0
+
+
+def test_learning_happens_in_float32_under_bfloat16():
+    p = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), problem("mlp"))
+    z_THK, state = run(p, empty(p, jnp.float32), jnp.int32(0))
+    assert z_THK.dtype == jnp.float32
+    assert {x.dtype for x in state.values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_layer_norm_over_one_and_over_two_axes():
+    x = np.random.default_rng(0).normal(size=(3, 2, 4))
+    flat = layer_norm(jnp.asarray(x).reshape(3, 8), jnp.ones(8), jnp.zeros(8), EPS)
+    both = layer_norm(jnp.asarray(x), jnp.ones((2, 4)), jnp.zeros((2, 4)), EPS, axis=(-2, -1))
+    np.testing.assert_allclose(both.reshape(3, 8), flat, atol=1e-14)
+    np.testing.assert_allclose(flat.mean(-1), 0, atol=1e-14)
+    np.testing.assert_allclose(flat.std(-1), 1, atol=1e-5)
