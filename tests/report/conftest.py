@@ -44,7 +44,7 @@ def make_run(data, tmp_path_factory):
     """make_run(name, seed=, step=, seq_len=, init_from=, model fields) -> its work directory."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def make(name, seed=0, step=STEPS, seq_len=32, init_from="", data=data, **model):
+    def make(name, seed=0, step=STEPS, seq_len=32, init_from="", tokenizer="", **model):
         fields = {"embed_dim": 8, "num_layers": 1, "num_heads": 1, "mlp_dim": 8, "init_std": 0.3}
         config = Config(
             model=ModelConfig(vocab_size=264, window_size=WINDOW, **{**fields, **model}),
@@ -63,7 +63,7 @@ def make_run(data, tmp_path_factory):
             build_model(config.model, config.inner).abstract_params(),
         )
         saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY)
-        saver.save(step, {"params": params, "step": jnp.int32(step)})
+        saver.save(step, {"params": params, "step": jnp.int32(step)}, tokenizer=tokenizer)
         saver.close()
         record = '{"step": %d, "loss": 1.0, "time": {"seconds": 2.0, "tokens_per_second": 32.0}}\n'
         (workdir / "metrics.jsonl").write_text("".join(record % (i + 1) for i in range(step)))

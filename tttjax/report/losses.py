@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +151,9 @@ def _saver(arrays: Mapping[str, Any]) -> Callable[[Path], None]:
 def load(path: Path) -> Sums | None:
     """What `save` wrote; None if it cannot be read, so that it is computed again."""
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return Sums(arrays["loss_DL"], arrays["count_DL"], arrays.get("bytes_DL"))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

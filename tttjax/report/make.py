@@ -148,10 +148,8 @@ def _result(
         inner=_inner(system.members[0]),
         parameters=parameter_count(system.config.model),
         readings=readings,
-        runs={length: tuple(map(run_facts, system.at(length))) for length in readings},
-        state_bytes={
-            length: speed.state_bytes(system.at(length)[0], length) for length in readings
-        },
+        runs={length: tuple(facts[id(member)] for member in at[length]) for length in readings},
+        state_bytes={length: speed.state_bytes(at[length][0], length) for length in readings},
         prefill_seconds=prefill,
     )
 

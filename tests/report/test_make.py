@@ -1,0 +1,251 @@
+"""A whole report: its numbers against `compare`, its files, its cache, what it refuses."""
+
+import csv
+import html
+import io
+import json
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from tttjax import cli
+from tttjax.config import read_config
+from tttjax.errors import UserError
+from tttjax.evaluate import RunSpec, compare
+from tttjax.flops import train_flops_per_token
+from tttjax.report import Entry, losses, make_report, speed
+from tttjax.report.files import COLUMNS, to_markdown
+from tttjax.report.tables import sections
+
+LENGTHS, STEPS, WINDOW = (8, 32), 3, 8  # of the runs in conftest.py
+PLOTS = (
+    *("loss_difference_by_context", "loss_by_position", "loss_by_flops"),
+    *("prefill_by_context", "state_by_context"),
+)
+
+
+@pytest.fixture(scope="module")
+def report(report_and_folder):
+    return report_and_folder[0]
+
+
+@pytest.fixture(scope="module")
+def folder(report_and_folder):
+    return report_and_folder[1]
+
+
+def read_rows(folder):
+    return list(csv.DictReader(io.StringIO((folder / "report.csv").read_text())))
+
+
+# The numbers -------------------------------------------------------------------------------------
+
+
+def test_losses_and_differences_are_those_of_compare(report, runs):
+    """The same runs through `compare`, combined by hand."""
+    comparison = compare([RunSpec(folder) for folder in runs], modes=["on", "off"])
+    of_run = {series.run: series for series in comparison.series if series.label != "ttt, TTT off"}
+    full, ttt = report.systems
+    for length in LENGTHS:
+        both = [of_run[name].contexts[length] for name in ("full0", "full1")]
+        mean = np.mean([sums.loss().mean for sums in both])
+        assert report.loss(full, length).mean == pytest.approx(mean, rel=1e-5)
+        expected = of_run["ttt"].contexts[length].loss().mean - mean
+        assert report.difference(ttt, length).mean == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        spread = abs(np.diff([float(sums.loss().mean) for sums in both])[0]) / 2
+        assert report.difference(ttt, length).seeds == pytest.approx(spread, rel=1e-3)
+
+
+def test_training_costs_what_the_formula_says(report, runs):
+    for system, workdir in zip(report.systems, runs[1:], strict=True):
+        config = read_config(workdir)
+        (*_, facts) = system.runs[32]
+        tokens = STEPS * config.train.batch_size * 32
+        expected = tokens * train_flops_per_token(config.model, config.inner, 32)
+        assert (facts.tokens, facts.flops) == (tokens, pytest.approx(expected))
+        assert (facts.seconds, facts.tokens_per_second) == (2.0 * STEPS, 32.0)
+        assert facts.known_from_start
+
+
+def test_the_state_is_keys_and_values_and_fast_weights(report):
+    """float32; one block of one head of 8, and a fast MLP of three 8 x 8 matrices."""
+    full, ttt = report.systems
+    position = 4
+    assert full.state_bytes == {n: 2 * n * 8 * 4 + position for n in LENGTHS}
+    of_ttt = 2 * WINDOW * 8 * 4 + 3 * 8 * 8 * 4 + position
+    assert ttt.state_bytes == dict.fromkeys(LENGTHS, of_ttt)
+
+
+def test_prefill_is_measured_at_every_length(report):
+    for system in report.systems:
+        assert set(system.prefill_seconds) == set(LENGTHS)
+        assert all(0 < seconds < 60 for seconds in system.prefill_seconds.values())
+
+
+# What is written ---------------------------------------------------------------------------------
+
+
+def test_the_csv_has_a_row_for_every_number(report, folder):
+    rows = read_rows(folder)
+    assert tuple(rows[0]) == COLUMNS
+    ttt = report.systems[1]
+    (row,) = (r for r in rows if r["quantity"] == "difference" and r["context"] == "32")
+    value = report.difference(ttt, 32)
+    assert row["system"] == "ttt"
+    found = [float(row[name]) for name in ("value", "stderr", "stderr_documents", "stderr_seeds")]
+    expected = [value.mean, value.stderr, value.documents, value.seeds]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert [r["seed"] for r in rows if r["quantity"] == "seed_loss" and r["context"] == "8"] == [
+        *("0", "1", "0")
+    ]
+    bins = [r for r in rows if r["quantity"] == "loss_by_position" and r["context"] == "32"]
+    assert (bins[0]["first_token"], bins[-1]["last_token"]) == ("1", "32")
+    assert json.loads((folder / "report.json").read_text())["values"][0]["quantity"] == "loss"
+
+
+def test_the_page_needs_nothing_else_and_holds_every_table(report, folder):
+    page = (folder / "report.html").read_text()
+    assert "http://" not in page
+    assert "https://" not in page
+    addresses = re.findall(r'(?:src|href|srcset)="([^"]{0,22})', page)
+    assert len(addresses) == 2 * len(PLOTS)
+    assert set(addresses) == {"data:image/png;base64,"}
+    assert 'name="viewport"' in page
+    assert "prefers-color-scheme: dark" in page
+    assert "<pre>command &lt;x&gt;</pre>" in page
+    for section in sections(report):
+        for row in section.table.rows:
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            assert f"{cells}</tr>" in page
+    for sentence in report.summary:
+        assert html.escape(sentence) in page
+
+
+def test_every_table_tells_the_parameters(report):
+    for section in sections(report):
+        assert section.table.head[1:3] == ("parameters", "non-embedding")
+        assert [row[:3] for row in section.table.rows] == [
+            ("full", "2,616", "504"),
+            ("ttt", "2,824", "712"),
+        ]
+
+
+def test_markdown_and_plots(report, folder):
+    text = (folder / "report.md").read_text()
+    assert text == to_markdown(report)
+    assert "over the 5 held-out documents, paired by document for differences" in text
+    assert "over seeds (runs: full 2)" in text
+    assert "Of one seed only, so without the second part: ttt." in text
+    assert "With `--scale cpu`:\n\n```\ncommand <x>\n```" in text
+    for name in PLOTS:
+        assert f"({name}.png)" in text
+        pixels = matplotlib.image.imread(folder / f"{name}.png")
+        assert pixels[..., :3].min() < 0.5 < pixels[0, 0, :3].min()  # drawn on, on white
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*report.paths, "cache"])
+
+
+# Once more ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_computing(monkeypatch):
+    monkeypatch.setattr(losses, "compare", lambda *args, **options: pytest.fail("it reads"))
+    monkeypatch.setattr(speed, "_prepare", lambda *args: pytest.fail("it measures"))
+
+
+def test_the_command_makes_it_again_from_what_was_kept(report, folder, runs, no_computing, capsys):
+    before = (folder / "report.csv").read_text()
+    words = [f"full={runs[0]}", f"full={runs[1]}", f"ttt={runs[2]}:on", f"--out={folder}"]
+    assert cli.main(["report", *words, "--title=Two & more"]) == 0
+    out = capsys.readouterr().out
+    assert all(sentence in out for sentence in report.summary)
+    assert str(folder / "report.html") in out
+    assert (folder / "report.csv").read_text() == before
+    assert "<h1>Two &amp; more</h1>" in (folder / "report.html").read_text()
+
+
+def test_an_interrupted_report_goes_on_where_it_stopped(folder, runs, no_computing):
+    """One of the kept files is lost, another is torn: only these are read again."""
+    kept = sorted((folder / "cache").glob("losses-*.npz"))
+    assert len(kept) == 3 * len(LENGTHS)
+    content = kept[0].read_bytes()
+    kept[0].write_bytes(content[:50])
+    with pytest.raises(pytest.fail.Exception, match="it reads"):
+        make_report([Entry("full", runs[0]), Entry("full", runs[1]), Entry("t", runs[2])], folder)
+    kept[0].write_bytes(content)
+
+
+def test_other_settings_are_not_taken_from_what_was_kept(folder, runs, no_computing):
+    for options in ({"num_sequences": 4}, {"lengths": (8, 16)}):
+        with pytest.raises(pytest.fail.Exception, match="it reads"):
+            make_report([Entry("full", runs[0])], folder, latency=False, **options)
+
+
+# A run for every context -------------------------------------------------------------------------
+
+
+def test_runs_of_several_contexts_are_read_at_their_own(make_run, tmp_path):
+    """The cost of an extension has that of the run before it; the first of these has stopped."""
+    mixers = ("full",)
+    first = make_run("first", seq_len=8, step=2, mixers=mixers)
+    longer = make_run("longer", seq_len=16, init_from=first, mixers=mixers)
+    lost = make_run("lost", seq_len=16, init_from=tmp_path / "gone", seed=1, mixers=mixers)
+    entries = [Entry("full", first), Entry("full", longer), Entry("full", lost)]
+    report = make_report(entries, tmp_path / "out", latency=False)
+    (full,) = report.systems
+    assert report.lengths == (8, 16)
+    assert [run.workdir for run in full.runs[8]] == [str(first)]
+    before, after, unknown = full.runs[8][0], *full.runs[16]
+    assert before.tokens == 2 * 2 * 8
+    assert after.tokens == before.tokens + STEPS * 2 * 16
+    assert after.flops > before.flops
+    assert (after.known_from_start, unknown.known_from_start) == (True, False)
+    assert report.warnings == (
+        f"full: the run {first} stopped at step 2 of 3; it is compared as it is.",
+        "full has no run with context 8 of seed 1.",
+    )
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "- **Note:** full: the run" in text
+    assert "≥ 96 tokens" not in text  # 96 of one, 128 of the other seed
+    assert "≥ 112 tokens" in text
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_compared_is_one_sentence(runs, make_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = [f"full={runs[0]}", f"ttt={runs[2]}", f"--out={out}"]
+    for more, sentence in (
+        (["--baseline=none"], "the baseline 'none' is not among the systems full, ttt"),
+        (["--lengths=20"], "20 is not a multiple of the chunk size 8 of the run ttt"),
+        (["--lengths=4096"], "context of 4096 tokens; the longest that fits is"),
+        (["--lengths=a"], "invalid list of int value"),
+        (["--num-sequences=-1"], "eval.num_sequences = -1 must be at least 1"),
+        (["--data=nowhere"], "nowhere does not exist"),
+        (["--split=test"], "no documents in the split 'test'"),
+        ([f"again={runs[0]}"], "given twice, as again and as full"),
+        ([f"new={tmp_path}"], "holds no checkpoint"),
+    ):
+        assert cli.main(["report", *more, *words]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err
+        assert err.count("\n") == 1
+        assert not out.exists()
+
+
+def test_a_baseline_without_a_run_at_any_length_is_refused(make_run, tmp_path):
+    runs = [make_run(f"full_at_{n}", seq_len=n, mixers=("full",)) for n in (8, 16)]
+    with pytest.raises(
+        UserError, match="full has no run for any of the contexts 32, only for 8, 1"
+    ):
+        make_report([Entry("full", run) for run in runs], tmp_path / "out", lengths=(32,))
+
+
+def test_another_tokenizer_is_refused(make_run, runs, tmp_path):
+    other = make_run("other", tokenizer="0123456789abcdef", mixers=("window",))
+    sentence = r"another tokenizer .* than those of the run other \(0123456789ab\)"
+    with pytest.raises(UserError, match=sentence):
+        make_report([Entry("full", runs[0]), Entry("other", other)], tmp_path / "out")
