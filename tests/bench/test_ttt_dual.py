@@ -1,0 +1,42 @@
+"""The benchmark of the two forms of TTT runs, compares and refuses."""
+
+import json
+
+import pytest
+
+from tttjax.bench.ttt_dual import Sizes, bench_ttt_dual
+from tttjax.cli import main
+from tttjax.errors import UserError
+
+
+def test_the_dual_form_holds_no_weights_of_tokens():
+    results = bench_ttt_dual([32], Sizes(heads=1, head_dim=16, chunk=16), rounds=1)
+    kinds = [(result.inner, result.task) for result in results]
+    assert kinds == [(i, t) for i in ("linear", "mlp") for t in ("forward", "gradient")]
+    for result in results:
+        assert result.speedup == result.primal_seconds / result.dual_seconds
+        per_token = 16 * 16 * 4 * (8 if result.inner == "mlp" else 1)
+        assert result.primal_memory_bytes > 16 * per_token
+        assert result.dual_memory_bytes < result.primal_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 0}, "rounds=0 must be at least 1"),
+        ({"sizes": Sizes(heads=0)}, "heads=0 must be at least 1"),
+        ({"seq_lens": [16, 0]}, r"seq_len=\[16, 0\] must be lengths"),
+    ],
+)
+def test_sizes_below_one_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        bench_ttt_dual(**arguments)
+
+
+def test_command_line(capsys):
+    small = ["--seq-len=8", "--heads=1", "--head-dim=4", "--chunk=4", "--rounds=1"]
+    assert main(["bench", "ttt-dual", *small, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result["seq_len"] for result in results] == [8] * 4
+    assert main(["bench", "ttt-dual", *small]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5

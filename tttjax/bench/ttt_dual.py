@@ -1,0 +1,191 @@
+"""Time and memory of the dual form of TTT-Linear and TTT-MLP against the primal form.
+
+  tttjax bench ttt-dual --seq-len=2048 --seq-len=4096
+
+Measured is the inner loop alone, without projections: forward, and with the gradient of a loss
+with respect to tokens and initial weights. All programs of a sequence length are compiled first,
+then run in turn, round after round, so that a busy machine slows all alike; times are medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.errors import UserError
+from tttjax.ops.ttt import FORMS, InnerNorm, learning_rates, ttt
+from tttjax.types import Array
+
+INNER_MODELS = ("linear", "mlp")
+TASKS = ("forward", "gradient")
+
+
+@dataclass(frozen=True)
+class DualBenchmark:
+    """What one inner model costs in both forms. task: "forward", or "gradient" (forward too).
+
+    speedup: primal_seconds / dual_seconds, medians. Memory: what the compiled program holds at its
+    peak besides arguments and results, by the compiler's own account; None where it gives none.
+    """
+
+    inner: str
+    task: str
+    seq_len: int
+    dual_seconds: float
+    primal_seconds: float
+    speedup: float
+    dual_memory_bytes: int | None
+    primal_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the inner loop that is measured; chunk: tokens of a mini-batch."""
+
+    batch: int = 1
+    heads: int = 4
+    head_dim: int = 64
+    chunk: int = 16
+
+
+def bench_ttt_dual(
+    seq_lens: Sequence[int] = (2048,), sizes: Sizes | None = None, rounds: int = 5
+) -> list[DualBenchmark]:
+    """Measures both forms against each other, for each length, inner model and task, in float32.
+
+    Raises UserError for a size below one.
+    """
+    sizes = sizes or Sizes()
+    for name, value in (("rounds", rounds), *asdict(sizes).items()):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    if not seq_lens or min(seq_lens) < 1:
+        raise UserError(f"seq_len={list(seq_lens)} must be lengths of at least 1 token.")
+    return [result for length in seq_lens for result in _bench_length(length, sizes, rounds)]
+
+
+def _bench_length(length: int, sizes: Sizes, rounds: int) -> list[DualBenchmark]:
+    arguments = {inner: _arguments(inner, length, sizes) for inner in INNER_MODELS}
+    programs: dict[tuple[str, str, str], Any] = {}
+    for inner in INNER_MODELS:
+        for task in TASKS:
+            for form in FORMS:
+                function = _task(task, form, sizes)
+                compiled = jax.jit(function).lower(arguments[inner]).compile()
+                programs[inner, task, form] = compiled
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in programs}
+    for _ in range(rounds + 1):  # the first round warms caches and is left out
+        for key, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(arguments[key[0]]))
+            seconds[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}
+    memory = {key: _temporary_bytes(program) for key, program in programs.items()}
+    return [
+        DualBenchmark(
+            inner=inner,
+            task=task,
+            seq_len=length,
+            dual_seconds=medians[inner, task, "dual"],
+            primal_seconds=medians[inner, task, "primal"],
+            speedup=medians[inner, task, "primal"] / medians[inner, task, "dual"],
+            dual_memory_bytes=memory[inner, task, "dual"],
+            primal_memory_bytes=memory[inner, task, "primal"],
+        )
+        for inner in INNER_MODELS
+        for task in TASKS
+    ]
+
+
+def _arguments(inner: str, length: int, sizes: Sizes) -> dict[str, Any]:
+    """Random tokens [B, T, H, K] and an inner model as it is before training."""
+    tokens = (sizes.batch, length, sizes.heads, sizes.head_dim)
+    hidden = sizes.head_dim * (4 if inner == "mlp" else 1)
+    into, out_of = (sizes.head_dim, hidden), (hidden, sizes.head_dim)
+    keys = jax.random.split(jax.random.key(0), 6)
+    normal = jax.random.normal
+    weights = {
+        "w1": 0.02 * normal(keys[0], (sizes.heads, *into)),
+        "b1": jnp.zeros((sizes.heads, hidden)),
+    }
+    if inner == "mlp":
+        weights["w2"] = 0.02 * normal(keys[1], (sizes.heads, *out_of))
+        weights["b2"] = jnp.zeros((sizes.heads, sizes.head_dim))
+    q, k, v = (normal(key, tokens) for key in keys[2:5])
+    lam = jax.nn.sigmoid(normal(keys[5], tokens[:-1]))
+    return {"tokens": (q, k, v, lam), "weights": weights}
+
+
+def _task(task: str, form: str, sizes: Sizes) -> Callable[[dict[str, Any]], Any]:
+    forward = partial(_read, form=form, sizes=sizes)
+    if task == "forward":
+        return forward
+    return jax.value_and_grad(lambda arguments: jnp.mean(jnp.square(forward(arguments))))
+
+
+def _read(arguments: dict[str, Any], form: str, sizes: Sizes) -> Array:
+    base_lr = 0.1 if "w2" in arguments["weights"] else 1.0  # as in the paper
+    rate_C = learning_rates(base_lr, sizes.head_dim, jnp.zeros(sizes.chunk))
+    per_head = (sizes.heads, sizes.head_dim)
+    norm = InnerNorm(jnp.ones(per_head), jnp.zeros(per_head), 1e-6)
+
+    def one(q_THK, k_THK, v_THK, lam_TH):
+        tokens = q_THK, k_THK, v_THK, lam_TH
+        return ttt(*tokens, rate_C, arguments["weights"], norm, form=form)[0]
+
+    return jax.vmap(one)(*arguments["tokens"])
+
+
+def _temporary_bytes(program: Any) -> int | None:
+    analysis = program.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax bench ttt-dual`."""
+    add = parser.add_argument
+    add(
+        "--seq-len",
+        type=int,
+        action="append",
+        metavar="T",
+        help="tokens of a sequence (default 2048); give several to measure several",
+    )
+    add("--batch", type=int, default=Sizes.batch, help="sequences (default %(default)s)")
+    add("--heads", type=int, default=Sizes.heads, help="heads (default %(default)s)")
+    add("--head-dim", type=int, default=Sizes.head_dim, help="size of one (default %(default)s)")
+    add(
+        "--chunk",
+        type=int,
+        default=Sizes.chunk,
+        help="tokens of an inner mini-batch (default %(default)s)",
+    )
+    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax bench ttt-dual` from parsed arguments; the exit code."""
+    sizes = Sizes(args.batch, args.heads, args.head_dim, args.chunk)
+    results = bench_ttt_dual(args.seq_len or (2048,), sizes, args.rounds)
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+        return 0
+    print("inner   task      tokens   dual ms  primal ms  speedup  dual MiB  primal MiB")
+    for r in results:
+        dual, primal = (
+            "?" if size is None else f"{size / 2**20:,.0f}"
+            for size in (r.dual_memory_bytes, r.primal_memory_bytes)
+        )
+        print(
+            f"{r.inner:6}  {r.task:8}  {r.seq_len:6}  {1e3 * r.dual_seconds:8.1f}  "
+            f"{1e3 * r.primal_seconds:9.1f}  {r.speedup:7.2f}  {dual:>8}  {primal:>10}"
+        )
+    return 0
