@@ -102,7 +102,11 @@ def test_the_csv_has_a_row_for_every_number(report, folder):
     ]
     bins = [r for r in rows if r["quantity"] == "loss_by_position" and r["context"] == "32"]
     assert (bins[0]["first_token"], bins[-1]["last_token"]) == ("1", "32")
-    assert json.loads((folder / "report.json").read_text())["values"][0]["quantity"] == "loss"
+    values = json.loads((folder / "report.json").read_text())
+    assert tuple(values["columns"]) == COLUMNS
+    assert [["" if x is None else str(x) for x in row] for row in values["rows"]] == [
+        list(row.values()) for row in rows
+    ]
 
 
 def test_the_page_needs_nothing_else_and_holds_every_table(report, folder):

@@ -82,9 +82,12 @@ def to_json(report: Report) -> str:
         "summary": report.summary,
         "notes": report.notes,
         "systems": [_system(system) for system in report.systems],
-        "values": list(rows(report)),
+        "columns": COLUMNS,
     }
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+    head = json.dumps(values, indent=1, allow_nan=False)
+    # A line for each row: an indented number to a line would make most of the file blanks.
+    body = ",\n  ".join(json.dumps(list(row.values()), allow_nan=False) for row in rows(report))
+    return f'{head[:-2]},\n "rows": [\n  {body}\n ]\n}}\n'
 
 
 def _system(system: SystemResult) -> Row:

@@ -77,7 +77,7 @@ def make_report(
     )
     described = reader.text.describe(reader.held_out)
     report = Report(
-        title=title or "Comparison of " + several([result.label for result in results]),
+        title=title or _title([result.label for result in results]),
         systems=results,
         baseline=next(result for result in results if result.label == chosen.label),
         lengths=reader.lengths,
@@ -92,6 +92,11 @@ def make_report(
     if jax.process_index() == 0:
         report = dataclasses.replace(report, paths=write_report(report, out))
     return report
+
+
+def _title(labels: Sequence[str]) -> str:
+    few = len(labels) <= 4
+    return f"Comparison of {several(labels) if few else f'{len(labels)} systems'}"
 
 
 def _settings(

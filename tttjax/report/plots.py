@@ -17,6 +17,7 @@ from tttjax.report.tables import mean_flops, trained
 
 HUES = COLOURS[:-1]  # black would vanish on dark ground
 BASELINE = "0.55"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 DARK: dict[Any, Any] = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#14171a"),
@@ -123,20 +124,21 @@ def _difference_by_position(axes: Axes, report: Report) -> None:
 
 def _loss_by_flops(axes: Axes, report: Report) -> None:
     points: dict[str, list[tuple[float, float]]] = {system.label: [] for system in report.systems}
-    for system, length, runs in trained(report):
+    found = list(trained(report))
+    several = len({length for _, length, _ in found}) > 1
+    for system, length, runs in found:
         point = mean_flops(runs), float(report.loss(system, length).mean)  # type: ignore[union-attr]
         points[system.label].append(point)
-        axes.annotate(
-            f"{length:,}", point, (4, 4), textcoords="offset points", fontsize=6, color=BASELINE
-        )
+        text = f"{length:,}" if several else ""
+        axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=6, color=BASELINE)
     for system in report.systems:
         x, y = zip(*points[system.label], strict=True)
-        axes.plot(x, y, marker="o", markersize=4, **_look(report, system))
+        axes.plot(x, y, **_point(report, system))
     axes.set_xscale("log")
     axes.set_xlabel("training FLOPs, those of earlier stages included")
     axes.set_ylabel("loss (nats per token)")
-    title = "Every trained run, at the longest context that it was read with (small numbers)"
-    axes.set_title(title, loc="left", fontsize=10)
+    contexts = "its context (small numbers)" if several else f"a context of {found[0][1]:,} tokens"
+    axes.set_title(f"Every trained run, read with {contexts}", loc="left", fontsize=10)
 
 
 def _prefill(axes: Axes, report: Report) -> None:
@@ -175,9 +177,20 @@ def _look(report: Report, system: SystemResult) -> dict[str, Any]:
     """The baseline in grey, the others in colours, dashed once these have run out."""
     if system is report.baseline:
         return {"label": system.label, "color": BASELINE, "linestyle": "-"}
-    number = report.others().index(system)
+    number = _number(report, system)
     dashes = DASHES[number // len(HUES) % len(DASHES)]
     return {"label": system.label, "color": HUES[number % len(HUES)], "linestyle": dashes}
+
+
+def _number(report: Report, system: SystemResult) -> int:
+    return report.others().index(system)
+
+
+def _point(report: Report, system: SystemResult) -> dict[str, Any]:
+    """Look and marker of a system that is drawn by its points."""
+    number = 0 if system is report.baseline else 1 + _number(report, system)
+    marker = MARKERS[number % len(MARKERS)]
+    return {**_look(report, system), "marker": marker, "markersize": 5}
 
 
 def _errorbar(
@@ -189,15 +202,14 @@ def _errorbar(
 ) -> None:
     means = [float(value.mean) for value in values]
     errors = np.nan_to_num([float(value.stderr) for value in values])
-    look = _look(report, system)
-    axes.errorbar(x, means, yerr=errors, marker="o", markersize=4, capsize=3, **look)
+    axes.errorbar(x, means, yerr=errors, capsize=3, **_point(report, system))
 
 
 def _plain(axes: Axes, report: Report, values: Callable[[SystemResult], Any]) -> None:
     for system in report.systems:
         found = sorted(values(system).items())
         x, y = [n for n, _ in found], [v for _, v in found]
-        axes.plot(x, y, marker="o", markersize=4, **_look(report, system))
+        axes.plot(x, y, **_point(report, system))
     _contexts(axes, report)
 
 

@@ -29,7 +29,7 @@ from tttjax.report.entries import Member
 from tttjax.types import Array, Params
 
 FORMAT = 1
-ROUNDS = 5
+ROUNDS, MORE_ROUNDS, QUICK = 5, 50, 0.5
 
 
 def state_bytes(member: Member, length: int) -> int:
@@ -71,17 +71,25 @@ def measure_prefill(
         progress.flush()
     readers = {label: _prepare(member, length) for label, member in members.items()}
     seconds: dict[str, list[float]] = {label: [] for label in readers}
-    for _ in range(ROUNDS + 1):  # the first round warms caches and is left out
+    begun = time.perf_counter()
+    while _goes_on(len(next(iter(seconds.values()))), time.perf_counter() - begun):
         for label, read in readers.items():
             start = time.perf_counter()
             jax.block_until_ready(read())
             seconds[label].append(time.perf_counter() - start)
     found = {
-        label: statistics.median(times[1:]) / length * 1000 for label, times in seconds.items()
+        # The first round warms caches and is left out.
+        label: statistics.median(times[1:]) / length * 1000
+        for label, times in seconds.items()
     }
     if jax.process_index() == 0:
         write_files(cache, {path.name: lambda p: write_text(p, json.dumps(found))})
     return found
+
+
+def _goes_on(rounds: int, seconds: float) -> bool:
+    """At least 5 rounds after the first, and more of them while they are quick."""
+    return rounds <= ROUNDS or (rounds <= MORE_ROUNDS and seconds < QUICK)
 
 
 def _key(members: Mapping[str, Member], length: int) -> str:

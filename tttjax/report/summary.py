@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from tttjax.evaluate.tables import is_none, side, size
 from tttjax.report.results import Report, SystemResult, systems_at
-from tttjax.report.statistics import change_with_position
+from tttjax.report.statistics import Value, change_with_position
 from tttjax.report.tables import change
 
 
@@ -41,18 +41,23 @@ def _standing(report: Report, system: SystemResult) -> str:
     known = [(length, value) for length, value in values if value is not None]
     if not known:
         return ""
-    groups: dict[str, list[str]] = {"lower": [], "higher": [], "not significantly different": []}
+    groups: dict[str, list[tuple[int, Value]]] = {}
     for length, value in known:
         none, better = is_none(value.estimate), value.mean < 0
         words = "not significantly different" if none else "lower" if better else "higher"
-        groups[words].append(f"{length:,} ({size(value.estimate, signed=True)})")
-    parts = [f"{words} at {several(lengths)}" for words, lengths in groups.items() if lengths]
-    how = {"on": " (learning while it reads)", "dynamic": " (dynamic evaluation)"}
-    text = (
-        f"The loss of {system.label}{how.get(system.mode, '')} against that of "
-        f"{report.baseline.label} is {', '.join(parts)} tokens"
+        groups.setdefault(words, []).append((length, value))
+    parts = []
+    for words, found in groups.items():
+        length, value = found[-1]
+        at = f"at {length:,}" if len(found) > 1 else "there"
+        lengths = several([f"{n:,}" for n, _ in found])
+        amount = size(value.estimate, signed=True)
+        parts.append(f"{words} at {lengths} tokens ({amount} {at})")
+    how = " (learning while it reads)" if system.mode == "on" else ""
+    return (
+        f"The loss of {system.label}{how} against that of {report.baseline.label} is "
+        f"{', '.join(parts)}{_scaling(report, system)}."
     )
-    return f"{text}{_scaling(report, system)}."
 
 
 def _scaling(report: Report, system: SystemResult) -> str:
