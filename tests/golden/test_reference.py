@@ -1,6 +1,7 @@
-"""The reference numbers of the official code, all of them; needs the folder they lie in.
+"""The reference numbers of public code, all of them; needs the folders they lie in.
 
-TTTJAX_GOLDEN names it; else it is looked for beside the project.
+TTTJAX_GOLDEN names that of the official code; else it is looked for beside the project. Those of
+the recurrent layers lie beside it in `layers`.
 """
 
 import os
@@ -17,6 +18,7 @@ from tttjax.verify import verify
 FOLDER = Path(
     os.environ.get("TTTJAX_GOLDEN", Path(__file__).parents[3] / "shared" / "golden" / "e2e")
 )
+LAYERS = FOLDER.parent / "layers"
 pytestmark = pytest.mark.skipif(
     not FOLDER.is_dir(), reason=f"no reference numbers at {FOLDER} (set TTTJAX_GOLDEN)"
 )
@@ -34,6 +36,21 @@ def test_every_case_in_float32(case):
     rows = verify(FOLDER / f"{case}.json")
     assert not failures(rows)
     assert sum(row.deviation is not None for row in rows) >= 10
+
+
+LAYER_CASES = sorted(path.stem for path in LAYERS.glob("*.json"))
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+def test_every_layer_in_float32(case):
+    rows = verify(LAYERS / f"{case}.json")
+    assert not failures(rows)
+    assert sum(row.deviation is not None for row in rows) >= 2
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+def test_every_layer_in_float64_agrees_to_rounding(case):
+    assert not failures(verify(LAYERS / f"{case}.json", x64=True))
 
 
 @pytest.mark.parametrize("case", ["03_e2e_noclip", "05_swa_pretrain"])
