@@ -151,7 +151,7 @@ def language_models():
         ),
         "lm_ttt": (
             "lm:ttt_linear",
-            TTT | LM | MLP | {"pre_conv": True, "tie": True, "rms_norm_eps": 1e-6},
+            TTT | LM | MLP | {"pre_conv": True, "tie": True, "rms_norm_eps": 1e-3},
             loops.lm_ttt,
             {"model.wte.embedding": (VOCAB, 8), "model.ln_f.kernel": (8,)} | ttt,
         ),

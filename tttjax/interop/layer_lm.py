@@ -1,7 +1,7 @@
 """The language models of the `layers` family: our Transformer, and its weights from theirs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from tttjax.interop import layer_weights as lw
 from tttjax.interop.layer_format import Fields, Stored
 from tttjax.models import Transformer, build_model
 from tttjax.types import Array, Params, PyTree
+
+TTT_EPS = 1e-6  # of every layer norm in the reference's TTT layers
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,10 @@ class LanguageModel:
 
     @property
     def transformer(self) -> Transformer:
-        return build_model(self.config, InnerConfig())
+        model = build_model(self.config, InnerConfig())
+        # The reference's TTT layers have an epsilon of their own, whatever that of the blocks is.
+        ttt = replace(model.shape.ttt, norm_eps=TTT_EPS)
+        return replace(model, shape=replace(model.shape, ttt=ttt))
 
     def params(self, take: Stored) -> Params:
         """The reference's parameters as those of `transformer`."""

@@ -29,7 +29,6 @@ from tttjax.types import Array, PyTree
 Form = Callable[[Stored], dict[str, Array]]
 
 INIT_STD = 0.02  # of weights that are replaced by the case's own
-TTT_EPS = 1e-6  # of every layer norm in the reference's TTT layers
 TTT_FORMS = ("dual", "primal")
 TTT_STATE = {"w1": "ttt_dense_0", "b1": "ttt_bias_0", "w2": "ttt_dense_1", "b2": "ttt_bias_1"}
 
@@ -234,7 +233,7 @@ def _read_ttt(fields: Fields, dtype: str, inner: str, plain: bool) -> Layer:
             conv_size=s.J,
             form=form,
             output="query",
-            norm_eps=TTT_EPS,
+            norm_eps=layer_lm.TTT_EPS,
             std=INIT_STD,
             dtype=jnp.dtype(dtype),
         )

@@ -60,6 +60,7 @@ class TTTShape:
     backbone: str
     form: str
     output: str
+    norm_eps: float
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
             form=shape.ttt.form,
             output=shape.ttt.output,
             conv_size=shape.conv_size,
-            norm_eps=shape.norm_eps,
+            norm_eps=shape.ttt.norm_eps,
             **common,
         )
     sights = {

@@ -69,5 +69,6 @@ def _block_shape(model: Any, chunk_size: int) -> BlockShape:
             backbone=model.ttt_backbone,
             form=model.ttt_form,
             output=model.ttt_output,
+            norm_eps=model.norm_eps,
         ),
     )
