@@ -56,7 +56,8 @@ class Run:
     """A run that has been found; its weights are read when it is its turn.
 
     weights: template with shapes, dtypes and shardings -> the arrays. tokenizer: fingerprint of
-    the one whose tokens they were trained on; "" if not known.
+    the one whose tokens they were trained on; "" if not known. folder: the checkpoint that holds
+    them; None for weights in memory.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Run:
     source: str = ""
     modes: tuple[str, ...] = ()
     tokenizer: str = ""
+    folder: Path | None = None
 
     @property
     def has_fast_weights(self) -> bool:
@@ -99,6 +101,7 @@ def open_run(spec: RunSpec) -> Run:
         source=str(spec.workdir),
         modes=spec.modes,
         tokenizer=meta.get("tokenizer", ""),
+        folder=Path(found),
     )
 
 

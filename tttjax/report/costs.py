@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tttjax import checkpoint
+from etils import epath
+
+from tttjax import checkpoint, checkpoint_io
 from tttjax.config import Config, InnerConfig, ModelConfig, read_config
 from tttjax.config.run_info import CONFIG
-from tttjax.errors import UserError
 from tttjax.evaluate import Run
 from tttjax.flops import train_flops_per_token
 from tttjax.metrics import read_records
@@ -77,14 +78,9 @@ def _with_ancestors(
     origin = Path(train.init_from)
     if origin.resolve() in seen:
         return cost, False
-    try:
-        found = checkpoint.find_checkpoint(origin)
-        its_config = read_config(workdir_of(origin))
-    except UserError:
+    its_config, its_step = read_config(workdir_of(origin)), _step(origin)
+    if its_config is None or its_step is None:
         return cost, False
-    if its_config is None:
-        return cost, False
-    its_step = int(found.name) if found.name.isdigit() else None
     before, complete = _with_ancestors(its_config, origin, its_step, seen | {origin.resolve()})
     return before + cost, complete
 
@@ -93,6 +89,18 @@ def _with_ancestors(
 def _flops_per_token(model: ModelConfig, inner: InnerConfig, seq_len: int) -> float:
     """Counting takes the model's shapes, and a moment; runs of one shape share it."""
     return train_flops_per_token(model, inner, seq_len)
+
+
+def _step(source: Path) -> int | None:
+    """The step of a checkpoint, or of a work directory's newest; None if there is none.
+
+    Nothing is read, so it may be damaged: the weights that came from it are elsewhere by now.
+    """
+    folder = epath.Path(source)
+    if not (folder / checkpoint_io.META).exists():
+        found = checkpoint_io.completed(folder / checkpoint.DIRECTORY)
+        folder = found[-1] if found else folder
+    return int(folder.name) if folder.name.isdigit() else None
 
 
 def workdir_of(source: Path) -> Path:

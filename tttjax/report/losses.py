@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from tttjax import checkpoint, checkpoint_io
+from tttjax import checkpoint_io
 from tttjax.config import EvalConfig, config_fingerprint
 from tttjax.data.held_out import HeldOut
 from tttjax.data.shards import PreparedData
@@ -78,13 +78,13 @@ class Reader:
 
     def _path(self, member: Member, length: int) -> Path:
         """A name made of everything that the numbers depend on, batch size and devices left out."""
-        checkpoint_path = checkpoint.find_checkpoint(member.run.source)
+        assert member.run.folder is not None  # runs of a report come from disk
         facts = {
             "format": FORMAT,
             "run": str(Path(member.run.source).resolve()),
             "configuration": config_fingerprint(member.config),
             "step": member.run.step,
-            "saved": os.stat(checkpoint_path / checkpoint_io.META).st_mtime_ns,
+            "saved": os.stat(member.run.folder / checkpoint_io.META).st_mtime_ns,
             "mode": member.mode,
             "learning": {**vars(member.learning), "inner": dict(member.learning.inner)},
             "length": length,
