@@ -1,0 +1,67 @@
+"""Gives a pretrained model's weights a second work directory, as another system.
+
+    python experiments/comparison/adopt.py SOURCE TARGET --config=experiments/compare_small.py:ARG
+
+On sequences no longer than the window, full, window and hybrid attention are the same computation,
+so one pretraining is all three's; only the layout of the weights differs. TARGET gets the weights,
+the record of how they were trained, and the configuration of the other system.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tttjax import checkpoint, checkpoint_io
+from tttjax.config import Config, load_config, read_config, write_run_info
+from tttjax.models import build_model, relayout
+from tttjax.sharding import make_mesh
+from tttjax.train_step import make_trainer
+
+
+def adopt(source: Path, target: Path, config: Config) -> None:
+    """Makes `target` a finished run of `config` with the weights of the finished run `source`.
+
+    The models must have the same weights, block by block. A half-made target is made again.
+    """
+    its_config = read_config(source)
+    assert its_config is not None, f"{source} has no configuration"
+    old, new = (build_model(c.model, c.inner) for c in (its_config, config))
+    found = checkpoint.find_checkpoint(source)
+    trainer = make_trainer(its_config, make_mesh())
+    params = checkpoint.restore_params(str(source), trainer.abstract_state.params)
+    other = make_trainer(config, make_mesh())
+    state = other.start_from(relayout(params, old, new))
+    temporary = target.with_name(f".{target.name}.adopting")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_run_info(temporary, config, with_devices=True)
+    saver = checkpoint.Checkpointer(temporary / checkpoint.DIRECTORY)
+    saver.save(
+        int(found.name),
+        state,
+        data_state=None,
+        tokenizer=checkpoint_io.read_meta(found).get("tokenizer", ""),
+    )
+    saver.wait()
+    saver.close()
+    for name in ("metrics.jsonl", "summary.json"):
+        shutil.copyfile(source / name, temporary / name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--config", required=True)
+    args, overrides = parser.parse_known_args()
+    adopt(args.source, args.target, load_config(args.config, overrides))
+
+
+if __name__ == "__main__":
+    main()

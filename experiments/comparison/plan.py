@@ -1,0 +1,279 @@
+"""All runs of a comparison, from what is known of it: a pure function of the validation losses.
+
+A task is one process: it trains a run, validates it, hands it on to another system, or sweeps the
+rates of dynamic evaluation. It is done when its product is on disk; what can start now is whatever
+is not done and needs nothing that is not done.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.comparison.scales import (
+    DYNAMIC,
+    EXTEND,
+    EXTENSION_SHARE,
+    PRETRAIN,
+    PRETRAINED_AS,
+    SCALES,
+    SYSTEMS,
+    Scale,
+)
+from tttjax.errors import UserError
+
+RECIPES = Path(__file__).resolve().parents[1] / "compare_small.py"
+ADOPT = Path(__file__).with_name("adopt.py")
+START = 15.0  # seconds that a process takes to start, compile and save
+LEARNING_COST = 4  # of a token read with learning, in tokens of training
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process. command: empty until the rates it depends on are known.
+
+    products: any of these files says that it is done; the first is that of a success. needs: names
+    of tasks. tokens: that it trains on. seconds: expected.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    products: tuple[Path, ...]
+    needs: tuple[str, ...] = ()
+    tokens: int = 0
+    seconds: float = START
+
+    def is_done(self) -> bool:
+        return any(path.exists() for path in self.products)
+
+
+def rates_to_try(
+    ladder: Sequence[float], tried: int, losses: Mapping[float, float]
+) -> tuple[list[float], float | None]:
+    """(the rates that have to be tried, the best of them or None while one is missing).
+
+    The `tried` rates in the middle of the ladder, and as long as the best one is at their edge, the
+    next one beyond it. Raises UserError if none gives a finite loss.
+    """
+    first = (len(ladder) - tried) // 2
+    low, high = first, first + tried - 1
+    while True:
+        chosen = list(ladder[low : high + 1])
+        if any(rate not in losses for rate in chosen):
+            return chosen, None
+        best = min(chosen, key=lambda rate: losses[rate])
+        if not math.isfinite(losses[best]):
+            tried_words = ", ".join(f"{rate:g}" for rate in chosen)
+            raise UserError(f"training diverged at every learning rate of {tried_words}")
+        if best == chosen[0] and low:
+            low -= 1
+        elif best == chosen[-1] and high < len(ladder) - 1:
+            high += 1
+        else:
+            return chosen, best
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The comparison `scale` in the folder `out`."""
+
+    scale_name: str
+    out: Path
+
+    @property
+    def scale(self) -> Scale:
+        return SCALES[self.scale_name]
+
+    @property
+    def data(self) -> Path:
+        return self.out / "data"
+
+    def workdir(self, run: str) -> Path:
+        return self.out / "runs" / run
+
+    # What is known --------------------------------------------------------------------------------
+
+    def loss(self, run: str) -> float | None:
+        """Validation loss of a pretraining run: infinite if it diverged, None if not known."""
+        if (self.workdir(run) / "nonfinite.json").exists():
+            return math.inf
+        return read_losses(self.workdir(run) / "validation").get(0.0)
+
+    def sweep(self, system: str) -> dict[float, float]:
+        """Learning rate -> validation loss, as far as known."""
+        found = {rate: self.loss(pretrained(system, rate)) for rate in self.scale.rates}
+        return {rate: loss for rate, loss in found.items() if loss is not None}
+
+    def rate(self, system: str) -> float | None:
+        """The best learning rate of a system's pretraining; None while not known."""
+        origin = PRETRAINED_AS.get(system, system)
+        return rates_to_try(self.scale.rates, self.scale.tried, self.sweep(origin))[1]
+
+    def run(self, system: str, windows: int, seed: int) -> str:
+        """The name of a system's run for a context; it needs the rate for its own pretraining."""
+        if windows > 1 or system in PRETRAINED_AS:
+            return f"{system}-x{windows}-seed{seed}"
+        return pretrained(system, self.rate(system), seed)
+
+    def dynamic(self) -> dict[tuple[str, float], float]:
+        """(update rule, inner learning rate) -> validation loss of dynamic evaluation."""
+        return {
+            (rule, rate): loss
+            for rule in self.scale.dynamic
+            for rate, loss in read_losses(self.out / DYNAMIC / rule).items()
+        }
+
+    # What is to be done ---------------------------------------------------------------------------
+
+    def tasks(self) -> list[Task]:
+        """Every task, in the order in which they should start."""
+        tasks = []
+        for system in SYSTEMS:
+            if system not in PRETRAINED_AS:
+                tasks += self._pretraining(system)
+        for system in SYSTEMS:
+            for seed in range(self.scale.seeds):
+                if system in PRETRAINED_AS:
+                    tasks.append(self._adoption(system, seed))
+                tasks += [self._extension(system, n, seed) for n in self.scale.windows]
+        return tasks + [self._dynamic(rule) for rule in self.scale.dynamic]
+
+    def _pretraining(self, system: str) -> list[Task]:
+        rates, best = rates_to_try(self.scale.rates, self.scale.tried, self.sweep(system))
+        tasks = []
+        for rate in rates:
+            tasks += [self._train(system, rate, 0), self._validate(system, rate)]
+        return tasks + [self._train(system, best, seed) for seed in range(1, self.scale.seeds)]
+
+    def _train(self, system: str, rate: float | None, seed: int) -> Task:
+        run = pretrained(system, rate, seed)
+        command = self._train_command(run, f"{system},{PRETRAIN}", rate, seed) if rate else ()
+        return Task(
+            run,
+            command,
+            self._finished(run, *(["nonfinite.json"] if seed == 0 else [])),
+            () if seed == 0 else self._sweep_names(system),
+            *self._cost(system, PRETRAIN),
+        )
+
+    def _sweep_names(self, system: str) -> tuple[str, ...]:
+        rates, _ = rates_to_try(self.scale.rates, self.scale.tried, self.sweep(system))
+        return tuple(f"{pretrained(system, rate)}/validation" for rate in rates)
+
+    def _validate(self, system: str, rate: float) -> Task:
+        run = pretrained(system, rate)
+        scale, folder = self.scale, self.workdir(run)
+        command = self._evaluate_command(
+            folder,
+            folder / "validation",
+            lengths=scale.window,
+            batch=scale.eval_batch * max(scale.windows),
+            modes="on" if system == "ttt_e2e" else "off",
+        )
+        products = (folder / "validation" / "results.json", folder / "nonfinite.json")
+        return Task(f"{run}/validation", command, products, (run,))
+
+    def _adoption(self, system: str, seed: int) -> Task:
+        origin = pretrained(PRETRAINED_AS[system], self.rate(system), seed)
+        run = self.run(system, 1, seed)
+        command = (
+            *(sys.executable, str(ADOPT), str(self.workdir(origin)), str(self.workdir(run))),
+            f"--config={RECIPES}:{self.scale_name},{system},{PRETRAIN}",
+            *self._overrides(self.rate(system) or 0.0, seed),
+        )
+        known = self.rate(system) is not None
+        return Task(run, command if known else (), self._finished(run), self._origin(system, seed))
+
+    def _extension(self, system: str, windows: int, seed: int) -> Task:
+        run, rate = self.run(system, windows, seed), self.rate(system)
+        command: tuple[str, ...] = ()
+        needs = self._origin(system, seed)
+        if system in PRETRAINED_AS:
+            needs = (self.run(system, 1, seed),)
+        if rate is not None:
+            start = self.workdir(self.run(system, 1, seed))
+            arg = f"{system},{EXTEND},{windows}"
+            command = self._train_command(run, arg, rate * EXTENSION_SHARE, seed)
+            command += (f"--config.train.init_from={start}",)
+        return Task(run, command, self._finished(run), needs, *self._cost(system, EXTEND))
+
+    def _origin(self, system: str, seed: int) -> tuple[str, ...]:
+        """What a run that starts from a pretrained model waits for."""
+        system = PRETRAINED_AS.get(system, system)
+        sweep = self._sweep_names(system)
+        return sweep if seed == 0 else (*sweep, pretrained(system, self.rate(system), seed))
+
+    def _dynamic(self, rule: str) -> Task:
+        """The window model of the longest context, first seed, at every rate of one rule."""
+        scale = self.scale
+        run = self.run("window", max(scale.windows), 0)
+        rates = scale.dynamic[rule]
+        folder = self.out / DYNAMIC / rule
+        evaluate = self._evaluate_command(
+            self.workdir(run), folder, lengths=scale.longest, batch=scale.eval_batch, modes=DYNAMIC
+        )
+        command = (
+            *evaluate,
+            f"--dynamic-lr={','.join(map(str, rates))}",
+            f"--dynamic-layers={scale.suffix_layers}",
+            f"--inner-rule={rule}",
+        )
+        tokens = LEARNING_COST * len(rates) * scale.sequences * scale.longest
+        seconds = START + tokens / 1000 / scale.speed[DYNAMIC]
+        return Task(f"{DYNAMIC}/{rule}", command, (folder / "results.json",), (run,), 0, seconds)
+
+    def _train_command(self, run: str, arg: str, rate: float, seed: int) -> tuple[str, ...]:
+        return (
+            *(sys.executable, "-m", "tttjax", "train"),
+            f"--config={RECIPES}:{self.scale_name},{arg}",
+            f"--workdir={self.workdir(run)}",
+            *self._overrides(rate, seed),
+        )
+
+    def _overrides(self, rate: float, seed: int) -> tuple[str, ...]:
+        return (
+            f"--config.optim.peak_lr={rate:.6g}",
+            f"--config.train.seed={seed}",
+            f"--config.data.seed={seed}",
+            f"--config.data.sources={self.data}",
+        )
+
+    def _evaluate_command(
+        self, run: Path, out: Path, *, lengths: int, batch: int, modes: str
+    ) -> tuple[str, ...]:
+        number = self.scale.sequences * self.scale.longest // lengths
+        return (
+            *(sys.executable, "-m", "tttjax", "evaluate", str(run), f"--out={out}"),
+            *(f"--data={self.data}", "--split=val", f"--modes={modes}"),
+            *(f"--context-lengths={lengths}", f"--num-sequences={number}", f"--batch-size={batch}"),
+        )
+
+    def _finished(self, run: str, *others: str) -> tuple[Path, ...]:
+        return tuple(self.workdir(run) / name for name in ("summary.json", *others))
+
+    def _cost(self, system: str, stage: str) -> tuple[int, float]:
+        """(tokens, seconds) of a training run."""
+        tokens = self.scale.steps(stage) * self.scale.tokens_per_step
+        return tokens, START + tokens / 1000 / self.scale.speed[system]
+
+
+def pretrained(system: str, rate: float | None, seed: int = 0) -> str:
+    """The name of a pretraining run; a rate that is not known yet is a question mark."""
+    return f"{system}-lr{'?' if rate is None else f'{rate:g}'}-seed{seed}"
+
+
+def read_losses(folder: Path) -> dict[float, float]:
+    """Inner learning rate (0 without) -> loss over all tokens at the longest context evaluated."""
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    results = json.loads(path.read_text())
+    longest = str(max(results["context_lengths"]))
+    found = {}
+    for series in results["series"]:
+        loss = series["contexts"][longest]["all"]["nats_per_token"]["mean"]
+        rate = series["inner"]["lr"] if series["mode"] == DYNAMIC else 0.0
+        found[rate] = math.inf if loss is None else loss
+    return found

@@ -1,0 +1,202 @@
+"""Runs the tasks of a plan, several at a time, each in a process of its own; stops when asked.
+
+A fresh process for each run gives all memory back, and on a CPU two of one core each train more
+tokens together than one with two: the models are too small to share.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.comparison.plan import Task
+from tttjax.errors import UserError
+
+POLL_SECONDS = 0.3
+REPORT_SECONDS = 60.0
+Log = Callable[[str], None]
+
+
+@dataclass
+class Record:
+    """Seconds of every finished task and of all starts together; kept in a file."""
+
+    path: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+    @staticmethod
+    def read(path: Path) -> "Record":
+        return Record(path, **json.loads(path.read_text())) if path.exists() else Record(path)
+
+    def write(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        values = {"seconds": self.seconds, "elapsed": self.elapsed}
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+    def pace(self, tasks: Sequence[Task]) -> float:
+        """Measured over expected seconds of the finished tasks; 1 if there are none."""
+        known = [task for task in tasks if task.name in self.seconds]
+        expected = sum(task.seconds for task in known)
+        return sum(self.seconds[task.name] for task in known) / expected if known else 1.0
+
+
+@dataclass
+class _Running:
+    task: Task
+    process: subprocess.Popen
+    slot: int
+    log: Path
+    started: float
+
+
+class Stop:
+    """A context in which SIGTERM and Ctrl-C are requests: `asked` says whether one came."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        signals = (signal.SIGTERM, signal.SIGINT)
+        earlier = {number: signal.signal(number, self._note) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def _note(self, *_) -> None:
+        self.asked = True
+
+
+def run_tasks(
+    plan: Callable[[], Sequence[Task]], out: Path, *, jobs: int, stop: Stop, log: Log
+) -> bool:
+    """Runs whatever `plan` names until nothing is left; False if asked to stop before that.
+
+    plan: called anew whenever a task has ended, since it may name others then.
+    Raises UserError if a task fails; the others are stopped first, and go on the next time.
+    """
+    record = Record.read(out / "progress.json")
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str((out / "cache").absolute())}
+    running: list[_Running] = []
+    since = said = time.monotonic()
+    tasks = list(plan())
+    try:
+        while True:
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                _conclude(one, record, stop)
+                tasks = list(plan())
+                if one.task.is_done():
+                    log(_line(tasks, one, record, time.monotonic() - since, jobs))
+            if not stop.asked:
+                for task in _ready(tasks, running)[: jobs - len(running)]:
+                    running.append(_start(task, out, environment, jobs, running))
+            if not running:
+                return not stop.asked
+            if stop.asked:
+                return False
+            if time.monotonic() - said > REPORT_SECONDS:
+                said = time.monotonic()
+                log(f"  running: {'; '.join(map(_state, running))}")
+            time.sleep(POLL_SECONDS)
+    finally:
+        _end(running, log)
+        record.elapsed += time.monotonic() - since
+        record.write()
+
+
+def _ready(tasks: Sequence[Task], running: Sequence[_Running]) -> list[Task]:
+    done = {task.name for task in tasks if task.is_done()}
+    busy = {one.task.name for one in running}
+    return [
+        task
+        for task in tasks
+        if task.name not in done | busy and task.command and done.issuperset(task.needs)
+    ]
+
+
+def _start(
+    task: Task, out: Path, environment: dict[str, str], jobs: int, running: Sequence[_Running]
+) -> _Running:
+    slot = min(set(range(jobs)) - {one.slot for one in running})
+    path = out / "logs" / f"{task.name.replace('/', '-')}.log"
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), environment.get("PYTHONPATH", "")]
+    with path.open("ab") as file:
+        process = subprocess.Popen(
+            task.command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
+            preexec_fn=_own_cores(slot, jobs),
+        )
+    return _Running(task, process, slot, path, time.monotonic())
+
+
+def _own_cores(slot: int, jobs: int) -> Callable[[], None] | None:
+    """Sets the cores of a child, so that several do not disturb each other."""
+    if jobs == 1 or not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[slot::jobs] or cores
+    return lambda: os.sched_setaffinity(0, mine)
+
+
+def _conclude(one: _Running, record: Record, stop: Stop) -> None:
+    """Notes a task that has ended. UserError if it has failed."""
+    if one.task.is_done():
+        record.seconds[one.task.name] = round(time.monotonic() - one.started, 1)
+        record.write()
+        return
+    if stop.asked:
+        return
+    words = one.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    raise UserError(
+        f"{one.task.name} failed with exit code {one.process.returncode}: "
+        f"{words[-1].removeprefix('error: ')} (all of it is in {one.log}; the same command goes on "
+        "from here)"
+    )
+
+
+def _end(running: Sequence[_Running], log: Log) -> None:
+    """Lets all processes save and end."""
+    for one in running:
+        one.process.terminate()
+    if running:
+        log(f"stopping after the step in progress: {', '.join(one.task.name for one in running)}")
+    for one in running:
+        one.process.wait()
+
+
+def _line(tasks: Sequence[Task], one: _Running, record: Record, elapsed: float, jobs: int) -> str:
+    done = sum(task.is_done() for task in tasks)
+    left = sum(task.seconds for task in tasks if not task.is_done()) * record.pace(tasks) / jobs
+    return (
+        f"[{done}/{len(tasks)}] {one.task.name} done in {clock(record.seconds[one.task.name])}; "
+        f"elapsed {clock(record.elapsed + elapsed)}, about {clock(left)} left"
+    )
+
+
+def _state(one: _Running) -> str:
+    """How far a training run is, from its last line of progress."""
+    words = one.log.read_text(errors="replace").strip().splitlines()
+    last = words[-1] if words else "starting"
+    return f"{one.task.name} ({last[:60]})"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
