@@ -62,12 +62,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def recipes() -> list[str]:
-    """The arguments of all runs at the scales cpu and gpu."""
+    """The arguments of pretraining and the longest extension, at the scales cpu and gpu."""
     return [
         f"{name},{system},{stage}"
         for name in ("cpu", "gpu")
         for system in SYSTEMS
-        for stage in (PRETRAIN, *(f"{EXTEND},{n}" for n in SCALES[name].windows))
+        for stage in (PRETRAIN, f"{EXTEND},{max(SCALES[name].windows)}")
     ]
 
 

@@ -120,8 +120,9 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     while waiting := [task for task in plan.tasks() if not task.is_done()]:
         ready = [t for t in waiting if t.command and set(order).issuperset(t.needs)]
         assert ready, f"nothing can start, {waiting[0].name} waits"
+        for task in ready:
+            finish(task, plan, losses)
         # A diverged run is done, and its validation with it.
-        finish(ready[0], plan, losses)
         order = [task.name for task in plan.tasks() if task.is_done()]
     assert plan.rate("full") == plan.rate("hybrid") == 0.01
     assert plan.rate("mamba2") == 0.02
@@ -287,5 +288,5 @@ def test_the_plan_is_printed(tmp_path):
     done = command("--out", str(tmp_path / "out"), "--plan", "--jobs=2")
     assert done.returncode == 0, done.stderr
     assert "ttt_mlp-x8-seed1" in done.stdout
-    assert "1,024,000 tokens" in done.stdout
+    assert f"{SCALES['cpu'].pretrain_steps * 2048:,} tokens" in done.stdout
     assert not (tmp_path / "out").exists()

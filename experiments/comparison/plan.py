@@ -5,6 +5,7 @@ rates of dynamic evaluation. It is done when its product is on disk; what can st
 is not done and needs nothing that is not done.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -77,10 +78,14 @@ def rates_to_try(
 
 @dataclass(frozen=True)
 class Plan:
-    """The comparison `scale` in the folder `out`."""
+    """The comparison at a scale in the folder `out`.
+
+    known: system -> learning rate -> validation loss, as of now; None: read whenever asked.
+    """
 
     scale_name: str
     out: Path
+    known: Mapping[str, Mapping[float, float]] | None = None
 
     @property
     def scale(self) -> Scale:
@@ -101,8 +106,10 @@ class Plan:
             return math.inf
         return read_losses(self.workdir(run) / "validation").get(0.0)
 
-    def sweep(self, system: str) -> dict[float, float]:
+    def sweep(self, system: str) -> Mapping[float, float]:
         """Learning rate -> validation loss, as far as known."""
+        if self.known is not None:
+            return self.known[system]
         found = {rate: self.loss(pretrained(system, rate)) for rate in self.scale.rates}
         return {rate: loss for rate, loss in found.items() if loss is not None}
 
@@ -129,6 +136,11 @@ class Plan:
 
     def tasks(self) -> list[Task]:
         """Every task, in the order in which they should start."""
+        pretrained_themselves = [system for system in SYSTEMS if system not in PRETRAINED_AS]
+        known = {system: self.sweep(system) for system in pretrained_themselves}
+        return dataclasses.replace(self, known=known)._tasks()
+
+    def _tasks(self) -> list[Task]:
         tasks = []
         for system in SYSTEMS:
             if system not in PRETRAINED_AS:

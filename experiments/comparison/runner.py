@@ -85,6 +85,7 @@ def run_tasks(
     Raises UserError if a task fails; the others are stopped first, and go on the next time.
     """
     record = Record.read(out / "progress.json")
+    before = record.elapsed
     (out / "logs").mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str((out / "cache").absolute())}
     running: list[_Running] = []
@@ -94,10 +95,11 @@ def run_tasks(
         while True:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
+                record.elapsed = before + time.monotonic() - since
                 _conclude(one, record, stop)
                 tasks = list(plan())
                 if one.task.is_done():
-                    log(_line(tasks, one, record, time.monotonic() - since, jobs))
+                    log(_line(tasks, one, record, jobs))
             if not stop.asked:
                 for task in _ready(tasks, running)[: jobs - len(running)]:
                     running.append(_start(task, out, environment, jobs, running))
@@ -111,7 +113,7 @@ def run_tasks(
             time.sleep(POLL_SECONDS)
     finally:
         _end(running, log)
-        record.elapsed += time.monotonic() - since
+        record.elapsed = before + time.monotonic() - since
         record.write()
 
 
@@ -180,12 +182,12 @@ def _end(running: Sequence[_Running], log: Log) -> None:
         one.process.wait()
 
 
-def _line(tasks: Sequence[Task], one: _Running, record: Record, elapsed: float, jobs: int) -> str:
+def _line(tasks: Sequence[Task], one: _Running, record: Record, jobs: int) -> str:
     done = sum(task.is_done() for task in tasks)
     left = sum(task.seconds for task in tasks if not task.is_done()) * record.pace(tasks) / jobs
     return (
         f"[{done}/{len(tasks)}] {one.task.name} done in {clock(record.seconds[one.task.name])}; "
-        f"elapsed {clock(record.elapsed + elapsed)}, about {clock(left)} left"
+        f"elapsed {clock(record.elapsed)}, about {clock(left)} left"
     )
 
 

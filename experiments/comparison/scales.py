@@ -66,8 +66,8 @@ class Scale:
         return self.pretrain_steps if stage == PRETRAIN else self.extension_steps
 
 
-_SPEED = {"full": 6.0, "window": 6.0, "hybrid": 6.0, "mamba2": 3.0, "gated_deltanet": 3.0}
-_SPEED |= {"ttt_linear": 3.0, "ttt_mlp": 2.0, "ttt_e2e": 2.5, DYNAMIC: 6.0}
+_SPEED = {"full": 9.0, "window": 9.0, "hybrid": 9.0, "mamba2": 4.4, "gated_deltanet": 4.0}
+_SPEED |= {"ttt_linear": 4.0, "ttt_mlp": 2.5, "ttt_e2e": 4.0, DYNAMIC: 9.0}
 _DYNAMIC = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (1e-4, 3e-4, 1e-3, 3e-3)}
 
 CPU = Scale(
