@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import ablations, mid_size, paper, quickstart, toy
+from experiments import ablations, compare_small, mid_size, paper, quickstart, toy
 from experiments.results import expected
 from experiments.sizes import full_attention_size
 from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
@@ -25,7 +25,8 @@ from tttjax.config import Config, default_config, from_config_dict, parameter_co
 def all_recipes() -> dict[str, ConfigDict]:
     """Every recipe by the word that `--config=experiments/` takes."""
     found = {f"paper.py:{recipe}": recipe.config() for recipe in paper.recipes()}
-    others = {"ablations": ablations, "toy": toy, "quickstart": quickstart, "mid_size": mid_size}
+    modules = (ablations, toy, quickstart, mid_size, compare_small)
+    others = {module.__name__.rpartition(".")[2]: module for module in modules}
     for name, module in others.items():
         found |= {f"{name}.py:{arg}": module.get_config(arg) for arg in module.recipes()}
     return found

@@ -144,7 +144,7 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     assert "1.0" in learning
     assert "sgd" in learning
     notes = summary.notes(plan, "the command")
-    assert "| full | 267,584 |  | 3.0000 | **2.5000** | inf |  |" in notes
+    assert "| full | 267,584 |  | 3.0000 | **2.5000** | inf |  |  |" in notes
     assert "| sgd | 0.01 | inf |" in notes
 
 

@@ -94,7 +94,7 @@ CPU = Scale(
     tokens_per_step=2048,
     pretrain_steps=600,
     extension_steps=120,
-    rates=(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+    rates=(2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
     speed=_SPEED,
     dynamic=_DYNAMIC,
 )
@@ -123,7 +123,7 @@ SCALES = {
         tokens_per_step=2**16,
         pretrain_steps=1600,
         extension_steps=240,
-        rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
         speed={name: 100 * speed for name, speed in _SPEED.items()},
         sequences=128,
         eval_batch=8,
@@ -174,7 +174,7 @@ def recipe(name: str, system: str, stage: str, windows: int = 1) -> ConfigDict:
         checkpoint_every=200,
         keep_checkpoints=1,
     )
-    config.optim.update(peak_lr=scale.rates[len(scale.rates) // 2], warmup_steps=steps // 10)
+    config.optim.update(peak_lr=scale.rates[(len(scale.rates) - 1) // 2], warmup_steps=steps // 10)
     config.data.update(layout="documents", val_split="val")
     config.eval.update(
         context_lengths=tuple(scale.window * n for n in (1, *scale.windows)),
