@@ -1,0 +1,224 @@
+"""Walking over blocks: which blocks of keys a block of queries sees, and loops over them alone.
+
+Arrays that belong to queries have their heads first inside, [..., H, C, K] and [..., H, C]; keys are
+cut from [..., S, H, K] as they are.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from tttjax.ops.attention import Sight, visible
+from tttjax.types import Array
+
+TILE_ENTRIES = 2**22  # scores of one block over all heads and sequences: 16 MiB in float32
+LEAST = 128  # shorter blocks keep matrix units idle
+
+
+class Tiling(NamedTuple):
+    """Queries and keys of one block; 0: chosen by `tiling_of`."""
+
+    query: int = 0
+    key: int = 0
+
+
+class View(NamedTuple):
+    """Where the chunk stands (tokens before it), how long it is, and what its queries see."""
+
+    position: Array
+    length: int
+    sight: Sight
+    tiling: Tiling
+
+
+class Side(NamedTuple):
+    """One of the two groups of keys, [..., S, H, K], with their tangents (None: constants).
+
+    first: where its first key stands, counted from the chunk's first query (-W or 0).
+    """
+
+    first: int
+    k: Array
+    v: Array
+    k_dot: Array | None
+    v_dot: Array | None
+
+
+class Piece(NamedTuple):
+    """Entries [start, start + size); those below `fresh` were in the piece before.
+
+    So it is where a length is no multiple of the block: the last piece begins earlier.
+    """
+
+    start: Array | int
+    fresh: Array | int
+    size: int
+
+
+def tiling_of(shape: tuple[int, ...], keys: int, tiling: Tiling) -> Tiling:
+    """Block sizes for queries of this shape [..., C, H, K] and at most `keys` keys on a side.
+
+    Those that `tiling` leaves open are as large as TILE_ENTRIES allows.
+    """
+    *lead, queries, heads, _ = shape
+    most = TILE_ENTRIES // max(1, heads * math.prod(lead))
+    query = tiling.query or _even(queries, max(LEAST, most // max(LEAST, min(keys, 512))))
+    key = tiling.key or _even(keys, max(LEAST, most // query))
+    return Tiling(min(queries, query), key)
+
+
+def _even(length: int, most: int) -> int:
+    """The size of pieces when `length` is divided into as few as possible of at most `most`."""
+    pieces = -(-length // most)
+    return -(-length // pieces)
+
+
+def cut(x: Array, piece: Piece, axis: int) -> Array:
+    """The piece's entries of x."""
+    if piece.size == x.shape[axis]:
+        return x
+    return lax.dynamic_slice_in_dim(x, piece.start, piece.size, axis)
+
+
+def cut_side(side: Side, cols: Piece) -> Side:
+    """The piece's keys and values, and their tangents if there are any."""
+    return Side(side.first, *(None if x is None else cut(x, cols, -3) for x in side[1:]))
+
+
+def _put(x: Array, update: Array, piece: Piece, axis: int) -> Array:
+    """x with the piece's entries replaced."""
+    update = update.astype(x.dtype)
+    if piece.size == x.shape[axis]:
+        return update
+    return lax.dynamic_update_slice_in_dim(x, update, piece.start, axis)
+
+
+def _add(x: Array, update: Array, piece: Piece, axis: int) -> Array:
+    """x with something added to the piece's entries."""
+    return _put(x, cut(x, piece, axis) + update.astype(x.dtype), piece, axis)
+
+
+def _pieces(low, high, length: int, size: int, body: Callable, carry: Any) -> Any:
+    """carry = body(piece, carry) over the pieces of [0, length) that meet [low, high)."""
+    if length == 0:
+        return carry
+    if size >= length:
+        return body(Piece(0, 0, length), carry)
+    low, high = jnp.maximum(low, 0), jnp.minimum(high, length)
+    stop = -(-high // size)
+    first = jnp.where(low < high, low // size, stop)
+
+    def numbered(n, carry):
+        return body(Piece(jnp.minimum(n * size, length - size), n * size, size), carry)
+
+    return lax.fori_loop(first, stop, numbered, carry)
+
+
+def _seen(view: View, rows: Piece, first: int, cols: Piece) -> Array:
+    """bool [Q, S]: what queries `rows` see of keys `cols`, each key in one piece only."""
+    query = rows.start + jnp.arange(rows.size)
+    key = cols.start + jnp.arange(cols.size)
+    seen = visible(view.position + query, view.position + first + key, view.sight)
+    return seen & (key >= cols.fresh)
+
+
+def _first_seen(view: View, query: Array | int) -> Array:
+    """Where the first key stands that this query sees, if there were keys everywhere."""
+    position, _, sight, _ = view
+    place = -position
+    if sight.window:
+        place = jnp.maximum(place, query - sight.window + 1)
+    if sight.block:
+        place = jnp.maximum(place, (position + query) // sight.block * sight.block - position)
+    return place
+
+
+def _seen_until(view: View, key: Array | int) -> Array | int:
+    """The first query after this key that no longer sees it (`length`: all do)."""
+    position, stop, sight, _ = view
+    if sight.window:
+        stop = jnp.minimum(stop, key + sight.window)
+    if sight.block:
+        stop = jnp.minimum(stop, ((position + key) // sight.block + 1) * sight.block - position)
+    return stop
+
+
+def by_queries(
+    view: View, sides: Sequence[Side], start: Callable, step: Callable, finish: Callable, out: Any
+) -> Any:
+    """Results per query, from one block of queries after the other.
+
+    queries, carry = start(rows); carry = step(queries, carry, keys, seen) with the blocks of keys
+    that they see, `keys` a cut Side; finish(carry) is written to the rows of `out`, a tuple of
+    arrays [..., H, C, K] and [..., H, C].
+    """
+
+    def block(rows, out):
+        queries, carry = start(rows)
+        for side in sides:
+
+            def meet(cols, carry, side=side):
+                seen = _seen(view, rows, side.first, cols)
+                return step(queries, carry, cut_side(side, cols), seen)
+
+            low = _first_seen(view, rows.start) - side.first
+            high = rows.start + rows.size - side.first
+            carry = _pieces(low, high, side.k.shape[-3], view.tiling.key, meet, carry)
+        return tuple(
+            _put(x, update, rows, -2 if x.ndim == out[0].ndim else -1)
+            for x, update in zip(out, finish(carry), strict=True)
+        )
+
+    return _pieces(0, view.length, view.length, view.tiling.query, block, out)
+
+
+def by_keys(
+    view: View, sides: Sequence[Side], step: Callable, to_rows: tuple, to_keys: Sequence[tuple]
+) -> tuple[tuple, list[tuple]]:
+    """Sums over keys for the queries, and over queries for the keys, each block visited once.
+
+    step(rows, keys, seen, wanted) -> what is added to `to_rows`, arrays [..., H, C, K], and to the
+    side's member of `to_keys`, arrays [..., S, H, K] (wanted False: it is empty); parts of both
+    come as [..., H, Q, K] and [..., H, S, K] and are summed in their own dtype.
+    """
+    results = []
+    for side, out in zip(sides, to_keys, strict=True):
+        length, size = side.k.shape[-3], min(view.tiling.key, side.k.shape[-3])
+
+        def block(cols, carry, side=side, size=size):
+            to_rows, out = carry
+            keys = cut_side(side, cols)
+
+            def meet(rows, carry):
+                to_rows, sums = carry
+                seen = _seen(view, rows, side.first, cols)
+                query = rows.start + jnp.arange(rows.size)
+                seen &= (query >= rows.fresh)[:, None]
+                for_rows, for_keys = step(rows, keys, seen, bool(sums))
+                to_rows = tuple(
+                    _add(x, part, rows, -2) for x, part in zip(to_rows, for_rows, strict=True)
+                )
+                return to_rows, tuple(x + part for x, part in zip(sums, for_keys, strict=True))
+
+            wide = to_rows[0].dtype
+            sums = tuple(
+                jnp.zeros((*x.shape[:-3], x.shape[-2], size, x.shape[-1]), wide) for x in out
+            )
+            low = side.first + cols.start
+            high = _seen_until(view, low + size - 1)
+            to_rows, sums = _pieces(
+                low, high, view.length, view.tiling.query, meet, (to_rows, sums)
+            )
+            write = _put if length % size == 0 else _add
+            parts = (jnp.swapaxes(x, -2, -3) for x in sums)
+            return to_rows, tuple(
+                write(x, part, cols, -3) for x, part in zip(out, parts, strict=True)
+            )
+
+        low = _first_seen(view, 0) - side.first
+        to_rows, out = _pieces(low, length, length, size, block, (to_rows, out))
+        results.append(out)
+    return to_rows, results
