@@ -1,0 +1,326 @@
+"""Cross-entropy over blocks of rows and of vocabulary: the loops, without derivative rules.
+
+For a row t with logits z = W^T h, target y, softmax p and e the one-hot vector of y:
+
+    nll = log Σ_v exp z_v - z_y            slope = ∂nll/∂h = W q,   q = p - e
+    nll_dot = ⟨q, ż⟩,  ż = W^T ḣ + Ẇ^T h   = ⟨slope, ḣ⟩ where Ẇ = 0: no product with W at all
+    ∂nll_dot/∂z = p (ż - m) =: r,  m = ⟨p, ż⟩ = nll_dot + ż_y
+
+Products with W take h's and W's common dtype and accumulate in float32 or wider; everything between
+them is that wide. `ops/cross_entropy.py` makes differentiable functions of these.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.types import Array, PyTree
+
+
+class Blocks(NamedTuple):
+    """Largest block of logits: rows x columns of the vocabulary (None: the whole vocabulary)."""
+
+    rows: int
+    vocab: int | None
+
+
+class Slope(NamedTuple):
+    """What one pass over the logits leaves: all that tangents and gradients need later.
+
+    nll_T: the losses. top_T, log_sum_T: largest logit, and log Σ exp(z - top); apart, because their
+    sum rounds at large logits. slope_TD: the gradient of each loss with respect to its row of h.
+    All in float32 at least. top_T, log_sum_T are constants to every derivative.
+    """
+
+    nll_T: Array
+    top_T: Array
+    log_sum_T: Array
+    slope_TD: Array | None
+
+
+def wide_dtype(*arrays: Array) -> Any:
+    """What sums are accumulated in."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _multiply(subscripts: str, x: Array, y: Array, narrow: Any) -> Array:
+    """einsum of factors rounded to `narrow`, accumulated in float32 at least."""
+    wide = jnp.promote_types(narrow, jnp.float32)
+    return jnp.einsum(subscripts, x.astype(narrow), y.astype(narrow), preferred_element_type=wide)
+
+
+def _add(x: Array | None, y: Array | None) -> Array | None:
+    if x is None or y is None:
+        return x if y is None else y
+    return x + y
+
+
+def _over_rows(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, rows: PyTree, block: int
+) -> tuple[PyTree, PyTree]:
+    """`step(carry, block of rows) -> (carry, outputs)` over arrays [T, ...] of equal length.
+
+    A block takes every n-th row, so that a batch divided over devices is divided in every block.
+    """
+    length = jax.tree.leaves(rows)[0].shape[0]
+    count = max(1, -(-length // block))
+    if count == 1:
+        return step(carry, rows)
+    size = -(-length // count)
+
+    def split(x):
+        x = jnp.pad(x, ((0, size * count - length), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(size * count, *x.shape[2:])[:length]
+
+    carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, rows))
+    return carry, jax.tree.map(join, outputs)
+
+
+class _Columns(NamedTuple):
+    """A block of the vocabulary: its number's first column, and which columns no block had before.
+
+    The last block overlaps the one before where blocks do not divide the vocabulary.
+    """
+
+    start: Array | int
+    index_V: Array
+    fresh_V: Array | None  # None: all
+
+    def of(self, matrix_DV: Array) -> Array:
+        size = self.index_V.shape[0]
+        if size == matrix_DV.shape[1]:
+            return matrix_DV
+        return jax.lax.dynamic_slice_in_dim(matrix_DV, self.start, size, axis=1)
+
+    def add(self, total_DV: Array, part_DV: Array) -> Array:
+        if part_DV.shape == total_DV.shape:
+            return total_DV + part_DV
+        part_DV = self.of(total_DV) + part_DV
+        return jax.lax.dynamic_update_slice_in_dim(total_DV, part_DV, self.start, axis=1)
+
+    def only_fresh(self, x_RV: Array, otherwise: float) -> Array:
+        return x_RV if self.fresh_V is None else jnp.where(self.fresh_V, x_RV, otherwise)
+
+    def hit(self, target_R: Array) -> Array:
+        """One-hot targets; a comparison, which needs no gather where the vocabulary is divided."""
+        hit_RV = target_R[:, None] == self.index_V
+        return hit_RV if self.fresh_V is None else hit_RV & self.fresh_V
+
+
+def _over_vocab(
+    step: Callable[[PyTree, _Columns], PyTree], carry: PyTree, vocab: int, block: int | None
+) -> PyTree:
+    count = 1 if block is None else max(1, -(-vocab // block))
+    if count == 1:
+        return step(carry, _Columns(0, jnp.arange(vocab), None))
+    size = -(-vocab // count)
+
+    def body(carry, number):
+        start = jnp.minimum(number * size, vocab - size)
+        index_V = start + jnp.arange(size)
+        return step(carry, _Columns(start, index_V, index_V >= number * size)), None
+
+    return jax.lax.scan(body, carry, jnp.arange(count))[0]
+
+
+def _in_vocab_blocks(blocks: Blocks, vocab: int) -> bool:
+    return blocks.vocab is not None and blocks.vocab < vocab
+
+
+# --- value and slope ----------------------------------------------------------------------------
+
+
+def values(blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, slope: bool) -> Slope:
+    """The losses and, if asked, their slopes: 1 product of [T, D] with [D, V], or 2."""
+    row_values = _online if _in_vocab_blocks(blocks, head_DV.shape[1]) else _at_once
+
+    def step(carry, rows):
+        return carry, row_values(blocks, *rows, head_DV, slope)
+
+    return _over_rows(step, None, (h_TD, target_T), blocks.rows)[1]
+
+
+def _at_once(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope: bool) -> Slope:
+    """A block of rows with its logits for the whole vocabulary."""
+    narrow = jnp.result_type(h_RD, head_DV)
+    logit_RV = _multiply("rd,dv->rv", h_RD, head_DV, narrow)
+    hit_RV = target_R[:, None] == jnp.arange(head_DV.shape[1])
+    top_R = jnp.max(logit_RV, axis=1)
+    exp_RV = jnp.exp(logit_RV - top_R[:, None])
+    at_R = jnp.sum(jnp.where(hit_RV, logit_RV, 0), axis=1)
+    # 1 - p_y as a sum, not a difference: exact where the target is nearly certain
+    rest_R = jnp.sum(jnp.where(hit_RV, 0, exp_RV), axis=1)
+    sum_R = rest_R + jnp.exp(at_R - top_R)
+    log_sum_R = jnp.log(sum_R)
+    slope_RD = None
+    if slope:
+        factor_RV = jnp.where(hit_RV, -rest_R[:, None], exp_RV)
+        slope_RD = _multiply("rv,dv->rd", factor_RV, head_DV, narrow) / sum_R[:, None]
+    return Slope(log_sum_R + (top_R - at_R), top_R, log_sum_R, slope_RD)
+
+
+def _online(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope: bool) -> Slope:
+    """A block of rows in one pass over blocks of the vocabulary, rescaled to the top so far."""
+    narrow, wide = jnp.result_type(h_RD, head_DV), wide_dtype(h_RD, head_DV)
+    zero_R = jnp.zeros(h_RD.shape[0], wide)
+    sum_RD = jnp.zeros(h_RD.shape, wide) if slope else None
+
+    def step(carry, columns):
+        top_R, rest_R, at_R, sum_RD = carry
+        part_DV = columns.of(head_DV)
+        logit_RV = columns.only_fresh(_multiply("rd,dv->rv", h_RD, part_DV, narrow), -jnp.inf)
+        hit_RV = columns.hit(target_R)
+        new_top_R = jnp.maximum(top_R, jnp.max(logit_RV, axis=1))
+        fade_R = jnp.exp(top_R - new_top_R)
+        other_RV = jnp.where(hit_RV, 0, jnp.exp(logit_RV - new_top_R[:, None]))
+        rest_R = rest_R * fade_R + jnp.sum(other_RV, axis=1)
+        at_R = at_R + jnp.sum(jnp.where(hit_RV, logit_RV, 0), axis=1)
+        if slope:
+            part_RD = _multiply("rv,dv->rd", other_RV, part_DV, narrow)
+            sum_RD = sum_RD * fade_R[:, None] + part_RD
+        return new_top_R, rest_R, at_R, sum_RD
+
+    start = (jnp.full_like(zero_R, -jnp.inf), zero_R, zero_R, sum_RD)
+    top_R, rest_R, at_R, sum_RD = _over_vocab(step, start, head_DV.shape[1], blocks.vocab)
+    sum_R = rest_R + jnp.exp(at_R - top_R)
+    log_sum_R = jnp.log(sum_R)
+    slope_RD = None
+    if slope:
+        target_RD = head_DV[:, target_R].T.astype(wide)
+        slope_RD = (sum_RD - rest_R[:, None] * target_RD) / sum_R[:, None]
+    return Slope(log_sum_R + (top_R - at_R), top_R, log_sum_R, slope_RD)
+
+
+def head_tangent(
+    blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, known: Slope, head_dot_DV: Array
+) -> Array:
+    """The part ⟨q, Ẇ^T h⟩ of nll_dot [T]: 2 products."""
+    narrow, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
+
+    def row_step(carry, rows):
+        h_RD, target_R, top_R, log_sum_R = rows
+
+        def step(sum_R, columns):
+            _, q_RV = _softmax(h_RD, target_R, top_R, log_sum_R, columns, head_DV, narrow)
+            dot_RV = _multiply("rd,dv->rv", h_RD, columns.of(head_dot_DV), narrow)
+            return sum_R + jnp.sum(q_RV * dot_RV, axis=1)
+
+        zero_R = jnp.zeros(h_RD.shape[0], wide)
+        return carry, _over_vocab(step, zero_R, head_DV.shape[1], blocks.vocab)
+
+    rows = h_TD, target_T, known.top_T, known.log_sum_T
+    return _over_rows(row_step, None, rows, blocks.rows)[1]
+
+
+def _softmax(
+    h_RD: Array, target_R: Array, top_R: Array, log_sum_R: Array, columns: _Columns,
+    head_DV: Array, narrow: Any,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(p, q = p - e) of a block of rows and columns."""
+    logit_RV = _multiply("rd,dv->rv", h_RD, columns.of(head_DV), narrow)
+    p_RV = jnp.exp((logit_RV - top_R[:, None]) - log_sum_R[:, None])
+    p_RV = columns.only_fresh(p_RV, 0)
+    return p_RV, p_RV - columns.hit(target_R)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+class Tangent(NamedTuple):
+    """Directions of h and of the head (None: zero), and the losses' derivative along both."""
+
+    h_dot_TD: Array | None
+    head_dot_DV: Array | None
+    nll_dot_T: Array
+
+
+class Gradients(NamedTuple):
+    """Of Σ a nll + b nll_dot, in float32 at least; None: not wanted.
+
+    curve_TD is the part of h's gradient that is not a multiple of the slope.
+    """
+
+    curve_TD: Array | None
+    head_DV: Array | None
+    head_dot_DV: Array | None
+
+
+def gradients(
+    blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, known: Slope,
+    tangent: Tangent | None, a_T: Array | None, b_T: Array | None, wanted: Gradients,
+) -> Gradients:  # fmt: skip
+    """One pass over the blocks for cotangents a of nll and b of nll_dot (None: zero).
+
+    wanted: truth values. Products of [T, D] with [D, V]: z again; with b: ḣ's logits and Ẇ's
+    logits; one (Ẇ: two) for curve, one each for h and ḣ in the head's gradient, one for Ẇ's.
+    """
+    narrow, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
+    vocab = head_DV.shape[1]
+    if b_T is None or tangent is None:
+        tangent, b_T = None, None
+        wanted = Gradients(None, wanted.head_DV, None)
+    h_dot_TD, head_dot_DV = (tangent.h_dot_TD, tangent.head_dot_DV) if tangent else (None, None)
+    mean_T = None
+    if tangent and _in_vocab_blocks(blocks, vocab):
+        mean_T = tangent.nll_dot_T + _target_tangent(h_TD, head_DV, target_T, tangent)
+
+    def row_step(totals, rows):
+        h_RD, target_R, top_R, log_sum_R, a_R, b_R, h_dot_RD, mean_R = rows
+
+        def step(carry, columns):
+            curve_RD, head_grad, head_dot_grad = carry
+            part_DV = columns.of(head_DV)
+            p_RV, q_RV = _softmax(h_RD, target_R, top_R, log_sum_R, columns, head_DV, narrow)
+            factor_RV, bq_RV = None if a_R is None else a_R[:, None] * q_RV, None
+            if b_R is not None:
+                bq_RV = b_R[:, None] * q_RV
+                dot_RV = None
+                if h_dot_RD is not None:
+                    dot_RV = _multiply("rd,dv->rv", h_dot_RD, part_DV, narrow)
+                if head_dot_DV is not None:
+                    dot_part_DV = columns.of(head_dot_DV)
+                    dot_RV = _add(dot_RV, _multiply("rd,dv->rv", h_RD, dot_part_DV, narrow))
+                m_R = jnp.sum(p_RV * dot_RV, axis=1) if mean_R is None else mean_R
+                br_RV = b_R[:, None] * p_RV * (dot_RV - m_R[:, None])
+                factor_RV = _add(factor_RV, br_RV)
+                if wanted.curve_TD:
+                    curve_RD = curve_RD + _multiply("rv,dv->rd", br_RV, part_DV, narrow)
+                    if head_dot_DV is not None:
+                        curve_RD = curve_RD + _multiply("rv,dv->rd", bq_RV, dot_part_DV, narrow)
+            if wanted.head_DV:
+                part = _multiply("rd,rv->dv", h_RD, factor_RV, narrow)
+                if h_dot_RD is not None:
+                    part = part + _multiply("rd,rv->dv", h_dot_RD, bq_RV, narrow)
+                head_grad = columns.add(head_grad, part)
+            if wanted.head_dot_DV:
+                part = _multiply("rd,rv->dv", h_RD, bq_RV, narrow)
+                head_dot_grad = columns.add(head_dot_grad, part)
+            return curve_RD, head_grad, head_dot_grad
+
+        curve_RD = jnp.zeros(h_RD.shape, wide) if wanted.curve_TD else None
+        curve_RD, *totals = _over_vocab(step, (curve_RD, *totals), vocab, blocks.vocab)
+        return tuple(totals), curve_RD
+
+    zero = (
+        jnp.zeros(head_DV.shape, wide) if wanted.head_DV else None,
+        jnp.zeros(head_DV.shape, wide) if wanted.head_dot_DV else None,
+    )
+    rows = (h_TD, target_T, known.top_T, known.log_sum_T, a_T, b_T, h_dot_TD, mean_T)
+    totals, curve_TD = _over_rows(row_step, zero, rows, blocks.rows)
+    return Gradients(curve_TD, *totals)
+
+
+def _target_tangent(h_TD: Array, head_DV: Array, target_T: Array, tangent: Tangent) -> Array:
+    """The tangent of each target's logit [T]."""
+    wide = wide_dtype(h_TD, head_DV)
+    total_T = jnp.zeros(h_TD.shape[0], wide)
+    for left_TD, right_DV in ((tangent.h_dot_TD, head_DV), (h_TD, tangent.head_dot_DV)):
+        if left_TD is not None and right_DV is not None:
+            columns_DT = right_DV[:, target_T].astype(wide)
+            total_T = total_T + jnp.sum(left_TD.astype(wide) * columns_DT.T, axis=1)
+    return total_T
