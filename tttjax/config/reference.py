@@ -57,12 +57,20 @@ _BETWEEN_FIELDS = """\
 - `model.mixers` is no longer than `model.num_layers`.
 - `model.embed_dim` is a multiple of `model.num_heads` unless `model.head_dim` is set; a head has an
   even number of entries.
+- The width of mamba2's heads, `model.mamba_expand` x `model.embed_dim`, is a multiple of
+  `model.mamba_head_dim`, their number one of `model.mamba_groups`; `model.mamba_dt_limits` is empty
+  or two numbers, the lower one first.
+- `model.delta_value_heads` is a multiple of `model.delta_heads`; `model.embed_dim` is a multiple of
+  the number of the TTT layers' heads, which have an even number of entries.
+- `model.fast_mlp` needs `model.mlp_dim` above 0 or `model.fast_mlp_heads`; the latter is only for
+  `model.fast_mlp` and divides `model.embed_dim`.
 - `inner.truncate_chunks` is set if, and only if, `inner.meta_gradient` is `truncated`.
 - `train.batch_size` is a multiple of `train.accum_steps`, and each micro-batch of
   `mesh.data` x `mesh.fsdp`.
-- `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices; `model.num_heads`,
-  `model.mlp_dim` and `model.vocab_size` are multiples of `mesh.tensor`, `model.embed_dim` of
-  `mesh.fsdp`; `mesh.data` x `mesh.fsdp` is a multiple of the number of processes.
+- `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices; `model.mlp_dim`,
+  `model.vocab_size`, `model.fast_mlp_heads` and the heads of every mixer that occurs are multiples
+  of `mesh.tensor`, `model.embed_dim` of `mesh.fsdp`; `mesh.data` x `mesh.fsdp` is a multiple of the
+  number of processes.
 - `optim.warmup_steps` is less than `optim.decay_steps` (or `train.steps`).
 - `data.weights` is empty or has one entry for each of `data.sources`.
 """
