@@ -51,6 +51,21 @@ def _multiply(subscripts: str, x: Array, y: Array, narrow: Any) -> Array:
     return jnp.einsum(subscripts, x.astype(narrow), y.astype(narrow), preferred_element_type=wide)
 
 
+def _sum_products(
+    subscripts: str, sides: tuple[tuple[Array | None, Array | None], ...], narrow: Any
+) -> Array | None:
+    """The sum of `_multiply` over the pairs that have both sides."""
+    total = None
+    for x, y in sides:
+        if x is not None and y is not None:
+            total = _add(total, _multiply(subscripts, x, y, narrow))
+    return total
+
+
+def _scale(x_R: Array | None, y_RV: Array) -> Array | None:
+    return None if x_R is None else x_R[:, None] * y_RV
+
+
 def _add(x: Array | None, y: Array | None) -> Array | None:
     if x is None or y is None:
         return x if y is None else y
@@ -68,6 +83,8 @@ def _over_rows(
     count = max(1, -(-length // block))
     if count == 1:
         return step(carry, rows)
+    # without filling up where a count of up to twice as many divides the rows
+    count = next((n for n in range(count, 2 * count) if length % n == 0), count)
     size = -(-length // count)
 
     def split(x):
@@ -260,14 +277,12 @@ def gradients(
     logits; one (Ẇ: two) for curve, one each for h and ḣ in the head's gradient, one for Ẇ's.
     """
     narrow, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
-    vocab = head_DV.shape[1]
+    vocab, mean_T = head_DV.shape[1], None
     if b_T is None or tangent is None:
-        tangent, b_T = None, None
-        wanted = Gradients(None, wanted.head_DV, None)
-    h_dot_TD, head_dot_DV = (tangent.h_dot_TD, tangent.head_dot_DV) if tangent else (None, None)
-    mean_T = None
-    if tangent and _in_vocab_blocks(blocks, vocab):
+        tangent, b_T, wanted = None, None, Gradients(None, wanted.head_DV, None)
+    elif _in_vocab_blocks(blocks, vocab):
         mean_T = tangent.nll_dot_T + _target_tangent(h_TD, head_DV, target_T, tangent)
+    h_dot_TD, head_dot_DV = (tangent.h_dot_TD, tangent.head_dot_DV) if tangent else (None, None)
 
     def row_step(totals, rows):
         h_RD, target_R, top_R, log_sum_R, a_R, b_R, h_dot_RD, mean_R = rows
@@ -275,28 +290,20 @@ def gradients(
         def step(carry, columns):
             curve_RD, head_grad, head_dot_grad = carry
             part_DV = columns.of(head_DV)
+            dot_part_DV = None if head_dot_DV is None else columns.of(head_dot_DV)
             p_RV, q_RV = _softmax(h_RD, target_R, top_R, log_sum_R, columns, head_DV, narrow)
-            factor_RV, bq_RV = None if a_R is None else a_R[:, None] * q_RV, None
+            aq_RV, bq_RV, br_RV = _scale(a_R, q_RV), _scale(b_R, q_RV), None
             if b_R is not None:
-                bq_RV = b_R[:, None] * q_RV
-                dot_RV = None
-                if h_dot_RD is not None:
-                    dot_RV = _multiply("rd,dv->rv", h_dot_RD, part_DV, narrow)
-                if head_dot_DV is not None:
-                    dot_part_DV = columns.of(head_dot_DV)
-                    dot_RV = _add(dot_RV, _multiply("rd,dv->rv", h_RD, dot_part_DV, narrow))
+                sides = ((h_dot_RD, part_DV), (h_RD, dot_part_DV))
+                dot_RV = _sum_products("rd,dv->rv", sides, narrow)
                 m_R = jnp.sum(p_RV * dot_RV, axis=1) if mean_R is None else mean_R
-                br_RV = b_R[:, None] * p_RV * (dot_RV - m_R[:, None])
-                factor_RV = _add(factor_RV, br_RV)
-                if wanted.curve_TD:
-                    curve_RD = curve_RD + _multiply("rv,dv->rd", br_RV, part_DV, narrow)
-                    if head_dot_DV is not None:
-                        curve_RD = curve_RD + _multiply("rv,dv->rd", bq_RV, dot_part_DV, narrow)
+                br_RV = _scale(b_R, p_RV * (dot_RV - m_R[:, None]))
+            if wanted.curve_TD:
+                sides = ((br_RV, part_DV), (bq_RV, dot_part_DV))
+                curve_RD = curve_RD + _sum_products("rv,dv->rd", sides, narrow)
             if wanted.head_DV:
-                part = _multiply("rd,rv->dv", h_RD, factor_RV, narrow)
-                if h_dot_RD is not None:
-                    part = part + _multiply("rd,rv->dv", h_dot_RD, bq_RV, narrow)
-                head_grad = columns.add(head_grad, part)
+                sides = ((h_RD, _add(aq_RV, br_RV)), (h_dot_RD, bq_RV))
+                head_grad = columns.add(head_grad, _sum_products("rd,rv->dv", sides, narrow))
             if wanted.head_dot_DV:
                 part = _multiply("rd,rv->dv", h_RD, bq_RV, narrow)
                 head_dot_grad = columns.add(head_dot_grad, part)

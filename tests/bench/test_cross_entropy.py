@@ -1,0 +1,48 @@
+"""The benchmark of the two forms of cross-entropy runs, compares and refuses."""
+
+import json
+
+import pytest
+
+from tttjax.bench.cross_entropy import Sizes, bench_cross_entropy
+from tttjax.cli import main
+from tttjax.errors import UserError
+
+
+def test_the_blocked_form_holds_no_logits():
+    sizes = Sizes(rows=64, embed_dim=4, vocab=512, rows_block=8)
+    results = {(r.task, r.form): r for r in bench_cross_entropy(sizes, rounds=1)}
+    assert set(results) == {
+        *((task, form) for task in ("forward", "gradient") for form in ("dense", "blocked")),
+        *(("second", form) for form in ("dense", "blocked", "known")),
+    }
+    logits = 64 * 512 * 4
+    for (task, form), result in results.items():
+        assert result.speedup == results[task, "dense"].seconds / result.seconds
+        assert (result.memory_bytes >= logits) == (form == "dense")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rounds": 0}, "rounds=0 must be at least 1"),
+        ({"sizes": Sizes(rows_block=0)}, "rows_block=0 must be at least 1"),
+        ({"sizes": Sizes(vocab_block=-1)}, "vocab_block=-1 must be at least"),
+        ({"sizes": Sizes(dtype="int8")}, "dtype='int8' must be one of float32, bfloat16"),
+    ],
+)
+def test_sizes_and_dtypes_without_sense_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        bench_cross_entropy(**arguments)
+
+
+def test_command_line(capsys):
+    small = ["--rows=6", "--embed-dim=2", "--vocab=8", "--rows-block=4", "--vocab-block=4"]
+    command = ["bench", "cross-entropy", *small, "--dtype=bfloat16", "--rounds=1"]
+    assert main([*command, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result["task"] for result in results] == ["forward"] * 2 + ["gradient"] * 2 + [
+        "second"
+    ] * 3
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8

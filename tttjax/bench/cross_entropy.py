@@ -1,0 +1,192 @@
+"""Time and memory of cross-entropy with all logits in memory against the blocked form.
+
+  tttjax bench cross-entropy --rows=1024 --vocab=32768 --rows-block=256
+
+Measured is the loss alone, as three tasks: its value; value and gradient for h and head; and what
+the meta-gradient asks of it, the gradient for h, its direction and the head of loss + derivative of
+the loss along a direction of h. In that task `blocked` starts from nothing; `known` is handed the
+slope that the forward loop leaves. All programs are compiled first, then run in turn, round after
+round, so that a busy machine slows all alike; times are medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.errors import UserError
+from tttjax.ops.cross_entropy import (
+    blocked_nll,
+    blocked_nll_twice,
+    blocked_nll_with_slope,
+    token_nll,
+)
+from tttjax.types import Array
+
+TASKS = ("forward", "gradient", "second")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class CrossEntropyBenchmark:
+    """What one form costs in one task. form: "dense", "blocked", or "known" (task "second" only).
+
+    speedup: the dense form's median over this one's. Memory: what the compiled program holds at its
+    peak besides arguments and results, by the compiler's own account; None where it gives none.
+    """
+
+    task: str
+    form: str
+    seconds: float
+    speedup: float
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is measured: rows (tokens) of h, and the largest block of logits.
+
+    rows_block, vocab_block: as in `blocked_nll`; vocab_block 0 is the whole vocabulary.
+    """
+
+    rows: int = 1024
+    embed_dim: int = 256
+    vocab: int = 32768
+    rows_block: int = 256
+    vocab_block: int = 0
+    dtype: str = "float32"
+
+
+def bench_cross_entropy(sizes: Sizes | None = None, rounds: int = 5) -> list[CrossEntropyBenchmark]:
+    """Measures the forms against each other, task by task.
+
+    Raises UserError for a size below one and for an unknown dtype.
+    """
+    sizes = sizes or Sizes()
+    counts = {name: value for name, value in asdict(sizes).items() if name != "dtype"}
+    for name, value in (("rounds", rounds), *counts.items()):
+        if value < (0 if name == "vocab_block" else 1):
+            raise UserError(f"{name}={value} must be at least 1.")
+    if sizes.dtype not in DTYPES:
+        raise UserError(f"dtype={sizes.dtype!r} must be one of {', '.join(DTYPES)}.")
+    arguments = _arguments(sizes)
+    programs: dict[tuple[str, str], Any] = {}
+    for key, function in _functions(sizes).items():
+        programs[key] = jax.jit(function).lower(arguments).compile()
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
+    for _ in range(rounds + 1):  # the first round warms caches and is left out
+        for key, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(arguments))
+            seconds[key].append(time.perf_counter() - start)
+    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}
+    return [
+        CrossEntropyBenchmark(
+            task=task,
+            form=form,
+            seconds=medians[task, form],
+            speedup=medians[task, "dense"] / medians[task, form],
+            memory_bytes=_temporary_bytes(programs[task, form]),
+        )
+        for task, form in programs
+    ]
+
+
+def _arguments(sizes: Sizes) -> dict[str, Any]:
+    """Random tokens and a head whose logits spread by about one; the slope of each loss."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (sizes.rows, sizes.embed_dim)
+    h_TD, h_dot_TD = (jax.random.normal(key, shape, sizes.dtype) for key in keys[:2])
+    head_DV = jax.random.normal(keys[2], (sizes.embed_dim, sizes.vocab), sizes.dtype)
+    head_DV = head_DV * sizes.embed_dim**-0.5
+    target_T = jax.random.randint(keys[3], (sizes.rows,), 0, sizes.vocab)
+    known = blocked_nll_with_slope(h_TD, head_DV, target_T, **_blocks(sizes))[1]
+    tokens = {"h": h_TD, "h_dot": h_dot_TD, "head": head_DV}
+    return {**tokens, "target": target_T, "known": known}
+
+
+def _blocks(sizes: Sizes) -> dict[str, int | None]:
+    return {"rows_block": sizes.rows_block, "vocab_block": sizes.vocab_block or None}
+
+
+def _functions(sizes: Sizes) -> dict[tuple[str, str], Callable[[dict[str, Any]], Any]]:
+    blocks = _blocks(sizes)
+
+    def dense(x, h_TD, head_DV):
+        return token_nll(h_TD, head_DV, x["target"])
+
+    def blocked(x, h_TD, head_DV):
+        return blocked_nll(h_TD, head_DV, x["target"], **blocks)
+
+    def twice(x, h_TD, head_DV):
+        return blocked_nll_twice(h_TD, head_DV, x["target"], **blocks)
+
+    def known(x, h_TD, head_DV):
+        return blocked_nll_twice(h_TD, head_DV, x["target"], x["known"], **blocks)
+
+    functions: dict[tuple[str, str], Callable[[dict[str, Any]], Any]] = {}
+    for form, nll in (("dense", dense), ("blocked", blocked)):
+        functions["forward", form] = _forward(nll)
+        functions["gradient", form] = _gradient(nll)
+    for form, nll in (("dense", dense), ("blocked", twice), ("known", known)):
+        functions["second", form] = _second(nll)
+    return {key: functions[key] for task in TASKS for key in functions if key[0] == task}
+
+
+def _forward(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
+    return lambda x: jnp.mean(nll(x, x["h"], x["head"]))
+
+
+def _gradient(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
+    loss = lambda h_TD, head_DV, x: jnp.mean(nll(x, h_TD, head_DV))  # noqa: E731
+    return lambda x: jax.value_and_grad(loss, (0, 1))(x["h"], x["head"], x)
+
+
+def _second(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
+    def both(h_TD, h_dot_TD, head_DV, x):
+        loss = lambda h_TD: jnp.mean(nll(x, h_TD, head_DV))  # noqa: E731
+        return sum(jax.jvp(loss, (h_TD,), (h_dot_TD,)))
+
+    return lambda x: jax.grad(both, (0, 1, 2))(x["h"], x["h_dot"], x["head"], x)
+
+
+def _temporary_bytes(program: Any) -> int | None:
+    analysis = program.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax bench cross-entropy`."""
+    for name, text in (
+        ("rows", "tokens"),
+        ("embed_dim", "width of h"),
+        ("vocab", "columns of the head"),
+        ("rows_block", "tokens of a block of logits"),
+        ("vocab_block", "columns of a block of logits; 0: all"),
+    ):
+        option, default = f"--{name.replace('_', '-')}", getattr(Sizes, name)
+        parser.add_argument(option, type=int, default=default, help=f"{text} (default %(default)s)")
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, default=Sizes.dtype, help="of h and head (default %(default)s)")
+    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax bench cross-entropy` from parsed arguments; the exit code."""
+    sizes = Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
+    results = bench_cross_entropy(sizes, args.rounds)
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+        return 0
+    print("task      form           ms  speedup       MiB")
+    for r in results:
+        memory = "?" if r.memory_bytes is None else f"{r.memory_bytes / 2**20:,.1f}"
+        print(f"{r.task:8}  {r.form:7}  {1e3 * r.seconds:8.1f}  {r.speedup:7.2f}  {memory:>8}")
+    return 0
