@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
-    {"errors", "types"},
+    {"errors", "types", "chips"},
     {"config"},
     {"ops"},
     {"update_rules"},
@@ -22,14 +22,14 @@ LAYERS = (
     {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
     {"metrics", "run_control"},
     {"train_step"},
-    {"prepare", "train", "evaluate", "verify", "bench"},
+    {"prepare", "train", "evaluate", "verify", "bench", "plan"},
     {"report"},
     {"cli"},
     {"__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE = ("ops", "update_rules", "inner_loop", "models", "meta", "train_step")
-COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "report", "cli")
+COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "plan", "report", "cli")
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 IDS = [str(path.relative_to(ROOT)) for path in FILES]

@@ -35,6 +35,7 @@ COMMANDS = {
     "prepare": Command("tttjax.prepare", "turn text into a tokenizer and token shards"),
     "train": Command("tttjax.train", "meta-train a model, or extend one; resumes by itself"),
     "evaluate": Command("tttjax.evaluate", "loss by token position and context, TTT on and off"),
+    "plan": Command("tttjax.plan", "memory, FLOPs, time of a run on any pod, without the pod"),
     "report": Command("tttjax.report", "one comparison of several finished runs, as a page"),
     "verify": Command("tttjax.verify", "check this build against reference numbers"),
     "bench": Command("tttjax.bench", "measure speed and memory"),

@@ -44,28 +44,14 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from tttjax.chips import peaks
 from tttjax.models import Transformer, build_model, combine
 
 if TYPE_CHECKING:
     from tttjax.config import InnerConfig, ModelConfig
 
-# Dense bfloat16 peaks per chip, FLOP/s. TPU: Google Cloud's system architecture pages; GPU:
-# NVIDIA's data sheets (tensor cores, without sparsity). Matched by the start of `device_kind`,
-# the longest first.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+# Matched by the start of `device_kind`, the longest first.
+PEAKS = peaks()
 
 
 @dataclass(frozen=True)
@@ -226,20 +212,45 @@ def forward_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len:
     return _forward(prefix) + _forward(suffix)
 
 
+@dataclass(frozen=True)
+class TrainFlops:
+    """Model FLOPs per token of a train step by part; the module's docstring has the terms.
+
+    prefix, suffix: forward, the head with the suffix. inner_backward: the gradients that the
+    updates are made of. outer: everything else, which is the backward pass of these three.
+    """
+
+    prefix: float
+    suffix: float
+    inner_backward: float
+    outer: float
+
+    @property
+    def total(self) -> float:
+        return self.prefix + self.suffix + self.inner_backward + self.outer
+
+
+def train_flops_by_part(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> TrainFlops:
+    """What `train_flops_per_token` is made of."""
+    prefix_parts, suffix_parts = _parts(model, inner, seq_len)
+    prefix, suffix = _forward(prefix_parts), _forward(suffix_parts)
+    learning = exact = 0.0  # the inner backward pass of chunks whose update is used; derived
+    if inner.meta_gradient != "none":
+        chunks = seq_len // inner.chunk_size
+        useful = chunks - 1
+        derived = {
+            "exact": useful,
+            "truncated": max(0, min(inner.truncate_chunks, chunks) - 1),
+            "first_order": 0,
+        }[inner.meta_gradient]
+        backward = _inner_backward(suffix_parts) / chunks
+        learning, exact = backward * useful, backward * derived
+    return TrainFlops(prefix, suffix, learning, 2 * (prefix + suffix) + 2 * exact)
+
+
 def train_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> float:
     """Model FLOPs per token of a train step, inner and second-order terms counted."""
-    prefix, suffix = _parts(model, inner, seq_len)
-    plain = 3 * (_forward(prefix) + _forward(suffix))
-    if inner.meta_gradient == "none":
-        return plain
-    chunks = seq_len // inner.chunk_size
-    useful = chunks - 1
-    exact = {
-        "exact": useful,
-        "truncated": max(0, min(inner.truncate_chunks, chunks) - 1),
-        "first_order": 0,
-    }[inner.meta_gradient]
-    return plain + _inner_backward(suffix) * (useful + 2 * exact) / chunks
+    return train_flops_by_part(model, inner, seq_len).total
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""FLOPs, bytes and collectives of a traced program against counts by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tttjax.plan.count import Count, Transfer, count
+from tttjax.sharding import make_mesh
+
+X = jnp.ones((3, 5))
+W = jnp.ones((5, 5))
+ONCE = 2 * 3 * 5 * 5
+
+
+def flops(function, *args) -> float:
+    return count(jax.make_jaxpr(function)(*args)).flops
+
+
+def loop(x, body, length):
+    return jax.lax.scan(lambda x, _: (body(x), None), x, None, length=length)[0]
+
+
+def test_a_product_and_its_bytes():
+    found = count(jax.make_jaxpr(jnp.dot)(X, W))
+    assert found == Count(flops=ONCE, product_bytes=4 * (15 + 25 + 15))
+
+
+def test_a_product_of_several_dimensions():
+    x, y = jnp.ones((2, 3, 4, 5)), jnp.ones((2, 4, 5, 7))
+    assert flops(partial(jnp.einsum, "bikl,bklj->bij"), x, y) == 2 * (2 * 3 * 7) * (4 * 5)
+
+
+def test_a_convolution_counts_its_taps_and_the_features_of_its_group():
+    x, kernel = jnp.ones((2, 10, 6)), jnp.ones((4, 3, 8))  # 2 groups of 3 to 4 features
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            *(x, kernel, (1,), "VALID"),
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=2,
+        )
+
+    assert flops(convolve, x, kernel) == 2 * (2 * 7 * 8) * (4 * 3)
+
+
+def test_a_scan_counts_its_length_and_one_inside_another_the_product():
+    assert flops(lambda x: loop(x, lambda x: x @ W, 7), X) == 7 * ONCE
+    assert flops(lambda x: loop(x, lambda x: loop(x, lambda x: x @ W, 4), 7), X) == 28 * ONCE
+
+
+def test_recomputation_shows():
+    def loss(x, w, body):
+        return jnp.sum(body(body(x, w), w))
+
+    def body(x, w):
+        return jnp.sin(x @ w)
+
+    plain = flops(jax.grad(partial(loss, body=body), argnums=1), X, W)
+    again = flops(jax.grad(partial(loss, body=jax.checkpoint(body)), argnums=1), X, W)
+    assert plain == (2 + 3) * ONCE  # forward twice; two weights' gradients, one input's
+    assert plain < again <= plain + 2 * ONCE
+
+
+def test_custom_derivatives_are_what_is_run():
+    @jax.custom_vjp
+    def double(x):
+        return x @ W
+
+    double.defvjp(lambda x: (x @ W, None), lambda _, g: (g @ W @ W @ W,))
+    assert flops(double, X) == ONCE
+    assert flops(jax.grad(lambda x: jnp.sum(double(x))), X) == 4 * ONCE
+
+    @jax.custom_jvp
+    def half(x):
+        return x @ W
+
+    half.defjvp(lambda primals, tangents: (half(primals[0]), tangents[0] @ W @ W))
+    assert flops(half, X) == ONCE
+    assert flops(lambda x: jax.jvp(half, (x,), (x,)), X) == 3 * ONCE
+
+
+def test_the_dearest_branch_of_a_conditional_counts():
+    branches = [lambda x: x, lambda x: x @ W, lambda x: x @ W @ W]
+    assert flops(lambda i, x: jax.lax.switch(i, branches, x), 0, X) == 2 * ONCE
+
+
+def test_a_while_of_known_length_counts_it_and_one_of_unknown_length_says_so():
+    def rounds(limit, x):
+        return jax.lax.while_loop(lambda c: c[0] < limit, lambda c: (c[0] + 1, c[1] @ W), (0, x))
+
+    assert count(jax.make_jaxpr(partial(rounds, 6))(X)) == count(
+        jax.make_jaxpr(jnp.dot)(X, W)
+    ).times(6)
+    unknown = count(jax.make_jaxpr(rounds)(6, X))
+    assert (unknown.flops, unknown.open_loops) == (ONCE, 1)
+
+
+def test_a_while_that_does_not_count_up_by_one_is_of_unknown_length():
+    def rounds(x):
+        return jax.lax.while_loop(lambda c: c[0] < 8, lambda c: (c[0] * 2, c[1] @ W), (1, x))
+
+    assert count(jax.make_jaxpr(rounds)(X)).open_loops == 1
+
+
+def test_shard_map_counts_every_device_and_its_collectives():
+    mesh = make_mesh(2, 2, 2)
+
+    def shard(x, w):
+        w = jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
+        x = loop(x, lambda x: jax.lax.psum(x @ w, ("data", "fsdp")), 3)
+        return jax.lax.psum_scatter(x, "fsdp", scatter_dimension=1, tiled=True)
+
+    mapped = jax.shard_map(
+        *(shard,),
+        mesh=mesh,
+        in_specs=(P("data"), P("fsdp")),
+        out_specs=P("data", "fsdp"),
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )
+    found = count(jax.make_jaxpr(mapped)(jnp.ones((4, 6)), jnp.ones((6, 6))))
+    assert found.flops == 4 * 3 * (2 * 2 * 6 * 6)  # 4 devices by hand, 3 rounds
+    assert found.transfers == (
+        Transfer("all-gather", 4 * 36, group=2),
+        Transfer("all-reduce", 4 * 12, group=4, times=3.0),
+        Transfer("reduce-scatter", 4 * 12, group=2),
+    )
+
+
+def test_a_kernel_counts_every_cell_of_its_grid():
+    pallas = pytest.importorskip("jax.experimental.pallas")
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] @ x_ref[...]
+
+    def call(x):
+        return pallas.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((32, 8), jnp.float32),
+            grid=(4,),
+            in_specs=[pallas.BlockSpec((8, 8), lambda i: (i, 0))],
+            out_specs=pallas.BlockSpec((8, 8), lambda i: (i, 0)),
+            interpret=True,
+        )(x)
+
+    assert flops(call, jnp.ones((32, 8))) == 4 * 2 * 8**3

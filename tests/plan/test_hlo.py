@@ -1,0 +1,93 @@
+"""Collectives read from compiled programs: one by hand, and what XLA makes of a loop here."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from tttjax.plan.count import Transfer
+from tttjax.plan.hlo import collectives
+from tttjax.sharding import make_mesh
+
+# ruff: noqa: E501
+TEXT = """\
+HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%first_piece (p: bf16[2,128]) -> (bf16[2,128], bf16[8,128]) {
+  %p = bf16[2,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %whole = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[2,128]{1,0}, bf16[8,128]{1,0}) custom-call(%whole), custom_call_target="AsyncCollectiveStart"
+}
+
+%second_piece (q: bf16[2,128]) -> bf16[8,128] {
+  %q = bf16[2,128]{1,0} parameter(0)
+  ROOT %whole.2 = bf16[8,128]{1,0} all-gather(%q), replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%condition (state: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %state = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%open_condition (state.3: (s32[], f32[8])) -> pred[] {
+  %state.3 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %flag = pred[] custom-call(%state.3), custom_call_target="decide"
+}
+
+%body (state.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state.1 = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%state.1), index=1
+  %started = (f32[8]{0}, f32[8]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%x, %x)
+}
+
+%open_body (state.2: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state.2 = (s32[], f32[8]{0}) parameter(0)
+  %x.2 = f32[8]{0} get-tuple-element(%state.2), index=1
+  %part = f32[2]{0} reduce-scatter(%x.2), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  ROOT %out.2 = (s32[], f32[8]{0}) tuple(%x.2, %x.2)
+}
+
+ENTRY %main (param: f32[8], small: bf16[2,128]) -> f32[8] {
+  %param = f32[8]{0} parameter(0)
+  %small = bf16[2,128]{1,0} parameter(1)
+  %one = (bf16[2,128]{1,0}, bf16[8,128]{1,0}) fusion(%small), kind=kCustom, calls=%first_piece
+  %two = bf16[8,128]{1,0} fusion(%small), kind=kCustom, calls=%second_piece
+  %tuple = (s32[], f32[8]{0}) tuple(%param, %param)
+  %loop = (s32[], f32[8]{0}) while(%tuple), condition=%condition, body=%body
+  %stated = (s32[], f32[8]{0}) while(%tuple), condition=%open_condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %open = (s32[], f32[8]{0}) while(%tuple), condition=%open_condition, body=%open_body
+  ROOT %both = (f32[8]{0}, f32[4]{0}) all-reduce(%param, %param), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+
+
+def test_a_program_by_hand():
+    found = collectives(TEXT)
+    assert set(found.transfers) == {
+        Transfer("all-gather", 2 * 8 * 128, group=4, times=1.0),  # its second piece is the same
+        Transfer("collective-permute", 32.0, group=2, times=12.0),
+        Transfer("reduce-scatter", 32.0, group=4, times=1.0),
+        Transfer("all-reduce", 64.0, group=2, times=1.0),
+    }
+    assert found.unknown_loops == 1
+
+
+def test_a_compiled_loop():
+    mesh = make_mesh(4, 2, 1)
+
+    def shard(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(jax.lax.psum(x, "data")), None), x, length=6)[0]
+
+    mapped = jax.shard_map(
+        shard, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"}, check_vma=False
+    )
+    text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text()
+    assert collectives(text).transfers == (Transfer("all-reduce", 4.0 * 48, group=4, times=6.0),)

@@ -1,0 +1,83 @@
+"""Names of pods and what is wrong with them; the table of chips."""
+
+import importlib.util
+
+import pytest
+
+from tttjax.chips import CHIPS, peaks
+from tttjax.config import MeshConfig
+from tttjax.errors import UserError
+from tttjax.plan.topologies import open_mesh, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "chip", "chips", "devices"),
+    [
+        ("v5p:4x4x4", "v5p", 64, 64),
+        ("v5e:2x2", "v5e", 4, 4),
+        ("v7x:2x2x1", "v7x", 4, 8),
+        ("gpu:h100:8x4", "h100", 32, 32),
+        ("gpu:a100:4", "a100", 4, 4),
+    ],
+)
+def test_names(name, chip, chips, devices):
+    topology = parse_topology(name)
+    assert (topology.chip, topology.chips, topology.devices) == (CHIPS[chip], chips, devices)
+
+
+def test_this_machine():
+    topology = parse_topology("cpu:4")
+    assert (topology.chip, topology.devices, topology.compiles) == (None, 4, True)
+    assert open_mesh(topology, MeshConfig(data=2, fsdp=2)).devices.size == 4
+    with pytest.raises(UserError, match="has 8 CPU devices"):
+        open_mesh(parse_topology("cpu:16"), MeshConfig(data=16))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5q:2x2", "there is no chip 'v5q'.*Did you mean 'v5"),
+        ("v5p", "chips along each axis"),
+        ("v5p:4x0", "chips along each axis"),
+        ("v5p:2x2x2x2", "chips along each axis"),
+        ("gpu:h10:8", "no GPU 'h10'.*Did you mean 'h100'"),
+        ("gpu:h100", "GPUs of one host"),
+        ("gpu:h100:8x4x2", "GPUs of one host"),
+        ("gpu:v5p:8", "no GPU 'v5p'"),
+        ("cpu:none", "write cpu:N"),
+    ],
+)
+def test_errors_are_one_sentence_with_the_nearest_name(name, says):
+    with pytest.raises(UserError, match=says) as caught:
+        parse_topology(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_libtpu_the_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"libtpu, which is not installed.*\[plan\]"):
+        open_mesh(parse_topology("v5e:2x2"), MeshConfig(data=4))
+
+
+def test_links_within_a_host_and_between_hosts():
+    topology = parse_topology("gpu:h100:8x4")
+    assert topology.link(8) == CHIPS["h100"].link
+    assert topology.link(16) == CHIPS["h100"].network
+    assert parse_topology("v5p:4x4x4").link(64) == CHIPS["v5p"].link
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_the_table_of_chips_is_sane(chip):
+    assert 1e14 < chip.flops < 1e16
+    assert 15e9 < chip.memory < 1e12
+    assert 5e11 < chip.bandwidth < 1e13
+    assert 100 < chip.flops / chip.bandwidth < 700  # FLOPs per byte at which products pay
+    assert 5e10 < chip.link < chip.bandwidth
+    assert chip.network < chip.link
+    assert not (chip.network and chip.topology)
+    assert all(kind.startswith("NVIDIA") == bool(chip.network) for kind in chip.kinds)
+
+
+def test_mfu_uses_the_same_table():
+    assert peaks()["TPU v5 lite"] == CHIPS["v5e"].flops
+    assert peaks()["TPU7x"] == CHIPS["v7x"].flops / 2  # a chip is two devices

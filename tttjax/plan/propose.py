@@ -1,0 +1,144 @@
+"""The nearest recipe that fits, for one that does not.
+
+Looked for are, in this order: recomputation switched on where it is off; weights and optimizer
+divided by more devices (mesh.fsdp); batches read in more parts (train.accum_steps); and last,
+layers divided (mesh.tensor). None of them changes a number of the run, but for rounding. Fewer
+changes come before more, small ones before large.
+
+What a change will save is predicted, so that few programs need compiling: the state of training is
+divided by fsdp x tensor; of what a step holds, the gathered weights and their gradient stay, the
+rest goes with the sequences that a device reads at once. A prediction is never the answer: the
+caller compiles it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tttjax.config import Config, check_mesh
+from tttjax.errors import UserError
+from tttjax.plan.memory import Memory
+
+MARGIN = 0.97  # of the memory; predictions are not exact
+TENSOR_WAYS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A changed recipe. changes: new values by field name, in words of the command line."""
+
+    config: Config
+    changes: dict[str, str]
+    predicted: float
+
+
+def find_fitting(
+    config: Config,
+    devices: int,
+    needed: Memory,
+    capacity: float,
+    fits: Callable[[Config], bool],
+    tries: int = 3,
+) -> Candidate | None:
+    """The first candidate predicted to fit that does; None after `tries` that did not.
+
+    needed: of the recipe as it is, on one device. fits: compiles a recipe for the pod.
+    """
+    for candidate in itertools.islice(candidates(config, devices, needed, capacity), tries):
+        if fits(candidate.config):
+            return candidate
+    return None
+
+
+def candidates(
+    config: Config, devices: int, needed: Memory, capacity: float
+) -> Iterator[Candidate]:
+    """Those predicted to fit into `capacity` bytes, the nearest first."""
+    found = []
+    for recomputes, fsdp, accum, tensor in itertools.product(
+        (False, True), _divisors(devices), _divisors(config.train.batch_size), TENSOR_WAYS
+    ):
+        changed = _changed(config, devices, recomputes, fsdp, accum, tensor)
+        if changed is None:
+            continue
+        changes = _changes(config, changed)
+        predicted = predict(config, changed, devices, needed)
+        if changes and predicted <= MARGIN * capacity:
+            size = fsdp // config.mesh.fsdp * accum // config.train.accum_steps
+            order = tensor, len(changes), not recomputes, size, accum
+            found.append((order, Candidate(changed, changes, predicted)))
+    for _, candidate in sorted(found, key=lambda pair: pair[0]):
+        yield candidate
+
+
+def predict(before: Config, after: Config, devices: int, needed: Memory) -> float:
+    """Bytes of a device under the recipe `after`, from those under `before`."""
+    ways = [c.mesh.fsdp * c.mesh.tensor for c in (before, after)]
+    state = needed.state * ways[0] / ways[1]
+    whole = 2 * needed.parameters * ways[0]  # gathered weights, and their gradient
+    tensor = before.mesh.tensor / after.mesh.tensor
+    fixed = min(whole / before.mesh.tensor, needed.working)
+    sequences = [_sequences_at_once(c, devices) for c in (before, after)]
+    rest = (needed.working - fixed) * sequences[1] / sequences[0] * tensor
+    if _recomputes(after) and not _recomputes(before):
+        rest /= 2  # a guess, to be checked like all the others
+    return state + fixed * tensor + rest + needed.program + needed.batch
+
+
+def _changed(
+    config: Config, devices: int, recomputes: bool, fsdp: int, accum: int, tensor: int
+) -> Config | None:
+    """The recipe with these values; None if it is not a valid one, or a step back."""
+    mesh, train = config.mesh, config.train
+    if fsdp % mesh.fsdp or accum % train.accum_steps or tensor % mesh.tensor:
+        return None
+    if recomputes and _recomputes(config):
+        return None
+    replace = dataclasses.replace
+    # data is what the other axes leave, whatever it was; left alone where nothing else changes.
+    moved = (fsdp, tensor) != (mesh.fsdp, mesh.tensor)
+    data = -1 if moved else mesh.data
+    changed = replace(
+        config,
+        mesh=replace(mesh, data=data, fsdp=fsdp, tensor=tensor),
+        train=replace(train, accum_steps=accum),
+    )
+    if recomputes:
+        changed = replace(
+            changed,
+            model=replace(config.model, remat="block"),
+            inner=replace(config.inner, remat=True),
+        )
+    try:
+        check_mesh(changed, devices)
+    except UserError:
+        return None
+    if tensor > mesh.tensor and _sequences_at_once(changed, devices) < 1:
+        return None
+    return changed
+
+
+def _changes(before: Config, after: Config) -> dict[str, str]:
+    pairs = {
+        "model.remat": (before.model.remat, after.model.remat),
+        "inner.remat": (before.inner.remat, after.inner.remat),
+        "mesh.fsdp": (before.mesh.fsdp, after.mesh.fsdp),
+        "train.accum_steps": (before.train.accum_steps, after.train.accum_steps),
+        "mesh.tensor": (before.mesh.tensor, after.mesh.tensor),
+        "mesh.data": (before.mesh.data, after.mesh.data),
+    }
+    return {name: str(new).lower() for name, (old, new) in pairs.items() if old != new}
+
+
+def _recomputes(config: Config) -> bool:
+    return config.model.remat == "block" and config.inner.remat
+
+
+def _sequences_at_once(config: Config, devices: int) -> float:
+    """Sequences that one device reads at a time."""
+    return config.train.batch_size * config.mesh.tensor / devices / config.train.accum_steps
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
