@@ -312,7 +312,10 @@ def test_another_setting_does_not_pass(changed):
         (lambda c: c["config"].update(state_size=3), "in.B has shape (2, 7, 2, 2)"),
         (lambda c: c["config"].update(n_groups=3), "n_groups = 3 does not divide num_heads 4"),
         (lambda c: c["arrays"].update({"out.z": [1]}), "no array out.z, which its JSON lists"),
-        (lambda c: c["arrays"].update({"out.y": [1]}), "its JSON says (1,)"),
+        (lambda c: c["arrays"].update({"out.y": [1]}), "its JSON says [1]"),
+        (lambda c: c["arrays"].update({"out.y": 5}), "its JSON says 5"),
+        (lambda c: c.update(float64_restatement={"out.y": 3}), "out.y is 3, without max_abs_diff"),
+        (lambda c: c.update(arrays=["out.y"]), "'arrays' is ['out.y'], not an object by array"),
     ],
 )
 def test_what_cannot_be_checked_is_one_failing_row(changed, change, message):

@@ -44,7 +44,7 @@ class Fields:
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A finite number."""
         value = self._value(name, default)
-        if not _is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise UserError(f"config.{name} = {value!r} is no finite number")
         return float(value)
 
@@ -59,7 +59,7 @@ class Fields:
         value = self._value(name, None)
         if value is None:
             return ()
-        pair = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+        pair = isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
         if not pair or not value[0] <= value[1]:
             raise UserError(f"config.{name} = {value!r} is no pair of a lower and an upper limit")
         return float(value[0]), float(value[1])
@@ -77,7 +77,7 @@ class Fields:
         return [f"config.{k} = {v!r}" for k, v in self.values.items() if k not in known]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -2,8 +2,9 @@
 
 `read_layer` turns a case's JSON into functions of the case's own arrays, with the same names for
 what comes out as the case has: weights and inputs of the reference in, `out.*` and `state.*` out.
-So gradients with respect to the reference's own parameters come from `jax.grad`. A setting that
-this package does not have raises UserError.
+So gradients with respect to the reference's own parameters come from `jax.grad`. A layer, or the
+value of a setting, that this package does not have raises UserError; a setting that is not known at
+all is listed in `Layer.unknown`.
 """
 
 from collections.abc import Callable, Mapping

@@ -17,7 +17,7 @@ import numpy as np
 from tttjax.errors import UserError
 from tttjax.interop import layers
 from tttjax.interop.golden import load_arrays
-from tttjax.interop.layer_format import DESCRIPTIVE, Stored
+from tttjax.interop.layer_format import DESCRIPTIVE, Stored, is_number
 from tttjax.interop.layers import Layer
 from tttjax.verify.rows import Row, absolute
 
@@ -53,11 +53,19 @@ def check_layer_case(
 
 def _check_listing(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """The arrays that the JSON lists are there, and as large as it says."""
-    for name, shape in (case.get("arrays") or {}).items():
+    for name, shape in _object(case, "arrays").items():
         if name not in arrays:
             raise UserError(f"the case has no array {name}, which its JSON lists")
         if list(arrays[name].shape) != shape:
-            raise UserError(f"{name} has shape {arrays[name].shape}; its JSON says {tuple(shape)}")
+            raise UserError(f"{name} has shape {list(arrays[name].shape)}; its JSON says {shape}")
+
+
+def _object(case: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field of the JSON that may be missing; UserError if it is something else than an object."""
+    value = case.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"the JSON's field {name!r} is {value!r}, not an object by array")
+    return value
 
 
 def _rows(
@@ -199,7 +207,12 @@ class _Limits:
 
     def __init__(self, case: Mapping[str, Any], x64: bool):
         self.x64 = x64
-        self.figures = case.get("float64_restatement") or {}
+        self.figures: dict[str, float] = {}
+        for name, found in _object(case, "float64_restatement").items():
+            figure: Any = found.get("max_abs_diff") if isinstance(found, Mapping) else None
+            if not is_number(figure):
+                raise UserError(f"float64_restatement.{name} is {found!r}, without max_abs_diff")
+            self.figures[name] = figure
         self.is_ttt_layer = str(case["layer"]).startswith("ttt_")
         is_init = case["config"].get("params") == "reference_init"
         self.gradient = INIT_GRADIENT_LIMIT if is_init else GRADIENT_LIMIT
@@ -227,7 +240,7 @@ class _Limits:
         deviation = absolute(got, wanted)
         if not self.x64:
             return deviation / size, self._relative(name, size)
-        figure = (self.figures.get(name) or {}).get("max_abs_diff")
+        figure = self.figures.get(name)
         if figure is None:
             return deviation, self._relative(name, size) * size
         rounding = float(np.finfo(np.float32).eps) / 2 * size  # of an array stored in float32
