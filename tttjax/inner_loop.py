@@ -61,13 +61,29 @@ def read_chunk(
     """
     value_and_grad = jax.value_and_grad(chunk_loss, has_aux=True)
     (loss, (state, has_targets, aux)), g = value_and_grad(progress.fast, progress.state, chunk)
+    fast, rule_state, grad_norm = update(
+        rule, lr, progress.fast, progress.rule_state, g, has_targets, update_is_constant
+    )
+    return Progress(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
+
+
+def update(
+    rule: optax.GradientTransformation,
+    lr: Array | float,
+    fast: PyTree,
+    rule_state: PyTree,
+    g: PyTree,
+    has_targets: Array,
+    update_is_constant: bool = False,
+) -> tuple[PyTree, PyTree, Array]:
+    """W_i = W_{i-1} + lr * rule(g_i): the new weights, the rule's new state, and ||g_i||."""
     grad_norm = global_norm(g)
     # The rule sees ones instead of an empty gradient, whatever it does with them is dropped: so no
     # rule's derivative at zero can turn the whole meta-gradient into NaN.
     g = jax.tree.map(lambda leaf: jnp.where(has_targets, leaf, jnp.ones_like(leaf)), g)
-    update, rule_state = rule.update(g, progress.rule_state, progress.fast)
+    change, new_rule_state = rule.update(g, rule_state, fast)
     if update_is_constant:
-        update, rule_state = jax.lax.stop_gradient((update, rule_state))
+        change, new_rule_state = jax.lax.stop_gradient((change, new_rule_state))
 
     def learn(w, u):
         return w + jnp.where(has_targets, jnp.asarray(lr, w.dtype) * u.astype(w.dtype), 0)
@@ -75,9 +91,8 @@ def read_chunk(
     def keep_if_empty(new, old):
         return jnp.where(has_targets, new, old)
 
-    fast = jax.tree.map(learn, progress.fast, update)
-    rule_state = jax.tree.map(keep_if_empty, rule_state, progress.rule_state)
-    return Progress(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
+    fast = jax.tree.map(learn, fast, change)
+    return fast, jax.tree.map(keep_if_empty, new_rule_state, rule_state), grad_norm
 
 
 def adapt(

@@ -4,10 +4,12 @@
 
 with W_i from `inner_loop.adapt`. The outer gradient is plain `jax.grad` of this function, through
 every update, the clip's norm, the cached keys and values, and the prefix: this file is the
-definition of the method.
+definition of the method. `fast_gradient` has a loop with the same numbers and a derivative of its
+own, which training uses (`InnerLoop.form`).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -16,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from tttjax import inner_loop
-from tttjax.models import Transformer, advance, combine
+from tttjax.fast_gradient import Chunks, Loop, make_loop
+from tttjax.models import Cut, Transformer, advance, combine
 from tttjax.ops.cross_entropy import masked_mean
 from tttjax.types import Array, Batch, Params, PyTree
 from tttjax.update_rules import make_rule
@@ -45,6 +48,8 @@ class InnerLoop(NamedTuple):
     fast_dtype: jnp.dtype
     exact_chunks: int | None  # the outer gradient goes through so many of the last updates
     remat: bool
+    form: str = "fast"  # of the outer gradient; "reference": plain jax.grad
+    trajectory: str = "rewind"  # of the fast weights, in the fast form
 
 
 def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
@@ -69,6 +74,8 @@ def make_inner_loop(inner) -> InnerLoop:
         fast_dtype=jnp.dtype(inner.fast_dtype),
         exact_chunks=exact_chunks(inner.meta_gradient, inner.truncate_chunks),
         remat=inner.remat,
+        form=inner.form,
+        trajectory=inner.trajectory,
     )
 
 
@@ -151,6 +158,31 @@ def read_learning(
     return _reading(records.loss, records.aux.reshape(-1), records.grad_norm, end.fast, fast)
 
 
+def read_learning_fast(
+    model: Transformer, inner: InnerLoop, params: Params, batch: Batch, lr: Array | float
+) -> Reading:
+    """`read_learning` of B sequences, [B, ...], with the fast form of the gradient."""
+    cut = Cut(model)
+    loop = Loop(cut, inner.rule, inner.exact_chunks, inner.trajectory, LOGIT_ROWS)
+    start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
+    x_BTD = jax.vmap(partial(cut.below, params.slow))(batch.inputs)
+
+    def by_chunk(x_BT: Array) -> Array:
+        x_BNC = jax.vmap(partial(split_chunks, chunk_size=inner.chunk_size))(x_BT)
+        return jnp.swapaxes(x_BNC, 0, 1)
+
+    records, fast = make_loop(loop)(
+        cut.above(params.slow),
+        cut.above(start),
+        Chunks(by_chunk(x_BTD), by_chunk(batch.targets), by_chunk(batch.mask)),
+        jnp.asarray(lr),
+    )
+    loss_BN, nll_BNC, norm_BN = (jnp.swapaxes(x, 0, 1) for x in records)
+    nll_BT = nll_BNC.reshape(batch.inputs.shape)
+    reading = jax.vmap(_reading, in_axes=(0, 0, 0, 0, None))
+    return reading(loss_BN, nll_BT, norm_BN, jax.vmap(cut.join)(fast), start)
+
+
 def make_reader(
     model: Transformer, inner: InnerLoop, *, learn: bool
 ) -> Callable[[Params, Batch, Array | float], Reading]:
@@ -158,6 +190,8 @@ def make_reader(
 
     learn: False reads without updates (TTT off, and every model without fast weights).
     """
+    if learn and inner.form == "fast":
+        return partial(read_learning_fast, model, inner)
 
     def read_one(params: Params, one: Batch, lr: Array | float) -> Reading:
         if not learn:

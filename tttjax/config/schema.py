@@ -13,6 +13,8 @@ from tttjax.config.fields import declare
 from tttjax.config.model import ModelConfig
 
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
+GRADIENT_FORMS = ("fast", "reference")
+TRAJECTORIES = ("rewind", "store")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 
 
@@ -60,8 +62,25 @@ class InnerConfig:
         "so 1 is the same as first_order.",
         minimum=0,
     )
+    form: str = declare(
+        "fast",
+        "How the outer gradient is computed. fast: by a derivative of its own for the loop over "
+        "chunks. reference: by plain jax.grad, the definition. The same numbers, to rounding.",
+        choices=GRADIENT_FORMS,
+        may_change=True,
+    )
+    trajectory: str = declare(
+        "rewind",
+        "How the backward pass of the fast form comes by the fast weights before each chunk. "
+        "rewind: by undoing the updates, whose gradients are kept. store: they are kept too.",
+        choices=TRAJECTORIES,
+        may_change=True,
+    )
     remat: bool = declare(
-        True, "Whether the backward pass recomputes each chunk's activations.", may_change=True
+        True,
+        "Whether the backward pass of the reference form recomputes each chunk's activations; the "
+        "fast form always does.",
+        may_change=True,
     )
     fast_dtype: str = declare(
         "float32", "Type of the fast weights while reading.", choices=("float32", "float64")

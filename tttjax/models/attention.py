@@ -61,6 +61,11 @@ class Attention(nnx.Module):
         reach = [size for size in self.sight if size]
         return min(reach) if reach else 0
 
+    @property
+    def keeps(self) -> str:
+        """How the state grows. "window": the last so many rows; "whole": all, each at its place."""
+        return "window" if self.memory else "whole"
+
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """An empty state. Its size does not depend on `max_length` except for full attention.
 

@@ -203,6 +203,11 @@ class Block(nnx.Module):
             state["pre_conv"] = self.pre_conv.init_state(dtype)
         return state
 
+    def keeps(self) -> dict[str, str]:
+        """How each branch's state grows: "window", "whole" or "carried"."""
+        kinds = {name: getattr(self, name).keeps for name in self.mixers}
+        return kinds | ({"pre_conv": "carried"} if self.has_conv else {})
+
     def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
         new_state: dict[str, Any] = {}
         if self.has_conv:

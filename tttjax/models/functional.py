@@ -1,16 +1,19 @@
 """From nnx modules to plain nested dicts: stacks of like blocks, and the fast/slow partition."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.models.layers import FastWeight
 from tttjax.types import Array, Params, PyTree
+
+UNROLL_UP_TO = 2  # a loop over so few blocks costs more than it saves, above all inside another
 
 ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
 
@@ -46,6 +49,42 @@ class Stack:
         """Calls one copy with one copy's weights (no leading axis)."""
         graphdef, _ = nnx.split(self._abstract())
         return nnx.merge(graphdef, weights)(*args)
+
+
+def run_stage(
+    stacks: Mapping[str, Stack],
+    weights: PyTree,
+    state: PyTree | None,
+    x_TD: Array,
+    position: Array,
+    *,
+    remat: bool,
+) -> tuple[Array, PyTree | None]:
+    """Runs stacks of equal height row by row: row 0 of each in order, then row 1 of each, ...
+
+    weights, state: by the name of the stack; state None: the sequence starts here and ends here.
+    Returns the hidden states [T, D] and the new state.
+    """
+
+    def one_row(x_TD, row):
+        row_weights, row_state = row
+        new_state = {}
+        for name, stack in stacks.items():
+            block_state = row_state and row_state[name]
+            x_TD, new_state[name] = stack.apply(row_weights[name], x_TD, block_state, position)
+        return x_TD, row_state and new_state
+
+    if remat:
+        one_row = jax.checkpoint(one_row, prevent_cse=False)
+    repeats = next(iter(stacks.values())).repeats
+    unroll = repeats <= UNROLL_UP_TO
+    return jax.lax.scan(one_row, x_TD, (weights, state), length=repeats, unroll=unroll)
+
+
+def empty_state(stack: Stack, max_length: int, dtype: jnp.dtype) -> PyTree:
+    """What a stack keeps of a sequence of which nothing has been read, [repeats, ...]."""
+    one = jax.eval_shape(lambda: stack.module().init_state(max_length, dtype))
+    return jax.tree.map(lambda x: jnp.zeros((stack.repeats, *x.shape), x.dtype), one)
 
 
 def declared_axes(variable: nnx.Variable, stacked: bool) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ class GatedDeltaNet(nnx.Module):
         self.norm_eps = norm_eps
         self.chunk = chunk
 
+    keeps = "carried"  # the whole state is new after every call
+
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state before the first token; its size does not depend on `max_length`."""
         del max_length

@@ -77,6 +77,8 @@ class Mamba2(nnx.Module):
         self.norm_eps = norm_eps
         self.chunk = chunk
 
+    keeps = "carried"  # the whole state is new after every call
+
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state before the first token; its size does not depend on `max_length`."""
         del max_length

@@ -25,9 +25,11 @@ from tttjax.models.functional import (
     Stack,
     combine,
     declared_axes,
+    empty_state,
     is_declared_fast,
     partition,
     path_filter,
+    run_stage,
 )
 from tttjax.models.layers import RMSNorm, normal_weight
 from tttjax.ops.cross_entropy import token_nll, token_nll_in_blocks
@@ -35,7 +37,6 @@ from tttjax.ops.norms import rms_norm
 from tttjax.types import Array, Params, PyTree
 
 PARTS = ("prefix", "suffix")
-UNROLL_UP_TO = 2  # a loop over so few blocks costs more than it saves, above all inside another
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Transformer:
         }
 
     @cached_property
-    def _stacks(self) -> dict[str, Stack]:
+    def stacks(self) -> dict[str, Stack]:
         """Every stack of blocks by its path, in the order in which they run."""
 
         def stack(kind: str, fast: bool, repeats: int) -> Stack:
@@ -152,7 +153,7 @@ class Transformer:
     def _variables(self) -> dict[str, tuple[nnx.Variable, bool]]:
         """Every declared weight by path, and whether it is stacked."""
         found = {"/".join(path): (v, False) for path, v in self._ends.variables().items()}
-        for prefix, stack in self._stacks.items():
+        for prefix, stack in self.stacks.items():
             for path, variable in stack.variables().items():
                 found["/".join((prefix, *path))] = (variable, True)
         return found
@@ -191,10 +192,10 @@ class Transformer:
 
     def init(self, key: Array) -> Params:
         """Random weights: matrices N(0, init_std^2), norms 1."""
-        end_key, *keys = jax.random.split(key, 1 + len(self._stacks))
+        end_key, *keys = jax.random.split(key, 1 + len(self.stacks))
         ends = jax.tree.map(lambda x: x[0], self._ends.init(end_key))
         blocks = {
-            path: stack.init(k) for (path, stack), k in zip(self._stacks.items(), keys, strict=True)
+            path: stack.init(k) for (path, stack), k in zip(self.stacks.items(), keys, strict=True)
         }
         return partition({**ends, **unflatten_dict(blocks, sep="/")}, self.fast_paths)
 
@@ -208,15 +209,10 @@ class Transformer:
         max_length: tokens that full attention must have room for; other mixers ignore it.
         """
 
-        def stacked(path: str, repeats: int):
-            one = self._stacks[path].module().init_state(max_length, self.compute_dtype)
-            return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), one)
-
         state: dict[str, Any] = {
-            f"{part}/stage{i}/block{j}": stacked(f"{part}/stage{i}/block{j}", stage.repeats)
-            for part in parts
-            for i, stage in enumerate(self.stages[part])
-            for j in range(len(stage.kinds))
+            path: empty_state(stack, max_length, self.compute_dtype)
+            for path, stack in self.stacks.items()
+            if path.split("/")[0] in parts
         }
         # A part without blocks has an entry too, as it has in the state that `apply` returns.
         blocks = {part: {} for part in parts} | unflatten_dict(state, sep="/")
@@ -247,24 +243,17 @@ class Transformer:
         position = jnp.zeros((), jnp.int32) if state is None else state["position"]
         new_blocks: dict[str, Any] = {}
         for i, stage in enumerate(self.stages[part]):
-            names = [f"block{j}" for j in range(len(stage.kinds))]
-            stage_weights = weights[part][f"stage{i}"]
-            stage_state = state and state["blocks"][part][f"stage{i}"]
-
-            def one_period(x_TD, row, i=i, names=names):
-                row_weights, row_state = row
-                new_state = {}
-                for name in names:
-                    apply = self._stacks[f"{part}/stage{i}/{name}"].apply
-                    block_state = row_state and row_state[name]
-                    x_TD, new_state[name] = apply(row_weights[name], x_TD, block_state, position)
-                return x_TD, row_state and new_state
-
-            if self.remat if remat is None else remat:
-                one_period = jax.checkpoint(one_period, prevent_cse=False)
-            rows = (stage_weights, stage_state)
-            unroll = stage.repeats <= UNROLL_UP_TO
-            x_TD, new_blocks[f"stage{i}"] = jax.lax.scan(one_period, x_TD, rows, unroll=unroll)
+            x_TD, new_blocks[f"stage{i}"] = run_stage(
+                {
+                    f"block{j}": self.stacks[f"{part}/stage{i}/block{j}"]
+                    for j in range(len(stage.kinds))
+                },
+                weights[part][f"stage{i}"],
+                state and state["blocks"][part][f"stage{i}"],
+                x_TD,
+                position,
+                remat=self.remat if remat is None else remat,
+            )
         if state is None:
             return x_TD, None
         blocks = {**state["blocks"], part: new_blocks}

@@ -126,6 +126,8 @@ class TTTLayer(nnx.Module):
         """The inner learning rate of each place in a mini-batch, without that of the token."""
         return learning_rates(self.base_lr, self.head_dim, self.token_idx[...])
 
+    keeps = "carried"  # the whole state is new after every call
+
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state of a sequence of which nothing has been read; its size is constant.
 

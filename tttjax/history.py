@@ -1,0 +1,126 @@
+"""What the upper half of a model keeps of its past, for B sequences read chunk by chunk.
+
+A window of keys and values, rolled on at every chunk, would have to be stored at every chunk for
+the backward pass. Here each lies once, in a buffer as long as the sequence, from which a chunk
+takes its window by place. What has no rows, a recurrent state, is carried and stored per chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.models import Cut
+from tttjax.types import Array, PyTree
+
+ROWS = 2  # the axis of a buffer along which tokens lie: [B, blocks, rows, ...]
+
+
+class Past(NamedTuple):
+    """Leaves of the state in order: `kept` by place (windows, whole pasts), `carried` otherwise.
+
+    A leaf that belongs to the other list is None.
+    """
+
+    kept: tuple[Array | None, ...]
+    carried: tuple[Array | None, ...]
+
+
+class History:
+    """How the leaves of the upper half's state are kept, and views of them. Holds no arrays."""
+
+    def __init__(self, cut: Cut, chunks: int, chunk_size: int, batch: int):
+        shapes = jax.eval_shape(lambda: cut.init_state(chunks * chunk_size))["blocks"]
+        self.leaves, self.tree = jax.tree.flatten(shapes)
+        self.kinds = tuple(jax.tree.leaves(cut.keeps()))
+        self.chunks, self.chunk_size, self.batch = chunks, chunk_size, batch
+
+    def start(self) -> Past:
+        """Nothing has been read: zeros."""
+
+        def zeros(leaf, kind):
+            shape = [self.batch, *leaf.shape]
+            if kind == "window":
+                shape[ROWS] += self.chunks * self.chunk_size
+            return jnp.zeros(shape, leaf.dtype)
+
+        made = [zeros(leaf, kind) for leaf, kind in zip(self.leaves, self.kinds, strict=True)]
+        return self._divide(made)
+
+    def _divide(self, leaves) -> Past:
+        is_carried = [kind == "carried" for kind in self.kinds]
+        return Past(
+            tuple(None if c else x for x, c in zip(leaves, is_carried, strict=True)),
+            tuple(x if c else None for x, c in zip(leaves, is_carried, strict=True)),
+        )
+
+    def state(self, past: Past, i: Array) -> PyTree:
+        """The state before chunk i, as `Cut.run` takes it."""
+        first = i * self.chunk_size
+
+        def view(kind, leaf, kept, carried):
+            if kind == "window":
+                return jax.lax.dynamic_slice_in_dim(kept, first, leaf.shape[ROWS - 1], ROWS)
+            return kept if kind == "whole" else carried
+
+        views = [view(*row) for row in zip(self.kinds, self.leaves, *past, strict=True)]
+        blocks = jax.tree.unflatten(self.tree, views)
+        return {"position": first.astype(jnp.int32), "blocks": blocks}
+
+    def write(self, past: Past, state: PyTree, i: Array) -> Past:
+        """`past` with what chunk i added; state: that after the chunk."""
+
+        def one(kind, leaf, kept, new):
+            if kind != "window":
+                return new
+            rows = self._own_rows(new)
+            start = leaf.shape[ROWS - 1] + i * self.chunk_size
+            return jax.lax.dynamic_update_slice_in_dim(kept, rows, start, ROWS)
+
+        new = jax.tree.leaves(state["blocks"])
+        rows = zip(self.kinds, self.leaves, past.kept, new, strict=True)
+        return self._divide([one(*row) for row in rows])
+
+    def _own_rows(self, window: Array) -> Array:
+        """The rows that the last chunk added to a window."""
+        return jax.lax.slice_in_dim(window, -self.chunk_size, None, axis=ROWS)
+
+    # --- cotangents -----------------------------------------------------------------------------
+
+    def pairing(self, state: PyTree, cotangent: Past, i: Array) -> Array:
+        """<cotangent, state> of what chunk i made. state: that after the chunk."""
+
+        def one(kind, leaf, kept, carried, new):
+            if kind == "window":
+                start = leaf.shape[ROWS - 1] + i * self.chunk_size
+                bar = jax.lax.dynamic_slice_in_dim(kept, start, self.chunk_size, ROWS)
+                return jnp.vdot(bar, self._own_rows(new).astype(bar.dtype))
+            bar = kept if kind == "whole" else carried
+            return jnp.vdot(bar, new.astype(bar.dtype))
+
+        new = jax.tree.leaves(state["blocks"])
+        rows = zip(self.kinds, self.leaves, *cotangent, new, strict=True)
+        return sum((one(*row) for row in rows), jnp.zeros(()))
+
+    def zero_cotangent(self) -> Past:
+        """Of the state after the last chunk, which nothing depends on; float32 at least."""
+        widened = [
+            None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            for half in self.start()
+            for x in half
+        ]
+        return Past(tuple(widened[: len(self.kinds)]), tuple(widened[len(self.kinds) :]))
+
+    def before(self, cotangent: Past, blocks_bar: PyTree, i: Array) -> Past:
+        """The cotangent before chunk i, from that after it and that of the state it read."""
+
+        def one(kind, kept, bar):
+            if kind != "window":
+                return bar.astype(jnp.promote_types(bar.dtype, jnp.float32))
+            start = (0,) * ROWS + (i * self.chunk_size,) + (0,) * (kept.ndim - ROWS - 1)
+            seen = jax.lax.dynamic_slice(kept, start, bar.shape)
+            return jax.lax.dynamic_update_slice(kept, seen + bar.astype(kept.dtype), start)
+
+        bars = jax.tree.leaves(blocks_bar)
+        rows = zip(self.kinds, cotangent.kept, bars, strict=True)
+        return self._divide([one(*row) for row in rows])
