@@ -15,12 +15,15 @@ an interrupted one stopped, or writes the report again at once. docs/report.md s
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
+from tttjax.errors import UserError
 from tttjax.evaluate import Learning
-from tttjax.report.entries import Entry, parse_entry
+from tttjax.report.entries import DYNAMIC, Entry, parse_entry
 from tttjax.report.make import make_report
 from tttjax.report.results import Report, SystemResult
 
@@ -78,11 +81,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--title", default="", help="the report's title")
 
 
+def _with_rate(entries: Sequence[Entry], lr: float) -> list[Entry]:
+    """Those in the mode dynamic get the inner learning rate. UserError if there is none."""
+    if not any(entry.mode == DYNAMIC for entry in entries):
+        raise UserError(
+            f"--dynamic-lr={lr:g} is for runs in the mode {DYNAMIC}, and there is none; write "
+            f"LABEL=DIR:{DYNAMIC}"
+        )
+    learning = Learning(dynamic_lrs=(lr,))
+    return [replace(e, learning=learning) if e.mode == DYNAMIC else e for e in entries]
+
+
 def run(args: argparse.Namespace) -> int:
     """`tttjax report` from parsed arguments; the exit code."""
-    learning = Learning(dynamic_lrs=() if args.dynamic_lr is None else (args.dynamic_lr,))
+    entries = [parse_entry(text) for text in args.runs]
+    if args.dynamic_lr is not None:
+        entries = _with_rate(entries, args.dynamic_lr)
     report = make_report(
-        [parse_entry(text, learning) for text in args.runs],
+        entries,
         Path(args.out),
         data=args.data,
         split=args.split,

@@ -10,7 +10,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate import Learning, Run, RunSpec, open_run
 from tttjax.evaluate.runs import MODES, choose_modes, learning_rates
 
-AUTO = "auto"
+AUTO, DYNAMIC = "auto", "dynamic"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class System:
         return set(self.config.model.mixers) == {"full"} and self.mode == "off"
 
 
-def parse_entry(text: str, learning: Learning | None = None) -> Entry:
+def parse_entry(text: str) -> Entry:
     """`label=DIR`, `label=DIR:mode`, `DIR` or `DIR:mode`; without a label the folder's name."""
     label, folder = "", text
     if "=" in text and not Path(text).exists():
@@ -98,7 +98,7 @@ def parse_entry(text: str, learning: Learning | None = None) -> Entry:
     if not folder:
         raise UserError(f"{text!r} names no directory; write LABEL=DIR")
     label = label or Path(folder).resolve().name
-    return Entry(label, Path(folder), mode, learning=learning or Learning())
+    return Entry(label, Path(folder), mode)
 
 
 def open_systems(entries: Sequence[Entry]) -> tuple[System, ...]:
