@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tttjax.errors import UserError
@@ -192,7 +193,7 @@ def products(f, *args):
         total = 0
         for eqn in jaxpr.eqns:
             inside = times * eqn.params.get("length", 1)
-            for sub in jax.core.jaxprs_in_params(eqn.params):
+            for sub in jaxprs_in_params(eqn.params):
                 total += count(sub, inside)
             if eqn.primitive.name == "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]
