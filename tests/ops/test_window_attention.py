@@ -45,63 +45,174 @@ def close(got, wanted, tolerance=1e-12):
 
 
 CASES = {
-    # queries, past, position, window, block, tiling
-    "start, one block": (6, 8, 0, 8, 0, (6, 8)),
-    "start, in blocks": (6, 8, 0, 8, 0, (2, 3)),
-    "window partly filled": (6, 8, 5, 8, 0, (3, 2)),
-    "window just full": (6, 8, 8, 8, 0, (2, 4)),
-    "long ago": (6, 8, 1000, 8, 0, (2, 2)),
-    "nothing divides": (7, 9, 11, 9, 0, (3, 4)),
-    "nothing divides, start": (7, 9, 4, 9, 0, (5, 4)),
-    "keys of a block beyond the past": (3, 5, 4, 5, 0, (2, 7)),
-    "window of the chunk": (6, 6, 6, 6, 0, (4, 4)),
-    "window larger than the past": (4, 5, 5, 50, 0, (3, 2)),
-    "window smaller than the past": (5, 9, 20, 3, 0, (2, 2)),
-    "window of one": (5, 3, 7, 1, 0, (2, 2)),
-    "no window": (5, 6, 4, 0, 0, (2, 4)),
-    "single query": (1, 8, 5, 8, 0, (1, 3)),
-    "no past": (5, 0, 0, 3, 0, (2, 2)),
-    "blocks of the sequence": (5, 9, 13, 0, 6, (2, 2)),
-    "blocks and a window": (5, 9, 10, 4, 6, (2, 4)),
-    "chosen": (6, 8, 5, 8, 0, (0, 0)),
+    # queries, past, window, block, tiling, positions: the start, a part, just full, long ago
+    "one block": (6, 8, 8, 0, (6, 8), (0, 5, 1000)),
+    "in blocks": (6, 8, 8, 0, (2, 4), (0, 3, 8, 1000)),
+    "nothing divides": (7, 9, 9, 0, (3, 4), (0, 1, 4, 9, 11)),
+    "blocks longer than either side": (3, 5, 5, 0, (2, 7), (0, 4, 9)),
+    "window of the chunk": (6, 6, 6, 0, (4, 4), (0, 6, 12)),
+    "window larger than the past": (4, 5, 50, 0, (3, 2), (0, 5, 100)),
+    "window smaller than the past": (5, 9, 3, 0, (2, 2), (0, 5, 20)),
+    "window of one": (5, 3, 1, 0, (2, 2), (0, 7)),
+    "no window": (5, 6, 0, 0, (2, 4), (0, 4)),
+    "single query": (1, 8, 8, 0, (1, 3), (0, 5, 9)),
+    "no past": (5, 0, 3, 0, (2, 2), (0,)),
+    "blocks of the sequence and a window": (5, 9, 4, 6, (2, 2), (0, 5, 10, 13)),
+    "blocks of the sequence": (5, 9, 0, 6, (2, 2), (0, 5, 13)),
+    "sizes chosen": (6, 8, 8, 0, (0, 0), (5,)),
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
-def case(request):
-    queries, past, position, window, block, tiling = request.param
-    return chunk(queries, past), position, Sight(window, block), Tiling(*tiling)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_value_gradient_and_gradient_of_a_tangent(case):
+    """What the meta-gradient takes, reverse over (value, tangent along q and own keys); and once.
 
+    Of nonlinear functions, so that cotangents differ everywhere; past keys included.
+    """
+    queries, past, window, block, tiling, positions = case
+    x, dot = chunk(queries, past), chunk(queries, 0, seed=1)
+    weight = chunk(queries, 0, seed=2)
+    sight = Sight(window, block)
 
-def test_value_and_gradient(case):
-    """Of a nonlinear function, so that cotangents differ; past keys included."""
-    x, position, sight, tiling = case
+    def scalars(once, twice):
+        def first(x, position):
+            return jnp.sum(jnp.sin(once(x, position) * weight.q))
 
-    def loss(f):
-        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(f(x) * weight))))
-
-    weight = chunk(x.q.shape[1], 0, seed=1).q
-    got = loss(lambda x: window_attention(*x, position, sight, tiling))(x)
-    close(got, loss(lambda x: dense(x, position, sight))(x))
-
-
-def test_gradient_of_a_tangent(case):
-    """What the meta-gradient takes: reverse over (value, tangent along q and own keys)."""
-    x, position, sight, tiling = case
-    dot = chunk(x.q.shape[1], 0, seed=2)
-    weight = chunk(x.q.shape[1], 0, seed=3)
-
-    def scalar(f):
-        def of(x, along):
+        def second(x, along, position):
             def inner(q, k_own, v_own):
-                o = f(x._replace(q=q, k_own=k_own, v_own=v_own))
+                o = twice(x._replace(q=q, k_own=k_own, v_own=v_own), position)
                 return o, jnp.sum(jnp.cos(o * weight.q))
 
             own = (x.q, x.k_own, x.v_own), (along.q, along.k_own, along.v_own)
             (o, loss), (o_dot, loss_dot) = jax.jvp(inner, *own)
             return loss + loss_dot + jnp.sum(o * weight.k_own + jnp.sin(o_dot))
 
-        return jax.jit(jax.value_and_grad(of, argnums=(0, 1)))
+        def all_of_them(position):
+            of_second = jax.value_and_grad(second, argnums=(0, 1))
+            return jax.value_and_grad(first)(x, position), of_second(x, dot, position)
 
-    got = scalar(lambda x: window_attention_twice(*x, position, sight, tiling))(x, dot)
-    close(got, scalar(lambda x: dense(x, position, sight))(x, dot), 2e-12)
+        return jax.jit(all_of_them)
+
+    got = scalars(
+        lambda x, position: window_attention(*x, position, sight, Tiling(*tiling)),
+        lambda x, position: window_attention_twice(*x, position, sight, Tiling(*tiling)),
+    )
+    wanted = scalars(*2 * [lambda x, position: dense(x, position, sight)])
+    for position in positions:
+        close(got(position), wanted(position), 2e-12)
+
+
+SIGHT, TILING, POSITION = Sight(window=5), Tiling(3, 2), 3  # two slots of the past are empty
+
+
+def small_losses():
+    """One nonlinear function of a small chunk: with `once`, with `twice`, by the definition."""
+    weight = chunk(4, 0, seed=1).q
+
+    def loss(o):
+        return jnp.sum(jnp.sin(o * weight))
+
+    return (
+        lambda x: loss(window_attention(*x, POSITION, SIGHT, TILING)),
+        lambda x: loss(window_attention_twice(*x, POSITION, SIGHT, TILING)),
+        lambda x: loss(dense(x, POSITION, SIGHT)),
+    )
+
+
+def test_second_derivatives_however_they_are_taken():
+    """Jvp of grad, and grad of jvp, in every direction (past too), are the definition's.
+
+    The definition's are taken as grad of grad: all three orders meet.
+    """
+    once, twice, by_definition = small_losses()
+    x, dot = chunk(4, 5), chunk(4, 5, seed=2)
+
+    def grad_of_grad(x):
+        grad = jax.grad(by_definition)(x)
+        return sum(jnp.sum(g * d) for g, d in zip(grad, dot, strict=True))
+
+    wanted = jax.jit(jax.grad(grad_of_grad))(x)
+    close(jax.jit(lambda x: jax.jvp(jax.grad(once), (x,), (dot,))[1])(x), wanted)
+    close(jax.jit(jax.grad(lambda x: jax.jvp(twice, (x,), (dot,))[1]))(x), wanted)
+
+
+def test_past_that_is_not_differentiated_is_not_worked_on():
+    """The inner step takes 3 products with the past where the gradient of everything takes 5."""
+    once, twice, _ = small_losses()
+    x = chunk(4, 5)
+
+    def products(f, *arguments):
+        return str(jax.make_jaxpr(f)(*arguments)).count("dot_general[")
+
+    def inner(q, k_own, v_own):
+        return once(x._replace(q=q, k_own=k_own, v_own=v_own))
+
+    own = x.q, x.k_own, x.v_own
+    everything = products(jax.grad(once), x)
+    assert products(jax.grad(inner, argnums=(0, 1, 2)), *own) == everything - 2
+    tangent = products(lambda *own: jax.jvp(inner_twice(x, twice), own, own), *own)
+    assert tangent == products(lambda x: jax.jvp(twice, (x,), (x,)), x) - 2
+
+
+def inner_twice(x, twice):
+    return lambda q, k_own, v_own: twice(x._replace(q=q, k_own=k_own, v_own=v_own))
+
+
+def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimension():
+    x, dot = chunk(4, 5), chunk(4, 0, seed=2)._replace(k_past=None, v_past=None)
+    o, o_dot = window_attention_pair(x, dot, POSITION, SIGHT, TILING)
+    close(o, window_attention(*x, POSITION, SIGHT, TILING))
+
+    def one(x, dot):
+        return window_attention_pair(x, dot, POSITION, SIGHT, TILING)
+
+    close((o, o_dot), jax.vmap(one)(x, dot), 1e-14)
+
+
+def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
+    """A constant in k's tangent moves all scores alike and must not drown the rest."""
+    wide, dot = chunk(16, 24), chunk(16, 0, seed=3)
+    dot = Chunk(dot.q, None, None, dot.k_own + 30.0, dot.v_own)
+    bars = chunk(16, 0, seed=4)
+
+    def derivatives(dtype, attention):
+        x, along, (o_bar, _, _, o_dot_bar, _) = jax.tree.map(
+            lambda y: y.astype(jnp.bfloat16).astype(dtype), (wide, dot, bars)
+        )
+
+        def pair(x, along):
+            own = (x.q, x.k_own, x.v_own), (along.q, along.k_own, along.v_own)
+            return jax.jvp(lambda q, k, v: attention(x._replace(q=q, k_own=k, v_own=v)), *own)
+
+        out, back = jax.vjp(pair, x, along)
+        return out, back((o_bar, o_dot_bar))
+
+    sight = Sight(window=24)
+    exact, rough = (derivatives(d, lambda x: dense(x, 10, sight)) for d in (float, jnp.bfloat16))
+    got = derivatives(jnp.bfloat16, lambda x: window_attention_twice(*x, 10, sight, Tiling(8, 8)))
+    for ours, theirs, true in zip(*map(jax.tree.leaves, (got, rough, exact)), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        scale = np.linalg.norm(true)
+        error, allowed = (np.linalg.norm(y.astype(float) - true) / scale for y in (ours, theirs))
+        assert error < max(0.02, 1.5 * allowed)
+
+
+def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
+    def temporary(queries, past):
+        x, dot = chunk(queries, past, dtype=np.float32), chunk(queries, 0, dtype=np.float32)
+        dot = dot._replace(k_past=None, v_past=None)
+
+        def pair_and_back(x, dot, position):
+            def pair(x, dot):
+                return window_attention_pair(x, dot, position, Sight(past), Tiling(64, 64))
+
+            out, back = jax.vjp(pair, x, dot)
+            return out, back(out)
+
+        compiled = jax.jit(pair_and_back).lower(x, dot, jnp.int32(past)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(256, 512), temporary(512, 1024)
+    scores = 4 * BATCH * HEADS * 512 * (512 + 1024)
+    assert long < 2.1 * short
+    assert long < scores / 2  # of the pair there would be several

@@ -1,7 +1,7 @@
 """Walking over blocks: which blocks of keys a block of queries sees, and loops over them alone.
 
-Arrays that belong to queries have their heads first inside, [..., H, C, K] and [..., H, C]; keys are
-cut from [..., S, H, K] as they are.
+Arrays that belong to queries have their heads first inside, [..., H, C, K] and [..., H, C]; keys
+are cut from [..., S, H, K] as they are.
 """
 
 import math
@@ -16,6 +16,7 @@ from tttjax.types import Array
 
 TILE_ENTRIES = 2**22  # scores of one block over all heads and sequences: 16 MiB in float32
 LEAST = 128  # shorter blocks keep matrix units idle
+KEYS_FIRST = 512  # keys of a block before its queries are divided
 
 
 class Tiling(NamedTuple):
@@ -64,16 +65,17 @@ def tiling_of(shape: tuple[int, ...], keys: int, tiling: Tiling) -> Tiling:
     Those that `tiling` leaves open are as large as TILE_ENTRIES allows.
     """
     *lead, queries, heads, _ = shape
-    most = TILE_ENTRIES // max(1, heads * math.prod(lead))
-    query = tiling.query or _even(queries, max(LEAST, most // max(LEAST, min(keys, 512))))
-    key = tiling.key or _even(keys, max(LEAST, most // query))
+    most = max(1, TILE_ENTRIES // (heads * math.prod(lead)))
+    query = tiling.query or _fit(queries, max(LEAST, most // min(keys, KEYS_FIRST)))
+    key = tiling.key or _fit(keys, max(LEAST, most // query))
     return Tiling(min(queries, query), key)
 
 
-def _even(length: int, most: int) -> int:
-    """The size of pieces when `length` is divided into as few as possible of at most `most`."""
-    pieces = -(-length // most)
-    return -(-length // pieces)
+def _fit(length: int, most: int) -> int:
+    """The size of pieces of `length`: `most`, or a divisor if there is one not far below."""
+    if length <= most:
+        return length
+    return next((size for size in range(most, most // 2, -1) if length % size == 0), most)
 
 
 def cut(x: Array, piece: Piece, axis: int) -> Array:
@@ -182,43 +184,44 @@ def by_keys(
 
     step(rows, keys, seen, wanted) -> what is added to `to_rows`, arrays [..., H, C, K], and to the
     side's member of `to_keys`, arrays [..., S, H, K] (wanted False: it is empty); parts of both
-    come as [..., H, Q, K] and [..., H, S, K] and are summed in their own dtype.
+    come as [..., H, Q, K] and [..., H, S, K] and are summed in the dtype of `to_rows`.
     """
     results = []
     for side, out in zip(sides, to_keys, strict=True):
-        length, size = side.k.shape[-3], min(view.tiling.key, side.k.shape[-3])
-
-        def block(cols, carry, side=side, size=size):
-            to_rows, out = carry
-            keys = cut_side(side, cols)
-
-            def meet(rows, carry):
-                to_rows, sums = carry
-                seen = _seen(view, rows, side.first, cols)
-                query = rows.start + jnp.arange(rows.size)
-                seen &= (query >= rows.fresh)[:, None]
-                for_rows, for_keys = step(rows, keys, seen, bool(sums))
-                to_rows = tuple(
-                    _add(x, part, rows, -2) for x, part in zip(to_rows, for_rows, strict=True)
-                )
-                return to_rows, tuple(x + part for x, part in zip(sums, for_keys, strict=True))
-
-            wide = to_rows[0].dtype
-            sums = tuple(
-                jnp.zeros((*x.shape[:-3], x.shape[-2], size, x.shape[-1]), wide) for x in out
-            )
-            low = side.first + cols.start
-            high = _seen_until(view, low + size - 1)
-            to_rows, sums = _pieces(
-                low, high, view.length, view.tiling.query, meet, (to_rows, sums)
-            )
-            write = _put if length % size == 0 else _add
-            parts = (jnp.swapaxes(x, -2, -3) for x in sums)
-            return to_rows, tuple(
-                write(x, part, cols, -3) for x, part in zip(out, parts, strict=True)
-            )
-
-        low = _first_seen(view, 0) - side.first
-        to_rows, out = _pieces(low, length, length, size, block, (to_rows, out))
+        to_rows, out = _by_keys_of(side, view, step, to_rows, out)
         results.append(out)
     return to_rows, results
+
+
+def _by_keys_of(
+    side: Side, view: View, step: Callable, to_rows: tuple, out: tuple
+) -> tuple[tuple, tuple]:
+    """`by_keys` for one side: a block of keys stays while all queries that see it pass by."""
+    length = side.k.shape[-3]
+    size = min(view.tiling.key, length)
+
+    def block(cols, carry):
+        to_rows, out = carry
+        keys = cut_side(side, cols)
+
+        def meet(rows, carry):
+            to_rows, sums = carry
+            fresh = rows.start + jnp.arange(rows.size) >= rows.fresh
+            seen = _seen(view, rows, side.first, cols) & fresh[:, None]
+            for_rows, for_keys = step(rows, keys, seen, bool(sums))
+            added = zip(to_rows, for_rows, strict=True)
+            to_rows = tuple(_add(x, part, rows, -2) for x, part in added)
+            return to_rows, tuple(x + part for x, part in zip(sums, for_keys, strict=True))
+
+        wide = to_rows[0].dtype
+        sums = tuple(jnp.swapaxes(jnp.zeros_like(cut(x, cols, -3), wide), -2, -3) for x in out)
+        low = side.first + cols.start
+        high = _seen_until(view, low + size - 1)
+        to_rows, sums = _pieces(low, high, view.length, view.tiling.query, meet, (to_rows, sums))
+        # Only a piece that was moved back meets entries that the one before has written.
+        write = _add if length % size else _put
+        parts = zip(out, sums, strict=True)
+        return to_rows, tuple(write(x, jnp.swapaxes(y, -2, -3), cols, -3) for x, y in parts)
+
+    low = _first_seen(view, 0) - side.first
+    return _pieces(low, length, length, size, block, (to_rows, out))
