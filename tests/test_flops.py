@@ -56,6 +56,18 @@ def test_train_flops_by_hand():
     assert with_inner(meta_gradient="truncated", truncate_chunks=4) == pytest.approx(exact)
 
 
+def test_the_parts_of_a_train_step():
+    exact = flops.train_flops_by_part(MODEL, INNER, 16)
+    assert exact.total == flops.train_flops_per_token(MODEL, INNER, 16)
+    assert exact.prefix == pytest.approx(PROJECTIONS + SCORES + MLP)
+    assert exact.suffix == pytest.approx(2 * (PROJECTIONS + SCORES + 2 * MLP) + HEAD)
+    assert exact.outer == pytest.approx(2 * (exact.prefix + exact.suffix + exact.inner_backward))
+    static = flops.train_flops_by_part(MODEL, replace(INNER, meta_gradient="none"), 16)
+    assert (static.prefix, static.suffix) == (exact.prefix, exact.suffix)
+    assert static.inner_backward == 0
+    assert static.outer == pytest.approx(2 * (exact.prefix + exact.suffix))
+
+
 def test_train_flops_without_fast_weights_are_three_forward_passes():
     model = dataclasses.replace(MODEL, suffix_layers=0, fast_mlp=False, mixers=("full",))
     forward = flops.forward_flops_per_token(model, INNER, 16)

@@ -1,0 +1,111 @@
+"""Bytes by kind: exact from shardings, what loops keep, and the estimate of the peak."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tttjax.plan.memory import bytes_per_device, estimate_temporary, saved_bytes
+from tttjax.sharding import make_mesh
+
+KiB = 2**10
+X = jnp.ones((16, 16))  # 1 KiB
+
+
+def estimate(function, *args) -> float:
+    return estimate_temporary(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def test_bytes_of_the_share_of_one_device():
+    mesh = make_mesh(2, 4, 1)
+    divided = NamedSharding(mesh, PartitionSpec("fsdp"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    tree = [
+        jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=divided),
+        jax.ShapeDtypeStruct((8,), jnp.float32, sharding=whole),
+    ]
+    assert bytes_per_device(tree) == 2 * 3 * 2 + 8 * 4
+
+
+def test_trajectory_and_activations_are_told_apart_by_shape():
+    fast = {"w": jnp.ones((4, 4))}
+    steps = 5
+
+    def loss(w, x):
+        def step(w, _):
+            return w - jnp.outer(jnp.sin(w @ x), x), None
+
+        return jnp.sum(jax.lax.scan(step, w, None, length=steps)[0])
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(fast["w"], jnp.ones(4)).jaxpr
+    saved = saved_bytes(jaxpr, fast)
+    assert saved.trajectory == 0  # w enters linearly: what is kept is the cosine
+    assert saved.activations == pytest.approx(steps * 4 * 4, rel=1.01)
+
+    def keeps_weights(w, x):
+        def step(w, _):
+            return w - (w @ w), None
+
+        return jnp.sum(jax.lax.scan(step, w, None, length=steps)[0])
+
+    jaxpr = jax.make_jaxpr(jax.grad(keeps_weights))(fast["w"], jnp.ones(4)).jaxpr
+    assert saved_bytes(jaxpr, fast).trajectory >= steps * 64
+
+
+def test_stacked_results_that_no_loop_reads_are_not_kept():
+    def collect(x):
+        return jax.lax.scan(lambda x, _: (x @ x, x), x, None, length=3)[1]
+
+    assert saved_bytes(jax.make_jaxpr(collect)(X).jaxpr, {}).activations == 0
+
+
+def test_a_chain_of_elementwise_operations_is_one_array():
+    assert estimate(lambda x: jnp.exp(jnp.sin(x) + 1) * 2, X) == KiB
+
+
+def test_arrays_live_from_where_they_are_made_to_where_they_are_last_read():
+    def chain(x):
+        for _ in range(5):
+            x = x @ X
+        return x
+
+    assert estimate(chain, X) == 2 * KiB  # one read, one written
+
+    def at_once(x):
+        parts = [x @ X for _ in range(5)]
+        while len(parts) > 1:
+            parts = [parts[0] @ parts[1], *parts[2:]]
+        return parts[0]
+
+    assert estimate(at_once, X) == 6 * KiB
+
+
+def test_loops_hold_what_they_stack_and_one_round():
+    def stacks(x):
+        return jax.lax.scan(lambda x, _: (x @ X, x @ X), x, None, length=10)
+
+    assert 11 * KiB <= estimate(stacks, X) <= 13 * KiB
+
+
+def test_updates_happen_in_place():
+    def write(x):
+        table = jnp.zeros((64, 16))  # 4 KiB
+        return jax.lax.dynamic_update_slice(table + x[0, 0], x, (0, 0))
+
+    assert estimate(write, X) <= 5 * KiB
+
+
+def test_recomputation_needs_less():
+    def loss(x, body):
+        for _ in range(6):
+            x = body(x)
+        return jnp.sum(x)
+
+    def body(x):
+        for _ in range(4):
+            x = jnp.sin(x @ X)
+        return x
+
+    plain = estimate(jax.grad(lambda x: loss(x, body)), X)
+    again = estimate(jax.grad(lambda x: loss(x, jax.checkpoint(body))), X)
+    assert again < 0.7 * plain

@@ -1,0 +1,88 @@
+"""The nearest recipe that fits: what is offered, in which order, and what never is."""
+
+import dataclasses
+
+import pytest
+from small import small_config
+
+from tttjax.plan.memory import Memory
+from tttjax.plan.propose import candidates, find_fitting, predict
+
+DEVICES = 8
+
+
+def recipe(**sections):
+    values = {"train": {"batch_size": 32, "steps": 20, "seq_len": 12}, "inner": {"remat": True}}
+    values["model"] = {"remat": "block"}
+    for name, changes in sections.items():
+        values[name] = values.get(name, {}) | changes
+    return small_config(**values)
+
+
+def needs(parameters=10.0, working=120.0) -> Memory:
+    return Memory(parameters, 2 * parameters, 0.0, 0.0, 0.0, working, 0.0, "compiler")
+
+
+def offered(config, needed, capacity) -> list[dict[str, str]]:
+    return [c.changes for c in candidates(config, DEVICES, needed, capacity)]
+
+
+def test_the_prediction_of_the_same_recipe_is_what_it_needs():
+    config = recipe()
+    assert predict(config, config, DEVICES, needs()) == pytest.approx(150)
+
+
+def test_one_small_change_comes_first():
+    # state 30, gathered weights and gradient 20, 4 sequences of 25
+    first = offered(recipe(), needs(), 110)[0]
+    assert first == {"train.accum_steps": "2"}
+    assert offered(recipe(), needs(), 80)[0] == {"train.accum_steps": "4"}
+    assert offered(recipe(), needs(), 65)[0] == {"mesh.fsdp": "2", "train.accum_steps": "4"}
+
+
+def test_where_the_state_is_too_large_weights_are_divided():
+    assert offered(recipe(), needs(parameters=40, working=84), 110)[0] == {
+        "mesh.fsdp": "8",
+    }
+
+
+def test_recomputation_is_offered_only_where_it_is_off():
+    on = offered(recipe(), needs(), 110)
+    assert on
+    assert not any("inner.remat" in changes for changes in on)
+    off = recipe(inner={"remat": False})
+    assert {"inner.remat": "true"} in offered(off, needs(), 110)
+
+
+def test_every_candidate_is_a_valid_recipe_with_the_same_batch():
+    for candidate in candidates(recipe(), DEVICES, needs(), 110):
+        config = candidate.config
+        assert config.train.batch_size == 32
+        assert 32 // config.train.accum_steps % (DEVICES // config.mesh.tensor) == 0
+
+
+def test_a_fixed_data_axis_makes_room():
+    config = recipe(mesh={"data": 8})
+    assert {"mesh.fsdp": "2", "mesh.data": "-1"} in offered(config, needs(), 145)
+
+
+def test_nothing_is_offered_where_nothing_fits():
+    assert offered(recipe(), needs(), 5) == []
+
+
+def test_predictions_are_checked_and_the_next_one_tried():
+    tried = []
+
+    def fits(config):
+        tried.append(config)
+        return len(tried) == 2
+
+    found = find_fitting(recipe(), DEVICES, needs(), 110, fits)
+    assert found.config is tried[1]
+    assert find_fitting(recipe(), DEVICES, needs(), 110, lambda config: False, tries=3) is None
+
+
+def test_the_recipe_itself_is_not_offered():
+    config = recipe()
+    assert all(c.config != config for c in candidates(config, DEVICES, needs(), 1e9))
+    assert dataclasses.replace(config) == config
