@@ -27,7 +27,13 @@ import optax
 from tttjax import inner_loop
 from tttjax.history import History, Past
 from tttjax.models import Cut, combine
-from tttjax.ops.cross_entropy import masked_mean
+from tttjax.ops.cross_entropy import (
+    Slope,
+    blocked_nll_twice,
+    blocked_nll_with_slope,
+    masked_mean,
+    token_nll_in_blocks,
+)
 from tttjax.types import Array, PyTree
 
 
@@ -69,37 +75,48 @@ class _Saved(NamedTuple):
     rule_state: PyTree
     g: PyTree
     carried: tuple[Array | None, ...]
+    slope: Slope | None  # of the losses, in the last hidden states; None with a fast head
 
 
 # --- one chunk --------------------------------------------------------------------------------
 
 
-def _chunk_loss(loop: Loop, slow, fast, state, chunk: Chunks):
-    """One sequence: (loss, (state, has_targets, nll)); `chunk` without its N and B."""
-    model = loop.cut.model
-    weights = combine(slow, fast)
-    x_CD, state = loop.cut.run(weights, state, chunk.x_NBCD)
-    nll_C = model.nll(weights, x_CD, chunk.target_NBC, block=loop.logit_rows)
-    has_targets = jnp.any(chunk.mask_NBC)
-    return masked_mean(nll_C, chunk.mask_NBC), (state, has_targets, nll_C)
-
-
 STATE_AXES = {"position": None, "blocks": 0}
 
 
-def _batch_loss(loop: Loop, slow, fast, state, chunk: Chunks):
-    """The same of B sequences: (loss [B], (state, has_targets [B], nll [B, C]))."""
-    one = partial(_chunk_loss, loop)
-    return jax.vmap(one, in_axes=(None, 0, STATE_AXES, 0), out_axes=(0, (STATE_AXES, 0, 0)))(
-        slow, fast, state, chunk
-    )
+def _batch_loss(loop: Loop, slow, fast, state, chunk: Chunks, form: str, slope=None):
+    """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
+
+    form: "once" for jax.grad alone, "twice" for jax.grad of jax.jvp. slope: what an earlier call
+    with the same weights and inputs has returned (`ops.cross_entropy.Slope`).
+    """
+    model, cut = loop.cut.model, loop.cut
+
+    def run(fast, state, x_CD):
+        weights = combine(slow, fast)
+        x_CD, state = cut.run(weights, state, x_CD, form)
+        return model.final_norm(weights, x_CD), state
+
+    axes = (0, STATE_AXES, 0)
+    h_BCD, state = jax.vmap(run, in_axes=axes, out_axes=(0, STATE_AXES))(fast, state, chunk.x_NBCD)
+    if "head" in cut.model.fast_paths:
+        nll = partial(token_nll_in_blocks, block=loop.logit_rows)
+        head_BDV = fast["head"].astype(h_BCD.dtype)
+        nll_BC, slope = jax.vmap(nll)(h_BCD, head_BDV, chunk.target_NBC), None
+    else:
+        read = h_BCD, model.head(slow), chunk.target_NBC
+        if form == "twice":
+            nll_BC = blocked_nll_twice(*read, slope, rows_block=loop.logit_rows)
+        else:
+            nll_BC, slope = blocked_nll_with_slope(*read, rows_block=loop.logit_rows)
+    return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, slope)
 
 
 def _loss_and_gradient(loop: Loop, slow, fast, state, chunk: Chunks):
     """(what `_batch_loss` gives, the gradient of each sequence's own loss [B, ...])."""
 
     def total(fast):
-        loss_B, aux = _batch_loss(loop, slow, fast, state, chunk)
+        loss_B, aux = _batch_loss(loop, slow, fast, state, chunk, "once")
         return jnp.sum(loss_B), (loss_B, aux)
 
     (_, out), g = jax.value_and_grad(total, has_aux=True)(fast)
@@ -152,10 +169,10 @@ def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
         fast, rule_state, past = carry
         i, chunk = row
         state = history.state(past, i)
-        (loss_B, (state, _, nll_BC)), g = _loss_and_gradient(loop, slow, fast, state, chunk)
+        (loss_B, (state, nll_BC, slope)), g = _loss_and_gradient(loop, slow, fast, state, chunk)
         new_fast, new_rule_state, norm_B = _update(loop, fast, rule_state, g, chunk, lr)
         kept_fast = fast if loop.trajectory == "store" else None
-        saved = _Saved(kept_fast, rule_state, g, past.carried)
+        saved = _Saved(kept_fast, rule_state, g, past.carried, slope)
         carry = new_fast, new_rule_state, history.write(past, state, i)
         return carry, (Records(loss_B, nll_BC, norm_B), saved)
 
@@ -194,7 +211,10 @@ def _backward(loop: Loop, residuals, cotangents):
             before = {**state, "blocks": blocks}
 
             def loss(fast):
-                loss_B, (after, _, nll_BC) = _batch_loss(loop, slow, fast, before, one)
+                form = "twice" if is_exact else "once"
+                loss_B, (after, nll_BC, _) = _batch_loss(
+                    loop, slow, fast, before, one, form, saved.slope
+                )
                 return loss_B, (after, nll_BC)
 
             if is_exact:

@@ -15,13 +15,18 @@ from flax import nnx
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
 from tttjax.ops.attention import Sight, attend, attend_sequence, visible
 from tttjax.ops.rope import rotate
+from tttjax.ops.window_attention import window_attention, window_attention_twice
 from tttjax.types import Array
 
 State = dict[str, Array] | None
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with QK-norm before RoPE; what it sees is said by `sight`."""
+    """Multi-head attention with QK-norm before RoPE; what it sees is said by `sight`.
+
+    form: of a chunk with a window before it. "dense": all scores in memory, any derivative. "once",
+    "twice": blocked, for jax.grad alone and for jax.grad of jax.jvp (`ops.window_attention`).
+    """
 
     def __init__(
         self,
@@ -37,6 +42,7 @@ class Attention(nnx.Module):
         std: float,
         dtype: jnp.dtype,
         query_block: int,
+        form: str = "dense",
     ):
         def weight(shape, axes):
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
@@ -54,6 +60,7 @@ class Attention(nnx.Module):
         self.sight = sight
         self.rope_theta = rope_theta
         self.query_block = query_block
+        self.form = form
 
     @property
     def memory(self) -> int:
@@ -96,18 +103,25 @@ class Attention(nnx.Module):
     def _attend_window(self, q_THK, k_THK, v_THK, state, position):
         """Keys are the window's, then the new ones, at positions 0..W+T-1 whatever was read."""
         window, length = self.memory, q_THK.shape[0]
-        k_SHK = jnp.concatenate((state["k"], k_THK))
-        v_SHK = jnp.concatenate((state["v"], v_THK))
         slot_S = jnp.arange(window + length)
-        true_S = slot_S - window + position  # negative: a slot that no token has filled yet
-        seen_TS = visible(true_S[window:], true_S, self.sight)
-        y_THK = attend(
-            rotate(q_THK, slot_S[window:], self.rope_theta),
-            rotate(k_SHK, slot_S, self.rope_theta),
-            v_SHK,
-            seen_TS,
-        )
-        return y_THK, {"k": k_SHK[length:], "v": v_SHK[length:]}
+
+        def turn(x_THK, first):
+            return rotate(x_THK, slot_S[first : first + x_THK.shape[0]], self.rope_theta)
+
+        new_state = {
+            name: jnp.concatenate((state[name], new))[length:]
+            for name, new in (("k", k_THK), ("v", v_THK))
+        }
+        q_THK, k_THK, k_past = turn(q_THK, window), turn(k_THK, window), turn(state["k"], 0)
+        if self.form == "dense":
+            true_S = slot_S - window + position  # negative: a slot that no token has filled yet
+            seen_TS = visible(true_S[window:], true_S, self.sight)
+            k_SHK = jnp.concatenate((k_past, k_THK))
+            v_SHK = jnp.concatenate((state["v"], v_THK))
+            return attend(q_THK, k_SHK, v_SHK, seen_TS), new_state
+        attend_blocks = {"once": window_attention, "twice": window_attention_twice}[self.form]
+        y_THK = attend_blocks(q_THK, k_past, state["v"], k_THK, v_THK, position, self.sight)
+        return y_THK, new_state
 
     def _attend_all(self, q_THK, k_THK, v_THK, state, position):
         """Keys are all that were ever read, each at its own position in a buffer."""

@@ -86,6 +86,7 @@ class BlockShape:
     scan_chunk: int
     param_dtype: jnp.dtype
     query_block: int
+    attention_form: str
     mamba: MambaShape
     delta: DeltaShape
     ttt: TTTShape
@@ -161,6 +162,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
         qk_norm=shape.qk_norm,
         norm_eps=shape.norm_eps,
         query_block=shape.query_block,
+        form=shape.attention_form,
         **common,
     )
 

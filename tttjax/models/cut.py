@@ -11,12 +11,13 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
-from tttjax.models.block import Block
+from tttjax.models.block import Block, BlockShape
 from tttjax.models.functional import Stack, empty_state, run_stage
 from tttjax.models.transformer import Transformer, advance
 from tttjax.types import Array, PyTree
 
 MIXING = ("mixer", "pre_conv")  # how the names begin of a block's weights before its MLPs
+ATTENTION_FORMS = ("dense", "once", "twice")
 FIRST = "first"  # the segment of the first row of stage 0, where that is apart from the others
 
 
@@ -61,24 +62,31 @@ class Cut:
     @cached_property
     def segments(self) -> dict[str, Segment]:
         """The upper half by name, in the order in which it runs."""
+        return self._segments_by_form["dense"]
+
+    @cached_property
+    def _segments_by_form(self) -> dict[str, dict[str, Segment]]:
+        return {form: self._make_segments(form) for form in ATTENTION_FORMS}
+
+    def _make_segments(self, form: str) -> dict[str, Segment]:
         model, found = self.model, {}
+        shape = dataclasses.replace(model.shape, attention_form=form)
+
+        def stack(kind: str, height: int, shape: BlockShape = shape) -> Stack:
+            return Stack(lambda rngs: Block(kind, model.fast_mlp, shape, rngs), height)
+
         for i, stage in enumerate(model.stages["suffix"]):
-            name = f"stage{i}"
-            stacks = {
-                f"block{j}": model.stacks[f"suffix/{name}/block{j}"]
-                for j in range(len(stage.kinds))
-            }
             rows = slice(0, stage.repeats)
             if i == 0 and self.lifts_mixers:
-                bare = dataclasses.replace(model.shape, pre_conv=False)
-                only_mlps = Stack(lambda rngs, s=bare: Block("none", model.fast_mlp, s, rngs), 1)
-                first = {k: Stack(s.make, 1) for k, s in stacks.items()} | {"block0": only_mlps}
-                found[FIRST] = Segment(name, slice(0, 1), first)
+                first = {f"block{j}": stack(kind, 1) for j, kind in enumerate(stage.kinds)}
+                only_mlps = dataclasses.replace(shape, pre_conv=False)
+                first["block0"] = stack("none", 1, only_mlps)
+                found[FIRST] = Segment("stage0", slice(0, 1), first)
                 rows = slice(1, stage.repeats)
             height = rows.stop - rows.start
             if height:
-                stacks = {k: Stack(s.make, height) for k, s in stacks.items()}
-                found[name] = Segment(name, rows, stacks)
+                stacks = {f"block{j}": stack(kind, height) for j, kind in enumerate(stage.kinds)}
+                found[f"stage{i}"] = Segment(f"stage{i}", rows, stacks)
         return found
 
     # --- weights ------------------------------------------------------------------------------
@@ -152,10 +160,15 @@ class Cut:
             is_leaf=lambda node: isinstance(node, str),
         )
 
-    def run(self, weights: PyTree, state: PyTree, x_CD: Array) -> tuple[Array, PyTree]:
-        """The upper half over C further tokens. weights: `above` of slow and fast together."""
+    def run(
+        self, weights: PyTree, state: PyTree, x_CD: Array, form: str = "dense"
+    ) -> tuple[Array, PyTree]:
+        """The upper half over C further tokens.
+
+        weights: `above` of slow and fast together. form: of window attention (`Attention`).
+        """
         blocks = {}
-        for name, segment in self.segments.items():
+        for name, segment in self._segments_by_form[form].items():
             x_CD, blocks[name] = run_stage(
                 segment.stacks,
                 weights["suffix"][name],
