@@ -122,7 +122,7 @@ def pair_forward(chunk: Chunk, dot: Chunk, view: View) -> tuple[Array, Array, St
     def step(queries, carry, keys, seen):
         highest, total, mean_dot, sum_o, sum_dot = carry
         highest, fade, weight = _online(highest, _scores(queries[0], keys, seen, wide))
-        score_dot = _score_tangents(*queries, keys, wide)
+        score_dot = _score_tangents(queries[0], queries[1], keys, wide)
         total = total * fade + jnp.sum(weight, axis=-1)
         moved = jnp.sum(weight * (score_dot - mean_dot[..., None]), axis=-1)
         moved = moved / jnp.where(total > 0, total, 1)

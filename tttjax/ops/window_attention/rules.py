@@ -125,7 +125,8 @@ def _pair_backward(sight, tiling, residuals, bars):
     chunk, dot, position, outputs = residuals
     _same_shape(chunk.q, dot.q, *outputs[:2])
     view = view_of(chunk, position, sight, tiling)
-    return *functions.pair_backward(chunk, dot, outputs, *bars, view), None
+    o_bar, o_dot_bar = bars
+    return *functions.pair_backward(chunk, dot, outputs, o_bar, o_dot_bar, view), None
 
 
 _pair.defvjp(_pair_forward, _pair_backward)

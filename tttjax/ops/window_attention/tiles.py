@@ -8,13 +8,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from tttjax.ops.attention import Sight, visible
 from tttjax.types import Array
 
-TILE_ENTRIES = 2**22  # scores of one block over all heads and sequences: 16 MiB in float32
+# Scores of one block over all heads and sequences. On a CPU they should stay in a core's cache
+# (half a MiB in float32); elsewhere they should be enough work for the whole device.
+TILE_ENTRIES = {"cpu": 2**17}
+TILE_ENTRIES_ELSEWHERE = 2**22
 LEAST = 128  # shorter blocks keep matrix units idle
 KEYS_FIRST = 512  # keys of a block before its queries are divided
 
@@ -62,10 +66,12 @@ class Piece(NamedTuple):
 def tiling_of(shape: tuple[int, ...], keys: int, tiling: Tiling) -> Tiling:
     """Block sizes for queries of this shape [..., C, H, K] and at most `keys` keys on a side.
 
-    Those that `tiling` leaves open are as large as TILE_ENTRIES allows.
+    Those that `tiling` leaves open are as large as TILE_ENTRIES allows for JAX's default backend:
+    who compiles for another platform gives both.
     """
     *lead, queries, heads, _ = shape
-    most = max(1, TILE_ENTRIES // (heads * math.prod(lead)))
+    entries = TILE_ENTRIES.get(jax.default_backend(), TILE_ENTRIES_ELSEWHERE)
+    most = entries // (heads * math.prod(lead))
     query = tiling.query or _fit(queries, max(LEAST, most // min(keys, KEYS_FIRST)))
     key = tiling.key or _fit(keys, max(LEAST, most // query))
     return Tiling(min(queries, query), key)
@@ -87,7 +93,8 @@ def cut(x: Array, piece: Piece, axis: int) -> Array:
 
 def cut_side(side: Side, cols: Piece) -> Side:
     """The piece's keys and values, and their tangents if there are any."""
-    return Side(side.first, *(None if x is None else cut(x, cols, -3) for x in side[1:]))
+    k_dot, v_dot = (None if x is None else cut(x, cols, -3) for x in (side.k_dot, side.v_dot))
+    return Side(side.first, cut(side.k, cols, -3), cut(side.v, cols, -3), k_dot, v_dot)
 
 
 def _put(x: Array, update: Array, piece: Piece, axis: int) -> Array:
@@ -140,7 +147,8 @@ def _first_seen(view: View, query: Array | int) -> Array:
 
 def _seen_until(view: View, key: Array | int) -> Array | int:
     """The first query after this key that no longer sees it (`length`: all do)."""
-    position, stop, sight, _ = view
+    position, length, sight, _ = view
+    stop: Array | int = length
     if sight.window:
         stop = jnp.minimum(stop, key + sight.window)
     if sight.block:
