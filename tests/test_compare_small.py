@@ -148,6 +148,22 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     assert "| sgd | 0.01 | inf |" in notes
 
 
+def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
+    plan = Plan("cpu", tmp_path)
+    losses = {"mamba2-lr0.01-seed1": math.inf, "ttt_e2e-x8-seed0": math.inf}
+    losses |= {f"{system}-lr0.01-seed0": 2.5 for system in SYSTEMS}
+    while waiting := [task for task in plan.tasks() if not task.is_done()]:
+        for task in waiting:
+            if task.command:
+                finish(task, plan, losses)
+    found = {(entry.system, entry.context, entry.seed) for entry in summary.entries(plan)}
+    assert len(found) == 9 * 4 * 2 - 4 - 1
+    assert ("mamba2", 256, 1) not in found  # it would have started from the diverged one
+    assert ("ttt_e2e", 1024, 0) not in found
+    notes = summary.notes(plan, "the command")
+    assert "Not in the report because they diverged: mamba2-lr0.01-seed1, mamba2-x2-seed1" in notes
+
+
 def test_losses_are_those_of_the_longest_context(tmp_path):
     assert read_losses(tmp_path) == {}
     write(tmp_path / "results.json", results({0.1: 2.0, 1.0: None}, "dynamic"))

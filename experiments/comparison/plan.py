@@ -102,7 +102,7 @@ class Plan:
 
     def loss(self, run: str) -> float | None:
         """Validation loss of a pretraining run: infinite if it diverged, None if not known."""
-        if (self.workdir(run) / "nonfinite.json").exists():
+        if self.diverged(run):
             return math.inf
         return read_losses(self.workdir(run) / "validation").get(0.0)
 
@@ -147,6 +147,8 @@ class Plan:
                 tasks += self._pretraining(system)
         for system in SYSTEMS:
             for seed in range(self.scale.seeds):
+                if self.lost(system, 1, seed):
+                    continue
                 if system in PRETRAINED_AS:
                     tasks.append(self._adoption(system, seed))
                 tasks += [self._extension(system, n, seed) for n in self.scale.windows]
@@ -165,7 +167,7 @@ class Plan:
         return Task(
             run,
             command,
-            self._finished(run, *(["nonfinite.json"] if seed == 0 else [])),
+            self._finished(run, "nonfinite.json"),
             () if seed == 0 else self._sweep_names(system),
             *self._cost(system, PRETRAIN),
         )
@@ -209,7 +211,8 @@ class Plan:
             arg = f"{system},{EXTEND},{windows}"
             command = self._train_command(run, arg, rate * EXTENSION_SHARE, seed)
             command += (f"--config.train.init_from={start}",)
-        return Task(run, command, self._finished(run), needs, *self._cost(system, EXTEND))
+        products = self._finished(run, "nonfinite.json")
+        return Task(run, command, products, needs, *self._cost(system, EXTEND))
 
     def _origin(self, system: str, seed: int) -> tuple[str, ...]:
         """What a run that starts from a pretrained model waits for."""
@@ -261,6 +264,15 @@ class Plan:
             *(f"--data={self.data}", "--split=val", f"--modes={modes}"),
             *(f"--context-lengths={lengths}", f"--num-sequences={number}", f"--batch-size={batch}"),
         )
+
+    def diverged(self, run: str) -> bool:
+        """Whether a run ended because its losses were no numbers."""
+        return (self.workdir(run) / "nonfinite.json").exists()
+
+    def lost(self, system: str, windows: int, seed: int) -> bool:
+        """Whether there is no model for a context: its run diverged, or the one it starts from."""
+        origin = pretrained(PRETRAINED_AS.get(system, system), self.rate(system), seed)
+        return self.diverged(origin) or self.diverged(self.run(system, windows, seed))
 
     def _finished(self, run: str, *others: str) -> tuple[Path, ...]:
         return tuple(self.workdir(run) / name for name in ("summary.json", *others))

@@ -24,7 +24,9 @@ SYSTEMS = (
 )
 DYNAMIC = "dynamic"  # the ninth: the window model, read with learning at test time
 PRETRAIN, EXTEND = "pretrain", "extend"
-EXTENSION_SHARE = 1 / 3  # peak learning rate of an extension / that of pretraining, as in the paper
+EXTENSION_SHARE = (
+    1 / 3
+)  # peak learning rate of an extension / that of pretraining; the paper's at 760m
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Scale:
     context. rates: ladder of peak learning rates, lowest first; tried: how many in its middle are
     tried at first. dynamic: inner learning rates of dynamic evaluation by update rule.
     sequences: of the longest context that validation and test read, at most.
-    speed: thousand tokens per second by system, measured, for the estimate of time only.
+    speed: thousand tokens per second by system, for the estimate of time only.
     """
 
     model: Mapping[str, Any]

@@ -49,11 +49,23 @@ def entries(plan: Plan) -> list[Entry]:
             )
             for windows in (1, *plan.scale.windows)
             for seed in range(plan.scale.seeds)
+            if not plan.lost(system, windows, seed)
         ]
 
     found = [entry for system in SYSTEMS[:-1] for entry in of(system, system)]
     found += of(DYNAMIC, "window", mode="dynamic", learning=learning)
     return found + of(SYSTEMS[-1], SYSTEMS[-1])
+
+
+def diverged(plan: Plan) -> list[str]:
+    """The runs that are missing from the report."""
+    return [
+        plan.run(system, windows, seed)
+        for system in SYSTEMS
+        for windows in (1, *plan.scale.windows)
+        for seed in range(plan.scale.seeds)
+        if plan.lost(system, windows, seed)
+    ]
 
 
 def best_dynamic(plan: Plan) -> tuple[str, float]:
@@ -67,6 +79,7 @@ def notes(plan: Plan, command: str) -> str:
     scale = plan.scale
     pretraining = scale.pretrain_steps * scale.tokens_per_step
     extension = scale.extension_steps * scale.tokens_per_step
+    lost = diverged(plan)
     shared = ", ".join([*PRETRAINED_AS, *set(PRETRAINED_AS.values())])
     parts = [
         f"Made by `{command}`.",
@@ -74,6 +87,7 @@ def notes(plan: Plan, command: str) -> str:
         f"each of its models extended separately, on {extension:,} tokens more, to "
         f"{', '.join(map(str, scale.windows))} windows, at {EXTENSION_SHARE:.2f} of its best "
         f"learning rate. {shared} share one pretraining: within one window they are the same.",
+        *([f"Not in the report because they diverged: {', '.join(lost)}."] if lost else []),
         "### Learning rates\n\nValidation loss (nats per token at one window, first seed) by peak "
         "learning rate; the best is bold. Where it was at the edge of those tried, one more was "
         "tried.\n\n" + _sweeps(plan),

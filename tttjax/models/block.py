@@ -28,24 +28,26 @@ Mixer = Attention | NoMixer | Mamba2 | GatedDeltaNet | TTTLayer
 
 @dataclass(frozen=True)
 class MambaShape:
-    """Sizes of Mamba-2 layers."""
+    """Sizes of Mamba-2 layers, by the names of its arguments."""
 
     expand: int
     head_dim: int
     state_size: int
     groups: int
     dt_limits: tuple[float, ...]
+    conv_size: int
 
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Sizes of Gated DeltaNet layers."""
+    """Sizes of Gated DeltaNet layers, by the names of its arguments."""
 
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
     negative: bool
+    conv_size: int
 
 
 @dataclass(frozen=True)
@@ -97,37 +99,14 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
 
     Raises ValueError for a kind that there is not.
     """
-    common: dict[str, Any] = {"std": shape.init_std, "dtype": shape.param_dtype}
     if kind == "none":
         return NoMixer()
+    common: dict[str, Any] = {"std": shape.init_std, "dtype": shape.param_dtype}
+    scanned = {"norm_eps": shape.mixer_norm_eps, "chunk": shape.scan_chunk, **common}
     if kind == "mamba2":
-        return Mamba2(
-            shape.embed_dim,
-            rngs,
-            expand=shape.mamba.expand,
-            head_dim=shape.mamba.head_dim,
-            state_size=shape.mamba.state_size,
-            groups=shape.mamba.groups,
-            dt_limits=shape.mamba.dt_limits,
-            conv_size=shape.conv_size,
-            norm_eps=shape.mixer_norm_eps,
-            chunk=shape.scan_chunk,
-            **common,
-        )
+        return Mamba2(shape.embed_dim, rngs, **vars(shape.mamba), **scanned)
     if kind == "gated_deltanet":
-        return GatedDeltaNet(
-            shape.embed_dim,
-            rngs,
-            key_heads=shape.delta.key_heads,
-            value_heads=shape.delta.value_heads,
-            key_dim=shape.delta.key_dim,
-            value_dim=shape.delta.value_dim,
-            negative=shape.delta.negative,
-            conv_size=shape.conv_size,
-            norm_eps=shape.mixer_norm_eps,
-            chunk=shape.scan_chunk,
-            **common,
-        )
+        return GatedDeltaNet(shape.embed_dim, rngs, **vars(shape.delta), **scanned)
     if kind in ("ttt_linear", "ttt_mlp"):
         is_linear = kind == "ttt_linear"
         return TTTLayer(

@@ -53,6 +53,7 @@ def _block_shape(model: Any, chunk_size: int) -> BlockShape:
             state_size=model.mamba_state,
             groups=model.mamba_groups,
             dt_limits=model.mamba_dt_limits,
+            conv_size=model.conv_size,
         ),
         delta=DeltaShape(
             key_heads=key_heads,
@@ -60,6 +61,7 @@ def _block_shape(model: Any, chunk_size: int) -> BlockShape:
             key_dim=key_dim,
             value_dim=value_dim,
             negative=model.delta_negative,
+            conv_size=model.conv_size,
         ),
         ttt=TTTShape(
             num_heads=model.ttt_num_heads,

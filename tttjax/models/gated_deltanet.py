@@ -4,23 +4,26 @@ With `negative`, beta reaches 2 and the memory's transition may have negative ei
 (arXiv 2411.12537).
 """
 
-from math import log
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.errors import UserError
+from tttjax.models.attention import State
 from tttjax.models.layers import normal_weight
+from tttjax.models.recurrent import (
+    initial_a_log,
+    initial_dt_bias,
+    no_inputs,
+    project,
+    uniform_taps,
+)
 from tttjax.ops.delta_rule import gated_delta_rule, gated_delta_rule_recurrent, l2_normalise
 from tttjax.ops.norms import rms_norm
 from tttjax.ops.short_conv import short_conv
 from tttjax.types import Array
 
-State = dict[str, Array] | None
-
 A_RANGE = (1e-4, 16.0)  # uniform(0, 16), but with a finite logarithm
-DT_RANGE = (1e-3, 1e-1)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -57,18 +60,15 @@ class GatedDeltaNet(nnx.Module):
             return normal_weight(rngs, (embed_dim, *heads), axes, std=std, dtype=dtype)
 
         def conv(*heads):
-            bound = conv_size**-0.5
-            value = jax.random.uniform(rngs.params(), (conv_size, *heads), dtype, -bound, bound)
-            return nnx.Param(value, axes=("taps", "heads", "head_dim"))
+            return uniform_taps(rngs, conv_size, heads, ("heads", "head_dim"), dtype)
 
         self.wq, self.wk = into(key_heads, key_dim), into(key_heads, key_dim)
         self.wv, self.wz = into(value_heads, value_dim), into(value_heads, value_dim)
         self.wb, self.wa = into(value_heads), into(value_heads)
         self.conv_q, self.conv_k = conv(key_heads, key_dim), conv(key_heads, key_dim)
         self.conv_v = conv(value_heads, value_dim)
-        self.a_log = nnx.Param(_initial_a_log(rngs, value_heads).astype(dtype), axes=("heads",))
-        dt_bias_H = _initial_dt_bias(rngs, value_heads).astype(dtype)
-        self.dt_bias = nnx.Param(dt_bias_H, axes=("heads",))
+        self.a_log = initial_a_log(rngs, value_heads, *A_RANGE, dtype)
+        self.dt_bias = initial_dt_bias(rngs, value_heads, dtype)
         self.norm = nnx.Param(jnp.ones((value_dim,), dtype), axes=("head_dim",))
         out = (value_heads, value_dim, embed_dim), ("heads", "head_dim", "embed")
         self.wo = normal_weight(rngs, *out, std=std, dtype=dtype)
@@ -82,9 +82,7 @@ class GatedDeltaNet(nnx.Module):
         """The state before the first token; its size does not depend on `max_length`."""
         del max_length
         kernels = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
-        sizes = {name: kernel.shape[-3:] for name, kernel in kernels.items()}
-        past = {name: jnp.zeros((taps - 1, *rest), dtype) for name, (taps, *rest) in sizes.items()}
-        return {"memory": self._empty_memory(dtype), **past}
+        return {"memory": self._empty_memory(dtype), **no_inputs(kernels, dtype)}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
         """x [T, D] -> y [T, D]: exactly one sequence or the next piece of one (see attention)."""
@@ -93,7 +91,7 @@ class GatedDeltaNet(nnx.Module):
 
         def convolved(weight, name):
             kernel_JHK = getattr(self, name)[...]
-            out_THK, last = short_conv(_project(x_TD, weight), kernel_JHK, None, past.get(name))
+            out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, past.get(name))
             return jax.nn.silu(out_THK), last
 
         q_THK, last_q = convolved(self.wq, "conv_q")
@@ -108,7 +106,7 @@ class GatedDeltaNet(nnx.Module):
             o_THV, memory = gated_delta_rule(*inputs, state["memory"], self.chunk)
         if state is not None:
             state = {"memory": memory, "conv_q": last_q, "conv_k": last_k, "conv_v": last_v}
-        y_THV = self._gated_norm(o_THV, _project(x_TD, self.wz))
+        y_THV = self._gated_norm(o_THV, project(x_TD, self.wz))
         return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
 
     def _gates(self, x_TD: Array) -> tuple[Array, Array]:
@@ -131,20 +129,3 @@ class GatedDeltaNet(nnx.Module):
         value_heads, value_dim = self.wv.shape[-2:]
         shape = value_heads, self.wk.shape[-1], value_dim
         return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
-
-
-def _project(x_TD: Array, weight: nnx.Param) -> Array:
-    """[T, D] times [D, ...]"""
-    return jnp.tensordot(x_TD, weight[...].astype(x_TD.dtype), axes=1)
-
-
-def _initial_a_log(rngs: nnx.Rngs, heads: int) -> Array:
-    """log of decay rates uniform in A_RANGE: float32 [H]."""
-    return jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, *A_RANGE))
-
-
-def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
-    """softplus^-1 of time steps log-uniform in DT_RANGE: float32 [H]."""
-    low, high = map(log, DT_RANGE)
-    dt_H = jnp.exp(jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high))
-    return dt_H + jnp.log(-jnp.expm1(-dt_H))

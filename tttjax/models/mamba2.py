@@ -1,7 +1,5 @@
 """Mamba-2 (arXiv 2405.21060): a state-space model whose decay is one number per head and token."""
 
-from math import log, sqrt
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,12 +7,18 @@ from flax import nnx
 from tttjax.errors import UserError
 from tttjax.models.attention import State
 from tttjax.models.layers import normal_weight
+from tttjax.models.recurrent import (
+    initial_a_log,
+    initial_dt_bias,
+    no_inputs,
+    project,
+    uniform_taps,
+)
 from tttjax.ops.norms import rms_norm
 from tttjax.ops.short_conv import short_conv
 from tttjax.ops.ssd import ssd, ssd_recurrent
 from tttjax.types import Array
 
-DT_RANGE = (1e-3, 0.1)  # step sizes at the start of training, log-uniform
 A_RANGE = (1.0, 16.0)  # decay rates at the start of training, uniform
 
 
@@ -56,8 +60,7 @@ class Mamba2(nnx.Module):
             return weight((embed_dim, *shape), ("embed", *axes))
 
         def taps(shape, axes):
-            value = _uniform(rngs, (conv_size, *shape), 1 / sqrt(conv_size), dtype)
-            return nnx.Param(value, axes=("taps", *axes))
+            return uniform_taps(rngs, conv_size, shape, axes, dtype)
 
         def full(value, shape, axes):
             return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
@@ -68,8 +71,8 @@ class Mamba2(nnx.Module):
         self.conv_x, self.conv_x_bias = taps(*per_head), full(0, *per_head)
         self.conv_b, self.conv_b_bias = taps(*per_group), full(0, *per_group)
         self.conv_c, self.conv_c_bias = taps(*per_group), full(0, *per_group)
-        self.dt_bias = nnx.Param(_initial_dt_bias(rngs, heads).astype(dtype), axes=("heads",))
-        self.a_log = nnx.Param(_initial_a_log(rngs, heads).astype(dtype), axes=("heads",))
+        self.dt_bias = initial_dt_bias(rngs, heads, dtype)
+        self.a_log = initial_a_log(rngs, heads, *A_RANGE, dtype)
         self.skip = full(1, (heads,), ("heads",))
         self.norm = full(1, *per_head)
         self.wo = weight((heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
@@ -84,9 +87,8 @@ class Mamba2(nnx.Module):
         del max_length
         wide = jnp.promote_types(dtype, jnp.float32)
         kernels = {"conv_x": self.conv_x, "conv_b": self.conv_b, "conv_c": self.conv_c}
-        sizes = {name: kernel.shape[-3:] for name, kernel in kernels.items()}
-        past = {name: jnp.zeros((taps - 1, *rest), dtype) for name, (taps, *rest) in sizes.items()}
-        return {"ssm": jnp.zeros((*self.norm.shape[-2:], self.wb.shape[-1]), wide), **past}
+        empty_HPN = jnp.zeros((*self.norm.shape[-2:], self.wb.shape[-1]), wide)
+        return {"ssm": empty_HPN, **no_inputs(kernels, dtype)}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
         """x [T, D] -> y [T, D]: exactly one sequence or the next piece of one (see attention)."""
@@ -95,7 +97,7 @@ class Mamba2(nnx.Module):
 
         def convolved(weight, name):
             kernel, bias = getattr(self, name), getattr(self, f"{name}_bias")
-            out, last = short_conv(_project(x_TD, weight), kernel[...], bias[...], past.get(name))
+            out, last = short_conv(project(x_TD, weight), kernel[...], bias[...], past.get(name))
             return jax.nn.silu(out), last
 
         x_THP, last_x = convolved(self.wx, "conv_x")
@@ -111,7 +113,7 @@ class Mamba2(nnx.Module):
             y_THP, ssm = ssd_recurrent(*operands, state["ssm"])
         else:
             y_THP, ssm = ssd(*operands, state["ssm"], self.chunk)
-        u_THP = self._gated_norm(y_THP, _project(x_TD, self.wz))
+        u_THP = self._gated_norm(y_THP, project(x_TD, self.wz))
         if state is not None:
             state = {"ssm": ssm, "conv_x": last_x, "conv_b": last_b, "conv_c": last_c}
         return jnp.einsum("thp,hpd->td", u_THP, self.wo[...].astype(x_TD.dtype)), state
@@ -135,11 +137,6 @@ class Mamba2(nnx.Module):
         return normed_TGE.reshape(y_THP.shape).astype(y_THP.dtype)
 
 
-def _project(x_TD: Array, weight: nnx.Param) -> Array:
-    """[T, D] times [D, ...]"""
-    return jnp.tensordot(x_TD, weight[...].astype(x_TD.dtype), axes=1)
-
-
 def _count_heads(inner_dim: int, head_dim: int, groups: int) -> int:
     heads, rest = divmod(inner_dim, head_dim)
     if rest or not heads:
@@ -161,19 +158,3 @@ def _check_limits(dt_limits: tuple[float, ...]) -> None:
             f"Mamba-2: dt_limits is {dt_limits}; give the least and the largest step size, "
             "0 <= least <= largest, or nothing for no limits"
         )
-
-
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: jnp.dtype) -> Array:
-    return jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
-
-
-def _initial_dt_bias(rngs: nnx.Rngs, heads: int) -> Array:
-    """softplus^-1 of step sizes log-uniform in DT_RANGE: float32 [H]."""
-    low, high = map(log, DT_RANGE)
-    dt_H = jnp.exp(jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high))
-    return dt_H + jnp.log(-jnp.expm1(-dt_H))
-
-
-def _initial_a_log(rngs: nnx.Rngs, heads: int) -> Array:
-    """log of decay rates uniform in A_RANGE: float32 [H]."""
-    return jnp.log(jax.random.uniform(rngs.params(), (heads,), jnp.float32, *A_RANGE))

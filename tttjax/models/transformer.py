@@ -32,6 +32,7 @@ from tttjax.models.functional import (
     run_stage,
 )
 from tttjax.models.layers import RMSNorm, normal_weight
+from tttjax.models.ttt_layer import TTTLayer
 from tttjax.ops.cross_entropy import token_nll, token_nll_in_blocks
 from tttjax.ops.norms import rms_norm
 from tttjax.types import Array, Params, PyTree
@@ -50,6 +51,12 @@ class Stage:
 def advance(state: PyTree, tokens: int) -> PyTree:
     """The state after `tokens` more tokens have gone through all parts that it is kept for."""
     return {**state, "position": state["position"] + tokens}
+
+
+def _starts_a_state(path: str) -> bool:
+    """Whether a weight is the inner model of a TTT layer before the first token."""
+    *_, branch, name = path.split("/")
+    return branch.startswith("mixer") and name in TTTLayer.INNER_WEIGHTS
 
 
 def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:
@@ -174,6 +181,13 @@ class Transformer:
                     + ", ".join(similar)
                 )
         chosen = frozenset(filter(path_filter(self.fast_patterns), self._variables))
+        starts = sorted(path for path in chosen if _starts_a_state(path))
+        if starts:
+            raise UserError(
+                f"inner.fast_paths chooses {starts[0]!r}, where a TTT layer's own learning starts: "
+                "it is read at the first token only, so changing it later does nothing; choose "
+                "other weights"
+            )
         outside = sorted(p for p in chosen if p.startswith("prefix/") or p == "embedding")
         if outside:
             raise UserError(

@@ -49,6 +49,9 @@ class TTTLayer(nnx.Module):
     Raises UserError for an unknown choice and for sizes that do not fit.
     """
 
+    # Where its own learning starts; no other mixer has weights of these names.
+    INNER_WEIGHTS = ("w1", "b1", "w2", "b2")
+
     def __init__(
         self,
         embed_dim: int,
@@ -106,7 +109,7 @@ class TTTLayer(nnx.Module):
         if inner == "mlp":
             self.w2 = matrix((num_heads, hidden, head_dim), ("heads", "state", "head_dim"))
             self.b2 = constant(0, *per_head)
-            self.inner_names = ("w1", "b1", "w2", "b2")
+            self.inner_names = self.INNER_WEIGHTS
         self.post_norm_scale, self.post_norm_bias = constant(1, *per_head), constant(0, *per_head)
 
     @property
