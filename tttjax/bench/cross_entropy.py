@@ -111,7 +111,7 @@ def _arguments(sizes: Sizes) -> dict[str, Any]:
     return {**tokens, "target": target_T, "known": known}
 
 
-def _blocks(sizes: Sizes) -> dict[str, int | None]:
+def _blocks(sizes: Sizes) -> dict[str, Any]:
     return {"rows_block": sizes.rows_block, "vocab_block": sizes.vocab_block or None}
 
 

@@ -37,7 +37,7 @@ class Slope(NamedTuple):
     nll_T: Array
     top_T: Array
     log_sum_T: Array
-    slope_TD: Array | None
+    slope_TD: Array
 
 
 def wide_dtype(*arrays: Array) -> Any:
@@ -53,8 +53,8 @@ def _multiply(subscripts: str, x: Array, y: Array, narrow: Any) -> Array:
 
 def _sum_products(
     subscripts: str, sides: tuple[tuple[Array | None, Array | None], ...], narrow: Any
-) -> Array | None:
-    """The sum of `_multiply` over the pairs that have both sides."""
+) -> Any:
+    """The sum of `_multiply` over the pairs that have both sides; None where no pair has."""
     total = None
     for x, y in sides:
         if x is not None and y is not None:
@@ -62,7 +62,7 @@ def _sum_products(
     return total
 
 
-def _scale(x_R: Array | None, y_RV: Array) -> Array | None:
+def _scale(x_R: Array | None, y_RV: Array) -> Any:
     return None if x_R is None else x_R[:, None] * y_RV
 
 
@@ -149,20 +149,25 @@ def _in_vocab_blocks(blocks: Blocks, vocab: int) -> bool:
     return blocks.vocab is not None and blocks.vocab < vocab
 
 
+# the fields of a Slope; None for a slope that was not asked for
+Values = tuple[Array, Array, Array, Any]
+
+
 # --- value and slope ----------------------------------------------------------------------------
 
 
-def values(blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, slope: bool) -> Slope:
+def values(blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, slope: bool) -> Values:
     """The losses and, if asked, their slopes: 1 product of [T, D] with [D, V], or 2."""
     row_values = _online if _in_vocab_blocks(blocks, head_DV.shape[1]) else _at_once
 
     def step(carry, rows):
-        return carry, row_values(blocks, *rows, head_DV, slope)
+        h_RD, target_R = rows
+        return carry, row_values(blocks, h_RD, target_R, head_DV, slope)
 
     return _over_rows(step, None, (h_TD, target_T), blocks.rows)[1]
 
 
-def _at_once(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope: bool) -> Slope:
+def _at_once(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope: bool) -> Values:
     """A block of rows with its logits for the whole vocabulary."""
     narrow = jnp.result_type(h_RD, head_DV)
     logit_RV = _multiply("rd,dv->rv", h_RD, head_DV, narrow)
@@ -178,10 +183,10 @@ def _at_once(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope
     if slope:
         factor_RV = jnp.where(hit_RV, -rest_R[:, None], exp_RV)
         slope_RD = _multiply("rv,dv->rd", factor_RV, head_DV, narrow) / sum_R[:, None]
-    return Slope(log_sum_R + (top_R - at_R), top_R, log_sum_R, slope_RD)
+    return log_sum_R + (top_R - at_R), top_R, log_sum_R, slope_RD
 
 
-def _online(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope: bool) -> Slope:
+def _online(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope: bool) -> Values:
     """A block of rows in one pass over blocks of the vocabulary, rescaled to the top so far."""
     narrow, wide = jnp.result_type(h_RD, head_DV), wide_dtype(h_RD, head_DV)
     zero_R = jnp.zeros(h_RD.shape[0], wide)
@@ -210,7 +215,7 @@ def _online(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope:
     if slope:
         target_RD = head_DV[:, target_R].T.astype(wide)
         slope_RD = (sum_RD - rest_R[:, None] * target_RD) / sum_R[:, None]
-    return Slope(log_sum_R + (top_R - at_R), top_R, log_sum_R, slope_RD)
+    return log_sum_R + (top_R - at_R), top_R, log_sum_R, slope_RD
 
 
 def head_tangent(
@@ -256,6 +261,15 @@ class Tangent(NamedTuple):
     nll_dot_T: Array
 
 
+@jax.tree_util.register_static
+class Wanted(NamedTuple):
+    """Which gradients are asked for; static, so that it may stand among saved arrays."""
+
+    h: bool
+    head: bool
+    head_dot: bool = False
+
+
 class Gradients(NamedTuple):
     """Of Σ a nll + b nll_dot, in float32 at least; None: not wanted.
 
@@ -269,17 +283,17 @@ class Gradients(NamedTuple):
 
 def gradients(
     blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, known: Slope,
-    tangent: Tangent | None, a_T: Array | None, b_T: Array | None, wanted: Gradients,
+    tangent: Tangent | None, a_T: Array | None, b_T: Array | None, wanted: Wanted,
 ) -> Gradients:  # fmt: skip
     """One pass over the blocks for cotangents a of nll and b of nll_dot (None: zero).
 
-    wanted: truth values. Products of [T, D] with [D, V]: z again; with b: ḣ's logits and Ẇ's
+    Products of [T, D] with [D, V]: z again; with b: ḣ's logits and Ẇ's
     logits; one (Ẇ: two) for curve, one each for h and ḣ in the head's gradient, one for Ẇ's.
     """
     narrow, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
     vocab, mean_T = head_DV.shape[1], None
     if b_T is None or tangent is None:
-        tangent, b_T, wanted = None, None, Gradients(None, wanted.head_DV, None)
+        tangent, b_T, wanted = None, None, Wanted(False, wanted.head)
     elif _in_vocab_blocks(blocks, vocab):
         mean_T = tangent.nll_dot_T + _target_tangent(h_TD, head_DV, target_T, tangent)
     h_dot_TD, head_dot_DV = (tangent.h_dot_TD, tangent.head_dot_DV) if tangent else (None, None)
@@ -298,24 +312,24 @@ def gradients(
                 dot_RV = _sum_products("rd,dv->rv", sides, narrow)
                 m_R = jnp.sum(p_RV * dot_RV, axis=1) if mean_R is None else mean_R
                 br_RV = _scale(b_R, p_RV * (dot_RV - m_R[:, None]))
-            if wanted.curve_TD:
+            if wanted.h:
                 sides = ((br_RV, part_DV), (bq_RV, dot_part_DV))
                 curve_RD = curve_RD + _sum_products("rv,dv->rd", sides, narrow)
-            if wanted.head_DV:
+            if wanted.head:
                 sides = ((h_RD, _add(aq_RV, br_RV)), (h_dot_RD, bq_RV))
                 head_grad = columns.add(head_grad, _sum_products("rd,rv->dv", sides, narrow))
-            if wanted.head_dot_DV:
+            if wanted.head_dot:
                 part = _multiply("rd,rv->dv", h_RD, bq_RV, narrow)
                 head_dot_grad = columns.add(head_dot_grad, part)
             return curve_RD, head_grad, head_dot_grad
 
-        curve_RD = jnp.zeros(h_RD.shape, wide) if wanted.curve_TD else None
+        curve_RD = jnp.zeros(h_RD.shape, wide) if wanted.h else None
         curve_RD, *totals = _over_vocab(step, (curve_RD, *totals), vocab, blocks.vocab)
         return tuple(totals), curve_RD
 
     zero = (
-        jnp.zeros(head_DV.shape, wide) if wanted.head_DV else None,
-        jnp.zeros(head_DV.shape, wide) if wanted.head_dot_DV else None,
+        jnp.zeros(head_DV.shape, wide) if wanted.head else None,
+        jnp.zeros(head_DV.shape, wide) if wanted.head_dot else None,
     )
     rows = (h_TD, target_T, known.top_T, known.log_sum_T, a_T, b_T, h_dot_TD, mean_T)
     totals, curve_TD = _over_rows(row_step, zero, rows, blocks.rows)

@@ -7,7 +7,6 @@ jax.jvp, which ends in the pair.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from tttjax.ops.blocked_cross_entropy import (
     Gradients,
     Slope,
     Tangent,
+    Wanted,
     gradients,
     head_tangent,
     values,
@@ -165,35 +165,22 @@ def _flat(
     return Blocks(rows_block, vocab_block), h_TD, head_DV, target_T.reshape(-1)
 
 
-def _reshape(slope: Slope | None, shape: tuple[int, ...]) -> Slope | None:
-    if slope is None:
-        return None
+def _reshape(slope: Slope, shape: tuple[int, ...]) -> Slope:
+    nll_T, top_T, log_sum_T = (x.reshape(shape) for x in slope[:3])
     slope_TD = slope.slope_TD.reshape(*shape, slope.slope_TD.shape[-1])
-    return Slope(*(x.reshape(shape) for x in slope[:3]), slope_TD)
+    return Slope(nll_T, top_T, log_sum_T, slope_TD)
 
 
 # --- derivative rules; h [T, D], targets [T], known a Slope -------------------------------------
 
 
-@jax.tree_util.register_static
-class _Wanted(NamedTuple):
-    """Which arguments the gradient is asked of: part of a residual's structure, not of its data."""
-
-    h: bool
-    head: bool
-    head_dot: bool = False
-
-    def of_blocks(self) -> Gradients:
-        return Gradients(*self)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(blocks, h, head, target):
-    return values(blocks, h, head, target, slope=False).nll_T
+    return values(blocks, h, head, target, slope=False)[0]
 
 
 def _nll_forward(blocks, h, head, target):
-    wanted = _Wanted(h.perturbed, head.perturbed)
+    wanted = Wanted(h.perturbed, head.perturbed)
     h, head, target = h.value, head.value, target.value
     known = _with_slope(blocks, h, head, target)
     return known.nll_T, (h, head, target, known, wanted)
@@ -214,11 +201,11 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 def _with_slope(blocks, h, head, target):
     """The Slope. Its derivative, for the slope's cotangent u: u is a direction of h, as
     ⟨u, slope⟩ is the tangent of nll along u."""
-    return values(blocks, h, head, target, slope=True)
+    return Slope(*values(blocks, h, head, target, slope=True))
 
 
 def _with_slope_forward(blocks, h, head, target):
-    wanted = _Wanted(h.perturbed, head.perturbed)
+    wanted = Wanted(h.perturbed, head.perturbed)
     h, head, target = h.value, head.value, target.value
     known = _with_slope(blocks, h, head, target)  # itself, for another derivative
     return known, (h, head, target, known, wanted)
@@ -232,7 +219,7 @@ def _with_slope_backward(blocks, saved, cotangent):
     h, head, target, known, wanted = saved
     along = Tangent(u, None, jnp.sum(known.slope_TD * u, axis=1))
     b = jnp.ones_like(known.nll_T)
-    got = gradients(blocks, h, head, target, known, along, a, b, wanted.of_blocks())
+    got = gradients(blocks, h, head, target, known, along, a, b, wanted)
     return _rows(h, a, known.slope_TD, got.curve_TD), _as(got.head_DV, head), None
 
 
@@ -243,12 +230,12 @@ _with_slope.defvjp(_with_slope_forward, _with_slope_backward, symbolic_zeros=Tru
 def _head_gradient(blocks, h, head, target, known, a):
     """Σ a ∂nll/∂head [D, V]. Its cotangent U is a direction of the head, as ⟨U, this⟩ is Σ a times
     nll's tangent along U; what this says of h and head includes the way through `known`."""
-    wanted = Gradients(None, True, None)
+    wanted = Wanted(h=False, head=True)
     return _as(gradients(blocks, h, head, target, known, None, a, None, wanted).head_DV, head)
 
 
 def _head_gradient_forward(blocks, h, head, target, known, a):
-    wanted = _Wanted(h.perturbed, head.perturbed)
+    wanted = Wanted(h.perturbed, head.perturbed)
     h, head, target, known, a = _values((h, head, target, known, a))
     return _head_gradient(blocks, h, head, target, known, a), (h, head, target, known, a, wanted)
 
@@ -260,7 +247,7 @@ def _head_gradient_backward(blocks, saved, direction):
     h, head, target, known, a, wanted = saved
     nll_dot = head_tangent(blocks, h, head, target, known, direction)
     along = Tangent(None, direction, nll_dot)
-    got = gradients(blocks, h, head, target, known, along, None, a, wanted.of_blocks())
+    got = gradients(blocks, h, head, target, known, along, None, a, wanted)
     return _as(got.curve_TD, h), _as(got.head_DV, head), None, None, nll_dot
 
 
@@ -283,7 +270,7 @@ def _known_pair(blocks, h, head, target, h_dot, head_dot, known):
 
 def _pair_forward(blocks, h, head, target, h_dot, head_dot, known):
     moved = head_dot is not None and head_dot.perturbed
-    wanted = _Wanted(h.perturbed, head.perturbed, moved)
+    wanted = Wanted(h.perturbed, head.perturbed, moved)
     h, head, target, h_dot, head_dot, known = _values((h, head, target, h_dot, head_dot, known))
     known, pair = _known_pair(blocks, h, head, target, h_dot, head_dot, known)
     return pair, (h, head, target, h_dot, head_dot, known, pair[1], wanted)
@@ -296,7 +283,7 @@ def _pair_backward(blocks, saved, cotangents):
     along = Tangent(h_dot, head_dot, nll_dot)
     got = Gradients(None, None, None)
     if any(wanted) and (a is not None or b is not None):
-        got = gradients(blocks, h, head, target, known, along, a, b, wanted.of_blocks())
+        got = gradients(blocks, h, head, target, known, along, a, b, wanted)
     d_h = _rows(h, a, known.slope_TD, got.curve_TD)
     d_h_dot = _rows(h_dot, b, known.slope_TD)
     return d_h, _as(got.head_DV, head), None, d_h_dot, _as(got.head_dot_DV, head_dot), None
