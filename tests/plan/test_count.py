@@ -98,11 +98,11 @@ def test_a_while_of_known_length_counts_it_and_one_of_unknown_length_says_so():
     assert (unknown.flops, unknown.open_loops) == (ONCE, 1)
 
 
-def test_a_while_that_does_not_count_up_by_one_is_of_unknown_length():
+def test_a_while_is_followed_whatever_its_counter_does():
     def rounds(x):
         return jax.lax.while_loop(lambda c: c[0] < 8, lambda c: (c[0] * 2, c[1] @ W), (1, x))
 
-    assert count(jax.make_jaxpr(rounds)(X)).open_loops == 1
+    assert flops(rounds, X) == 3 * ONCE  # 1, 2, 4
 
 
 def test_shard_map_counts_every_device_and_its_collectives():
@@ -147,3 +147,33 @@ def test_a_kernel_counts_every_cell_of_its_grid():
         )(x)
 
     assert flops(call, jnp.ones((32, 8))) == 4 * 2 * 8**3
+
+
+def test_loops_to_bounds_that_follow_from_a_counter_are_followed():
+    """Tiles of causal attention: chunk i of a scan reads tiles 0 .. i // 2."""
+
+    def chunk(x, i):
+        stop = jnp.minimum(i // 2 + 1, 3)
+        return jax.lax.fori_loop(0, stop, lambda _, x: x @ W, x), None
+
+    def chunks(x):
+        return jax.lax.scan(chunk, x, jnp.arange(8))[0]
+
+    found = count(jax.make_jaxpr(chunks)(X))
+    assert (found.flops, found.open_loops) == ((1 + 1 + 2 + 2 + 3 + 3 + 3 + 3) * ONCE, 0)
+
+    def carried(x):
+        def step(carry, _):
+            x, i = carry
+            return (chunk(x, i)[0], i + 2), None
+
+        return jax.lax.scan(step, (x, 0), None, length=4)[0][0]
+
+    assert flops(carried, X) == (1 + 2 + 3 + 3) * ONCE
+
+
+def test_a_conditional_that_follows_from_a_counter_takes_its_branch():
+    def step(x, i):
+        return jax.lax.cond(i > 1, lambda x: x @ W, lambda x: x, x), None
+
+    assert flops(lambda x: jax.lax.scan(step, x, jnp.arange(5))[0], X) == 3 * ONCE

@@ -5,16 +5,23 @@ matrix products and convolutions are counted (2 FLOPs per multiply-add), as in `
 that the two can be compared: what the program does beyond the formula is recomputation, masked-out
 blocks and second-order terms that were not saved.
 
-A conditional counts as its most expensive branch. A `while` whose number of rounds is not written
-in the program counts once and is reported in `open_loops`: the numbers are then lower limits.
+Integers that follow from the program alone (positions, bounds of loops over tiles) are worked out,
+so that a `while` counts the rounds it will run and a conditional the branch it will take. Where
+they depend on data, a conditional counts as its most expensive branch, and a `while` counts once
+and is reported in `open_loops`: the numbers are then lower limits.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from tttjax.plan.integers import Known, array_of, constants, evaluate, known_value, results
+
+MOST_ROUNDS = 100_000  # of a `while` that are followed
 
 
 @dataclass(frozen=True)
@@ -63,17 +70,21 @@ class Count:
 
 def count(program: ClosedJaxpr) -> Count:
     """Everything in `program`, such as `jax.make_jaxpr(f)(x)` or `jitted.trace(x).jaxpr`."""
-    return _jaxpr(program.jaxpr, {})
+    return _Counter().closed(program, {}, [None] * len(program.jaxpr.invars))
 
 
-def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+def inner_programs(eqn: JaxprEqn) -> Iterator[ClosedJaxpr | Jaxpr]:
     """The programs inside an equation, whatever it is."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
+            if isinstance(item, ClosedJaxpr | Jaxpr):
                 yield item
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """The same without their constants."""
+    for program in inner_programs(eqn):
+        yield program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
 def size_in_bytes(var: Any) -> int:
@@ -92,76 +103,114 @@ def mesh_of(eqn: JaxprEqn) -> dict[str, int]:
 
 
 Axes = Mapping[str, int]  # sizes of the mesh axes that the code around handles by hand
+Inputs = Sequence[np.ndarray | None]  # the integers among a program's inputs that are known
 
 
-def _jaxpr(jaxpr: Jaxpr, axes: Axes) -> Count:
-    total = Count()
-    for eqn in jaxpr.eqns:
-        total += RULES.get(eqn.primitive.name, _inside)(eqn, axes)
-    return total
+class _Counter:
+    """Counts programs inside programs, each once for the same known inputs."""
 
+    def __init__(self) -> None:
+        self.counted: dict[Any, Count] = {}
+        self.loops: dict[int, bool] = {}
 
-def _inside(eqn: JaxprEqn, axes: Axes) -> Count:
-    """pjit, remat, custom derivatives and the like: what is in them, once."""
-    return sum((_jaxpr(jaxpr, axes) for jaxpr in inner_jaxprs(eqn)), Count())
+    def closed(self, program: ClosedJaxpr, axes: Axes, inputs: Inputs) -> Count:
+        return self.jaxpr(program.jaxpr, axes, inputs, constants(program))
 
+    def jaxpr(self, jaxpr: Jaxpr, axes: Axes, inputs: Inputs, consts: Known | None = None) -> Count:
+        """inputs: one for each of its variables. What is known matters to open loops only."""
+        if not self.has_loops(jaxpr):
+            inputs = [None] * len(jaxpr.invars)
+        values = tuple(None if x is None else (x.shape, x.tobytes()) for x in inputs)
+        key = id(jaxpr), tuple(axes.items()), values
+        if key not in self.counted:
+            known = dict(consts or {})
+            pairs = zip(jaxpr.invars, inputs, strict=True)
+            known |= {var: value for var, value in pairs if value is not None}
+            total = Count()
+            for eqn in jaxpr.eqns:
+                known |= evaluate(eqn, known)
+                rule = LOOPS.get(eqn.primitive.name)
+                if rule is not None:
+                    total += rule(self, eqn, axes, known)
+                elif eqn.primitive.name in RULES:
+                    total += RULES[eqn.primitive.name](eqn, axes)
+                else:
+                    total += self.inside(eqn, axes, known)
+            self.counted[key] = total
+        return self.counted[key]
 
-def _shard_map(eqn: JaxprEqn, axes: Axes) -> Count:
-    own = mesh_of(eqn)
-    return _jaxpr(eqn.params["jaxpr"], {**axes, **own}).on(math.prod(own.values()))
+    def has_loops(self, jaxpr: Jaxpr) -> bool:
+        """Whether a `while` or conditional is in it, however deep."""
+        if id(jaxpr) not in self.loops:
+            self.loops[id(jaxpr)] = any(
+                eqn.primitive.name in ("while", "cond")
+                or any(map(self.has_loops, inner_jaxprs(eqn)))
+                for eqn in jaxpr.eqns
+            )
+        return self.loops[id(jaxpr)]
 
+    def inside(self, eqn: JaxprEqn, axes: Axes, known: Known) -> Count:
+        """jit, remat, custom derivatives and the like: what is in them, once."""
+        values = [known_value(atom, known) for atom in eqn.invars]
+        total = Count()
+        for program in inner_programs(eqn):
+            jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
+            inputs = values if len(values) == len(jaxpr.invars) else [None] * len(jaxpr.invars)
+            if isinstance(program, ClosedJaxpr):
+                total += self.closed(program, axes, inputs)
+            else:
+                total += self.jaxpr(jaxpr, axes, inputs)
+        return total
 
-def _scan(eqn: JaxprEqn, axes: Axes) -> Count:
-    return _inside(eqn, axes).times(eqn.params["length"])
+    def shard_map(self, eqn: JaxprEqn, axes: Axes, known: Known) -> Count:
+        own, jaxpr = mesh_of(eqn), eqn.params["jaxpr"]
+        values = [known_value(atom, known) for atom in eqn.invars]
+        scalars = [v if v is not None and v.ndim == 0 else None for v in values]
+        return self.jaxpr(jaxpr, {**axes, **own}, scalars).on(math.prod(own.values()))
 
+    def scan(self, eqn: JaxprEqn, axes: Axes, known: Known) -> Count:
+        """Its length times its body, or round by round where that may differ."""
+        length, body = eqn.params["length"], eqn.params["jaxpr"]
+        values = [known_value(atom, known) for atom in eqn.invars]
+        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        if not self.has_loops(body.jaxpr):
+            return self.closed(body, axes, [None] * len(values)).times(length)
+        fixed, carry, rows = (
+            *(values[:consts], values[consts : consts + carries]),
+            values[consts + carries :],
+        )
+        total = Count()
+        for place in range(length)[:: -1 if eqn.params["reverse"] else 1]:
+            inputs = [*fixed, *carry, *(None if x is None else x[place] for x in rows)]
+            total += self.closed(body, axes, inputs)
+            carry = results(body, inputs)[:carries]
+        return total
 
-def _cond(eqn: JaxprEqn, axes: Axes) -> Count:
-    branches = [_jaxpr(branch.jaxpr, axes) for branch in eqn.params["branches"]]
-    return max(branches, key=lambda found: (found.flops, found.product_bytes))
+    def cond(self, eqn: JaxprEqn, axes: Axes, known: Known) -> Count:
+        which, *values = (known_value(atom, known) for atom in eqn.invars)
+        branches = eqn.params["branches"]
+        if which is not None:
+            branches = branches[min(int(which), len(branches) - 1) :][:1]
+        found = [self.closed(branch, axes, values) for branch in branches]
+        return max(found, key=lambda count: (count.flops, count.product_bytes))
 
-
-def _while(eqn: JaxprEqn, axes: Axes) -> Count:
-    body = _jaxpr(eqn.params["body_jaxpr"].jaxpr, axes)
-    rounds = _rounds(eqn)
-    if rounds is None:
-        return replace(body, open_loops=body.open_loops + 1)
-    return body.times(rounds)
-
-
-def _rounds(eqn: JaxprEqn) -> int | None:
-    """Of a `while i < n: i += 1` with i's start and n written in the program."""
-    condition, body = eqn.params["cond_jaxpr"].jaxpr, eqn.params["body_jaxpr"].jaxpr
-    if len(condition.eqns) != 1 or condition.eqns[0].primitive.name != "lt":
-        return None
-    counter, limit = condition.eqns[0].invars
-    consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    if isinstance(counter, Literal) or counter not in condition.invars:
-        return None
-    place = condition.invars.index(counter) - consts[0]
-    start = eqn.invars[sum(consts) + place]
-    if not isinstance(limit, Literal):
-        position = condition.invars.index(limit)
-        limit = eqn.invars[position if position < consts[0] else position + consts[1]]
-        if position >= consts[0] and not _unchanged(body, consts[1], position - consts[0]):
-            return None
-    if not isinstance(start, Literal) or not isinstance(limit, Literal):
-        return None
-    if not _counts_up(body, consts[1] + place, place):
-        return None
-    return max(0, int(limit.val) - int(start.val))
-
-
-def _unchanged(body: Jaxpr, consts: int, place: int) -> bool:
-    return body.outvars[place] is body.invars[consts + place]
-
-
-def _counts_up(body: Jaxpr, source: int, place: int) -> bool:
-    made_by = {var: eqn for eqn in body.eqns for var in eqn.outvars}
-    step = made_by.get(body.outvars[place])  # type: ignore[call-overload]
-    if step is None or step.primitive.name != "add" or step.invars[0] is not body.invars[source]:
-        return False
-    one = step.invars[1]
-    return isinstance(one, Literal) and one.val == 1
+    def while_(self, eqn: JaxprEqn, axes: Axes, known: Known) -> Count:
+        values = [known_value(atom, known) for atom in eqn.invars]
+        first, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+        of_condition, fixed = values[:first], values[first : first + consts]
+        carry = values[first + consts :]
+        total = Count()
+        for _ in range(MOST_ROUNDS):
+            (goes_on,) = results(condition, [*of_condition, *carry])
+            if goes_on is None:
+                break
+            if not goes_on:
+                return total
+            total += self.closed(body, axes, [*fixed, *carry])
+            carry = results(body, [*fixed, *carry])
+        once = self.closed(body, axes, [*fixed, *values[first + consts :]])
+        return replace(once, open_loops=once.open_loops + 1)
 
 
 # --- what is counted ----------------------------------------------------------------------------
@@ -173,20 +222,23 @@ def _product(eqn: JaxprEqn, flops: float) -> Count:
 
 def _dot_general(eqn: JaxprEqn, axes: Axes) -> Count:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    left = eqn.invars[0].aval.shape
+    left = array_of(eqn.invars[0]).shape
     depth = math.prod(left[i] for i in contracted)
-    return _product(eqn, 2.0 * depth * math.prod(eqn.outvars[0].aval.shape))
+    return _product(eqn, 2.0 * depth * math.prod(array_of(eqn.outvars[0]).shape))
 
 
 def _convolution(eqn: JaxprEqn, axes: Axes) -> Count:
     """Each output is a sum over the kernel's taps and input features of its group."""
-    kernel, out_features = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
+    kernel, out_features = (
+        array_of(eqn.invars[1]).shape,
+        eqn.params["dimension_numbers"].rhs_spec[0],
+    )
     depth = math.prod(kernel) // kernel[out_features]
-    return _product(eqn, 2.0 * depth * math.prod(eqn.outvars[0].aval.shape))
+    return _product(eqn, 2.0 * depth * math.prod(array_of(eqn.outvars[0]).shape))
 
 
 def _triangular_solve(eqn: JaxprEqn, axes: Axes) -> Count:
-    matrix, right = (var.aval.shape for var in eqn.invars)
+    matrix, right = (array_of(var).shape for var in eqn.invars)
     return _product(eqn, float(matrix[-1] * math.prod(right)))
 
 
@@ -196,7 +248,7 @@ def _pallas_call(eqn: JaxprEqn, axes: Axes) -> Count:
     if said is not None:
         return _product(eqn, float(said.flops))
     cells = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
-    return _inside(eqn, axes).times(cells)
+    return _Counter().inside(eqn, axes, {}).times(cells)
 
 
 def _collective(kind: str) -> Callable[[JaxprEqn, Axes], Count]:
@@ -215,13 +267,15 @@ RULES: dict[str, Callable[[JaxprEqn, Axes], Count]] = {
     "conv_general_dilated": _convolution,
     "triangular_solve": _triangular_solve,
     "pallas_call": _pallas_call,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "shard_map": _shard_map,
     **dict.fromkeys(("psum", "psum_invariant"), _collective("all-reduce")),
     "all_gather": _collective("all-gather"),
     "reduce_scatter": _collective("reduce-scatter"),
     "all_to_all": _collective("all-to-all"),
     "ppermute": _collective("collective-permute"),
+}
+LOOPS: dict[str, Callable[[_Counter, JaxprEqn, Axes, Known], Count]] = {
+    "scan": _Counter.scan,
+    "while": _Counter.while_,
+    "cond": _Counter.cond,
+    "shard_map": _Counter.shard_map,
 }

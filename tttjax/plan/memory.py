@@ -115,7 +115,7 @@ def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
     fast: the fast weights, whose shapes tell the trajectory from activations.
     """
     shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(fast)}
-    readers = _inputs_of(eqn for eqn in jaxpr.eqns if any(True for _ in inner_jaxprs(eqn)))
+    readers = _read_by_loops(jaxpr)
     trajectory = activations = 0.0
     for eqn in jaxpr.eqns:
         stacked = _stacked(eqn) if eqn.primitive.name == "scan" else []
@@ -137,6 +137,16 @@ def _stacked(eqn: JaxprEqn) -> list[Any]:
     return list(eqn.outvars[eqn.params["num_carry"] :])
 
 
+def _read_by_loops(jaxpr: Jaxpr) -> set[Any]:
+    """Variables that a loop (or any program inside) reads, as they are or rearranged."""
+    found: set[Any] = set()
+    for eqn in reversed(jaxpr.eqns):
+        rearranges = eqn.primitive.name in REARRANGING and not found.isdisjoint(eqn.outvars)
+        if rearranges or any(True for _ in inner_jaxprs(eqn)):
+            found |= _inputs_of([eqn])
+    return found
+
+
 def _inputs_of(eqns: Iterable[JaxprEqn]) -> set[Any]:
     return {var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal)}
 
@@ -154,6 +164,7 @@ def _ends_like(shape: tuple[int, ...], shapes: set[tuple[int, ...]]) -> bool:
 
 # Their results are taken as never written: views, and what is fused into the operation after it.
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "iota", "slice"}
+REARRANGING = {*VIEWS, "rev", "concatenate", "convert_element_type", "dynamic_slice", "copy"}
 LOOPS = {"scan", "while", "cond", "shard_map"}
 IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
 ELEMENTWISE = {

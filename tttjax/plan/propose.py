@@ -1,9 +1,9 @@
 """The nearest recipe that fits, for one that does not.
 
-Looked for are, in this order: recomputation switched on where it is off; weights and optimizer
-divided by more devices (mesh.fsdp); batches read in more parts (train.accum_steps); and last,
-layers divided (mesh.tensor). None of them changes a number of the run, but for rounding. Fewer
-changes come before more, small ones before large.
+Looked for are, in this order: recomputation switched on where it is off, and the leanest form of
+the meta-gradient; weights and optimizer divided by more devices (mesh.fsdp); batches read in more
+parts (train.accum_steps); and last, layers divided (mesh.tensor). None of them changes a number of
+the run, but for rounding. Fewer changes come before more, small ones before large.
 
 What a change will save is predicted, so that few programs need compiling: the state of training is
 divided by fsdp x tensor; of what a step holds, the gathered weights and their gradient stay, the
@@ -108,7 +108,7 @@ def _changed(
         changed = replace(
             changed,
             model=replace(config.model, remat="block"),
-            inner=replace(config.inner, remat=True),
+            inner=replace(config.inner, remat=True, form="fast", trajectory="rewind"),
         )
     try:
         check_mesh(changed, devices)
@@ -123,6 +123,8 @@ def _changes(before: Config, after: Config) -> dict[str, str]:
     pairs = {
         "model.remat": (before.model.remat, after.model.remat),
         "inner.remat": (before.inner.remat, after.inner.remat),
+        "inner.form": (before.inner.form, after.inner.form),
+        "inner.trajectory": (before.inner.trajectory, after.inner.trajectory),
         "mesh.fsdp": (before.mesh.fsdp, after.mesh.fsdp),
         "train.accum_steps": (before.train.accum_steps, after.train.accum_steps),
         "mesh.tensor": (before.mesh.tensor, after.mesh.tensor),
@@ -132,7 +134,10 @@ def _changes(before: Config, after: Config) -> dict[str, str]:
 
 
 def _recomputes(config: Config) -> bool:
-    return config.model.remat == "block" and config.inner.remat
+    """Whether the recipe keeps as little as it can from the forward to the backward pass."""
+    inner = config.inner
+    is_lean = inner.remat and inner.form == "fast" and inner.trajectory == "rewind"
+    return config.model.remat == "block" and is_lean
 
 
 def _sequences_at_once(config: Config, devices: int) -> float:
