@@ -18,6 +18,8 @@ LAYERS = (
     {"update_rules"},
     {"inner_loop"},
     {"models"},
+    {"history"},
+    {"fast_gradient"},
     {"meta"},
     {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
     {"metrics", "run_control"},
@@ -28,7 +30,10 @@ LAYERS = (
     {"__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-CORE = ("ops", "update_rules", "inner_loop", "models", "meta", "train_step")
+CORE = (
+    *("ops", "update_rules", "inner_loop", "models"),
+    *("history", "fast_gradient", "meta", "train_step"),
+)
 COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "plan", "report", "cli")
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

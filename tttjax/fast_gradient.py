@@ -18,7 +18,7 @@ kept per sequence.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +123,11 @@ def _loss_and_gradient(loop: Loop, slow, fast, state, chunk: Chunks):
     return out, g
 
 
-def _update(loop: Loop, fast, rule_state, g, chunk: Chunks, lr):
+def _update(loop: Loop, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False):
     """`inner_loop.update` of B sequences: (fast, rule_state, norm of g [B])."""
 
     def one(fast, rule_state, g, mask_C):
-        return inner_loop.update(loop.rule, lr, fast, rule_state, g, jnp.any(mask_C))
+        return inner_loop.update(loop.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant)
 
     return jax.vmap(one)(fast, rule_state, g, chunk.mask_NBC)
 
@@ -254,7 +254,7 @@ def _backward(loop: Loop, residuals, cotangents):
         ),
     )
     rows = jnp.arange(history.chunks), chunks, saved, records_bar.loss_NB, records_bar.nll_NBC
-    x_bars = []
+    x_bars: list[Array] = []
     for first, last, is_exact in (
         (first_exact, history.chunks, True),
         (0, first_exact, False),
@@ -267,7 +267,8 @@ def _backward(loop: Loop, residuals, cotangents):
     bar = carry[1]
     slow_bar = jax.tree.map(lambda total, w: total.astype(w.dtype), bar.slow, slow)
     fast_bar = jax.tree.map(lambda x: x.sum(0), bar.fast)
-    return slow_bar, fast_bar, Chunks(jnp.concatenate(x_bars), None, None), bar.lr
+    nothing: Any = None  # the cotangent of integers
+    return slow_bar, fast_bar, Chunks(jnp.concatenate(x_bars), nothing, nothing), bar.lr
 
 
 def _through_update(loop: Loop, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):
@@ -278,7 +279,9 @@ def _through_update(loop: Loop, fast, bar: _Cotangents, saved: _Saved, chunk, lr
         remaining = iter(numbers)
         mixed = [next(remaining) if _is_number(leaf) else leaf for leaf in leaves]
         rule_state = jax.tree.unflatten(tree, mixed)
-        fast, rule_state, norm_B = _update(loop, fast, rule_state, g, chunk, lr)
+        fast, rule_state, norm_B = _update(
+            loop, fast, rule_state, g, chunk, lr, is_constant=not is_exact
+        )
         return fast, _numbers(rule_state), norm_B
 
     def rewind():
@@ -287,12 +290,10 @@ def _through_update(loop: Loop, fast, bar: _Cotangents, saved: _Saved, chunk, lr
         return jax.tree.map(jnp.subtract, fast, change)
 
     before = rewind() if saved.fast is None else saved.fast
-    if not is_exact:
-        none = jax.tree.map(jnp.zeros_like, bar.rule_state)
-        return before, bar._replace(rule_state=none), None
     (_, _, norm_B), pull = jax.vjp(update, before, _numbers(saved.rule_state), saved.g, lr)
     fast_bar, rule_bar, v, lr_bar = pull((bar.fast, bar.rule_state, jnp.zeros_like(norm_B)))
-    return before, bar._replace(fast=fast_bar, rule_state=rule_bar, lr=bar.lr + lr_bar), v
+    bar = bar._replace(fast=fast_bar, rule_state=rule_bar, lr=bar.lr + lr_bar)
+    return before, bar, v if is_exact else None
 
 
 def _is_number(leaf: Array) -> bool:

@@ -17,10 +17,10 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 STEPS = 5
 
 
-def make_config(**train):
+def make_config(model=None, **train):
+    sizes = {"embed_dim": 16, "num_heads": 8, "head_dim": 2, "mlp_dim": 8, "vocab_size": 16}
     return small_config(
-        model={"embed_dim": 16, "num_heads": 8, "head_dim": 2, "mlp_dim": 8, "vocab_size": 16},
-        train={"batch_size": 8, "seq_len": 8, **train},
+        model={**sizes, **(model or {})}, train={"batch_size": 8, "seq_len": 8, **train}
     )
 
 
@@ -56,6 +56,26 @@ def test_five_steps_are_the_same_on_every_mesh(shape, on_one_device):
         assert array.sharding == declared.sharding
         assert (array.shape, array.dtype) == (declared.shape, declared.dtype)
     assert trainer.step._cache_size() == 1, "the step was traced again"
+
+
+RECURRENT = {
+    "mixers": ("mamba2+gated_deltanet+ttt_mlp",),
+    **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "pre_conv": True},
+    **{"num_heads": 2, "head_dim": 8, "mamba_groups": 2, "mamba_head_dim": 8, "ttt_chunk": 3},
+}
+
+
+def test_recurrent_mixers_are_the_same_on_a_mesh():
+    losses = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        config = make_config(RECURRENT)
+        devices = jax.devices()[: int(np.prod(shape))]
+        trainer = make_trainer(config, make_mesh(*shape, devices=devices))
+        state = trainer.init_state(0)
+        for seed in range(2):  # the second loss shows the first step's gradient
+            state, metrics = trainer.step(state, trainer.put_batch(random_batch(config, seed)))
+        losses.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-10)
 
 
 def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device):

@@ -55,8 +55,8 @@ def advance(state: PyTree, tokens: int) -> PyTree:
 
 def _starts_a_state(path: str) -> bool:
     """Whether a weight is the inner model of a TTT layer before the first token."""
-    *_, branch, name = path.split("/")
-    return branch.startswith("mixer") and name in TTTLayer.INNER_WEIGHTS
+    parts = path.split("/")
+    return parts[-1] in TTTLayer.INNER_WEIGHTS and parts[-2].startswith("mixer")
 
 
 def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:

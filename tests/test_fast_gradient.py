@@ -1,0 +1,114 @@
+"""The fast form of the outer gradient gives the reference's numbers, whatever is configured."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import random_batch, shaken, small_config, worst
+
+from tttjax.meta import make_inner_loop, make_outer_loss
+from tttjax.models import Cut, build_model
+
+CASES = {
+    "clip active": {"inner": {"clip": 0.1}},
+    "no clip": {"inner": {"clip": 0.0}},
+    "trajectory stored": {"inner": {"trajectory": "store"}},
+    "three suffix blocks, window of a chunk": {
+        "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
+    },
+    "the whole model is suffix, long window": {"model": {"suffix_layers": 2, "window_size": 50}},
+    "a pattern with full attention": {
+        "model": {"num_layers": 4, "suffix_layers": 3, "mixers": ("window", "full")}
+    },
+    "blocks of the official code": {"model": {"mixers": ("local",), "suffix_layers": 2}},
+    "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
+    "recurrent layers": {
+        "model": {
+            "num_layers": 3,
+            "suffix_layers": 3,
+            "mixers": ("mamba2", "window+ttt_mlp", "gated_deltanet"),
+            "pre_conv": True,
+        }
+    },
+    "chunks of two": {"inner": {"chunk_size": 2}, "train": {"batch_size": 1}},
+    "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
+    "momentum": {"inner": {"rule": "momentum"}},
+    "normalised": {"inner": {"rule": "normalized_sgd"}},
+    "adam": {"inner": {"rule": "adam", "lr": 0.1}},
+    "muon": {"inner": {"rule": "muon"}},
+    "truncated": {
+        "inner": {"meta_gradient": "truncated", "truncate_chunks": 2},
+        "train": {"seq_len": 16},
+    },
+    "first order": {"inner": {"meta_gradient": "first_order"}},
+    "static MLPs and the last norm are fast": {
+        "model": {"fast_mlp": False},
+        "inner": {"fast_paths": ("suffix/**/mlp/**", "final_norm/**")},
+    },
+    "attention is fast": {"inner": {"fast_paths": ("suffix/**/mixer/w*",)}},
+    "an untied head is fast": {
+        "model": {"tie_embeddings": False},
+        "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
+    },
+    "untied, no norms": {
+        "model": {"tie_embeddings": False, "post_norm": False, "qk_norm": False},
+    },
+    "multi-head fast MLPs": {"model": {"fast_mlp_heads": 2}},
+}
+
+
+def both_forms(config, batch, dtype):
+    """(loss, reading, gradients in weights and inner learning rate) of each form."""
+    model = build_model(config.model, config.inner)
+    inner = make_inner_loop(config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    found = {}
+    for form in ("reference", "fast"):
+        loss = make_outer_loss(model, inner._replace(form=form), learn=True)
+        derive = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+        found[form] = derive(params, batch, jnp.asarray(0.7, dtype))
+    return found["reference"], found["fast"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_forms_agree(x64, name):
+    config = small_config(**CASES[name])
+    batch = random_batch(config, masked=0.2)
+    ((loss, reading), grads), ((fast_loss, fast_reading), fast_grads) = both_forms(
+        config, batch, "float64"
+    )
+    assert abs(loss - fast_loss) < 1e-12
+    assert worst(reading, fast_reading) < 1e-10
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
+    assert largest > 1e-3
+    assert worst(grads, fast_grads) < 1e-11 * max(1.0, largest)
+
+
+def test_a_chunk_without_targets_teaches_nothing(x64):
+    config = small_config()
+    batch = random_batch(config)
+    mask = batch.mask.copy()
+    mask[0, 4:8] = False
+    (_, grads), (_, fast_grads) = both_forms(config, batch.replace(mask=mask), "float64")
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(fast_grads))
+    assert worst(grads, fast_grads) < 1e-11
+
+
+def test_in_float32():
+    config = small_config()
+    with jax.default_matmul_precision("highest"):
+        (_, grads), (_, fast_grads) = both_forms(config, random_batch(config), "float32")
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-7
+
+
+def test_the_mixers_below_the_lowest_fast_weight_run_in_parallel():
+    lifted = {
+        name: Cut(build_model(config.model, config.inner)).lifts_mixers
+        for name, config in {
+            "fast MLPs": small_config(),
+            "fast attention": small_config(inner={"fast_paths": ("suffix/**/mixer/wq",)}),
+            "no mixers": small_config(model={"mixers": ("none",)}),
+        }.items()
+    }
+    assert lifted == {"fast MLPs": True, "fast attention": False, "no mixers": False}
