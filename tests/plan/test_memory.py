@@ -52,6 +52,23 @@ def test_trajectory_and_activations_are_told_apart_by_shape():
     assert saved_bytes(jaxpr, fast).trajectory >= steps * 64
 
 
+def test_weights_of_some_of_the_blocks_are_trajectory_too():
+    """The loop may carry the blocks of a stack apart, with the batch in front."""
+    stack = {"w": jax.ShapeDtypeStruct((3, 4, 6), jnp.float32)}
+
+    def loss(w):
+        def step(w, _):
+            return jnp.sin(w), None
+
+        return jnp.sum(jax.lax.scan(step, w, None, length=5)[0])
+
+    def saved(*shape):
+        return saved_bytes(jax.make_jaxpr(jax.grad(loss))(jnp.ones(shape)).jaxpr, stack)
+
+    assert saved(2, 1, 4, 6).trajectory == 5 * 2 * 4 * 6 * 4
+    assert saved(2, 1, 6, 4).trajectory == 0
+
+
 def test_stacked_results_that_no_loop_reads_are_not_kept():
     def collect(x):
         return jax.lax.scan(lambda x, _: (x @ x, x), x, None, length=3)[1]

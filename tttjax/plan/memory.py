@@ -114,7 +114,7 @@ def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
 
     fast: the fast weights, whose shapes tell the trajectory from activations.
     """
-    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(fast)}
+    shapes = _shapes_of_weights(fast)
     readers = _read_by_loops(jaxpr)
     trajectory = activations = 0.0
     for eqn in jaxpr.eqns:
@@ -155,9 +155,15 @@ def _is_float(var: Any) -> bool:
     return var.aval.ndim > 1 and jax.dtypes.issubdtype(var.aval.dtype, np.floating)
 
 
+def _shapes_of_weights(fast: PyTree) -> set[tuple[int, ...]]:
+    """Of the arrays and, where these stack several blocks, of one block's weights."""
+    whole = {tuple(leaf.shape) for leaf in jax.tree.leaves(fast)}
+    return whole | {shape[1:] for shape in whole if len(shape) > 2}
+
+
 def _ends_like(shape: tuple[int, ...], shapes: set[tuple[int, ...]]) -> bool:
-    """Whether a shape is one of `shapes`, or that with one dimension (the batch) in front."""
-    return shape in shapes or shape[1:] in shapes
+    """Whether a shape is one of `shapes` with any dimensions (batch, blocks) in front."""
+    return any(shape[-len(known) :] == known for known in shapes)
 
 
 # --- the peak -----------------------------------------------------------------------------------

@@ -97,11 +97,11 @@ def _bounds(plan: Plan) -> list[str]:
         "seconds of a step at the least",
         *_table(rows, lambda n: f"{n:12.4f}"),
         f"  bound: MFU at most {bounds.mfu:.1%}, limited by {bounds.limit}; at most "
-        f"{fastest / 1e9:,.3f}B tokens a day, at least {days:,.2f} days",
+        f"{_short(fastest / 1e9)}B tokens a day, at least {_short(days)} days",
         "",
-        f"at {cost.mfu:.0%} MFU: {cost.step_seconds:,.3f} s a step, "
-        f"{cost.tokens_per_day / 1e9:,.3f}B tokens a day; {plan.recipe['steps']:,} steps are "
-        f"{cost.days:,.2f} days, {cost.chip_hours:,.0f} chip-hours",
+        f"at {cost.mfu:.0%} MFU: {_short(cost.step_seconds)} s a step, "
+        f"{_short(cost.tokens_per_day / 1e9)}B tokens a day; {plan.recipe['steps']:,} steps are "
+        f"{_short(cost.days)} days, {_short(cost.chip_hours)} chip-hours",
     ]
 
 
@@ -112,6 +112,11 @@ def _times(plan: Plan) -> list[str]:
 
 def _table(rows: dict[str, float], form: Any) -> list[str]:
     return [f"  {name:22}{form(value)}" for name, value in rows.items()]
+
+
+def _short(number: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _gib(number: float) -> str:
@@ -150,8 +155,8 @@ def _row(plan: dict[str, Any]) -> tuple[str, ...]:
         f"{plan['flops']['total'] / tokens / 1e9:.2f}",
         f"{plan['program_flops'] / plan['flops']['total']:.2f}",
         f"{bounds['mfu']:.0%}" if bounds else "?",
-        f"{cost['tokens_per_day'] / 1e9:.2f}" if cost else "?",
-        f"{cost['days']:.2f}" if cost else "?",
-        f"{cost['chip_hours']:,.0f}" if cost else "?",
+        _short(cost["tokens_per_day"] / 1e9) if cost else "?",
+        _short(cost["days"]) if cost else "?",
+        _short(cost["chip_hours"]) if cost else "?",
         "" if plan["compile_seconds"] is None else f"{plan['compile_seconds']:.0f}",
     )
