@@ -134,7 +134,7 @@ def _start(
     path = out / "logs" / f"{task.name.replace('/', '-')}.log"
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), environment.get("PYTHONPATH", "")]
-    with path.open("ab") as file:
+    with path.open("ab") as file, _own_cores(slot, jobs):
         process = subprocess.Popen(
             task.command,
             stdout=file,
@@ -142,18 +142,22 @@ def _start(
             stdin=subprocess.DEVNULL,
             env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
-            preexec_fn=_own_cores(slot, jobs),
         )
     return _Running(task, process, slot, path, time.monotonic())
 
 
-def _own_cores(slot: int, jobs: int) -> Callable[[], None] | None:
-    """Sets the cores of a child, so that several do not disturb each other."""
+@contextlib.contextmanager
+def _own_cores(slot: int, jobs: int) -> Iterator[None]:
+    """Cores that a process started here inherits, so that several do not disturb each other."""
     if jobs == 1 or not hasattr(os, "sched_setaffinity"):
-        return None
-    cores = sorted(os.sched_getaffinity(0))
-    mine = cores[slot::jobs] or cores
-    return lambda: os.sched_setaffinity(0, mine)
+        yield
+        return
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(ours)[slot::jobs] or ours)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ours)
 
 
 def _conclude(one: _Running, record: Record, stop: Stop) -> None:
