@@ -24,9 +24,8 @@ CASES = {
     "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
     "recurrent layers": {
         "model": {
-            "num_layers": 3,
-            "suffix_layers": 3,
-            "mixers": ("mamba2", "window+ttt_mlp", "gated_deltanet"),
+            "suffix_layers": 2,
+            "mixers": ("window", "gated_deltanet+ttt_linear"),
             "pre_conv": True,
         }
     },
