@@ -69,7 +69,7 @@ class Checkpointer:
     def __init__(self, directory: epath.PathLike, keep: int = 2):
         """Opens (and creates) `directory`; reports and removes checkpoints never completed."""
         self.directory = _absolute(directory)
-        self._report_unfinished()
+        self._clear_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=(*io.ARRAY_ITEMS, io.META),
@@ -82,9 +82,13 @@ class Checkpointer:
             ),
         )
 
-    def _report_unfinished(self) -> None:
-        for step in io.unfinished_steps(self.directory):
+    def _clear_unfinished(self) -> None:
+        """Orbax would remove them too, but some time later."""
+        unfinished = io.unfinished_steps(self.directory)
+        for step in unfinished:
             _warn(f"the checkpoint of step {step} in {self.directory} was never completed; removed")
+        if unfinished:
+            io.remove_unfinished(self.directory, quiet_s=0)
 
     def save(
         self,

@@ -197,11 +197,14 @@ def remove_unfinished(folder: epath.Path, quiet_s: float = 0.5, patience_s: floa
     if jax.process_index() != 0:
         return
     start = last_seen = time.monotonic()
-    while (now := time.monotonic()) - last_seen < quiet_s and now - start < patience_s:
+    while True:
         for path in folder.iterdir():
             if TMP_MARK in path.name:
                 shutil.rmtree(path, ignore_errors=True)
-                last_seen = now
+                last_seen = time.monotonic()
+        now = time.monotonic()
+        if now - last_seen >= quiet_s or now - start >= patience_s:
+            return
         time.sleep(quiet_s / 10)
 
 
