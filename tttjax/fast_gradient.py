@@ -202,36 +202,14 @@ def _backward(loop: Loop, residuals, cotangents):
 
     def step(carry, row, is_exact):
         fast, bar = carry
-        i, chunk, saved, loss_bar_B, nll_bar_BC = row
+        i, chunk, saved, records_bar_i = row
         fast, bar, v = _through_update(loop, fast, bar, saved, chunk, lr, is_exact)
         state = history.state(Past(kept, saved.carried), i)
 
-        def share(slow, fast, blocks, x_BCD):
-            one = chunk._replace(x_NBCD=x_BCD)
-            before = {**state, "blocks": blocks}
-
-            def loss(fast):
-                form = "twice" if is_exact else "once"
-                loss_B, (after, nll_BC, _) = _batch_loss(
-                    loop, slow, fast, before, one, form, saved.slope
-                )
-                return loss_B, (after, nll_BC)
-
-            if is_exact:
-                loss_B, change_B, (after, nll_BC) = jax.jvp(loss, (fast,), (v,), has_aux=True)
-            else:
-                loss_B, (after, nll_BC) = loss(fast)
-                change_B = jnp.zeros_like(loss_B)
-            paired = history.pairing(after, bar.past, i)
-            return (
-                jnp.vdot(loss_bar_B, loss_B)
-                + jnp.vdot(nll_bar_BC, nll_BC)
-                + paired
-                + jnp.sum(change_B)
-            )
-
-        derive = jax.grad(share, argnums=(0, 1, 2, 3))
-        slow_bar, fast_bar, blocks_bar, x_bar = derive(slow, fast, state["blocks"], chunk.x_NBCD)
+        outer = records_bar_i, bar.past, v
+        slow_bar, fast_bar, blocks_bar, x_bar = _share(
+            loop, history, i, slow, fast, state, chunk, saved.slope, outer
+        )
         bar = _Cotangents(
             jax.tree.map(jnp.add, bar.fast, fast_bar),
             bar.rule_state,
@@ -253,7 +231,7 @@ def _backward(loop: Loop, residuals, cotangents):
             jnp.zeros_like(lr),
         ),
     )
-    rows = jnp.arange(history.chunks), chunks, saved, records_bar.loss_NB, records_bar.nll_NBC
+    rows = jnp.arange(history.chunks), chunks, saved, records_bar
     x_bars: list[Array] = []
     for first, last, is_exact in (
         (first_exact, history.chunks, True),
@@ -269,6 +247,35 @@ def _backward(loop: Loop, residuals, cotangents):
     fast_bar = jax.tree.map(lambda x: x.sum(0), bar.fast)
     nothing: Any = None  # the cotangent of integers
     return slow_bar, fast_bar, Chunks(jnp.concatenate(x_bars), nothing, nothing), bar.lr
+
+
+def _share(loop: Loop, history: History, i, slow, fast, state, chunk: Chunks, slope, outer):
+    """The gradient of S, a chunk's share, in (slow, fast, the state's blocks, x).
+
+    outer: the cotangents of its records and of the past after it, and v (None: the update is a
+    constant).
+    """
+    records_bar, past_bar, v = outer
+
+    def outputs(slow, fast, blocks, x_BCD):
+        before = {**state, "blocks": blocks}
+        form = "once" if v is None else "twice"
+        read = chunk._replace(x_NBCD=x_BCD)
+        loss_B, (after, nll_BC, _) = _batch_loss(loop, slow, fast, before, read, form, slope)
+        return loss_B, (after, nll_BC)
+
+    def total(slow, fast, blocks, x_BCD):
+        if v is None:
+            loss_B, (after, nll_BC) = outputs(slow, fast, blocks, x_BCD)
+            change_B = jnp.zeros_like(loss_B)
+        else:
+            loss_B, change_B, (after, nll_BC) = jax.jvp(
+                lambda fast: outputs(slow, fast, blocks, x_BCD), (fast,), (v,), has_aux=True
+            )
+        paired = jnp.vdot(records_bar.loss_NB, loss_B) + jnp.vdot(records_bar.nll_NBC, nll_BC)
+        return paired + history.pairing(after, past_bar, i) + jnp.sum(change_B)
+
+    return jax.grad(total, argnums=(0, 1, 2, 3))(slow, fast, state["blocks"], chunk.x_NBCD)
 
 
 def _through_update(loop: Loop, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):

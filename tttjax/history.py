@@ -104,12 +104,9 @@ class History:
 
     def zero_cotangent(self) -> Past:
         """Of the state after the last chunk, which nothing depends on; float32 at least."""
-        widened = [
-            None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            for half in self.start()
-            for x in half
-        ]
-        return Past(tuple(widened[: len(self.kinds)]), tuple(widened[len(self.kinds) :]))
+        return jax.tree.map(
+            lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.start()
+        )
 
     def before(self, cotangent: Past, blocks_bar: PyTree, i: Array) -> Past:
         """The cotangent before chunk i, from that after it and that of the state it read."""
