@@ -9,16 +9,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from tttjax.ops.attention import MASKED_SCORE, Sight
-from tttjax.ops.window_attention.tiles import (
-    Side,
-    Tiling,
-    View,
-    by_keys,
-    by_queries,
-    cut,
-    tiling_of,
-)
+from tttjax.ops.attention import MASKED_SCORE
+from tttjax.ops.window_attention.tiles import Side, View, by_keys, by_queries, cut
 from tttjax.types import Array
 
 FLOOR = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0
@@ -46,13 +38,6 @@ class Statistics(NamedTuple):
 
     logsumexp: Array
     mean_dot: Array
-
-
-def view_of(chunk: Chunk, position: Array, sight: Sight, tiling: Tiling) -> View:
-    """The chunk's place, with block sizes."""
-    queries = chunk.q.shape[-3]
-    keys = max(queries, chunk.k_past.shape[-3])
-    return View(position, queries, sight, tiling_of(chunk.q.shape, keys, tiling))
 
 
 def forward(chunk: Chunk, view: View) -> tuple[Array, Array]:

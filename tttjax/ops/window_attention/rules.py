@@ -8,12 +8,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from tttjax.ops.attention import Sight
-from tttjax.ops.window_attention import functions
-from tttjax.ops.window_attention.functions import Chunk, view_of
-from tttjax.ops.window_attention.tiles import Tiling
+from tttjax.ops.window_attention import select
+from tttjax.ops.window_attention.functions import Chunk
+from tttjax.ops.window_attention.tiles import AUTO, Tiling
 from tttjax.types import Array
-
-AUTO = Tiling()
 
 
 def window_attention(
@@ -25,6 +23,7 @@ def window_attention(
     position: Array,
     sight: Sight,
     tiling: Tiling = AUTO,
+    kernel: str = "auto",
 ) -> Array:
     """Attention of a chunk to itself and to the W keys before it, [..., C, H, K], for `jax.grad`.
 
@@ -34,8 +33,10 @@ def window_attention(
     `tttjax.ops.attention.attend` over both groups of keys, in memory linear in C + W.
 
     Reverse mode, once. Past keys and values that are not differentiated cost nothing.
+    kernel: "auto", "xla" or "pallas" (see `select`).
     """
-    return _once(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK, position, sight, tiling)
+    chunk = Chunk(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
+    return _once(*chunk, position, sight, tiling, kernel)
 
 
 def window_attention_twice(
@@ -47,86 +48,91 @@ def window_attention_twice(
     position: Array,
     sight: Sight,
     tiling: Tiling = AUTO,
+    kernel: str = "auto",
 ) -> Array:
     """The same as `window_attention`, for `jax.jvp`, and for `jax.grad` of a `jax.jvp` of it.
 
     Not for `jax.grad` of itself: only what its tangent rule calls, `window_attention_pair`, can be
     differentiated in reverse. Past keys and values without a tangent cost nothing for one.
     """
-    return _twice(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK, position, sight, tiling)
+    chunk = Chunk(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
+    return _twice(*chunk, position, sight, tiling, kernel)
 
 
 def window_attention_pair(
-    chunk: Chunk, dot: Chunk, position: Array, sight: Sight, tiling: Tiling = AUTO
+    chunk: Chunk,
+    dot: Chunk,
+    position: Array,
+    sight: Sight,
+    tiling: Tiling = AUTO,
+    kernel: str = "auto",
 ) -> tuple[Array, Array]:
     """(o, o's tangent along `dot`), for `jax.grad`: reverse mode, once, in all that is in either.
 
     `dot` has None for past keys and values that have no tangent (both or neither).
     """
-    return _pair(chunk, dot, position, sight, tiling)
+    return _pair(chunk, dot, position, sight, tiling, kernel)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _once(q, k_past, v_past, k_own, v_own, position, sight, tiling):
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _once(q, k_past, v_past, k_own, v_own, position, sight, tiling, kernel):
     chunk = Chunk(q, k_past, v_past, k_own, v_own)
-    return functions.forward(chunk, view_of(chunk, position, sight, tiling))[0]
+    return select.forward(chunk, position, sight, tiling, kernel)[0]
 
 
-def _once_forward(q, k_past, v_past, k_own, v_own, position, sight, tiling):
+def _once_forward(q, k_past, v_past, k_own, v_own, position, sight, tiling, kernel):
     arguments = q, k_past, v_past, k_own, v_own
     chunk = Chunk(*(x.value for x in arguments))
-    o, logsumexp = functions.forward(chunk, view_of(chunk, position.value, sight, tiling))
+    o, logsumexp = select.forward(chunk, position.value, sight, tiling, kernel)
     # Told by its structure, since a residual's value is unknown while the program is written.
     past = () if k_past.perturbed or v_past.perturbed else None
     return o, (chunk, position.value, o, logsumexp, past)
 
 
-def _once_backward(sight, tiling, residuals, o_bar):
+def _once_backward(sight, tiling, kernel, residuals, o_bar):
     chunk, position, o, logsumexp, past = residuals
     _same_shape(chunk.q, o)
-    view = view_of(chunk, position, sight, tiling)
-    bars = functions.backward(chunk, o, logsumexp, _solid(o_bar), view, past is not None)
+    where = position, sight, tiling, kernel
+    bars = select.backward(chunk, o, logsumexp, _solid(o_bar), *where, past is not None)
     return *bars, None
 
 
 _once.defvjp(_once_forward, _once_backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(6, 7))
-def _twice(q, k_past, v_past, k_own, v_own, position, sight, tiling):
+@partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
+def _twice(q, k_past, v_past, k_own, v_own, position, sight, tiling, kernel):
     chunk = Chunk(q, k_past, v_past, k_own, v_own)
-    return functions.forward(chunk, view_of(chunk, position, sight, tiling))[0]
+    return select.forward(chunk, position, sight, tiling, kernel)[0]
 
 
-def _twice_tangent(sight, tiling, primals, tangents):
+def _twice_tangent(sight, tiling, kernel, primals, tangents):
     *chunk, position = primals
     dot = Chunk(*tangents[:-1])
     if isinstance(dot.k_past, SymbolicZero) and isinstance(dot.v_past, SymbolicZero):
         dot = dot._replace(k_past=None, v_past=None)
-    return _pair(
-        Chunk(*chunk), jax.tree.map(_solid, dot, is_leaf=_is_zero), position, sight, tiling
-    )
+    dot = jax.tree.map(_solid, dot, is_leaf=_is_zero)
+    return _pair(Chunk(*chunk), dot, position, sight, tiling, kernel)
 
 
 _twice.defjvp(_twice_tangent, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _pair(chunk, dot, position, sight, tiling):
-    return functions.pair_forward(chunk, dot, view_of(chunk, position, sight, tiling))[:2]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _pair(chunk, dot, position, sight, tiling, kernel):
+    return select.pair_forward(chunk, dot, position, sight, tiling, kernel)[:2]
 
 
-def _pair_forward(chunk, dot, position, sight, tiling):
-    outputs = functions.pair_forward(chunk, dot, view_of(chunk, position, sight, tiling))
+def _pair_forward(chunk, dot, position, sight, tiling, kernel):
+    outputs = select.pair_forward(chunk, dot, position, sight, tiling, kernel)
     return outputs[:2], (chunk, dot, position, outputs)
 
 
-def _pair_backward(sight, tiling, residuals, bars):
+def _pair_backward(sight, tiling, kernel, residuals, bars):
     chunk, dot, position, outputs = residuals
     _same_shape(chunk.q, dot.q, *outputs[:2])
-    view = view_of(chunk, position, sight, tiling)
-    o_bar, o_dot_bar = bars
-    return *functions.pair_backward(chunk, dot, outputs, o_bar, o_dot_bar, view), None
+    where = position, sight, tiling, kernel
+    return *select.pair_backward(chunk, dot, outputs, *bars, *where), None
 
 
 _pair.defvjp(_pair_forward, _pair_backward)

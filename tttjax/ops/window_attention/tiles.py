@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,8 +29,14 @@ class Tiling(NamedTuple):
     key: int = 0
 
 
+AUTO = Tiling()
+
+
 class View(NamedTuple):
-    """Where the chunk stands (tokens before it), how long it is, and what its queries see."""
+    """Where the chunk stands (tokens before it), how long it is, and what its queries see.
+
+    tiling: with both sizes given (`tiling_of`).
+    """
 
     position: Array
     length: int
@@ -63,14 +68,13 @@ class Piece(NamedTuple):
     size: int
 
 
-def tiling_of(shape: tuple[int, ...], keys: int, tiling: Tiling) -> Tiling:
+def tiling_of(shape: tuple[int, ...], keys: int, tiling: Tiling, platform: str) -> Tiling:
     """Block sizes for queries of this shape [..., C, H, K] and at most `keys` keys on a side.
 
-    Those that `tiling` leaves open are as large as TILE_ENTRIES allows for JAX's default backend:
-    who compiles for another platform gives both.
+    Those that `tiling` leaves open are as large as TILE_ENTRIES allows for the platform.
     """
     *lead, queries, heads, _ = shape
-    entries = TILE_ENTRIES.get(jax.default_backend(), TILE_ENTRIES_ELSEWHERE)
+    entries = TILE_ENTRIES.get(platform, TILE_ENTRIES_ELSEWHERE)
     most = entries // (heads * math.prod(lead))
     query = tiling.query or _fit(queries, max(LEAST, most // min(keys, KEYS_FIRST)))
     key = tiling.key or _fit(keys, max(LEAST, most // query))
@@ -134,7 +138,7 @@ def _seen(view: View, rows: Piece, first: int, cols: Piece) -> Array:
     return seen & (key >= cols.fresh)
 
 
-def _first_seen(view: View, query: Array | int) -> Array:
+def first_seen(view: View, query: Array | int) -> Array:
     """Where the first key stands that this query sees, if there were keys everywhere."""
     position, _, sight, _ = view
     place = -position
@@ -145,7 +149,7 @@ def _first_seen(view: View, query: Array | int) -> Array:
     return place
 
 
-def _seen_until(view: View, key: Array | int) -> Array | int:
+def seen_until(view: View, key: Array | int) -> Array | int:
     """The first query after this key that no longer sees it (`length`: all do)."""
     position, length, sight, _ = view
     stop: Array | int = length
@@ -174,7 +178,7 @@ def by_queries(
                 seen = _seen(view, rows, side.first, cols)
                 return step(queries, carry, cut_side(side, cols), seen)
 
-            low = _first_seen(view, rows.start) - side.first
+            low = first_seen(view, rows.start) - side.first
             high = rows.start + rows.size - side.first
             carry = _pieces(low, high, side.k.shape[-3], view.tiling.key, meet, carry)
         return tuple(
@@ -224,12 +228,12 @@ def _by_keys_of(
         wide = to_rows[0].dtype
         sums = tuple(jnp.swapaxes(jnp.zeros_like(cut(x, cols, -3), wide), -2, -3) for x in out)
         low = side.first + cols.start
-        high = _seen_until(view, low + size - 1)
+        high = seen_until(view, low + size - 1)
         to_rows, sums = _pieces(low, high, view.length, view.tiling.query, meet, (to_rows, sums))
         # Only a piece that was moved back meets entries that the one before has written.
         write = _add if length % size else _put
         parts = zip(out, sums, strict=True)
         return to_rows, tuple(write(x, jnp.swapaxes(y, -2, -3), cols, -3) for x, y in parts)
 
-    low = _first_seen(view, 0) - side.first
+    low = first_seen(view, 0) - side.first
     return _pieces(low, length, length, size, block, (to_rows, out))

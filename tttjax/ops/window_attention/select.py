@@ -1,0 +1,198 @@
+"""Which form of the four functions runs where: XLA's (`functions`), or the kernels (`kernels`).
+
+It is chosen by the platform that a program is compiled for, which need not be one of this machine:
+where platforms get different forms or block sizes, `jax.lax.platform_dependent` holds all of them
+until then, and only the one that is needed is compiled.
+
+kernel: "auto", the kernels on TPUs and NVIDIA GPUs where they apply and there is enough to do for
+them, else XLA; "xla"; or "pallas", the kernels wherever they apply, interpreted on a CPU.
+
+Kernels cannot be divided by the partitioner. Inside shard_map the mesh axes that it leaves to the
+partitioner (such as `tensor`) divide the heads, in a shard_map of the kernels' own; where they do
+not divide the heads evenly, and under `jax.set_mesh` without shard_map, XLA's form runs. A program
+over several devices that says its mesh by its arguments' shardings alone has to ask for "xla".
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from tttjax.errors import UserError
+from tttjax.ops.attention import Sight
+from tttjax.ops.window_attention import functions, kernels
+from tttjax.ops.window_attention.functions import Chunk, Statistics
+from tttjax.ops.window_attention.tiles import AUTO, Tiling, View, tiling_of
+from tttjax.types import Array
+
+KERNELS = ("auto", "xla", "pallas")
+PLATFORMS = ("cpu", "tpu", "cuda")  # the others are XLA's, with tiles as for a TPU
+LEAST_KEYS = 256  # "auto" leaves fewer to XLA
+
+Form = tuple[str, Tiling]  # "xla" or "pallas", and blocks (of the kernels: as asked)
+
+
+def why_not(
+    platform: str,
+    shape: tuple[int, ...],
+    past: int,
+    dtype: jnp.dtype,
+    *,
+    kernel: str = "auto",
+    tiling: Tiling = AUTO,
+) -> str:
+    """Why the kernels do not run where a program for `platform` is written; "" if they do.
+
+    platform: "cpu", "tpu" or "cuda". shape: of q, [..., C, H, K]; past: keys before the chunk.
+    Inside shard_map or `jax.set_mesh`, for the mesh that is in force there.
+    Raises UserError for a `kernel` that there is not.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"attention kernel {kernel!r}: choose among {', '.join(KERNELS)}.")
+    if kernel == "xla":
+        return "XLA's form was asked for"
+    if reason := _mesh_reason(shape[-2]) or kernels.why_not(platform, shape, past, dtype, tiling):
+        return reason
+    if kernel == "auto" and platform == "cpu":
+        return "on a CPU a kernel is interpreted"
+    keys = past + shape[-3]
+    if kernel == "auto" and keys < LEAST_KEYS:
+        return f"{keys} keys are fewer than the {LEAST_KEYS} from which a kernel pays"
+    return ""
+
+
+def forward(
+    chunk: Chunk, position: Array, sight: Sight, tiling: Tiling, kernel: str
+) -> tuple[Array, Array]:
+    """`functions.forward` in the chosen form."""
+    return _run("forward", chunk, (chunk,), position, sight, tiling, kernel)
+
+
+def backward(
+    chunk: Chunk,
+    o: Array,
+    logsumexp_HC: Array,
+    o_bar: Array,
+    position: Array,
+    sight: Sight,
+    tiling: Tiling,
+    kernel: str,
+    past: bool,
+) -> Chunk:
+    """`functions.backward` in the chosen form."""
+    arrays = chunk, o, logsumexp_HC, o_bar
+    return _run("backward", chunk, arrays, position, sight, tiling, kernel, past=past)
+
+
+def pair_forward(
+    chunk: Chunk, dot: Chunk, position: Array, sight: Sight, tiling: Tiling, kernel: str
+) -> tuple[Array, Array, Statistics]:
+    """`functions.pair_forward` in the chosen form."""
+    return _run("pair_forward", chunk, (chunk, dot), position, sight, tiling, kernel)
+
+
+def pair_backward(
+    chunk: Chunk,
+    dot: Chunk,
+    outputs: tuple[Array, Array, Statistics],
+    o_bar: Array,
+    o_dot_bar: Array,
+    position: Array,
+    sight: Sight,
+    tiling: Tiling,
+    kernel: str,
+) -> tuple[Chunk, Chunk]:
+    """`functions.pair_backward` in the chosen form."""
+    arrays = chunk, dot, outputs, o_bar, o_dot_bar
+    return _run("pair_backward", chunk, arrays, position, sight, tiling, kernel)
+
+
+def _run(
+    name: str,
+    chunk: Chunk,
+    arrays: tuple[Any, ...],
+    position: Array,
+    sight: Sight,
+    tiling: Tiling,
+    kernel: str,
+    **static: bool,
+) -> Any:
+    """The function of that name, in the form of the platform that it will be compiled for."""
+
+    def bind(form: str, blocks: Tiling, platform: str) -> Callable:
+        def call(position: Array, *arrays: Any) -> Any:
+            view = View(position, chunk.q.shape[-3], sight, blocks)
+            if form == "xla":
+                return getattr(functions, name)(*arrays, view=view, **static)
+            return getattr(kernels, name)(*arrays, view=view, platform=platform, **static)
+
+        return call if form == "xla" else _over_heads(call)
+
+    forms = {platform: _form(platform, chunk, tiling, kernel) for platform in PLATFORMS}
+    elsewhere = _xla(chunk, tiling, "")
+    same = {form: p for p, form in [*forms.items(), ("", elsewhere)] if form[0] == "xla"}
+    calls = {form: bind(*form, "") for form in same}
+    branches = {
+        platform: calls.get(form) or bind(*form, platform) for platform, form in forms.items()
+    }
+    default = calls[elsewhere]
+    others = {platform: call for platform, call in branches.items() if call is not default}
+    if not others:
+        return default(position, *arrays)
+    return jax.lax.platform_dependent(jnp.asarray(position), *arrays, **others, default=default)
+
+
+def _form(platform: str, chunk: Chunk, tiling: Tiling, kernel: str) -> Form:
+    past = chunk.k_past.shape[-3]
+    reason = why_not(platform, chunk.q.shape, past, chunk.q.dtype, kernel=kernel, tiling=tiling)
+    return _xla(chunk, tiling, platform) if reason else ("pallas", tiling)
+
+
+def _xla(chunk: Chunk, tiling: Tiling, platform: str) -> Form:
+    keys = max(chunk.q.shape[-3], chunk.k_past.shape[-3])
+    return "xla", tiling_of(chunk.q.shape, keys, tiling, platform)
+
+
+# --- inside shard_map ---------------------------------------------------------------------------
+
+
+def _free_axes() -> dict[str, int]:
+    """Axes of the mesh in force that the partitioner handles, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in types if kind != AxisType.Manual}
+
+
+def _mesh_reason(heads: int) -> str:
+    """Why the mesh in force keeps kernels away, if it does."""
+    free = _free_axes()
+    ways = math.prod(free.values())
+    if ways > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+        return f"the partitioner divides the work among {ways} devices, and cannot divide a kernel"
+    if heads % ways:
+        return f"mesh axes {', '.join(free)} of {ways} devices do not divide {heads} heads"
+    return ""
+
+
+def _over_heads(call: Callable) -> Callable:
+    """`call(position, *arrays)` on every device's own heads: the last dimension but one of all."""
+    axes = tuple(_free_axes())
+    if not axes:
+        return call
+
+    def specs(arrays: Any) -> Any:
+        return jax.tree.map(lambda x: PartitionSpec(*(None,) * (x.ndim - 2), axes, None), arrays)
+
+    def divided(position: Array, *arrays: Any) -> Any:
+        return jax.shard_map(
+            call,
+            in_specs=(PartitionSpec(), *specs(arrays)),
+            out_specs=specs(jax.eval_shape(call, position, *arrays)),
+            axis_names=set(axes),
+            check_vma=False,
+        )(position, *arrays)
+
+    return divided
