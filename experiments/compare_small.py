@@ -36,7 +36,6 @@ from experiments.comparison.plan import Plan
 from experiments.comparison.scales import (
     DYNAMIC,
     EXTEND,
-    EXTENSION_SHARE,
     PRETRAIN,
     PRETRAINED_AS,
     SCALES,
@@ -171,8 +170,7 @@ def describe(plan: Plan, jobs: int) -> str:
     lines += [
         f"{len(tasks)} tasks, {total:,} tokens, {jobs} at a time: {left / 60:.0f} minutes left "
         "on an idle machine like that of docs/comparison.md, and then the report;",
-        "one pretraining more for each system whose best rate is the lowest or highest tried; "
-        f"extensions at {EXTENSION_SHARE:.2f} of the best rate",
+        "one run more for each sweep whose best rate is the lowest or highest tried",
     ]
     return "\n".join(lines)
 

@@ -116,6 +116,7 @@ def finish(task: Task, plan: Plan, losses: dict[str, float]) -> None:
 def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     plan = Plan("cpu", tmp_path)
     losses = {"mamba2-lr0.02-seed0": 2.0, "full-lr0.01-seed0": 2.5, "full-lr0.02-seed0": math.inf}
+    losses |= {"mamba2-x8-share0.33-seed0": 2.9, "hybrid-x8-share0.1-seed0": 2.9}
     order: list[str] = []
     while waiting := [task for task in plan.tasks() if not task.is_done()]:
         ready = [t for t in waiting if t.command and set(order).issuperset(t.needs)]
@@ -128,12 +129,16 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     assert plan.rate("mamba2") == 0.02
     assert "mamba2-lr0.04-seed0" in order  # beyond the best
     assert "full-lr0.04-seed0" not in order
+    assert plan.share("mamba2") == 1 / 3
+    assert "mamba2-x8-share1-seed0" in order  # beyond the best
+    assert "hybrid-x8-share1-seed0" not in order
     commands = {task.name: task.command for task in plan.tasks()}
-    extension = commands["mamba2-x8-seed1"]
+    extension = commands["mamba2-x8-share0.33-seed1"]
     assert f"--config.train.init_from={plan.workdir('mamba2-lr0.02-seed1')}" in extension
     assert "--config.optim.peak_lr=0.00666667" in extension
     assert (
-        f"--config.train.init_from={plan.workdir('hybrid-x1-seed0')}" in commands["hybrid-x4-seed0"]
+        f"--config.train.init_from={plan.workdir('hybrid-x1-seed0')}"
+        in commands["hybrid-x4-share0.1-seed0"]
     )
     found = summary.entries(plan)
     assert len(found) == 9 * 4 * 2
@@ -150,7 +155,8 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
 
 def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
     plan = Plan("cpu", tmp_path)
-    losses = {"mamba2-lr0.01-seed1": math.inf, "ttt_e2e-x8-seed0": math.inf}
+    losses = {"mamba2-lr0.01-seed1": math.inf, "ttt_e2e-x8-share0.033-seed1": math.inf}
+    losses |= {"window-x8-share0.033-seed0": math.inf}
     losses |= {f"{system}-lr0.01-seed0": 2.5 for system in SYSTEMS}
     while waiting := [task for task in plan.tasks() if not task.is_done()]:
         for task in waiting:
@@ -159,9 +165,12 @@ def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
     found = {(entry.system, entry.context, entry.seed) for entry in summary.entries(plan)}
     assert len(found) == 9 * 4 * 2 - 4 - 1
     assert ("mamba2", 256, 1) not in found  # it would have started from the diverged one
-    assert ("ttt_e2e", 1024, 0) not in found
+    assert ("ttt_e2e", 1024, 1) not in found
+    assert plan.share("window") == 1 / 10
     notes = summary.notes(plan, "the command")
-    assert "Not in the report because they diverged: mamba2-lr0.01-seed1, mamba2-x2-seed1" in notes
+    lost = "mamba2-lr0.01-seed1, mamba2-x2-share0.033-seed1"
+    assert f"Not in the report because they diverged: {lost}" in notes
+    assert "| window | inf | **3.0000** | 3.0000 |  |" in notes
 
 
 def test_losses_are_those_of_the_longest_context(tmp_path):
@@ -303,6 +312,6 @@ def test_bad_input_is_one_sentence(tmp_path):
 def test_the_plan_is_printed(tmp_path):
     done = command("--out", str(tmp_path / "out"), "--plan", "--jobs=2")
     assert done.returncode == 0, done.stderr
-    assert "ttt_mlp-x8-seed1" in done.stdout
+    assert "ttt_mlp-x8-share?-seed1" in done.stdout
     assert f"{SCALES['cpu'].pretrain_steps * 2048:,} tokens" in done.stdout
     assert not (tmp_path / "out").exists()

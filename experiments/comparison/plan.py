@@ -16,7 +16,6 @@ from pathlib import Path
 from experiments.comparison.scales import (
     DYNAMIC,
     EXTEND,
-    EXTENSION_SHARE,
     PRETRAIN,
     PRETRAINED_AS,
     SCALES,
@@ -81,11 +80,13 @@ class Plan:
     """The comparison at a scale in the folder `out`.
 
     known: system -> learning rate -> validation loss, as of now; None: read whenever asked.
+    known_shares: the same for the shares of the best rate that extensions are tried with.
     """
 
     scale_name: str
     out: Path
     known: Mapping[str, Mapping[float, float]] | None = None
+    known_shares: Mapping[str, Mapping[float, float]] | None = None
 
     @property
     def scale(self) -> Scale:
@@ -101,7 +102,7 @@ class Plan:
     # What is known --------------------------------------------------------------------------------
 
     def loss(self, run: str) -> float | None:
-        """Validation loss of a pretraining run: infinite if it diverged, None if not known."""
+        """Validation loss of a run: infinite if it diverged, None if not known."""
         if self.diverged(run):
             return math.inf
         return read_losses(self.workdir(run) / "validation").get(0.0)
@@ -118,10 +119,25 @@ class Plan:
         origin = PRETRAINED_AS.get(system, system)
         return rates_to_try(self.scale.rates, self.scale.tried, self.sweep(origin))[1]
 
+    def share_sweep(self, system: str) -> Mapping[float, float]:
+        """Share of the best rate -> validation loss of the longest extension, as far as known."""
+        if self.known_shares is not None:
+            return self.known_shares[system]
+        longest = max(self.scale.windows)
+        runs = {share: extended(system, longest, share) for share in self.scale.shares}
+        found = {share: self.loss(run) for share, run in runs.items()}
+        return {share: loss for share, loss in found.items() if loss is not None}
+
+    def share(self, system: str) -> float | None:
+        """The best share of a system's extensions; None while not known."""
+        return rates_to_try(self.scale.shares, self.scale.tried, self.share_sweep(system))[1]
+
     def run(self, system: str, windows: int, seed: int) -> str:
-        """The name of a system's run for a context; it needs the rate for its own pretraining."""
-        if windows > 1 or system in PRETRAINED_AS:
-            return f"{system}-x{windows}-seed{seed}"
+        """The name of a system's run for a context, as far as what it depends on is known."""
+        if windows > 1:
+            return extended(system, windows, self.share(system), seed)
+        if system in PRETRAINED_AS:
+            return f"{system}-x1-seed{seed}"
         return pretrained(system, self.rate(system), seed)
 
     def dynamic(self) -> dict[tuple[str, float], float]:
@@ -138,7 +154,8 @@ class Plan:
         """Every task, in the order in which they should start."""
         pretrained_themselves = [system for system in SYSTEMS if system not in PRETRAINED_AS]
         known = {system: self.sweep(system) for system in pretrained_themselves}
-        return dataclasses.replace(self, known=known)._tasks()
+        shares = {system: self.share_sweep(system) for system in SYSTEMS}
+        return dataclasses.replace(self, known=known, known_shares=shares)._tasks()
 
     def _tasks(self) -> list[Task]:
         tasks = []
@@ -151,14 +168,15 @@ class Plan:
                     continue
                 if system in PRETRAINED_AS:
                     tasks.append(self._adoption(system, seed))
-                tasks += [self._extension(system, n, seed) for n in self.scale.windows]
+                tasks += self._extensions(system, seed)
         return tasks + [self._dynamic(rule) for rule in self.scale.dynamic]
 
     def _pretraining(self, system: str) -> list[Task]:
         rates, best = rates_to_try(self.scale.rates, self.scale.tried, self.sweep(system))
         tasks = []
         for rate in rates:
-            tasks += [self._train(system, rate, 0), self._validate(system, rate)]
+            train = self._train(system, rate, 0)
+            tasks += [train, self._validate(system, train.name)]
         return tasks + [self._train(system, best, seed) for seed in range(1, self.scale.seeds)]
 
     def _train(self, system: str, rate: float | None, seed: int) -> Task:
@@ -176,14 +194,13 @@ class Plan:
         rates, _ = rates_to_try(self.scale.rates, self.scale.tried, self.sweep(system))
         return tuple(f"{pretrained(system, rate)}/validation" for rate in rates)
 
-    def _validate(self, system: str, rate: float) -> Task:
-        run = pretrained(system, rate)
+    def _validate(self, system: str, run: str, windows: int = 1) -> Task:
         scale, folder = self.scale, self.workdir(run)
         command = self._evaluate_command(
             folder,
             folder / "validation",
-            lengths=scale.window,
-            batch=scale.eval_batch * max(scale.windows),
+            lengths=scale.window * windows,
+            batch=scale.eval_batch * max(scale.windows) // windows,
             modes="on" if system == "ttt_e2e" else "off",
         )
         products = (folder / "validation" / "results.json", folder / "nonfinite.json")
@@ -200,19 +217,45 @@ class Plan:
         known = self.rate(system) is not None
         return Task(run, command if known else (), self._finished(run), self._origin(system, seed))
 
-    def _extension(self, system: str, windows: int, seed: int) -> Task:
-        run, rate = self.run(system, windows, seed), self.rate(system)
+    def _extensions(self, system: str, seed: int) -> list[Task]:
+        """All of one seed; of the first, the sweep at the longest context comes before."""
+        longest, tasks = max(self.scale.windows), []
+        windows = list(self.scale.windows)
+        if seed == 0:
+            for share in self._shares_to_try(system):
+                extension = self._extension(system, longest, 0, share)
+                tasks += [extension, self._validate(system, extension.name, longest)]
+            windows.remove(longest)  # its best is there already
+        sweep = tuple(
+            f"{extended(system, longest, share)}/validation"
+            for share in self._shares_to_try(system)
+        )
+        share = self.share(system)
+        return tasks + [self._extension(system, n, seed, share, sweep) for n in windows]
+
+    def _shares_to_try(self, system: str) -> list[float]:
+        return rates_to_try(self.scale.shares, self.scale.tried, self.share_sweep(system))[0]
+
+    def _extension(
+        self,
+        system: str,
+        windows: int,
+        seed: int,
+        share: float | None,
+        needs: tuple[str, ...] = (),
+    ) -> Task:
+        run, rate = extended(system, windows, share, seed), self.rate(system)
         command: tuple[str, ...] = ()
-        needs = self._origin(system, seed)
+        origin = self._origin(system, seed)
         if system in PRETRAINED_AS:
-            needs = (self.run(system, 1, seed),)
-        if rate is not None:
+            origin = (self.run(system, 1, seed),)
+        if rate is not None and share is not None:
             start = self.workdir(self.run(system, 1, seed))
             arg = f"{system},{EXTEND},{windows}"
-            command = self._train_command(run, arg, rate * EXTENSION_SHARE, seed)
+            command = self._train_command(run, arg, rate * share, seed)
             command += (f"--config.train.init_from={start}",)
         products = self._finished(run, "nonfinite.json")
-        return Task(run, command, products, needs, *self._cost(system, EXTEND))
+        return Task(run, command, products, (*origin, *needs), *self._cost(system, EXTEND))
 
     def _origin(self, system: str, seed: int) -> tuple[str, ...]:
         """What a run that starts from a pretrained model waits for."""
@@ -235,6 +278,8 @@ class Plan:
             f"--dynamic-layers={scale.suffix_layers}",
             f"--inner-rule={rule}",
         )
+        if self.share("window") is None:
+            command = ()
         tokens = LEARNING_COST * len(rates) * scale.sequences * scale.longest
         seconds = START + tokens / 1000 / scale.speed[DYNAMIC]
         return Task(f"{DYNAMIC}/{rule}", command, (folder / "results.json",), (run,), 0, seconds)
@@ -286,6 +331,11 @@ class Plan:
 def pretrained(system: str, rate: float | None, seed: int = 0) -> str:
     """The name of a pretraining run; a rate that is not known yet is a question mark."""
     return f"{system}-lr{'?' if rate is None else f'{rate:g}'}-seed{seed}"
+
+
+def extended(system: str, windows: int, share: float | None, seed: int = 0) -> str:
+    """The name of an extension; a share that is not known yet is a question mark."""
+    return f"{system}-x{windows}-share{'?' if share is None else f'{share:.2g}'}-seed{seed}"
 
 
 def read_losses(folder: Path) -> dict[float, float]:

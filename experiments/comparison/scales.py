@@ -24,9 +24,6 @@ SYSTEMS = (
 )
 DYNAMIC = "dynamic"  # the ninth: the window model, read with learning at test time
 PRETRAIN, EXTEND = "pretrain", "extend"
-EXTENSION_SHARE = (
-    1 / 3
-)  # peak learning rate of an extension / that of pretraining; the paper's at 760m
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,10 @@ class Scale:
     model, mixers: fields of the model common to all, and those of the recurrent mixers.
     window (k), chunk (b): tokens of the attention window, and of one inner step of TTT-E2E.
     tokens_per_step: of every run; pretrain_steps at one window, extension_steps at each longer
-    context. rates: ladder of peak learning rates, lowest first; tried: how many in its middle are
-    tried at first. dynamic: inner learning rates of dynamic evaluation by update rule.
-    sequences: of the longest context that validation and test read, at most.
+    context. rates: ladder of peak learning rates, lowest first; shares: the same for extensions, as
+    parts of the best rate of pretraining (1/3 in the paper, at 760M); tried: how many in the middle
+    of a ladder are tried at first. dynamic: inner learning rates of dynamic evaluation by update
+    rule. sequences: of the longest context that validation and test read, at most.
     speed: thousand tokens per second by system, for the estimate of time only.
     """
 
@@ -52,6 +50,7 @@ class Scale:
     extension_steps: int
     rates: tuple[float, ...]
     speed: Mapping[str, float]
+    shares: tuple[float, ...] = (1 / 30, 1 / 10, 1 / 3, 1.0)
     tried: int = 3
     windows: tuple[int, ...] = (2, 4, 8)
     seeds: int = 2
@@ -150,6 +149,7 @@ SCALES = {
         pretrain_steps=4,
         extension_steps=2,
         rates=(1e-2, 2e-2),
+        shares=(1 / 10, 1 / 3),
         tried=1,
         windows=(2,),
         seeds=1,

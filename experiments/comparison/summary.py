@@ -5,7 +5,6 @@ from typing import TextIO
 from experiments.comparison.plan import Plan
 from experiments.comparison.scales import (
     DYNAMIC,
-    EXTENSION_SHARE,
     PRETRAINED_AS,
     SYSTEMS,
     parameters,
@@ -85,12 +84,15 @@ def notes(plan: Plan, command: str) -> str:
         f"Made by `{command}`.",
         f"Each system was pretrained on {pretraining:,} tokens at one window of {scale.window} and "
         f"each of its models extended separately, on {extension:,} tokens more, to "
-        f"{', '.join(map(str, scale.windows))} windows, at {EXTENSION_SHARE:.2f} of its best "
-        f"learning rate. {shared} share one pretraining: within one window they are the same.",
+        f"{', '.join(map(str, scale.windows))} windows. {shared} share one "
+        "pretraining: within one window they are the same.",
         *([f"Not in the report because they diverged: {', '.join(lost)}."] if lost else []),
         "### Learning rates\n\nValidation loss (nats per token at one window, first seed) by peak "
         "learning rate; the best is bold. Where it was at the edge of those tried, one more was "
         "tried.\n\n" + _sweeps(plan),
+        "### Learning rates of extensions\n\nValidation loss at the longest context, first seed, "
+        "by peak learning rate as a share of the best one of pretraining; the best is bold, and is "
+        "used at every context and seed.\n\n" + _share_sweeps(plan),
         "### Dynamic evaluation\n\nValidation loss of `window` at the longest context, first seed, "
         "the MLPs of its last "
         f"{scale.suffix_layers} blocks learning, by update rule and inner learning rate; the best "
@@ -110,6 +112,16 @@ def _sweeps(plan: Plan) -> str:
         cells = ["" if r not in losses else _cell(losses[r], r == best) for r in rates]
         rows.append([system, f"{parameters(plan.scale_name, system):,}", *cells])
     return _table(head, rows)
+
+
+def _share_sweeps(plan: Plan) -> str:
+    shares = plan.scale.shares
+    rows = []
+    for system in SYSTEMS:
+        losses, best = plan.share_sweep(system), plan.share(system)
+        cells = ["" if s not in losses else _cell(losses[s], s == best) for s in shares]
+        rows.append([system, *cells])
+    return _table(["system", *(f"{share:.2g}" for share in shares)], rows)
 
 
 def _dynamic(plan: Plan) -> str:
