@@ -13,6 +13,16 @@ CASES = {
     "clip active": {"inner": {"clip": 0.1}},
     "no clip": {"inner": {"clip": 0.0}},
     "trajectory stored": {"inner": {"trajectory": "store"}},
+    "recomputed and truncated": {
+        "model": {"mixers": ("window", "mamba2"), "suffix_layers": 2},
+        "inner": {
+            "trajectory": "recompute",
+            "rule": "momentum",
+            "meta_gradient": "truncated",
+            "truncate_chunks": 2,
+        },
+        "train": {"seq_len": 16},
+    },
     "three suffix blocks, window of a chunk": {
         "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
     },

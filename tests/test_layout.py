@@ -18,11 +18,12 @@ LAYERS = (
     {"update_rules"},
     {"inner_loop"},
     {"models"},
-    {"history"},
+    {"history", "chunk_step"},
     {"fast_gradient"},
     {"meta"},
     {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
-    {"metrics", "run_control"},
+    {"metrics", "run_control", "inference"},
+    {"attention_kernels"},
     {"train_step"},
     {"prepare", "train", "evaluate", "verify", "bench", "plan"},
     {"report"},
@@ -32,7 +33,7 @@ LAYERS = (
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE = (
     *("ops", "update_rules", "inner_loop", "models"),
-    *("history", "fast_gradient", "meta", "train_step"),
+    *("history", "chunk_step", "fast_gradient", "meta", "train_step"),
 )
 COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "plan", "report", "cli")
 

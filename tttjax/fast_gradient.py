@@ -16,33 +16,18 @@ of reverse over reverse. Derivatives of slow weights are summed over the batch a
 kept per sequence.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from tttjax import inner_loop
+from tttjax.chunk_step import Chunks, Learner, batch_loss, learn, loss_and_gradient
 from tttjax.history import History, Past
-from tttjax.models import Cut, combine
-from tttjax.ops.cross_entropy import (
-    Slope,
-    blocked_nll_twice,
-    blocked_nll_with_slope,
-    masked_mean,
-    token_nll_in_blocks,
-)
+from tttjax.ops.cross_entropy import Slope
 from tttjax.types import Array, PyTree
-
-
-class Chunks(NamedTuple):
-    """What the loop reads, for N chunks of B sequences."""
-
-    x_NBCD: Array
-    target_NBC: Array
-    mask_NBC: Array
 
 
 class Records(NamedTuple):
@@ -58,14 +43,20 @@ class Loop(NamedTuple):
 
     exact_chunks: as of `inner_loop.adapt`. trajectory: how the backward pass comes by W_{i-1}.
     "rewind": from W_i, minus the change that the kept gradient made; "store": kept as well;
-    logit_rows: rows of logits in memory at a time.
+    "recompute": both are made again, segment by segment, from the weights at its start.
     """
 
-    cut: Cut
-    rule: optax.GradientTransformation
+    learner: Learner
     exact_chunks: int | None
     trajectory: str
-    logit_rows: int
+
+
+class _Start(NamedTuple):
+    """What a chunk is read with, beside its inputs and what `History` keeps."""
+
+    fast: PyTree  # W_{i-1}
+    rule_state: PyTree
+    carried: tuple[Array | None, ...]
 
 
 class _Saved(NamedTuple):
@@ -76,60 +67,6 @@ class _Saved(NamedTuple):
     g: PyTree
     carried: tuple[Array | None, ...]
     slope: Slope | None  # of the losses, in the last hidden states; None with a fast head
-
-
-# --- one chunk --------------------------------------------------------------------------------
-
-
-STATE_AXES = {"position": None, "blocks": 0}
-
-
-def _batch_loss(loop: Loop, slow, fast, state, chunk: Chunks, form: str, slope=None):
-    """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
-
-    form: "once" for jax.grad alone, "twice" for jax.grad of jax.jvp. slope: what an earlier call
-    with the same weights and inputs has returned (`ops.cross_entropy.Slope`).
-    """
-    model, cut = loop.cut.model, loop.cut
-
-    def run(fast, state, x_CD):
-        weights = combine(slow, fast)
-        x_CD, state = cut.run(weights, state, x_CD, form)
-        return model.final_norm(weights, x_CD), state
-
-    axes = (0, STATE_AXES, 0)
-    h_BCD, state = jax.vmap(run, in_axes=axes, out_axes=(0, STATE_AXES))(fast, state, chunk.x_NBCD)
-    if "head" in cut.model.fast_paths:
-        nll = partial(token_nll_in_blocks, block=loop.logit_rows)
-        head_BDV = fast["head"].astype(h_BCD.dtype)
-        nll_BC, slope = jax.vmap(nll)(h_BCD, head_BDV, chunk.target_NBC), None
-    else:
-        read = h_BCD, model.head(slow), chunk.target_NBC
-        if form == "twice":
-            nll_BC = blocked_nll_twice(*read, slope, rows_block=loop.logit_rows)
-        else:
-            nll_BC, slope = blocked_nll_with_slope(*read, rows_block=loop.logit_rows)
-    return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, slope)
-
-
-def _loss_and_gradient(loop: Loop, slow, fast, state, chunk: Chunks):
-    """(what `_batch_loss` gives, the gradient of each sequence's own loss [B, ...])."""
-
-    def total(fast):
-        loss_B, aux = _batch_loss(loop, slow, fast, state, chunk, "once")
-        return jnp.sum(loss_B), (loss_B, aux)
-
-    (_, out), g = jax.value_and_grad(total, has_aux=True)(fast)
-    return out, g
-
-
-def _update(loop: Loop, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False):
-    """`inner_loop.update` of B sequences: (fast, rule_state, norm of g [B])."""
-
-    def one(fast, rule_state, g, mask_C):
-        return inner_loop.update(loop.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant)
-
-    return jax.vmap(one)(fast, rule_state, g, chunk.mask_NBC)
 
 
 # --- the loop ---------------------------------------------------------------------------------
@@ -158,29 +95,85 @@ def make_loop(loop: Loop) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Rec
 
 def _history(loop: Loop, chunks: Chunks) -> History:
     number, batch, size = chunks.target_NBC.shape
-    return History(loop.cut, number, size, batch)
+    return History(loop.learner.cut, number, size, batch)
+
+
+def _exact_from(loop: Loop, chunks: int) -> int:
+    """The first chunk whose update the derivative goes through."""
+    return 0 if loop.exact_chunks is None else max(chunks - loop.exact_chunks, 0)
+
+
+def _segment(loop: Loop, chunks: int) -> int:
+    """Chunks from one kept start to the next, so that starts and segments together are few.
+
+    A divisor, also of the part of the sequence whose updates are constants.
+    """
+    whole = math.gcd(chunks, _exact_from(loop, chunks))
+    return max(n for n in range(1, math.isqrt(chunks) + 1) if whole % n == 0)
+
+
+def _by_segment(tree: PyTree, size: int) -> PyTree:
+    """[N, ...] to [N / size, size, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
+
+
+def _joined(tree: PyTree) -> PyTree:
+    """The inverse of `_by_segment`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _read(loop: Loop, history: History, slow, lr, start: _Start, kept, row):
+    """One chunk: (its records, what to save of it, fast, rule state, the model's state after)."""
+    i, chunk = row
+    fast, rule_state, carried = start
+    state = history.state(Past(kept, carried), i)
+    (loss_B, (state, nll_BC, slope)), g = loss_and_gradient(loop.learner, slow, fast, state, chunk)
+    new_fast, new_rule_state, norm_B = learn(loop.learner, fast, rule_state, g, chunk, lr)
+    saved = _Saved(fast, rule_state, g, carried, slope)
+    return Records(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
 
 
 def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
-    """((records, fast_end), what the backward pass needs: (_Saved [N, ...], kept past))."""
+    """((records, fast_end), what the backward pass needs: (saved, kept past)).
+
+    saved: _Saved [N, ...], or with "recompute" the _Start of every segment.
+    """
     history = _history(loop, chunks)
 
     def step(carry, row):
         fast, rule_state, past = carry
-        i, chunk = row
-        state = history.state(past, i)
-        (loss_B, (state, nll_BC, slope)), g = _loss_and_gradient(loop, slow, fast, state, chunk)
-        new_fast, new_rule_state, norm_B = _update(loop, fast, rule_state, g, chunk, lr)
-        kept_fast = fast if loop.trajectory == "store" else None
-        saved = _Saved(kept_fast, rule_state, g, past.carried, slope)
-        carry = new_fast, new_rule_state, history.write(past, state, i)
-        return carry, (Records(loss_B, nll_BC, norm_B), saved)
+        start = _Start(fast, rule_state, past.carried)
+        records, saved, fast, rule_state, state = _read(
+            loop, history, slow, lr, start, past.kept, row
+        )
+        if loop.trajectory == "rewind":
+            saved = saved._replace(fast=None)
+        return (fast, rule_state, history.write(past, state, row[0])), (records, saved)
+
+    def segment(carry, rows):
+        fast, rule_state, past = carry
+        carry, (records, _) = jax.lax.scan(step, carry, rows)
+        return carry, (records, _Start(fast, rule_state, past.carried))
 
     fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (history.batch, *w.shape)), fast)
-    start = fast, jax.vmap(loop.rule.init)(fast), history.start()
+    start = fast, jax.vmap(loop.learner.rule.init)(fast), history.start()
     rows = jnp.arange(history.chunks), chunks
+    if loop.trajectory == "recompute":
+        rows = _by_segment(rows, _segment(loop, history.chunks))
+        (fast_end, _, past), (records, starts) = jax.lax.scan(segment, start, rows)
+        return (_joined(records), fast_end), (starts, past.kept)
     (fast_end, _, past), (records, saved) = jax.lax.scan(step, start, rows)
     return (records, fast_end), (saved, past.kept)
+
+
+def _read_again(loop: Loop, history: History, slow, lr, start: _Start, kept, rows) -> _Saved:
+    """What the backward pass needs of the chunks of a segment, [n, ...]."""
+
+    def step(start, row):
+        _, saved, fast, rule_state, state = _read(loop, history, slow, lr, start, kept, row)
+        return _Start(fast, rule_state, history.carried(state)), saved
+
+    return jax.lax.scan(step, start, rows)[1]
 
 
 class _Cotangents(NamedTuple):
@@ -197,12 +190,11 @@ def _backward(loop: Loop, residuals, cotangents):
     slow, fast_end, chunks, lr, saved, kept = residuals
     records_bar, fast_bar = cotangents
     history = _history(loop, chunks)
-    exact = history.chunks if loop.exact_chunks is None else loop.exact_chunks
-    first_exact = max(history.chunks - exact, 0)
+    first_exact = _exact_from(loop, history.chunks)
 
     def step(carry, row, is_exact):
         fast, bar = carry
-        i, chunk, saved, records_bar_i = row
+        i, chunk, records_bar_i, saved = row
         fast, bar, v = _through_update(loop, fast, bar, saved, chunk, lr, is_exact)
         state = history.state(Past(kept, saved.carried), i)
 
@@ -231,22 +223,37 @@ def _backward(loop: Loop, residuals, cotangents):
             jnp.zeros_like(lr),
         ),
     )
-    rows = jnp.arange(history.chunks), chunks, saved, records_bar
-    x_bars: list[Array] = []
-    for first, last, is_exact in (
-        (first_exact, history.chunks, True),
-        (0, first_exact, False),
-    ):
-        if first == last:
-            continue
-        part = jax.tree.map(lambda x, a=first, b=last: x[a:b], rows)
-        carry, x_bar = jax.lax.scan(partial(step, is_exact=is_exact), carry, part, reverse=True)
-        x_bars.insert(0, x_bar)
-    bar = carry[1]
+
+    def segment(carry, row, is_exact):
+        (i, chunks, records_bar), start = row
+        saved = _read_again(loop, history, slow, lr, start, kept, (i, chunks))
+        rows = i, chunks, records_bar, saved
+        return jax.lax.scan(partial(step, is_exact=is_exact), carry, rows, reverse=True)
+
+    rows = jnp.arange(history.chunks), chunks, records_bar
+    if loop.trajectory == "recompute":
+        size = _segment(loop, history.chunks)
+        rows = _by_segment(rows, size), saved
+        (_, bar), x_bar = _scan_back(segment, carry, rows, first_exact // size)
+        x_bar = _joined(x_bar)
+    else:
+        (_, bar), x_bar = _scan_back(step, carry, (*rows, saved), first_exact)
     slow_bar = jax.tree.map(lambda total, w: total.astype(w.dtype), bar.slow, slow)
     fast_bar = jax.tree.map(lambda x: x.sum(0), bar.fast)
     nothing: Any = None  # the cotangent of integers
-    return slow_bar, fast_bar, Chunks(jnp.concatenate(x_bars), nothing, nothing), bar.lr
+    return slow_bar, fast_bar, Chunks(x_bar, nothing, nothing), bar.lr
+
+
+def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
+    """`lax.scan` of body(carry, row, is_exact=...) in reverse, in two parts if there are two."""
+    length = jax.tree.leaves(rows)[0].shape[0]
+    parts = []
+    for first, last, is_exact in ((first_exact, length, True), (0, first_exact, False)):
+        if first < last:
+            part = jax.tree.map(lambda x, a=first, b=last: x[a:b], rows)
+            carry, out = jax.lax.scan(partial(body, is_exact=is_exact), carry, part, reverse=True)
+            parts.insert(0, out)
+    return carry, jnp.concatenate(parts)
 
 
 def _share(loop: Loop, history: History, i, slow, fast, state, chunk: Chunks, slope, outer):
@@ -261,7 +268,7 @@ def _share(loop: Loop, history: History, i, slow, fast, state, chunk: Chunks, sl
         before = {**state, "blocks": blocks}
         form = "once" if v is None else "twice"
         read = chunk._replace(x_NBCD=x_BCD)
-        loss_B, (after, nll_BC, _) = _batch_loss(loop, slow, fast, before, read, form, slope)
+        loss_B, (after, nll_BC, _) = batch_loss(loop.learner, slow, fast, before, read, form, slope)
         return loss_B, (after, nll_BC)
 
     def total(slow, fast, blocks, x_BCD):
@@ -286,8 +293,8 @@ def _through_update(loop: Loop, fast, bar: _Cotangents, saved: _Saved, chunk, lr
         remaining = iter(numbers)
         mixed = [next(remaining) if _is_number(leaf) else leaf for leaf in leaves]
         rule_state = jax.tree.unflatten(tree, mixed)
-        fast, rule_state, norm_B = _update(
-            loop, fast, rule_state, g, chunk, lr, is_constant=not is_exact
+        fast, rule_state, norm_B = learn(
+            loop.learner, fast, rule_state, g, chunk, lr, is_constant=not is_exact
         )
         return fast, _numbers(rule_state), norm_B
 

@@ -81,6 +81,10 @@ class History:
         rows = zip(self.kinds, self.leaves, past.kept, new, strict=True)
         return self._divide([one(*row) for row in rows])
 
+    def carried(self, state: PyTree) -> tuple[Array | None, ...]:
+        """Of a state after a chunk, what has no rows."""
+        return self._divide(jax.tree.leaves(state["blocks"])).carried
+
     def _own_rows(self, window: Array) -> Array:
         """The rows that the last chunk added to a window."""
         return jax.lax.slice_in_dim(window, -self.chunk_size, None, axis=ROWS)

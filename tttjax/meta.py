@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from tttjax import inner_loop
-from tttjax.fast_gradient import Chunks, Loop, make_loop
+from tttjax.chunk_step import Chunks, Learner
+from tttjax.fast_gradient import Loop, make_loop
 from tttjax.models import Cut, Transformer, advance, combine
 from tttjax.ops.cross_entropy import masked_mean
 from tttjax.types import Array, Batch, Params, PyTree
@@ -163,7 +164,7 @@ def read_learning_fast(
 ) -> Reading:
     """`read_learning` of B sequences, [B, ...], with the fast form of the gradient."""
     cut = Cut(model)
-    loop = Loop(cut, inner.rule, inner.exact_chunks, inner.trajectory, LOGIT_ROWS)
+    loop = Loop(Learner(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
     start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
     x_BTD = jax.vmap(partial(cut.below, params.slow))(batch.inputs)
 

@@ -11,15 +11,15 @@ round, so that a busy machine slows all alike; times are medians.
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tttjax.bench.timing import mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy import (
     blocked_nll,
@@ -79,20 +79,15 @@ def bench_cross_entropy(sizes: Sizes | None = None, rounds: int = 5) -> list[Cro
     programs: dict[tuple[str, str], Any] = {}
     for key, function in _functions(sizes).items():
         programs[key] = jax.jit(function).lower(arguments).compile()
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
-    for _ in range(rounds + 1):  # the first round warms caches and is left out
-        for key, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(arguments))
-            seconds[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}
+    runs = {key: partial(program, arguments) for key, program in programs.items()}
+    medians = median_seconds(runs, rounds)
     return [
         CrossEntropyBenchmark(
             task=task,
             form=form,
             seconds=medians[task, form],
             speedup=medians[task, "dense"] / medians[task, form],
-            memory_bytes=_temporary_bytes(programs[task, form]),
+            memory_bytes=temporary_bytes(programs[task, form]),
         )
         for task, form in programs
     ]
@@ -156,11 +151,6 @@ def _second(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
     return lambda x: jax.grad(both, (0, 1, 2))(x["h"], x["h_dot"], x["head"], x)
 
 
-def _temporary_bytes(program: Any) -> int | None:
-    analysis = program.memory_analysis()
-    return None if analysis is None else analysis.temp_size_in_bytes
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench cross-entropy`."""
     for name, text in (
@@ -187,6 +177,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print("task      form           ms  speedup       MiB")
     for r in results:
-        memory = "?" if r.memory_bytes is None else f"{r.memory_bytes / 2**20:,.1f}"
+        memory = mebibytes(r.memory_bytes, 1)
         print(f"{r.task:8}  {r.form:7}  {1e3 * r.seconds:8.1f}  {r.speedup:7.2f}  {memory:>8}")
     return 0

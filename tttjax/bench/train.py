@@ -12,19 +12,26 @@ With --lengths all that is done for sequences of each of these lengths, one afte
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tttjax.bench.timing import (
+    check_rounds,
+    held_bytes,
+    mebibytes,
+    median_seconds,
+    temporary_bytes,
+)
 from tttjax.config import Config, check_mesh, load_config, parameter_count
 from tttjax.config.values import parse_value
-from tttjax.errors import UserError
+from tttjax.plan.count import count
 from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
 from tttjax.train_step import Trainer, TrainState, make_trainer
@@ -36,9 +43,10 @@ class TrainBenchmark:
     """What one configuration's step cost.
 
     compile_seconds: tracing and compiling. step_seconds: median. step_ratio: to the last
-    configuration. memory_bytes: what the compiled step holds at its peak on one device (arguments,
-    temporaries and results, donated buffers counted once), by the compiler's own account; None
-    where it gives none.
+    configuration. flops: of the matrix products, as the traced step does them (`plan.count`).
+    memory_bytes: what the compiled step holds at its peak on one device (arguments, temporaries and
+    results, donated buffers counted once), temporary_bytes the temporaries alone, by the compiler's
+    own account; None where it gives none.
     """
 
     name: str
@@ -48,7 +56,9 @@ class TrainBenchmark:
     compile_seconds: float
     step_seconds: float
     step_ratio: float
+    flops: float
     memory_bytes: int | None
+    temporary_bytes: int | None
 
 
 @dataclass
@@ -59,29 +69,22 @@ class _Entry:
     state: TrainState
     batch: Batch
     compile_seconds: float
+    flops: float
     memory_bytes: int | None
+    temporary_bytes: int | None
 
 
 def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[TrainBenchmark]:
     """Measures the named configurations against each other on this machine's devices.
 
-    Raises UserError if a configuration does not fit the devices.
+    Raises UserError if a configuration does not fit the devices, and for no rounds.
     """
-    if rounds < 1:
-        raise UserError(f"rounds={rounds} must be at least 1.")
+    check_rounds(rounds)
     entries = []
     for name, config in configs:
         with as_configured(config):
             entries.append(_prepare(name, config))
-    seconds: list[list[float]] = [[] for _ in entries]
-    for _ in range(rounds + 1):  # the first round warms caches and is left out
-        for entry, times in zip(entries, seconds, strict=True):
-            with as_configured(entry.config):
-                start = time.perf_counter()
-                entry.state, metrics = entry.trainer.step(entry.state, entry.batch)
-                jax.block_until_ready((entry.state, metrics))
-            times.append(time.perf_counter() - start)
-    medians = [statistics.median(times[1:]) for times in seconds]
+    medians = median_seconds({i: partial(_step, e) for i, e in enumerate(entries)}, rounds)
     return [
         TrainBenchmark(
             name=entry.name,
@@ -89,12 +92,20 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
             seq_len=entry.config.train.seq_len,
             tokens=entry.batch.inputs.size,
             compile_seconds=entry.compile_seconds,
-            step_seconds=median,
-            step_ratio=median / medians[-1],
+            step_seconds=medians[i],
+            step_ratio=medians[i] / medians[len(entries) - 1],
+            flops=entry.flops,
             memory_bytes=entry.memory_bytes,
+            temporary_bytes=entry.temporary_bytes,
         )
-        for entry, median in zip(entries, medians, strict=True)
+        for i, entry in enumerate(entries)
     ]
+
+
+def _step(entry: _Entry) -> Any:
+    with as_configured(entry.config):
+        entry.state, metrics = entry.trainer.step(entry.state, entry.batch)
+    return entry.state, metrics
 
 
 def _prepare(name: str, config: Config) -> _Entry:
@@ -105,21 +116,19 @@ def _prepare(name: str, config: Config) -> _Entry:
     tokens = rng.integers(0, config.model.vocab_size, (2, *shape), dtype=np.int32)
     batch = trainer.put_batch(Batch(tokens[0], tokens[1], jnp.ones(shape, bool)))
     start = time.perf_counter()
-    compiled = trainer.step.lower(trainer.abstract_state, batch).compile()
+    traced = trainer.step.trace(trainer.abstract_state, batch)
+    compiled = traced.lower().compile()
     compile_seconds = time.perf_counter() - start
-    state = trainer.init_state(config.train.seed)
-    held = _memory_bytes(compiled.memory_analysis())
-    return _Entry(name, config, trainer, state, batch, compile_seconds, held)
-
-
-def _memory_bytes(analysis: Any) -> int | None:
-    if analysis is None:
-        return None
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.temp_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
+    return _Entry(
+        name,
+        config,
+        trainer,
+        trainer.init_state(config.train.seed),
+        batch,
+        compile_seconds,
+        count(traced.jaxpr).flops,
+        held_bytes(compiled),
+        temporary_bytes(compiled),
     )
 
 
@@ -153,21 +162,23 @@ def run(args: argparse.Namespace) -> int:
         configs = [(spec, load_config(spec, overrides)) for spec in args.config]
         found = bench_train(configs, args.rounds)
         if not args.json:
-            print(_table(found), flush=True)
+            print(table(found), flush=True)
         results += found
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
     return 0
 
 
-def _table(results: Sequence[TrainBenchmark]) -> str:
+def table(results: Sequence[TrainBenchmark]) -> str:
+    """The results as lines of text."""
     width = max(len(result.name) for result in results)
-    lines = [f"{'':{width}}  sequence  parameters  compile s   step s  ratio  memory MiB"]
+    head = "sequence  parameters  compile s   step s  ratio  GFLOPs  ratio  memory MiB  temporary"
+    lines = [f"{'':{width}}  {head}"]
     for result in results:
-        memory = "?" if result.memory_bytes is None else f"{result.memory_bytes / 2**20:,.0f}"
         lines.append(
             f"{result.name:{width}}  {result.seq_len:8}  {result.parameters:10,}  "
             f"{result.compile_seconds:9.1f}  {result.step_seconds:7.3f}  {result.step_ratio:5.2f}  "
-            f"{memory:>10}"
+            f"{result.flops / 1e9:6,.0f}  {result.flops / results[-1].flops:5.2f}  "
+            f"{mebibytes(result.memory_bytes):>10}  {mebibytes(result.temporary_bytes):>9}"
         )
     return "\n".join(lines)

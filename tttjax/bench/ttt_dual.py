@@ -9,8 +9,6 @@ then run in turn, round after round, so that a busy machine slows all alike; tim
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tttjax.bench.timing import mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.ttt import FORMS, InnerNorm, learning_rates, ttt
 from tttjax.types import Array
@@ -80,14 +79,9 @@ def _bench_length(length: int, sizes: Sizes, rounds: int) -> list[DualBenchmark]
                 function = _task(task, form, sizes)
                 compiled = jax.jit(function).lower(arguments[inner]).compile()
                 programs[inner, task, form] = compiled
-    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in programs}
-    for _ in range(rounds + 1):  # the first round warms caches and is left out
-        for key, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(arguments[key[0]]))
-            seconds[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}
-    memory = {key: _temporary_bytes(program) for key, program in programs.items()}
+    runs = {key: partial(program, arguments[key[0]]) for key, program in programs.items()}
+    medians = median_seconds(runs, rounds)
+    memory = {key: temporary_bytes(program) for key, program in programs.items()}
     return [
         DualBenchmark(
             inner=inner,
@@ -143,11 +137,6 @@ def _read(arguments: dict[str, Any], form: str, sizes: Sizes) -> Array:
     return jax.vmap(one)(*arguments["tokens"])
 
 
-def _temporary_bytes(program: Any) -> int | None:
-    analysis = program.memory_analysis()
-    return None if analysis is None else analysis.temp_size_in_bytes
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench ttt-dual`."""
     add = parser.add_argument
@@ -180,10 +169,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print("inner   task      tokens   dual ms  primal ms  speedup  dual MiB  primal MiB")
     for r in results:
-        dual, primal = (
-            "?" if size is None else f"{size / 2**20:,.0f}"
-            for size in (r.dual_memory_bytes, r.primal_memory_bytes)
-        )
+        dual, primal = (mebibytes(size) for size in (r.dual_memory_bytes, r.primal_memory_bytes))
         print(
             f"{r.inner:6}  {r.task:8}  {r.seq_len:6}  {1e3 * r.dual_seconds:8.1f}  "
             f"{1e3 * r.primal_seconds:9.1f}  {r.speedup:7.2f}  {dual:>8}  {primal:>10}"

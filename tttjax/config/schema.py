@@ -14,7 +14,7 @@ from tttjax.config.model import ModelConfig
 
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")
-TRAJECTORIES = ("rewind", "store")
+TRAJECTORIES = ("rewind", "store", "recompute")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 
 
@@ -72,7 +72,9 @@ class InnerConfig:
     trajectory: str = declare(
         "rewind",
         "How the backward pass of the fast form comes by the fast weights before each chunk. "
-        "rewind: by undoing the updates, whose gradients are kept. store: they are kept too.",
+        "rewind: by undoing the updates, whose gradients are kept. store: they are kept too. "
+        "recompute: only those before every sqrt(N)th of N chunks are kept, and all are read once "
+        "more; for long sequences.",
         choices=TRAJECTORIES,
         may_change=True,
     )

@@ -17,7 +17,7 @@ from tttjax.models.transformer import Transformer, advance
 from tttjax.types import Array, PyTree
 
 MIXING = ("mixer", "pre_conv")  # how the names begin of a block's weights before its MLPs
-ATTENTION_FORMS = ("dense", "once", "twice")
+ATTENTION_FORMS = ("dense", "once", "twice", "start")
 FIRST = "first"  # the segment of the first row of stage 0, where that is apart from the others
 
 
@@ -52,12 +52,24 @@ class Cut:
     def _first_block(self) -> Block:
         return self.model.stacks["suffix/stage0/block0"].module()
 
+    def _shape(self, form: str) -> BlockShape:
+        return dataclasses.replace(self.model.shape, attention_form=form)
+
     @cached_property
-    def _lifted(self) -> Stack:
-        """The first suffix block without its MLPs."""
-        kind, shape = self.model.stages["suffix"][0].kinds[0], self.model.shape
-        without_mlp = dataclasses.replace(shape, mlp_dim=0)
-        return Stack(lambda rngs: Block(kind, False, without_mlp, rngs), 1)
+    def _models(self) -> dict[str, Transformer]:
+        """The model with each form of attention."""
+        return {
+            form: dataclasses.replace(self.model, shape=self._shape(form))
+            for form in ATTENTION_FORMS
+        }
+
+    def _lifted(self, form: str) -> dict[str, Stack]:
+        """The first suffix block without its MLPs, if its mixers run below."""
+        if not self.lifts_mixers:
+            return {}
+        kind = self.model.stages["suffix"][0].kinds[0]
+        without_mlp = dataclasses.replace(self._shape(form), mlp_dim=0)
+        return {"block0": Stack(lambda rngs: Block(kind, False, without_mlp, rngs), 1)}
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
@@ -70,7 +82,7 @@ class Cut:
 
     def _make_segments(self, form: str) -> dict[str, Segment]:
         model, found = self.model, {}
-        shape = dataclasses.replace(model.shape, attention_form=form)
+        shape = self._shape(form)
 
         def stack(kind: str, height: int, shape: BlockShape = shape) -> Stack:
             return Stack(lambda rngs: Block(kind, model.fast_mlp, shape, rngs), height)
@@ -106,6 +118,14 @@ class Cut:
             ends.pop("embedding", None)
         return {**ends, "suffix": suffix}
 
+    def lower(self, slow: PyTree) -> PyTree:
+        """The part of the slow weights that `below` and `read_below` read."""
+        kept = {name: w for name, w in slow.items() if name in ("embedding", "prefix")}
+        if self.lifts_mixers:
+            first = slow["suffix"]["stage0"]["block0"]
+            kept["suffix"] = {"stage0": {"block0": _first_row_of_mixers(first)}}
+        return kept
+
     def join(self, tree: PyTree) -> PyTree:
         """The inverse of `above` for a tree of fast weights."""
         suffix = dict(tree["suffix"])
@@ -123,17 +143,39 @@ class Cut:
 
     def below(self, slow: PyTree, token_T: Array) -> Array:
         """What enters the upper half, for all tokens of a sequence at once, [T, D]."""
-        model = self.model
-        x_TD, _ = model.run_part("prefix", slow, None, model.embed(slow, token_T))
-        if not self.lifts_mixers:
-            return x_TD
-        first = slow["suffix"]["stage0"]["block0"]
-        mixing = {k: w for k, w in first.items() if k.startswith(MIXING)}
-        mixing = jax.tree.map(lambda w: w[:1], mixing)
-        start = jnp.zeros((), jnp.int32)
-        return run_stage(
-            {"block0": self._lifted}, {"block0": mixing}, None, x_TD, start, remat=model.remat
-        )[0]
+        return self._run_below(slow, None, token_T, "dense", self.model.remat)[0]
+
+    def read_below(
+        self, slow: PyTree, state: PyTree, token_T: Array, form: str = "dense"
+    ) -> tuple[Array, PyTree]:
+        """`below` for T further tokens of a sequence, and the new state.
+
+        state: of `init_below`. form: of attention; "start" where nothing has been read yet.
+        """
+        x_TD, blocks = self._run_below(slow, state, token_T, form, remat=False)
+        return x_TD, advance({**state, "blocks": blocks}, token_T.shape[0])
+
+    def _run_below(self, slow, state: PyTree | None, token_T, form: str, remat: bool):
+        model, lifted = self._models[form], self._lifted(form)
+        x_TD = model.embed(slow, token_T)
+        x_TD, after = model.run_part("prefix", slow, state, x_TD, remat=remat)
+        blocks = after and dict(after["blocks"])
+        if lifted:
+            first = slow["suffix"]["stage0"]["block0"]
+            mixing = _first_row_of_mixers(first)
+            past = state and state["blocks"]["lifted"]
+            position = jnp.zeros((), jnp.int32) if state is None else state["position"]
+            x_TD, now = run_stage(lifted, {"block0": mixing}, past, x_TD, position, remat=remat)
+            blocks = blocks and {**blocks, "lifted": now}
+        return x_TD, blocks
+
+    def init_below(self, max_length: int) -> PyTree:
+        """The lower half's state of a sequence of which nothing has been read."""
+        dtype = self.model.compute_dtype
+        blocks = self.model.init_state(max_length, parts=["prefix"])["blocks"]
+        lifted = self._lifted("dense").items()
+        blocks["lifted"] = {k: empty_state(stack, max_length, dtype) for k, stack in lifted}
+        return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
     def init_state(self, max_length: int) -> PyTree:
         """The upper half's state of a sequence of which nothing has been read."""
@@ -178,3 +220,9 @@ class Cut:
                 remat=False,
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
+
+
+def _first_row_of_mixers(block: PyTree) -> PyTree:
+    """Of a stack's weights, what comes before the MLPs of its first row."""
+    mixing = {name: w for name, w in block.items() if name.startswith(MIXING)}
+    return jax.tree.map(lambda w: w[:1], mixing)

@@ -1,0 +1,55 @@
+"""The benchmark of attention measures every form, and its forms compute the same."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tttjax.bench import attention
+from tttjax.bench.attention import Sizes, bench_attention
+from tttjax.cli import main
+from tttjax.errors import UserError
+
+SMALL = Sizes(heads=2, head_dim=8, chunk=8, window=16, seq_len=32)
+
+
+def test_forms_of_a_task_give_the_same_results():
+    found: dict[str, list] = {}
+    for task, _, function, arguments in (
+        *attention._chunk_tasks(SMALL),
+        *attention._sequence_tasks(SMALL),
+    ):
+        found.setdefault(task, []).append(jax.tree.leaves(jax.jit(function)(*arguments)))
+    assert {task: len(results) for task, results in found.items()} == {
+        "chunk gradient": 2,
+        "chunk pair": 2,
+        "sequence, full": 1,
+        "sequence, window": 1,
+    }
+    for first, *others in found.values():
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_results_are_by_task_and_form():
+    results = bench_attention(SMALL, rounds=1)
+    assert [(r.task, r.form) for r in results][:2] == [
+        ("chunk gradient", "dense"),
+        ("chunk gradient", "xla"),
+    ]
+    seconds = {(r.task, r.form): r.seconds for r in results}
+    for r in results:
+        first = "dense" if r.task.startswith("chunk") else "xla"
+        assert r.speedup == seconds[r.task, first] / r.seconds
+
+
+def test_command_line(capsys):
+    words = ["bench", "attention", "--chunk=4", "--window=8", "--seq-len=16", "--rounds=1"]
+    assert main([*words, "--head-dim=8", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 6
+    assert main([*words, "--heads=0"]) == 2
+    assert "heads=0 must be at least 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="dtype='int8'"):
+        bench_attention(Sizes(dtype="int8"))

@@ -1,0 +1,82 @@
+"""The train step with both forms of the outer gradient, against attention alone of the same size.
+
+  tttjax bench meta-gradient --config=experiments/mid_size.py
+
+Four train steps: the configuration's own with the fast and with the reference form of the outer
+gradient, and window and full attention alone, with MLPs so much wider that all have as many
+parameters. Time, FLOPs of the matrix products (from the traced program) and memory, by the
+compiler's account; ratios are to full attention. All steps are compiled first, then run in turn,
+round after round; times are medians.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from tttjax.bench.train import TrainBenchmark, bench_train, table
+from tttjax.config import Config, load_config, parameter_count
+from tttjax.config.counts import match_parameters
+from tttjax.errors import UserError
+
+FORMS = ("fast", "reference")
+CONTROLS = ("window", "full")
+
+
+def variants(config: Config) -> list[tuple[str, Config]]:
+    """The four configurations, by name.
+
+    Raises UserError if the configuration has no fast weights that training learns from.
+    """
+    if not config.model.fast_mlp or config.inner.fast_paths:
+        raise UserError(
+            "The controls are made by taking the fast MLPs away, but the configuration has "
+            f"model.fast_mlp = {config.model.fast_mlp} and inner.fast_paths = "
+            f"{config.inner.fast_paths}; name one whose fast weights are the fast MLPs."
+        )
+    return [(form, _with_form(config, form)) for form in FORMS] + [
+        (mixer, control(config, mixer)) for mixer in CONTROLS
+    ]
+
+
+def control(config: Config, mixer: str) -> Config:
+    """The same with this mixer in all blocks, nothing fast, and as many parameters."""
+    model = replace(config.model, mixers=(mixer,), suffix_layers=0, fast_mlp=False)
+    size = parameter_count(config.model)["total"]
+    return replace(config, model=replace(model, mlp_dim=match_parameters(model, size)))
+
+
+def bench_meta_gradient(config: Config, rounds: int = 5) -> list[TrainBenchmark]:
+    """Measures the four steps on this machine's devices; the last is full attention."""
+    return bench_train(variants(config), rounds)
+
+
+def _with_form(config: Config, form: str) -> Config:
+    return replace(config, inner=replace(config.inner, form=form))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax bench meta-gradient`."""
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py[:ARG]", help="a configuration that learns")
+    add("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax bench meta-gradient` from parsed arguments; the exit code."""
+    results = bench_meta_gradient(load_config(args.config, args.overrides), args.rounds)
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+        return 0
+    print(table(results))
+    print(_to_the_reference(results))
+    return 0
+
+
+def _to_the_reference(results: Sequence[TrainBenchmark]) -> str:
+    fast, reference = (next(r for r in results if r.name == form) for form in FORMS)
+    memory = ""
+    if fast.temporary_bytes and reference.temporary_bytes:
+        memory = f", temporary memory {fast.temporary_bytes / reference.temporary_bytes:.2f}"
+    return f"fast / reference: time {fast.step_seconds / reference.step_seconds:.2f}{memory}"

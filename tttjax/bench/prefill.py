@@ -1,0 +1,147 @@
+"""Reading a prompt: time, memory and size of the state by context length, for any systems.
+
+  tttjax bench prefill --lengths=8192,32768,131072 --config=experiments/paper.py:125m,ttt_e2e,8k \\
+      --config=experiments/paper.py:125m,full,8k
+
+What is measured is `inference.prefill` with random weights: all tokens are read, a system with fast
+weights learns from every whole chunk, and the logits of the last token come out. Ratios are to the
+last configuration. All programs of a length are compiled first, then run in turn, round after
+round; times are medians.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
+from tttjax.config import Config, load_config
+from tttjax.config.values import parse_value
+from tttjax.errors import UserError
+from tttjax.inference import divide, make_reader, prefill, start
+from tttjax.meta import make_inner_loop
+from tttjax.models import build_model
+from tttjax.precision import as_configured
+
+
+@dataclass(frozen=True)
+class PrefillBenchmark:
+    """What reading a prompt costs one system. seconds: of the whole batch, median.
+
+    ratio: seconds to those of the last configuration. state_bytes: what one sequence needs to be
+    read on, fast weights included. memory_bytes: what the program holds at its peak besides
+    arguments and results, by the compiler's own account; None where it gives none.
+    """
+
+    name: str
+    length: int
+    batch: int
+    seconds: float
+    tokens_per_second: float
+    ratio: float
+    state_bytes: int
+    memory_bytes: int | None
+
+
+def bench_prefill(
+    configs: Sequence[tuple[str, Config]], length: int, batch: int = 1, rounds: int = 5
+) -> list[PrefillBenchmark]:
+    """Measures the named configurations against each other on prompts of `length` tokens.
+
+    Raises UserError for a size below one.
+    """
+    check_rounds(rounds)
+    for name, value in (("length", length), ("batch", batch)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1.")
+    programs, runs, state_bytes = {}, {}, {}
+    for i, (_, config) in enumerate(configs):
+        with as_configured(config):
+            programs[i], arguments = _compile(config, length, batch)
+        runs[i] = partial(programs[i], *arguments)
+        state_bytes[i] = _state_bytes(config, length)
+    medians = median_seconds(runs, rounds)
+    return [
+        PrefillBenchmark(
+            name=name,
+            length=length,
+            batch=batch,
+            seconds=medians[i],
+            tokens_per_second=batch * length / medians[i],
+            ratio=medians[i] / medians[len(configs) - 1],
+            state_bytes=state_bytes[i],
+            memory_bytes=temporary_bytes(programs[i]),
+        )
+        for i, (name, _) in enumerate(configs)
+    ]
+
+
+def _reader(config: Config):
+    model = build_model(config.model, config.inner)
+    return model, make_reader(model, make_inner_loop(config.inner), config.inner.lr)
+
+
+def _compile(config: Config, length: int, batch: int) -> tuple[Any, tuple]:
+    """The compiled program and its arguments: weights, a fresh context, tokens."""
+    model, reader = _reader(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    weights = jax.jit(partial(divide, reader))(params)
+    context = jax.jit(partial(start, reader, batch=batch, max_length=length))(params)
+    tokens = np.random.default_rng(0).integers(
+        config.model.vocab_size, size=(batch, length), dtype=np.int32
+    )
+    arguments = weights, context, tokens
+    return jax.jit(partial(prefill, reader)).lower(*arguments).compile(), arguments
+
+
+def _state_bytes(config: Config, length: int) -> int:
+    model, reader = _reader(config)
+    make = partial(start, reader, batch=1, max_length=length)
+    leaves = jax.tree.leaves(jax.eval_shape(make, model.abstract_params()))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax bench prefill`."""
+    add = parser.add_argument
+    add(
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
+    )
+    add("--lengths", default="8192", metavar="T,T,...", help="tokens read (default %(default)s)")
+    add("--batch", type=int, default=1, help="prompts read together (default %(default)s)")
+    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax bench prefill` from parsed arguments; the exit code."""
+    configs = [(spec, load_config(spec, args.overrides)) for spec in args.config]
+    results = []
+    for word in args.lengths.split(","):
+        found = bench_prefill(configs, parse_value("train.seq_len", word), args.batch, args.rounds)
+        if not args.json:
+            print(_table(found), flush=True)
+        results += found
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+    return 0
+
+
+def _table(results: Sequence[PrefillBenchmark]) -> str:
+    width = max(len(result.name) for result in results)
+    lines = [f"{'':{width}}   tokens    seconds    tokens/s  ratio  state MiB  memory MiB"]
+    for r in results:
+        lines.append(
+            f"{r.name:{width}}  {r.length:7}  {r.seconds:9.3f}  {r.tokens_per_second:10,.0f}  "
+            f"{r.ratio:5.2f}  {mebibytes(r.state_bytes, 1):>9}  {mebibytes(r.memory_bytes):>10}"
+        )
+    return "\n".join(lines)

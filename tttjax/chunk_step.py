@@ -1,0 +1,94 @@
+"""One chunk of B sequences read by the upper half of a model: its loss, its gradient, its update.
+
+`inner_loop.read_chunk` for a whole batch of sequences that stand at the same place, with blocked
+attention and no logits in memory: training (`fast_gradient`) and reading (`inference`) loop over
+it.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tttjax import inner_loop
+from tttjax.models import Cut, combine
+from tttjax.ops.cross_entropy import (
+    blocked_nll_twice,
+    blocked_nll_with_slope,
+    masked_mean,
+    token_nll_in_blocks,
+)
+from tttjax.types import Array
+
+STATE_AXES = {"position": None, "blocks": 0}  # sequences that are read together stand together
+
+
+class Learner(NamedTuple):
+    """Who reads: a model in two halves, and the rule by which its fast weights change.
+
+    logit_rows: rows of logits in memory at a time.
+    """
+
+    cut: Cut
+    rule: optax.GradientTransformation
+    logit_rows: int
+
+
+class Chunks(NamedTuple):
+    """What the loop reads, for N chunks of B sequences."""
+
+    x_NBCD: Array
+    target_NBC: Array
+    mask_NBC: Array
+
+
+def batch_loss(learner: Learner, slow, fast, state, chunk: Chunks, form: str, slope=None):
+    """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
+
+    form: "once" for jax.grad alone, "twice" for jax.grad of jax.jvp. slope: what an earlier call
+    with the same weights and inputs has returned (`ops.cross_entropy.Slope`).
+    """
+    model, cut = learner.cut.model, learner.cut
+
+    def run(fast, state, x_CD):
+        weights = combine(slow, fast)
+        x_CD, state = cut.run(weights, state, x_CD, form)
+        return model.final_norm(weights, x_CD), state
+
+    axes = (0, STATE_AXES, 0)
+    h_BCD, state = jax.vmap(run, in_axes=axes, out_axes=(0, STATE_AXES))(fast, state, chunk.x_NBCD)
+    if "head" in cut.model.fast_paths:
+        nll = partial(token_nll_in_blocks, block=learner.logit_rows)
+        head_BDV = fast["head"].astype(h_BCD.dtype)
+        nll_BC, slope = jax.vmap(nll)(h_BCD, head_BDV, chunk.target_NBC), None
+    else:
+        read = h_BCD, model.head(slow), chunk.target_NBC
+        if form == "twice":
+            nll_BC = blocked_nll_twice(*read, slope, rows_block=learner.logit_rows)
+        else:
+            nll_BC, slope = blocked_nll_with_slope(*read, rows_block=learner.logit_rows)
+    return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, slope)
+
+
+def loss_and_gradient(learner: Learner, slow, fast, state, chunk: Chunks):
+    """(what `batch_loss` gives, the gradient of each sequence's own loss [B, ...])."""
+
+    def total(fast):
+        loss_B, aux = batch_loss(learner, slow, fast, state, chunk, "once")
+        return jnp.sum(loss_B), (loss_B, aux)
+
+    (_, out), g = jax.value_and_grad(total, has_aux=True)(fast)
+    return out, g
+
+
+def learn(learner: Learner, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False):
+    """`inner_loop.update` of B sequences: (fast, rule_state, norm of g [B])."""
+
+    def one(fast, rule_state, g, mask_C):
+        return inner_loop.update(
+            learner.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant
+        )
+
+    return jax.vmap(one)(fast, rule_state, g, chunk.mask_NBC)
