@@ -1,9 +1,10 @@
 """The nearest recipe that fits, for one that does not.
 
-Looked for are, in this order: recomputation switched on where it is off, and the leanest form of
-the meta-gradient; weights and optimizer divided by more devices (mesh.fsdp); batches read in more
-parts (train.accum_steps); and last, layers divided (mesh.tensor). None of them changes a number of
-the run, but for rounding. Fewer changes come before more, small ones before large.
+Looked for are, in this order: recomputation switched on where it is off, and the fast form of the
+meta-gradient; the trajectory of the fast weights recomputed too; weights and optimizer divided by
+more devices (mesh.fsdp); batches read in more parts (train.accum_steps); and last, layers divided
+(mesh.tensor). None of them changes a number of the run, but for rounding. Fewer changes come before
+more, small ones before large.
 
 What a change will save is predicted, so that few programs need compiling: the state of training is
 divided by fsdp x tensor; of what a step holds, the gathered weights and their gradient stay, the
@@ -22,6 +23,7 @@ from tttjax.plan.memory import Memory
 
 MARGIN = 0.97  # of the memory; predictions are not exact
 TENSOR_WAYS = (1, 2, 4, 8)
+LEANER = {0: {}, 1: {"trajectory": "rewind"}, 2: {"trajectory": "recompute"}}  # 0: as it is
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,17 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Those predicted to fit into `capacity` bytes, the nearest first."""
     found = []
-    for recomputes, fsdp, accum, tensor in itertools.product(
-        (False, True), _divisors(devices), _divisors(config.train.batch_size), TENSOR_WAYS
+    for leaner, fsdp, accum, tensor in itertools.product(
+        LEANER, _divisors(devices), _divisors(config.train.batch_size), TENSOR_WAYS
     ):
-        changed = _changed(config, devices, recomputes, fsdp, accum, tensor)
+        changed = _changed(config, devices, leaner, fsdp, accum, tensor)
         if changed is None:
             continue
         changes = _changes(config, changed)
         predicted = predict(config, changed, devices, needed)
         if changes and predicted <= MARGIN * capacity:
             size = fsdp // config.mesh.fsdp * accum // config.train.accum_steps
-            order = tensor, len(changes), not recomputes, size, accum
+            order = tensor, len(changes), leaner or len(LEANER), size, accum
             found.append((order, Candidate(changed, changes, predicted)))
     for _, candidate in sorted(found, key=lambda pair: pair[0]):
         yield candidate
@@ -83,17 +85,22 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
     rest = (needed.working - fixed) * sequences[1] / sequences[0] * tensor
     if _recomputes(after) and not _recomputes(before):
         rest /= 2  # a guess, to be checked like all the others
+    elif after.inner.trajectory == "recompute" != before.inner.trajectory:
+        share = needed.trajectory / max(needed.working - fixed, 1)
+        rest *= 1 - min(share, 1) * (1 - _kept_weights(after))
     return state + fixed * tensor + rest + needed.program + needed.batch
 
 
 def _changed(
-    config: Config, devices: int, recomputes: bool, fsdp: int, accum: int, tensor: int
+    config: Config, devices: int, leaner: int, fsdp: int, accum: int, tensor: int
 ) -> Config | None:
     """The recipe with these values; None if it is not a valid one, or a step back."""
     mesh, train = config.mesh, config.train
     if fsdp % mesh.fsdp or accum % train.accum_steps or tensor % mesh.tensor:
         return None
-    if recomputes and _recomputes(config):
+    if leaner == 1 and _recomputes(config):
+        return None
+    if leaner == 2 and (not config.model.fast_mlp or config.inner.trajectory == "recompute"):
         return None
     replace = dataclasses.replace
     # data is what the other axes leave, whatever it was; left alone where nothing else changes.
@@ -104,11 +111,11 @@ def _changed(
         mesh=replace(mesh, data=data, fsdp=fsdp, tensor=tensor),
         train=replace(train, accum_steps=accum),
     )
-    if recomputes:
+    if leaner:
         changed = replace(
             changed,
             model=replace(config.model, remat="block"),
-            inner=replace(config.inner, remat=True, form="fast", trajectory="rewind"),
+            inner=replace(config.inner, remat=True, form="fast", **LEANER[leaner]),
         )
     try:
         check_mesh(changed, devices)
@@ -136,8 +143,14 @@ def _changes(before: Config, after: Config) -> dict[str, str]:
 def _recomputes(config: Config) -> bool:
     """Whether the recipe keeps as little as it can from the forward to the backward pass."""
     inner = config.inner
-    is_lean = inner.remat and inner.form == "fast" and inner.trajectory == "rewind"
+    is_lean = inner.remat and inner.form == "fast" and inner.trajectory != "store"
     return config.model.remat == "block" and is_lean
+
+
+def _kept_weights(config: Config) -> float:
+    """With recomputed trajectories, the part of them that is in memory at a time."""
+    chunks = config.train.seq_len // config.inner.chunk_size
+    return min(1.0, 2 * chunks**-0.5)
 
 
 def _sequences_at_once(config: Config, devices: int) -> float:
