@@ -100,13 +100,15 @@ def read_chunks(
     context: Context,
     token_BT: Array,
     next_B: Array,
+    counted_BT: Array | None = None,
     *,
     at_start: bool = False,
 ) -> tuple[Context, Seen]:
     """Reads N = T / C whole chunks and learns from each, at rate `reader.lr`.
 
-    context: with a multiple of C tokens read. next_B: the tokens that follow. at_start: nothing has
-    been read yet; then attention below is that of a whole sequence.
+    context: with a multiple of C tokens read. next_B: the tokens that follow. counted_BT: whether
+    the token after each is one to learn from (None: all are). at_start: nothing has been read yet;
+    then attention below is that of a whole sequence.
     """
     x_BTD, below = _read_below(reader, weights, context, token_BT, at_start)
     target_BT = jnp.concatenate((token_BT[:, 1:], next_B[:, None]), axis=1)
@@ -115,8 +117,9 @@ def read_chunks(
         rows = jax.vmap(split_chunks, in_axes=(0, None))(x_BT, reader.chunk_size)
         return jnp.swapaxes(rows, 0, 1)
 
-    counted = jnp.ones(token_BT.shape, bool)
-    chunks = Chunks(by_chunk(x_BTD), by_chunk(target_BT), by_chunk(counted))
+    if counted_BT is None:
+        counted_BT = jnp.ones(token_BT.shape, bool)
+    chunks = Chunks(by_chunk(x_BTD), by_chunk(target_BT), by_chunk(counted_BT))
 
     def step(carry, chunk):
         above, fast, rule_state = carry

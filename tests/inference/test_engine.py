@@ -1,0 +1,72 @@
+"""However tokens come, in pieces or singly, alone or in a group: the same logits and weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.small import shaken, small_config, worst
+from tttjax.inference.engine import Engine, pieces
+from tttjax.inference.reading import divide, make_reader
+from tttjax.meta import make_inner_loop
+from tttjax.models import build_model
+
+LENGTH = 22
+SYSTEMS = {
+    "ttt_e2e": {"model": {"mixers": ("window",)}},
+    "hybrid": {"model": {"mixers": ("mamba2", "full"), "suffix_layers": 2}},
+    "static": {"model": {"mixers": ("window", "full"), "fast_mlp": False, "suffix_layers": 0}},
+}
+
+
+def make_engine(name: str):
+    config = small_config(**SYSTEMS[name])
+    model = build_model(config.model, config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr)
+    token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH))
+    return Engine(reader, divide(reader, params), params, max_length=64), token.astype(np.int32)
+
+
+def test_pieces_are_few_and_add_up():
+    assert pieces(0) == []
+    assert pieces(7) == [4, 1, 1, 1]
+    assert pieces(2049) == [1024, 1024, 1]
+    assert all(sum(pieces(n)) == n for n in range(300))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_any_way_of_reading_gives_the_same(x64, name):
+    engine, token = make_engine(name)
+    whole = [engine.read(engine.start(), token[r])[0] for r in range(2)]
+
+    split = engine.start()
+    for part in (token[0, :5], token[0, 5:6], token[0, 6:]):
+        split, _ = engine.read(split, part)
+    assert worst(split.logit_V, whole[0].logit_V) < 1e-11
+    assert worst(split.learned, whole[0].learned) < 1e-11
+
+    # Two sequences that stand at different places, a token at a time.
+    group = engine.together([engine.read(engine.start(), token[r, : 3 + 2 * r])[0] for r in (0, 1)])
+    for i in range(LENGTH - 3):
+        group.step([int(token[0, 3 + i]), int(token[1, min(5 + i, LENGTH - 1)])])
+        if i == LENGTH - 6:
+            second = group.session(1)
+    first = group.session(0)
+    for found, expected in ((first, whole[0]), (second, whole[1])):
+        assert found.tokens == expected.tokens == LENGTH
+        assert (found.pending == expected.pending).all()
+        assert worst(found.logit_V, expected.logit_V) < 1e-11
+        assert worst(found.learned, expected.learned) < 1e-11
+        assert worst(found.now, expected.now) < 1e-11
+
+
+def test_learning_happens_once_a_chunk_and_its_last_target_are_known(x64):
+    engine, token = make_engine("ttt_e2e")
+    four, _ = engine.read(engine.start(), token[0, :4])
+    assert len(four.pending) == 4
+    assert worst(four.learned.fast, engine.start().learned.fast) == 0
+    five, seen = engine.read(four, token[0, 4:5])
+    assert len(five.pending) == 1
+    assert worst(five.learned.fast, four.learned.fast) > 0
+    assert jnp.concatenate([s.loss_NB for s in seen]).shape == (1, 1)

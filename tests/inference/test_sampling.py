@@ -1,0 +1,68 @@
+"""Tokens are drawn from what a request leaves in the race, and from nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tttjax.errors import UserError
+from tttjax.inference.sampling import Sampling, choose, narrow, penalise, stack
+
+P = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
+LOGITS = jnp.log(jnp.asarray(P))[jnp.array([2, 0, 4, 1, 3])]  # 0.15, 0.5, 0.04, 0.25, 0.06
+
+
+def kept(**wish) -> list[int]:
+    (row,) = [jax.tree.map(lambda x: x[0], stack([Sampling(**wish)]))]
+    return np.flatnonzero(np.isfinite(narrow(LOGITS, row))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("wish", "tokens"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [0, 1, 3]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.01}, [1]),
+        ({"top_p": 0.74}, [1, 3]),
+        ({"top_p": 0.76}, [0, 1, 3]),
+        ({"min_p": 0.29}, [0, 1, 3]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 2, "min_p": 0.1}, [1, 3]),
+    ],
+)
+def test_what_stays_in_the_race(wish, tokens):
+    assert kept(**wish) == tokens
+
+
+def draw(number: int, **wish) -> np.ndarray:
+    row = jax.tree.map(lambda x: x[0], stack([Sampling(**wish)]))
+    nothing = jnp.zeros(5, bool)
+    keys = jax.random.split(jax.random.key(0), number)
+    token, logprob = jax.jit(jax.vmap(lambda key: choose(key, LOGITS, nothing, row)))(keys)
+    np.testing.assert_allclose(logprob, LOGITS[token], atol=1e-6)
+    return np.bincount(token, minlength=5) / number
+
+
+def test_frequencies_are_the_probabilities():
+    np.testing.assert_allclose(draw(20000), np.exp(LOGITS), atol=0.015)
+    cold = np.exp(2 * np.asarray(LOGITS))
+    np.testing.assert_allclose(draw(20000, temperature=0.5), cold / cold.sum(), atol=0.015)
+    assert draw(50, temperature=0)[1] == 1
+    assert draw(500, top_k=2)[[0, 2, 4]].sum() == 0
+
+
+def test_repetition_is_penalised_on_both_sides_of_zero():
+    logit = jnp.array([2.0, -2.0, 1.0])
+    found = penalise(logit, jnp.array([True, True, False]), jnp.asarray(2.0))
+    assert found.tolist() == [1.0, -4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}],
+)
+def test_impossible_wishes_are_refused(wish):
+    with pytest.raises(UserError, match=next(iter(wish))):
+        Sampling(**wish)

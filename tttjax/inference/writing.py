@@ -1,0 +1,197 @@
+"""Text from a model, token by token: sampling, stop strings, several requests at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tttjax.data.tokenizers import Tokenizer
+from tttjax.errors import UserError
+from tttjax.inference.engine import Engine, Session
+from tttjax.inference.sampling import Sampling, Wishes, choose, stack
+from tttjax.types import Array
+
+CONTEXT = 8  # tokens before a new one that decoding it looks at
+UNFINISHED = "\ufffd"  # what decoding puts for a character of which bytes are still missing
+
+
+@dataclass(frozen=True)
+class Request:
+    """A session to go on with, and how.
+
+    prompt: tokens to which the repetition penalty applies from the start. learn: whether the tokens
+    that are written become targets of the inner loop.
+    """
+
+    session: Session
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    prompt: Sequence[int] | np.ndarray = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token that was written. request: its place in the list. logprob: by the model itself.
+
+    text: what can be shown now; a character or a stop string that may be on its way is held back.
+    finished: "" while there is more to come, else "length", "stop" or "eos".
+    """
+
+    request: int
+    token: int
+    logprob: float
+    text: str
+    finished: str = ""
+
+
+class Transcript:
+    """Text of tokens as they come."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._shown = 0  # tokens whose text is out of `decode`
+        self._held = ""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """(text that can be shown now, whether a stop string came)."""
+        self._tokens.append(token)
+        context = self._tokens[max(0, self._shown - CONTEXT) : self._shown]
+        before = self._tokenizer.decode(context)
+        text = self._tokenizer.decode(context + self._tokens[self._shown :])[len(before) :]
+        if text.endswith(UNFINISHED) and len(self._tokens) - self._shown < CONTEXT:
+            return "", False
+        self._shown = len(self._tokens)
+        self._held += text
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            return self._held[: min(found)], True
+        return self._release(self._on_its_way()), False
+
+    def rest(self) -> str:
+        """What was held back, when nothing more will come."""
+        self._held += self._tokenizer.decode(self._tokens[self._shown :])
+        return self._release(0)
+
+    def _on_its_way(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        return max(
+            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])),
+            default=0,
+        )
+
+    def _release(self, kept: int) -> str:
+        end = len(self._held) - kept
+        text, self._held = self._held[:end], self._held[end:]
+        return text
+
+
+@partial(jax.jit, donate_argnums=2)
+def _draw(seed_R: Array, number_R: Array, seen_RV: Array, logit_RV: Array, wishes: Wishes):
+    """(tokens [R], log-probabilities [R], what has occurred with them in it)."""
+
+    def one(seed, number, seen_V, logit_V, wish):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        token, logprob = choose(key, logit_V, seen_V, wish)
+        return token, logprob, seen_V.at[token].set(True)
+
+    return jax.vmap(one)(seed_R, number_R, seen_RV, logit_RV, wishes)
+
+
+class Writer:
+    """Requests that are written together; iterate over it, then ask for the sessions.
+
+    A request's text depends on its own seed and session alone, not on those beside it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        *,
+        learn: bool = True,
+    ):
+        """learn: whether the tokens that are written are learned from, like those that are read.
+
+        Raises UserError for a request without a token to begin with.
+        """
+        for request in requests:
+            if request.session.logit_V is None:
+                raise UserError("nothing has been read: a prompt needs at least one token")
+            if request.max_tokens < 1:
+                raise UserError(f"max_tokens={request.max_tokens} must be at least 1.")
+        self._engine, self._tokenizer, self._requests = engine, tokenizer, list(requests)
+        self._learn = learn
+        self.sessions: list[Session] = [request.session for request in requests]
+
+    def __iter__(self) -> Iterator[Piece]:
+        transcripts = [Transcript(self._tokenizer, r.stop) for r in self._requests]
+        active = list(range(len(self._requests)))
+        draws: _Draws | None = None
+        while active:
+            group = self._engine.together([self.sessions[r] for r in active])
+            draws = draws or _Draws(self._requests, group.logit_RV.shape[1])
+            at_work = set(active)
+            # The group shrinks by halves, so that few sizes are compiled.
+            while 2 * len(at_work) > len(active):
+                tokens, logprobs = draws.next(group.logit_RV)
+                group.step(tokens, learn=self._learn)
+                for place, r in enumerate(active):
+                    if r not in at_work:
+                        continue
+                    text = transcripts[r]
+                    piece = self._piece(r, tokens[place], logprobs[place], draws.number, text)
+                    if piece.finished:
+                        self.sessions[r] = group.session(place)
+                        at_work.remove(r)
+                    yield piece
+            places = [place for place, r in enumerate(active) if r in at_work]
+            for place in places:
+                self.sessions[active[place]] = group.session(place)
+            active = [active[place] for place in places]
+            draws.keep(places)
+
+    def _piece(self, r: int, token: int, logprob: float, number: int, text: Transcript) -> Piece:
+        if token == self._tokenizer.eos_id:
+            return Piece(r, token, logprob, text.rest(), "eos")
+        shown, stopped = text.add(token)
+        if stopped:
+            return Piece(r, token, logprob, shown, "stop")
+        if number == self._requests[r].max_tokens:
+            return Piece(r, token, logprob, shown + text.rest(), "length")
+        return Piece(r, token, logprob, shown)
+
+
+class _Draws:
+    """What drawing keeps between tokens. number: of tokens drawn so far, of every request."""
+
+    def __init__(self, requests: Sequence[Request], vocab: int):
+        self.number = 0
+        self._wishes = stack([request.sampling for request in requests])
+        self._seed_R = jnp.asarray([request.seed for request in requests], jnp.uint32)
+        seen_RV = np.zeros((len(requests), vocab), bool)
+        for row, request in zip(seen_RV, requests, strict=True):
+            row[np.asarray(request.prompt, np.int64)] = True
+            row[request.session.pending] = True
+        self._seen_RV = jnp.asarray(seen_RV)
+
+    def next(self, logit_RV: Array) -> tuple[list[int], list[float]]:
+        """A token for each request, and its log-probability."""
+        number_R = jnp.full(self._seed_R.shape, self.number, jnp.uint32)
+        tokens, logprobs, self._seen_RV = _draw(
+            self._seed_R, number_R, self._seen_RV, logit_RV, self._wishes
+        )
+        self.number += 1
+        return np.asarray(tokens).tolist(), np.asarray(logprobs).tolist()
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Goes on with the requests at these places alone."""
+        rows = np.asarray(places, np.int64)
+        kept = self._wishes, self._seed_R, self._seen_RV
+        self._wishes, self._seed_R, self._seen_RV = jax.tree.map(lambda x: x[rows], kept)
