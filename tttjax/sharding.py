@@ -148,6 +148,15 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
 
+def manual_axes(mesh: Mesh) -> set[str]:
+    """What shard_map handles: the axes that divide the batch, and those that divide nothing.
+
+    The others are left to the partitioner, except by kernels, which it cannot divide
+    (`ops.kernel_mesh`).
+    """
+    return {*batch_axes(mesh), *(axis for axis, size in mesh.shape.items() if size == 1)}
+
+
 def manual(partition: PartitionSpec) -> PartitionSpec:
     """The part of a partition that shard_map over the batch axes handles; `tensor` stays auto."""
     return PartitionSpec(*(entry if entry in BATCH_AXES else None for entry in partition))

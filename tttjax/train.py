@@ -24,6 +24,7 @@ import jax
 from absl import logging
 
 from tttjax import checkpoint, flops, metrics, precision
+from tttjax.attention_kernels import choose_kernels, describe_kernels, platform_of
 from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import open_prepared
@@ -156,7 +157,9 @@ def _set_up(
     settings = config.train
     batches, tokenizer = (batches, "") if batches else open_batches(config)
     closing.callback(batches.close)
-    trainer = make_trainer(config, _make_mesh(config))
+    mesh = _make_mesh(config)
+    kernels = describe_kernels(choose_kernels(config, platform_of(mesh)))
+    trainer = make_trainer(config, mesh)
     if jax.process_index() == 0:
         write_run_info(workdir, config, with_devices=True)
     saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY, keep=settings.keep_checkpoints)
@@ -176,7 +179,7 @@ def _set_up(
         config=dataclasses.asdict(config),
     )
     closing.callback(logger.close)
-    logger.say(_describe(config, trainer, start))
+    logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
     finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
     run = Run(config, workdir, trainer, batches, tokenizer, saver, logger, finished, totals, start)
     return run, state

@@ -102,7 +102,7 @@ def make_gradient(
         grads = jax.tree.map(partial(sharding.reduce_mean, axes=axes), grads, specs)
         return grads, jax.lax.pmean(metrics, axes)
 
-    if not axes:
+    if mesh.size == 1:
         return of_batch
     manual_specs = jax.tree.map(sharding.manual, specs)
     return jax.shard_map(
@@ -110,7 +110,7 @@ def make_gradient(
         mesh=mesh,
         in_specs=(manual_specs, sharding.spec(mesh, ["batch"]), PartitionSpec()),
         out_specs=(manual_specs, PartitionSpec()),
-        axis_names=set(axes),
+        axis_names=sharding.manual_axes(mesh),
         check_vma=False,
     )
 

@@ -12,7 +12,7 @@ from tttjax.plan.bounds import make_bounds, wire_bytes
 from tttjax.plan.count import Transfer
 from tttjax.plan.make import make_plan
 from tttjax.plan.memory import Memory
-from tttjax.plan.program import _out_of_memory
+from tttjax.plan.program import _out_of_memory, trace
 from tttjax.plan.show import markdown, show
 from tttjax.plan.topologies import parse_topology
 
@@ -160,3 +160,21 @@ def test_a_tpu_that_is_not_there():
     assert plan.fits
     assert plan.memory.source == "compiler"
     assert plan.compile_seconds > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_step_for_a_tpu_has_its_kernel():
+    model = {"vocab_size": 12, "embed_dim": 16, "window_size": 130, "compute_dtype": "bfloat16"}
+    config = small_config(
+        model=model,
+        inner={"chunk_size": 64},
+        train={"batch_size": 8, "seq_len": 256},
+        mesh={"fsdp": 2, "tensor": 2},
+    )
+    topology = parse_topology("v5p:2x2x2")
+    with_kernel = trace(config, topology)
+    assert "splash_mha" in with_kernel.traced.lower().compile().as_text()
+    in_xla = dataclasses.replace(config.model, attention_kernel="xla")
+    without = trace(dataclasses.replace(config, model=in_xla), topology)
+    assert "tpu_custom_call" not in without.traced.lower().as_text()
+    assert with_kernel.count.flops == without.count.flops

@@ -80,6 +80,15 @@ class ModelConfig:
         choices=("none", "block"),
         may_change=True,
     )
+    attention_kernel: str = declare(
+        "auto",
+        "What computes attention. auto: the platform's own kernels where they apply (over a whole "
+        "sequence cuDNN on NVIDIA GPUs, splash attention on TPUs), XLA elsewhere; training says "
+        "which and why. xla: XLA alone. library: as auto, but training is refused where the "
+        "library's kernel does not apply to attention over a whole sequence.",
+        choices=("auto", "xla", "library"),
+        may_change=True,
+    )
     pre_conv: bool = declare(
         False,
         "Whether a block begins with a residual causal convolution of its normed input, as the "

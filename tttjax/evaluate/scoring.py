@@ -50,7 +50,6 @@ def _scorer(
 ) -> Callable[[Params, Batch, float], Array]:
     read = make_reader(model, inner, learn=learn)
     specs = sharding.param_specs(mesh, model.axes())
-    axes = sharding.batch_axes(mesh)
 
     def of_batch(params: Params, batch: Batch, lr: Array) -> Array:
         return read(params, batch, lr).token_nll_T
@@ -59,14 +58,14 @@ def _scorer(
         return of_batch(jax.tree.map(sharding.gather, params_shard, specs), batch, lr)
 
     score: Callable[[Params, Batch, Array], Array] = of_batch
-    if axes:
+    if mesh.size > 1:
         batch_spec = sharding.spec(mesh, ["batch"])
         score = jax.shard_map(
             of_shard,
             mesh=mesh,
             in_specs=(jax.tree.map(sharding.manual, specs), batch_spec, PartitionSpec()),
             out_specs=batch_spec,
-            axis_names=set(axes),
+            axis_names=sharding.manual_axes(mesh),
             check_vma=False,
         )
     # Replicated, so that every process of several can read all of it.

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
-from tttjax.ops.attention import Sight, attend, attend_sequence, visible
+from tttjax.ops.attention import Sight, attend, visible
+from tttjax.ops.library_attention import attend_whole
 from tttjax.ops.rope import rotate
 from tttjax.ops.window_attention import window_attention, window_attention_twice
 from tttjax.types import Array
@@ -24,8 +25,10 @@ State = dict[str, Array] | None
 class Attention(nnx.Module):
     """Multi-head attention with QK-norm before RoPE; what it sees is said by `sight`.
 
-    form: of a chunk with a window before it. "dense": all scores in memory, any derivative. "once",
-    "twice": blocked, for jax.grad alone and for jax.grad of jax.jvp (`ops.window_attention`).
+    form: of attention with a state. "dense": all scores in memory, any derivative. "once", "twice":
+    the window before a chunk in blocks (`ops.window_attention`), for jax.grad alone and for
+    jax.grad of jax.jvp. "start": the state is empty, the tokens are the first of their sequence.
+    kernel: "xla" for XLA alone; else the platform's kernels where they apply.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Attention(nnx.Module):
         dtype: jnp.dtype,
         query_block: int,
         form: str = "dense",
+        kernel: str = "auto",
     ):
         def weight(shape, axes):
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
@@ -61,6 +65,7 @@ class Attention(nnx.Module):
         self.rope_theta = rope_theta
         self.query_block = query_block
         self.form = form
+        self.kernel = kernel
 
     @property
     def memory(self) -> int:
@@ -90,15 +95,27 @@ class Attention(nnx.Module):
         q_THK = self.q_norm(project(self.wq))
         k_THK = self.k_norm(project(self.wk))
         v_THK = project(self.wv)
-        if state is None:
+        if state is None or self.form == "start":
+            new_state = state and self._kept(state, k_THK, v_THK)
             position_T = jnp.arange(x_TD.shape[0])
             q_THK, k_THK = (rotate(x, position_T, self.rope_theta) for x in (q_THK, k_THK))
-            y_THK = attend_sequence(q_THK, k_THK, v_THK, self.sight, self.query_block)
+            y_THK = attend_whole(q_THK, k_THK, v_THK, self.sight, self.query_block, self.kernel)
+            state = new_state
         elif self.memory:
             y_THK, state = self._attend_window(q_THK, k_THK, v_THK, state, position)
         else:
             y_THK, state = self._attend_all(q_THK, k_THK, v_THK, state, position)
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
+
+    def _kept(self, state, k_THK, v_THK):
+        """What the first tokens of a sequence leave in an empty state."""
+
+        def one(past_SHK, new_THK):
+            if self.memory:
+                return jnp.concatenate((past_SHK, new_THK))[-self.memory :]
+            return jax.lax.dynamic_update_slice_in_dim(past_SHK, new_THK, 0, axis=0)
+
+        return {"k": one(state["k"], k_THK), "v": one(state["v"], v_THK)}
 
     def _attend_window(self, q_THK, k_THK, v_THK, state, position):
         """Keys are the window's, then the new ones, at positions 0..W+T-1 whatever was read."""
@@ -120,7 +137,10 @@ class Attention(nnx.Module):
             v_SHK = jnp.concatenate((state["v"], v_THK))
             return attend(q_THK, k_SHK, v_SHK, seen_TS), new_state
         attend_blocks = {"once": window_attention, "twice": window_attention_twice}[self.form]
-        y_THK = attend_blocks(q_THK, k_past, state["v"], k_THK, v_THK, position, self.sight)
+        kernel = "xla" if self.kernel == "xla" else "auto"
+        y_THK = attend_blocks(
+            q_THK, k_past, state["v"], k_THK, v_THK, position, self.sight, kernel=kernel
+        )
         return y_THK, new_state
 
     def _attend_all(self, q_THK, k_THK, v_THK, state, position):

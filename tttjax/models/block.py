@@ -89,9 +89,19 @@ class BlockShape:
     param_dtype: jnp.dtype
     query_block: int
     attention_form: str
+    attention_kernel: str
     mamba: MambaShape
     delta: DeltaShape
     ttt: TTTShape
+
+
+def attention_sights(shape: BlockShape) -> dict[str, Sight]:
+    """What a query sees, by kind of attention."""
+    return {
+        "full": Sight(),
+        "window": Sight(window=shape.window_size),
+        "local": Sight(window=shape.window_size, block=shape.local_size),
+    }
 
 
 def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
@@ -124,11 +134,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
             norm_eps=shape.ttt.norm_eps,
             **common,
         )
-    sights = {
-        "full": Sight(),
-        "window": Sight(window=shape.window_size),
-        "local": Sight(window=shape.window_size, block=shape.local_size),
-    }
+    sights = attention_sights(shape)
     if kind not in sights:
         raise ValueError(f"unknown mixer {kind!r}")
     return Attention(
@@ -142,6 +148,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
         norm_eps=shape.norm_eps,
         query_block=shape.query_block,
         form=shape.attention_form,
+        kernel=shape.attention_kernel,
         **common,
     )
 

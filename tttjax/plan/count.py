@@ -74,11 +74,23 @@ def count(program: ClosedJaxpr) -> Count:
 
 
 def inner_programs(eqn: JaxprEqn) -> Iterator[ClosedJaxpr | Jaxpr]:
-    """The programs inside an equation, whatever it is."""
+    """The programs inside an equation, whatever it is.
+
+    Of a choice by platform the last: what all platforms can run, products and all, where others
+    have kernels of a library that say nothing of what is in them.
+    """
+    if chooses_by_platform(eqn):
+        yield eqn.params["branches"][-1]
+        return
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr | Jaxpr):
                 yield item
+
+
+def chooses_by_platform(eqn: JaxprEqn) -> bool:
+    """Whether it is `jax.lax.platform_dependent`, which is decided when a program is lowered."""
+    return eqn.params.get("branches_platforms") is not None
 
 
 def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
@@ -143,7 +155,7 @@ class _Counter:
         """Whether a `while` or conditional is in it, however deep."""
         if id(jaxpr) not in self.loops:
             self.loops[id(jaxpr)] = any(
-                eqn.primitive.name in ("while", "cond")
+                (eqn.primitive.name in ("while", "cond") and not chooses_by_platform(eqn))
                 or any(map(self.has_loops, inner_jaxprs(eqn)))
                 for eqn in jaxpr.eqns
             )
@@ -189,7 +201,9 @@ class _Counter:
     def cond(self, eqn: JaxprEqn, axes: Axes, known: Known) -> Count:
         which, *values = (known_value(atom, known) for atom in eqn.invars)
         branches = eqn.params["branches"]
-        if which is not None:
+        if chooses_by_platform(eqn):
+            branches = list(inner_programs(eqn))
+        elif which is not None:
             branches = branches[min(int(which), len(branches) - 1) :][:1]
         found = [self.closed(branch, axes, values) for branch in branches]
         return max(found, key=lambda count: (count.flops, count.product_bytes))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tttjax.attention_kernels import choose_kernels, describe_kernels
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.flops import TrainFlops, train_flops_by_part
 from tttjax.plan.bounds import Bounds, Cost, make_bounds, make_cost, wire_bytes
@@ -32,7 +33,8 @@ class Plan:
 
     fits: None where nothing says how much memory there is. needed: bytes; more than memory.total
     where the compiler refused. flops: of the method, by part. program_flops: of the program.
-    bounds, cost: None for chips that are not in the table.
+    attention: which kernel is used where, and why. bounds, cost: None for chips that are not in the
+    table.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Plan:
     mesh: dict[str, int]
     recipe: dict[str, Any]
     parameters: int
+    attention: str
     fits: bool | None
     needed: float
     capacity: float
@@ -100,6 +103,7 @@ def _as_needed(plan: Plan) -> Memory:
 def _plan(
     config: Config, topology: Topology, name: str, mfu: float, changes: dict[str, str]
 ) -> Plan:
+    kernels = choose_kernels(config, topology.platform, here=topology.compiles)
     program = trace(config, topology)
     compiled = compile_program(program) if topology.compiles else None
     memory = compiled.memory if compiled and compiled.memory else program.memory
@@ -126,6 +130,7 @@ def _plan(
             "steps": config.train.steps,
         },
         parameters=parameter_count(config.model)["total"],
+        attention=describe_kernels(kernels),
         fits=fits,
         needed=needed,
         capacity=capacity,

@@ -1,5 +1,6 @@
 """The train step of a configuration, traced and compiled for a topology."""
 
+import dataclasses
 import re
 import time
 from dataclasses import dataclass
@@ -54,9 +55,13 @@ class Compiled:
 def trace(config: Config, topology: Topology) -> Program:
     """Traces the real train step on a mesh over the topology.
 
+    Where no compiler is at hand, attention is traced in XLA's form, whose memory can be estimated.
     Raises UserError if the mesh does not fit topology or model, or libtpu is missing.
     """
     start = time.perf_counter()
+    if not topology.compiles:
+        model = dataclasses.replace(config.model, attention_kernel="xla")
+        config = dataclasses.replace(config, model=model)
     mesh_config = check_mesh(config, topology.devices)
     with as_configured(config):
         trainer = make_trainer(config, open_mesh(topology, mesh_config))

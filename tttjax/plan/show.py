@@ -43,6 +43,7 @@ def _head(plan: Plan) -> list[str]:
         f"{recipe['seq_len']:,} tokens a step{parts}; mesh {mesh}",
         f"{verdict}: {_gib(plan.needed)}{of} GiB on a device"
         + (" (estimate)" if plan.memory.source == "estimate" else ""),
+        *filter(None, (plan.attention,)),
     ]
 
 

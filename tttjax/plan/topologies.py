@@ -59,6 +59,13 @@ class Topology:
         """Whether the program can be compiled for it here."""
         return self.chip is None or bool(self.chip.topology)
 
+    @property
+    def platform(self) -> str:
+        """As programs for it are lowered."""
+        if self.chip is None:
+            return "cpu"
+        return "tpu" if self.chip.topology else "cuda"
+
     def link(self, group: int) -> float:
         """Bytes per second out of a device, at best, in a collective among `group` of them."""
         assert self.chip is not None

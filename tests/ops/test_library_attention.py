@@ -1,0 +1,215 @@
+"""The platform's kernels for whole sequences: their numbers, where they apply, who gets which."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from small import random_batch, small_config, worst
+
+from tttjax.meta import make_inner_loop, make_outer_loss
+from tttjax.models import build_model
+from tttjax.ops import library_attention
+from tttjax.ops.attention import Sight, attend, visible
+from tttjax.ops.library_attention import attend_whole, why_not
+from tttjax.ops.splash import _WindowMask, splash_attention, tile_of
+from tttjax.plan.count import count
+from tttjax.sharding import make_mesh, manual_axes
+
+BF16 = jax.ShapeDtypeStruct((256, 2, 8), jnp.bfloat16)
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """As on a machine that can make programs for every platform."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(library_attention, "why_not_here", lambda platform, q_THK: "")
+
+
+def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
+    """The gradient of a layer in a loop, rematerialised, over a batch; as text."""
+
+    def loss(q, k, v):
+        @partial(jax.checkpoint, prevent_cse=False)
+        def layer(x, _):
+            attention = partial(
+                attend_whole, sight=Sight(window=window), query_block=64, kernel=kernel
+            )
+            return x + jax.vmap(attention)(x, k, v), None
+
+        return jnp.sum(jax.lax.scan(layer, q, None, length=2)[0].astype(jnp.float32))
+
+    q = jax.ShapeDtypeStruct((2, *BF16.shape), BF16.dtype)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, q, q)
+    return program.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("length", "window"), [(200, 0), (300, 130), (129, 1)])
+def test_splash_attention_equals_the_definition(length, window):
+    rng = np.random.default_rng(length)
+    q, k, v, weight = rng.normal(size=(4, length, 2, 8)).astype(np.float32)
+    position = jnp.arange(length)
+    seen = visible(position, position, Sight(window=window))
+
+    def value_and_gradient(attention):
+        def loss(q, k, v):
+            out = attention(q, k, v)
+            return jnp.sum(out * weight), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, out), grads = value_and_gradient(partial(splash_attention, window=window, interpret=True))
+    (_, expected), expected_grads = value_and_gradient(lambda *qkv: attend(*qkv, seen))
+    assert worst(out, expected) < 2e-6
+    assert worst(grads, expected_grads) < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 1, 127, 128, 129, 300, 511])
+def test_tiles_of_the_mask(window):
+    position = np.arange(512)
+    seen = np.asarray(visible(position, position, Sight(window=window)))
+    mask = _WindowMask(512, window)
+    for row in range(0, 512, 128):
+        for col in range(0, 512, 128):
+            place = slice(row, row + 128), slice(col, col + 128)
+            assert (mask[place] == seen[place]).all()
+
+
+def test_tiles_are_large_with_little_padding():
+    assert [tile_of(n, 0) for n in (129, 600, 1100, 2048, 8192, 8320)] == [128] * 3 + [512] * 3
+    assert [tile_of(8192, window) for window in (1, 128, 300, 512, 4096)] == [
+        *(128, 128, 256, 512, 512)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "dtype", "sight", "says"),
+    [
+        ("cuda", (5, 2, 64), "bfloat16", Sight(), ""),
+        ("cuda", (5, 2, 64), "float16", Sight(window=3), ""),
+        ("tpu", (128, 2, 64), "bfloat16", Sight(window=3), ""),
+        ("cpu", (128, 2, 64), "bfloat16", Sight(), "there is no library kernel for cpu"),
+        ("cuda", (128, 2, 64), "float32", Sight(), "in bfloat16 or float16, not in float32"),
+        ("tpu", (128, 2, 64), "float16", Sight(), "in bfloat16, not in float16"),
+        ("tpu", (128, 2, 64), "bfloat16", Sight(4, 4), "splash attention has no attention within"),
+        ("cuda", (128, 2, 60), "bfloat16", Sight(), "a multiple of 8, not of 60"),
+        ("tpu", (128, 2, 264), "bfloat16", Sight(), "at most 256 entries"),
+        ("tpu", (127, 2, 64), "bfloat16", Sight(), "at least 128 tokens, not of 127"),
+    ],
+)
+def test_reasons(platform, shape, dtype, sight, says):
+    reason = why_not(platform, jax.ShapeDtypeStruct(shape, dtype), sight)
+    assert says in reason
+    assert bool(reason) == bool(says)
+
+
+def test_a_machine_without_cudnn_says_so():
+    assert library_attention.why_not_here("cuda", BF16) == "cuDNN is not detected"
+
+
+def test_the_platform_that_is_lowered_for_decides(everywhere):
+    tpu, cuda, cpu = (lowered(platform) for platform in ("tpu", "cuda", "cpu"))
+    assert "tpu_custom_call" in tpu
+    assert "__cudnn$fmha" in cuda
+    assert "sliding_window_length" in cuda
+    assert "tpu_custom_call" not in cuda + cpu
+    assert "__cudnn$fmha" not in tpu + cpu
+    assert "custom_call" not in lowered("tpu", kernel="xla")
+
+
+def test_a_window_as_long_as_the_sequence_is_none(everywhere):
+    assert lowered("cuda", window=256) == lowered("cuda", window=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2), (2, 1, 2)])
+def test_on_a_mesh_every_device_runs_the_kernel_on_its_own_heads(everywhere, shape):
+    mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+    batch = P("data") if shape[0] > 1 else P()
+
+    def gradient(q):
+        def loss(q):
+            return jnp.sum(jax.vmap(lambda q: attend_whole(q, q, q, Sight(), 64))(q))
+
+        return jax.grad(loss)(q)
+
+    divided = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        in_specs=batch,
+        out_specs=batch,
+        axis_names=manual_axes(mesh),
+        check_vma=False,
+    )
+    q = jax.ShapeDtypeStruct((2, *BF16.shape), BF16.dtype)
+    text = jax.jit(divided).trace(q).lower(lowering_platforms=("tpu",)).as_text()
+    heads = BF16.shape[1] // shape[2]
+    assert f"tensor<{2 // shape[0]}x{heads}x256x8xbf16>" in text
+    assert "tpu_custom_call" in text
+
+
+def test_where_the_partitioner_has_the_whole_mesh_xla_computes(everywhere):
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert "tpu_custom_call" not in lowered("tpu")
+
+
+def test_flops_are_those_of_xla(everywhere):
+    """The library's kernels say nothing of their products; forwards, backwards, and in a loop."""
+
+    def flops(kernel):
+        def loss(q, k, v):
+            def layer(x, _):
+                attention = partial(
+                    attend_whole, sight=Sight(window=30), query_block=64, kernel=kernel
+                )
+                return x + jax.vmap(attention)(x, k, v), None
+
+            layer = jax.checkpoint(layer, prevent_cse=False)
+            return jnp.sum(jax.lax.scan(layer, q, None, length=3)[0].astype(jnp.float32))
+
+        q = jax.ShapeDtypeStruct((2, *BF16.shape), BF16.dtype)
+        program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, q)
+        found = count(program)
+        assert ("platform_index" in str(program)) == (kernel == "auto")
+        assert found.open_loops == 0
+        return found.flops
+
+    assert flops("auto") == flops("xla") > 0
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"form": "fast"},
+        {"form": "reference"},
+        {"form": "fast", "fast_paths": ("suffix/**/mixer/wq",)},
+        {"form": "reference", "fast_paths": ("suffix/**/mixer/wq",)},
+    ],
+)
+def test_training_differentiates_it_once(monkeypatch, inner):
+    """A kernel with a first derivative alone is enough, wherever a sequence is read whole."""
+    used = []
+
+    @partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def once(q, k, v, window):
+        return q
+
+    def forward(q, k, v, window):
+        used.append(window)
+        return q, None
+
+    once.defvjp(forward, lambda window, _, bar: (bar, bar, bar))
+    monkeypatch.setattr(library_attention, "FORMS", {"cpu": once})
+    monkeypatch.setattr(library_attention, "why_not", lambda p, q, sight: "local" * sight.block)
+    monkeypatch.setattr(library_attention, "why_not_here", lambda platform, q: "")
+    layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
+    config = small_config(model={**layers, "remat": "block"}, inner=inner)
+    model = build_model(config.model, config.inner)
+    loss = make_outer_loss(model, make_inner_loop(config.inner), learn=True)
+    gradient = jax.grad(loss, has_aux=True)
+    jax.eval_shape(gradient, model.abstract_params(), random_batch(config), 1.0)
+    assert set(used) == {5, 0}

@@ -1,0 +1,73 @@
+"""Splash attention, the TPU kernel that comes with JAX, for one sequence of any length.
+
+Importing this module takes a part of a second, so it is imported only where it is used.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from tttjax.types import Array
+
+TILES = (512, 256, 128)  # edges; the last is the least that the kernel works with
+
+
+class _WindowMask(splash.LocalMask):
+    """Each query sees its own key and those before it, at most `window` of them (0: all).
+
+    The kernel's set-up asks for every tile of the mask, of which there are 65,536 at 128K tokens.
+    Only the distance of queries and keys matters, so that most tiles are the same array.
+    """
+
+    def __init__(self, length: int, window: int):
+        super().__init__((length, length), (window - 1 if window else None, 0), 0)
+        self._tiles: dict[tuple[int, int, int], np.ndarray] = {}
+        self._uniform: dict[tuple[bool, int, int], np.ndarray] = {}
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        rows, cols = idx
+        key = rows.start - cols.start, rows.stop - rows.start, cols.stop - cols.start
+        if key not in self._tiles:
+            tile = super().__getitem__(idx)
+            if tile.all() or not tile.any():
+                tile = self._uniform.setdefault((bool(tile.flat[0]), *tile.shape), tile)
+            self._tiles[key] = tile
+        return self._tiles[key]
+
+
+def splash_attention(
+    q_THK: Array, k_THK: Array, v_THK: Array, window: int, interpret: bool = False
+) -> Array:
+    """Causal attention of a sequence to itself, [T, H, K], differentiable once in reverse mode.
+
+    window: keys that a query sees, its own included; 0: all. interpret: run without a TPU.
+    The sequence is padded to whole tiles; keys in the padding lie after every query that counts.
+    """
+    length, heads, head_dim = q_THK.shape
+    tile = tile_of(length, window)
+    padding = -length % tile
+    attend = splash.make_splash_mha(
+        splash.MultiHeadMask([_WindowMask(length + padding, window)] * heads),
+        block_sizes=splash.BlockSizes(
+            **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), tile),
+            **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), tile),
+            **dict.fromkeys(("block_q_dq", "block_kv_dq"), tile),
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def heads_first(x_THK: Array) -> Array:
+        return jnp.pad(x_THK, ((0, padding), (0, 0), (0, 0))).swapaxes(0, 1)
+
+    wide = jnp.promote_types(q_THK.dtype, jnp.float32)
+    q_THK = (q_THK.astype(wide) * head_dim**-0.5).astype(q_THK.dtype)  # the kernel does not scale
+    return attend(*map(heads_first, (q_THK, k_THK, v_THK))).swapaxes(0, 1)[:length]
+
+
+def tile_of(length: int, window: int) -> int:
+    """Edge of the tiles: as large as is allowed with little padding, and no wider than a window."""
+    reach = window or length
+    fitting = (t for t in TILES if t <= reach and -length % t <= length // 8)
+    return next(fitting, TILES[-1])
