@@ -190,17 +190,20 @@ class Cut:
 
     def keeps(self) -> PyTree:
         """How each array of the state grows (`Block.keeps`), in the structure of its `blocks`."""
-        kinds = {
-            name: {block: stack.module().keeps() for block, stack in segment.stacks.items()}
-            for name, segment in self.segments.items()
+        stacks = {name: segment.stacks for name, segment in self.segments.items()}
+        return _kinds(stacks, jax.eval_shape(lambda: self.init_state(1))["blocks"])
+
+    def keeps_below(self) -> PyTree:
+        """The same for the lower half."""
+        stages = {
+            f"stage{i}": {
+                f"block{j}": self.model.stacks[f"prefix/stage{i}/block{j}"]
+                for j in range(len(stage.kinds))
+            }
+            for i, stage in enumerate(self.model.stages["prefix"])
         }
-        blocks = jax.eval_shape(lambda: self.init_state(1))["blocks"]
-        return jax.tree.map(
-            lambda kind, below: jax.tree.map(lambda _: kind, below),
-            kinds,
-            blocks,
-            is_leaf=lambda node: isinstance(node, str),
-        )
+        stacks = {"prefix": stages, "lifted": self._lifted("dense")}
+        return _kinds(stacks, jax.eval_shape(lambda: self.init_below(1))["blocks"])
 
     def run(
         self, weights: PyTree, state: PyTree, x_CD: Array, form: str = "dense"
@@ -220,6 +223,19 @@ class Cut:
                 remat=False,
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
+
+
+def _kinds(stacks: PyTree, blocks: PyTree) -> PyTree:
+    """`Block.keeps` of every stack, spread over the arrays of `blocks`."""
+    kinds = jax.tree.map(
+        lambda stack: stack.module().keeps(), stacks, is_leaf=lambda node: isinstance(node, Stack)
+    )
+    return jax.tree.map(
+        lambda kind, below: jax.tree.map(lambda _: kind, below),
+        kinds,
+        blocks,
+        is_leaf=lambda node: isinstance(node, str),
+    )
 
 
 def _first_row_of_mixers(block: PyTree) -> PyTree:

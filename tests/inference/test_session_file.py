@@ -1,0 +1,88 @@
+"""A session goes on from its file as if it had never stopped, and only with its own model."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.inference.test_engine import SYSTEMS, make_engine
+from tests.small import worst
+from tttjax.errors import UserError
+from tttjax.inference.session_file import load_session, read_about, save_session
+
+MODEL = "a" * 64
+
+
+def same(a, b) -> bool:
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+def session_of(engine, token, length=11):
+    """Half read at once, half token by token, as generation leaves it."""
+    session, _ = engine.read(engine.start(), token[0, : length - 5])
+    group = engine.together([session])
+    for t in token[0, length - 5 : length]:
+        group.step([int(t)])
+    return group.session(0)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_going_on_from_a_file_is_going_on_bit_for_bit(tmp_path, name):
+    engine, token = make_engine(name)
+    session = session_of(engine, token)
+    about = save_session(tmp_path / "s", engine, session, model=MODEL, tokenizer="t")
+    assert about.lost == 0
+    assert read_about(tmp_path / "s") == about
+    loaded, _ = load_session(tmp_path / "s", engine, model=MODEL)
+    assert loaded.tokens == session.tokens
+    groups = [engine.together([s]) for s in (session, loaded)]
+    for t in token[0, 11:17]:
+        for group in groups:
+            group.step([int(t)])
+        assert same(groups[0].logit_RV, groups[1].logit_RV)
+    ends = [group.session(0) for group in groups]
+    assert same(ends[0].learned.fast, ends[1].learned.fast)
+
+
+def test_the_size_does_not_depend_on_what_was_read(tmp_path):
+    engine, token = make_engine("ttt_e2e")
+    sizes = set()
+    for length in (7, 11, 19):
+        save_session(tmp_path / "s", engine, session_of(engine, token, length), model=MODEL)
+        sizes.add((tmp_path / "s").stat().st_size // 200)
+    assert len(sizes) == 1
+
+
+def test_smaller_files_lose_what_they_say(tmp_path):
+    engine, token = make_engine("ttt_e2e")
+    session = session_of(engine, token)
+    fast = session.learned.fast
+    drift = worst(fast, engine.start().learned.fast)
+    errors = {}
+    for options in ({"precision": "bfloat16"}, {"precision": "bfloat16", "rank": 2}):
+        about = save_session(tmp_path / "s", engine, session, model=MODEL, **options)
+        loaded, _ = load_session(tmp_path / "s", engine, model=MODEL)
+        error = worst(loaded.learned.fast, fast)
+        assert 0 < error <= about.lost * sum(about.drift.values())
+        errors[about.rank] = error
+        assert not list(tmp_path.glob("*.tmp"))
+    assert errors[0] < 0.01 * drift < errors[2]
+
+
+def test_bad_files_are_refused_in_a_sentence(tmp_path):
+    engine, token = make_engine("ttt_e2e")
+    path = tmp_path / "s"
+    with pytest.raises(UserError, match="there is no session"):
+        read_about(path)
+    save_session(path, engine, session_of(engine, token), model=MODEL)
+    with pytest.raises(UserError, match="session of another model"):
+        load_session(path, engine, model="b" * 64)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole session file"):
+        load_session(path, engine, model=MODEL)
+    path.write_bytes(whole.replace(b"tttjax-session-1", b"tttjax-session-0"))
+    with pytest.raises(UserError, match="this version reads tttjax-session-1"):
+        read_about(path)
+    with pytest.raises(UserError, match="needs the precision bfloat16"):
+        save_session(path, engine, session_of(engine, token), model=MODEL, rank=3)
