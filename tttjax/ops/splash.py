@@ -49,9 +49,12 @@ def splash_attention(
     attend = splash.make_splash_mha(
         splash.MultiHeadMask([_WindowMask(length + padding, window)] * heads),
         block_sizes=splash.BlockSizes(
-            **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), tile),
-            **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), tile),
-            **dict.fromkeys(("block_q_dq", "block_kv_dq"), tile),
+            block_q=tile,
+            block_kv=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=tile,
+            block_q_dq=tile,
+            block_kv_dq=tile,
         ),
         head_shards=1,
         q_seq_shards=1,
