@@ -6,9 +6,9 @@ differentiated once; the meta-gradient needs, of the attention inside the inner 
 (a) the value and its gradient, in the inner step, where past keys and values are constants, and
 (b) the gradient of the pair (value, tangent along the inner gradient's cotangent).
 
-Four functions (`functions`) do this in blocks, and `rules` makes three entry points of them:
-`window_attention` for (a), `window_attention_pair` for (b), and `window_attention_twice`, whose
-`jax.jvp` is the pair.
+Four functions do this in blocks, for XLA in `functions` and as Pallas kernels in `kernels`;
+`select` says which of the two runs. `rules` makes three entry points of them: `window_attention`
+for (a), `window_attention_pair` for (b), and `window_attention_twice`, whose `jax.jvp` is the pair.
 
 The mathematics, for one head and one query, with s its scores over the keys j (scale included), P
 their softmax over visible keys, a dot for tangents, and a bar for cotangents:
@@ -47,6 +47,7 @@ from tttjax.ops.window_attention.rules import (
     window_attention_pair,
     window_attention_twice,
 )
+from tttjax.ops.window_attention.select import why_not as window_attention_why_not
 from tttjax.ops.window_attention.tiles import Tiling
 
 __all__ = [
@@ -55,4 +56,5 @@ __all__ = [
     "window_attention",
     "window_attention_pair",
     "window_attention_twice",
+    "window_attention_why_not",
 ]

@@ -13,16 +13,15 @@ not divide the heads evenly, and under `jax.set_mesh` without shard_map, XLA's f
 over several devices that says its mesh by its arguments' shardings alone has to ask for "xla".
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
 from tttjax.errors import UserError
 from tttjax.ops.attention import Sight
+from tttjax.ops.kernel_mesh import over_heads, why_not_divided
 from tttjax.ops.window_attention import functions, kernels
 from tttjax.ops.window_attention.functions import Chunk, Statistics
 from tttjax.ops.window_attention.tiles import AUTO, Tiling, View, tiling_of
@@ -54,7 +53,9 @@ def why_not(
         raise UserError(f"attention kernel {kernel!r}: choose among {', '.join(KERNELS)}.")
     if kernel == "xla":
         return "XLA's form was asked for"
-    if reason := _mesh_reason(shape[-2]) or kernels.why_not(platform, shape, past, dtype, tiling):
+    if reason := why_not_divided(shape[-2]) or kernels.why_not(
+        platform, shape, past, dtype, tiling
+    ):
         return reason
     if kernel == "auto" and platform == "cpu":
         return "on a CPU a kernel is interpreted"
@@ -129,7 +130,7 @@ def _run(
                 return getattr(functions, name)(*arrays, view=view, **static)
             return getattr(kernels, name)(*arrays, view=view, platform=platform, **static)
 
-        return call if form == "xla" else _over_heads(call)
+        return call if form == "xla" else over_heads(call)
 
     forms = {platform: _form(platform, chunk, tiling, kernel) for platform in PLATFORMS}
     elsewhere = _xla(chunk, tiling, "")
@@ -154,45 +155,3 @@ def _form(platform: str, chunk: Chunk, tiling: Tiling, kernel: str) -> Form:
 def _xla(chunk: Chunk, tiling: Tiling, platform: str) -> Form:
     keys = max(chunk.q.shape[-3], chunk.k_past.shape[-3])
     return "xla", tiling_of(chunk.q.shape, keys, tiling, platform)
-
-
-# --- inside shard_map ---------------------------------------------------------------------------
-
-
-def _free_axes() -> dict[str, int]:
-    """Axes of the mesh in force that the partitioner handles, with their sizes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in types if kind != AxisType.Manual}
-
-
-def _mesh_reason(heads: int) -> str:
-    """Why the mesh in force keeps kernels away, if it does."""
-    free = _free_axes()
-    ways = math.prod(free.values())
-    if ways > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
-        return f"the partitioner divides the work among {ways} devices, and cannot divide a kernel"
-    if heads % ways:
-        return f"mesh axes {', '.join(free)} of {ways} devices do not divide {heads} heads"
-    return ""
-
-
-def _over_heads(call: Callable) -> Callable:
-    """`call(position, *arrays)` on every device's own heads: the last dimension but one of all."""
-    axes = tuple(_free_axes())
-    if not axes:
-        return call
-
-    def specs(arrays: Any) -> Any:
-        return jax.tree.map(lambda x: PartitionSpec(*(None,) * (x.ndim - 2), axes, None), arrays)
-
-    def divided(position: Array, *arrays: Any) -> Any:
-        return jax.shard_map(
-            call,
-            in_specs=(PartitionSpec(), *specs(arrays)),
-            out_specs=specs(jax.eval_shape(call, position, *arrays)),
-            axis_names=set(axes),
-            check_vma=False,
-        )(position, *arrays)
-
-    return divided

@@ -39,6 +39,11 @@ def wide(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def _scale(q: Array) -> Array:
+    """Of the scores; typed, since a Python number is a float64 where those are switched on."""
+    return jnp.asarray(q.shape[0] ** -0.5, wide(q))
+
+
 def _product(x: Array, y: Array, contracted: tuple[int, int]) -> Array:
     left, right = contracted
     numbers = (((left,), (right,)), ((), ()))
@@ -62,7 +67,8 @@ def to_keys(x_KQ: Array, weight_SQ: Array) -> Array:
 
 def scores(q: Array, keys: Keys, seen: Array) -> Array:
     """[S, Q]; MASKED_SCORE where nothing is seen."""
-    return jnp.where(seen, across(keys.k, q) * q.shape[0] ** -0.5, MASKED_SCORE)
+    score = across(keys.k, q) * _scale(q)
+    return jnp.where(seen, score, jnp.asarray(MASKED_SCORE, score.dtype))
 
 
 def score_tangents(q: Array, q_dot: Array, keys: Keys) -> Array:
@@ -70,7 +76,7 @@ def score_tangents(q: Array, q_dot: Array, keys: Keys) -> Array:
     score_dot = across(keys.k, q_dot)
     if keys.k_dot is not None:
         score_dot += across(keys.k_dot, q)
-    return score_dot * q.shape[0] ** -0.5
+    return score_dot * _scale(q)
 
 
 # --- forward ------------------------------------------------------------------------------------
@@ -79,7 +85,7 @@ def score_tangents(q: Array, q_dot: Array, keys: Keys) -> Array:
 def start_forward(q: Array) -> tuple[Array, ...]:
     """(highest score, sum of weights, weighted values): nothing seen yet."""
     none = jnp.zeros((1, q.shape[1]), wide(q))
-    return none + FLOOR, none, jnp.zeros(q.shape, wide(q))
+    return jnp.full_like(none, FLOOR), none, jnp.zeros(q.shape, wide(q))
 
 
 def step_forward(carry: tuple[Array, ...], q: Array, keys: Keys, seen: Array) -> tuple[Array, ...]:
@@ -111,7 +117,7 @@ def step_pair(
     score_dot = score_tangents(q, q_dot, keys)
     total = total * fade + jnp.sum(weight, axis=0, keepdims=True)
     moved = jnp.sum(weight * (score_dot - mean_dot), axis=0, keepdims=True)
-    moved = moved / jnp.where(total > 0, total, 1)
+    moved = moved / jnp.where(total > 0, total, jnp.ones_like(total))
     mean_dot = mean_dot + moved
     sum_dot = (sum_dot - moved * sum_o) * fade
     sum_dot += to_queries(keys.v, weight * (score_dot - mean_dot))
@@ -139,14 +145,14 @@ def bars(rows: tuple[Array, ...], keys: Keys, seen: Array) -> tuple[Array, Array
     """(probabilities, cotangents of the scores); rows: q, o_bar, logsumexp, o_bar . o."""
     q, bar, logsumexp, level = rows
     weight = jnp.exp(scores(q, keys, seen) - logsumexp)
-    return weight, weight * (across(keys.v, bar) - level) * q.shape[0] ** -0.5
+    return weight, weight * (across(keys.v, bar) - level) * _scale(q)
 
 
 def pair_bars(rows: tuple[Array, ...], keys: Keys, seen: Array) -> Bars:
     """rows: q, its tangent, o_bar, o_dot_bar, logsumexp, mean_dot, o_bar . o + o_dot_bar . o_dot,
     o_dot_bar . o."""
     q, q_dot, bar, dot_bar, logsumexp, mean_dot, level, dot_level = rows
-    scale = q.shape[0] ** -0.5
+    scale = _scale(q)
     weight = jnp.exp(scores(q, keys, seen) - logsumexp)
     score_dot = score_tangents(q, q_dot, keys) - mean_dot
     slope = across(keys.v, dot_bar) - dot_level

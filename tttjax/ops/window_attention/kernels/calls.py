@@ -17,15 +17,16 @@ from tttjax.types import Array
 class _Layout:
     """Between arrays as the model has them and as kernels do, for one chunk."""
 
-    def __init__(self, chunk: Chunk, view: View, platform: str):
+    def __init__(self, chunk: Chunk, view: View, platform: str, pair: bool = False):
         *self.lead, self.length, self.heads, self.head_size = chunk.q.shape
         self.past = chunk.k_past.shape[-3]
+        width = self.head_size * chunk.q.dtype.itemsize
         sizes = [
-            tiling_for(platform, self.length, keys or 1, view.tiling)
+            tiling_for(platform, self.length, keys or 1, view.tiling, width, pair)
             for keys in (self.past, self.length)
         ]
         self.key_sizes = [tiling.key for tiling in sizes]
-        self.walk = Walk(view._replace(tiling=sizes[0]), self.past, platform)
+        self.walk = Walk(view._replace(tiling=sizes[0]), self.past, platform, width)
         self.wide, self.like = wide(chunk.q), chunk.q
 
     def rows(self, *arrays: Array) -> tuple[Array, ...]:
@@ -137,7 +138,7 @@ def pair_forward(
     chunk: Chunk, dot: Chunk, view: View, platform: str
 ) -> tuple[Array, Array, Statistics]:
     """o, its tangent along `dot`, and what the backward pass needs."""
-    layout = _Layout(chunk, view, platform)
+    layout = _Layout(chunk, view, platform, pair=True)
     rows = layout.rows(chunk.q, dot.q)
     o = layout.out(layout.head_size, chunk.v_own.dtype)
     per_query = layout.out(1, layout.wide)
@@ -164,7 +165,8 @@ def pair_backward(
     platform: str,
 ) -> tuple[Chunk, Chunk]:
     """Cotangents of the chunk and of its tangents, from those of o and of o's tangent."""
-    layout, (o, o_dot, statistics) = _Layout(chunk, view, platform), outputs
+    layout = _Layout(chunk, view, platform, pair=True)
+    o, o_dot, statistics = outputs
     level = _dot(o_bar, o, layout.wide) + _dot(o_dot_bar, o_dot, layout.wide)
     dot_level = _dot(o_dot_bar, o, layout.wide)
     rows = layout.rows(chunk.q, dot.q, o_bar, o_dot_bar, *statistics, level, dot_level)

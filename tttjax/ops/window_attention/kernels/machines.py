@@ -8,45 +8,71 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from tttjax.ops.window_attention.tiles import AUTO, Tiling
 
-# TPU: blocks of whole registers of 128 lanes, large enough to keep its matrix units busy.
-# GPU: of one program, whose scores lie in registers.
-LARGEST = {"tpu": Tiling(256, 512), "cuda": Tiling(64, 64), "cpu": Tiling(64, 64)}
-UNIT = {"tpu": 128, "cuda": 16, "cpu": 1}
+ZERO = np.int32(0)  # typed: a Python number would be an int64 where those are switched on
+PLATFORMS = ("tpu", "cuda", "cpu")
+UNIT = {"tpu": 128, "cuda": 16, "cpu": 1}  # a TPU's registers have 128 lanes; of GPUs, powers of 2
 GPU_HEADS = (16, 32, 64, 128)
 VMEM = 48 * 2**20  # bytes of a TPU's fast memory that a kernel may ask for
 VMEM_OF_BLOCKS = 12 * 2**20  # of it, scores of a block and what is made of them
 
 
+def largest(platform: str, width: int, pair: bool) -> Tiling:
+    """Queries and keys of a block. width: bytes of a head's part of a token. pair: of the pair's
+    kernels, which hold twice as much.
+
+    On a TPU enough to keep its matrix units busy. On a GPU a block's scores lie in registers, and
+    its keys, values and tangents, twice, in 160 KiB of shared memory (an A100's).
+    """
+    if platform != "cuda":
+        return Tiling(256, 512) if platform == "tpu" else Tiling(64, 64)
+    if width <= 128:
+        return Tiling(32, 64) if pair else Tiling(64, 64)
+    if width <= 256:
+        return Tiling(32, 32) if pair else Tiling(64, 64)
+    return Tiling(16, 32) if pair else Tiling(32, 32)
+
+
 def position_spec(platform: str) -> pl.BlockSpec:
     """Where the kernel finds the chunk's position: a TPU's scalars have a memory of their own."""
-    return pl.BlockSpec(memory_space=pltpu.SMEM) if platform == "tpu" else pl.BlockSpec()
+    if platform == "tpu":
+        return pl.BlockSpec((1,), lambda n, i: (ZERO,), memory_space=pltpu.SMEM)
+    return pl.BlockSpec()
 
 
-def call_options(platform: str) -> dict[str, Any]:
-    """Of `pallas_call`. No estimate of cost: it depends on the position."""
+def call_options(platform: str, width: int) -> dict[str, Any]:
+    """Of `pallas_call`; width as in `largest`. No estimate of cost: it depends on the position."""
     if platform == "cpu":
         return {"interpret": True}
     if platform == "tpu":
         order = ("parallel", "arbitrary")
         params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM)
         return {"compiler_params": params}
-    return {"compiler_params": plgpu.CompilerParams(num_warps=4, num_stages=2)}
+    return {
+        "compiler_params": plgpu.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=2)
+    }
 
 
-def tiling_for(platform: str, queries: int, keys: int, tiling: Tiling) -> Tiling:
-    """Block sizes for so many queries, and keys on one side; `tiling`'s own, as far as they fit."""
-    return Tiling(*map(_size, (platform,) * 2, (queries, keys), tiling, LARGEST[platform]))
+def tiling_for(
+    platform: str, queries: int, keys: int, asked: Tiling, width: int, pair: bool
+) -> Tiling:
+    """Block sizes for so many queries, and keys on one side: `asked`, or the largest, if not too
+    long; width and pair as in `largest`."""
+    most = largest(platform, width, pair)
+    return Tiling(
+        _size(platform, queries, asked.query or most.query),
+        _size(platform, keys, asked.key or most.key),
+    )
 
 
-def _size(platform: str, length: int, asked: int, largest: int) -> int:
-    unit = UNIT[platform]
-    size = min(asked or largest, length)
+def _size(platform: str, length: int, most: int) -> int:
+    unit, size = UNIT[platform], min(most, length)
     if platform == "cuda":
         return max(unit, 1 << (size - 1).bit_length())
     return -(-size // unit) * unit
@@ -61,7 +87,7 @@ def why_not(
     """
     *_, queries, _, head_size = shape
     dtype = jnp.dtype(dtype)
-    if platform not in LARGEST:
+    if platform not in PLATFORMS:
         return f"there is no kernel for {platform}"
     if platform == "cpu":
         return ""
@@ -72,7 +98,7 @@ def why_not(
         return "" if head_size in GPU_HEADS else f"a head size of {head_size} is none of {sizes}"
     if head_size % 16:
         return f"a head size of {head_size} is no multiple of 16"
-    needed = _vmem(queries, past, head_size, dtype.itemsize, tiling)
+    needed = _vmem(queries, past, head_size * dtype.itemsize, tiling)
     if needed > VMEM:
         return (
             f"a head of {past} + {queries} keys needs {needed / 2**20:.0f} MiB of a TPU's fast "
@@ -81,11 +107,11 @@ def why_not(
     return ""
 
 
-def _vmem(queries: int, past: int, head_size: int, itemsize: int, tiling: Tiling) -> int:
+def _vmem(queries: int, past: int, width: int, tiling: Tiling) -> int:
     """Of the hungriest kernel: keys and values, tangents of the chunk's, all kept twice."""
     chunk, before = (
         math.ceil(n / size) * size
         for n in (queries, past)
-        for size in [tiling_for("tpu", n or 1, n or 1, tiling).key]
+        for size in [tiling_for("tpu", n or 1, n or 1, tiling, width, pair=True).key]
     )
-    return 2 * head_size * itemsize * (2 * before + 6 * chunk) + VMEM_OF_BLOCKS
+    return 2 * width * (2 * before + 6 * chunk) + VMEM_OF_BLOCKS

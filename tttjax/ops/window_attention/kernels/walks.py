@@ -7,6 +7,7 @@ chunk behind, those of the past in front, so that places count from the chunk's 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from tttjax.ops.window_attention.kernels.blocks import Keys, wide
-from tttjax.ops.window_attention.kernels.machines import call_options, position_spec
+from tttjax.ops.window_attention.kernels.machines import ZERO, call_options, position_spec
 from tttjax.ops.window_attention.tiles import View, first_seen, seen_until
 from tttjax.types import Array
 
@@ -25,11 +26,13 @@ class Walk(NamedTuple):
 
     view: where the chunk stands; its tiling's `query` divides the padded chunk. past: keys there
     are before the chunk, without padding. platform: that the program is made for.
+    width: bytes of a head's part of a token.
     """
 
     view: View
     past: int
     platform: str
+    width: int
 
 
 class Group(NamedTuple):
@@ -77,12 +80,7 @@ def by_queries(
         for ref, result in zip(out_refs, finish(carry), strict=True):
             ref[...] = result.astype(ref.dtype)
 
-    def block(x):
-        return pl.BlockSpec((None, x.shape[1], size), lambda n, i: (n, 0, i))
-
-    def whole(x):
-        return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, 0, 0))
-
+    block = partial(_block, size=size)
     arrays = rows, tuple(group.keys for group in groups)
     return pl.pallas_call(
         kernel,
@@ -90,11 +88,11 @@ def by_queries(
         in_specs=(
             position_spec(walk.platform),
             jax.tree.map(block, rows),
-            jax.tree.map(whole, arrays[1]),
+            jax.tree.map(_whole, arrays[1]),
         ),
         out_specs=tuple(map(block, outs)),
         out_shape=outs,
-        **call_options(walk.platform),
+        **call_options(walk.platform, walk.width),
     )(_scalar(walk.view.position), *arrays)
 
 
@@ -127,25 +125,30 @@ def by_keys(
         for ref, result in zip(out_refs, sums, strict=True):
             ref[...] = result.astype(ref.dtype)
 
-    def block(x):
-        return pl.BlockSpec((None, x.shape[1], size), lambda n, i: (n, 0, i))
-
-    def whole(x):
-        return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, 0, 0))
-
+    block = partial(_block, size=size)
     out_shape = (jax.ShapeDtypeStruct(group.keys.k.shape, group.keys.k.dtype),) * outs
     return pl.pallas_call(
         kernel,
         grid=(count, length // size),
         in_specs=(
             position_spec(walk.platform),
-            jax.tree.map(whole, rows),
+            jax.tree.map(_whole, rows),
             jax.tree.map(block, group.keys),
         ),
         out_specs=tuple(map(block, out_shape)),
         out_shape=out_shape,
-        **call_options(walk.platform),
+        **call_options(walk.platform, walk.width),
     )(_scalar(walk.view.position), rows, group.keys)
+
+
+def _block(x: Array | jax.ShapeDtypeStruct, size: int) -> pl.BlockSpec:
+    """A block of tokens of the program's own head."""
+    return pl.BlockSpec((None, x.shape[1], size), lambda n, i: (n, ZERO, i))
+
+
+def _whole(x: Array) -> pl.BlockSpec:
+    """All tokens of it."""
+    return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, ZERO, ZERO))
 
 
 def _scalar(position: Array | int) -> Array:

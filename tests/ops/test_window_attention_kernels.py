@@ -1,0 +1,253 @@
+"""Pallas kernels of window attention: interpreted against the definition, chosen, and compiled."""
+
+import importlib.util
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec, SingleDeviceSharding
+
+from tttjax.config import MeshConfig
+from tttjax.errors import UserError
+from tttjax.ops.attention import Sight, attend, visible
+from tttjax.ops.window_attention import (
+    Chunk,
+    Tiling,
+    window_attention,
+    window_attention_pair,
+    window_attention_twice,
+    window_attention_why_not,
+)
+from tttjax.plan.topologies import open_mesh, parse_topology
+from tttjax.sharding import make_mesh
+
+BLOCKS = Tiling(16, 16)
+REAL = {"queries": 1024, "past": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
+
+
+def chunk(queries, past, seed=0, batch=2, heads=2, dim=4, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+
+    def normal(length):
+        return jnp.asarray(rng.normal(size=(batch, length, heads, dim)), dtype)
+
+    return Chunk(normal(queries), *(normal(x) for x in (past, past, queries, queries)))
+
+
+def dense(chunk, position, sight):
+    past, queries = chunk.k_past.shape[-3], chunk.q.shape[-3]
+    key_S = position - past + jnp.arange(past + queries)
+    seen_TS = visible(key_S[past:], key_S, sight)
+
+    def one(x):
+        k, v = jnp.concatenate((x.k_past, x.k_own)), jnp.concatenate((x.v_past, x.v_own))
+        return attend(x.q, k, v, seen_TS)
+
+    return jax.vmap(one)(chunk)
+
+
+def everything(once, twice, weight, past_moves):
+    """Value and gradient of a loss, and of a loss of (output, its tangent) in all they depend on.
+
+    past_moves: whether past keys and values have tangents, and gradients are taken in them.
+    """
+
+    def moving(x):
+        return x if past_moves else x._replace(k_past=None, v_past=None)
+
+    def whole(part, x):
+        return part if past_moves else part._replace(k_past=x.k_past, v_past=x.v_past)
+
+    def first(part, x, position):
+        return jnp.sum(jnp.sin(once(whole(part, x), position) * weight.q))
+
+    def second(part, along, x, position):
+        o, o_dot = jax.jvp(lambda part: twice(whole(part, x), position), (part,), (along,))
+        return jnp.sum(jnp.cos(o * weight.q) + jnp.sin(o_dot) * weight.k_own)
+
+    def all_of_them(x, dot, position):
+        part, along = moving(x), moving(dot)
+        of_second = jax.value_and_grad(second, argnums=(0, 1))(part, along, x, position)
+        return jax.value_and_grad(first)(part, x, position), of_second
+
+    return jax.jit(all_of_them)
+
+
+CASES = {
+    # queries, past, window, block of the sequence, whether the past moves, positions
+    "window, nothing divides": (20, 37, 37, 0, True, (0, 7, 37, 1000)),
+    "short window, the past is constant": (48, 64, 17, 0, False, (0, 10, 64)),
+    "within blocks of the sequence": (32, 32, 0, 24, False, (0, 5, 48)),
+    "no past": (20, 0, 9, 0, True, (0,)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_interpreted_kernels_are_the_definition_differentiated(case):
+    queries, past, window, block, past_moves, positions = case
+    sight = Sight(window, block)
+    with jax.enable_x64(True):
+        against_the_definition(queries, past, sight, past_moves, positions)
+
+
+def against_the_definition(queries, past, sight, past_moves, positions):
+    x, dot, weight = (chunk(queries, past, seed) for seed in range(3))
+    own = partial(everything, weight=weight, past_moves=past_moves)
+    got = own(
+        lambda x, position: window_attention(*x, position, sight, BLOCKS, "pallas"),
+        lambda x, position: window_attention_twice(*x, position, sight, BLOCKS, "pallas"),
+    )
+    wanted = own(*2 * [lambda x, position: dense(x, position, sight)])
+    for position in positions:
+        found, true = got(x, dot, position), wanted(x, dot, position)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-12, rtol=1e-11), found, true)
+
+
+def pair_and_back(x, dot, position, bar, *, sight, kernel, tiling=BLOCKS):
+    """(o, o_dot) and the cotangents of everything, o's and o_dot's being `bar`."""
+    pair = partial(
+        window_attention_pair, position=position, sight=sight, tiling=tiling, kernel=kernel
+    )
+    out, back = jax.vjp(pair, x, dot)
+    return out, back((bar, bar))
+
+
+def once_and_back(x, position, bar, *, sight, kernel, tiling=BLOCKS):
+    def once(q, k_own, v_own):
+        own = x._replace(q=q, k_own=k_own, v_own=v_own)
+        return window_attention(*own, position, sight, tiling, kernel)
+
+    out, back = jax.vjp(once, x.q, x.k_own, x.v_own)
+    return out, back(bar)
+
+
+def test_bfloat16_as_in_xla():
+    """The same roundings of the same sums in another order."""
+    x, dot, bar = (chunk(32, 40, seed, dtype=jnp.bfloat16) for seed in range(3))
+    dot = dot._replace(k_past=None, v_past=None)
+    run = partial(pair_and_back, x, dot, 25, bar.q, sight=Sight(40))
+    found, wanted = (jax.jit(partial(run, kernel=kernel))() for kernel in ("pallas", "xla"))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+        assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
+
+
+def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner():
+    x, dot, bar = (chunk(16, 32, seed, dtype=np.float32) for seed in range(3))
+    dot = dot._replace(k_past=None, v_past=None)
+    run = partial(pair_and_back, sight=Sight(32), kernel="pallas")
+    plain = jax.jit(run)(x, dot, 20, bar.q)
+    mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    of_batch = PartitionSpec("data")
+
+    def on_shard(x, dot, position, bar):
+        assert window_attention_why_not("cpu", x.q.shape, 32, x.q.dtype, kernel="pallas") == ""
+        return jax.vmap(run, in_axes=(0, 0, None, 0))(x, dot, position, bar)
+
+    shared = jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(of_batch, of_batch, PartitionSpec(), of_batch),
+        out_specs=of_batch,
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )
+    found = jax.jit(shared)(x, dot, 20, bar.q)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, plain)
+
+
+def test_what_a_mesh_does_not_allow():
+    ask = partial(window_attention_why_not, "tpu", past=8192, dtype=jnp.bfloat16)
+    mesh = make_mesh(1, 1, 8)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert "cannot divide a kernel" in ask(shape=(1024, 12, 64))
+
+    def inside():
+        assert "of 8 devices do not divide 12 heads" in ask(shape=(1024, 12, 64))
+        assert ask(shape=(1024, 16, 64)) == ""
+        return jnp.zeros(())
+
+    specs = {"in_specs": (), "out_specs": PartitionSpec()}
+    jax.eval_shape(jax.shard_map(inside, mesh=mesh, axis_names={"data"}, check_vma=False, **specs))
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "past", "dtype", "kernel", "reason"),
+    [
+        ("tpu", (1024, 12, 64), 8192, "bfloat16", "auto", "^$"),
+        ("tpu", (16, 12, 128), 8192, "float32", "auto", "^$"),
+        ("cuda", (1024, 12, 128), 8192, "float32", "auto", "^$"),
+        ("cpu", (1024, 12, 64), 8192, "bfloat16", "auto", "interpreted"),
+        ("cpu", (1024, 12, 3), 8192, "float64", "pallas", "^$"),
+        ("tpu", (1024, 12, 64), 8192, "bfloat16", "xla", "asked for"),
+        ("tpu", (1024, 12, 64), 8192, "float64", "pallas", "not float64"),
+        ("tpu", (1024, 12, 72), 8192, "float32", "auto", "72 is no multiple of 16"),
+        ("cuda", (1024, 12, 96), 8192, "float32", "auto", "96 is none of 16, 32, 64, 128"),
+        ("tpu", (1024, 12, 128), 2**17, "bfloat16", "auto", "MiB of a TPU's fast memory"),
+        ("cuda", (64, 12, 64), 128, "bfloat16", "auto", "192 keys are fewer"),
+        ("cuda", (64, 12, 64), 128, "bfloat16", "pallas", "^$"),
+        ("rocm", (1024, 12, 64), 8192, "bfloat16", "auto", "no kernel for rocm"),
+    ],
+)
+def test_reasons(platform, shape, past, dtype, kernel, reason):
+    found = window_attention_why_not(platform, shape, past, jnp.dtype(dtype), kernel=kernel)
+    assert re.search(reason, found)
+
+
+def test_a_kernel_that_there_is_not():
+    with pytest.raises(UserError, match="'cudnn': choose among auto, xla, pallas"):
+        window_attention(*chunk(4, 5, dtype=np.float32), 3, Sight(5), kernel="cudnn")
+
+
+def programs(placed=None, *, queries, past, heads, dim, dtype):
+    """(function of `kernel`, its arguments' shapes) of the inner step, and of the pair."""
+    array = partial(jax.ShapeDtypeStruct, sharding=placed)
+    q, before = (array((1, length, heads, dim), dtype) for length in (queries, past))
+    position, x = array((), jnp.int32), Chunk(q, before, before, q, q)
+    own = {"sight": Sight(past), "tiling": Tiling()}
+    yield partial(once_and_back, **own), (x, position, q)
+    dot = x._replace(k_past=None, v_past=None)
+    yield partial(pair_and_back, **own), (x, dot, position, q)
+
+
+def test_the_platform_that_is_compiled_for_chooses():
+    """On this machine, without either device: the programs are only written."""
+    for program, arguments in programs(**REAL):
+        traced = jax.jit(partial(program, kernel="auto")).trace(*arguments)
+        written = {
+            platform: traced.lower(lowering_platforms=(platform,)).as_text()
+            for platform in ("cpu", "tpu", "cuda")
+        }
+        calls = {
+            platform: [text.count(call) for call in ("tpu_custom_call", "triton", "case")]
+            for platform, text in written.items()
+        }
+        kernels = 3 + (program.func is pair_and_back)
+        assert calls["cpu"][:2] == [0, 0]
+        assert calls["tpu"][:2] == [kernels, 0]
+        assert calls["cuda"][:2] == [0, kernels]
+
+
+def test_tiles_of_the_xla_form_are_of_the_platform_that_is_compiled_for():
+    (once, arguments), _ = programs(**REAL | {"heads": 1})
+    traced = jax.jit(partial(once, kernel="xla")).trace(*arguments)
+    loops = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
+        for platform in ("cpu", "tpu")
+    }
+    assert loops["tpu"] < loops["cpu"]  # a chunk's queries in one block
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1"])
+def test_compiled_for_a_tpu(chip):
+    """At the size of the paper's 125M: no scores in memory, and no copies of keys."""
+    device = open_mesh(parse_topology(chip), MeshConfig(data=4)).devices.flat[0]
+    for program, arguments in programs(SingleDeviceSharding(device), **REAL):
+        compiled = jax.jit(partial(program, kernel="auto")).lower(*arguments).compile()
+        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 3
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**20
