@@ -9,6 +9,8 @@ import os
 import jax
 import pytest
 
+pytest_plugins = ["tiny_runs"]  # the fixtures `data` and `make_run`
+
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time to compile

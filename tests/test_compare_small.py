@@ -117,6 +117,7 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     plan = Plan("cpu", tmp_path)
     losses = {"mamba2-lr0.02-seed0": 2.0, "full-lr0.01-seed0": 2.5, "full-lr0.02-seed0": math.inf}
     losses |= {"mamba2-x8-share0.33-seed0": 2.9, "hybrid-x8-share0.1-seed0": 2.9}
+    losses |= {f"{system}-x8-share0.01-seed0": 3.1 for system in SYSTEMS}
     order: list[str] = []
     while waiting := [task for task in plan.tasks() if not task.is_done()]:
         ready = [t for t in waiting if t.command and set(order).issuperset(t.needs)]
@@ -132,6 +133,8 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     assert plan.share("mamba2") == 1 / 3
     assert "mamba2-x8-share1-seed0" in order  # beyond the best
     assert "hybrid-x8-share1-seed0" not in order
+    assert "hybrid-x8-share0.01-seed0" not in order
+    assert plan.share("full") == 1 / 30
     commands = {task.name: task.command for task in plan.tasks()}
     extension = commands["mamba2-x8-share0.33-seed1"]
     assert f"--config.train.init_from={plan.workdir('mamba2-lr0.02-seed1')}" in extension
@@ -157,6 +160,7 @@ def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
     plan = Plan("cpu", tmp_path)
     losses = {"mamba2-lr0.01-seed1": math.inf, "ttt_e2e-x8-share0.033-seed1": math.inf}
     losses |= {"window-x8-share0.033-seed0": math.inf}
+    losses |= {f"{system}-x8-share0.01-seed0": 3.1 for system in SYSTEMS}
     losses |= {f"{system}-lr0.01-seed0": 2.5 for system in SYSTEMS}
     while waiting := [task for task in plan.tasks() if not task.is_done()]:
         for task in waiting:
@@ -170,7 +174,7 @@ def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
     notes = summary.notes(plan, "the command")
     lost = "mamba2-lr0.01-seed1, mamba2-x2-share0.033-seed1"
     assert f"Not in the report because they diverged: {lost}" in notes
-    assert "| window | inf | **3.0000** | 3.0000 |  |" in notes
+    assert "| window |  | inf | **3.0000** | 3.0000 |  |" in notes
 
 
 def test_losses_are_those_of_the_longest_context(tmp_path):

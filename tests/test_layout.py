@@ -26,7 +26,8 @@ LAYERS = (
     {"attention_kernels"},
     {"train_step"},
     {"prepare", "train", "evaluate", "verify", "bench", "plan"},
-    {"report"},
+    {"report", "generate"},
+    {"read", "sessions"},
     {"cli"},
     {"__main__"},
 )
@@ -35,7 +36,10 @@ CORE = (
     *("ops", "update_rules", "inner_loop", "models"),
     *("history", "chunk_step", "fast_gradient", "meta", "train_step"),
 )
-COMMANDS = ("prepare", "train", "evaluate", "verify", "bench", "plan", "report", "cli")
+COMMANDS = (
+    *("prepare", "train", "evaluate", "verify", "bench", "plan", "report"),
+    *("generate", "read", "sessions", "cli"),
+)
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 IDS = [str(path.relative_to(ROOT)) for path in FILES]

@@ -50,7 +50,7 @@ class Scale:
     extension_steps: int
     rates: tuple[float, ...]
     speed: Mapping[str, float]
-    shares: tuple[float, ...] = (1 / 30, 1 / 10, 1 / 3, 1.0)
+    shares: tuple[float, ...] = (1 / 100, 1 / 30, 1 / 10, 1 / 3, 1.0)
     tried: int = 3
     windows: tuple[int, ...] = (2, 4, 8)
     seeds: int = 2

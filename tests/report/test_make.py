@@ -19,7 +19,7 @@ from tttjax.report import Entry, losses, make_report, speed
 from tttjax.report.files import COLUMNS, to_markdown
 from tttjax.report.tables import sections
 
-LENGTHS, STEPS, WINDOW = (8, 32), 3, 8  # of the runs in conftest.py
+LENGTHS, STEPS, WINDOW = (8, 32), 3, 8  # of the runs in tiny_runs.py
 PLOTS = (
     *("loss_difference_by_context", "loss_by_position", "loss_by_flops"),
     *("prefill_by_context", "state_by_context"),

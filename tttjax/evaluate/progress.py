@@ -1,4 +1,4 @@
-"""The progress line of an evaluation."""
+"""The progress line of reading: in an evaluation, or into a session."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ class Progress:
     total: int
     stream: TextIO | None = None
     what: str = ""
+    title: str = "evaluate"
     _cost: int = 1
     _done: int = 0
     _tokens: int = 0
@@ -39,7 +40,7 @@ class Progress:
         elapsed = now - self._started
         left = timedelta(seconds=round(elapsed * (self.total / self._done - 1)))
         line = (
-            f"evaluate {self._done / self.total:4.0%}  {self.what}  "
+            f"{self.title} {self._done / self.total:4.0%}  {self.what}  "
             f"{self._tokens / elapsed:,.0f} tok/s  eta {left}"
         )
         self.stream.write(f"\r\x1b[K{line}" if terminal else line + "\n")

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ FORMAT = "tttjax-session-1"
 PRECISIONS = ("float32", "bfloat16")
 SAMPLE = 4096  # entries of each weight that the fingerprint is over
 HEADER = "session"
+LOSSES = 256  # of the last chunks, that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class About:
 
     drift: ||W - W0|| of every fast weight by its path. lost: the relative error of the stored
     difference from W0, largest over weights; 0 if it is stored as it is. chunk_losses: NLL of the
-    last chunks before learning from each, oldest first.
+    last chunks before learning from each, oldest first. source: of `tttjax read`, the text and how
+    far it was read.
     """
 
     format: str
@@ -56,6 +58,7 @@ class About:
     drift: dict[str, float]
     lost: float
     chunk_losses: list[float]
+    source: dict[str, Any]
 
 
 def fingerprint(config: Config, params: Params) -> str:
@@ -86,7 +89,8 @@ def save_session(
     tokenizer: str = "",
     precision: str = "float32",
     rank: int = 0,
-    chunk_losses: list[float] | None = None,
+    chunk_losses: Sequence[float] = (),
+    source: Mapping[str, Any] | None = None,
 ) -> About:
     """Writes the session; what stands at `path` before is replaced only when all is written.
 
@@ -117,7 +121,8 @@ def save_session(
         rank=rank,
         drift=drift,
         lost=lost,
-        chunk_losses=list(chunk_losses or []),
+        chunk_losses=list(chunk_losses)[-LOSSES:],
+        source=dict(source or {}),
     )
     _write(Path(path), arrays, {HEADER: json.dumps(dataclasses.asdict(about))})
     return about
@@ -142,7 +147,8 @@ def load_session(path: str | os.PathLike, engine: Engine, *, model: str) -> tupl
                 f"{path} is the session of another model (fingerprint {about.model[:12]}, this one "
                 f"has {model[:12]}): what was read lies in the weights, so open it with its own."
             )
-        if about.tokens > engine.max_length:
+        has_whole = any("whole" in kinds for kinds in _kinds(engine).values())
+        if has_whole and about.tokens > engine.max_length:
             raise UserError(
                 f"{path} has {about.tokens} tokens, but there is room for {engine.max_length}; "
                 "raise the limit (--max-length)."

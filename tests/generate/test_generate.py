@@ -1,0 +1,100 @@
+"""Reading, writing and sessions from the command line."""
+
+import json
+
+import pytest
+
+from tttjax.cli import main
+
+TEXT = "the cat sat on the mat. " * 12
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return str(make_run("writes", suffix_layers=1, fast_mlp=True, mixers=("window",)))
+
+
+def words(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
+    ask = ("generate", run, "--prompt", "the cat", "--max-tokens=6", "--json")
+    code, out, _ = words(capsys, *ask, "--seed=3", "--samples=2")
+    assert code == 0
+    two = json.loads(out)
+    assert [len(text["tokens"]) for text in two] == [6, 6] or two[0]["finished"] == "eos"
+    assert all(logprob < 0 for text in two for logprob in text["logprobs"])
+    for i in range(2):
+        (alone,) = json.loads(words(capsys, *ask, f"--seed={3 + i}")[1])
+        assert alone["tokens"] == two[i]["tokens"]
+    greedy = [words(capsys, *ask, "--temperature=0", f"--seed={i}")[1] for i in range(2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_session_goes_on_where_it_stopped(run, tmp_path, capsys):
+    file = tmp_path / "s.session"
+    (tmp_path / "t.txt").write_text(TEXT)
+    (tmp_path / "u.txt").write_text(TEXT + "and")
+    keep = ("--save-session", file, "--max-tokens=0")
+    assert words(capsys, "generate", run, "--prompt-file", tmp_path / "t.txt", *keep)[0] == 0
+    before = file.read_bytes()
+    ask = ("--max-tokens=5", "--temperature=0", "--json")
+    _, went_on, _ = words(capsys, "generate", run, "--session", file, "--prompt", "and", *ask)
+    assert file.read_bytes() == before
+    _, at_once, _ = words(capsys, "generate", run, "--prompt-file", tmp_path / "u.txt", *ask)
+    assert json.loads(went_on)[0]["tokens"] == json.loads(at_once)[0]["tokens"]
+    code, told, _ = words(capsys, "sessions", file)
+    assert code == 0
+    assert f"{len(TEXT) + 1} tokens read" in told
+    assert "moved by" in told
+
+
+def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
+    text, session, log = (tmp_path / name for name in ("t.txt", "s.session", "log.csv"))
+    text.write_text(TEXT)
+    code, _, err = words(capsys, "read", run, text, "--save-session", session, "--log", log)
+    assert code == 0
+    assert "288" in err or "289 tokens" in err
+    rows = log.read_text().splitlines()
+    assert rows[0] == "tokens,loss,grad_norm"
+    assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(8, len(TEXT) + 1, 8))
+    again = words(capsys, "read", run, text, "--save-session", session, "--log", log)
+    assert again[0] == 0
+    assert log.read_text().splitlines() == rows
+    about = json.loads(words(capsys, "sessions", "--json", session)[1])[str(session)]
+    assert about["source"]["tokens"] == about["source"]["of"] == len(TEXT)
+    text.write_text(TEXT + "more")
+    refused = words(capsys, "read", run, text, "--save-session", session)
+    assert refused[0] == 2
+    assert "session of another text" in refused[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "the prompt is empty"),
+        (["--prompt", "x", "--samples=0"], "--samples=0 must be at least 1"),
+        (["--prompt", "x", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
+        (["--prompt", "x", "--session=nowhere"], "there is no session nowhere"),
+        (["--prompt", "x", "--tokenizer=nowhere"], "there is no tokenizer in nowhere"),
+        (["--prompt-file=nowhere"], "nowhere does not exist"),
+        (["--prompt", "x", "--samples=2", "--save-session=s"], "does not go with --samples"),
+    ],
+)
+def test_bad_input_is_one_sentence(run, options, sentence, capsys):
+    code, out, err = words(capsys, "generate", run, *options)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_full_attention_says_how_much_room_it_has(make_run, capsys):
+    run = make_run("narrow", mixers=("full",))
+    code, _, err = words(capsys, "generate", run, "--prompt", "abc", "--max-length=4")
+    assert code == 2
+    assert "has room for 4 tokens, and this takes 132; give --max-length=132" in err

@@ -1,0 +1,211 @@
+"""Read a prompt, learn from it, and write on: text from a trained model, with sessions to keep.
+
+examples:
+  tttjax generate runs/first --prompt "def main(" --max-tokens=100
+      reads, learns from what it reads (and writes), writes
+  tttjax generate runs/first --prompt-file=book.txt --save-session=book.session --max-tokens=0
+      reads alone, and keeps everything that was read in one file
+  tttjax generate runs/first --session=book.session --prompt " The end of the story:" --samples=3
+      goes on from there, three times; book.session stays as it is
+
+A session file is as large after a page as after a library (but for full attention). It goes on as
+if it had never been closed, with the model that wrote it and no other; `tttjax sessions FILE` says
+what is in one. docs/generation.md has the rest.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tttjax.errors import UserError
+from tttjax.evaluate.runs import MODES
+from tttjax.generate.opened import Opened, open_model
+from tttjax.inference.engine import Session
+from tttjax.inference.sampling import Sampling
+from tttjax.inference.session_file import PRECISIONS, load_session, save_session
+from tttjax.inference.writing import Piece, Request, Writer
+from tttjax.precision import as_configured
+
+LEARN = ("all", "prompt", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax generate`."""
+    add = parser.add_argument
+    add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to read first")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file; -: stdin")
+    add("--max-tokens", type=int, default=128, metavar="N", help="to write (default %(default)s)")
+    add("--samples", type=int, default=1, metavar="N", help="texts to write (default 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    add("--seed", type=int, default=0, help="of the first text; the others count on")
+    add("--json", action="store_true", help="print texts, tokens and log-probabilities as JSON")
+    sampling = parser.add_argument_group("sampling")
+    for field in dataclasses.fields(Sampling):
+        sampling.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help="(default %(default)s)",
+        )
+    sessions = parser.add_argument_group("sessions")
+    add = sessions.add_argument
+    add("--session", metavar="FILE", help="go on from this one")
+    add("--save-session", metavar="FILE", help="keep what was read, and the first text written")
+    add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
+    add("--session-rank", type=int, default=0, metavar="N", help="of stored changes; 0: full")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of how a run's model reads, for every command that opens one."""
+    group = parser.add_argument_group("reading")
+    add = group.add_argument
+    add(
+        "--learn",
+        choices=LEARN,
+        default="all",
+        help="from everything, from what is read and not what is written, or from nothing "
+        "(default %(default)s)",
+    )
+    add("--mode", choices=MODES, default="", help="dynamic: let weights learn that never did")
+    add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it")
+    add(
+        "--max-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that full attention has room for (default: eight training sequences)",
+    )
+
+
+def open_from(args: argparse.Namespace) -> Opened:
+    """The model that the options of `add_model_arguments` describe."""
+    return open_model(
+        args.workdir,
+        tokenizer=args.tokenizer,
+        mode="off" if args.learn == "none" else args.mode,
+        max_length=args.max_length,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax generate` from parsed arguments; the exit code."""
+    _check(args)
+    opened = open_from(args)
+    with as_configured(opened.config):
+        prompt_T = encode_prompt(opened, _prompt(args), is_first=not args.session)
+        session = start_session(opened, args.session)
+        room_for(opened, session.tokens + len(prompt_T) + args.max_tokens)
+        session, _ = opened.engine.read(session, prompt_T)
+        session = _write(args, opened, session, prompt_T)
+        if args.save_session:
+            about = save_session(
+                args.save_session,
+                opened.engine,
+                session,
+                model=opened.model,
+                tokenizer=opened.tokenizer_mark,
+                precision=args.session_precision,
+                rank=args.session_rank,
+            )
+            size = Path(args.save_session).stat().st_size
+            lost = f", {about.lost:.2%} of the changes lost" if about.lost else ""
+            print(
+                f"{args.save_session}: {about.tokens:,} tokens in {size:,} bytes{lost}",
+                file=sys.stderr,
+            )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, low in (("samples", 1), ("max_tokens", 0), ("seed", 0), ("max_length", 0)):
+        value = getattr(args, name)
+        if value < low:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
+    if args.save_session and args.samples > 1:
+        raise UserError("--save-session keeps one text, so it does not go with --samples.")
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file == "-":
+        return sys.stdin.read()
+    if args.prompt_file:
+        try:
+            return Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.prompt_file} is not UTF-8 text ({error}).") from error
+    return args.prompt or ""
+
+
+def encode_prompt(opened: Opened, text: str, *, is_first: bool) -> np.ndarray:
+    """Tokens of a text, after BOS where it begins a session. UserError if it is empty."""
+    token_T = opened.tokenizer.encode(text)
+    if is_first and not len(token_T):
+        raise UserError(
+            "the prompt is empty" if not text else f"the prompt {text[:40]!r} has no tokens"
+        )
+    if is_first and opened.tokenizer.bos_id is not None:
+        token_T = np.concatenate(([opened.tokenizer.bos_id], token_T))
+    return token_T.astype(np.int32)
+
+
+def start_session(opened: Opened, path: str | None) -> Session:
+    """That of a file, or a new one."""
+    if not path:
+        return opened.engine.start()
+    return load_session(path, opened.engine, model=opened.model)[0]
+
+
+def room_for(opened: Opened, tokens: int) -> None:
+    """UserError if full attention has not."""
+    has_full = "full" in opened.config.model.mixer_kinds
+    if has_full and tokens > opened.engine.max_length:
+        raise UserError(
+            f"full attention has room for {opened.engine.max_length} tokens, and this takes "
+            f"{tokens}; give --max-length={tokens}"
+        )
+
+
+def _write(
+    args: argparse.Namespace, opened: Opened, session: Session, prompt_T: np.ndarray
+) -> Session:
+    """Writes and prints; the session after the first text."""
+    if not args.max_tokens:
+        return session
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    requests = [
+        Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
+        for i in range(args.samples)
+    ]
+    writer = Writer(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
+    pieces: list[list[Piece]] = [[] for _ in requests]
+    streams = args.samples == 1 and not args.json
+    for piece in writer:
+        pieces[piece.request].append(piece)
+        if streams:
+            print(piece.text, end="", flush=True)
+    if streams:
+        print()
+    elif args.json:
+        print(json.dumps([_as_json(text) for text in pieces], ensure_ascii=False))
+    else:
+        for i, text in enumerate(pieces):
+            print(f"--- {i + 1} (seed {args.seed + i})\n{''.join(p.text for p in text)}")
+    return writer.sessions[0]
+
+
+def _as_json(pieces: Sequence[Piece]) -> dict:
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "tokens": [piece.token for piece in pieces],
+        "logprobs": [piece.logprob for piece in pieces],
+        "finished": pieces[-1].finished,
+    }
