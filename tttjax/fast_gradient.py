@@ -233,8 +233,8 @@ def _backward(loop: Loop, residuals, cotangents):
     rows = jnp.arange(history.chunks), chunks, records_bar
     if loop.trajectory == "recompute":
         size = _segment(loop, history.chunks)
-        rows = _by_segment(rows, size), saved
-        (_, bar), x_bar = _scan_back(segment, carry, rows, first_exact // size)
+        segments = _by_segment(rows, size), saved
+        (_, bar), x_bar = _scan_back(segment, carry, segments, first_exact // size)
         x_bar = _joined(x_bar)
     else:
         (_, bar), x_bar = _scan_back(step, carry, (*rows, saved), first_exact)
@@ -247,7 +247,7 @@ def _backward(loop: Loop, residuals, cotangents):
 def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
     """`lax.scan` of body(carry, row, is_exact=...) in reverse, in two parts if there are two."""
     length = jax.tree.leaves(rows)[0].shape[0]
-    parts = []
+    parts: list[Array] = []
     for first, last, is_exact in ((first_exact, length, True), (0, first_exact, False)):
         if first < last:
             part = jax.tree.map(lambda x, a=first, b=last: x[a:b], rows)

@@ -176,7 +176,8 @@ class _Log:
     """Losses as they come: of the last chunks for the session, of all for a CSV file."""
 
     def __init__(self, path: str | None, done: int):
-        self._path, self._done, self._file = path, done, None
+        self._path, self._done = path, done
+        self._file: TextIO | None = None
 
     def __enter__(self) -> "_Log":
         if self._path:

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def save_session(
     if rank < 0 or (rank and precision == "float32"):
         raise UserError(f"rank={rank} must be at least 0, and needs the precision bfloat16.")
     start = engine.start()
-    arrays = _states(engine, session)
+    arrays: dict[str, Any] = _states(engine, session)
     fast, drift, lost = _pack(session.learned.fast, start.learned.fast, precision, rank)
     arrays |= fast
     for i, leaf in enumerate(jax.tree.leaves(session.learned.rule_state)):
@@ -249,19 +249,18 @@ def _pack(
             continue
         if rank and min(change.shape[-2:]) > rank:
             u, s, v = jnp.linalg.svd(change, full_matrices=False)
-            stored = (u[..., :rank] * s[..., None, :rank], v[..., :rank, :])
-            stored = tuple(x.astype(jnp.bfloat16) for x in stored)
-            arrays |= dict(zip((f"left/{path}", f"right/{path}"), stored, strict=True))
+            thin = {"left": u[..., :rank] * s[..., None, :rank], "right": v[..., :rank, :]}
         else:
-            stored = (change.astype(jnp.bfloat16),)
-            arrays[f"change/{path}"] = stored[0]
+            thin = {"change": change}
+        stored = {f"{name}/{path}": x.astype(jnp.bfloat16) for name, x in thin.items()}
+        arrays |= stored
         if size:
-            error = change - _change(stored, change.dtype)
+            error = change - _change(stored.values(), change.dtype)
             lost = max(lost, float(jnp.linalg.norm(error)) / size)
     return arrays, drift, lost
 
 
-def _change(stored: tuple[Array, ...], dtype: jnp.dtype) -> Array:
+def _change(stored: Iterable[Any], dtype: jnp.dtype) -> Array:
     first, *second = (jnp.asarray(x).astype(dtype) for x in stored)
     return first @ second[0] if second else first
 
@@ -277,7 +276,7 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
             fast[path] = jnp.asarray(arrays[f"fast/{path}"])
             continue
         names = [n for n in (f"change/{path}", f"left/{path}", f"right/{path}") if n in arrays]
-        fast[path] = zero + _change(tuple(arrays[n] for n in names), zero.dtype)
+        fast[path] = zero + _change((arrays[n] for n in names), zero.dtype)
     return {**start, **unflatten_dict(fast, sep="/")}
 
 
