@@ -131,8 +131,9 @@ def _pair_forward(chunk, dot, position, sight, tiling, kernel):
 def _pair_backward(sight, tiling, kernel, residuals, bars):
     chunk, dot, position, outputs = residuals
     _same_shape(chunk.q, dot.q, *outputs[:2])
+    o_bar, o_dot_bar = bars
     where = position, sight, tiling, kernel
-    return *select.pair_backward(chunk, dot, outputs, *bars, *where), None
+    return *select.pair_backward(chunk, dot, outputs, o_bar, o_dot_bar, *where), None
 
 
 _pair.defvjp(_pair_forward, _pair_backward)

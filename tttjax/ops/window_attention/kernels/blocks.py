@@ -82,37 +82,43 @@ def score_tangents(q: Array, q_dot: Array, keys: Keys) -> Array:
 # --- forward ------------------------------------------------------------------------------------
 
 
-def start_forward(q: Array) -> tuple[Array, ...]:
-    """(highest score, sum of weights, weighted values): nothing seen yet."""
+Carry = tuple[Array, ...]
+Rows = tuple[Array, ...]
+
+
+def start_forward(rows: Rows) -> Carry:
+    """(highest score, sum of weights, weighted values): nothing seen yet. rows: q, ..."""
+    q, *_ = rows
     none = jnp.zeros((1, q.shape[1]), wide(q))
     return jnp.full_like(none, FLOOR), none, jnp.zeros(q.shape, wide(q))
 
 
-def step_forward(carry: tuple[Array, ...], q: Array, keys: Keys, seen: Array) -> tuple[Array, ...]:
+def step_forward(carry: Carry, rows: Rows, keys: Keys, seen: Array) -> Carry:
     """With a block more."""
     highest, total, sum_o = carry
-    highest, fade, weight = _online(highest, scores(q, keys, seen))
+    highest, fade, weight = _online(highest, scores(rows[0], keys, seen))
     total = total * fade + jnp.sum(weight, axis=0, keepdims=True)
     return highest, total, sum_o * fade + to_queries(keys.v, weight)
 
 
-def finish_forward(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+def finish_forward(carry: Carry) -> Carry:
     """o and the scores' logsumexp."""
     highest, total, sum_o = carry
     return sum_o / total, highest + jnp.log(total)
 
 
-def start_pair(q: Array) -> tuple[Array, ...]:
+def start_pair(rows: Rows) -> Carry:
     """The same with (mean of the scores' tangents, tangent of the weighted values)."""
-    highest, total, sum_o = start_forward(q)
+    highest, total, sum_o = start_forward(rows)
     return highest, total, total, sum_o, sum_o
 
 
-def step_pair(
-    carry: tuple[Array, ...], q: Array, q_dot: Array, keys: Keys, seen: Array
-) -> tuple[Array, ...]:
-    """With a block more. The scores' tangents are counted from their mean so far, which moves."""
-    highest, total, mean_dot, sum_o, sum_dot = carry
+def step_pair(carry: Carry, rows: Rows, keys: Keys, seen: Array) -> Carry:
+    """With a block more; rows: q and its tangent.
+
+    The scores' tangents are counted from their mean so far, which moves.
+    """
+    (q, q_dot), (highest, total, mean_dot, sum_o, sum_dot) = rows, carry
     highest, fade, weight = _online(highest, scores(q, keys, seen))
     score_dot = score_tangents(q, q_dot, keys)
     total = total * fade + jnp.sum(weight, axis=0, keepdims=True)
@@ -126,7 +132,7 @@ def step_pair(
     return highest, total, mean_dot, sum_o * fade + to_queries(keys.v, weight), sum_dot
 
 
-def finish_pair(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+def finish_pair(carry: Carry) -> Carry:
     """o, its tangent, the scores' logsumexp and the mean of their tangents."""
     highest, total, mean_dot, sum_o, sum_dot = carry
     return sum_o / total, sum_dot / total, highest + jnp.log(total), mean_dot
@@ -141,14 +147,14 @@ def _online(highest: Array, score: Array) -> tuple[Array, Array, Array]:
 # --- backward -----------------------------------------------------------------------------------
 
 
-def bars(rows: tuple[Array, ...], keys: Keys, seen: Array) -> tuple[Array, Array]:
+def bars(rows: Rows, keys: Keys, seen: Array) -> tuple[Array, Array]:
     """(probabilities, cotangents of the scores); rows: q, o_bar, logsumexp, o_bar . o."""
     q, bar, logsumexp, level = rows
     weight = jnp.exp(scores(q, keys, seen) - logsumexp)
     return weight, weight * (across(keys.v, bar) - level) * _scale(q)
 
 
-def pair_bars(rows: tuple[Array, ...], keys: Keys, seen: Array) -> Bars:
+def pair_bars(rows: Rows, keys: Keys, seen: Array) -> Bars:
     """rows: q, its tangent, o_bar, o_dot_bar, logsumexp, mean_dot, o_bar . o + o_dot_bar . o_dot,
     o_dot_bar . o."""
     q, q_dot, bar, dot_bar, logsumexp, mean_dot, level, dot_level = rows

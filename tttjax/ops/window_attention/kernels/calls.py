@@ -85,8 +85,8 @@ def forward(chunk: Chunk, view: View, platform: str) -> tuple[Array, Array]:
         layout.rows(chunk.q),
         _present(layout.groups(chunk)),
         (layout.out(layout.head_size, chunk.v_own.dtype), layout.out(1, layout.wide)),
-        lambda rows: blocks.start_forward(*rows),
-        lambda carry, rows, keys, seen: blocks.step_forward(carry, *rows, keys, seen),
+        blocks.start_forward,
+        blocks.step_forward,
         blocks.finish_forward,
     )
     return layout.of_queries(o), layout.per_query(logsumexp)
@@ -122,7 +122,7 @@ def backward(
         for_queries,
         lambda q_bar: (q_bar,),
     )
-    sides = []
+    sides: list[Array | None] = []
     for side, (wanted, group) in enumerate(zip((past, True), groups, strict=True)):
         if not wanted:
             sides += [None, None]
@@ -140,15 +140,14 @@ def pair_forward(
     """o, its tangent along `dot`, and what the backward pass needs."""
     layout = _Layout(chunk, view, platform, pair=True)
     rows = layout.rows(chunk.q, dot.q)
-    o = layout.out(layout.head_size, chunk.v_own.dtype)
-    per_query = layout.out(1, layout.wide)
+    like_o, per_query = layout.out(layout.head_size, chunk.v_own.dtype), layout.out(1, layout.wide)
     found = by_queries(
         layout.walk,
         rows,
         _present(layout.groups(chunk, dot)),
-        (o, o, per_query, per_query),
-        lambda rows: blocks.start_pair(rows[0]),
-        lambda carry, rows, keys, seen: blocks.step_pair(carry, *rows, keys, seen),
+        (like_o, like_o, per_query, per_query),
+        blocks.start_pair,
+        blocks.step_pair,
         blocks.finish_pair,
     )
     o, o_dot = map(layout.of_queries, found[:2])
@@ -203,7 +202,8 @@ def pair_backward(
         for_queries,
         lambda carry: carry,
     )
-    bars, dot_bars = [], []
+    bars: list[Array] = []
+    dot_bars: list[Array | None] = []
     for side, group in enumerate(groups):
         if group is None:
             found = [jnp.zeros_like(x) for x in (chunk.k_past, chunk.v_past)]

@@ -51,7 +51,7 @@ def call_options(platform: str, width: int) -> dict[str, Any]:
     if platform == "cpu":
         return {"interpret": True}
     if platform == "tpu":
-        order = ("parallel", "arbitrary")
+        order = (pltpu.PARALLEL, pltpu.ARBITRARY)
         params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM)
         return {"compiler_params": params}
     return {
