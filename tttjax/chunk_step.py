@@ -20,8 +20,10 @@ from tttjax.ops.cross_entropy import (
     masked_mean,
     token_nll_in_blocks,
 )
+from tttjax.ops.kernel_mesh import free_axes
 from tttjax.types import Array
 
+LOGIT_COLUMNS = 2**14  # of the vocabulary at a time, where it is not divided among devices
 STATE_AXES = {"position": None, "blocks": 0}  # sequences that are read together stand together
 
 
@@ -64,12 +66,24 @@ def batch_loss(learner: Learner, slow, fast, state, chunk: Chunks, form: str, sl
         head_BDV = fast["head"].astype(h_BCD.dtype)
         nll_BC, slope = jax.vmap(nll)(h_BCD, head_BDV, chunk.target_NBC), None
     else:
-        read = h_BCD, model.head(slow), chunk.target_NBC
+        head_DV = model.head(slow)
+        read = h_BCD, head_DV, chunk.target_NBC
+        sizes = {"rows_block": learner.logit_rows, "vocab_block": _columns(head_DV.shape[1])}
         if form == "twice":
-            nll_BC = blocked_nll_twice(*read, slope, rows_block=learner.logit_rows)
+            nll_BC = blocked_nll_twice(*read, slope, **sizes)
         else:
-            nll_BC, slope = blocked_nll_with_slope(*read, rows_block=learner.logit_rows)
+            nll_BC, slope = blocked_nll_with_slope(*read, **sizes)
     return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, slope)
+
+
+def _columns(vocab: int) -> int | None:
+    """Columns of a block of logits: even parts of at most LOGIT_COLUMNS; None: all.
+
+    A vocabulary that the mesh divides is left whole: each device has a part of it anyway.
+    """
+    if any(size > 1 for size in free_axes().values()):
+        return None
+    return -(-vocab // -(-vocab // LOGIT_COLUMNS))
 
 
 def loss_and_gradient(learner: Learner, slow, fast, state, chunk: Chunks):

@@ -91,3 +91,14 @@ def test_a_compiled_loop():
     )
     text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text()
     assert collectives(text).transfers == (Transfer("all-reduce", 4.0 * 48, group=4, times=6.0),)
+
+
+def test_settings_of_a_kernel_may_break_a_line():
+    kernel = '  %k = f32[8]{0} custom-call(%x), backend_config={"a": {\n"b":"{}"\n}}, metadata={}\n'
+    program = (
+        "HloModule step\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
+        + kernel
+        + "  ROOT %sum = f32[8]{0} all-reduce(%k), replica_groups={{0,1}}, to_apply=%add\n}\n"
+    )
+    (transfer,) = collectives(program).transfers
+    assert (transfer.kind, transfer.bytes, transfer.group) == ("all-reduce", 32, 2)

@@ -98,12 +98,16 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _bodies(text: str) -> Iterator[tuple[str, bool, list[str]]]:
+    """(name, whether it is the entry, lines) of every computation.
+
+    The settings of a kernel may break its line, and go on at the left edge.
+    """
     name, is_entry = "", False
     lines: list[str] = []
     for line in text.splitlines():
         if (head := _HEAD.match(line)) and not line.startswith(("HloModule", " ")):
             name, is_entry, lines = head[2], bool(head[1]), []
-        elif line.startswith("}") and name:
+        elif name and (line == "}" or line.startswith("}, execution_thread")):
             yield name, is_entry, lines
             name = ""
         elif name:
