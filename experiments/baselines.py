@@ -1,6 +1,8 @@
 """The recurrent systems that the TTT-E2E paper compares with: their mixers and own sizes.
 
-system          a block                                      state of a sequence at 760M
+system          a block                                      state of a sequence at 760M (for TTT
+                                                             layers the fast weights; sums of their
+                                                             gradients within a mini-batch double it)
 mamba2          Mamba-2, window attention, MLP               9.4M scalars and the window
 gated_deltanet  Gated DeltaNet, window attention, MLP        10.6M and the window
 ttt_kvb         window attention, TTT-MLP, MLP               19.1M and the window

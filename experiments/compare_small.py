@@ -9,7 +9,7 @@ learning rates, and at the best of them once more with another seed; then each m
 separately to 2, 4 and 8 windows, with a fresh schedule. The report on the test documents is
 DIR/report/report.html.
 
-    full, window, hybrid        attention: to everything; to 128 tokens; three to one of both
+    full, window, hybrid        attention: to everything; to one window; three to one of both
     mamba2, gated_deltanet      with window attention in every block
     ttt_linear, ttt_mlp         in the second paper's backbone, without attention
     dynamic                     `window`, its MLPs learning at test time as if they had been taught

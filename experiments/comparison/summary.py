@@ -88,15 +88,15 @@ def notes(plan: Plan, command: str) -> str:
         "pretraining: within one window they are the same.",
         *([f"Not in the report because they diverged: {', '.join(lost)}."] if lost else []),
         "### Learning rates\n\nValidation loss (nats per token at one window, first seed) by peak "
-        "learning rate; the best is bold. Where it was at the edge of those tried, one more was "
-        "tried.\n\n" + _sweeps(plan),
+        "learning rate; the best is bold. While it was at the edge of those tried, the next was "
+        "tried, as far as the columns go.\n\n" + _sweeps(plan),
         "### Learning rates of extensions\n\nValidation loss at the longest context, first seed, "
         "by peak learning rate as a share of the best one of pretraining; the best is bold, and is "
-        "used at every context and seed.\n\n" + _share_sweeps(plan),
+        "used at every context and seed. Sought as above.\n\n" + _share_sweeps(plan),
         "### Dynamic evaluation\n\nValidation loss of `window` at the longest context, first seed, "
         "the MLPs of its last "
         f"{scale.suffix_layers} blocks learning, by update rule and inner learning rate; the best "
-        "is used at every context and seed.\n\n" + _dynamic(plan),
+        "is used at every context and seed. These, and no others, were tried.\n\n" + _dynamic(plan),
     ]
     return "\n\n".join(parts)
 

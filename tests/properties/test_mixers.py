@@ -168,12 +168,21 @@ def test_sequences_of_a_batch_do_not_meet(x64, name):
 @every_mixer
 def test_the_state_has_one_size_whatever_was_read(name):
     kind, changes = MIXERS[name]
-    block = block_of(kind, **changes).module()
+    stack = block_of(kind, **changes)
+    block = stack.module()
     sizes = [
         sum(x.size for x in jax.tree.leaves(block.init_state(length, jnp.float32)))
         for length in (100, 10_000)
     ]
     assert (sizes[0] < sizes[1]) if name in GROWS else (sizes[0] == sizes[1])
+    weights = jax.eval_shape(lambda: weights_of(stack))
+    before = jax.eval_shape(lambda: block.init_state(100, jnp.bfloat16))
+    for length in (1, 7, 23):
+        x_TD = jax.ShapeDtypeStruct((length, WIDTH), jnp.bfloat16)
+        position = jax.ShapeDtypeStruct((), jnp.int32)
+        _, after = jax.eval_shape(stack.apply, weights, x_TD, before, position)
+        kept = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (before, after)]
+        assert kept[0] == kept[1]
 
 
 @every_mixer

@@ -26,6 +26,7 @@ from tttjax.evaluate import Learning
 from tttjax.report.entries import DYNAMIC, Entry, parse_entry
 from tttjax.report.make import make_report
 from tttjax.report.results import Report, SystemResult
+from tttjax.update_rules import RULES
 
 __all__ = ["Entry", "Report", "SystemResult", "add_arguments", "make_report", "run"]
 
@@ -77,26 +78,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LR",
         help="inner learning rate of the mode dynamic (default: the run's inner.lr)",
     )
+    add("--inner-rule", choices=RULES, help="update rule of the mode dynamic (default: the run's)")
+    add(
+        "--dynamic-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="last blocks whose MLPs learn in the mode dynamic (default: a quarter)",
+    )
     add("--no-latency", action="store_true", help="do not measure prefill")
     add("--title", default="", help="the report's title")
 
 
-def _with_rate(entries: Sequence[Entry], lr: float) -> list[Entry]:
-    """Those in the mode dynamic get the inner learning rate. UserError if there is none."""
+def _with_learning(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entry]:
+    """Those in the mode dynamic learn as the options say. UserError if there is none."""
+    learning = Learning(
+        inner={"rule": args.inner_rule} if args.inner_rule else {},
+        dynamic_lrs=() if args.dynamic_lr is None else (args.dynamic_lr,),
+        dynamic_layers=args.dynamic_layers,
+    )
+    if learning == Learning():
+        return list(entries)
     if not any(entry.mode == DYNAMIC for entry in entries):
         raise UserError(
-            f"--dynamic-lr={lr:g} is for runs in the mode {DYNAMIC}, and there is none; write "
-            f"LABEL=DIR:{DYNAMIC}"
+            "--dynamic-lr, --dynamic-layers and --inner-rule are for runs in the mode "
+            f"{DYNAMIC}, and there is none; write LABEL=DIR:{DYNAMIC}"
         )
-    learning = Learning(dynamic_lrs=(lr,))
     return [replace(e, learning=learning) if e.mode == DYNAMIC else e for e in entries]
 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax report` from parsed arguments; the exit code."""
-    entries = [parse_entry(text) for text in args.runs]
-    if args.dynamic_lr is not None:
-        entries = _with_rate(entries, args.dynamic_lr)
+    entries = _with_learning([parse_entry(text) for text in args.runs], args)
     report = make_report(
         entries,
         Path(args.out),

@@ -17,6 +17,8 @@ from tttjax.metrics import read_records
 from tttjax.report.entries import Member, shown_path
 from tttjax.report.results import RunFacts
 
+SLOW = 20.0  # times the median
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -71,7 +73,7 @@ def _with_ancestors(
     tokens = (train.steps if step is None else step) * train.batch_size * train.seq_len
     flops = tokens * _flops_per_token(config.model, config.inner, train.seq_len)
     records = _records(source, step)
-    seconds = sum(record["time"]["seconds"] for record in records) if records else None
+    seconds = _time([record["time"]["seconds"] for record in records])
     cost = Cost(tokens, flops, seconds)
     if not train.init_from:
         return cost, True
@@ -83,6 +85,15 @@ def _with_ancestors(
         return cost, False
     before, complete = _with_ancestors(its_config, origin, its_step, seen | {origin.resolve()})
     return before + cost, complete
+
+
+def _time(seconds: list[float]) -> float | None:
+    """Of all steps together. One that took very long was compiled, or slept through with the
+    machine, and counts as the median."""
+    if not seconds:
+        return None
+    usual = statistics.median(seconds)
+    return sum(usual if s > SLOW * usual else s for s in seconds)
 
 
 @cache

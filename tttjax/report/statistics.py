@@ -7,8 +7,9 @@ things would make it come out differently another time:
                first, and the error is that of `evaluate.statistics`. For a difference of two
                systems the documents are paired, which cancels what makes documents differ.
     seeds      another draw of seeds: s / sqrt(R) for R seeds with standard deviation s of their
-               losses. Two systems' runs are independent of each other, so for a difference the
-               squares are added.
+               losses. In a difference of two systems with equally many runs these are paired in
+               their order, which cancels what the same seed, data or pretraining have in common;
+               with other numbers of runs the squares are added.
 
 The error of both together is the root of the sum of their squares. One run has no error over
 seeds, one document none over documents: NaN, and the other one is all that is known.
@@ -69,7 +70,7 @@ def difference_by_position(
     """Of a - b in each bin, documents paired. ValueError unless both are of the same tokens."""
     a, b = ([sums.binned(edges) for sums in side] for side in (a, b))
     mean, documents = (mean_of(a) - mean_of(b)).loss_by_position()
-    return Value(mean, documents, _add_errors(_over_seeds(a), _over_seeds(b)))
+    return Value(mean, documents, _over_seeds_of_difference(a, b))
 
 
 def loss(seeds: Sequence[Sums]) -> Value:
@@ -119,14 +120,17 @@ def change_with_context(
     except ValueError:
         return None
     mean, documents = change.loss()
-    seeds = _add_errors(*(_over_seeds_of_change(*pair) for pair in ((a, c), (b, d))))
-    return Value(mean, documents, seeds)
+    if len({len(side) for side in (a, b, c, d)}) == 1:
+        seeds = _stderr(_means(a) - _means(b) - _means(c) + _means(d))
+    else:
+        seeds = _add_errors(*(_over_seeds_of_difference(*pair) for pair in ((a, c), (b, d))))
+    return Value(mean, documents, seeds[0])
 
 
-def _over_seeds_of_change(long: Sequence[Sums], short: Sequence[Sums]) -> np.ndarray:
-    if len(long) == len(short):
-        return _stderr(_means(long) - _means(short))[0]
-    return _add_errors(_over_seeds(long), _over_seeds(short))[0]
+def _over_seeds_of_difference(a: Sequence[Sums], b: Sequence[Sums]) -> np.ndarray:
+    if len(a) == len(b):
+        return _stderr(_means(a) - _means(b))
+    return _add_errors(_over_seeds(a), _over_seeds(b))
 
 
 def _only(value: Value) -> Value:
