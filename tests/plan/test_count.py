@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tttjax.ops.attention import Sight
+from tttjax.ops.window_attention import window_attention
 from tttjax.plan.count import Count, Transfer, count
 from tttjax.sharding import make_mesh
 
@@ -177,3 +179,25 @@ def test_a_conditional_that_follows_from_a_counter_takes_its_branch():
         return jax.lax.cond(i > 1, lambda x: x @ W, lambda x: x, x), None
 
     assert flops(lambda x: jax.lax.scan(step, x, jnp.arange(5))[0], X) == 3 * ONCE
+
+
+def test_loops_inside_a_choice_by_platform_are_followed():
+    """Also where differentiation divides the choice, and hands its bounds from part to part."""
+    shapes = [(1024, 12, 64), *[(2048, 12, 64)] * 2, *[(1024, 12, 64)] * 2]
+    chunk = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def gradients(*chunk):
+        def step(_, i):
+            def loss(q):
+                out = window_attention(q, *chunk[1:], 1024 * i, Sight(window=2048))
+                return jnp.sum(out.astype(jnp.float32))
+
+            return None, jax.grad(loss)(chunk[0])
+
+        return jax.lax.scan(step, None, jnp.arange(3))[1]
+
+    counted = count(jax.make_jaxpr(gradients)(*chunk))
+    assert counted.open_loops == 0
+    # Two products forwards, five backwards, of what is seen at the least.
+    seen = sum(min(1024 * i + t + 1, 2048) for i in range(3) for t in range(1024))
+    assert counted.flops > 2 * 7 * seen * 12 * 64

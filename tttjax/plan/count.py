@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from tttjax.plan.integers import Known, array_of, constants, evaluate, known_value, results
+from tttjax.plan.integers import (
+    Known,
+    array_of,
+    chooses_by_platform,
+    constants,
+    evaluate,
+    known_value,
+    results,
+)
 
 MOST_ROUNDS = 100_000  # of a `while` that are followed
 
@@ -86,11 +94,6 @@ def inner_programs(eqn: JaxprEqn) -> Iterator[ClosedJaxpr | Jaxpr]:
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, ClosedJaxpr | Jaxpr):
                 yield item
-
-
-def chooses_by_platform(eqn: JaxprEqn) -> bool:
-    """Whether it is `jax.lax.platform_dependent`, which is decided when a program is lowered."""
-    return eqn.params.get("branches_platforms") is not None
 
 
 def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:

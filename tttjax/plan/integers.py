@@ -41,6 +41,11 @@ def _integers(array: np.ndarray) -> np.ndarray | None:
 
 def evaluate(eqn: JaxprEqn, known: Known) -> dict[Any, np.ndarray]:
     """The results of an equation whose inputs are known integers; else nothing."""
+    if chooses_by_platform(eqn):
+        # Differentiation divides such a choice in two, and hands integers from one to the other.
+        default = eqn.params["branches"][-1]
+        found = results(default, [known_value(atom, known) for atom in eqn.invars[1:]])
+        return {v: x for v, x in zip(eqn.outvars, found, strict=True) if x is not None}
     rule = OPERATIONS.get(eqn.primitive.name)
     is_call = eqn.primitive.name in ("jit", "pjit")
     if (rule is None and not is_call) or not _is_small(eqn):
@@ -55,6 +60,11 @@ def evaluate(eqn: JaxprEqn, known: Known) -> dict[Any, np.ndarray]:
     result = rule(eqn.params, *inputs)
     out = eqn.outvars[0]
     return {} if result is None else {out: np.asarray(result, array_of(out).dtype)}
+
+
+def chooses_by_platform(eqn: JaxprEqn) -> bool:
+    """Whether it is `jax.lax.platform_dependent`, which is decided when a program is lowered."""
+    return eqn.params.get("branches_platforms") is not None
 
 
 def _is_small(eqn: JaxprEqn) -> bool:
@@ -87,6 +97,8 @@ _SCALAR: dict[int, tuple[Jaxpr, list[JaxprEqn]]] = {}
 
 
 def _may_be_known(eqn: JaxprEqn) -> bool:
+    if chooses_by_platform(eqn):
+        return True
     return eqn.primitive.name in (*OPERATIONS, "jit", "pjit") and _is_small(eqn)
 
 
