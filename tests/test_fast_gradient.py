@@ -11,8 +11,13 @@ from tttjax.models import Cut, build_model
 
 CASES = {
     "clip active": {"inner": {"clip": 0.1}},
-    "no clip": {"inner": {"clip": 0.0}},
-    "trajectory stored": {"inner": {"trajectory": "store"}},
+    "no clip, chunks of two, one sequence": {
+        "inner": {"clip": 0.0, "chunk_size": 2},
+        "train": {"batch_size": 1},
+    },
+    "trajectory stored, normalised": {
+        "inner": {"trajectory": "store", "rule": "normalized_sgd"},
+    },
     "recomputed and truncated": {
         "model": {"mixers": ("window", "mamba2"), "suffix_layers": 2},
         "inner": {
@@ -26,7 +31,10 @@ CASES = {
     "three suffix blocks, window of a chunk": {
         "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
     },
-    "the whole model is suffix, long window": {"model": {"suffix_layers": 2, "window_size": 50}},
+    "the whole model is suffix, long window, adam": {
+        "model": {"suffix_layers": 2, "window_size": 50},
+        "inner": {"rule": "adam", "lr": 0.1},
+    },
     "a pattern with full attention": {
         "model": {"num_layers": 4, "suffix_layers": 3, "mixers": ("window", "full")}
     },
@@ -39,11 +47,7 @@ CASES = {
             "pre_conv": True,
         }
     },
-    "chunks of two": {"inner": {"chunk_size": 2}, "train": {"batch_size": 1}},
     "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
-    "momentum": {"inner": {"rule": "momentum"}},
-    "normalised": {"inner": {"rule": "normalized_sgd"}},
-    "adam": {"inner": {"rule": "adam", "lr": 0.1}},
     "muon": {"inner": {"rule": "muon"}},
     "truncated": {
         "inner": {"meta_gradient": "truncated", "truncate_chunks": 2},
@@ -59,10 +63,14 @@ CASES = {
         "model": {"tie_embeddings": False},
         "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
     },
-    "untied, no norms": {
-        "model": {"tie_embeddings": False, "post_norm": False, "qk_norm": False},
+    "untied, no norms, multi-head fast MLPs": {
+        "model": {
+            "tie_embeddings": False,
+            "post_norm": False,
+            "qk_norm": False,
+            "fast_mlp_heads": 2,
+        },
     },
-    "multi-head fast MLPs": {"model": {"fast_mlp_heads": 2}},
 }
 
 

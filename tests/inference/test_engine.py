@@ -1,5 +1,7 @@
 """However tokens come, in pieces or singly, alone or in a group: the same logits and weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,13 @@ SYSTEMS = {
 
 
 def make_engine(name: str):
+    """An engine, compiled once for all tests that use it, and two random texts."""
+    return _make_engine(name, jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _make_engine(name: str, x64: bool):
+    del x64  # another one makes another engine
     config = small_config(**SYSTEMS[name])
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))

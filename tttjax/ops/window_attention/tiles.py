@@ -14,9 +14,9 @@ from jax import lax
 from tttjax.ops.attention import Sight, visible
 from tttjax.types import Array
 
-# Scores of one block over all heads and sequences. On a CPU they should stay in a core's cache
-# (half a MiB in float32); elsewhere they should be enough work for the whole device.
-TILE_ENTRIES = {"cpu": 2**17}
+# Scores of one block over all heads and sequences. On a CPU they should stay in its caches
+# (2 MiB in float32; larger and smaller ones were slower), elsewhere keep the whole device busy.
+TILE_ENTRIES = {"cpu": 2**19}
 TILE_ENTRIES_ELSEWHERE = 2**22
 LEAST = 128  # shorter blocks keep matrix units idle
 KEYS_FIRST = 512  # keys of a block before its queries are divided
