@@ -8,7 +8,9 @@ ttt_linear      convolution, TTT-Linear, MLP                 3.6M
 ttt_mlp         convolution, TTT-MLP, MLP                    28.5M
 
 Of TTT layers the fast weights are counted; the sums of their gradients within a mini-batch are as
-many again. The first three are hybrids with window attention of 8K tokens, with QK-norm, which the paper found
+many again.
+
+The first three are hybrids with window attention of 8K tokens, with QK-norm, which the paper found
 to help them. It says neither how often the attention comes nor how wide the mixers are. But from
 8K to 128K tokens of context the training cost of all three grows by as much as that of window
 attention alone, 0.38e10 FLOPs per token at 3B, which is just what 32 windows of 8K and full width
