@@ -19,7 +19,6 @@ CASES = {
         "inner": {"trajectory": "store", "rule": "normalized_sgd"},
     },
     "recomputed and truncated": {
-        "model": {"mixers": ("window", "mamba2"), "suffix_layers": 2},
         "inner": {
             "trajectory": "recompute",
             "rule": "momentum",
@@ -36,16 +35,17 @@ CASES = {
         "inner": {"rule": "adam", "lr": 0.1},
     },
     "a pattern with full attention": {
-        "model": {"num_layers": 4, "suffix_layers": 3, "mixers": ("window", "full")}
+        "model": {"num_layers": 3, "suffix_layers": 2, "mixers": ("full", "window")}
     },
     "blocks of the official code": {"model": {"mixers": ("local",), "suffix_layers": 2}},
     "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
-    "recurrent layers": {
+    "recurrent layers, recomputed": {
         "model": {
             "suffix_layers": 2,
             "mixers": ("window", "gated_deltanet+ttt_linear"),
             "pre_conv": True,
-        }
+        },
+        "inner": {"trajectory": "recompute", "chunk_size": 3},
     },
     "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
     "muon": {"inner": {"rule": "muon"}},

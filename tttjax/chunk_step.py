@@ -6,7 +6,7 @@ it.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,8 @@ def batch_loss(learner: Learner, slow, fast, state, chunk: Chunks, form: str, sl
     else:
         head_DV = model.head(slow)
         read = h_BCD, head_DV, chunk.target_NBC
-        sizes = {"rows_block": learner.logit_rows, "vocab_block": _columns(head_DV.shape[1])}
+        sizes: dict[str, Any] = {"rows_block": learner.logit_rows}
+        sizes["vocab_block"] = _columns(head_DV.shape[1])
         if form == "twice":
             nll_BC = blocked_nll_twice(*read, slope, **sizes)
         else:

@@ -27,11 +27,18 @@ from tttjax.data.encode import encode_text
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluate.progress import Progress
-from tttjax.generate import add_model_arguments, open_from, room_for, start_session
+from tttjax.generate import add_model_arguments, open_from, start_session
 from tttjax.generate.opened import Opened
 from tttjax.inference.engine import CHUNKS_AT_ONCE, Session
 from tttjax.inference.reading import Seen
-from tttjax.inference.session_file import LOSSES, PRECISIONS, About, read_about, save_session
+from tttjax.inference.session_file import (
+    LOSSES,
+    PRECISIONS,
+    About,
+    check_stored,
+    read_about,
+    save_session,
+)
 from tttjax.precision import as_configured
 from tttjax.run_control import StopRequest
 
@@ -65,6 +72,7 @@ class Reading:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax read` from parsed arguments; the exit code."""
+    check_stored(args.session_precision, args.session_rank)
     (file,) = _one(list_inputs([args.text]), args.text)
     opened = open_from(args)
     with as_configured(opened.config):
@@ -73,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         total = sum(len(part) for part in _tokens(opened.tokenizer, file))
         if not total:
             raise UserError(f"{args.text} is empty: there is nothing to read")
-        room_for(opened, reading.session.tokens + total - reading.done)
+        opened.engine.check((), reading.session.tokens + total - reading.done)
         with StopRequest() as stop:
             finished = _read(args, opened, reading, file, source, total, stop, sys.stderr)
         about = _save(args, opened, reading, {**source, "tokens": reading.done, "of": total})
@@ -104,7 +112,8 @@ def _begin(args: argparse.Namespace, opened: Opened, source: dict[str, Any]) -> 
             f"{path} holds the session of another text ({before.source.get('text', 'a prompt')}); "
             "give another --save-session, and --session to go on from that one"
         )
-    if before is not None and before.precision != "float32":
+    is_done = before is not None and before.source["tokens"] == before.source["of"]
+    if before is not None and before.precision != "float32" and not is_done:
         raise UserError(
             f"{path} was saved with the precision {before.precision}: reading cannot go on from it "
             "as if it had not stopped; remove it to read again"
@@ -153,7 +162,8 @@ def _read(
     progress = Progress(total - reading.done, stream, title="read")
     saved = time.monotonic()
     stretch = CHUNKS_AT_ONCE * chunk or STATIC_STRETCH
-    with _Log(args.log, reading.session.tokens) as log:
+    logged = reading.session.tokens - len(reading.session.pending)
+    with _Log(args.log, logged) as log:
         parts = _tokens(opened.tokenizer, file)
         for number, token_T in enumerate(_stretches(parts, stretch, reading.done)):
             reading.session, seen = engine.read(reading.session, token_T)
@@ -164,7 +174,7 @@ def _read(
             progress.add(len(token_T))
             if stop.after(number):
                 progress.close()
-                return False
+                return reading.done == total
             if time.monotonic() - saved > SAVE_EVERY:
                 _save(args, opened, reading, {**source, "tokens": reading.done, "of": total})
                 saved = time.monotonic()
@@ -191,8 +201,14 @@ class _Log:
         """What was noted of the text up to where reading goes on."""
         if not self._done or not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            return [row for row in list(csv.reader(file))[1:] if int(row[0]) <= self._done]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                return [row for row in list(csv.reader(file))[1:] if int(row[0]) <= self._done]
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"{path} is no log of this command, or its last line is cut off; remove that line, "
+                "or name another --log"
+            ) from error
 
     def __exit__(self, *_: Any) -> None:
         if self._file:

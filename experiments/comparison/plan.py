@@ -230,8 +230,8 @@ class Plan:
             f"{extended(system, longest, share)}/validation"
             for share in self._shares_to_try(system)
         )
-        share = self.share(system)
-        return tasks + [self._extension(system, n, seed, share, sweep) for n in windows]
+        best = self.share(system)
+        return tasks + [self._extension(system, n, seed, best, sweep) for n in windows]
 
     def _shares_to_try(self, system: str) -> list[float]:
         return rates_to_try(self.scale.shares, self.scale.tried, self.share_sweep(system))[0]

@@ -52,6 +52,31 @@ def test_a_session_goes_on_where_it_stopped(run, tmp_path, capsys):
     assert "moved by" in told
 
 
+def test_what_goes_on_from_a_session_is_what_would_have_gone_on(run, tmp_path, capsys):
+    ask = ("--json", "--seed=5")
+    whole = words(capsys, "generate", run, "--prompt", "the cat", "--max-tokens=14", *ask)[1]
+    keep = ("--save-session", tmp_path / "s", "--max-tokens=6")
+    begin = words(capsys, "generate", run, "--prompt", "the cat", *keep, *ask)[1]
+    rest = ("--session", tmp_path / "s", "--max-tokens=8")
+    end = words(capsys, "generate", run, *rest, *ask)[1]
+    (whole,), (begin,), (end,) = map(json.loads, (whole, begin, end))
+    assert begin["tokens"] + end["tokens"] == whole["tokens"]
+    assert begin["logprobs"] + end["logprobs"] == whole["logprobs"]
+
+
+def test_nothing_is_lost_where_a_session_goes_on_without_learning(run, tmp_path, capsys):
+    """Its pending tokens are read already, and are not learned from later."""
+    first = ("--save-session", tmp_path / "a", "--max-tokens=0", "--prompt", "x" * 12)
+    assert words(capsys, "generate", run, *first)[0] == 0
+    again = ("--session", tmp_path / "a", "--save-session", tmp_path / "b", "--max-tokens=0")
+    assert words(capsys, "generate", run, *again, "--prompt", "yz", "--learn=none")[0] == 0
+    found = [json.loads(words(capsys, "sessions", "--json", tmp_path / name)[1]) for name in "ab"]
+    (before,), (after,) = (about.values() for about in found)
+    assert (before["tokens"], before["pending"]) == (13, 5)
+    assert (after["tokens"], after["pending"]) == (15, 0)
+    assert after["drift"] == before["drift"]
+
+
 def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
     text, session, log = (tmp_path / name for name in ("t.txt", "s.session", "log.csv"))
     text.write_text(TEXT)
@@ -77,6 +102,10 @@ def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
     [
         ([], "the prompt is empty"),
         (["--prompt", "x", "--samples=0"], "--samples=0 must be at least 1"),
+        (["--prompt", "x", "--max-tokens=0"], "writes nothing: give --save-session"),
+        (["--prompt", "x", "--save-session=s", "--session-rank=2"], "needs the precision bfloat16"),
+        (["--prompt", "x", "--stop="], "a stop string is empty"),
+        (["--prompt", "x", "--learn=none", "--mode=dynamic"], "contradict each other"),
         (["--prompt", "x", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
         (["--prompt", "x", "--session=nowhere"], "there is no session nowhere"),
         (["--prompt", "x", "--tokenizer=nowhere"], "there is no tokenizer in nowhere"),

@@ -18,7 +18,6 @@ from tttjax.types import Batch
 LENGTH = 16
 LEARNING: dict[str, dict] = {
     "fast MLP": {},
-    "two suffix blocks": {"model": {"num_layers": 4, "suffix_layers": 3}},
     "hybrid": {"model": {"num_layers": 4, "suffix_layers": 2, "mixers": ("window", "full")}},
     "the head learns": {"model": {"tie_embeddings": False}, "inner": {"fast_paths": ("head",)}},
     "recurrent, momentum": {
@@ -26,7 +25,7 @@ LEARNING: dict[str, dict] = {
         "inner": {"rule": "momentum"},
     },
 }
-STATIC = ("full", "window", "local", "mamba2", "gated_deltanet", "ttt_linear", "window+ttt_mlp")
+STATIC = ("full", "window", "local", "mamba2+ttt_linear")
 
 
 def setting(sections: dict, learn: bool = True):

@@ -89,8 +89,8 @@ def test_tiles_are_large_with_little_padding():
 @pytest.mark.parametrize(
     ("platform", "shape", "dtype", "sight", "says"),
     [
-        ("cuda", (5, 2, 64), "bfloat16", Sight(), ""),
-        ("cuda", (5, 2, 64), "float16", Sight(window=3), ""),
+        ("cuda", (128, 2, 64), "bfloat16", Sight(), ""),
+        ("cuda", (128, 2, 64), "float16", Sight(window=3), ""),
         ("tpu", (128, 2, 64), "bfloat16", Sight(window=3), ""),
         ("cpu", (128, 2, 64), "bfloat16", Sight(), "there is no library kernel for cpu"),
         ("cuda", (128, 2, 64), "float32", Sight(), "in bfloat16 or float16, not in float32"),

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.attention import Sight, attend, attend_sequence, visible
-from tttjax.ops.library_attention import attend_whole
+from tttjax.ops.library_attention import attend_whole, why_not_here
 from tttjax.ops.library_attention import why_not as why_no_library
 from tttjax.ops.window_attention import window_attention, window_attention_twice
 from tttjax.ops.window_attention.select import why_not as why_no_kernel
@@ -178,7 +178,8 @@ def _sequence_tasks(sizes: Sizes) -> Iterator[Task]:
         ("sequence, window", Sight(window=sizes.window)),
     ):
         forms: dict[str, Callable] = {"xla": attend_sequence}
-        if not why_no_library(_platform(), shape, sight):
+        platform = _platform()
+        if not (why_no_library(platform, shape, sight) or why_not_here(platform, shape)):
             forms["library"] = attend_whole
         for form, attention in forms.items():
             one = partial(attention, sight=sight, query_block=QUERY_BLOCK)

@@ -63,8 +63,8 @@ def bench_prefill(
     for i, (_, config) in enumerate(configs):
         with as_configured(config):
             programs[i], arguments = _compile(config, length, batch)
+            state_bytes[i] = _state_bytes(config, length)
         runs[i] = partial(programs[i], *arguments)
-        state_bytes[i] = _state_bytes(config, length)
     medians = median_seconds(runs, rounds)
     return [
         PrefillBenchmark(

@@ -27,7 +27,12 @@ from tttjax.evaluate.runs import MODES
 from tttjax.generate.opened import Opened, open_model
 from tttjax.inference.engine import Session
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.session_file import PRECISIONS, load_session, save_session
+from tttjax.inference.session_file import (
+    PRECISIONS,
+    check_stored,
+    load_session,
+    save_session,
+)
 from tttjax.inference.writing import Piece, Request, Writer
 from tttjax.precision import as_configured
 
@@ -87,6 +92,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_from(args: argparse.Namespace) -> Opened:
     """The model that the options of `add_model_arguments` describe."""
+    if args.learn == "none" and args.mode not in ("", "off"):
+        raise UserError(f"--learn=none and --mode={args.mode} contradict each other.")
     return open_model(
         args.workdir,
         tokenizer=args.tokenizer,
@@ -102,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     with as_configured(opened.config):
         prompt_T = encode_prompt(opened, _prompt(args), is_first=not args.session)
         session = start_session(opened, args.session)
-        room_for(opened, session.tokens + len(prompt_T) + args.max_tokens)
+        opened.engine.check(prompt_T, session.tokens + args.max_tokens)
         session, _ = opened.engine.read(session, prompt_T)
         session = _write(args, opened, session, prompt_T)
         if args.save_session:
@@ -129,15 +136,22 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < low:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
+    check_stored(args.session_precision, args.session_rank)
+    if not args.save_session and args.session_precision != "float32":
+        raise UserError("--session-precision says how --save-session is stored: give that too.")
+    if args.seed + args.samples > 2**32:
+        raise UserError(f"--seed={args.seed} must be below {2**32 - args.samples + 1}.")
+    if not args.max_tokens and not args.save_session:
+        raise UserError("--max-tokens=0 writes nothing: give --save-session to keep what is read.")
     if args.save_session and args.samples > 1:
         raise UserError("--save-session keeps one text, so it does not go with --samples.")
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt_file == "-":
-        return sys.stdin.read()
     if args.prompt_file:
         try:
+            if args.prompt_file == "-":
+                return sys.stdin.buffer.read().decode("utf-8")
             return Path(args.prompt_file).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{args.prompt_file} is not UTF-8 text ({error}).") from error
@@ -160,17 +174,7 @@ def start_session(opened: Opened, path: str | None) -> Session:
     """That of a file, or a new one."""
     if not path:
         return opened.engine.start()
-    return load_session(path, opened.engine, model=opened.model)[0]
-
-
-def room_for(opened: Opened, tokens: int) -> None:
-    """UserError if full attention has not."""
-    has_full = "full" in opened.config.model.mixer_kinds
-    if has_full and tokens > opened.engine.max_length:
-        raise UserError(
-            f"full attention has room for {opened.engine.max_length} tokens, and this takes "
-            f"{tokens}; give --max-length={tokens}"
-        )
+    return load_session(path, opened.engine, model=opened.model, tokenizer=opened.tokenizer_mark)[0]
 
 
 def _write(

@@ -14,6 +14,7 @@ from tttjax.evaluate.runs import Learning, Run, RunSpec, choose_modes, open_run,
 from tttjax.inference.engine import Engine
 from tttjax.inference.reading import divide, make_reader
 from tttjax.inference.session_file import fingerprint
+from tttjax.precision import as_configured
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ def open_model(
     (modes,) = choose_modes([found], (mode,) if mode else ())
     texts = _tokenizer(found, tokenizer)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    ((way,),) = ways_to_read(found, modes[:1], learning or Learning(), mesh)
-    reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
-    room = max_length or 8 * found.config.train.seq_len
-    engine = Engine(reader, divide(reader, way.params), way.params, room)
-    mark = fingerprint(found.config, way.params)
+    with as_configured(found.config):
+        way = next(ways_to_read(found, modes[:1], learning or Learning(), mesh))[0]
+        reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
+        room = max_length or 8 * found.config.train.seq_len
+        engine = Engine(reader, divide(reader, way.params), way.params, room)
+        mark = fingerprint(found.config, way.params)
     return Opened(found.config, engine, texts, mark, texts.fingerprint())
 
 

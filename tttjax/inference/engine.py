@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tttjax.errors import UserError
 from tttjax.inference.reading import (
     Context,
     Reader,
@@ -97,11 +98,34 @@ class Engine:
 
     # --- reading --------------------------------------------------------------------------------
 
+    @cached_property
+    def _fresh(self) -> Context:
+        make = jax.jit(partial(start, self.reader, batch=1, max_length=self.max_length))
+        return make(self._params)
+
+    @cached_property
+    def _has_whole(self) -> bool:
+        """Whether something keeps all tokens, and so has room for `max_length` of them only."""
+        cut = self.reader.learner.cut
+        return "whole" in jax.tree.leaves((cut.keeps(), cut.keeps_below()))
+
     def start(self) -> Session:
         """A session of which nothing has been read."""
-        context = jax.jit(partial(start, self.reader, batch=1, max_length=self.max_length))
-        fresh = context(self._params)
-        return Session(fresh, fresh, NO_TOKENS, NO_MARKS, 0, None)
+        return Session(self._fresh, self._fresh, NO_TOKENS, NO_MARKS, 0, None)
+
+    def check(self, tokens: Sequence[int] | np.ndarray, already: int) -> None:
+        """UserError if tokens after so many others are outside the vocabulary, or too many."""
+        vocab = self.reader.learner.cut.model.vocab_size
+        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab:
+            raise UserError(
+                f"tokens from {min(tokens)} to {max(tokens)} are not all in the model's vocabulary "
+                f"of {vocab}; use the tokenizer that it was trained with"
+            )
+        if self._has_whole and already + len(tokens) > self.max_length:
+            raise UserError(
+                f"full attention has room for {self.max_length} tokens, and this takes "
+                f"{already + len(tokens)}; give --max-length={already + len(tokens)}"
+            )
 
     def read(
         self, session: Session, token_T: np.ndarray, *, learn: bool = True
@@ -109,7 +133,9 @@ class Engine:
         """The session after further tokens, and what the chunks showed that became full.
 
         learn: False reads these tokens without making them targets, also later.
+        Raises UserError for tokens that the model does not have, or has no room for.
         """
+        self.check(token_T, session.tokens)
         seen: list[Seen] = []
         size, token_T = self.reader.chunk_size, token_T.astype(np.int32)
         known_T = np.concatenate((session.pending, token_T))
@@ -154,8 +180,8 @@ class Engine:
             self.weights, session.now, jnp.asarray(token_T[None]), at_start=session.tokens == 0
         )
         read = replace(session, now=now, tokens=session.tokens + len(token_T), logit_V=logit_BV[0])
-        if not self.reader.chunk_size:
-            return replace(read, learned=now)
+        if not self.reader.chunk_size:  # of a session that did learn, nothing is pending any more
+            return replace(read, learned=now, pending=NO_TOKENS, counted=NO_MARKS)
         return replace(
             read,
             pending=np.concatenate((session.pending, token_T)),
@@ -174,7 +200,13 @@ class Group:
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]):
         self._engine = engine
-        self._rest = list(sessions)  # without what is in `_now`
+        # Their present contexts are in `_now` alone.
+        self._rest = [replace(session, now=session.learned) for session in sessions]
+        if not engine.reader.chunk_size:
+            fresh = engine.start()
+            self._rest = [
+                replace(fresh, tokens=session.tokens, logit_V=None) for session in sessions
+            ]
         self._now = _stack([session.now for session in sessions])
         self.logit_RV = jnp.stack([_known(session.logit_V) for session in sessions])
 
@@ -184,12 +216,15 @@ class Group:
         learn: False reads these tokens without making them targets, also later.
         """
         engine, size = self._engine, self._engine.reader.chunk_size
+        for session, token in zip(self._rest, tokens, strict=True):
+            engine.check([token], session.tokens)
         for r, (session, token) in enumerate(zip(self._rest, tokens, strict=True)):
             if size and len(session.pending) == size:
                 known_T = np.append(session.pending, np.int32(token))
                 counted_T = np.append(session.counted, learn)
-                self._rest[r], _ = engine._learn(session, known_T, counted_T)
-                self._now = _put(self._now, self._rest[r].now, r)
+                learned, _ = engine._learn(session, known_T, counted_T)
+                self._rest[r] = learned
+                self._now = _put(self._now, learned.now, r)
         self._now, self.logit_RV = engine._step(
             engine.weights, self._now, jnp.asarray(tokens, jnp.int32)
         )

@@ -87,7 +87,7 @@ def narrow(logit_V: Array, wish: Wishes) -> Array:
     before_V = jnp.cumsum(p_V) - p_V  # probability of the likelier ones
     rank_V = jnp.arange(logit_V.size)
     kept_V = (rank_V < jnp.where(wish.top_k > 0, wish.top_k, logit_V.size)) & (
-        (before_V < wish.top_p) & (p_V >= wish.min_p * p_V[0])
+        ((wish.top_p >= 1) | (before_V < wish.top_p)) & (p_V >= wish.min_p * p_V[0])
     )
     lowest = jnp.min(jnp.where(kept_V | (rank_V == 0), sorted_V, jnp.inf))
     return jnp.where(logit_V >= lowest, logit_V, -jnp.inf)

@@ -98,10 +98,7 @@ def save_session(
     their difference from W0. rank: of that difference; 0: not made smaller.
     Raises UserError for impossible choices.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r}: choose {' or '.join(PRECISIONS)}.")
-    if rank < 0 or (rank and precision == "float32"):
-        raise UserError(f"rank={rank} must be at least 0, and needs the precision bfloat16.")
+    check_stored(precision, rank)
     start = engine.start()
     arrays: dict[str, Any] = _states(engine, session)
     fast, drift, lost = _pack(session.learned.fast, start.learned.fast, precision, rank)
@@ -134,10 +131,20 @@ def read_about(path: str | os.PathLike) -> About:
         return _about(path, file.metadata())
 
 
-def load_session(path: str | os.PathLike, engine: Engine, *, model: str) -> tuple[Session, About]:
+def check_stored(precision: str, rank: int) -> None:
+    """UserError for what no session can be stored as."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: choose {' or '.join(PRECISIONS)}.")
+    if rank < 0 or (rank and precision == "float32"):
+        raise UserError(f"rank={rank} must be at least 0, and needs the precision bfloat16.")
+
+
+def load_session(
+    path: str | os.PathLike, engine: Engine, *, model: str, tokenizer: str = ""
+) -> tuple[Session, About]:
     """The session in a file, for the engine of the model that wrote it.
 
-    Raises UserError for the session of another model, or one that needs more room than
+    Raises UserError for the session of another model or tokenizer, or one that needs more room than
     `engine.max_length`.
     """
     with _open(path) as file:
@@ -146,6 +153,11 @@ def load_session(path: str | os.PathLike, engine: Engine, *, model: str) -> tupl
             raise UserError(
                 f"{path} is the session of another model (fingerprint {about.model[:12]}, this one "
                 f"has {model[:12]}): what was read lies in the weights, so open it with its own."
+            )
+        if tokenizer and about.tokenizer and about.tokenizer != tokenizer:
+            raise UserError(
+                f"{path} was read with another tokenizer (fingerprint {about.tokenizer[:12]}, this "
+                f"one has {tokenizer[:12]}); give that one with --tokenizer=DIR"
             )
         has_whole = any("whole" in kinds for kinds in _kinds(engine).values())
         if has_whole and about.tokens > engine.max_length:
@@ -157,6 +169,15 @@ def load_session(path: str | os.PathLike, engine: Engine, *, model: str) -> tupl
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # the library has its own kinds of errors
             raise _damaged(path, error) from error
+    try:
+        return _session(engine, arrays, about), about
+    except KeyError as missing:
+        raise UserError(
+            f"{path} lacks {missing}: it was saved with another update rule or other fast weights"
+        ) from missing
+
+
+def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> Session:
     start = engine.start()
     fast = _unpack(arrays, start.learned.fast)
     rule_state = _like(start.learned.rule_state, lambda i, _: arrays[f"rule/{i}"])
@@ -165,7 +186,7 @@ def load_session(path: str | os.PathLike, engine: Engine, *, model: str) -> tupl
     now = now._replace(fast=fast, rule_state=rule_state)
     logit_V = jnp.asarray(arrays["logits"]) if "logits" in arrays else None
     counted = arrays["counted"].astype(bool)
-    return Session(learned, now, arrays["pending"], counted, about.tokens, logit_V), about
+    return Session(learned, now, arrays["pending"], counted, about.tokens, logit_V)
 
 
 # --- states -------------------------------------------------------------------------------------
@@ -312,13 +333,17 @@ def _open(path: str | os.PathLike) -> Any:
 def _about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> About:
     try:
         values = json.loads((metadata or {})[HEADER])
-    except (KeyError, ValueError) as error:
+        values["format"]
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is a safetensors file, but no session of tttjax") from error
     if values.get("format") != FORMAT:
         raise UserError(
             f"{path} has the session format {values.get('format')!r}; this version reads {FORMAT}"
         )
-    return About(**values)
+    try:
+        return About(**values)
+    except TypeError as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: str | os.PathLike, error: Exception) -> UserError:

@@ -22,8 +22,7 @@ UNFINISHED = "\ufffd"  # what decoding puts for a character of which bytes are s
 class Request:
     """A session to go on with, and how.
 
-    prompt: tokens to which the repetition penalty applies from the start. learn: whether the tokens
-    that are written become targets of the inner loop.
+    prompt: tokens to which the repetition penalty applies from the start.
     """
 
     session: Session
@@ -75,7 +74,9 @@ class Transcript:
 
     def rest(self) -> str:
         """What was held back, when nothing more will come."""
-        self._held += self._tokenizer.decode(self._tokens[self._shown :])
+        context = self._tokens[max(0, self._shown - CONTEXT) : self._shown]
+        before = self._tokenizer.decode(context)
+        self._held += self._tokenizer.decode(context + self._tokens[self._shown :])[len(before) :]
         return self._release(0)
 
     def _on_its_way(self) -> int:
@@ -92,15 +93,15 @@ class Transcript:
 
 
 @partial(jax.jit, donate_argnums=2)
-def _draw(seed_R: Array, number_R: Array, seen_RV: Array, logit_RV: Array, wishes: Wishes):
+def _draw(seed_R: Array, place_R: Array, seen_RV: Array, logit_RV: Array, wishes: Wishes):
     """(tokens [R], log-probabilities [R], what has occurred with them in it)."""
 
-    def one(seed, number, seen_V, logit_V, wish):
-        key = jax.random.fold_in(jax.random.key(seed), number)
+    def one(seed, place, seen_V, logit_V, wish):
+        key = jax.random.fold_in(jax.random.key(seed), place)
         token, logprob = choose(key, logit_V, seen_V, wish)
         return token, logprob, seen_V.at[token].set(True)
 
-    return jax.vmap(one)(seed_R, number_R, seen_RV, logit_RV, wishes)
+    return jax.vmap(one)(seed_R, place_R, seen_RV, logit_RV, wishes)
 
 
 class Writer:
@@ -126,6 +127,10 @@ class Writer:
                 raise UserError("nothing has been read: a prompt needs at least one token")
             if request.max_tokens < 1:
                 raise UserError(f"max_tokens={request.max_tokens} must be at least 1.")
+            if not 0 <= request.seed < 2**32:
+                raise UserError(f"seed={request.seed} must be from 0 to {2**32 - 1}.")
+            if "" in request.stop:
+                raise UserError("a stop string is empty, and would end every text at once")
         self._engine, self._tokenizer, self._requests = engine, tokenizer, list(requests)
         self._learn = learn
         self.sessions: list[Session] = [request.session for request in requests]
@@ -136,7 +141,7 @@ class Writer:
         draws: _Draws | None = None
         while active:
             group = self._engine.together([self.sessions[r] for r in active])
-            draws = draws or _Draws(self._requests, group.logit_RV.shape[1])
+            draws = draws or _Draws(self._requests, self._tokenizer, group.logit_RV.shape[1])
             at_work = set(active)
             # The group shrinks by halves, so that few sizes are compiled.
             while 2 * len(at_work) > len(active):
@@ -169,23 +174,29 @@ class Writer:
 
 
 class _Draws:
-    """What drawing keeps between tokens. number: of tokens drawn so far, of every request."""
+    """What drawing keeps between tokens. number: of tokens drawn so far, of every request.
 
-    def __init__(self, requests: Sequence[Request], vocab: int):
+    A draw's random numbers follow from the seed and the place in the sequence, so that a text goes
+    on from a saved session as it would have gone on.
+    """
+
+    def __init__(self, requests: Sequence[Request], tokenizer: Tokenizer, vocab: int):
         self.number = 0
+        self._place_R = jnp.asarray([r.session.tokens for r in requests], jnp.uint32)
+        self._is_token_V = jnp.arange(vocab) < tokenizer.vocab_size
         self._wishes = stack([request.sampling for request in requests])
         self._seed_R = jnp.asarray([request.seed for request in requests], jnp.uint32)
         seen_RV = np.zeros((len(requests), vocab), bool)
         for row, request in zip(seen_RV, requests, strict=True):
             row[np.asarray(request.prompt, np.int64)] = True
-            row[request.session.pending] = True
         self._seen_RV = jnp.asarray(seen_RV)
 
     def next(self, logit_RV: Array) -> tuple[list[int], list[float]]:
         """A token for each request, and its log-probability."""
-        number_R = jnp.full(self._seed_R.shape, self.number, jnp.uint32)
+        place_R = self._place_R + self.number
+        logit_RV = jnp.where(self._is_token_V, logit_RV, -jnp.inf)
         tokens, logprobs, self._seen_RV = _draw(
-            self._seed_R, number_R, self._seen_RV, logit_RV, self._wishes
+            self._seed_R, place_R, self._seen_RV, logit_RV, self._wishes
         )
         self.number += 1
         return np.asarray(tokens).tolist(), np.asarray(logprobs).tolist()
@@ -193,5 +204,6 @@ class _Draws:
     def keep(self, places: Sequence[int]) -> None:
         """Goes on with the requests at these places alone."""
         rows = np.asarray(places, np.int64)
-        kept = self._wishes, self._seed_R, self._seen_RV
-        self._wishes, self._seed_R, self._seen_RV = jax.tree.map(lambda x: x[rows], kept)
+        kept = self._wishes, self._seed_R, self._place_R, self._seen_RV
+        kept = jax.tree.map(lambda x: x[rows], kept)
+        self._wishes, self._seed_R, self._place_R, self._seen_RV = kept

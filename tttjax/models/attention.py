@@ -149,13 +149,21 @@ class Attention(nnx.Module):
         k_SHK = write(state["k"], k_THK, position, axis=0)
         v_SHK = write(state["v"], v_THK, position, axis=0)
         key_S = jnp.arange(k_SHK.shape[0])
-        query_T = position + jnp.arange(q_THK.shape[0])
-        y_THK = attend(
-            rotate(q_THK, query_T, self.rope_theta),
-            rotate(k_SHK, key_S, self.rope_theta),
-            v_SHK,
-            visible(query_T, key_S, self.sight),
-        )
+        k_turned = rotate(k_SHK, key_S, self.rope_theta)
+
+        def block(rows):
+            q_QHK, query_Q = rows
+            seen_QS = visible(query_Q, key_S, self.sight)
+            return attend(rotate(q_QHK, query_Q, self.rope_theta), k_turned, v_SHK, seen_QS)
+
+        length = q_THK.shape[0]
+        rows = q_THK, position + jnp.arange(length)
+        count = length // self.query_block
+        if count > 1 and length % self.query_block == 0:  # else their scores are few
+            blocks = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), rows)
+            y_THK = jax.lax.map(block, blocks).reshape(v_THK.shape)
+        else:
+            y_THK = block(rows)
         return y_THK, {"k": k_SHK, "v": v_SHK}
 
 

@@ -21,7 +21,7 @@ from tttjax.types import Array
 KERNELS = {"cuda": "cuDNN", "tpu": "splash attention"}  # by the platform, as JAX calls it
 DTYPES = {"cuda": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 MOST_HEAD_DIM = 256
-LEAST_LENGTH = 128  # one tile of splash attention
+LEAST_LENGTH = 128  # one tile of splash attention; nowhere is there much to gain below
 
 
 def attend_whole(
@@ -67,7 +67,7 @@ def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, sight: Sight) -> str:
             f"{name} takes heads of at most {MOST_HEAD_DIM} entries, a multiple of 8, not of "
             f"{head_dim}"
         )
-    if platform == "tpu" and length < LEAST_LENGTH:
+    if length < LEAST_LENGTH:
         return f"{name} takes sequences of at least {LEAST_LENGTH} tokens, not of {length}"
     return ""
 

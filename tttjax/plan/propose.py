@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from tttjax.config import Config, check_mesh
+from tttjax.config import Config, check_mesh, has_fast_weights
 from tttjax.errors import UserError
 from tttjax.plan.memory import Memory
 
@@ -100,7 +100,8 @@ def _changed(
         return None
     if leaner == 1 and _recomputes(config):
         return None
-    if leaner == 2 and (not config.model.fast_mlp or config.inner.trajectory == "recompute"):
+    learns = has_fast_weights(config.model, config.inner)
+    if leaner == 2 and (not learns or config.inner.trajectory == "recompute"):
         return None
     replace = dataclasses.replace
     # data is what the other axes leave, whatever it was; left alone where nothing else changes.
@@ -112,10 +113,12 @@ def _changed(
         train=replace(train, accum_steps=accum),
     )
     if leaner:
+        recomputed = config.inner.trajectory == "recompute"
+        trajectory = {} if recomputed else LEANER[leaner]
         changed = replace(
             changed,
             model=replace(config.model, remat="block"),
-            inner=replace(config.inner, remat=True, form="fast", **LEANER[leaner]),
+            inner=replace(config.inner, remat=True, form="fast", **trajectory),
         )
     try:
         check_mesh(changed, devices)
@@ -150,7 +153,7 @@ def _recomputes(config: Config) -> bool:
 def _kept_weights(config: Config) -> float:
     """With recomputed trajectories, the part of them that is in memory at a time."""
     chunks = config.train.seq_len // config.inner.chunk_size
-    return min(1.0, 2 * chunks**-0.5)
+    return min(1.0, 3 * chunks**-0.5)
 
 
 def _sequences_at_once(config: Config, devices: int) -> float:
