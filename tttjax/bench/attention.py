@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tttjax.bench.options import add_sizes
 from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.attention import Sight, attend, attend_sequence, visible
@@ -109,6 +110,19 @@ def _platform() -> str:
     return "cuda" if backend == "gpu" else backend
 
 
+def absent(sizes: Sizes) -> dict[str, str]:
+    """The forms that are not measured, and why."""
+    platform, heads = _platform(), (sizes.heads, sizes.head_dim)
+    dtype = jnp.dtype(sizes.dtype)
+    chunk, sequence = (sizes.batch, sizes.chunk, *heads), (sizes.seq_len, *heads)
+    whole = jax.ShapeDtypeStruct(sequence, dtype)
+    reasons = {
+        "pallas": why_no_kernel(platform, chunk, sizes.window, dtype),
+        "library": why_no_library(platform, whole, Sight()) or why_not_here(platform, whole),
+    }
+    return {form: reason for form, reason in reasons.items() if reason}
+
+
 def _chunk_tasks(sizes: Sizes) -> Iterator[Task]:
     window, sight = sizes.window, Sight(window=sizes.window)
     arguments = _random(sizes, (sizes.chunk, window, window, sizes.chunk, sizes.chunk))
@@ -124,9 +138,7 @@ def _chunk_tasks(sizes: Sizes) -> Iterator[Task]:
     def blocked(attention, kernel):
         return lambda *chunk: attention(*chunk, position, sight, kernel=kernel)
 
-    shape = (sizes.batch, sizes.chunk, sizes.heads, sizes.head_dim)
-    reason = why_no_kernel(_platform(), shape, window, jnp.dtype(sizes.dtype))
-    kernels = ["xla"] if reason else ["xla", "pallas"]
+    kernels = ["xla"] if "pallas" in absent(sizes) else ["xla", "pallas"]
     yield "chunk gradient", "dense", _gradient_of_own(dense), arguments
     for kernel in kernels:
         yield (
@@ -172,14 +184,12 @@ def _gradient_of_pair(attention: Callable) -> Callable:
 
 def _sequence_tasks(sizes: Sizes) -> Iterator[Task]:
     arguments = _random(sizes, (sizes.seq_len,) * 3)
-    shape = jax.ShapeDtypeStruct(arguments[0].shape[1:], arguments[0].dtype)
     for task, sight in (
         ("sequence, full", Sight()),
         ("sequence, window", Sight(window=sizes.window)),
     ):
         forms: dict[str, Callable] = {"xla": attend_sequence}
-        platform = _platform()
-        if not (why_no_library(platform, shape, sight) or why_not_here(platform, shape)):
+        if "library" not in absent(sizes):
             forms["library"] = attend_whole
         for form, attention in forms.items():
             one = partial(attention, sight=sight, query_block=QUERY_BLOCK)
@@ -192,20 +202,15 @@ def _sequence_tasks(sizes: Sizes) -> Iterator[Task]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench attention`."""
-    for name, text in (
-        ("batch", "sequences"),
-        ("heads", "heads"),
-        ("head_dim", "size of one"),
-        ("chunk", "queries of a chunk"),
-        ("window", "keys before it, and the window of a whole sequence"),
-        ("seq_len", "tokens of a whole sequence"),
-    ):
-        option, default = f"--{name.replace('_', '-')}", getattr(Sizes, name)
-        parser.add_argument(option, type=int, default=default, help=f"{text} (default %(default)s)")
-    add = parser.add_argument
-    add("--dtype", choices=DTYPES, default=Sizes.dtype, help="(default %(default)s)")
-    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
-    add("--json", action="store_true", help="print the results as JSON")
+    texts = {
+        "batch": "sequences",
+        "heads": "heads",
+        "head_dim": "size of one",
+        "chunk": "queries of a chunk",
+        "window": "keys before it, and the window of a whole sequence",
+        "seq_len": "tokens of a whole sequence",
+    }
+    add_sizes(parser, Sizes(), texts, DTYPES)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -221,4 +226,6 @@ def run(args: argparse.Namespace) -> int:
             f"{r.task:16}  {r.form:7}  {1e3 * r.seconds:8.1f}  {r.speedup:7.2f}  "
             f"{mebibytes(r.memory_bytes, 1):>8}"
         )
+    for form, reason in absent(sizes).items():
+        print(f"{form}: not measured, {reason}")
     return 0

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tttjax.bench.options import add_sizes
 from tttjax.bench.timing import mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy import (
@@ -153,19 +154,14 @@ def _second(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench cross-entropy`."""
-    for name, text in (
-        ("rows", "tokens"),
-        ("embed_dim", "width of h"),
-        ("vocab", "columns of the head"),
-        ("rows_block", "tokens of a block of logits"),
-        ("vocab_block", "columns of a block of logits; 0: all"),
-    ):
-        option, default = f"--{name.replace('_', '-')}", getattr(Sizes, name)
-        parser.add_argument(option, type=int, default=default, help=f"{text} (default %(default)s)")
-    add = parser.add_argument
-    add("--dtype", choices=DTYPES, default=Sizes.dtype, help="of h and head (default %(default)s)")
-    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
-    add("--json", action="store_true", help="print the results as JSON")
+    texts = {
+        "rows": "tokens",
+        "embed_dim": "width of h",
+        "vocab": "columns of the head",
+        "rows_block": "tokens of a block of logits",
+        "vocab_block": "columns of a block of logits; 0: all",
+    }
+    add_sizes(parser, Sizes(), texts, DTYPES)
 
 
 def run(args: argparse.Namespace) -> int:

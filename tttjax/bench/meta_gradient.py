@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from tttjax.bench.options import add_measuring
 from tttjax.bench.train import TrainBenchmark, bench_train, table
 from tttjax.config import Config, load_config, parameter_count
 from tttjax.config.counts import match_parameters
@@ -59,8 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench meta-gradient`."""
     add = parser.add_argument
     add("--config", required=True, metavar="FILE.py[:ARG]", help="a configuration that learns")
-    add("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
-    add("--json", action="store_true", help="print the results as JSON")
+    add_measuring(parser, "measured steps of each")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tttjax.bench.options import add_measuring
 from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
 from tttjax.config import Config, load_config
 from tttjax.config.values import parse_value
@@ -118,8 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lengths", default="8192", metavar="T,T,...", help="tokens read (default %(default)s)")
     add("--batch", type=int, default=1, help="prompts read together (default %(default)s)")
-    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
-    add("--json", action="store_true", help="print the results as JSON")
+    add_measuring(parser, "measured runs of each")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tttjax.bench.options import add_measuring
 from tttjax.bench.timing import (
     check_rounds,
     held_bytes,
@@ -34,7 +35,7 @@ from tttjax.config.values import parse_value
 from tttjax.plan.count import count
 from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
-from tttjax.train_step import Trainer, TrainState, make_trainer
+from tttjax.train_step import TrainState, make_trainer
 from tttjax.types import Batch
 
 
@@ -65,7 +66,7 @@ class TrainBenchmark:
 class _Entry:
     name: str
     config: Config
-    trainer: Trainer
+    step: jax.stages.Compiled
     state: TrainState
     batch: Batch
     compile_seconds: float
@@ -104,7 +105,7 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
 
 def _step(entry: _Entry) -> Any:
     with as_configured(entry.config):
-        entry.state, metrics = entry.trainer.step(entry.state, entry.batch)
+        entry.state, metrics = entry.step(entry.state, entry.batch)
     return entry.state, metrics
 
 
@@ -122,7 +123,7 @@ def _prepare(name: str, config: Config) -> _Entry:
     return _Entry(
         name,
         config,
-        trainer,
+        compiled,
         trainer.init_state(config.train.seed),
         batch,
         compile_seconds,
@@ -149,8 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a sequence, instead of train.seq_len; the configurations are compared at "
         "each",
     )
-    add("--rounds", type=int, default=5, help="measured steps of each (default %(default)s)")
-    add("--json", action="store_true", help="print the results as JSON")
+    add_measuring(parser, "measured steps of each")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tttjax.bench.options import add_measuring
 from tttjax.bench.timing import mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.ttt import FORMS, InnerNorm, learning_rates, ttt
@@ -156,8 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Sizes.chunk,
         help="tokens of an inner mini-batch (default %(default)s)",
     )
-    add("--rounds", type=int, default=5, help="measured runs of each (default %(default)s)")
-    add("--json", action="store_true", help="print the results as JSON")
+    add_measuring(parser, "measured runs of each")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,27 @@
+"""Command-line options that benchmarks share."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def add_sizes(
+    parser: argparse.ArgumentParser,
+    defaults: Any,
+    texts: Mapping[str, str],
+    dtypes: Sequence[str],
+) -> None:
+    """An option for each integer field of `defaults` by its text, its `dtype`, and the rest."""
+    for name, text in texts.items():
+        option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        parser.add_argument(option, type=int, default=default, help=f"{text} (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default=defaults.dtype, help="of arrays (default %(default)s)"
+    )
+    add_measuring(parser, "measured runs of each")
+
+
+def add_measuring(parser: argparse.ArgumentParser, what: str) -> None:
+    """How often to measure, and how to print."""
+    parser.add_argument("--rounds", type=int, default=5, help=f"{what} (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
