@@ -11,7 +11,10 @@ from tttjax.config import parameter_count
 from tttjax.errors import UserError
 
 SIZES = {
-    "model": {"mixers": ("window",), "embed_dim": 16, "mlp_dim": 24, "vocab_size": 32},
+    "model": {
+        **{"mixers": ("window",), "num_layers": 1, "embed_dim": 16, "mlp_dim": 24},
+        "vocab_size": 32,
+    },
     "train": {"batch_size": 8},
 }
 
