@@ -25,3 +25,14 @@ def add_measuring(parser: argparse.ArgumentParser, what: str) -> None:
     """How often to measure, and how to print."""
     parser.add_argument("--rounds", type=int, default=5, help=f"{what} (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def add_configs(parser: argparse.ArgumentParser) -> None:
+    """The configurations that are measured against each other."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
+    )

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tttjax.bench.options import add_measuring
+from tttjax.bench.options import add_configs, add_measuring
 from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
 from tttjax.config import Config, load_config
 from tttjax.config.values import parse_value
@@ -110,13 +110,7 @@ def _state_bytes(config: Config, length: int) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench prefill`."""
     add = parser.add_argument
-    add(
-        "--config",
-        action="append",
-        required=True,
-        metavar="FILE.py[:ARG]",
-        help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
-    )
+    add_configs(parser)
     add("--lengths", default="8192", metavar="T,T,...", help="tokens read (default %(default)s)")
     add("--batch", type=int, default=1, help="prompts read together (default %(default)s)")
     add_measuring(parser, "measured runs of each")

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax.bench.options import add_measuring
+from tttjax.bench.options import add_configs, add_measuring
 from tttjax.bench.timing import (
     check_rounds,
     held_bytes,
@@ -136,13 +136,7 @@ def _prepare(name: str, config: Config) -> _Entry:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench train`."""
     add = parser.add_argument
-    add(
-        "--config",
-        action="append",
-        required=True,
-        metavar="FILE.py[:ARG]",
-        help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
-    )
+    add_configs(parser)
     add(
         "--lengths",
         default="",
