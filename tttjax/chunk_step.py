@@ -46,6 +46,14 @@ class Chunks(NamedTuple):
     mask_NBC: Array
 
 
+class Records(NamedTuple):
+    """What N chunks showed, each before it was learned from."""
+
+    loss_NB: Array
+    nll_NBC: Array
+    grad_norm_NB: Array
+
+
 def batch_loss(learner: Learner, slow, fast, state, chunk: Chunks, form: str, slope=None):
     """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
 

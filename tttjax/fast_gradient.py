@@ -24,18 +24,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.chunk_step import Chunks, Learner, batch_loss, learn, loss_and_gradient
+from tttjax.chunk_step import Chunks, Learner, Records, batch_loss, learn, loss_and_gradient
 from tttjax.history import History, Past
 from tttjax.ops.cross_entropy import Slope
 from tttjax.types import Array, PyTree
-
-
-class Records(NamedTuple):
-    """What the chunks showed."""
-
-    loss_NB: Array
-    nll_NBC: Array
-    grad_norm_NB: Array
 
 
 class Loop(NamedTuple):

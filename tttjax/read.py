@@ -12,6 +12,7 @@ of every chunk before learning from it goes to a CSV file.
 import argparse
 import csv
 import hashlib
+import os
 import sys
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from tttjax.chunk_step import Records
 from tttjax.data.documents import InputFile, list_inputs, read_pieces
 from tttjax.data.encode import encode_text
 from tttjax.data.tokenizers import Tokenizer
@@ -30,11 +32,9 @@ from tttjax.evaluate.progress import Progress
 from tttjax.generate import add_model_arguments, open_from, start_session
 from tttjax.generate.opened import Opened
 from tttjax.inference.engine import CHUNKS_AT_ONCE, Session
-from tttjax.inference.reading import Seen
 from tttjax.inference.session_file import (
     LOSSES,
     PRECISIONS,
-    About,
     check_stored,
     read_about,
     save_session,
@@ -63,8 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Reading:
-    """Where a text stands in being read. losses: of the last chunks."""
+    """Where a text stands in being read: `done` of `total` tokens. losses: of the last chunks.
 
+    text: what tells it from others.
+    """
+
+    file: InputFile
+    text: dict[str, str]
+    total: int
     session: Session
     done: int
     losses: deque[float]
@@ -76,18 +82,17 @@ def run(args: argparse.Namespace) -> int:
     (file,) = _one(list_inputs([args.text]), args.text)
     opened = open_from(args)
     with as_configured(opened.config):
-        source = {"text": file.id, "mark": _mark(file)}
-        reading = _begin(args, opened, source)
-        total = sum(len(part) for part in _tokens(opened.tokenizer, file))
-        if not total:
-            raise UserError(f"{args.text} is empty: there is nothing to read")
-        opened.engine.check((), reading.session.tokens + total - reading.done)
-        with StopRequest() as stop:
-            finished = _read(args, opened, reading, file, source, total, stop, sys.stderr)
-        about = _save(args, opened, reading, {**source, "tokens": reading.done, "of": total})
+        reading = _begin(args, opened, file)
+        left = reading.total - reading.done
+        opened.engine.check((), reading.session.tokens + left)
+        if left:
+            with StopRequest() as stop:
+                _read(args, opened, reading, stop, sys.stderr)
+            _save(args, opened, reading)
     size = Path(args.save_session).stat().st_size
-    print(f"{args.save_session}: {about.tokens:,} tokens in {size:,} bytes", file=sys.stderr)
-    return 0 if finished else EXIT_STOPPED
+    tokens = reading.session.tokens
+    print(f"{args.save_session}: {tokens:,} tokens in {size:,} bytes", file=sys.stderr)
+    return 0 if reading.done == reading.total else EXIT_STOPPED
 
 
 def _one(files: Sequence[InputFile], name: str) -> Sequence[InputFile]:
@@ -102,29 +107,27 @@ def _mark(file: InputFile) -> str:
         return hashlib.sha256(stream.read(1 << 20)).hexdigest()[:16] + f"-{file.size}"
 
 
-def _begin(args: argparse.Namespace, opened: Opened, source: dict[str, Any]) -> Reading:
+def _begin(args: argparse.Namespace, opened: Opened, file: InputFile) -> Reading:
     """Where reading was stopped, if it was; else at the start of the text."""
+    # Counted beforehand, so that progress can be told; to tokenize is little beside learning.
+    total = sum(len(part) for part in _tokens(opened.tokenizer, file))
+    if not total:
+        raise UserError(f"{args.text} is empty: there is nothing to read")
+    text = {"text": file.id, "mark": _mark(file)}
     path = Path(args.save_session)
-    before = read_about(path) if path.exists() else None
-    goes_on = before is not None and {k: before.source.get(k) for k in source} == source
-    if before is not None and not goes_on:
+    if not path.exists():
+        session = start_session(opened, args.session)
+        if not session.tokens and opened.tokenizer.bos_id is not None:
+            session, _ = opened.engine.read(session, np.array([opened.tokenizer.bos_id]))
+        return Reading(file, text, total, session, 0, deque(maxlen=LOSSES))
+    before = read_about(path)
+    if {name: before.source.get(name) for name in text} != text:
         raise UserError(
             f"{path} holds the session of another text ({before.source.get('text', 'a prompt')}); "
             "give another --save-session, and --session to go on from that one"
         )
-    is_done = before is not None and before.source["tokens"] == before.source["of"]
-    if before is not None and before.precision != "float32" and not is_done:
-        raise UserError(
-            f"{path} was saved with the precision {before.precision}: reading cannot go on from it "
-            "as if it had not stopped; remove it to read again"
-        )
-    if before is not None:
-        session = start_session(opened, str(path))
-        return Reading(session, before.source["tokens"], deque(before.chunk_losses, LOSSES))
-    session = start_session(opened, args.session)
-    if not session.tokens and opened.tokenizer.bos_id is not None:
-        session, _ = opened.engine.read(session, np.array([opened.tokenizer.bos_id]))
-    return Reading(session, 0, deque(maxlen=LOSSES))
+    session, losses = start_session(opened, str(path)), deque(before.chunk_losses, LOSSES)
+    return Reading(file, text, total, session, before.source["tokens"], losses)
 
 
 def _tokens(tokenizer: Tokenizer, file: InputFile) -> Iterator[np.ndarray]:
@@ -147,39 +150,28 @@ def _stretches(parts: Iterator[np.ndarray], size: int, skip: int) -> Iterator[np
 
 
 def _read(
-    args: argparse.Namespace,
-    opened: Opened,
-    reading: Reading,
-    file: InputFile,
-    source: dict[str, Any],
-    total: int,
-    stop: StopRequest,
-    stream: TextIO,
-) -> bool:
-    """Reads on; whether to the end."""
-    engine = opened.engine
-    chunk = engine.reader.chunk_size
-    progress = Progress(total - reading.done, stream, title="read")
+    args: argparse.Namespace, opened: Opened, reading: Reading, stop: StopRequest, stream: TextIO
+) -> None:
+    """Reads on, to the end or until it is to stop."""
+    chunk = opened.engine.reader.chunk_size
+    progress = Progress(reading.total - reading.done, stream, title="read")
     saved = time.monotonic()
     stretch = CHUNKS_AT_ONCE * chunk or STATIC_STRETCH
-    logged = reading.session.tokens - len(reading.session.pending)
-    with _Log(args.log, logged) as log:
-        parts = _tokens(opened.tokenizer, file)
+    parts = _tokens(opened.tokenizer, reading.file)
+    with _Log(args.log, reading.session.tokens - len(reading.session.pending)) as log:
         for number, token_T in enumerate(_stretches(parts, stretch, reading.done)):
-            reading.session, seen = engine.read(reading.session, token_T)
+            reading.session, seen = opened.engine.read(reading.session, token_T)
             reading.done += len(token_T)
             log.add(reading, seen, chunk)
             recent = list(reading.losses)[-CHUNKS_AT_ONCE:]
-            progress.what = f"loss {np.mean(recent):.4f}" if recent else file.id
+            progress.what = f"loss {np.mean(recent):.4f}" if recent else reading.file.id
             progress.add(len(token_T))
             if stop.after(number):
-                progress.close()
-                return reading.done == total
+                break
             if time.monotonic() - saved > SAVE_EVERY:
-                _save(args, opened, reading, {**source, "tokens": reading.done, "of": total})
+                _save(args, opened, reading)
                 saved = time.monotonic()
     progress.close()
-    return True
 
 
 class _Log:
@@ -191,10 +183,13 @@ class _Log:
 
     def __enter__(self) -> "_Log":
         if self._path:
-            rows = self._earlier(Path(self._path))
-            self._file = open(self._path, "w", newline="", encoding="utf-8")
+            rows = [HEAD, *self._earlier(Path(self._path))]
+            temporary = self._path + ".tmp"
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
+            os.replace(temporary, self._path)
+            self._file = open(self._path, "a", newline="", encoding="utf-8")
             self._rows = csv.writer(self._file)
-            self._rows.writerows([HEAD, *rows])
         return self
 
     def _earlier(self, path: Path) -> list[list[str]]:
@@ -214,7 +209,7 @@ class _Log:
         if self._file:
             self._file.close()
 
-    def add(self, reading: Reading, seen: Sequence[Seen], chunk: int) -> None:
+    def add(self, reading: Reading, seen: Sequence[Records], chunk: int) -> None:
         """Notes what the chunks showed that have just become full."""
         columns = [
             np.concatenate([np.asarray(getattr(s, name))[:, 0] for s in seen]).tolist()
@@ -232,19 +227,17 @@ class _Log:
             self._file.flush()
 
 
-def _save(
-    args: argparse.Namespace, opened: Opened, reading: Reading, source: dict[str, Any]
-) -> About:
-    is_last = source["tokens"] == source["of"]
-    return save_session(
+def _save(args: argparse.Namespace, opened: Opened, reading: Reading) -> None:
+    # Smaller only at the end: reading must go on from what it stopped at.
+    is_last = reading.done == reading.total
+    save_session(
         args.save_session,
         opened.engine,
         reading.session,
         model=opened.model,
         tokenizer=opened.tokenizer_mark,
-        # Smaller only at the end: reading must go on from what it stopped at.
         precision=args.session_precision if is_last else "float32",
         rank=args.session_rank if is_last else 0,
         chunk_losses=list(reading.losses),
-        source=source,
+        source={**reading.text, "tokens": reading.done, "of": reading.total},
     )

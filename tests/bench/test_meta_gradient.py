@@ -1,7 +1,5 @@
 """The benchmark of the meta-gradient compares four steps of one size."""
 
-import json
-
 import pytest
 from small import small_config
 
@@ -44,6 +42,6 @@ def test_the_four_steps_are_measured():
 def test_a_configuration_without_fast_mlps_is_refused(capsys):
     with pytest.raises(UserError, match=r"model.fast_mlp = False"):
         variants(small_config(model={"fast_mlp": False, "suffix_layers": 0}))
-    words = ["bench", "meta-gradient", "--config=experiments/mid_size.py:full", "--json"]
+    words = ["bench", "meta-gradient", "--config=experiments/mid_size.py:full"]
     assert main(words) == 2
-    assert json.dumps("fast")[1:-1] in capsys.readouterr().err
+    assert "model.fast_mlp = False" in capsys.readouterr().err

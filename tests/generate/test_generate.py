@@ -25,7 +25,8 @@ def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
     code, out, _ = words(capsys, *ask, "--seed=3", "--samples=2")
     assert code == 0
     two = json.loads(out)
-    assert [len(text["tokens"]) for text in two] == [6, 6] or two[0]["finished"] == "eos"
+    for text in two:
+        assert text["finished"] == ("length" if len(text["tokens"]) == 6 else "eos")
     assert all(logprob < 0 for text in two for logprob in text["logprobs"])
     for i in range(2):
         (alone,) = json.loads(words(capsys, *ask, f"--seed={3 + i}")[1])
@@ -82,7 +83,7 @@ def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
     text.write_text(TEXT)
     code, _, err = words(capsys, "read", run, text, "--save-session", session, "--log", log)
     assert code == 0
-    assert "288" in err or "289 tokens" in err
+    assert f"{len(TEXT) + 1} tokens in" in err
     rows = log.read_text().splitlines()
     assert rows[0] == "tokens,loss,grad_norm"
     assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(8, len(TEXT) + 1, 8))
@@ -104,7 +105,7 @@ def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
         (["--prompt", "x", "--samples=0"], "--samples=0 must be at least 1"),
         (["--prompt", "x", "--max-tokens=0"], "writes nothing: give --save-session"),
         (["--prompt", "x", "--save-session=s", "--session-rank=2"], "needs the precision bfloat16"),
-        (["--prompt", "x", "--stop="], "a stop string is empty"),
+        (["--prompt", "x", "--stop="], "--stop is empty"),
         (["--prompt", "x", "--learn=none", "--mode=dynamic"], "contradict each other"),
         (["--prompt", "x", "--temperature=-1"], "temperature=-1.0 must be at least 0"),
         (["--prompt", "x", "--session=nowhere"], "there is no session nowhere"),

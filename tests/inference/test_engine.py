@@ -9,7 +9,7 @@ import pytest
 
 from tests.small import shaken, small_config, worst
 from tttjax.inference.engine import Engine, pieces
-from tttjax.inference.reading import divide, make_reader
+from tttjax.inference.reading import make_reader
 from tttjax.meta import make_inner_loop
 from tttjax.models import build_model
 
@@ -34,7 +34,7 @@ def _make_engine(name: str, x64: bool):
     params = shaken(model.init(jax.random.key(0)))
     reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr)
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH))
-    return Engine(reader, divide(reader, params), params, max_length=64), token.astype(np.int32)
+    return Engine(reader, params, max_length=64), token.astype(np.int32)
 
 
 def test_pieces_are_few_and_add_up():

@@ -46,11 +46,11 @@ def test_going_on_from_a_file_is_going_on_bit_for_bit(tmp_path, name):
 
 def test_the_size_does_not_depend_on_what_was_read(tmp_path):
     engine, token = make_engine("ttt_e2e")
-    sizes = set()
+    sizes = []
     for length in (7, 11, 19):
         save_session(tmp_path / "s", engine, session_of(engine, token, length), model=MODEL)
-        sizes.add((tmp_path / "s").stat().st_size // 200)
-    assert len(sizes) == 1
+        sizes.append((tmp_path / "s").stat().st_size)
+    assert max(sizes) - min(sizes) < 64  # numbers in the header have more digits or fewer
 
 
 def test_smaller_files_lose_what_they_say(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tttjax.attention_kernels import platform_of
 from tttjax.bench.options import add_sizes
 from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
 from tttjax.errors import UserError
@@ -28,6 +29,7 @@ from tttjax.ops.library_attention import attend_whole, why_not_here
 from tttjax.ops.library_attention import why_not as why_no_library
 from tttjax.ops.window_attention import window_attention, window_attention_twice
 from tttjax.ops.window_attention.select import why_not as why_no_kernel
+from tttjax.sharding import make_mesh
 from tttjax.types import Array
 
 DTYPES = ("float32", "bfloat16")
@@ -105,14 +107,10 @@ def _random(sizes: Sizes, lengths: tuple[int, ...]) -> tuple[Array, ...]:
     )
 
 
-def _platform() -> str:
-    backend = jax.default_backend()
-    return "cuda" if backend == "gpu" else backend
-
-
 def absent(sizes: Sizes) -> dict[str, str]:
     """The forms that are not measured, and why."""
-    platform, heads = _platform(), (sizes.heads, sizes.head_dim)
+    platform = platform_of(make_mesh(devices=jax.devices()[:1]))
+    heads = sizes.heads, sizes.head_dim
     dtype = jnp.dtype(sizes.dtype)
     chunk, sequence = (sizes.batch, sizes.chunk, *heads), (sizes.seq_len, *heads)
     whole = jax.ShapeDtypeStruct(sequence, dtype)

@@ -105,13 +105,15 @@ def open_from(args: argparse.Namespace) -> Opened:
 def run(args: argparse.Namespace) -> int:
     """`tttjax generate` from parsed arguments; the exit code."""
     _check(args)
+    sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     opened = open_from(args)
     with as_configured(opened.config):
         prompt_T = encode_prompt(opened, _prompt(args), is_first=not args.session)
         session = start_session(opened, args.session)
         opened.engine.check(prompt_T, session.tokens + args.max_tokens)
         session, _ = opened.engine.read(session, prompt_T)
-        session = _write(args, opened, session, prompt_T)
+        if args.max_tokens:
+            session = _write(args, opened, session, prompt_T, sampling)
         if args.save_session:
             about = save_session(
                 args.save_session,
@@ -145,6 +147,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--max-tokens=0 writes nothing: give --save-session to keep what is read.")
     if args.save_session and args.samples > 1:
         raise UserError("--save-session keeps one text, so it does not go with --samples.")
+    if "" in args.stop:
+        raise UserError("--stop is empty, and would end every text at once.")
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -178,13 +182,13 @@ def start_session(opened: Opened, path: str | None) -> Session:
 
 
 def _write(
-    args: argparse.Namespace, opened: Opened, session: Session, prompt_T: np.ndarray
+    args: argparse.Namespace,
+    opened: Opened,
+    session: Session,
+    prompt_T: np.ndarray,
+    sampling: Sampling,
 ) -> Session:
     """Writes and prints; the session after the first text."""
-    if not args.max_tokens:
-        return session
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
     requests = [
         Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
         for i in range(args.samples)

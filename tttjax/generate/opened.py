@@ -12,7 +12,7 @@ from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import Learning, Run, RunSpec, choose_modes, open_run, ways_to_read
 from tttjax.inference.engine import Engine
-from tttjax.inference.reading import divide, make_reader
+from tttjax.inference.reading import make_reader
 from tttjax.inference.session_file import fingerprint
 from tttjax.precision import as_configured
 
@@ -51,7 +51,7 @@ def open_model(
         way = next(ways_to_read(found, modes[:1], learning or Learning(), mesh))[0]
         reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
         room = max_length or 8 * found.config.train.seq_len
-        engine = Engine(reader, divide(reader, way.params), way.params, room)
+        engine = Engine(reader, way.params, room)
         mark = fingerprint(found.config, way.params)
     return Opened(found.config, engine, texts, mark, texts.fingerprint())
 

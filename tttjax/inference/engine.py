@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tttjax.chunk_step import Records
 from tttjax.errors import UserError
 from tttjax.inference.reading import (
     Context,
     Reader,
-    Seen,
     Weights,
+    divide,
     extend,
     logits,
     read_chunks,
@@ -66,10 +67,11 @@ def pieces(length: int) -> list[int]:
 
 
 class Engine:
-    """A model that reads and writes."""
+    """A model that reads and writes. max_length: tokens that full attention has room for."""
 
-    def __init__(self, reader: Reader, weights: Weights, params: Params, max_length: int):
-        self.reader, self.weights, self.max_length = reader, weights, max_length
+    def __init__(self, reader: Reader, params: Params, max_length: int):
+        self.reader, self.max_length = reader, max_length
+        self.weights = divide(reader, params)
         self._params = params
 
     # --- compiled functions ---------------------------------------------------------------------
@@ -116,10 +118,11 @@ class Engine:
     def check(self, tokens: Sequence[int] | np.ndarray, already: int) -> None:
         """UserError if tokens after so many others are outside the vocabulary, or too many."""
         vocab = self.reader.learner.cut.model.vocab_size
-        if len(tokens) and not 0 <= min(tokens) <= max(tokens) < vocab:
+        least, most = (np.min(tokens), np.max(tokens)) if len(tokens) else (0, 0)
+        if least < 0 or most >= vocab:
             raise UserError(
-                f"tokens from {min(tokens)} to {max(tokens)} are not all in the model's vocabulary "
-                f"of {vocab}; use the tokenizer that it was trained with"
+                f"tokens from {least} to {most} are not all in the model's vocabulary of {vocab}; "
+                "use the tokenizer that it was trained with"
             )
         if self._has_whole and already + len(tokens) > self.max_length:
             raise UserError(
@@ -129,14 +132,14 @@ class Engine:
 
     def read(
         self, session: Session, token_T: np.ndarray, *, learn: bool = True
-    ) -> tuple[Session, list[Seen]]:
+    ) -> tuple[Session, list[Records]]:
         """The session after further tokens, and what the chunks showed that became full.
 
         learn: False reads these tokens without making them targets, also later.
         Raises UserError for tokens that the model does not have, or has no room for.
         """
         self.check(token_T, session.tokens)
-        seen: list[Seen] = []
+        seen: list[Records] = []
         size, token_T = self.reader.chunk_size, token_T.astype(np.int32)
         known_T = np.concatenate((session.pending, token_T))
         counted_T = np.concatenate((session.counted, np.full(len(token_T), learn)))
@@ -155,7 +158,7 @@ class Engine:
 
     def _learn(
         self, session: Session, known_T: np.ndarray, counted_T: np.ndarray
-    ) -> tuple[Session, list[Seen]]:
+    ) -> tuple[Session, list[Records]]:
         """Reads whole chunks from `learned`; the last of the known tokens is only a target."""
         size, seen = self.reader.chunk_size, []
         context, at = session.learned, 0
@@ -200,13 +203,12 @@ class Group:
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]):
         self._engine = engine
-        # Their present contexts are in `_now` alone.
-        self._rest = [replace(session, now=session.learned) for session in sessions]
-        if not engine.reader.chunk_size:
-            fresh = engine.start()
-            self._rest = [
-                replace(fresh, tokens=session.tokens, logit_V=None) for session in sessions
-            ]
+        self._resting: set[int] = set()
+        # Their present contexts are in `_now` alone, and those learned from only if any are.
+        if engine.reader.chunk_size:
+            self._rest = [replace(session, now=session.learned) for session in sessions]
+        else:
+            self._rest = [replace(engine.start(), tokens=s.tokens) for s in sessions]
         self._now = _stack([session.now for session in sessions])
         self.logit_RV = jnp.stack([_known(session.logit_V) for session in sessions])
 
@@ -215,28 +217,32 @@ class Group:
 
         learn: False reads these tokens without making them targets, also later.
         """
-        engine, size = self._engine, self._engine.reader.chunk_size
-        for session, token in zip(self._rest, tokens, strict=True):
-            engine.check([token], session.tokens)
-        for r, (session, token) in enumerate(zip(self._rest, tokens, strict=True)):
-            if size and len(session.pending) == size:
-                known_T = np.append(session.pending, np.int32(token))
-                counted_T = np.append(session.counted, learn)
-                learned, _ = engine._learn(session, known_T, counted_T)
-                self._rest[r] = learned
-                self._now = _put(self._now, learned.now, r)
+        engine = self._engine
+        awake = [r for r in range(len(tokens)) if r not in self._resting]
+        for r in awake:
+            engine.check([tokens[r]], self._rest[r].tokens)
+        for r in awake:
+            self._rest[r] = self._add(r, tokens[r], learn)
         self._now, self.logit_RV = engine._step(
             engine.weights, self._now, jnp.asarray(tokens, jnp.int32)
         )
-        for r, (session, token) in enumerate(zip(self._rest, tokens, strict=True)):
-            read = replace(session, tokens=session.tokens + 1)
-            if size:
-                read = replace(
-                    read,
-                    pending=np.append(session.pending, np.int32(token)),
-                    counted=np.append(session.counted, learn),
-                )
-            self._rest[r] = read
+
+    def _add(self, r: int, token: int, learn: bool) -> Session:
+        """What is kept of session r once it has the token; `_now` learns here, and reads later."""
+        session, size = self._rest[r], self._engine.reader.chunk_size
+        if not size:
+            return replace(session, tokens=session.tokens + 1)
+        known_T = np.append(session.pending, np.int32(token))
+        counted_T = np.append(session.counted, learn)
+        if len(session.pending) == size:
+            session, _ = self._engine._learn(session, known_T, counted_T)
+            self._now = _put(self._now, session.now, r)
+            known_T, counted_T = known_T[-1:], counted_T[-1:]
+        return replace(session, tokens=session.tokens + 1, pending=known_T, counted=counted_T)
+
+    def rest(self, r: int) -> None:
+        """Session r, taken out before, goes on no more: its tokens count for nothing."""
+        self._resting.add(r)
 
     def session(self, r: int) -> Session:
         """One of them as it is now."""

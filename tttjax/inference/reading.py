@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.chunk_step import STATE_AXES, Chunks, Learner, learn, loss_and_gradient
+from tttjax.chunk_step import STATE_AXES, Chunks, Learner, Records, learn, loss_and_gradient
 from tttjax.meta import LOGIT_ROWS, InnerLoop, split_chunks
 from tttjax.models import Cut, Transformer, combine
 from tttjax.types import Array, Params, PyTree
@@ -47,14 +47,6 @@ class Context(NamedTuple):
     above: PyTree
     fast: PyTree
     rule_state: PyTree
-
-
-class Seen(NamedTuple):
-    """What whole chunks showed, before learning from each."""
-
-    loss_NB: Array
-    nll_NBC: Array
-    grad_norm_NB: Array
 
 
 def make_reader(model: Transformer, inner: InnerLoop, lr: float, *, learn: bool = True) -> Reader:
@@ -103,7 +95,7 @@ def read_chunks(
     counted_BT: Array | None = None,
     *,
     at_start: bool = False,
-) -> tuple[Context, Seen]:
+) -> tuple[Context, Records]:
     """Reads N = T / C whole chunks and learns from each, at rate `reader.lr`.
 
     context: with a multiple of C tokens read. next_B: the tokens that follow. counted_BT: whether
@@ -127,7 +119,7 @@ def read_chunks(
             reader.learner, weights.upper, fast, above, chunk
         )
         fast, rule_state, norm_B = learn(reader.learner, fast, rule_state, g, chunk, reader.lr)
-        return (above, fast, rule_state), Seen(loss_B, nll_BC, norm_B)
+        return (above, fast, rule_state), Records(loss_B, nll_BC, norm_B)
 
     carry = context.above, context.fast, context.rule_state
     (above, fast, rule_state), seen = jax.lax.scan(step, carry, chunks)
@@ -161,11 +153,9 @@ def extend(
 def logits(reader: Reader, weights: Weights, context: Context, h_BTD: Array) -> Array:
     """Logits [B, T, V] of hidden states from `extend`, in float32 at least."""
     model = reader.learner.cut.model
-    wide = jnp.promote_types(model.compute_dtype, jnp.float32)
 
     def one(fast: PyTree, h_TD: Array) -> Array:
-        head_DV = model.head(combine(weights.upper, fast))
-        return jnp.einsum("td,dv->tv", h_TD, head_DV, preferred_element_type=wide)
+        return model.logits(combine(weights.upper, fast), h_TD)
 
     return jax.vmap(one)(context.fast, h_BTD)
 

@@ -36,6 +36,7 @@ PRECISIONS = ("float32", "bfloat16")
 SAMPLE = 4096  # entries of each weight that the fingerprint is over
 HEADER = "session"
 LOSSES = 256  # of the last chunks, that are kept
+CHANGES_NO_NUMBER = ("remat", "form", "trajectory", "attention_kernel", "scan_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,6 @@ def fingerprint(config: Config, params: Params) -> str:
         digest.update(path.encode())
         digest.update(np.asarray(weight.reshape(-1)[::step]).tobytes())
     return digest.hexdigest()
-
-
-CHANGES_NO_NUMBER = ("remat", "form", "trajectory", "attention_kernel", "scan_chunk")
 
 
 def save_session(
@@ -159,13 +157,9 @@ def load_session(
                 f"{path} was read with another tokenizer (fingerprint {about.tokenizer[:12]}, this "
                 f"one has {tokenizer[:12]}); give that one with --tokenizer=DIR"
             )
-        has_whole = any("whole" in kinds for kinds in _kinds(engine).values())
-        if has_whole and about.tokens > engine.max_length:
-            raise UserError(
-                f"{path} has {about.tokens} tokens, but there is room for {engine.max_length}; "
-                "raise the limit (--max-length)."
-            )
+        engine.check((), about.tokens)
         try:
+            # An open file has keys(), but cannot be iterated over.
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # the library has its own kinds of errors
             raise _damaged(path, error) from error
@@ -180,7 +174,9 @@ def load_session(
 def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> Session:
     start = engine.start()
     fast = _unpack(arrays, start.learned.fast)
-    rule_state = _like(start.learned.rule_state, lambda i, _: arrays[f"rule/{i}"])
+    leaves, structure = jax.tree.flatten(start.learned.rule_state)
+    rules = [jnp.asarray(arrays[f"rule/{i}"]) for i in range(len(leaves))]
+    rule_state = jax.tree.unflatten(structure, rules)
     learned, now = _contexts(engine, start.learned, arrays, about)
     learned = learned._replace(fast=fast, rule_state=rule_state)
     now = now._replace(fast=fast, rule_state=rule_state)
@@ -296,14 +292,10 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
         if f"fast/{path}" in arrays:
             fast[path] = jnp.asarray(arrays[f"fast/{path}"])
             continue
-        names = [n for n in (f"change/{path}", f"left/{path}", f"right/{path}") if n in arrays]
-        fast[path] = zero + _change((arrays[n] for n in names), zero.dtype)
+        whole = f"change/{path}" in arrays
+        names = ("change",) if whole else ("left", "right")
+        fast[path] = zero + _change((arrays[f"{n}/{path}"] for n in names), zero.dtype)
     return {**start, **unflatten_dict(fast, sep="/")}
-
-
-def _like(tree: PyTree, leaf: Any) -> PyTree:
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, [jnp.asarray(leaf(i, x)) for i, x in enumerate(leaves)])
 
 
 # --- the file -----------------------------------------------------------------------------------

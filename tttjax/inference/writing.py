@@ -154,6 +154,7 @@ class Writer:
                     piece = self._piece(r, tokens[place], logprobs[place], draws.number, text)
                     if piece.finished:
                         self.sessions[r] = group.session(place)
+                        group.rest(place)
                         at_work.remove(r)
                     yield piece
             places = [place for place, r in enumerate(active) if r in at_work]

@@ -281,6 +281,11 @@ class Transformer:
     def final_norm(self, weights: PyTree, x_TD: Array) -> Array:
         return rms_norm(x_TD, weights["final_norm"]["weight"], self.shape.norm_eps)
 
+    def logits(self, weights: PyTree, h_TD: Array) -> Array:
+        """Logits [T, V] of hidden states after the last norm, in float32 at least."""
+        wide = jnp.promote_types(self.compute_dtype, jnp.float32)
+        return jnp.einsum("td,dv->tv", h_TD, self.head(weights), preferred_element_type=wide)
+
     def nll(self, weights: PyTree, x_TD: Array, target_T: Array, block: int | None = None) -> Array:
         """Negative log-likelihood of the targets given the last block's output, float32 [T].
 
@@ -300,9 +305,7 @@ class Transformer:
         x_TD = self.embed(params.slow, token_T)
         for part in PARTS:
             x_TD, state = self.run_part(part, weights, state, x_TD)
-        wide = jnp.promote_types(self.compute_dtype, jnp.float32)
-        h_TD = self.final_norm(weights, x_TD)
-        logit_TV = jnp.einsum("td,dv->tv", h_TD, self.head(weights), preferred_element_type=wide)
+        logit_TV = self.logits(weights, self.final_norm(weights, x_TD))
         return logit_TV, advance(state, token_T.shape[0])
 
 

@@ -23,7 +23,7 @@ from tttjax.plan.memory import Memory
 
 MARGIN = 0.97  # of the memory; predictions are not exact
 TENSOR_WAYS = (1, 2, 4, 8)
-LEANER = {0: {}, 1: {"trajectory": "rewind"}, 2: {"trajectory": "recompute"}}  # 0: as it is
+LEANER = ("", "recomputation", "trajectory")  # what is made leaner; "": nothing
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def candidates(
         predicted = predict(config, changed, devices, needed)
         if changes and predicted <= MARGIN * capacity:
             size = fsdp // config.mesh.fsdp * accum // config.train.accum_steps
-            order = tensor, len(changes), leaner or len(LEANER), size, accum
+            order = tensor, len(changes), (LEANER.index(leaner) or len(LEANER)), size, accum
             found.append((order, Candidate(changed, changes, predicted)))
     for _, candidate in sorted(found, key=lambda pair: pair[0]):
         yield candidate
@@ -92,16 +92,17 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
 
 
 def _changed(
-    config: Config, devices: int, leaner: int, fsdp: int, accum: int, tensor: int
+    config: Config, devices: int, leaner: str, fsdp: int, accum: int, tensor: int
 ) -> Config | None:
     """The recipe with these values; None if it is not a valid one, or a step back."""
     mesh, train = config.mesh, config.train
     if fsdp % mesh.fsdp or accum % train.accum_steps or tensor % mesh.tensor:
         return None
-    if leaner == 1 and _recomputes(config):
+    is_recomputed = config.inner.trajectory == "recompute"
+    if leaner == "recomputation" and _recomputes(config):
         return None
     learns = has_fast_weights(config.model, config.inner)
-    if leaner == 2 and (not learns or config.inner.trajectory == "recompute"):
+    if leaner == "trajectory" and (is_recomputed or not learns):
         return None
     replace = dataclasses.replace
     # data is what the other axes leave, whatever it was; left alone where nothing else changes.
@@ -113,12 +114,11 @@ def _changed(
         train=replace(train, accum_steps=accum),
     )
     if leaner:
-        recomputed = config.inner.trajectory == "recompute"
-        trajectory = {} if recomputed else LEANER[leaner]
+        trajectory = "recompute" if is_recomputed or leaner == "trajectory" else "rewind"
         changed = replace(
             changed,
             model=replace(config.model, remat="block"),
-            inner=replace(config.inner, remat=True, form="fast", **trajectory),
+            inner=replace(config.inner, remat=True, form="fast", trajectory=trajectory),
         )
     try:
         check_mesh(changed, devices)
