@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/_venv.sh
-ensure_venv test
+ensure_venv test,interop
 
 failed=()
 check() {
