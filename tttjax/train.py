@@ -6,9 +6,9 @@ examples:
   tttjax train --config=... --workdir=runs/long --config.train.init_from=runs/first
                                                           extension: weights only, fresh schedule
 
-The work directory gets checkpoints/, metrics.jsonl (one record per step), tensorboard/,
-config.json, environment.json and, at the end, summary.json and loss.png. SIGTERM or Ctrl-C saves
-and exits with code 75; the same command goes on from there.
+The work directory gets checkpoints/, metrics.jsonl (one record per step), tensorboard/, the data's
+tokenizer/, config.json, environment.json and, at the end, summary.json and loss.png. SIGTERM or
+Ctrl-C saves and exits with code 75; the same command goes on from there.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from tttjax import checkpoint, flops, metrics, precision
 from tttjax.attention_kernels import choose_kernels, describe_kernels, platform_of
 from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
 from tttjax.data.pipeline import StreamOptions, make_train_stream
-from tttjax.data.shards import open_prepared
+from tttjax.data.shards import TOKENIZER_DIR, open_prepared
+from tttjax.data.tokenizers import keep_tokenizer
 from tttjax.errors import UserError
 from tttjax.run_control import (
     EXIT_INTERRUPTED,
@@ -165,6 +166,8 @@ def _set_up(
     saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY, keep=settings.keep_checkpoints)
     closing.callback(saver.close)
     state, start, totals = _first_state(config, trainer, saver, batches, tokenizer)
+    if tokenizer and jax.process_index() == 0:
+        keep_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
     logger = metrics.MetricLogger(
         workdir,
         metrics.Throughput(

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from tttjax import checkpoint
+from tttjax.data.tokenizers import keep_tokenizer, load_tokenizer
 from tttjax.errors import UserError
-from tttjax.evaluate import RunSpec, compare
+from tttjax.evaluate import RunSpec, compare, open_run
+from tttjax.evaluate.run_tokenizer import run_tokenizer
 from tttjax.prepare import prepare
 from tttjax.train import open_batches, train
 
@@ -50,6 +52,22 @@ def test_extension_with_another_tokenizer_is_refused(replaced, tiny, tmp_path):
         train(tiny(*changed), tmp_path)
 
 
+def test_a_run_keeps_its_tokenizer_wherever_it_goes(replaced, data, tmp_path):
+    mine = load_tokenizer(data / "tokenizer").fingerprint()
+    shutil.copytree(replaced[0], tmp_path / "moved")
+    for place in (tmp_path / "moved", tmp_path / "moved" / "checkpoints" / "1"):
+        assert run_tokenizer(open_run(RunSpec(place))).fingerprint() == mine
+    shutil.rmtree(tmp_path / "moved" / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer in .*data/tokenizer is not that of .*moved"):
+        run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
+    keep_tokenizer(replaced[2] / "tokenizer", tmp_path / "moved" / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer in .*moved/tokenizer is not that of"):
+        run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
+    keep_tokenizer(data / "tokenizer", tmp_path / "moved" / "tokenizer")
+    assert run_tokenizer(open_run(RunSpec(tmp_path / "moved"))).fingerprint() == mine
+    assert not list((tmp_path / "moved").glob("*.tmp"))
+
+
 def test_evaluation_believes_the_weights_and_not_the_folder(replaced):
     with pytest.raises(UserError, match=r"another tokenizer .* than those of the run run"):
         compare([RunSpec(replaced[0])])
@@ -59,6 +77,10 @@ def test_weights_of_batches_from_elsewhere_fit_any_data(replaced, tiny, data, tm
     config = tiny("model.vocab_size=400")
     train(config, tmp_path / "first", batches=open_batches(config)[0], stop_after=1)
     assert checkpoint.load_tokenizer_fingerprint(tmp_path / "first") == ""
+    kept = tmp_path / "first" / "tokenizer"
+    assert not kept.exists()
+    train(config, tmp_path / "first", stop_after=1)  # as after a version that kept none
+    assert load_tokenizer(kept).fingerprint() == load_tokenizer(data / "tokenizer").fingerprint()
     origin = f"train.init_from={tmp_path / 'first'}"
     extended = tiny(f"data.sources={replaced[2]}", "model.vocab_size=400", origin)
     assert train(extended, tmp_path / "second", stop_after=1).step == 1

@@ -7,15 +7,17 @@
 
 A tokenizer is saved beside the data that it made (`save`, `load_tokenizer`), and its fingerprint,
 a hash of its whole definition, is in the manifest, so that training and evaluation find the same
-one again or refuse.
+one again or refuse. A run keeps a copy in its work directory (`keep_tokenizer`).
 
 Bits per byte need the number of UTF-8 bytes behind a target token: `token_bytes()`. It is exact
 when `lossless` is true, that is, when decoding gives back every byte that was encoded.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -189,6 +191,27 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
             directory / config["file"], bos_id=config["bos_id"], eos_id=config["eos_id"]
         )
     raise UserError(f"{directory / CONFIG_FILE} names the unknown tokenizer kind {kind!r}.")
+
+
+def keep_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Copies a saved tokenizer, all of its folder or nothing; one that is there already stays.
+
+    Another one that is there, or a damaged one, gives way.
+    """
+    source, directory = Path(source), Path(directory)
+    with contextlib.suppress(UserError):
+        if load_tokenizer(directory).fingerprint() == load_tokenizer(source).fingerprint():
+            return
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(source, temporary)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def read_model(path: str | os.PathLike, what: str) -> bytes:
