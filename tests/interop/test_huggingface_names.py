@@ -1,0 +1,142 @@
+"""Names, shapes and conversions of Hugging Face tensors, both ways; no transformers needed."""
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.small import small_config, worst
+from tttjax.errors import UserError
+from tttjax.interop.huggingface import (
+    check_names,
+    config_from_huggingface,
+    families,
+    from_tensors,
+    tensor_places,
+    unplaced,
+)
+from tttjax.models import build_model, combine
+
+STATIC = {"fast_mlp": False, "suffix_layers": 0, "qk_norm": False, "post_norm": False}
+MODELS = {
+    "llama": {**STATIC, "tie_embeddings": False},
+    "qwen3": {**STATIC, "qk_norm": True},
+    "gemma3_text": {**STATIC, "qk_norm": True, "post_norm": True},
+    "tttjax": {},
+}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def to_tensors(places, params) -> dict[str, np.ndarray]:
+    flat = flatten_dict(combine(params.slow, params.fast), sep="/")
+    rows = {p: np.asarray(flat[p.path] if p.row is None else flat[p.path][p.row]) for p in places}
+    return {place.name: place.to_theirs(ours) for place, ours in rows.items()}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_weight_goes_there_and_back(family):
+    config = small_config(model={**MODELS[family], "num_layers": 3})
+    model = build_model(config.model, config.inner)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape, np.float32), model.abstract_params()
+    )
+    places = tensor_places(model, family)
+    tensors = to_tensors(places, params)
+    assert unplaced(model, places) == []
+    assert {place.name: place.shape for place in places} == {k: v.shape for k, v in tensors.items()}
+    back = from_tensors(model, places, tensors.__getitem__)
+    # Gemma's norms are stored as their difference from 1.
+    assert worst(params, back) < (1e-6 if family == "gemma3_text" else 1e-30)
+
+
+def test_pairs_of_a_head_are_turned_to_halves():
+    config = small_config(model=MODELS["qwen3"])
+    model = build_model(config.model, config.inner)
+    place = next(p for p in tensor_places(model, "qwen3") if p.name.endswith("k_norm.weight"))
+    assert place.to_theirs(np.array([0, 1, 2, 3])).tolist() == [0, 2, 1, 3]
+    assert place.to_ours(np.array([0, 2, 1, 3])).tolist() == [0, 1, 2, 3]
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_refused():
+    config = small_config(model=MODELS["llama"])
+    model = build_model(config.model, config.inner)
+    places = tensor_places(model, "llama")
+    names = {place.name for place in places}
+    check_names(names | {"model.layers.0.self_attn.rotary_emb.inv_freq"}, places, "the file")
+    with pytest.raises(UserError, match=r"missing lm_head.weight; unexpected model.layers.0.mlp.b"):
+        check_names(names - {"lm_head.weight"} | {"model.layers.0.mlp.b"}, places, "the file")
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \(2, 2\)"):
+        from_tensors(model, places, lambda name: np.zeros((2, 2), np.float32))
+    with pytest.raises(UserError, match="there are llama"):
+        tensor_places(model, "gpt2")
+
+
+def test_fields_of_a_config():
+    fields = config_from_huggingface(LLAMA)
+    assert fields["mixers"] == ("full",)
+    assert fields["rope_scaling"] == ()
+    assert (fields["num_kv_heads"], fields["head_dim"], fields["norm_eps"]) == (2, 4, 1e-5)
+    assert not any(fields[name] for name in ("qk_norm", "post_norm", "tie_embeddings"))
+
+    older = config_from_huggingface({**LLAMA, "rope_scaling": LLAMA3_ROPE})
+    newer = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    newer["rope_parameters"] = {**LLAMA3_ROPE, "rope_theta": 500000.0}
+    assert config_from_huggingface(newer) == older
+    assert older["rope_scaling"] == (8, 1, 4, 8192)
+    assert older["rope_theta"] == 500000
+
+    qwen = {**LLAMA, "model_type": "qwen3", "head_dim": 8, "sliding_window": 7}
+    assert config_from_huggingface(qwen)["mixers"] == ("full",)
+    assert config_from_huggingface(qwen)["qk_norm"]
+    sliding = {**qwen, "use_sliding_window": True, "max_window_layers": 1}
+    assert config_from_huggingface(sliding)["mixers"] == ("full", "window", "window")
+    assert config_from_huggingface(sliding)["window_size"] == 7
+
+    mistral = {**LLAMA, "model_type": "mistral"}
+    assert config_from_huggingface({**mistral, "sliding_window": 9})["mixers"] == ("window",)
+    assert config_from_huggingface({**mistral, "sliding_window": None})["mixers"] == ("full",)
+
+
+REFUSED = {
+    "family": ({"model_type": "gpt2"}, "'gpt2' is not supported.*llama, mistral"),
+    "bias": ({"attention_bias": True}, "a bias, which is not supported"),
+    "mlp_bias": ({"mlp_bias": True}, "MLPs with a bias"),
+    "activation": ({"hidden_act": "gelu"}, "another activation than silu"),
+    "rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "type 'yarn'"),
+    "rope_lacks": ({"rope_scaling": {"rope_type": "linear"}}, "lack factor"),
+    "partial": ({"partial_rotary_factor": 0.5}, "a part of each head"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights"),
+    "layer_types": (
+        {"model_type": "ministral", "layer_types": ["chunked_attention"] * 3},
+        "unknown 'chunked_attention'",
+    ),
+    "too_few": ({"model_type": "ministral", "layer_types": ["full_attention"]}, "not of 3 layers"),
+    "number": ({"hidden_size": "16"}, "hidden_size = '16'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_computed_is_refused(name):
+    changes, sentence = REFUSED[name]
+    with pytest.raises(UserError, match=sentence):
+        config_from_huggingface({**LLAMA, **changes})
+    assert set(MODELS) < set(families())

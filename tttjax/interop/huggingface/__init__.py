@@ -1,0 +1,27 @@
+"""Models in the form of Hugging Face transformers: names, configurations, files; both ways.
+
+config_from_huggingface   config.json -> fields of our `ModelConfig`
+tensor_places             which tensor is which weight, and how to convert it either way
+from_tensors              our weights out of tensors read one at a time
+"""
+
+from tttjax.interop.huggingface.configs import config_from_huggingface, supported
+from tttjax.interop.huggingface.names import (
+    TensorPlace,
+    check_names,
+    families,
+    from_tensors,
+    tensor_places,
+    unplaced,
+)
+
+__all__ = [
+    "TensorPlace",
+    "check_names",
+    "config_from_huggingface",
+    "families",
+    "from_tensors",
+    "supported",
+    "tensor_places",
+    "unplaced",
+]

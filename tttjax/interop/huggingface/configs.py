@@ -1,0 +1,187 @@
+"""`config.json` of a Hugging Face model as fields of our `ModelConfig`.
+
+What ours cannot compute exactly is refused, never left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tttjax.config.values import nearest
+from tttjax.errors import UserError
+from tttjax.interop.huggingface.names import families
+
+OWN = "tttjax"
+LAYER_TYPES = {"full_attention": "full", "sliding_attention": "window"}
+# Keys that must be absent or have one of these values, and what they would mean otherwise.
+NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((None, False), "projections with a bias"),
+    "qkv_bias": ((None, False), "projections with a bias"),
+    "mlp_bias": ((None, False), "MLPs with a bias"),
+    "hidden_act": ((None, "silu", "swish"), "another activation than silu"),
+    "hidden_activation": ((None, "silu", "swish"), "another activation than silu"),
+    "partial_rotary_factor": ((None, 1, 1.0), "rotary positions of a part of each head"),
+    "final_logit_softcapping": ((None,), "capped logits"),
+    "attn_logit_softcapping": ((None,), "capped attention scores"),
+    "use_bidirectional_attention": ((None, False), "attention that is not causal"),
+    "quantization_config": ((None,), "quantized weights"),
+}
+# Keys that mean something else in these families if they are absent than in Llama.
+DEFAULTS_DIFFER = {
+    "qwen3": ("head_dim", "num_key_value_heads"),
+    "mistral": ("num_key_value_heads",),
+    "ministral": ("num_key_value_heads",),
+    "gemma3_text": ("head_dim", "num_key_value_heads", "tie_word_embeddings"),
+}
+
+
+def supported() -> str:
+    """What can be imported, in a phrase."""
+    return (
+        f"the families {', '.join(families())} with silu MLPs, no biases, rotary positions that "
+        "are plain, linear or llama3, and full or sliding-window attention"
+    )
+
+
+def config_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` out of the contents of a `config.json`.
+
+    Raises UserError, saying what is supported, for another family or a feature that ours lacks.
+    """
+    family = values.get("model_type")
+    if family not in families():
+        hint = nearest(str(family), families())
+        raise UserError(f"the model family {family!r} is not supported.{hint} {_only()}")
+    for key, (allowed, what) in NEEDED.items():
+        if values.get(key) not in allowed:
+            raise UserError(
+                f"{key} = {values[key]!r} means {what}, which is not supported. {_only()}"
+            )
+    heads, layers = _number(values, "num_attention_heads"), _number(values, "num_hidden_layers")
+    width = _number(values, "hidden_size")
+    for key in DEFAULTS_DIFFER.get(family, ()):
+        if key not in values:
+            raise UserError(f"config.json does not say {key}, and a model of {family} needs it")
+    head_dim = values.get("head_dim") or width // heads
+    kinds, window = _attention(family, values, layers)
+    theta, scaling = _rope(values, set(kinds))
+    if values.get("query_pre_attn_scalar", head_dim) != head_dim:
+        raise UserError(
+            f"query_pre_attn_scalar = {values['query_pre_attn_scalar']} is not head_dim = "
+            f"{head_dim}, which is not supported. {_only()}"
+        )
+    fields: dict[str, Any] = {
+        "vocab_size": _number(values, "vocab_size"),
+        "embed_dim": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": values.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "mlp_dim": _number(values, "intermediate_size"),
+        "mixers": shortest_pattern(kinds),
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
+        "qk_norm": family in ("qwen3", "gemma3_text"),
+        "pre_norm": True,
+        "post_norm": family == "gemma3_text",
+    }
+    if window:
+        fields["window_size"] = window
+    if family == OWN:
+        own = ("qk_norm", "pre_norm", "post_norm", "suffix_layers", "fast_mlp")
+        fields |= {key: values[key] for key in own if key in values}
+    return fields
+
+
+def shortest_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The fewest mixers whose repetition gives these."""
+    return next(
+        kinds[:size]
+        for size in range(1, len(kinds) + 1)
+        if all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+    )
+
+
+def _only() -> str:
+    return f"Supported are {supported()}."
+
+
+def _number(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.json has {key} = {value!r}, and it must be a whole number above 0")
+    return value
+
+
+def _attention(family: str, values: Mapping[str, Any], layers: int) -> tuple[tuple[str, ...], int]:
+    """(mixer of every layer, window; 0: none)."""
+    window = values.get("sliding_window") or 0
+    if family == "qwen3" and not values.get("use_sliding_window", False):
+        window = 0
+    types = values.get("layer_types")
+    if family == "llama":
+        types, window = None, 0
+    if types is None:
+        first = 0
+        if family == "qwen3":  # the first layers see everything
+            first = values.get("max_window_layers", layers if not window else 28)
+        elif family == "gemma3_text" and window:
+            raise UserError(
+                "config.json must say by layer_types which layers have a sliding window"
+            )
+        types = [
+            "sliding_attention" if window and i >= first else "full_attention"
+            for i in range(layers)
+        ]
+    unknown = sorted(set(types) - LAYER_TYPES.keys())
+    if unknown or len(types) != layers:
+        what = f"has the unknown {unknown[0]!r}" if unknown else f"is not of {layers} layers"
+        raise UserError(f"layer_types {what}. {_only()}")
+    kinds = tuple(LAYER_TYPES[kind] for kind in types)
+    if "window" not in kinds:
+        return kinds, 0
+    if not window:
+        raise UserError("layer_types has sliding_attention, but sliding_window is not set")
+    return kinds, window
+
+
+def _rope(values: Mapping[str, Any], kinds: set[str]) -> tuple[float, tuple[float, ...]]:
+    """(theta, our rope_scaling), in the new form (`rope_parameters`) or the older one."""
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    theta = values.get("rope_theta", 10000.0)
+    if "rope_local_base_freq" in values and "window" in kinds:
+        _check_same("rope_theta, rope_local_base_freq", [theta, values["rope_local_base_freq"]])
+    nested = [rope[name] for name, kind in LAYER_TYPES.items() if name in rope and kind in kinds]
+    if nested:
+        _check_same("rope_parameters of the two kinds of attention", nested)
+        rope = dict(nested[0])
+    theta = rope.pop("rope_theta", theta)
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(f"partial_rotary_factor = {rope['partial_rotary_factor']}. {_only()}")
+    scalings = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            *("factor", "low_freq_factor", "high_freq_factor"),
+            "original_max_position_embeddings",
+        ),
+    }
+    if kind not in scalings:
+        raise UserError(f"rotary positions of type {kind!r} are not supported. {_only()}")
+    if "original_max_position_embeddings" in scalings[kind]:
+        rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    missing = [key for key in scalings[kind] if rope.get(key) is None]
+    if missing:
+        raise UserError(
+            f"rotary positions of type {kind!r} lack {', '.join(missing)} in config.json"
+        )
+    return float(theta), tuple(float(rope[key]) for key in scalings[kind])
+
+
+def _check_same(what: str, found: list[Any]) -> None:
+    if any(one != found[0] for one in found[1:]):
+        raise UserError(
+            f"{what} differ ({found[0]} and {found[1]}), which is not supported. {_only()}"
+        )
