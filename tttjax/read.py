@@ -31,7 +31,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate.progress import Progress
 from tttjax.generate import add_model_arguments, open_from, start_session
 from tttjax.generate.opened import Opened
-from tttjax.inference.engine import CHUNKS_AT_ONCE, Session
+from tttjax.inference.session import CHUNKS_AT_ONCE, Session
 from tttjax.inference.session_file import (
     LOSSES,
     PRECISIONS,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.small import shaken, small_config, worst
-from tttjax.inference.engine import Engine, pieces
+from tttjax.inference.engine import Engine
 from tttjax.inference.reading import make_reader
+from tttjax.inference.session import pieces
 from tttjax.meta import make_inner_loop
 from tttjax.models import build_model
 
@@ -68,6 +69,35 @@ def test_any_way_of_reading_gives_the_same(x64, name):
         assert worst(found.logit_V, expected.logit_V) < 1e-11
         assert worst(found.learned, expected.learned) < 1e-11
         assert worst(found.now, expected.now) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["ttt_e2e", "hybrid"])
+def test_texts_of_any_lengths_are_read_together(x64, monkeypatch, name):
+    engine, token = make_engine(name)
+    begun, _ = engine.read(engine.start(), token[1, :3])
+    sessions = [engine.start(), engine.start(), begun, engine.start()]
+    texts = [token[0], token[1, :9], token[0, :7], token[0, :0]]
+    batches: list[int] = []
+    read_chunks = engine._read_chunks
+
+    def counting(weights, context, token_BT, *args, **kwargs):
+        batches.append(len(token_BT))
+        return read_chunks(weights, context, token_BT, *args, **kwargs)
+
+    alone = [engine.read(s, text) for s, text in zip(sessions, texts, strict=True)]
+    monkeypatch.setitem(vars(engine), "_read_chunks", counting)
+    together = engine.read_together(sessions, texts)
+    assert max(batches) == 2  # those that stand at the same place
+    for (found, seen), (expected, seen_alone) in zip(together, alone, strict=True):
+        assert found.tokens == expected.tokens
+        assert (found.pending == expected.pending).all()
+        assert worst(found.learned, expected.learned) < 1e-11
+        assert worst(found.now, expected.now) < 1e-11
+        assert len(seen) == len(seen_alone)
+        if seen:
+            assert worst(seen, seen_alone) < 1e-11
+    assert worst(together[0][0].logit_V, alone[0][0].logit_V) < 1e-11
+    assert together[3][0].logit_V is None
 
 
 def test_learning_happens_once_a_chunk_and_its_last_target_are_known(x64):

@@ -6,13 +6,14 @@ and the token after it is known, the chunk is read once more from `learned`, wit
 two places fall together. So what is learned does not depend on how the tokens came: in one piece,
 in several, or one at a time.
 
-Texts are read a session at a time, since each fills the machine. While tokens are drawn, all
-sessions go on together, a token each, whatever their places. Every function is compiled once per
-shape: whole chunks in pieces of `CHUNKS_AT_ONCE` and 1, the rest in powers of `PIECE`.
+Texts are cut into pieces of a few sizes: whole chunks by `CHUNKS_AT_ONCE` and 1, the rest by powers
+of `PIECE`. Sessions that stand at the same place and have the same piece before them read it
+together, in batches of powers of two, so every function is compiled once for each of few shapes.
+While tokens are drawn, all sessions go on together, a token each, whatever their places.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import jax
@@ -31,39 +32,10 @@ from tttjax.inference.reading import (
     read_chunks,
     start,
 )
+from tttjax.inference.session import NO_MARKS, NO_TOKENS, Reading, Session
 from tttjax.types import Array, Params, PyTree
 
-CHUNKS_AT_ONCE = 8
-PIECE = 4  # the rest of a text is read in pieces of 1, 4, 16, ... tokens
-LARGEST_PIECE = 1024
-NO_TOKENS, NO_MARKS = np.zeros(0, np.int32), np.zeros(0, bool)
-
-
-@dataclass(frozen=True)
-class Session:
-    """One sequence: what was read of it and learned from it. Never changed, always replaced.
-
-    pending: int32 [n], the tokens read since `learned`; counted: bool [n], whether each is one to
-    learn from. tokens: all that were read. logit_V: of the next token, float32 (None: nothing has
-    been read).
-    """
-
-    learned: Context
-    now: Context
-    pending: np.ndarray
-    counted: np.ndarray
-    tokens: int
-    logit_V: Array | None
-
-
-def pieces(length: int) -> list[int]:
-    """Sizes that add up to `length`: powers of PIECE, the largest first."""
-    sizes, size = [], LARGEST_PIECE
-    while length:
-        count, length = divmod(length, size)
-        sizes += [size] * count
-        size //= PIECE
-    return sizes
+MOST_TOGETHER = 32  # sessions that read a piece together: each has its own fast weights and windows
 
 
 class Engine:
@@ -138,58 +110,79 @@ class Engine:
         learn: False reads these tokens without making them targets, also later.
         Raises UserError for tokens that the model does not have, or has no room for.
         """
-        self.check(token_T, session.tokens)
-        seen: list[Records] = []
-        size, token_T = self.reader.chunk_size, token_T.astype(np.int32)
-        known_T = np.concatenate((session.pending, token_T))
-        counted_T = np.concatenate((session.counted, np.full(len(token_T), learn)))
-        number = (len(known_T) - 1) // size if size else 0
-        if number and len(token_T):
-            end = number * size
-            session, seen = self._learn(session, known_T[: end + 1], counted_T[: end + 1])
-            token_T = known_T[end:]
-            counted_T = counted_T[end:]
-        else:
-            counted_T = counted_T[len(session.pending) :]
-        for count in pieces(len(token_T)):
-            session = self._extend_one(session, token_T[:count], counted_T[:count])
-            token_T, counted_T = token_T[count:], counted_T[count:]
-        return session, seen
+        (found,) = self.read_together([session], [token_T], learn=learn)
+        return found
 
-    def _learn(
-        self, session: Session, known_T: np.ndarray, counted_T: np.ndarray
-    ) -> tuple[Session, list[Records]]:
-        """Reads whole chunks from `learned`; the last of the known tokens is only a target."""
-        size, seen = self.reader.chunk_size, []
-        context, at = session.learned, 0
-        first = session.tokens - len(session.pending)
-        while at < len(known_T) - 1:
-            left = (len(known_T) - 1 - at) // size
-            end = at + size * (CHUNKS_AT_ONCE if left >= CHUNKS_AT_ONCE else 1)
-            context, found = self._read_chunks(
-                self.weights,
-                context,
-                jnp.asarray(known_T[None, at:end]),
-                jnp.asarray(known_T[None, end]),
-                jnp.asarray(counted_T[None, at + 1 : end + 1]),
-                at_start=first + at == 0,
-            )
-            seen.append(found)
-            at = end
-        return Session(context, context, NO_TOKENS, NO_MARKS, first + at, None), seen
+    def read_together(
+        self, sessions: Sequence[Session], texts: Sequence[np.ndarray], *, learn: bool = True
+    ) -> list[tuple[Session, list[Records]]]:
+        """`read` of each session's own tokens, of any lengths."""
+        for session, token_T in zip(sessions, texts, strict=True):
+            self.check(token_T, session.tokens)
+        size = self.reader.chunk_size
+        readings = [
+            Reading.of(session, token_T.astype(np.int32), learn, size)
+            for session, token_T in zip(sessions, texts, strict=True)
+        ]
+        self._finish(readings)
+        return [(reading.session, reading.seen) for reading in readings]
 
-    def _extend_one(self, session: Session, token_T: np.ndarray, counted_T: np.ndarray) -> Session:
+    def _finish(self, readings: Sequence["Reading"]) -> None:
+        """Reads all pieces; those furthest behind first, so that the others' company grows."""
+        while left := [reading for reading in readings if reading.pieces]:
+            place = min(reading.place for reading in left)
+            first = next(reading for reading in left if reading.place == place)
+            alike = [r for r in left if r.place == place and r.pieces[0] == first.pieces[0]]
+            batch = alike[: _power_of_two(len(alike))]
+            run = self._learn if first.pieces[0].chunks else self._extend_all
+            run(batch, first.pieces[0].tokens)
+            for reading in batch:
+                del reading.pieces[0]
+
+    def _learn(self, batch: Sequence["Reading"], length: int) -> None:
+        """Reads whole chunks, from `learned`."""
+        taken = [reading.take(length) for reading in batch]
+        context, found = self._read_chunks(
+            self.weights,
+            _join([reading.session.learned for reading in batch]),
+            jnp.asarray(np.stack([token_T for token_T, _ in taken])),
+            jnp.asarray([reading.token_T[0] for reading in batch]),  # only a target
+            # A token's mark says whether it is a target, of the token before it.
+            jnp.asarray(
+                [
+                    np.append(counted_T[1:], reading.counted_T[0])
+                    for reading, (_, counted_T) in zip(batch, taken, strict=True)
+                ]
+            ),
+            at_start=batch[0].place == 0,
+        )
+        for i, reading in enumerate(batch):
+            one = context if len(batch) == 1 else _part(context, i)
+            tokens = reading.place + length
+            reading.session = Session(one, one, NO_TOKENS, NO_MARKS, tokens, None)
+            reading.seen.append(jax.tree.map(lambda x, i=i: x[:, i : i + 1], found))
+
+    def _extend_all(self, batch: Sequence["Reading"], length: int) -> None:
+        """Reads tokens of a chunk that is not full yet, from `now`."""
+        taken = [reading.take(length) for reading in batch]
         now, logit_BV = self._extend(
-            self.weights, session.now, jnp.asarray(token_T[None]), at_start=session.tokens == 0
+            self.weights,
+            _join([reading.session.now for reading in batch]),
+            jnp.asarray(np.stack([token_T for token_T, _ in taken])),
+            at_start=batch[0].place == 0,
         )
-        read = replace(session, now=now, tokens=session.tokens + len(token_T), logit_V=logit_BV[0])
-        if not self.reader.chunk_size:  # of a session that did learn, nothing is pending any more
-            return replace(read, learned=now, pending=NO_TOKENS, counted=NO_MARKS)
-        return replace(
-            read,
-            pending=np.concatenate((session.pending, token_T)),
-            counted=np.concatenate((session.counted, counted_T)),
-        )
+        for i, (reading, (token_T, counted_T)) in enumerate(zip(batch, taken, strict=True)):
+            session = reading.session
+            one = now if len(batch) == 1 else _part(now, i)
+            read = replace(session, now=one, tokens=session.tokens + length, logit_V=logit_BV[i])
+            if self.reader.chunk_size:
+                reading.session = replace(
+                    read,
+                    pending=np.concatenate((session.pending, token_T)),
+                    counted=np.concatenate((session.counted, counted_T)),
+                )
+            else:  # of a session that did learn, nothing is pending any more
+                reading.session = replace(read, learned=one, pending=NO_TOKENS, counted=NO_MARKS)
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -204,13 +197,17 @@ class Group:
     def __init__(self, engine: Engine, sessions: Sequence[Session]):
         self._engine = engine
         self._resting: set[int] = set()
-        # Their present contexts are in `_now` alone, and those learned from only if any are.
-        if engine.reader.chunk_size:
-            self._rest = [replace(session, now=session.learned) for session in sessions]
-        else:
-            self._rest = [replace(engine.start(), tokens=s.tokens) for s in sessions]
+        # Present contexts and fast weights are in `_now` alone; of what was learned from, only
+        # windows and states are kept beside, and only if something will be learned.
+        self._rest = [self._beside(session) for session in sessions]
         self._now = _stack([session.now for session in sessions])
         self.logit_RV = jnp.stack([_known(session.logit_V) for session in sessions])
+
+    def _beside(self, session: Session) -> Session:
+        learned = session.learned._replace(fast=None, rule_state=None)
+        if not self._engine.reader.chunk_size:
+            learned = Context(None, None, None, None)
+        return replace(session, learned=learned, now=learned)
 
     def step(self, tokens: Sequence[int], *, learn: bool = True) -> None:
         """A token for each; those whose chunk is full learn from it first.
@@ -221,24 +218,45 @@ class Group:
         awake = [r for r in range(len(tokens)) if r not in self._resting]
         for r in awake:
             engine.check([tokens[r]], self._rest[r].tokens)
+        self._learn_full([r for r in awake if self._is_full(r)], tokens, learn)
         for r in awake:
             self._rest[r] = self._add(r, tokens[r], learn)
         self._now, self.logit_RV = engine._step(
             engine.weights, self._now, jnp.asarray(tokens, jnp.int32)
         )
 
+    def _is_full(self, r: int) -> bool:
+        size = self._engine.reader.chunk_size
+        return bool(size) and len(self._rest[r].pending) == size
+
+    def _learn_full(self, full: Sequence[int], tokens: Sequence[int], learn: bool) -> None:
+        """Full chunks are learned from; the new tokens are their last targets."""
+        size = self._engine.reader.chunk_size
+        readings = []
+        for r in full:
+            session = replace(self._rest[r], learned=self._learned(r))
+            new = np.array([tokens[r]], np.int32)
+            reading = Reading.of(session, new, learn, size)
+            reading.pieces = [piece for piece in reading.pieces if piece.chunks]
+            readings.append(reading)
+        self._engine._finish(readings)
+        for r, reading in zip(full, readings, strict=True):
+            self._now = _put(self._now, reading.session.now, r)
+            self._rest[r] = self._beside(reading.session)
+
     def _add(self, r: int, token: int, learn: bool) -> Session:
-        """What is kept of session r once it has the token; `_now` learns here, and reads later."""
-        session, size = self._rest[r], self._engine.reader.chunk_size
-        if not size:
-            return replace(session, tokens=session.tokens + 1)
-        known_T = np.append(session.pending, np.int32(token))
-        counted_T = np.append(session.counted, learn)
-        if len(session.pending) == size:
-            session, _ = self._engine._learn(session, known_T, counted_T)
-            self._now = _put(self._now, session.now, r)
-            known_T, counted_T = known_T[-1:], counted_T[-1:]
-        return replace(session, tokens=session.tokens + 1, pending=known_T, counted=counted_T)
+        """What is kept of session r once it has the token, that `_now` reads later."""
+        session = replace(self._rest[r], tokens=self._rest[r].tokens + 1)
+        if not self._engine.reader.chunk_size:
+            return session
+        pending = np.append(session.pending, np.int32(token))
+        return replace(session, pending=pending, counted=np.append(session.counted, learn))
+
+    def _learned(self, r: int) -> Context:
+        """What session r has learned; its fast weights change nowhere but in learning."""
+        now, beside = self._now, self._rest[r].learned
+        fast, rule_state = jax.tree.map(lambda x: x[r], (now.fast, now.rule_state))
+        return beside._replace(fast=fast, rule_state=rule_state)
 
     def rest(self, r: int) -> None:
         """Session r, taken out before, goes on no more: its tokens count for nothing."""
@@ -246,10 +264,46 @@ class Group:
 
     def session(self, r: int) -> Session:
         """One of them as it is now."""
-        rest = self._rest[r]
         now = jax.tree.map(lambda x: x[r], self._now)
-        learned = rest.learned if self._engine.reader.chunk_size else now
-        return replace(rest, learned=learned, now=now, logit_V=self.logit_RV[r])
+        learned = self._learned(r) if self._engine.reader.chunk_size else now
+        return replace(self._rest[r], learned=learned, now=now, logit_V=self.logit_RV[r])
+
+
+def _power_of_two(count: int) -> int:
+    """The largest that is at most `count` and MOST_TOGETHER."""
+    return 1 << (min(count, MOST_TOGETHER).bit_length() - 1)
+
+
+def _join(contexts: Sequence[Context]) -> Context:
+    """Contexts at the same place as one of their whole batch."""
+    if len(contexts) == 1:
+        return contexts[0]
+    joined = _concatenate(contexts)
+    first = contexts[0]
+    below = {**joined.below, "position": first.below["position"]}
+    return joined._replace(below=below, above={**joined.above, "position": first.above["position"]})
+
+
+@jax.jit
+def _concatenate(contexts: Sequence[Context]) -> Context:
+    return jax.tree.map(
+        lambda *leaves: jnp.concatenate(jax.tree.map(jnp.atleast_1d, leaves)), *contexts
+    )
+
+
+@jax.jit
+def _part(context: Context, i: Array) -> Context:
+    """One sequence of a batch."""
+
+    def cut(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), tree)
+
+    def state(half: PyTree) -> PyTree:
+        return {**half, "blocks": cut(half["blocks"])}
+
+    return Context(
+        state(context.below), state(context.above), cut(context.fast), cut(context.rule_state)
+    )
 
 
 def _known(logit_V: Array | None) -> Array:
