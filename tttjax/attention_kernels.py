@@ -47,7 +47,7 @@ def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[
             continue
         why = why_not(platform, q_THK, sight)
         if not why and here:
-            why = why_not_here(platform, q_THK)
+            why = why_not_here(platform, q_THK, shape.kv_heads)
         if why and model.attention_kernel == "library":
             raise UserError(
                 f'model.attention_kernel = "library" cannot be had for {kind} attention: {why}; '

@@ -23,6 +23,7 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "embed": ("fsdp",),
     "heads": ("tensor",),
+    "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "head_dim": (),

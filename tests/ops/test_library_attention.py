@@ -27,7 +27,7 @@ def everywhere(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(library_attention, "why_not_here", lambda platform, q_THK: "")
+    monkeypatch.setattr(library_attention, "why_not_here", lambda *_: "")
 
 
 def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
@@ -205,7 +205,7 @@ def test_training_differentiates_it_once(monkeypatch, inner):
     once.defvjp(forward, lambda window, _, bar: (bar, bar, bar))
     monkeypatch.setattr(library_attention, "FORMS", {"cpu": once})
     monkeypatch.setattr(library_attention, "why_not", lambda p, q, sight: "local" * sight.block)
-    monkeypatch.setattr(library_attention, "why_not_here", lambda platform, q: "")
+    monkeypatch.setattr(library_attention, "why_not_here", lambda *_: "")
     layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
     config = small_config(model={**layers, "remat": "block"}, inner=inner)
     model = build_model(config.model, config.inner)

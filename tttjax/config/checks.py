@@ -71,6 +71,7 @@ def _divided_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:
     found = [(model.mlp_dim, "model.mlp_dim"), (model.vocab_size, "model.vocab_size")]
     if kinds & {"full", "window", "local"}:
         found.append((model.num_heads, "model.num_heads"))
+        found.append((model.kv_heads, "model.num_kv_heads"))
     if "mamba2" in kinds:
         found.append((model.mamba_heads, "The number of mamba2's heads"))
     if "gated_deltanet" in kinds:
@@ -112,6 +113,30 @@ def _check_attention(model: ModelConfig) -> None:
         raise UserError(
             f"A head has {model.head_size} entries (model.head_dim, or embed_dim / num_heads = "
             f"{model.embed_dim} / {model.num_heads}); rotary positions need an even number."
+        )
+    if model.num_heads % model.kv_heads:
+        raise UserError(
+            f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = "
+            f"{model.num_heads}; every head of keys and values serves as many query heads."
+        )
+    _check_rope_scaling(model.rope_scaling)
+
+
+def _check_rope_scaling(scaling: tuple[float, ...]) -> None:
+    if len(scaling) not in (0, 1, 4):
+        raise UserError(
+            f"model.rope_scaling = {scaling} has {len(scaling)} numbers; give none, one (a factor) "
+            "or four: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, "
+            "such as (8, 1, 4, 8192)."
+        )
+    if scaling and scaling[0] < 1:
+        raise UserError(
+            f"model.rope_scaling = {scaling}: its factor, {scaling[0]:g}, must be at least 1."
+        )
+    if len(scaling) == 4 and scaling[1] >= scaling[2]:
+        raise UserError(
+            f"model.rope_scaling = {scaling}: low_freq_factor, {scaling[1]:g}, must be less than "
+            f"high_freq_factor, {scaling[2]:g}."
         )
 
 
@@ -182,6 +207,8 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
         raise UserError(
             f"model.fast_mlp_heads = {model.fast_mlp_heads} is only for model.fast_mlp = True."
         )
+    if model.fast_mlp_init == "zero" and not model.fast_mlp:
+        raise UserError('model.fast_mlp_init = "zero" is only for model.fast_mlp = True.')
     if inner.meta_gradient == "truncated" and inner.truncate_chunks == 0:
         raise UserError(
             'inner.meta_gradient = "truncated" needs inner.truncate_chunks of at least 1.'

@@ -14,9 +14,10 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
     `non_embedding` leaves out the embedding table and an untied output matrix. `fast` counts the
     weights declared fast, whatever `inner.fast_paths` may choose instead; what a TTT layer learns
     while it reads is its state, and the start of it an ordinary weight. For attention in every
-    block, tied embeddings and all norms on, with s suffix blocks,
+    block, tied embeddings and all norms on, with s suffix blocks and G heads of keys and values
+    (H unless num_kv_heads says less),
 
-        non_embedding = L (4 D H K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
+        non_embedding = L (2 D (H + G) K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
     """
     D = model.embed_dim
     periods, rest = divmod(model.num_layers, len(model.mixers))
@@ -138,7 +139,8 @@ def _fast_mlp(model: ModelConfig) -> int:
 
 def _attention(model: ModelConfig) -> int:
     K = model.head_size
-    return 4 * model.embed_dim * model.num_heads * K + 2 * K * model.qk_norm
+    heads = 2 * model.num_heads + 2 * model.kv_heads  # of queries, output, keys and values
+    return model.embed_dim * heads * K + 2 * K * model.qk_norm
 
 
 def _mamba2(model: ModelConfig) -> int:

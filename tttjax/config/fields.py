@@ -12,7 +12,8 @@ class FieldInfo:
     doc: its meaning. choices: the allowed strings (of each entry, for a tuple). joined: whether
     several of them may be joined by `+`. minimum, above, below: numeric limits (inclusive,
     exclusive, exclusive) of the value or of each entry. may_change: whether a resumed run may use
-    another value than the work directory's first run.
+    another value than the work directory's first run. added_later: whether there may be
+    runs from before there was this field; its default is what they did (`unset_additions`).
     """
 
     doc: str
@@ -22,6 +23,7 @@ class FieldInfo:
     above: float | None = None
     below: float | None = None
     may_change: bool = False
+    added_later: bool = False
 
 
 def declare(default: Any, doc: str, **limits: Any) -> Any:
@@ -32,3 +34,15 @@ def declare(default: Any, doc: str, **limits: Any) -> Any:
 def field_info(field: dataclasses.Field) -> FieldInfo:
     """The FieldInfo of a field of a section."""
     return field.metadata["info"]
+
+
+def unset_additions(section: Any) -> set[str]:
+    """Names of a section's fields that were added later and hold their defaults.
+
+    A fingerprint leaves them out, so that those from before there were such fields stay valid.
+    """
+    return {
+        field.name
+        for field in dataclasses.fields(section)
+        if field_info(field).added_later and getattr(section, field.name) == field.default
+    }

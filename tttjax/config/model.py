@@ -23,6 +23,13 @@ class ModelConfig:
     head_dim: int = declare(
         0, "Entries of one head (K), even; 0: embed_dim / num_heads.", minimum=0
     )
+    num_kv_heads: int = declare(
+        0,
+        "Heads of keys and values (G), a divisor of num_heads: each serves num_heads / G query "
+        "heads, and windows, caches and sessions keep these alone; 0: num_heads.",
+        minimum=0,
+        added_later=True,
+    )
     mlp_dim: int = declare(
         512,
         "Hidden entries of each SwiGLU MLP (F), static and fast alike; 0: blocks without an MLP.",
@@ -54,8 +61,23 @@ class ModelConfig:
         "MLPs, each from embed_dim / heads entries to 4 times as many and back, as in TTT-MLP.",
         minimum=0,
     )
+    fast_mlp_init: str = declare(
+        "normal",
+        "How the fast MLP's last matrix starts. normal: as every matrix. zero: at 0, so that a "
+        "pretrained model that is given fast MLPs computes what it did until they have learned.",
+        choices=("normal", "zero"),
+        added_later=True,
+    )
     tie_embeddings: bool = declare(True, "Whether logits use the embedding table.")
     rope_theta: float = declare(500000.0, "Base of the rotary position embedding.", above=0)
+    rope_scaling: tuple[float, ...] = declare(
+        (),
+        "How rotary frequencies are lowered for contexts longer than the model was first trained "
+        "on. Empty: not at all. One number: all are divided by it. Four: as in Llama 3.1, factor, "
+        "low_freq_factor, high_freq_factor and original_max_position_embeddings.",
+        above=0,
+        added_later=True,
+    )
     norm_eps: float = declare(
         1e-6, "Epsilon of every norm but the gated ones, inside the root.", above=0
     )
@@ -169,6 +191,11 @@ class ModelConfig:
     def head_size(self) -> int:
         """Entries of one attention head."""
         return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values in attention."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def mamba_heads(self) -> int:

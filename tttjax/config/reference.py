@@ -56,21 +56,24 @@ _BETWEEN_FIELDS = """\
   fast weights if it has fast MLPs or `inner.fast_paths` chooses others.
 - `model.mixers` is no longer than `model.num_layers`.
 - `model.embed_dim` is a multiple of `model.num_heads` unless `model.head_dim` is set; a head has an
-  even number of entries.
+  even number of entries. `model.num_kv_heads` divides `model.num_heads`.
+- `model.rope_scaling` is empty, one number, or four; its factor is at least 1, and the second of
+  four is less than the third.
 - The width of mamba2's heads, `model.mamba_expand` x `model.embed_dim`, is a multiple of
   `model.mamba_head_dim`, their number one of `model.mamba_groups`; `model.mamba_dt_limits` is empty
   or two numbers, the lower one first.
 - `model.delta_value_heads` is a multiple of `model.delta_heads`; `model.embed_dim` is a multiple of
   the number of the TTT layers' heads, which have an even number of entries.
 - `model.fast_mlp` needs `model.mlp_dim` above 0 or `model.fast_mlp_heads`; the latter is only for
-  `model.fast_mlp` and divides `model.embed_dim`.
+  `model.fast_mlp` and divides `model.embed_dim`. `model.fast_mlp_init` = `zero` is only for
+  `model.fast_mlp`.
 - `inner.truncate_chunks` is set if, and only if, `inner.meta_gradient` is `truncated`.
 - `train.batch_size` is a multiple of `train.accum_steps`, and each micro-batch of
   `mesh.data` x `mesh.fsdp`.
 - `mesh.data` x `mesh.fsdp` x `mesh.tensor` is the number of devices; `model.mlp_dim`,
-  `model.vocab_size`, `model.fast_mlp_heads` and the heads of every mixer that occurs are multiples
-  of `mesh.tensor`, `model.embed_dim` of `mesh.fsdp`; `mesh.data` x `mesh.fsdp` is a multiple of the
-  number of processes.
+  `model.vocab_size`, `model.fast_mlp_heads` and the heads of every mixer that occurs (those of
+  keys and values too) are multiples of `mesh.tensor`, `model.embed_dim` of `mesh.fsdp`;
+  `mesh.data` x `mesh.fsdp` is a multiple of the number of processes.
 - `optim.warmup_steps` is less than `optim.decay_steps` (or `train.steps`).
 - `data.weights` is empty or has one entry for each of `data.sources`.
 """

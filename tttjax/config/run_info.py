@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
-from tttjax.config.fields import field_info
-from tttjax.config.schema import Config, all_fields
+from tttjax.config.fields import field_info, unset_additions
+from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
 
 CONFIG = "config.json"
@@ -42,8 +42,16 @@ def fixed_values(config: Config) -> dict[str, Any]:
 
 
 def config_fingerprint(config: Config) -> str:
-    """A short hash of `fixed_values`: equal for two runs that compute the same numbers."""
-    text = json.dumps(fixed_values(config), sort_keys=True)
+    """A short hash of `fixed_values`: equal for two runs that compute the same numbers.
+
+    A field that was added later counts from where it leaves its default, so that the fingerprints
+    that older runs have written stay theirs.
+    """
+    values = fixed_values(config)
+    for section in SECTIONS:
+        for name in unset_additions(getattr(config, section)):
+            values.pop(f"{section}.{name}", None)
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -26,6 +26,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.config import Config
+from tttjax.config.fields import unset_additions
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.reading import Context
@@ -67,7 +68,7 @@ def fingerprint(config: Config, params: Params) -> str:
     digest = hashlib.sha256()
     for section in (config.model, config.inner):
         values = {name: repr(value) for name, value in sorted(vars(section).items())}
-        for name in CHANGES_NO_NUMBER:
+        for name in (*CHANGES_NO_NUMBER, *unset_additions(section)):
             values.pop(name, None)
         digest.update(json.dumps(values).encode())
     flat = flatten_dict({"slow": params.slow, "fast": params.fast}, sep="/")

@@ -8,6 +8,8 @@ state None means that the sequence starts here and that nothing will follow: the
 over a whole sequence. `position` is the number of tokens read before.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +27,7 @@ State = dict[str, Array] | None
 class Attention(nnx.Module):
     """Multi-head attention with QK-norm before RoPE; what it sees is said by `sight`.
 
+    kv_heads: heads of keys and values (G), a divisor of num_heads; only these are kept.
     form: of attention with a state. "dense": all scores in memory, any derivative. "once", "twice":
     the window before a chunk in blocks (`ops.window_attention`), for jax.grad alone and for
     jax.grad of jax.jvp. "start": the state is empty, the tokens are the first of their sequence.
@@ -38,8 +41,10 @@ class Attention(nnx.Module):
         head_dim: int,
         rngs: nnx.Rngs,
         *,
+        kv_heads: int,
         sight: Sight,
         rope_theta: float,
+        rope_scaling: tuple[float, ...],
         qk_norm: bool,
         norm_eps: float,
         std: float,
@@ -54,15 +59,17 @@ class Attention(nnx.Module):
         def head_norm():
             return RMSNorm(head_dim, "head_dim", eps=norm_eps, dtype=dtype)
 
-        into_heads = (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim")
-        self.wq = weight(*into_heads)
-        self.wk = weight(*into_heads)
-        self.wv = weight(*into_heads)
+        def into_heads(heads, name):
+            return weight((embed_dim, heads, head_dim), ("embed", name, "head_dim"))
+
+        self.wq = into_heads(num_heads, "heads")
+        self.wk = into_heads(kv_heads, "kv_heads")
+        self.wv = into_heads(kv_heads, "kv_heads")
         self.wo = weight((num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
         self.q_norm = head_norm() if qk_norm else Identity()
         self.k_norm = head_norm() if qk_norm else Identity()
         self.sight = sight
-        self.rope_theta = rope_theta
+        self.turn = partial(rotate, theta=rope_theta, scaling=rope_scaling)
         self.query_block = query_block
         self.form = form
         self.kernel = kernel
@@ -84,8 +91,7 @@ class Attention(nnx.Module):
         Keys are kept after k_norm but before RoPE, so that a window can be given positions of its
         own, which never grow.
         """
-        num_heads, head_dim = self.wk.shape[-2:]
-        shape = (self.memory or max_length, num_heads, head_dim)
+        shape = (self.memory or max_length, *self.wk.shape[-2:])
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
@@ -93,78 +99,78 @@ class Attention(nnx.Module):
             return jnp.einsum("td,dhk->thk", x_TD, weight[...].astype(x_TD.dtype))
 
         q_THK = self.q_norm(project(self.wq))
-        k_THK = self.k_norm(project(self.wk))
-        v_THK = project(self.wv)
+        k_TGK = self.k_norm(project(self.wk))
+        v_TGK = project(self.wv)
         if state is None or self.form == "start":
-            new_state = state and self._kept(state, k_THK, v_THK)
+            new_state = state and self._kept(state, k_TGK, v_TGK)
             position_T = jnp.arange(x_TD.shape[0])
-            q_THK, k_THK = (rotate(x, position_T, self.rope_theta) for x in (q_THK, k_THK))
-            y_THK = attend_whole(q_THK, k_THK, v_THK, self.sight, self.query_block, self.kernel)
+            q_THK, k_TGK = (self.turn(x, position_T) for x in (q_THK, k_TGK))
+            y_THK = attend_whole(q_THK, k_TGK, v_TGK, self.sight, self.query_block, self.kernel)
             state = new_state
         elif self.memory:
-            y_THK, state = self._attend_window(q_THK, k_THK, v_THK, state, position)
+            y_THK, state = self._attend_window(q_THK, k_TGK, v_TGK, state, position)
         else:
-            y_THK, state = self._attend_all(q_THK, k_THK, v_THK, state, position)
+            y_THK, state = self._attend_all(q_THK, k_TGK, v_TGK, state, position)
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
 
-    def _kept(self, state, k_THK, v_THK):
+    def _kept(self, state, k_TGK, v_TGK):
         """What the first tokens of a sequence leave in an empty state."""
 
-        def one(past_SHK, new_THK):
+        def one(past_SGK, new_TGK):
             if self.memory:
-                return jnp.concatenate((past_SHK, new_THK))[-self.memory :]
-            return jax.lax.dynamic_update_slice_in_dim(past_SHK, new_THK, 0, axis=0)
+                return jnp.concatenate((past_SGK, new_TGK))[-self.memory :]
+            return jax.lax.dynamic_update_slice_in_dim(past_SGK, new_TGK, 0, axis=0)
 
-        return {"k": one(state["k"], k_THK), "v": one(state["v"], v_THK)}
+        return {"k": one(state["k"], k_TGK), "v": one(state["v"], v_TGK)}
 
-    def _attend_window(self, q_THK, k_THK, v_THK, state, position):
+    def _attend_window(self, q_THK, k_TGK, v_TGK, state, position):
         """Keys are the window's, then the new ones, at positions 0..W+T-1 whatever was read."""
         window, length = self.memory, q_THK.shape[0]
         slot_S = jnp.arange(window + length)
 
         def turn(x_THK, first):
-            return rotate(x_THK, slot_S[first : first + x_THK.shape[0]], self.rope_theta)
+            return self.turn(x_THK, slot_S[first : first + x_THK.shape[0]])
 
         new_state = {
             name: jnp.concatenate((state[name], new))[length:]
-            for name, new in (("k", k_THK), ("v", v_THK))
+            for name, new in (("k", k_TGK), ("v", v_TGK))
         }
-        q_THK, k_THK, k_past = turn(q_THK, window), turn(k_THK, window), turn(state["k"], 0)
+        q_THK, k_TGK, k_past = turn(q_THK, window), turn(k_TGK, window), turn(state["k"], 0)
         if self.form == "dense":
             true_S = slot_S - window + position  # negative: a slot that no token has filled yet
             seen_TS = visible(true_S[window:], true_S, self.sight)
-            k_SHK = jnp.concatenate((k_past, k_THK))
-            v_SHK = jnp.concatenate((state["v"], v_THK))
-            return attend(q_THK, k_SHK, v_SHK, seen_TS), new_state
+            k_SGK = jnp.concatenate((k_past, k_TGK))
+            v_SGK = jnp.concatenate((state["v"], v_TGK))
+            return attend(q_THK, k_SGK, v_SGK, seen_TS), new_state
         attend_blocks = {"once": window_attention, "twice": window_attention_twice}[self.form]
         kernel = "xla" if self.kernel == "xla" else "auto"
         y_THK = attend_blocks(
-            q_THK, k_past, state["v"], k_THK, v_THK, position, self.sight, kernel=kernel
+            q_THK, k_past, state["v"], k_TGK, v_TGK, position, self.sight, kernel=kernel
         )
         return y_THK, new_state
 
-    def _attend_all(self, q_THK, k_THK, v_THK, state, position):
+    def _attend_all(self, q_THK, k_TGK, v_TGK, state, position):
         """Keys are all that were ever read, each at its own position in a buffer."""
         write = jax.lax.dynamic_update_slice_in_dim
-        k_SHK = write(state["k"], k_THK, position, axis=0)
-        v_SHK = write(state["v"], v_THK, position, axis=0)
-        key_S = jnp.arange(k_SHK.shape[0])
-        k_turned = rotate(k_SHK, key_S, self.rope_theta)
+        k_SGK = write(state["k"], k_TGK, position, axis=0)
+        v_SGK = write(state["v"], v_TGK, position, axis=0)
+        key_S = jnp.arange(k_SGK.shape[0])
+        k_turned = self.turn(k_SGK, key_S)
 
         def block(rows):
             q_QHK, query_Q = rows
             seen_QS = visible(query_Q, key_S, self.sight)
-            return attend(rotate(q_QHK, query_Q, self.rope_theta), k_turned, v_SHK, seen_QS)
+            return attend(self.turn(q_QHK, query_Q), k_turned, v_SGK, seen_QS)
 
         length = q_THK.shape[0]
         rows = q_THK, position + jnp.arange(length)
         count = length // self.query_block
         if count > 1 and length % self.query_block == 0:  # else their scores are few
             blocks = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), rows)
-            y_THK = jax.lax.map(block, blocks).reshape(v_THK.shape)
+            y_THK = jax.lax.map(block, blocks).reshape(q_THK.shape)
         else:
             y_THK = block(rows)
-        return y_THK, {"k": k_SHK, "v": v_SHK}
+        return y_THK, {"k": k_SGK, "v": v_SGK}
 
 
 class NoMixer(nnx.Module):

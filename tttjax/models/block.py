@@ -71,12 +71,15 @@ class BlockShape:
 
     embed_dim: int
     num_heads: int
+    kv_heads: int
     head_dim: int
     mlp_dim: int
     fast_mlp_heads: int
+    fast_mlp_init: str
     window_size: int
     local_size: int
     rope_theta: float
+    rope_scaling: tuple[float, ...]
     norm_eps: float
     mixer_norm_eps: float
     init_std: float
@@ -142,8 +145,10 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
         shape.num_heads,
         shape.head_dim,
         rngs,
+        kv_heads=shape.kv_heads,
         sight=sights[kind],
         rope_theta=shape.rope_theta,
+        rope_scaling=shape.rope_scaling,
         qk_norm=shape.qk_norm,
         norm_eps=shape.norm_eps,
         query_block=shape.query_block,
@@ -220,9 +225,13 @@ class Block(nnx.Module):
 
 
 def _make_mlp(fast: bool, shape: BlockShape, rngs: nnx.Rngs) -> SwiGLU | MultiHeadMLP:
-    std, dtype = shape.init_std, shape.param_dtype
-    kind = FastWeight if fast else nnx.Param
+    starts_at_zero = fast and shape.fast_mlp_init == "zero"
+    common: dict[str, Any] = {
+        "std": shape.init_std,
+        "out_std": 0.0 if starts_at_zero else shape.init_std,
+        "dtype": shape.param_dtype,
+        "kind": FastWeight if fast else nnx.Param,
+    }
     if fast and shape.fast_mlp_heads:
-        heads = shape.fast_mlp_heads
-        return MultiHeadMLP(shape.embed_dim, heads, rngs, std=std, dtype=dtype, kind=kind)
-    return SwiGLU(shape.embed_dim, shape.mlp_dim, rngs, std=std, dtype=dtype, kind=kind)
+        return MultiHeadMLP(shape.embed_dim, shape.fast_mlp_heads, rngs, **common)
+    return SwiGLU(shape.embed_dim, shape.mlp_dim, rngs, **common)

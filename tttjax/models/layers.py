@@ -50,7 +50,10 @@ class Identity(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """(silu(x w1) * (x w3)) w2, no biases (arXiv 2002.05202). [T, D] -> [T, D]."""
+    """(silu(x w1) * (x w3)) w2, no biases (arXiv 2002.05202). [T, D] -> [T, D].
+
+    std: of w1 and w3; out_std: of w2.
+    """
 
     def __init__(
         self,
@@ -59,15 +62,16 @@ class SwiGLU(nnx.Module):
         rngs: nnx.Rngs,
         *,
         std: float,
+        out_std: float,
         dtype: jnp.dtype,
         kind: type[nnx.Param] = nnx.Param,
     ):
-        def weight(shape, axes):
+        def weight(shape, axes, std):
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind)
 
-        self.w1 = weight((embed_dim, mlp_dim), ("embed", "mlp"))
-        self.w3 = weight((embed_dim, mlp_dim), ("embed", "mlp"))
-        self.w2 = weight((mlp_dim, embed_dim), ("mlp", "embed"))
+        self.w1 = weight((embed_dim, mlp_dim), ("embed", "mlp"), std)
+        self.w3 = weight((embed_dim, mlp_dim), ("embed", "mlp"), std)
+        self.w2 = weight((mlp_dim, embed_dim), ("mlp", "embed"), out_std)
 
     def __call__(self, x_TD: Array) -> Array:
         w1_DF, w3_DF, w2_FD = (w[...].astype(x_TD.dtype) for w in (self.w1, self.w3, self.w2))
@@ -78,7 +82,8 @@ class MultiHeadMLP(nnx.Module):
     """gelu(x w1 + b1) w2 + b2 in each of H heads: K entries to 4 K and back. [T, D] -> [T, D].
 
     The inner model of TTT-MLP (arXiv 2407.04620) without its norm and projections: what the fast
-    MLP is on the way from TTT-KVB to TTT-E2E (arXiv 2512.23675, table 1).
+    MLP is on the way from TTT-KVB to TTT-E2E (arXiv 2512.23675, table 1). std: of w1; out_std: of
+    w2; biases start at 0.
     """
 
     def __init__(
@@ -88,20 +93,22 @@ class MultiHeadMLP(nnx.Module):
         rngs: nnx.Rngs,
         *,
         std: float,
+        out_std: float,
         dtype: jnp.dtype,
         kind: type[nnx.Param] = nnx.Param,
     ):
         entries = embed_dim // num_heads
 
-        def weight(shape, axes):
+        def weight(shape, axes, std):
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind)
 
         def bias(shape, axes):
             return kind(jnp.zeros(shape, dtype), axes=axes)
 
-        self.w1 = weight((num_heads, entries, 4 * entries), ("heads", "head_dim", "hidden"))
+        self.w1 = weight((num_heads, entries, 4 * entries), ("heads", "head_dim", "hidden"), std)
         self.b1 = bias((num_heads, 4 * entries), ("heads", "hidden"))
-        self.w2 = weight((num_heads, 4 * entries, entries), ("heads", "hidden", "head_dim"))
+        into_entries = (num_heads, 4 * entries, entries), ("heads", "hidden", "head_dim")
+        self.w2 = weight(*into_entries, out_std)
         self.b2 = bias((num_heads, entries), ("heads", "head_dim"))
 
     def __call__(self, x_TD: Array) -> Array:

@@ -44,20 +44,24 @@ def visible(query_T: Array, key_S: Array, sight: Sight) -> Array:
     return seen
 
 
-def attend(q_THK: Array, k_SHK: Array, v_SHK: Array, seen_TS: Array) -> Array:
+def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, seen_TS: Array) -> Array:
     """softmax(q k^T / sqrt(K)) v over the visible keys, [T, H, K].
 
-    Softmax in float32 at least; the probabilities meet v in the dtype of v.
+    Of G heads of keys and values, a divisor of H, each serves H / G query heads in a row: grouped
+    queries (arXiv 2305.13245). Softmax in float32 at least; the probabilities meet v in its dtype.
     """
     wide = jnp.promote_types(q_THK.dtype, jnp.float32)
-    scale = q_THK.shape[-1] ** -0.5
-    score_HTS = jnp.einsum("thk,shk->hts", q_THK, k_SHK, preferred_element_type=wide) * scale
-    probability_HTS = jax.nn.softmax(jnp.where(seen_TS, score_HTS, MASKED_SCORE), axis=-1)
-    return jnp.einsum("hts,shk->thk", probability_HTS.astype(v_SHK.dtype), v_SHK)
+    length, heads, head_dim = q_THK.shape
+    groups = k_SGK.shape[-2]
+    q_TGRK = q_THK.reshape(length, groups, heads // groups, head_dim)
+    scores = jnp.einsum("tgrk,sgk->grts", q_TGRK, k_SGK, preferred_element_type=wide)
+    score_GRTS = jnp.where(seen_TS, scores * head_dim**-0.5, MASKED_SCORE)
+    probability_GRTS = jax.nn.softmax(score_GRTS, axis=-1).astype(v_SGK.dtype)
+    return jnp.einsum("grts,sgk->tgrk", probability_GRTS, v_SGK).reshape(q_THK.shape)
 
 
 def attend_sequence(
-    q_THK: Array, k_THK: Array, v_THK: Array, sight: Sight, query_block: int
+    q_THK: Array, k_TGK: Array, v_TGK: Array, sight: Sight, query_block: int
 ) -> Array:
     """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
 
@@ -70,10 +74,10 @@ def attend_sequence(
     query_block = min(query_block, max(128, SCORES_AT_ONCE // (heads * reach)))
     if length <= 2 * query_block:
         position_T = jnp.arange(length)
-        return attend(q_THK, k_THK, v_THK, visible(position_T, position_T, sight))
+        return attend(q_THK, k_TGK, v_TGK, visible(position_T, position_T, sight))
     if reach + query_block < length:
-        return _attend_near(q_THK, k_THK, v_THK, sight, reach, query_block)
-    return _attend_far(q_THK, k_THK, v_THK, sight, query_block)
+        return _attend_near(q_THK, k_TGK, v_TGK, sight, reach, query_block)
+    return _attend_far(q_THK, k_TGK, v_TGK, sight, query_block)
 
 
 def _pad_front_and_back(x_THK: Array, front: int, back: int) -> Array:
@@ -86,13 +90,13 @@ def _map_blocks(block_fn, starts: Array) -> Array:
     return out.reshape((-1, *out.shape[2:]))
 
 
-def _attend_near(q_THK, k_THK, v_THK, sight: Sight, reach: int, query_block: int) -> Array:
+def _attend_near(q_THK, k_TGK, v_TGK, sight: Sight, reach: int, query_block: int) -> Array:
     """Each block of queries with the `reach` keys before it: the far past is never touched."""
     length = q_THK.shape[0]
     back = -length % query_block
     q_THK = _pad_front_and_back(q_THK, 0, back)
-    k_SHK = _pad_front_and_back(k_THK, reach, back)
-    v_SHK = _pad_front_and_back(v_THK, reach, back)
+    k_SGK = _pad_front_and_back(k_TGK, reach, back)
+    v_SGK = _pad_front_and_back(v_TGK, reach, back)
 
     def block(start):
         slice_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start)
@@ -100,15 +104,15 @@ def _attend_near(q_THK, k_THK, v_THK, sight: Sight, reach: int, query_block: int
         key_S = start - reach + jnp.arange(reach + query_block)
         return attend(
             slice_of(q_THK, slice_size=query_block),
-            slice_of(k_SHK, slice_size=reach + query_block),
-            slice_of(v_SHK, slice_size=reach + query_block),
+            slice_of(k_SGK, slice_size=reach + query_block),
+            slice_of(v_SGK, slice_size=reach + query_block),
             visible(query_T, key_S, sight),
         )
 
     return _map_blocks(block, jnp.arange(0, length + back, query_block))[:length]
 
 
-def _attend_far(q_THK, k_THK, v_THK, sight: Sight, query_block: int) -> Array:
+def _attend_far(q_THK, k_TGK, v_TGK, sight: Sight, query_block: int) -> Array:
     """Blocks of queries against all keys up to the end of their quarter of the sequence."""
     length = q_THK.shape[0]
     segment = -(-length // (FULL_SEGMENTS * query_block)) * query_block
@@ -116,7 +120,7 @@ def _attend_far(q_THK, k_THK, v_THK, sight: Sight, query_block: int) -> Array:
     outputs = []
     for first in range(0, q_THK.shape[0], segment):
         last = min(first + segment, q_THK.shape[0])
-        keys, values = k_THK[:last], v_THK[:last]
+        keys, values = k_TGK[:last], v_TGK[:last]
         key_S = jnp.arange(keys.shape[0])
 
         def block(start, keys=keys, values=values, key_S=key_S):

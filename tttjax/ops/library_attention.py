@@ -25,10 +25,11 @@ LEAST_LENGTH = 128  # one tile of splash attention; nowhere is there much to gai
 
 
 def attend_whole(
-    q_THK: Array, k_THK: Array, v_THK: Array, sight: Sight, query_block: int, kernel: str = "auto"
+    q_THK: Array, k_TGK: Array, v_TGK: Array, sight: Sight, query_block: int, kernel: str = "auto"
 ) -> Array:
     """Causal attention of a whole sequence to itself, [T, H, K]; see `attend_sequence`.
 
+    G heads of keys and values, a divisor of H: the kernels know grouped queries themselves.
     kernel: "xla" for that alone; else the library's kernel on every platform on which it applies.
     Inside shard_map, axes that are left to the partitioner (`tensor`) divide the heads. A program
     over several devices without shard_map has to ask for "xla".
@@ -36,23 +37,24 @@ def attend_whole(
     """
     in_xla = partial(attend_sequence, sight=sight, query_block=query_block)
     shape = jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype)
+    kv_heads = k_TGK.shape[1]
     window = sight.window if sight.window < q_THK.shape[0] else 0
-    if kernel == "xla" or why_not_divided(q_THK.shape[1]):
-        return in_xla(q_THK, k_THK, v_THK)
+    if kernel == "xla" or why_not_divided(kv_heads):
+        return in_xla(q_THK, k_TGK, v_TGK)
     forms = {
         platform: over_heads(partial(form, window=window))
         for platform, form in FORMS.items()
-        if not (why_not(platform, shape, sight) or why_not_here(platform, shape))
+        if not (why_not(platform, shape, sight) or why_not_here(platform, shape, kv_heads))
     }
     if not forms:
-        return in_xla(q_THK, k_THK, v_THK)
-    return jax.lax.platform_dependent(q_THK, k_THK, v_THK, default=in_xla, **forms)
+        return in_xla(q_THK, k_TGK, v_TGK)
+    return jax.lax.platform_dependent(q_THK, k_TGK, v_TGK, default=in_xla, **forms)
 
 
 def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, sight: Sight) -> str:
     """Why the library's kernel does not apply on a platform; empty if it does.
 
-    platform: "cuda", "tpu", "cpu", ... q_THK: shape and dtype of queries, keys and values.
+    platform: "cuda", "tpu", "cpu", ... q_THK: shape and dtype of the queries.
     """
     name = KERNELS.get(platform)
     if name is None:
@@ -72,34 +74,37 @@ def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, sight: Sight) -> str:
     return ""
 
 
-def why_not_here(platform: str, q_THK: jax.ShapeDtypeStruct) -> str:
+def why_not_here(platform: str, q_THK: jax.ShapeDtypeStruct, kv_heads: int = 0) -> str:
     """Why this machine cannot make programs with a kernel that would apply; empty if it can.
 
-    A program is traced with the kernels of all platforms that this machine can compile them for.
+    kv_heads: heads of keys and values; 0: as many as of queries. A program is traced with the
+    kernels of all platforms that this machine can compile them for.
     """
     if platform == "tpu":
         found = importlib.util.find_spec("libtpu")
         return "" if found else "libtpu, which splash attention is compiled by, is not installed"
+    length, heads, head_dim = q_THK.shape
+    k_TGK = jax.ShapeDtypeStruct((length, kv_heads or heads, head_dim), q_THK.dtype)
     try:  # JAX asks cuDNN for its version and the GPU for its generation
-        jax.eval_shape(partial(_cudnn, window=0), q_THK, q_THK, q_THK)
+        jax.eval_shape(partial(_cudnn, window=0), q_THK, k_TGK, k_TGK)
     except (RuntimeError, NotImplementedError, ValueError) as refusal:
         return str(refusal).partition("\n")[0].rstrip(".")
     return ""
 
 
-def _cudnn(q_THK: Array, k_THK: Array, v_THK: Array, window: int) -> Array:
+def _cudnn(q_THK: Array, k_TGK: Array, v_TGK: Array, window: int) -> Array:
     return jax.nn.dot_product_attention(
-        *(q_THK, k_THK, v_THK),
+        *(q_THK, k_TGK, v_TGK),
         is_causal=True,
         local_window_size=(window - 1, 0) if window else None,  # keys before the query's own
         implementation="cudnn",
     )
 
 
-def _splash(q_THK: Array, k_THK: Array, v_THK: Array, window: int) -> Array:
+def _splash(q_THK: Array, k_TGK: Array, v_TGK: Array, window: int) -> Array:
     from tttjax.ops.splash import splash_attention
 
-    return splash_attention(q_THK, k_THK, v_THK, window)
+    return splash_attention(q_THK, k_TGK, v_TGK, window)
 
 
 FORMS = {"cuda": _cudnn, "tpu": _splash}

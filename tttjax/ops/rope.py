@@ -1,19 +1,43 @@
 """Rotary position embedding, computed from the positions: no table, hence none to run out of."""
 
+import math
+
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tttjax.types import Array
 
 
-def rotate(x_THK: Array, position_T: Array, theta: float) -> Array:
-    """Rotates each pair of entries (2i, 2i+1) of a head by position * theta^(-2i/K).
+def frequencies(
+    head_dim: int, theta: float, scaling: tuple[float, ...] = (), dtype: DTypeLike = jnp.float32
+) -> Array:
+    """Radians per token of each pair of entries of a head, [K / 2]: theta^(-2i/K), then scaled.
+
+    scaling: empty, none. (factor,): all are divided by it. (factor, low, high, length): as in
+    Llama 3.1. A pair that turns n times in `length` tokens, the context of the first training,
+    keeps its frequency where n >= high, and has it divided where n <= low; between, it is
+    (1 - s) / factor + s times as fast, with s = (n - low) / (high - low).
+    """
+    frequency_P = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    if not scaling:
+        return frequency_P
+    factor, *bands = scaling
+    if not bands:
+        return frequency_P / factor
+    low, high, length = bands
+    turns_P = length * frequency_P / (2 * math.pi)
+    kept_P = jnp.clip((turns_P - low) / (high - low), 0, 1)
+    return frequency_P * ((1 - kept_P) / factor + kept_P)
+
+
+def rotate(x_THK: Array, position_T: Array, theta: float, scaling: tuple[float, ...] = ()) -> Array:
+    """Rotates each pair of entries (2i, 2i+1) of a head by position * `frequencies`[i].
 
     RoPE (arXiv 2104.09864) with interleaved pairs, as in the official TTT-E2E code.
     position_T: int [T]. Angles and products in float32 at least; the result has the dtype of x.
     """
-    head_dim = x_THK.shape[-1]
     wide = jnp.promote_types(x_THK.dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+    frequency = frequencies(x_THK.shape[-1], theta, scaling, wide)
     angle_T1P = position_T.astype(wide)[:, None, None] * frequency
     cos, sin = jnp.cos(angle_T1P), jnp.sin(angle_T1P)
     even, odd = x_THK[..., 0::2].astype(wide), x_THK[..., 1::2].astype(wide)

@@ -36,7 +36,7 @@ class _WindowMask(splash.LocalMask):
 
 
 def splash_attention(
-    q_THK: Array, k_THK: Array, v_THK: Array, window: int, interpret: bool = False
+    q_THK: Array, k_TGK: Array, v_TGK: Array, window: int, interpret: bool = False
 ) -> Array:
     """Causal attention of a sequence to itself, [T, H, K], differentiable once in reverse mode.
 
@@ -66,7 +66,7 @@ def splash_attention(
 
     wide = jnp.promote_types(q_THK.dtype, jnp.float32)
     q_THK = (q_THK.astype(wide) * head_dim**-0.5).astype(q_THK.dtype)  # the kernel does not scale
-    return attend(*map(heads_first, (q_THK, k_THK, v_THK))).swapaxes(0, 1)[:length]
+    return attend(*map(heads_first, (q_THK, k_TGK, v_TGK))).swapaxes(0, 1)[:length]
 
 
 def tile_of(length: int, window: int) -> int:

@@ -5,6 +5,7 @@ scores exist only for one block of queries against one block of keys at a time. 
 bounds that depend on the position, so nothing here can be differentiated in reverse.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,8 +20,9 @@ FLOOR = MASKED_SCORE / 2  # below every score, and so far above masked ones that
 class Chunk(NamedTuple):
     """What attention reads, or tangents or cotangents of it (None: there is none).
 
-    q, k_own, v_own: [..., C, H, K], a chunk of queries with their own keys and values.
-    k_past, v_past: [..., W, H, K], those of the W tokens before the chunk.
+    q: [..., C, H, K], a chunk of queries. k_own, v_own: [..., C, G, K], their keys and values, of
+    which each of the G heads serves H / G query heads in a row.
+    k_past, v_past: [..., W, G, K], those of the W tokens before the chunk.
     """
 
     q: Any
@@ -81,7 +83,7 @@ def backward(
         for_rows = (_weigh(score_bar, keys.k),)
         if not wanted:
             return for_rows, ()
-        return for_rows, (_collect(score_bar, q), _collect(weight, bar))
+        return for_rows, (_collect(score_bar, q, keys.k), _collect(weight, bar, keys.v))
 
     nothing = (jnp.zeros(q_HCK.shape, wide),)
     past_zeros = _zeros(chunk.k_past, chunk.v_past) if past else ()
@@ -159,12 +161,13 @@ def pair_backward(
             weight_bar += _product(dot_bar, keys.v_dot, wide)
         score_bar, score_dot_bar = weight * weight_bar * scale, weight * slope * scale
         q_bar, q_dot_bar = _weigh(score_bar, keys.k), _weigh(score_dot_bar, keys.k)
-        k_bar = _collect(score_bar, q) + _collect(score_dot_bar, q_dot)
-        v_bar = _collect(weight, bar) + _collect(weight * score_dot, dot_bar)
+        collect = partial(_collect, y=keys.k)
+        k_bar = collect(score_bar, q) + collect(score_dot_bar, q_dot)
+        v_bar = collect(weight, bar) + collect(weight * score_dot, dot_bar)
         if keys.k_dot is None:
             return (q_bar, q_dot_bar), (k_bar, v_bar)
         q_bar += _weigh(score_dot_bar, keys.k_dot)
-        k_dot_bar, v_dot_bar = _collect(score_dot_bar, q), _collect(weight, dot_bar)
+        k_dot_bar, v_dot_bar = collect(score_dot_bar, q), collect(weight, dot_bar)
         return (q_bar, q_dot_bar), (k_bar, v_bar, k_dot_bar, v_dot_bar)
 
     sides = _sides(chunk, dot)
@@ -203,22 +206,32 @@ def _sides(chunk: Chunk, dot: Chunk | None = None) -> tuple[Side, Side]:
 
 
 def _product(x: Array, y: Array, wide: jnp.dtype) -> Array:
-    """[..., H, Q, S], of rows [..., H, Q, K] with keys or values [..., S, H, K]."""
-    return jnp.einsum("...hqk,...shk->...hqs", x, y, preferred_element_type=wide)
+    """[..., H, Q, S], of rows [..., H, Q, K] with keys or values [..., S, G, K]."""
+    product = jnp.einsum("...gqk,...sgk->...gqs", _fold(x, y), y, preferred_element_type=wide)
+    return product.reshape(*x.shape[:-1], y.shape[-3])
 
 
 def _weigh(weight: Array, y: Array) -> Array:
     """[..., H, Q, K], values or keys summed with weights [..., H, Q, S] in the dtype of y."""
+    folded = _fold(weight, y).astype(y.dtype)
+    total = jnp.einsum("...gqs,...sgk->...gqk", folded, y, preferred_element_type=weight.dtype)
+    return total.reshape(*weight.shape[:-1], y.shape[-1])
+
+
+def _collect(weight: Array, x: Array, y: Array) -> Array:
+    """[..., G, S, K], rows [..., H, Q, K] summed with weights [..., H, Q, S] in the dtype of x.
+
+    y: the keys that it is for, [..., S, G, K].
+    """
+    weight_GQS, x_GQK = _fold(weight, y).astype(x.dtype), _fold(x, y)
     return jnp.einsum(
-        "...hqs,...shk->...hqk", weight.astype(y.dtype), y, preferred_element_type=weight.dtype
+        "...gqs,...gqk->...gsk", weight_GQS, x_GQK, preferred_element_type=weight.dtype
     )
 
 
-def _collect(weight: Array, x: Array) -> Array:
-    """[..., H, S, K], rows [..., H, Q, K] summed with weights [..., H, Q, S] in the dtype of x."""
-    return jnp.einsum(
-        "...hqs,...hqk->...hsk", weight.astype(x.dtype), x, preferred_element_type=weight.dtype
-    )
+def _fold(x: Array, y: Array) -> Array:
+    """[..., H, Q, N] as [..., G, H / G x Q, N], by the heads of y, [..., S, G, K]."""
+    return x.reshape(*x.shape[:-3], y.shape[-2], -1, x.shape[-1])
 
 
 def _dot(x: Array, y: Array, wide: jnp.dtype) -> Array:

@@ -9,11 +9,16 @@ them, else XLA; "xla"; or "pallas", the kernels wherever they apply, interpreted
 
 Kernels cannot be divided by the partitioner. Inside shard_map the mesh axes that it leaves to the
 partitioner (such as `tensor`) divide the heads, in a shard_map of the kernels' own; where they do
-not divide the heads evenly, and under `jax.set_mesh` without shard_map, XLA's form runs. A program
-over several devices that says its mesh by its arguments' shardings alone has to ask for "xla".
+not divide those of keys and values evenly, and under `jax.set_mesh` without shard_map, XLA's form
+runs. A program over several devices that says its mesh by its arguments' shardings alone has to ask
+for "xla".
+
+XLA's form knows grouped queries. The kernels do not: keys and values are spread to all heads before
+them, and the cotangents summed, which costs as much memory for a moment as H heads would have.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,12 +45,14 @@ def why_not(
     past: int,
     dtype: jnp.dtype,
     *,
+    kv_heads: int = 0,
     kernel: str = "auto",
     tiling: Tiling = AUTO,
 ) -> str:
     """Why the kernels do not run where a program for `platform` is written; "" if they do.
 
-    platform: "cpu", "tpu" or "cuda". shape: of q, [..., C, H, K]; past: keys before the chunk.
+    platform: "cpu", "tpu" or "cuda". shape: of q, [..., C, H, K]; past: keys before the chunk;
+    kv_heads: heads of keys and values, 0: H.
     Inside shard_map or `jax.set_mesh`, for the mesh that is in force there.
     Raises UserError for a `kernel` that there is not.
     """
@@ -53,7 +60,7 @@ def why_not(
         raise UserError(f"attention kernel {kernel!r}: choose among {', '.join(KERNELS)}.")
     if kernel == "xla":
         return "XLA's form was asked for"
-    if reason := why_not_divided(shape[-2]) or kernels.why_not(
+    if reason := why_not_divided(kv_heads or shape[-2]) or kernels.why_not(
         platform, shape, past, dtype, tiling
     ):
         return reason
@@ -128,7 +135,10 @@ def _run(
             view = View(position, chunk.q.shape[-3], sight, blocks)
             if form == "xla":
                 return getattr(functions, name)(*arrays, view=view, **static)
-            return getattr(kernels, name)(*arrays, view=view, platform=platform, **static)
+            heads, kv_heads = chunk.q.shape[-2], chunk.k_own.shape[-2]
+            spread = _in_chunks(partial(_spread, times=heads // kv_heads), arrays)
+            results = getattr(kernels, name)(*spread, view=view, platform=platform, **static)
+            return _in_chunks(partial(_gathered, times=heads // kv_heads), results)
 
         return call if form == "xla" else over_heads(call)
 
@@ -146,9 +156,39 @@ def _run(
     return jax.lax.platform_dependent(jnp.asarray(position), *arrays, **others, default=default)
 
 
+def _in_chunks(change: Callable[[Array], Array], tree: Any) -> Any:
+    """A tree with the keys and values of all chunks in it changed, where there are any."""
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, Chunk):
+            return node
+        return Chunk(node.q, *(x if x is None else change(x) for x in node[1:]))
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Chunk))
+
+
+def _spread(x: Array, times: int) -> Array:
+    """[..., S, G, K] as [..., S, H, K]: the kernels read one head of keys for each of queries."""
+    return x if times == 1 else jnp.repeat(x, times, axis=-2)
+
+
+def _gathered(bar: Array, times: int) -> Array:
+    """[..., S, G, K], the cotangent of what was spread, from [..., S, H, K]."""
+    if times == 1:
+        return bar
+    wide = jnp.promote_types(bar.dtype, jnp.float32)
+    shared = bar.reshape(*bar.shape[:-2], -1, times, bar.shape[-1])
+    return jnp.sum(shared, axis=-2, dtype=wide).astype(bar.dtype)
+
+
 def _form(platform: str, chunk: Chunk, tiling: Tiling, kernel: str) -> Form:
     past = chunk.k_past.shape[-3]
-    reason = why_not(platform, chunk.q.shape, past, chunk.q.dtype, kernel=kernel, tiling=tiling)
+    reason = why_not(
+        *(platform, chunk.q.shape, past, chunk.q.dtype),
+        kv_heads=chunk.k_own.shape[-2],
+        kernel=kernel,
+        tiling=tiling,
+    )
     return _xla(chunk, tiling, platform) if reason else ("pallas", tiling)
 
 

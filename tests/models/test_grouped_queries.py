@@ -1,0 +1,77 @@
+"""Grouped queries are ordinary attention whose heads of keys and values are copies of each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from small import random_batch, shaken, small_config, worst
+
+from tttjax.meta import make_inner_loop, make_outer_loss
+from tttjax.models import build_model
+from tttjax.types import Params
+
+pytestmark = pytest.mark.usefixtures("x64")
+HEADS, KV_HEADS = 4, 2
+SIZES = {
+    **{"num_heads": HEADS, "mixers": ("full", "window"), "rope_scaling": (4.0, 1.0, 4.0, 64.0)},
+    **{"tie_embeddings": False, "post_norm": False},  # as in the Llama and Qwen families
+}
+
+
+def built(kv_heads):
+    config = small_config(model={**SIZES, "num_kv_heads": kv_heads})
+    return config, build_model(config.model, config.inner)
+
+
+def change_heads(params, change):
+    """Weights in which wk and wv, [L, D, heads, K], have been changed."""
+    flat = flatten_dict({"slow": params.slow, "fast": params.fast})
+    changed = {path: change(x) if path[-1] in ("wk", "wv") else x for path, x in flat.items()}
+    return Params(**unflatten_dict(changed))
+
+
+def repeated(params):
+    return change_heads(params, lambda w: jnp.repeat(w, HEADS // KV_HEADS, axis=2))
+
+
+def summed(gradient):
+    """Over the heads that were copies of one."""
+
+    def one(w):
+        layers, width, _, entries = w.shape
+        return w.reshape(layers, width, KV_HEADS, -1, entries).sum(3)
+
+    return change_heads(gradient, one)
+
+
+def test_loss_and_gradient_are_those_of_repeated_heads():
+    found = []
+    for kv_heads in (KV_HEADS, 0):
+        config, model = built(kv_heads)
+        inner = make_inner_loop(config.inner)._replace(form="reference")
+        loss = make_outer_loss(model, inner, learn=True)
+        params = shaken(built(KV_HEADS)[1].init(jax.random.key(0)))
+        params = params if kv_heads else repeated(params)
+        derive = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, reading), gradient = derive(params, random_batch(config), 0.7)
+        found.append((value, reading, gradient if kv_heads else summed(gradient)))
+    assert worst(*found) < 1e-12
+
+
+def test_logits_are_those_of_repeated_heads_and_the_state_is_smaller():
+    config, grouped = built(KV_HEADS)
+    _, plain = built(HEADS)
+    params = shaken(grouped.init(jax.random.key(0)))
+    token_T = np.arange(12, dtype=np.int32) % config.model.vocab_size
+    states = [model.init_state(12) for model in (grouped, plain)]
+    logit_TV, _ = jax.jit(grouped.apply)(params, states[0], token_T)
+    wanted_TV, _ = jax.jit(plain.apply)(repeated(params), states[1], token_T)
+    np.testing.assert_allclose(logit_TV, wanted_TV, atol=1e-12)
+    small, large = (sum(x.size for x in jax.tree.leaves(s["blocks"])) for s in states)
+    assert small * HEADS == large * KV_HEADS
+
+
+def test_as_many_heads_of_keys_as_of_queries_change_nothing():
+    (_, unset), (_, same) = built(0), built(HEADS)
+    assert unset == same
