@@ -1,4 +1,4 @@
-"""Grouped queries are ordinary attention whose heads of keys and values are copies of each other."""
+"""Grouped queries are attention whose heads of keys and values are copies of each other."""
 
 import jax
 import jax.numpy as jnp
