@@ -18,7 +18,7 @@ LAYERS = (
     {"update_rules"},
     {"inner_loop"},
     {"models"},
-    {"history", "chunk_step"},
+    {"history", "chunk_step", "fast_layers"},
     {"fast_gradient"},
     {"meta"},
     {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
@@ -26,7 +26,7 @@ LAYERS = (
     {"attention_kernels"},
     {"train_step"},
     {"prepare", "train", "evaluate", "verify", "bench", "plan"},
-    {"report", "generate"},
+    {"report", "generate", "importing"},
     {"read", "sessions"},
     {"cli"},
     {"__main__"},
@@ -38,7 +38,7 @@ CORE = (
 )
 COMMANDS = (
     *("prepare", "train", "evaluate", "verify", "bench", "plan", "report"),
-    *("generate", "read", "sessions", "cli"),
+    *("generate", "read", "sessions", "importing", "cli"),
 )
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

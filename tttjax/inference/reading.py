@@ -21,12 +21,16 @@ from tttjax.types import Array, Params, PyTree
 
 
 class Reader(NamedTuple):
-    """How a model reads. chunk_size: tokens of an update, at rate `lr`; 0: it does not learn."""
+    """How a model reads. chunk_size: tokens of an update, at rate `lr`; 0: it does not learn.
+
+    clip: the norm to which the rule clips gradients (0: it does not).
+    """
 
     learner: Learner
     chunk_size: int
     lr: float
     fast_dtype: jnp.dtype
+    clip: float
 
 
 class Weights(NamedTuple):
@@ -57,6 +61,7 @@ def make_reader(model: Transformer, inner: InnerLoop, lr: float, *, learn: bool 
         inner.chunk_size if learns else 0,
         lr,
         inner.fast_dtype,
+        inner.clip,
     )
 
 
@@ -102,6 +107,27 @@ def read_chunks(
     the token after each is one to learn from (None: all are). at_start: nothing has been read yet;
     then attention below is that of a whole sequence.
     """
+    chunks, below = whole_chunks(reader, weights, context, token_BT, next_B, counted_BT, at_start)
+
+    def step(carry, chunk):
+        carry, records, _ = learn_from(reader, weights, carry, chunk)
+        return carry, records
+
+    carry = context.above, context.fast, context.rule_state
+    (above, fast, rule_state), seen = jax.lax.scan(step, carry, chunks)
+    return Context(below, above, fast, rule_state), seen
+
+
+def whole_chunks(
+    reader: Reader,
+    weights: Weights,
+    context: Context,
+    token_BT: Array,
+    next_B: Array,
+    counted_BT: Array | None,
+    at_start: bool,
+) -> tuple[Chunks, PyTree]:
+    """What the upper half of the model reads of N whole chunks, and the lower half's new state."""
     x_BTD, below = _read_below(reader, weights, context, token_BT, at_start)
     target_BT = jnp.concatenate((token_BT[:, 1:], next_B[:, None]), axis=1)
 
@@ -111,19 +137,22 @@ def read_chunks(
 
     if counted_BT is None:
         counted_BT = jnp.ones(token_BT.shape, bool)
-    chunks = Chunks(by_chunk(x_BTD), by_chunk(target_BT), by_chunk(counted_BT))
+    return Chunks(by_chunk(x_BTD), by_chunk(target_BT), by_chunk(counted_BT)), below
 
-    def step(carry, chunk):
-        above, fast, rule_state = carry
-        (loss_B, (above, nll_BC, _)), g = loss_and_gradient(
-            reader.learner, weights.upper, fast, above, chunk
-        )
-        fast, rule_state, norm_B = learn(reader.learner, fast, rule_state, g, chunk, reader.lr)
-        return (above, fast, rule_state), Records(loss_B, nll_BC, norm_B)
 
-    carry = context.above, context.fast, context.rule_state
-    (above, fast, rule_state), seen = jax.lax.scan(step, carry, chunks)
-    return Context(below, above, fast, rule_state), seen
+def learn_from(
+    reader: Reader, weights: Weights, carry: tuple[PyTree, PyTree, PyTree], chunk: Chunks
+) -> tuple[tuple[PyTree, PyTree, PyTree], Records, PyTree]:
+    """One chunk, learned from: (the new carry, its records, the gradient of each sequence).
+
+    carry: the upper half's state, the fast weights and the rule's state. chunk: without its N.
+    """
+    above, fast, rule_state = carry
+    (loss_B, (above, nll_BC, _)), g = loss_and_gradient(
+        reader.learner, weights.upper, fast, above, chunk
+    )
+    fast, rule_state, norm_B = learn(reader.learner, fast, rule_state, g, chunk, reader.lr)
+    return (above, fast, rule_state), Records(loss_B, nll_BC, norm_B), g
 
 
 def extend(
