@@ -34,8 +34,14 @@ CASES = {
         "model": {"suffix_layers": 2, "window_size": 50},
         "inner": {"rule": "adam", "lr": 0.1},
     },
-    "a pattern with full attention": {
-        "model": {"num_layers": 3, "suffix_layers": 2, "mixers": ("full", "window")}
+    "a pattern with full attention, grouped queries": {
+        "model": {
+            "num_layers": 3,
+            "suffix_layers": 2,
+            "mixers": ("full", "window"),
+            "num_heads": 4,
+            "num_kv_heads": 2,
+        }
     },
     "blocks of the official code": {"model": {"mixers": ("local",), "suffix_layers": 2}},
     "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
@@ -63,12 +69,13 @@ CASES = {
         "model": {"tie_embeddings": False},
         "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
     },
-    "untied, no norms, multi-head fast MLPs": {
+    "untied, no norms, multi-head fast MLPs, one head of keys": {
         "model": {
             "tie_embeddings": False,
             "post_norm": False,
             "qk_norm": False,
             "fast_mlp_heads": 2,
+            "num_kv_heads": 1,
         },
     },
 }

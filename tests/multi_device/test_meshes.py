@@ -58,17 +58,18 @@ def test_five_steps_are_the_same_on_every_mesh(shape, on_one_device):
     assert trainer.step._cache_size() == 1, "the step was traced again"
 
 
-RECURRENT = {
-    "mixers": ("mamba2+gated_deltanet+ttt_mlp",),
+OTHERS = {
+    "mixers": ("mamba2+gated_deltanet+ttt_mlp+window",),
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "pre_conv": True},
-    **{"num_heads": 2, "head_dim": 8, "mamba_groups": 2, "mamba_head_dim": 8, "ttt_chunk": 3},
+    **{"head_dim": 8, "mamba_groups": 2, "mamba_head_dim": 8, "ttt_chunk": 3},
+    **{"num_heads": 4, "num_kv_heads": 2, "delta_heads": 2, "ttt_heads": 2},
 }
 
 
-def test_recurrent_mixers_are_the_same_on_a_mesh():
+def test_recurrent_mixers_and_grouped_queries_are_the_same_on_a_mesh():
     losses = []
     for shape in ((1, 1, 1), (2, 2, 2)):
-        config = make_config(RECURRENT)
+        config = make_config(OTHERS)
         devices = jax.devices()[: int(np.prod(shape))]
         trainer = make_trainer(config, make_mesh(*shape, devices=devices))
         state = trainer.init_state(0)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def by_hand(q, k, v, sight):
     """Loops over queries and heads; the keys of each are listed one by one."""
-    out = np.zeros_like(v)
+    out, shared = np.zeros_like(q), q.shape[1] // k.shape[1]
     for t in range(len(q)):
         seen = [
             s
@@ -21,15 +21,16 @@ def by_hand(q, k, v, sight):
             and (not sight.block or s // sight.block == t // sight.block)
         ]
         for h in range(q.shape[1]):
-            score = np.array([q[t, h] @ k[s, h] for s in seen]) / np.sqrt(q.shape[-1])
+            g = h // shared
+            score = np.array([q[t, h] @ k[s, g] for s in seen]) / np.sqrt(q.shape[-1])
             weight = np.exp(score - score.max())
-            out[t, h] = (weight / weight.sum()) @ v[seen, h]
+            out[t, h] = (weight / weight.sum()) @ v[seen, g]
     return out
 
 
-def qkv(length, seed=0):
+def qkv(length, seed=0, heads=(2, 2, 2)):
     rng = np.random.default_rng(seed)
-    return [rng.normal(size=(length, 2, 4)) for _ in range(3)]
+    return [rng.normal(size=(length, h, 4)) for h in heads]
 
 
 CASES = [
@@ -52,8 +53,9 @@ CASES = [
 @pytest.mark.parametrize(("length", "window", "block", "query_block"), CASES)
 def test_blocks_equal_the_definition(length, window, block, query_block):
     sight = Sight(window=window, block=block)
-    q, k, v = qkv(length)
-    weight = np.random.default_rng(1).normal(size=v.shape)
+    grouped = length % 2 == 1
+    q, k, v = qkv(length, heads=(4, 2, 2) if grouped else (2, 2, 2))
+    weight = np.random.default_rng(1).normal(size=q.shape)
     position = jnp.arange(length)
 
     def in_blocks(q, k, v):

@@ -19,6 +19,7 @@ from tttjax.plan.count import count
 from tttjax.sharding import make_mesh, manual_axes
 
 BF16 = jax.ShapeDtypeStruct((256, 2, 8), jnp.bfloat16)
+QUERIES = jax.ShapeDtypeStruct((256, 4, 8), jnp.bfloat16)  # that share the heads of BF16
 
 
 @pytest.fixture
@@ -43,15 +44,18 @@ def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
 
         return jnp.sum(jax.lax.scan(layer, q, None, length=2)[0].astype(jnp.float32))
 
-    q = jax.ShapeDtypeStruct((2, *BF16.shape), BF16.dtype)
-    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, q, q)
+    q, k = (jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in (QUERIES, BF16))
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, k)
     return program.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("length", "window"), [(200, 0), (300, 130), (129, 1)])
-def test_splash_attention_equals_the_definition(length, window):
+@pytest.mark.parametrize(
+    ("length", "window", "kv_heads"), [(200, 0, 4), (300, 130, 2), (129, 1, 1)]
+)
+def test_splash_attention_equals_the_definition(length, window, kv_heads):
     rng = np.random.default_rng(length)
-    q, k, v, weight = rng.normal(size=(4, length, 2, 8)).astype(np.float32)
+    heads = 4, kv_heads, kv_heads, 4
+    q, k, v, weight = (rng.normal(size=(length, h, 8)).astype(np.float32) for h in heads)
     position = jnp.arange(length)
     seen = visible(position, position, Sight(window=window))
 
@@ -171,8 +175,8 @@ def test_flops_are_those_of_xla(everywhere):
             layer = jax.checkpoint(layer, prevent_cse=False)
             return jnp.sum(jax.lax.scan(layer, q, None, length=3)[0].astype(jnp.float32))
 
-        q = jax.ShapeDtypeStruct((2, *BF16.shape), BF16.dtype)
-        program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, q, q)
+        q, k = (jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in (QUERIES, BF16))
+        program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, k)
         found = count(program)
         assert ("platform_index" in str(program)) == (kernel == "auto")
         assert found.open_loops == 0

@@ -7,7 +7,7 @@ import pytest
 
 from tttjax.ops.cross_entropy import masked_mean, token_nll, token_nll_in_blocks
 from tttjax.ops.norms import rms_norm
-from tttjax.ops.rope import rotate
+from tttjax.ops.rope import frequencies, rotate
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -30,6 +30,43 @@ def test_rotated_products_depend_on_the_difference_of_positions():
         return float(jnp.sum(a * b))
 
     assert product(7, 3) == pytest.approx(product(1007, 1003), abs=1e-10)
+
+
+def test_llama_3s_scaling_keeps_fast_pairs_and_slows_long_ones():
+    theta, length = 500000.0, 8192
+    plain = theta ** (-np.arange(0, 128, 2) / 128)
+    wavelength = 2 * np.pi / plain
+    scaled = frequencies(128, theta, (8.0, 1.0, 4.0, length), jnp.float64)
+    short, long = wavelength < length / 4, wavelength > length
+    assert short.sum() > 20 < long.sum()
+    np.testing.assert_allclose(scaled[short], plain[short], rtol=1e-12)
+    np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-12)
+    between = ~short & ~long
+    share = (length / wavelength[between] - 1) / 3
+    wanted = (1 - share) * plain[between] / 8 + share * plain[between]
+    np.testing.assert_allclose(scaled[between], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "names"),
+    [
+        ((8.0, 1.0, 4.0, 512.0), {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+        ((3.0,), {"rope_type": "linear", "factor": 3.0}),
+    ],
+)
+def test_scaled_frequencies_are_those_of_transformers(scaling, names):
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    names |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_theta": 1e4, **names},
+    )
+    wanted, factor = rope.ROPE_INIT_FUNCTIONS[names["rope_type"]](config, "cpu")
+    assert factor == 1.0
+    np.testing.assert_allclose(frequencies(32, 1e4, scaling), wanted.numpy(), rtol=2e-6)
 
 
 def test_positions_have_no_end():

@@ -18,13 +18,14 @@ pytestmark = pytest.mark.usefixtures("x64")
 BATCH, HEADS, DIM = 2, 2, 3
 
 
-def chunk(queries, past, seed=0, dtype=np.float64):
+def chunk(queries, past, seed=0, dtype=np.float64, kv_heads=HEADS):
     rng = np.random.default_rng(seed)
 
-    def normal(length):
-        return jnp.asarray(rng.normal(size=(BATCH, length, HEADS, DIM)), dtype)
+    def normal(length, heads):
+        return jnp.asarray(rng.normal(size=(BATCH, length, heads, DIM)), dtype)
 
-    return Chunk(normal(queries), *(normal(x) for x in (past, past, queries, queries)))
+    keys = (normal(x, kv_heads) for x in (past, past, queries, queries))
+    return Chunk(normal(queries, HEADS), *keys)
 
 
 def dense(chunk, position, sight):
@@ -63,14 +64,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_value_gradient_and_gradient_of_a_tangent(case):
+SHARED = ("in blocks", "nothing divides", "no past")  # heads of queries share one of keys
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_gradient_and_gradient_of_a_tangent(name):
     """What the meta-gradient takes, reverse over (value, tangent along q and own keys); and once.
 
     Of nonlinear functions, so that cotangents differ everywhere; past keys included.
     """
-    queries, past, window, block, tiling, positions = case
-    x, dot = chunk(queries, past), chunk(queries, 0, seed=1)
+    queries, past, window, block, tiling, positions = CASES[name]
+    kv_heads = 1 if name in SHARED else HEADS
+    x, dot = (chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((past, 0)))
     weight = chunk(queries, 0, seed=2)
     sight = Sight(window, block)
 

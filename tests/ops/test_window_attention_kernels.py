@@ -28,13 +28,14 @@ BLOCKS = Tiling(16, 16)
 REAL = {"queries": 1024, "past": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
 
 
-def chunk(queries, past, seed=0, batch=2, heads=2, dim=4, dtype=np.float64):
+def chunk(queries, past, seed=0, heads=2, kv_heads=2, dtype=np.float64):
     rng = np.random.default_rng(seed)
 
-    def normal(length):
-        return jnp.asarray(rng.normal(size=(batch, length, heads, dim)), dtype)
+    def normal(length, heads):
+        return jnp.asarray(rng.normal(size=(2, length, heads, 4)), dtype)
 
-    return Chunk(normal(queries), *(normal(x) for x in (past, past, queries, queries)))
+    keys = (normal(x, kv_heads) for x in (past, past, queries, queries))
+    return Chunk(normal(queries, heads), *keys)
 
 
 def dense(chunk, position, sight):
@@ -77,24 +78,25 @@ def everything(once, twice, weight, past_moves):
 
 
 CASES = {
-    # queries, past, window, block of the sequence, whether the past moves, positions
-    "window, nothing divides": (20, 37, 37, 0, True, (0, 7, 37, 1000)),
-    "short window, the past is constant": (48, 64, 17, 0, False, (0, 10, 64)),
-    "within blocks of the sequence": (32, 32, 0, 24, False, (0, 5, 48)),
-    "no past": (20, 0, 9, 0, True, (0,)),
+    # queries, past, heads of keys, window, block of the sequence, whether the past moves, positions
+    "window, nothing divides": (20, 37, 1, 37, 0, True, (0, 7, 37, 1000)),
+    "short window, the past is constant": (48, 64, 1, 17, 0, False, (0, 10, 64)),
+    "within blocks of the sequence": (32, 32, 2, 0, 24, False, (0, 5, 48)),
+    "no past": (20, 0, 2, 9, 0, True, (0,)),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_interpreted_kernels_are_the_definition_differentiated(case):
-    queries, past, window, block, past_moves, positions = case
+    queries, past, kv_heads, window, block, past_moves, positions = case
     sight = Sight(window, block)
     with jax.enable_x64(True):
-        against_the_definition(queries, past, sight, past_moves, positions)
+        against_the_definition((queries, past), kv_heads, sight, past_moves, positions)
 
 
-def against_the_definition(queries, past, sight, past_moves, positions):
-    x, dot, weight = (chunk(queries, past, seed) for seed in range(3))
+def against_the_definition(lengths, kv_heads, sight, past_moves, positions):
+    x, dot = (chunk(*lengths, seed, kv_heads=kv_heads) for seed in range(2))
+    weight = chunk(*lengths, seed=2)
     own = partial(everything, weight=weight, past_moves=past_moves)
     got = own(
         lambda x, position: window_attention(*x, position, sight, BLOCKS, "pallas"),
@@ -137,7 +139,7 @@ def test_bfloat16_as_in_xla():
 
 
 def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner():
-    x, dot, bar = (chunk(16, 32, seed, dtype=np.float32) for seed in range(3))
+    x, dot, bar = (chunk(16, 32, seed, heads=4, dtype=np.float32) for seed in range(3))
     dot = dot._replace(k_past=None, v_past=None)
     run = partial(pair_and_back, sight=Sight(32), kernel="pallas")
     plain = jax.jit(run)(x, dot, 20, bar.q)
@@ -145,7 +147,9 @@ def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner(
     of_batch = PartitionSpec("data")
 
     def on_shard(x, dot, position, bar):
-        assert window_attention_why_not("cpu", x.q.shape, 32, x.q.dtype, kernel="pallas") == ""
+        ask = partial(window_attention_why_not, "cpu", x.q.shape, 32, x.q.dtype, kernel="pallas")
+        assert ask(kv_heads=2) == ""
+        assert "do not divide 1 heads" in ask(kv_heads=1)
         return jax.vmap(run, in_axes=(0, 0, None, 0))(x, dot, position, bar)
 
     shared = jax.shard_map(

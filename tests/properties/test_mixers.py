@@ -30,13 +30,16 @@ MIXERS = {
     "ttt_linear, plain, primal": ("ttt_linear", {"ttt_backbone": "plain", "ttt_form": "primal"}),
     "ttt_mlp": ("ttt_mlp", {}),
     "ttt_mlp, plain, primal": ("ttt_mlp", {"ttt_backbone": "plain", "ttt_form": "primal"}),
-    "window+ttt_mlp, read with keys": (
+    "window+ttt_mlp, read with keys, grouped queries": (
         "window+ttt_mlp",
-        {"ttt_output": "key", "ttt_backbone": "plain"},
+        {"ttt_output": "key", "ttt_backbone": "plain", "num_kv_heads": 1},
     ),
-    "mamba2+full, convolution first": ("mamba2+full", {"pre_conv": True}),
+    "mamba2+full, convolution first, grouped queries": (
+        "mamba2+full",
+        {"pre_conv": True, "num_kv_heads": 1, "rope_scaling": (4.0, 1.0, 4.0, 64.0)},
+    ),
 }
-GROWS = ("full", "mamba2+full, convolution first")  # their state keeps all tokens
+GROWS = ("full", "mamba2+full, convolution first, grouped queries")  # their state keeps all tokens
 LONG = tuple(kind for kind in KINDS if kind != "none")
 SMALL_SIZES = {
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "mlp_dim": 0},

@@ -51,13 +51,16 @@ def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, seen_TS: Array) -> Array:
     queries (arXiv 2305.13245). Softmax in float32 at least; the probabilities meet v in its dtype.
     """
     wide = jnp.promote_types(q_THK.dtype, jnp.float32)
-    length, heads, head_dim = q_THK.shape
-    groups = k_SGK.shape[-2]
-    q_TGRK = q_THK.reshape(length, groups, heads // groups, head_dim)
-    scores = jnp.einsum("tgrk,sgk->grts", q_TGRK, k_SGK, preferred_element_type=wide)
-    score_GRTS = jnp.where(seen_TS, scores * head_dim**-0.5, MASKED_SCORE)
-    probability_GRTS = jax.nn.softmax(score_GRTS, axis=-1).astype(v_SGK.dtype)
-    return jnp.einsum("grts,sgk->tgrk", probability_GRTS, v_SGK).reshape(q_THK.shape)
+    groups, (length, heads, head_dim) = k_SGK.shape[-2], q_THK.shape
+    shared = heads // groups  # queries of one token that meet the same keys: rows, like tokens
+    q_TGRK = q_THK.reshape(length, groups, shared, head_dim)
+    q_NGK = q_TGRK.swapaxes(1, 2).reshape(length * shared, groups, head_dim)
+    seen_NS = jnp.repeat(seen_TS, shared, axis=0)
+    score_GNS = jnp.einsum("ngk,sgk->gns", q_NGK, k_SGK, preferred_element_type=wide)
+    score_GNS = jnp.where(seen_NS, score_GNS * head_dim**-0.5, MASKED_SCORE)
+    probability_GNS = jax.nn.softmax(score_GNS, axis=-1).astype(v_SGK.dtype)
+    y_NGK = jnp.einsum("gns,sgk->ngk", probability_GNS, v_SGK)
+    return y_NGK.reshape(length, shared, groups, head_dim).swapaxes(1, 2).reshape(q_THK.shape)
 
 
 def attend_sequence(
