@@ -29,6 +29,14 @@ def test_forward_flops_by_hand():
     assert flops.forward_flops_per_token(MODEL, INNER, 16) == pytest.approx(by_hand)
 
 
+def test_fewer_heads_of_keys_make_smaller_projections_and_as_many_scores():
+    grouped = replace(MODEL, num_kv_heads=1)
+    less = flops.forward_flops_per_token(MODEL, INNER, 16) - flops.forward_flops_per_token(
+        grouped, INNER, 16
+    )
+    assert less == pytest.approx(3 * PROJECTIONS / 4)  # half of two matrices out of four
+
+
 def test_train_flops_by_hand():
     forward = flops.forward_flops_per_token(MODEL, INNER, 16)
     inner_backward = (

@@ -25,6 +25,7 @@ LAYERS = (
     {"metrics", "run_control", "inference"},
     {"attention_kernels"},
     {"train_step"},
+    {"starting_weights"},
     {"prepare", "train", "evaluate", "verify", "bench", "plan"},
     {"report", "generate", "importing"},
     {"read", "sessions"},

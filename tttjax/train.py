@@ -39,6 +39,7 @@ from tttjax.run_control import (
     start_distributed,
 )
 from tttjax.sharding import make_mesh
+from tttjax.starting_weights import starting_weights
 from tttjax.train_step import Trainer, TrainState, make_trainer
 from tttjax.types import Batch
 
@@ -304,7 +305,7 @@ def _first_state(
     if origin := config.train.init_from:
         known = checkpoint.load_tokenizer_fingerprint(origin)
         _check_tokenizer(config, tokenizer, known, origin)
-        weights = checkpoint.restore_params(origin, trainer.abstract_state.params)
+        weights = starting_weights(origin, trainer, config.train.seed)
         return trainer.start_from(weights), 0, Totals()
     return trainer.init_state(config.train.seed), 0, Totals()
 

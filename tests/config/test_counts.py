@@ -60,6 +60,7 @@ def test_parts_that_are_left_out_do_not_count():
     assert saved(pre_norm=False) == saved(post_norm=False) == 2 * 2 * 8
     assert saved(tie_embeddings=False) == -10 * 8
     assert saved(mixers=("none", "window")) == 4 * 8 * 8 + 2 * 4 + 2 * 8
+    assert saved(num_kv_heads=1) == 2 * 2 * (8 * 4)
     assert saved(head_dim=8) == -2 * (4 * 8 * 8 + 2 * 4)
 
 
@@ -97,6 +98,7 @@ VARIANTS = [
     {"mixers": ("ttt_mlp",), "ttt_output": "key", "ttt_backbone": "plain"},
     {"mixers": ("window+ttt_mlp",), "ttt_backbone": "plain", "post_norm": False},
     {"mixers": ("none", "mamba2+gated_deltanet", "window"), **MAMBA, **DELTA, "pre_norm": False},
+    {"num_kv_heads": 1, "suffix_layers": 1, "fast_mlp": True, "qk_norm": False},
     {"mixers": ("ttt_linear", "window"), "pre_conv": True, "conv_size": 3, "mlp_dim": 0},
     {**MAMBA, "mixers": ("mamba2",), "suffix_layers": 2, "fast_mlp": True, "fast_mlp_heads": 4},
     {"suffix_layers": 3, "fast_mlp": True, "fast_mlp_heads": 2, "mlp_dim": 0},

@@ -3,7 +3,8 @@
 from tttjax.models.build import build_model
 from tttjax.models.cut import Cut
 from tttjax.models.functional import combine, partition, path_filter
-from tttjax.models.transformer import Transformer, advance, relayout
+from tttjax.models.relayout import fast_mlps, relayout
+from tttjax.models.transformer import Transformer, advance
 
 __all__ = [
     "Cut",
@@ -11,6 +12,7 @@ __all__ = [
     "advance",
     "build_model",
     "combine",
+    "fast_mlps",
     "partition",
     "path_filter",
     "relayout",

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from tttjax.errors import UserError
 from tttjax.models.block import Block, BlockShape
@@ -307,22 +307,3 @@ class Transformer:
             x_TD, state = self.run_part(part, weights, state, x_TD)
         logit_TV = self.logits(weights, self.final_norm(weights, x_TD))
         return logit_TV, advance(state, token_T.shape[0])
-
-
-def relayout(params: Params, source: Transformer, target: Transformer) -> Params:
-    """The same weights in the layout of a model with another suffix or other fast weights.
-
-    For a model that was trained without an inner loop and shall now have one (dynamic evaluation).
-    """
-    flat = flatten_dict(combine(params.slow, params.fast), sep="/")
-    rows_of: dict[str, list[Array]] = {}
-    for (source_path, source_row), (target_path, _) in zip(
-        source.block_paths(), target.block_paths(), strict=True
-    ):
-        for path, leaf in flat.items():
-            if path.startswith(source_path + "/"):
-                name = target_path + path[len(source_path) :]
-                rows_of.setdefault(name, []).append(leaf[source_row])
-    ends = {path: leaf for path, leaf in flat.items() if path.split("/")[0] not in PARTS}
-    stacked = {path: jnp.stack(rows) for path, rows in rows_of.items()}
-    return partition(unflatten_dict({**ends, **stacked}, sep="/"), target.fast_paths)
