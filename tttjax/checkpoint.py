@@ -3,7 +3,8 @@
 A work directory keeps them in `checkpoints/<step>/`, each with three items and a seal:
 
     params/         the weights, Params(slow, fast)
-    train/          everything else of the train state: optimizer, step, counters
+    train/          everything else of the train state: optimizer, step, counters (absent where
+                    there is nothing else, as for imported weights)
     meta/           JSON: data iterator state, metrics' state, resolved configuration
     checksums.json  BLAKE2b of every file of the three, written before the commit
 
@@ -66,13 +67,20 @@ class Checkpointer:
     multi-process run must make the same calls.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int = 2):
-        """Opens (and creates) `directory`; reports and removes checkpoints never completed."""
+    def __init__(self, directory: epath.PathLike, keep: int = 2, at_once: int = 0):
+        """Opens (and creates) `directory`; reports and removes checkpoints never completed.
+
+        at_once: bytes of arrays that are being written at a time, which bounds the host memory for
+        their compressed copies (0: as Orbax likes).
+        """
         self.directory = _absolute(directory)
         self._clear_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=(*io.ARRAY_ITEMS, io.META),
+            item_handlers=(
+                {item: io.array_handler(at_once) for item in io.ARRAY_ITEMS} if at_once else None
+            ),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
@@ -116,7 +124,7 @@ class Checkpointer:
         arrays = io.split_items(state)
         meta = {"format": FORMAT, "data_state": data_state, "extra": extra or {}, "config": config}
         meta["tokenizer"] = tokenizer
-        items: dict[str, Any] = {k: ocp.args.StandardSave(arrays[k]) for k in io.ARRAY_ITEMS}
+        items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
         items[io.META] = ocp.args.JsonSave(meta)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -253,6 +261,7 @@ def restore_params(
     *,
     allow_missing: tuple[str, ...] = (),
     allow_unexpected: tuple[str, ...] = (),
+    at_once: int = 0,
 ) -> Params:
     """Reads weights only, from a work directory (its newest checkpoint) or a checkpoint.
 
@@ -262,6 +271,7 @@ def restore_params(
       allow_missing, allow_unexpected: patterns over paths such as "fast/**" or "slow/*/norm":
         arrays that the checkpoint, or the template, may lack (`*` stays within one part of a
         path, `**` crosses). Everything else must match in name, shape and dtype.
+      at_once: bytes of arrays that are being read at a time (0: as Orbax likes).
 
     Raises:
       UserError: no checkpoint, all damaged, or the differences between the two.
@@ -271,4 +281,5 @@ def restore_params(
         template,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
+        at_once=at_once,
     )

@@ -121,14 +121,18 @@ def read_item(
     *,
     allow_missing: tuple[str, ...] = (),
     allow_unexpected: tuple[str, ...] = (),
+    at_once: int = 0,
 ) -> PyTree:
     """Reads one item (`<step>/params`, ...) into the template's structure, dtypes and shardings.
+
+    at_once: bytes of arrays that are being read at a time (0: as Orbax likes).
 
     Raises:
       UserError: names, shapes or dtypes differ, apart from what is allowed.
     """
     wanted = named_leaves(template)
-    reader = ocp.PyTreeCheckpointHandler()
+    limits = {"restore_concurrent_gb": _in_gb(at_once)} if at_once else {}
+    reader = ocp.PyTreeCheckpointHandler(**limits)
     saved = named_leaves(reader.metadata(path).tree)
     _refuse_differences(path, differences(saved, wanted, allow_missing, allow_unexpected))
     target = _nested({n: _abstract(leaf) for n, leaf in wanted.items() if n in saved})
@@ -149,13 +153,29 @@ def read_item(
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
+def array_handler(at_once: int) -> ocp.StandardCheckpointHandler:
+    """Orbax's writer of arrays, with at most `at_once` bytes of them in flight."""
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=_in_gb(at_once))
+
+
+def _in_gb(size: int) -> Any:
+    """Bytes in Orbax's unit; it multiplies by 10^9, so that fractions serve as well."""
+    return size / 10**9
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def read_items(path: epath.Path, abstract_state: PyTree) -> PyTree:
     """Reads a whole train state; every difference in any item is a UserError."""
-    targets = split_items(abstract_state)
+    targets = {item: target for item, target in split_items(abstract_state).items() if target}
+    if any(not (path / item).exists() for item in targets):
+        raise UserError(
+            f"the checkpoint {path} holds weights alone, so that no training can be resumed from "
+            "it: start from it in another work directory, with --config.train.init_from="
+            f"{path.parent.parent}"
+        )
     leaves: dict[str, Any] = {}
     for item, target in targets.items():
         prefix = "params/" if item == "params" else ""

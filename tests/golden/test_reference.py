@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.interop import golden, official
+from tttjax.interop import golden
+from tttjax.interop.official_checkpoint import load_official_checkpoint
 from tttjax.verify import verify
 
 FOLDER = Path(
@@ -77,7 +78,7 @@ def test_the_checkpoints_bit_for_bit(monkeypatch):
 
 def test_an_official_checkpoint_by_its_parent_folder_and_its_step(tmp_path):
     root = FOLDER / "checkpoint" / "01_e2e_basic_full"
-    by_parent, by_step = (official.load_official_checkpoint(p) for p in (root, root / "4"))
+    by_parent, by_step = (load_official_checkpoint(p) for p in (root, root / "4"))
     assert by_parent.step == by_step.step == 4
     assert by_parent.data_iterator == {"next_index": 5}
     for name, array in by_parent.model_weights.items():
@@ -85,11 +86,11 @@ def test_an_official_checkpoint_by_its_parent_folder_and_its_step(tmp_path):
     arrays = golden.load_arrays(FOLDER / "01_e2e_basic.npz")
     assert set(by_parent.model_weights) == set(golden.under(arrays, "final_params/"))
     with pytest.raises(UserError, match="is no official checkpoint"):
-        official.load_official_checkpoint(tmp_path)
+        load_official_checkpoint(tmp_path)
     damaged = tmp_path / "damaged"
     shutil.copytree(root / "4" / "model_weights", damaged / "model_weights")
     for path in [damaged, *damaged.rglob("*")]:
         path.chmod(0o755)
     (damaged / "model_weights" / "manifest.ocdbt").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
-        official.load_official_checkpoint(damaged)
+        load_official_checkpoint(damaged)

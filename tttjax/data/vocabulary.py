@@ -37,18 +37,31 @@ def make_tokenizer(
         return IdsTokenizer(settings.vocab_size, settings.bos_id, settings.eos_id)
     if name == "sentencepiece":
         return _trained(settings.vocab_size, files, rule, log)
+    found = open_tokenizer(path, bos_id=settings.bos_id, eos_id=settings.eos_id)
+    if found is None:
+        raise UserError(
+            f"Tokenizer {name!r} is unknown: choose bytes, sentencepiece (trained here), a "
+            "SentencePiece .model file, a Hugging Face tokenizer.json, the folder of another "
+            "prepared data set, or ids (Zarr tokens without a tokenizer)."
+        )
+    return found
+
+
+def open_tokenizer(
+    path: Path, *, bos_id: int | None = None, eos_id: int | None = None
+) -> Tokenizer | None:
+    """That of a file, or of a folder that a tokenizer, a data set or a run lies in; None if none.
+
+    bos_id, eos_id: of a `tokenizer.json`, if it does not say.
+    """
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, bos_id=settings.bos_id, eos_id=settings.eos_id)
+        return HuggingFaceTokenizer(path, bos_id=bos_id, eos_id=eos_id)
     for folder in (path, path / "tokenizer"):
         if (folder / CONFIG_FILE).exists():
             return load_tokenizer(folder)
-    raise UserError(
-        f"Tokenizer {name!r} is unknown: choose bytes, sentencepiece (trained here), a "
-        "SentencePiece .model file, a Hugging Face tokenizer.json, the folder of another prepared "
-        "data set, or ids (Zarr tokens without a tokenizer)."
-    )
+    return None
 
 
 def _trained(vocab_size: int, files, rule: SplitRule, log: Callable[[str], None]) -> Tokenizer:

@@ -177,7 +177,7 @@ def ways_to_read(
 ) -> Iterator[tuple[Way, ...]]:
     """Reads the run's weights and gives, for each mode, its ways of reading (one per rate)."""
     model = build_model(run.config.model, run.config.inner)
-    params = run.weights(_template(model, mesh))
+    params = run.weights(weights_template(model, mesh))
     for mode in modes:
         its_model, inner = reading_model(run, mode, learning)
         its_params = params
@@ -213,7 +213,7 @@ def reading_model(run: Run, mode: str, learning: Learning) -> tuple[Transformer,
 _inner_loop = lru_cache(maxsize=16)(make_inner_loop)
 
 
-def _template(model: Transformer, mesh: Mesh) -> Params:
+def weights_template(model: Transformer, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of a model's weights."""
     abstract = model.abstract_params()
     shardings = sharding.param_shardings(mesh, model.axes(), abstract)

@@ -5,19 +5,16 @@ store of their own (`prime_storage`, row j for suffix block j). Here prefix and 
 apart and attention weights carry the head axis.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import tensorstore
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.errors import UserError
+from tttjax.interop.streaming import Piece
 from tttjax.models import Transformer, combine, partition
 from tttjax.types import Params
 
@@ -99,21 +96,29 @@ def official_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def from_official(arrays: Mapping[str, np.ndarray], model: Transformer, dtype=None) -> Params:
-    """The model's weights out of arrays under official names.
+def check_arrays(arrays: Mapping[str, Any], model: Transformer) -> None:
+    """UserError with all names that are missing, left over, or of another shape.
 
-    Raises UserError with the names that are missing, left over, or of another shape.
+    arrays: by official name; only their `shape` is looked at.
     """
     shapes = official_shapes(model)
     problems = [f"missing {name}" for name in sorted(set(shapes) - set(arrays))]
     problems += [f"unexpected {name}" for name in sorted(set(arrays) - set(shapes))]
     problems += [
-        f"{name} has shape {tuple(np.shape(arrays[name]))}, not {shape}"
+        f"{name} has shape {tuple(arrays[name].shape)}, not {shape}"
         for name, shape in sorted(shapes.items())
-        if name in arrays and np.shape(arrays[name]) != shape
+        if name in arrays and tuple(arrays[name].shape) != shape
     ]
     if problems:
         raise UserError("the weights do not fit this model: " + "; ".join(problems))
+
+
+def from_official(arrays: Mapping[str, np.ndarray], model: Transformer, dtype=None) -> Params:
+    """The model's weights out of arrays under official names.
+
+    Raises UserError as `check_arrays` does.
+    """
+    check_arrays(arrays, model)
     abstract = flatten_dict(combine(*_slow_fast(model)), sep="/")
     flat: dict[str, np.ndarray] = {}
     stacks: dict[str, list[np.ndarray]] = {}
@@ -176,55 +181,19 @@ def fast_to_official(fast, model: Transformer) -> dict[str, np.ndarray]:
     return {**ends, **{name: np.stack(rows, axis=1) for name, rows in parts.items()}}
 
 
-class OfficialCheckpoint(NamedTuple):
-    """What a checkpoint of the official code holds, by dotted names; None for an absent item."""
+def pieces(arrays: Mapping[str, Any], model: Transformer) -> Iterator[Piece]:
+    """Every weight of the model out of opened arrays (`StoredArray`), read one by one.
 
-    step: int
-    model_weights: dict[str, np.ndarray]
-    opt_state: dict[str, np.ndarray] | None
-    data_iterator: dict[str, int] | None
-
-
-def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
-    """Reads an Orbax checkpoint that the official code wrote.
-
-    path: the folder of a step (`.../4`), or the one above it (its newest step is read). Nodes
-    that are stored as None (biases, an untied head that there is not) are left out.
-    Raises UserError if there is no such checkpoint or it cannot be read.
+    Of an array in which blocks are stacked, one row is read at a time.
     """
-    folder = epath.Path(path).resolve()
-    if folder.is_dir() and not (folder / "model_weights").is_dir():
-        steps = [child for child in folder.iterdir() if child.name.isdigit()]
-        folder = max(steps, key=lambda child: int(child.name), default=folder)
-    if not (folder / "model_weights").is_dir():
-        raise UserError(f"{path} is no official checkpoint: it has no model_weights")
-    optimizer, iterator = folder / "opt_state", folder / "train_ds_iter"
-    progress = sorted(iterator.glob("*.json")) if iterator.is_dir() else []
-    try:
-        return OfficialCheckpoint(
-            step=int(folder.name) if folder.name.isdigit() else 0,
-            model_weights=_read_item(folder / "model_weights"),
-            opt_state=_read_item(optimizer) if optimizer.is_dir() else None,
-            data_iterator=json.loads(progress[0].read_text()) if progress else None,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the checkpoint {folder} cannot be read: {reason}") from error
-
-
-def _read_item(folder: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of one item as numpy, one after the other.
-
-    Through tensorstore, not Orbax: a damaged file is then an exception here, and leaves no
-    half-done reads behind.
-    """
-    base = str(folder) if "://" in str(folder) else f"file://{folder}"
-    arrays = {}
-    for entry in json.loads((folder / "_METADATA").read_text())["tree_metadata"].values():
-        if entry["value_metadata"]["value_type"] == "None":
+    by_name: dict[str, list[Place]] = {}
+    for place in places(model):
+        by_name.setdefault(place.official, []).append(place)
+    for name, its in by_name.items():
+        if its[0].row is None:
+            yield Piece(its[0].path, None, arrays[name].read())
             continue
-        name = ".".join(str(key["key"]) for key in entry["key_metadata"])
-        kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
-        store = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
-        arrays[name] = np.asarray(store.read().result())
-    return arrays
+        read = arrays[name].rows()
+        for place in its:
+            assert place.official_row is not None
+            yield Piece(place.path, place.row, read(place.official_row))

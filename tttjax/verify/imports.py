@@ -11,6 +11,7 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.interop import golden, official
+from tttjax.interop.official_checkpoint import load_official_checkpoint
 from tttjax.verify.cases import Cache, Compiled, cache_key, first_step
 from tttjax.verify.rows import Row, absolute, limit
 
@@ -32,7 +33,7 @@ def check_checkpoints(
 
 
 def _check_checkpoint(path, description, folder, entry, case, x64, cache) -> Iterator[Row]:
-    found = official.load_official_checkpoint(path.parent / folder / str(entry["step"]))
+    found = load_official_checkpoint(path.parent / folder / str(entry["step"]))
     said = entry.get("model_weights") or entry["values"]
     match = re.match(r"(\S+/)\* of (\S+\.npz)", said)
     if not match:

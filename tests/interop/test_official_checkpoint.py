@@ -1,0 +1,262 @@
+"""Official checkpoints: found, opened without being read, assembled piece by piece."""
+
+import ctypes
+import json
+import platform
+import shutil
+import weakref
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+from official_files import official_arrays, official_config, write_official
+
+from tttjax.config import from_config_dict, load_config
+from tttjax.errors import UserError
+from tttjax.evaluate.runs import weights_template
+from tttjax.interop import official
+from tttjax.interop.official_checkpoint import (
+    Place,
+    load_official_checkpoint,
+    looks_official,
+    open_official_checkpoint,
+)
+from tttjax.interop.official_config import deduce_config
+from tttjax.interop.streaming import assemble
+from tttjax.models import build_model
+from tttjax.sharding import make_mesh
+
+PAPER = Path(__file__).parents[2] / "experiments" / "paper.py"
+CONFIG = official_config()
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return official_arrays(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def step(arrays, tmp_path_factory):
+    return write_official(tmp_path_factory.mktemp("official"), arrays)
+
+
+@pytest.fixture
+def copy(step, tmp_path):
+    return shutil.copytree(step, tmp_path / "run" / "3")
+
+
+def template(config, **mesh):
+    return weights_template(build_model(config.model, config.inner), make_mesh(**mesh))
+
+
+def assert_same(params, wanted):
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_checkpoint_is_opened_by_its_step_its_folder_or_its_item(step, arrays):
+    for source in (step, step.parent, step / "model_weights", str(step.parent) + "/"):
+        found = open_official_checkpoint(source)
+        assert (found.source, found.step) == (str(step), 3)
+        assert {name: array.shape for name, array in found.arrays.items()} == {
+            name: array.shape for name, array in arrays.items()
+        }
+        assert looks_official(source)
+    assert not looks_official(step.parents[1])
+    loaded = load_official_checkpoint(step)
+    assert loaded.opt_state is None
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded.model_weights[name], array)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"data": 8}])
+def test_pieces_make_the_weights_on_any_mesh(step, arrays, mesh):
+    model = build_model(CONFIG.model, CONFIG.inner)
+    found = open_official_checkpoint(step)
+    wanted = template(CONFIG, **mesh)
+    params = assemble(wanted, official.pieces(found.arrays, model), model)
+    assert_same(params, official.from_official(arrays, model))
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
+
+
+def test_one_piece_lies_in_memory_at_a_time(step):
+    model = build_model(CONFIG.model, CONFIG.inner)
+    found = open_official_checkpoint(step)
+    rows = max(array.nbytes // array.shape[0] for array in found.arrays.values() if array.shape[1:])
+    largest = max(rows, found.arrays[official.ENDS["embedding"]].nbytes)
+
+    def watched():
+        last = None
+        for piece in official.pieces(found.arrays, model):
+            assert piece.array.nbytes <= largest
+            if last is not None:
+                assert last() is None, "the piece before is still there"
+            last = weakref.ref(piece.array)
+            yield piece
+            del piece
+
+    # Devices of the test share the host's memory, and may keep a piece as their own array: here
+    # the target has another type, so that nothing but the piece itself is watched.
+    half = official_config(param_dtype="bfloat16")
+    assemble(template(half, data=8), watched(), model)
+
+
+def peak_while(act) -> int:
+    """Bytes by which the resident memory of this process grows, at most, while acting."""
+    # The allocator keeps what is freed unless it comes from the system, as larger pieces do.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    ctypes.CDLL(None).malloc_trim(0)
+
+    def status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = status("VmRSS")
+    act()
+    return status("VmHWM") - before
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not Path("/proc/self/clear_refs").exists(),
+    reason="measured with Linux and glibc",
+)
+def test_memory_is_the_target_and_little_more(tmp_path):
+    config = official_config(
+        vocab_size=16384, embed_dim=256, num_heads=8, num_layers=24, mlp_dim=640
+    )
+    model = build_model(config.model, config.inner)
+    found = open_official_checkpoint(write_official(tmp_path, official_arrays(config)))
+    one = template(config, devices=jax.devices()[:1])
+    sizes = [array.nbytes for array in found.arrays.values()]
+    kept = []
+    peak = peak_while(
+        lambda: kept.append(assemble(one, official.pieces(found.arrays, model), model))
+    )
+    programs = 24 * 2**20  # that are compiled
+    assert peak < sum(sizes) + 2 * max(sizes) + programs
+    assert sum(sizes) > 2 * max(sizes) + programs  # so that all of it twice would be noticed
+
+
+def test_a_configuration_is_told_from_the_arrays_of_every_released_size():
+    for size in ("125m", "1b", "3b"):
+        recipe = load_config(f"{PAPER}:{size},ttt_e2e,pretrain")
+        model = build_model(recipe.model, recipe.inner)
+        stored = {
+            name: jax.ShapeDtypeStruct(shape, np.float32)
+            for name, shape in official.official_shapes(model).items()
+        }
+        values, assumed = deduce_config(stored)
+        config = from_config_dict(values)
+        assert config.model == recipe.model
+        assert config.inner.chunk_size == recipe.inner.chunk_size == assumed["inner.chunk_size"]
+        assert (config.inner.lr, config.inner.clip) == (recipe.inner.lr, recipe.inner.clip)
+
+
+def test_other_configurations_are_told_as_far_as_arrays_tell():
+    changes = {"tie_embeddings": False, "post_norm": False, "head_dim": 6}
+    for model in (changes, {"suffix_layers": 0, "fast_mlp": False}):
+        config = official_config(**model)
+        stored = official_arrays(config)
+        told = from_config_dict(deduce_config(stored)[0])
+        official.check_arrays(stored, build_model(told.model, told.inner))
+        assert told.model.mixers == (("window",) if told.model.fast_mlp else ("full",))
+    del stored["language_model.model.h.blocks.seq_modeling_block.q_norm.weight"]
+    with pytest.raises(UserError, match=r"q_norm.*is absent; give its configuration"):
+        deduce_config(stored)
+
+
+def test_names_and_shapes_are_compared_in_one_sentence(arrays):
+    model = build_model(CONFIG.model, CONFIG.inner)
+    wrong = {**arrays, "more": np.zeros(3), official.ENDS["final_norm/weight"]: np.zeros(5)}
+    del wrong[official.ENDS["embedding"]]
+    with pytest.raises(UserError) as caught:
+        official.check_arrays(wrong, model)
+    for words in ("missing language_model.model.wte", "unexpected more", "shape (5,), not (8,)"):
+        assert words in str(caught.value)
+
+
+def test_the_forms_of_paths():
+    place = Place.of("gs://bucket/a/b/", "mine")
+    assert str(place / "4") == "gs://bucket/a/b/4"
+    assert (place / "4").name == "4"
+    spec = {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": (place / "4" / "model_weights").kvstore,
+            "path": "x.weight/",
+        },
+    }
+    # tensorstore accepts it, and names the same place.
+    url = tensorstore.Spec(spec).kvstore.url
+    assert url == "gs://bucket/a/b/4/model_weights/|ocdbt:x.weight/"
+    assert place.kvstore["gcs_user_project"] == {"project_id": "mine"}
+    assert "gcs_user_project" not in Place.of("gs://bucket").kvstore
+    assert Place.of("gs://bucket").kvstore["path"] == ""
+    assert str(Place.of("gs://bucket") / "4") == "gs://bucket/4"
+    assert Place.of("/a b/c%20d").kvstore == {"driver": "file", "path": "/a b/c%20d/"}
+    with pytest.raises(UserError, match="s3://b/a is neither a folder nor a path like gs://"):
+        Place.of("s3://b/a")
+
+
+def test_a_checkpoint_in_a_folder_with_an_odd_name(step, arrays, tmp_path):
+    odd = shutil.copytree(step, tmp_path / "a b%20#c?" / "3")
+    found = open_official_checkpoint(odd)
+    name = official.ENDS["embedding"]
+    np.testing.assert_array_equal(found.arrays[name].read(), arrays[name])
+
+
+def remove_metadata(folder):
+    (folder / "model_weights" / "_METADATA").unlink()
+
+
+def remove_manifest(folder):
+    (folder / "model_weights" / "manifest.ocdbt").unlink()
+
+
+def begin_item(folder):
+    (folder / "model_weights").rename(folder / "model_weights.orbax-checkpoint-tmp-1")
+
+
+def uncommit(folder):
+    (folder / "commit_success.txt").unlink(missing_ok=True)
+    path = folder / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "commit_timestamp_nsecs": None}))
+
+
+def begin_step(folder):
+    folder.rename(folder.with_name("3.orbax-checkpoint-tmp-1"))
+
+
+def cut_short(folder):
+    for path in (folder / "model_weights").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (remove_metadata, "no _METADATA: it is still being written, or was copied in part"),
+        (remove_manifest, "no manifest.ocdbt: it is still being written"),
+        (begin_item, "is still being written"),
+        (begin_step, "is still being written"),
+        (uncommit, "is still being written"),
+        (cut_short, "cannot be read"),
+    ],
+)
+def test_what_is_not_complete_is_refused(copy, harm, sentence):
+    harm(copy)
+    assert looks_official(copy.parent)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_official_checkpoint(copy.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    assert not looks_official(tmp_path)
+    with pytest.raises(UserError, match="is no official checkpoint: it has no model_weights"):
+        open_official_checkpoint(tmp_path)
