@@ -1,4 +1,4 @@
-"""Loss by token position and context length on held-out documents, learning on and off.
+"""Loss by token position and context, learning on and off, on held-out documents; needle tests.
 
 examples:
   tttjax evaluate runs/first
@@ -7,9 +7,12 @@ examples:
       two runs on the same tokens, with the differences and their standard errors
   tttjax evaluate runs/window --modes=off,dynamic --dynamic-lr=0.01,0.1,1
       dynamic evaluation: a model that was never meta-trained learns while it reads
+  tttjax evaluate runs/ttt_e2e runs/window --needle --context-lengths=4096,16384
+      RULER's single-needle tasks: is what was read once still known, and how far back?
 
 Writes results.json, by_position.csv, by_context.csv, loss_by_position.png and loss_by_context.png
-into --out, and prints the tables. docs/evaluation.md says how the numbers are made.
+into --out (with --needle: needle.json, needle.csv, needle_samples.csv and needle_TASK.png), and
+prints the tables. docs/evaluation.md says how the numbers are made.
 """
 
 import argparse
@@ -26,6 +29,11 @@ from tttjax.config.values import check_value
 from tttjax.errors import UserError
 from tttjax.evaluate.compare import compare, evaluate
 from tttjax.evaluate.files import check_writable, to_dict, write_results
+from tttjax.evaluate.needle.command import (
+    add_needle_arguments,
+    check_needle_arguments,
+    run_needle,
+)
 from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.runs import (
     DYNAMIC_PATHS,
@@ -121,6 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LR,LR",
         help="inner learning rates of dynamic evaluation, one curve each",
     )
+    add_needle_arguments(parser, _list_of)
     shown = parser.add_argument_group("how it is shown")
     add = shown.add_argument
     add(
@@ -135,8 +144,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax evaluate` from parsed arguments; the exit code."""
+    check_needle_arguments(args)
     runs = [open_run(spec) for spec in _specs(args)]
     out = Path(args.out) if args.out else Path(args.workdirs[0]) / "eval"
+    if args.needle:
+        return run_needle(args, runs, _learning(args), out)
     if jax.process_index() == 0:
         check_writable(out)  # now, not after an hour of computing
     comparison = compare(

@@ -68,7 +68,7 @@ def compare(
     """
     learning = learning or Learning()
     opened = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
-    _check_names(opened)
+    check_names(opened)
     settings = settings or opened[0].config.eval
     chosen = choose_modes(opened, modes)
     window = window or largest_window(opened, settings)
@@ -109,7 +109,8 @@ def evaluate(
     return compare([run_of_params(config, params, name)], data=data, **options)
 
 
-def _check_names(runs: Sequence[Run]) -> None:
+def check_names(runs: Sequence[Run]) -> None:
+    """UserError if there are no runs, or two of the same name."""
     if not runs:
         raise UserError("there is nothing to evaluate; give the work directory of a run")
     names = [run.name for run in runs]

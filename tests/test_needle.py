@@ -1,0 +1,424 @@
+"""Needle tests: prompts to the token, regions by the attention mask, and askers known to be right,
+wrong or a model."""
+
+import csv
+import dataclasses
+import json
+import re
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from tttjax import cli
+from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer
+from tttjax.errors import UserError
+from tttjax.evaluate import Learning, RunSpec, open_run
+from tttjax.evaluate.needle import NeedleResults, NeedleSettings, haystack, sentence, table
+from tttjax.evaluate.needle.asked import ask_all
+from tttjax.evaluate.needle.asking import MORE_TOKENS, Answer, EngineAsker, Likelihood
+from tttjax.evaluate.needle.haystack import Haystack
+from tttjax.evaluate.needle.prompts import INTRODUCTION, TASKS, Place, check_tokenizer, make_prompt
+from tttjax.evaluate.needle.results import Series, difference, mean, wilson
+from tttjax.evaluate.runs import ways_to_read
+from tttjax.ops.attention import Sight, visible
+from tttjax.sharding import make_mesh
+
+STORY = (
+    "A heron stood in the shallows, and no fish came near it! Who would wait so long? Not the fox. "
+    "He had other plans; the hens of the mill were fat, the miller slept, the night was dark.\n\n"
+    "By dawn it rained. Two feathers lay on the threshold, one white, one brown, and the heron was "
+    "still standing there, patient as a post. "
+)
+DEPTHS = (0.0, 0.3, 1.0)
+WINDOW = 220
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "sp.model"
+    path.write_bytes(train_sentencepiece([STORY * 20], 300))
+    return {"bytes": ByteTokenizer(), "sentencepiece": SentencePieceTokenizer(path)}
+
+
+def story(tokenizer):
+    return Haystack("a story", haystack.sentences(STORY), tokenizer)
+
+
+# Prompts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_are_exact_to_the_token(tokenizers, kind, task):
+    tokenizer = tokenizers[kind]
+    hay = haystack.noise(tokenizer) if TASKS[task].in_noise else story(tokenizer)
+    for length in (420, 911):
+        starts = []
+        for depth in DEPTHS:
+            prompt = make_prompt(Place(TASKS[task], length, depth, 0), hay, seed=3)
+            assert len(prompt.token_T) == len(prompt.control_T) == length
+            assert prompt.token_T[0] == tokenizer.bos_id
+            start, stop = prompt.needle
+            starts.append(start)
+            span = tokenizer.decode(prompt.token_T[start:stop]).strip()
+            assert re.fullmatch(
+                rf"One of the special magic (number|uuid)s for \w+-\w+ is: {prompt.value}\.", span
+            )
+            for smaller in (prompt.token_T[start + 1 : stop], prompt.token_T[start : stop - 1]):
+                assert span not in tokenizer.decode(smaller)
+            text = tokenizer.decode(prompt.token_T)
+            assert text.count(prompt.value) == 1
+            assert text.endswith(" is:")
+            question = tokenizer.decode(prompt.token_T[prompt.question :]).strip()
+            assert question.startswith("What is the special magic")
+            assert prompt.distance == prompt.question - stop
+            # The control is the same but for the needle, whose value is nowhere in it.
+            assert prompt.value not in tokenizer.decode(prompt.control_T)
+            same = prompt.token_T == prompt.control_T
+            assert same[:start].all()
+            assert same[stop:].all()
+            # The value goes on where the prompt ends.
+            whole = tokenizer.decode(np.concatenate((prompt.token_T, prompt.answer_A)))
+            assert whole == f"{text} {prompt.value}"
+            decoy = tokenizer.decode(np.concatenate((prompt.token_T, prompt.decoy_A)))[len(text) :]
+            assert decoy != f" {prompt.value}"
+            form = r" \d{7}" if prompt.place.task.kind == "number" else r" [0-9a-f-]{36}"
+            assert re.fullmatch(form, decoy)
+        assert prompt.distance <= 1  # at a depth of 100 %: nothing is between needle and question
+        first = len(tokenizer.encode(INTRODUCTION.format(kind="number"))) + 1
+        assert first - 2 <= starts[0] <= first + haystack.LONGEST_SENTENCE
+        if length > 900:
+            assert (starts[1] - first) / (starts[2] - first) == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_same_seed_gives_the_same_prompts_in_any_order(tokenizers):
+    settings = NeedleSettings((400, 500), depths=(0.0, 1.0), samples=2)
+
+    def make(places, seed):
+        hay = haystack.noise(tokenizers["bytes"])
+        return {place: make_prompt(place, hay, seed).token_T.tolist() for place in places}
+
+    places = settings.places()
+    assert len(places) == len(set(places)) == 2 * 3 * 2 * 2
+    forward, backward = make(places, 5), make(places[::-1], 5)
+    assert forward == backward
+    values = list(map(tuple, forward.values()))
+    assert len(set(values)) == len(values)
+    assert all(prompt != forward[place] for place, prompt in make(places, 6).items())
+
+
+@pytest.mark.parametrize("window", [0, 100, 300, 690, 800])
+def test_regions_are_what_the_attention_mask_says(tokenizers, window):
+    sight, found = Sight(window=window), set()
+    for depth in np.linspace(0, 1, 9):
+        hay = haystack.noise(tokenizers["bytes"])
+        prompt = make_prompt(Place(TASKS["passkey"], 700, float(depth), 0), hay, seed=0)
+        needle_S = np.arange(*prompt.needle)
+        end = len(prompt.token_T) + len(prompt.answer_A) - 1
+        answering_T = np.arange(len(prompt.token_T) - 1, end)
+        asking_T = np.arange(prompt.question, end)
+        if np.all(visible(answering_T, needle_S, sight)):
+            expected = "inside"
+        else:
+            expected = "edge" if np.any(visible(asking_T, needle_S, sight)) else "outside"
+        assert prompt.region(window) == expected
+        found.add(expected)
+    assert window != 300 or found == {"inside", "edge", "outside"}
+
+
+def test_text_that_is_given_is_cut_into_short_sentences():
+    found = haystack.sentences("One.  Two?\nThree - " + "word " * 100 + "\n***\n")
+    assert found[:2] == ["One.", "Two?"]
+    assert max(map(len, found)) <= haystack.LONGEST_SENTENCE
+    assert " ".join(found).split() == ["One.", "Two?", "Three", "-", *["word"] * 100]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_too_short_a_context_is_refused_by_its_need(tokenizers, task):
+    hay = haystack.noise(tokenizers["bytes"])
+    with pytest.raises(UserError, match=rf"100 tokens is too short for the task {task}") as caught:
+        make_prompt(Place(TASKS[task], 100, 0.5, 0), hay, seed=0)
+    least = int(str(caught.value).split()[-1])
+    assert len(make_prompt(Place(TASKS[task], least, 0.5, 0), hay, seed=0).token_T) == least
+
+
+def test_tokenizers_that_cannot_tell_an_answer_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="unknown tokenizer, so text cannot be encoded"):
+        check_tokenizer(IdsTokenizer(50, 0, 1), list(TASKS.values()))
+
+    class Shouting(ByteTokenizer):
+        def decode(self, tokens):
+            return super().decode(tokens).upper()
+
+    with pytest.raises(UserError, match="does not keep the text of the task"):
+        check_tokenizer(Shouting(), list(TASKS.values()))
+
+
+# Askers that are known ---------------------------------------------------------------------------
+
+NEVER = Likelihood(-2.0, 0.0)
+
+
+def ask_text(read):
+    """An asker that writes what `read` makes of a prompt's text and does nothing else."""
+
+    def ask(prompts):
+        return [Answer(f" {read(prompt)} and so on", NEVER, NEVER, NEVER) for prompt in prompts]
+
+    return ask
+
+
+def oracle(text):
+    """Looks the key of the question up in the text."""
+    key = re.search(r"What is the special magic \w+ for (\S+) in", text)[1]
+    found = re.search(rf"One of the special magic \w+s for {key} is: (\S+)\.", text)
+    return found[1] if found else "nothing"
+
+
+def ask_with(tokenizers, ask, kind="sentencepiece"):
+    tokenizer = tokenizers[kind]
+    settings = NeedleSettings((400, 600), depths=(0.0, 0.5, 1.0), samples=4, batch_size=5)
+    hays = {"passkey": haystack.noise(tokenizer)}
+    hays |= dict.fromkeys(("number", "uuid"), story(tokenizer))
+    return ask_all(ask, settings, hays, window=WINDOW)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_one_who_reads_finds_all_and_nothing_without_the_needle(tokenizers, kind):
+    decode = tokenizers[kind].decode
+    found = ask_with(tokenizers, ask_text(lambda p: oracle(decode(p.token_T))), kind)
+    assert len(found) == 2 * 3 * 3 * 4
+    assert all(sample.is_correct for sample in found)
+    without = ask_with(tokenizers, ask_text(lambda p: oracle(decode(p.control_T))), kind)
+    assert not any(sample.is_correct for sample in without)
+
+
+def test_one_who_guesses_finds_nothing(tokenizers):
+    rng = np.random.default_rng(0)
+    guess = ask_text(lambda prompt: rng.integers(10**6, 10**7))
+    assert not any(sample.is_correct for sample in ask_with(tokenizers, guess))
+
+
+def test_one_who_sees_a_window_alone_finds_what_is_inside(tokenizers):
+    """And not what is outside: regions and results agree sample by sample."""
+    tokenizer = tokenizers["sentencepiece"]
+
+    def ask(prompts):
+        seen = [tokenizer.decode(p.token_T[p.question - WINDOW + 1 :]) for p in prompts]
+        return ask_text(lambda prompt: oracle(seen[prompts.index(prompt)]))(prompts)
+
+    def ask_each(prompts):
+        return [answer for prompt in prompts for answer in ask([prompt])]
+
+    samples = ask_with(tokenizers, ask_each)
+    regions = {sample.region for sample in samples}
+    assert {"inside", "outside"} <= regions
+    for sample in samples:
+        if sample.region != "edge":
+            assert sample.is_correct == (sample.region == "inside")
+
+
+# Numbers -----------------------------------------------------------------------------------------
+
+
+def test_intervals_of_a_proportion_by_hand():
+    low, high = wilson(0, 10)
+    assert low == 0
+    assert high == pytest.approx(1.959964**2 / (10 + 1.959964**2))
+    low, high = wilson(5, 10)
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson(50, 100)[1] - wilson(50, 100)[0] < high - low
+
+
+def test_means_gains_and_paired_differences_by_hand(tokenizers):
+    logprobs = iter(np.linspace(-4, -1, 1000))
+
+    def ask(prompts):
+        return [
+            Answer("", Likelihood(next(logprobs), 0.5), Likelihood(-5, 0.1), Likelihood(-4.5, 0.2))
+            for _ in prompts
+        ]
+
+    a, b = ask_with(tokenizers, ask), ask_with(tokenizers, ask)
+    values = np.array([sample.answer.value.logprob for sample in a])
+    assert mean(a, "gain").mean == pytest.approx(values.mean() + 5)
+    assert mean(a, "recall").mean == pytest.approx(values.mean() + 4.5)
+    assert mean(a, "recall").stderr == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
+    assert mean(a, "top").mean == 0.5
+    changed = difference(b, a, "logprob")
+    assert changed.mean == pytest.approx(len(a) * 3 / 999)
+    assert changed.stderr == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="same prompts"):
+        difference(a[1:], b[:-1], "gain")
+
+
+def test_tables_count_what_was_found(tokenizers):
+    decode = tokenizers["sentencepiece"].decode
+    learns = {"rule": "sgd", "lr": 1.0, "clip": 1.0, "chunk_size": 8}
+    readers = {"on": lambda p: oracle(decode(p.token_T)), "off": lambda p: "nothing"}
+    series = [
+        Series("run", mode, f"run, TTT {mode}", inner, ask_with(tokenizers, ask_text(read)), 1.0)
+        for (mode, read), inner in zip(readers.items(), (learns, None), strict=True)
+    ]
+    results = NeedleResults(
+        series=tuple(series),
+        tasks=tuple(TASKS),
+        lengths=(400, 600),
+        depths=(0.0, 0.5, 1.0),
+        samples=4,
+        seed=0,
+        window=WINDOW,
+        runs=({"name": "run", "step": 3, "source": "runs/run", "window": WINDOW},),
+        haystacks=dict.fromkeys(TASKS, "a story"),
+        notes=(),
+    )
+    assert results.distances()[:4] == [(0, 55), (55, 110), (110, 220), (220, 440)]
+    for task in TASKS:
+        by = {}
+        for group in results.groups(series[0], task):
+            by[group.by] = by.get(group.by, 0) + len(group.samples)
+            assert group.correct == len(group.samples)
+        assert by == {"length": 24, "cell": 24, "distance": 24, "region": 24}
+    text = table(results)
+    assert "100 % (76-100)" in text
+    assert "0 % (0-24)" in text
+    assert re.search(r"run, TTT on - run, TTT off, outside it *\| \+1.0000 ± 0.0000 \*", text)
+    outside = len(series[0].of(region="outside"))
+    assert sentence(results).startswith(
+        f"Outside the window, run, TTT on found {outside} of {outside} needles, with a recall of "
+        "+0.000 ± 0.000 nats per token"
+    )
+    assert f"run, TTT off found 0 of {outside} needles" in sentence(results)
+
+
+# Models ------------------------------------------------------------------------------------------
+
+FAST = {"suffix_layers": 1, "fast_mlp": True}
+
+
+@pytest.fixture(scope="module")
+def workdir(make_run):
+    return make_run("needle", **FAST)
+
+
+def test_the_engine_is_asked_for_what_is_reported(workdir, tokenizers):
+    """Against reading prompt and value token by token, without sharing and without company."""
+    run, tokenizer = open_run(RunSpec(workdir)), tokenizers["bytes"]
+    hay = haystack.noise(tokenizer)
+    prompts = [make_prompt(Place(TASKS["passkey"], 300, d, 0), hay, 0) for d in (0.1, 0.7)]
+    mesh = make_mesh(devices=jax.devices()[:1])
+    (way,) = next(ways_to_read(run, ["on"], Learning(), mesh))
+    asker = EngineAsker(way, tokenizer, 300)
+    answers, engine = asker(prompts), asker._engine  # its functions are compiled already
+
+    def follow(token_T, answer_A):
+        session, _ = engine.read(engine.start(), token_T)
+        nll, tops = [], []
+        for token in answer_A:
+            logprob_V = jax.nn.log_softmax(session.logit_V)
+            nll.append(-float(logprob_V[token]))
+            tops.append(int(np.argmax(logprob_V)) == token)
+            session, _ = engine.read(session, np.array([token]))
+        return -np.mean(nll), np.mean(tops)
+
+    for prompt, answer in zip(prompts, answers, strict=True):
+        for found, text, value in (
+            (answer.value, prompt.token_T, prompt.answer_A),
+            (answer.absent, prompt.control_T, prompt.answer_A),
+            (answer.decoy, prompt.token_T, prompt.decoy_A),
+        ):
+            expected = follow(text, value)
+            assert (found.logprob, found.top) == pytest.approx(expected, rel=1e-4)
+    session, _ = engine.read(engine.start(), prompts[0].token_T)
+    written = []
+    for _ in range(len(prompts[0].answer_A) + MORE_TOKENS):
+        token = int(np.argmax(session.logit_V[: tokenizer.vocab_size]))
+        written.append(token)
+        if token == tokenizer.eos_id:
+            break
+        session, _ = engine.read(session, np.array([token]))
+    assert answers[0].text == tokenizer.decode(written)
+
+
+def rows_of(path):
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys):
+    words = ["--context-lengths=300,330", "--needle-depths=0,100", "--needle-samples=2"]
+    words += ["--needle-tasks=passkey,number", "--batch-size=1", f"--out={tmp_path / 'out'}"]
+    assert cli.main(["evaluate", str(workdir), "--needle", *words]) == 0
+    out, err = capsys.readouterr()
+    assert "S-NIAH-1 (pass-key), hidden in repeated noise." in out
+    assert "S-NIAH-2 (number), hidden in the split val of" in out
+    assert "needle 100%" in err
+    values = json.loads((tmp_path / "out" / "needle.json").read_text())
+    assert [series["mode"] for series in values["series"]] == ["on", "off"]
+    assert values["window"] == 8
+    rows = rows_of(tmp_path / "out" / "needle_samples.csv")
+    assert len(rows) == 2 * 2 * 2 * 2 * 2  # modes, tasks, lengths, depths, samples
+    for series in values["series"]:
+        of_mode = [row for row in rows if row["mode"] == series["mode"]]
+        for task, groups in series["tasks"].items():
+            regions = [group for group in groups if group["by"] == "region"]
+            assert sum(group["needles"] for group in regions) == 8
+            first = groups[0]
+            chosen = [r for r in of_mode if (r["task"], r["length"]) == (task, "300")]
+            mean_gain = np.mean([float(row["gain"]) for row in chosen])
+            assert first["length"] == 300
+            assert first["gain"]["mean"] == pytest.approx(mean_gain, rel=1e-5)
+    prompts = {mode: [r["value"] for r in rows if r["mode"] == mode] for mode in ("on", "off")}
+    assert prompts["on"] == prompts["off"]
+    groups = rows_of(tmp_path / "out" / "needle.csv")
+    assert {group["by"] for group in groups} == {"length", "cell", "distance", "region"}
+    for task in ("passkey", "number"):
+        image = matplotlib.image.imread(tmp_path / "out" / f"needle_{task}.png")
+        assert image[..., :3].std() > 0.01
+    assert not (tmp_path / "out" / "needle_uuid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--context-lengths=64"], "64 tokens is too short for the task passkey"),
+        (["--needle-tasks=key"], "needle task 'key' is unknown; choose from passkey, number, uuid"),
+        (["--needle-depths=120"], "depth of 120 % must be from 0 to 100 %"),
+        (["--needle-samples=0"], "samples=0 must be at least 1"),
+        (["--bins=4"], "--bins says nothing of needle tests"),
+        (["--needle-text=missing.txt"], "missing.txt does not exist"),
+        (["--split=tets"], "no documents in the split 'tets'"),
+        (["--tokenizer=missing"], "no tokenizer in missing"),
+        (["--modes=dynamic"], "does not fit the run needle"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence(workdir, words, said, tmp_path, capsys):
+    words = ["--context-lengths=400", *words, f"--out={tmp_path / 'out'}"]
+    assert cli.main(["evaluate", str(workdir), "--needle", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_needle_options_alone_are_refused(workdir, capsys):
+    assert cli.main(["evaluate", str(workdir), "--needle-samples=3"]) == 2
+    assert "--needle-samples is an option of needle tests: give --needle too" in (
+        capsys.readouterr().err
+    )
+
+
+def test_without_text_the_haystack_is_noise_and_said_to_be(workdir, tmp_path):
+    from tttjax.evaluate.needle.asked import _haystacks
+
+    run = open_run(RunSpec(workdir))
+    gone = dataclasses.replace(run.config.data, sources=(str(tmp_path / "gone"),))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=gone))
+    found = _haystacks(run, ByteTokenizer(), NeedleSettings((400,)))
+    assert found.by_task["number"].is_noise
+    assert "S-NIAH-2 (number) and S-NIAH-3 (UUID) of needle are in noise" in found.notes[0]
+    assert "gone does not exist" in found.notes[0]
