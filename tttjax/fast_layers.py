@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tttjax.models import Transformer
+from tttjax.models import Cut, Transformer
 from tttjax.types import Array, PyTree
 
 
@@ -51,3 +51,8 @@ def norms(model: Transformer, square: PyTree) -> Array:
         return sum((x if row is None else x[row] for x in parts), start=jnp.zeros(()))
 
     return jnp.sqrt(jnp.stack([total(*place) for place in fast_layers(model).values()]))
+
+
+def norms_above(cut: Cut, tree: PyTree) -> Array:
+    """`norms` of a tree as `Cut.above` lays it out."""
+    return norms(cut.model, cut.join(squares(tree)))

@@ -90,8 +90,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_from(args: argparse.Namespace) -> Opened:
-    """The model that the options of `add_model_arguments` describe."""
+def open_from(args: argparse.Namespace, *, observe: bool = False) -> Opened:
+    """The model that the options of `add_model_arguments` describe; observe: as of `open_model`."""
     if args.learn == "none" and args.mode not in ("", "off"):
         raise UserError(f"--learn=none and --mode={args.mode} contradict each other.")
     return open_model(
@@ -99,6 +99,7 @@ def open_from(args: argparse.Namespace) -> Opened:
         tokenizer=args.tokenizer,
         mode="off" if args.learn == "none" else args.mode,
         max_length=args.max_length,
+        observe=observe,
     )
 
 

@@ -13,6 +13,7 @@ from tttjax.evaluate.runs import Learning, RunSpec, choose_modes, open_run, ways
 from tttjax.inference.engine import Engine
 from tttjax.inference.reading import make_reader
 from tttjax.inference.session_file import fingerprint
+from tttjax.inference.telescope import ObservingEngine
 from tttjax.precision import as_configured
 
 
@@ -34,12 +35,14 @@ def open_model(
     mode: str = "",
     max_length: int = 0,
     learning: Learning | None = None,
+    observe: bool = False,
 ) -> Opened:
     """The newest weights of a run, on one device.
 
     tokenizer: folder of it, or of data prepared with it (default: the run's own). mode: "on",
     "off" or "dynamic" (default: on if the model has fast weights). max_length: tokens that full
-    attention has room for (0: eight training sequences).
+    attention has room for (0: eight training sequences). observe: reading shows every update
+    (`inference.telescope`).
     Raises UserError if something is missing or does not fit.
     """
     found = open_run(RunSpec(workdir))
@@ -50,6 +53,6 @@ def open_model(
         way = next(ways_to_read(found, modes[:1], learning or Learning(), mesh))[0]
         reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
         room = max_length or 8 * found.config.train.seq_len
-        engine = Engine(reader, way.params, room)
+        engine = (ObservingEngine if observe else Engine)(reader, way.params, room)
         mark = fingerprint(found.config, way.params)
     return Opened(found.config, engine, texts, mark, texts.fingerprint())

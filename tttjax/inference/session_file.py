@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tttjax.config import Config
 from tttjax.config.fields import unset_additions
 from tttjax.errors import UserError
+from tttjax.fast_layers import fast_layers, norms_above
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.reading import Context
 from tttjax.types import Array, Params, PyTree
@@ -47,7 +48,8 @@ class About:
     drift: ||W - W0|| of every fast weight by its path. lost: the relative error of the stored
     difference from W0, largest over weights; 0 if it is stored as it is. chunk_losses: NLL of the
     last chunks before learning from each, oldest first. source: of `tttjax read`, the text and how
-    far it was read.
+    far it was read. layers: (||W - W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of
+    the same chunks, read again with the weights that they left; None where nobody looked.
     """
 
     format: str
@@ -61,6 +63,8 @@ class About:
     lost: float
     chunk_losses: list[float]
     source: dict[str, Any]
+    layers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    chunk_losses_after: list[float | None] = dataclasses.field(default_factory=list)
 
 
 def fingerprint(config: Config, params: Params) -> str:
@@ -89,6 +93,7 @@ def save_session(
     precision: str = "float32",
     rank: int = 0,
     chunk_losses: Sequence[float] = (),
+    chunk_losses_after: Sequence[float | None] = (),
     source: Mapping[str, Any] | None = None,
 ) -> About:
     """Writes the session; what stands at `path` before is replaced only when all is written.
@@ -119,6 +124,8 @@ def save_session(
         lost=lost,
         chunk_losses=list(chunk_losses)[-LOSSES:],
         source=dict(source or {}),
+        layers=_layers(engine, session.learned.fast, start.learned.fast),
+        chunk_losses_after=list(chunk_losses_after)[-LOSSES:],
     )
     _write(Path(path), arrays, {HEADER: json.dumps(dataclasses.asdict(about))})
     return about
@@ -179,8 +186,15 @@ def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> 
     rules = [jnp.asarray(arrays[f"rule/{i}"]) for i in range(len(leaves))]
     rule_state = jax.tree.unflatten(structure, rules)
     learned, now = _contexts(engine, start.learned, arrays, about)
-    learned = learned._replace(fast=fast, rule_state=rule_state)
-    now = now._replace(fast=fast, rule_state=rule_state)
+    # Placed as those that reading leaves, else it would be compiled once more.
+    learned, now = (
+        jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding),
+            context._replace(fast=fast, rule_state=rule_state),
+            start.learned,
+        )
+        for context in (learned, now)
+    )
     logit_V = jnp.asarray(arrays["logits"]) if "logits" in arrays else None
     counted = arrays["counted"].astype(bool)
     return Session(learned, now, arrays["pending"], counted, about.tokens, logit_V)
@@ -281,6 +295,18 @@ def _pack(
 def _change(stored: Iterable[Any], dtype: jnp.dtype) -> Array:
     first, *second = (jnp.asarray(x).astype(dtype) for x in stored)
     return first @ second[0] if second else first
+
+
+def _layers(engine: Engine, fast: PyTree, start: PyTree) -> dict[str, list[float]]:
+    """(||W - W0||, ||W0||) by layer, to seven digits."""
+    cut = engine.reader.learner.cut
+    names = fast_layers(cut.model)
+    if not names:
+        return {}
+    moved = jax.tree.map(lambda a, b: (a - b)[0], fast, start)
+    sizes = [norms_above(cut, tree) for tree in (moved, jax.tree.map(lambda w: w[0], start))]
+    rows = np.stack(sizes, axis=1).tolist()
+    return {name: [float(f"{x:.7g}") for x in row] for name, row in zip(names, rows, strict=True)}
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

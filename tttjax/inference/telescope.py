@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.chunk_step import Chunks, batch_loss
-from tttjax.fast_layers import norms, squares
+from tttjax.fast_layers import norms_above
 from tttjax.inference.engine import Engine
 from tttjax.inference.reading import Context, Reader, Weights, learn_from, whole_chunks
 from tttjax.types import Array, PyTree
@@ -48,8 +48,7 @@ def observe_chunks(
     zero = jax.tree.map(lambda w: w[0], fast_start)
     chunks, below = whole_chunks(reader, weights, context, token_BT, next_B, counted_BT, at_start)
 
-    def by_layer(tree: PyTree) -> Array:
-        return norms(learner.cut.model, learner.cut.join(squares(tree)))
+    by_layer = partial(norms_above, learner.cut)
 
     def moved(fast: PyTree) -> Array:
         return by_layer(jax.tree.map(jnp.subtract, fast, zero))
@@ -69,9 +68,8 @@ def observe_chunks(
 
 def start_norms(engine: Engine) -> Array:
     """||W0|| by layer, [L]."""
-    cut = engine.reader.learner.cut
     fast = jax.tree.map(lambda w: w[0], engine.start().learned.fast)
-    return norms(cut.model, cut.join(squares(fast)))
+    return norms_above(engine.reader.learner.cut, fast)
 
 
 class ObservingEngine(Engine):

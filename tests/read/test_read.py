@@ -1,0 +1,260 @@
+"""Reading with a telescope and snapshots: stopped, killed and resumed; going back; forks."""
+
+import functools
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file
+
+import tttjax.generate
+import tttjax.read
+import tttjax.sessions
+from tttjax.cli import main
+from tttjax.inference.session_file import read_about
+from tttjax.read.snapshots import kept
+
+TEXT = "the cat sat on the mat. " * 19  # 7 stretches of 64 bytes, and a bit
+KEEP = ("--keep-every=64", "--keep-most=3")
+
+
+class StopAfter:
+    """A request to stop that comes after some stretches."""
+
+    def __init__(self, stretches):
+        self.stretches = stretches
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def after(self, number):
+        return number + 1 == self.stretches
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return str(make_run("read", suffix_layers=1, fast_mlp=True, mixers=("window",)))
+
+
+@pytest.fixture(scope="module")
+def open_once():
+    """As `open_from`, but models of the same options are the same, and compiled once."""
+    opened = functools.cache(
+        lambda workdir, learn, observe: tttjax.generate.open_model(
+            workdir, mode="off" if learn == "none" else "", observe=observe
+        )
+    )
+    return lambda args, observe=False: opened(args.workdir, args.learn, observe)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, open_once):
+    """call(words..., stop=None) -> (exit code, stdout, stderr)."""
+    for module in (tttjax.generate, tttjax.read, tttjax.sessions):
+        monkeypatch.setattr(module, "open_from", open_once)
+
+    def call(*words, stop=None):
+        monkeypatch.setattr(tttjax.read, "StopRequest", lambda: StopAfter(stop))
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "cat.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(run, text, tmp_path_factory, open_once):
+    """A folder with what a reading without stops leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tttjax.read, "open_from", open_once)
+        assert main(["read", run, str(text), *outputs(folder)]) == 0
+    return folder
+
+
+def outputs(folder):
+    names = {"save-session": "s", "telescope": "seen", "log": "log.csv"}
+    return [*(f"--{option}={folder / name}" for option, name in names.items()), *KEEP]
+
+
+def content(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_reading_that_was_stopped_and_killed_leaves_the_same_files(
+    run, text, whole, tmp_path, call
+):
+    folder = tmp_path / "here"
+    read = ("read", run, text, *outputs(folder))
+    folder.mkdir()
+    assert call(*read, stop=3)[0] == 75
+    shutil.copy(folder / "s", tmp_path / "early")
+    assert call(*read, stop=2)[0] == 75
+    # As if killed before the last saves: lines and snapshots are there that the session is not of.
+    shutil.copy(tmp_path / "early", folder / "s")
+    with (folder / "seen" / "chunks.jsonl").open("a") as file:
+        file.write('{"tokens": 352, "lo')
+    assert call(*read, stop=1)[0] == 75
+    # As if killed between a session and its snapshot, which is due after four stretches.
+    (folder / "s.kept" / f"{4 * 64 + 1:012}.session").unlink()
+    code, _, err = call(*read)
+    assert code == 0
+    assert " -> " in err
+    assert "clipped" in err
+    assert content(folder) == content(whole)
+
+
+def test_the_telescope_s_files_agree_with_the_session(whole, call):
+    about = read_about(whole / "s")
+    lines = (whole / "seen" / "chunks.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["tokens"] for row in rows] == [8 * (i + 1) for i in range(len(TEXT) // 8)]
+    assert [row["loss"] for row in rows] == pytest.approx(about.chunk_losses, rel=1e-6)
+    assert [row["loss_after"] for row in rows] == pytest.approx(about.chunk_losses_after, rel=1e-6)
+    assert all(row["clipped"] == (row["grad_norm"] >= 1) for row in rows)
+    summary = json.loads((whole / "seen" / "telescope.json").read_text())
+    assert summary["layers"] == list(about.layers) == ["layer0"]
+    assert summary["chunks"] == len(rows)
+    assert summary["loss"] == pytest.approx(sum(about.chunk_losses) / len(rows), rel=1e-6)
+    assert summary["clip_rate"] == pytest.approx(sum(r["clipped"] for r in rows) / len(rows))
+    for i, (name, (moved, start)) in enumerate(about.layers.items()):
+        assert rows[-1]["layer_drift"][i] == summary["drift"][name] == pytest.approx(moved)
+        assert summary["start_norm"][i] == pytest.approx(start)
+    by_weight = sum(size**2 for size in about.drift.values())
+    assert by_weight == pytest.approx(sum(moved**2 for moved, _ in about.layers.values()))
+    assert (whole / "seen" / "telescope.png").read_bytes().startswith(b"\x89PNG")
+    code, told, _ = call("sessions", whole / "s")
+    assert code == 0
+    last = f"{about.chunk_losses[-1]:.4f} -> {about.chunk_losses_after[-1]:.4f}"
+    assert last in told
+    assert "layer0  moved by" in told
+    assert [found.tokens for found in kept(whole / "s").values()] == [1, 129, 257]
+    for found in kept(whole / "s").values():
+        assert f"{found.tokens:12,} tokens  " in told
+    found = json.loads(call("sessions", whole / "s", "--json")[1])[str(whole / "s")]
+    assert len(found["kept"]) == 3
+
+
+def test_from_a_snapshot_reading_goes_on_bit_for_bit(run, text, whole, tmp_path, call):
+    back = ("sessions", whole / "s", "--to", tmp_path / "s")
+    code, _, err = call(*back, "--rewind=300")
+    assert code == 0
+    assert "as it was after 257 tokens" in err
+    assert "--run=WORKDIR and --text=FILE read on" in err
+    assert call("read", run, text, *outputs(tmp_path))[0] == 0
+    assert (tmp_path / "s").read_bytes() == (whole / "s").read_bytes()
+
+
+def test_any_mini_batch_can_be_gone_back_to(run, text, whole, tmp_path, call):
+    """What is found there is what reading the text up to there leaves, bit for bit."""
+    place = 8 * 38 + 1
+    exactly = ("--run", run, "--text", text)
+    there = call("sessions", whole / "s", f"--rewind={place}", "--to", tmp_path / "s", *exactly)
+    assert there[0] == 0
+    assert f"as it was after {place} tokens" in there[2]
+    (tmp_path / "cut.txt").write_text(TEXT[: place - 1])
+    cut = ("--save-session", tmp_path / "cut", "--telescope", tmp_path / "seen")
+    assert call("read", run, tmp_path / "cut.txt", *cut)[0] == 0
+    found, wanted = load_file(tmp_path / "s"), load_file(tmp_path / "cut")
+    assert found.keys() == wanted.keys()
+    assert all((found[name] == wanted[name]).all() for name in found)
+    a, b = (read_about(tmp_path / name) for name in ("s", "cut"))
+    assert (a.tokens, a.chunk_losses, a.layers) == (b.tokens, b.chunk_losses, b.layers)
+
+
+def test_forks_differ_by_what_was_read_after_and_nothing_else(run, whole, tmp_path, call):
+    snapshot = list(kept(whole / "s"))[1]
+    before = snapshot.read_bytes()
+    for name, prompt in (("a", "a dog"), ("b", "a dog"), ("c", "a log")):
+        fork = ("--session", snapshot, "--save-session", tmp_path / name, "--prompt", prompt)
+        assert call("generate", run, *fork, "--max-tokens=0")[0] == 0
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+    assert snapshot.read_bytes() == before
+    pending = [load_file(tmp_path / name)["pending"].tobytes() for name in "ac"]
+    assert pending[0] != pending[1]
+
+
+def test_without_a_telescope_what_is_free_is_shown(run, text, tmp_path, call):
+    code, _, err = call("read", run, text, "--save-session", tmp_path / "s")
+    assert code == 0
+    assert "gradient" in err
+    assert "clipped" in err
+    assert " -> " not in err
+    assert read_about(tmp_path / "s").chunk_losses_after == [None] * (len(TEXT) // 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rewind=5"], "--rewind=TOKENS and --to=NEW go together"),
+        (["--rewind=-5", "--to=new"], "--rewind=-5 must be at least 0"),
+        (["--rewind=0", "--to=new"], "cannot go back to 0 tokens: it keeps none before 1 tokens"),
+        (["--rewind=999", "--to=new"], "has read 457 tokens, not 999"),
+        (["--rewind=50", "--to=SELF"], "exists already"),
+        (["--rewind=50", "--to=new", "--text=TEXT"], "both --run=WORKDIR and --text=FILE"),
+        (["--rewind=50", "--to=new", "--text=OTHER", "--run=RUN"], "is not the text that"),
+        (["more", "--rewind=50", "--to=new"], "in one session, and 2 are named"),
+        (["--text=TEXT"], "--run and --text are for --rewind=TOKENS"),
+    ],
+)
+def test_there_are_places_where_one_cannot_go_back(
+    run, text, whole, tmp_path, monkeypatch, call, words, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text(TEXT.upper())
+    names = {"SELF": whole / "s", "TEXT": text, "OTHER": tmp_path / "other.txt", "RUN": run}
+    for name, value in names.items():
+        words = [word.replace(name, str(value)) for word in words]
+    code, _, err = call("sessions", whole / "s", *words)
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
+
+
+def test_a_session_that_kept_nothing_says_how_to(whole, tmp_path, call):
+    shutil.copy(whole / "s", tmp_path / "s")
+    code, _, err = call("sessions", tmp_path / "s", "--rewind=9", "--to", tmp_path / "t")
+    assert code == 2
+    assert "it keeps none; sessions on the way are kept by `tttjax read --keep-every" in err
+
+
+def test_what_cannot_be_read_so_is_refused_at_once(run, text, whole, tmp_path, call):
+    read = ("read", run, text, "--save-session", tmp_path / "s")
+    assert "makes none: it has no fast weights, or --learn=none" in refused(
+        call, *read, "--learn=none", "--telescope", tmp_path / "seen"
+    )
+    assert "--keep-most=1 must be at least 2" in refused(call, *read, "--keep-most=1")
+    assert "is a file; name a folder" in refused(call, *read, "--telescope", text)
+    shutil.copytree(whole / "s.kept", tmp_path / "s.kept")
+    assert "holds sessions of an earlier reading" in refused(call, *read, *KEEP)
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper())
+    read = ("read", run, other, "--save-session", tmp_path / "t")
+    before = content(whole)
+    seen = ("--telescope", whole / "seen")
+    assert "another model or another text showed" in refused(call, *read, *seen)
+    assert content(whole) == before
+    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "t").exists()
+
+
+def refused(call, *words):
+    code, _, err = call(*words)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
