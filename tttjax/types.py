@@ -8,6 +8,7 @@ Array names carry their shape as a suffix of these letters (`x_BTD` is batch x t
     C  tokens of one chunk (b)     H  attention heads
     L  layers of a stack           K  entries of one head
     F  hidden entries of an MLP    V  vocabulary
+    G  heads of keys and values    R  query heads that share one of these, H / G
 
 and in the recurrent mixers
 

@@ -17,8 +17,13 @@ from tttjax.models import build_model
 LENGTH = 22
 SYSTEMS = {
     "ttt_e2e": {"model": {"mixers": ("window",)}},
-    "hybrid": {"model": {"mixers": ("mamba2", "full"), "suffix_layers": 2}},
-    "static": {"model": {"mixers": ("window", "full"), "fast_mlp": False, "suffix_layers": 0}},
+    "hybrid": {"model": {"mixers": ("mamba2", "full"), "suffix_layers": 2, "num_kv_heads": 1}},
+    "static": {
+        "model": {
+            **{"mixers": ("window", "full"), "fast_mlp": False, "suffix_layers": 0},
+            **{"num_heads": 4, "num_kv_heads": 2, "qk_norm": False},
+        }
+    },
 }
 
 

@@ -54,13 +54,38 @@ def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, seen_TS: Array) -> Array:
     groups, (length, heads, head_dim) = k_SGK.shape[-2], q_THK.shape
     shared = heads // groups  # queries of one token that meet the same keys: rows, like tokens
     q_TGRK = q_THK.reshape(length, groups, shared, head_dim)
-    q_NGK = q_TGRK.swapaxes(1, 2).reshape(length * shared, groups, head_dim)
-    seen_NS = jnp.repeat(seen_TS, shared, axis=0)
-    score_GNS = jnp.einsum("ngk,sgk->gns", q_NGK, k_SGK, preferred_element_type=wide)
-    score_GNS = jnp.where(seen_NS, score_GNS * head_dim**-0.5, MASKED_SCORE)
-    probability_GNS = jax.nn.softmax(score_GNS, axis=-1).astype(v_SGK.dtype)
-    y_NGK = jnp.einsum("gns,sgk->ngk", probability_GNS, v_SGK)
-    return y_NGK.reshape(length, shared, groups, head_dim).swapaxes(1, 2).reshape(q_THK.shape)
+    q_QGK = q_TGRK.swapaxes(1, 2).reshape(length * shared, groups, head_dim)
+    seen_QS = jnp.repeat(seen_TS, shared, axis=0)
+    score_GQS = jnp.einsum("qgk,sgk->gqs", q_QGK, k_SGK, preferred_element_type=wide)
+    score_GQS = jnp.where(seen_QS, score_GQS * head_dim**-0.5, MASKED_SCORE)
+    probability_GQS = jax.nn.softmax(score_GQS, axis=-1).astype(v_SGK.dtype)
+    y_QGK = jnp.einsum("gqs,sgk->qgk", probability_GQS, v_SGK)
+    return y_QGK.reshape(length, shared, groups, head_dim).swapaxes(1, 2).reshape(q_THK.shape)
+
+
+def attend_one(
+    q_HK: Array, k_SGK: Array, v_SGK: Array, k_GK: Array, v_GK: Array, seen_S: Array
+) -> Array:
+    """`attend` of a single query to visible keys and to its own, [H, K].
+
+    A query's scores are sums over what is read once anyway, so products are no matrix products
+    here: nothing is laid out anew or copied on the way.
+    """
+    wide = jnp.promote_types(q_HK.dtype, jnp.float32)
+    (heads, head_dim), groups = q_HK.shape, k_GK.shape[0]
+    q_GRK = q_HK.reshape(groups, heads // groups, head_dim).astype(wide) * head_dim**-0.5
+
+    def scores(k_GK):
+        return jnp.sum(q_GRK * k_GK[..., :, None, :].astype(wide), axis=-1)
+
+    score_SGR = jnp.where(seen_S[:, None, None], scores(k_SGK), MASKED_SCORE)
+    own_GR = scores(k_GK)
+    highest_GR = jnp.maximum(jnp.max(score_SGR, axis=0), own_GR)
+    weight_SGR, own_GR = jnp.exp(score_SGR - highest_GR), jnp.exp(own_GR - highest_GR)
+    total_GR = jnp.sum(weight_SGR, axis=0) + own_GR
+    y_GRK = jnp.sum(weight_SGR[..., None] * v_SGK[:, :, None].astype(wide), axis=0)
+    y_GRK += own_GR[..., None] * v_GK[:, None].astype(wide)
+    return (y_GRK / total_GR[..., None]).reshape(q_HK.shape).astype(v_SGK.dtype)
 
 
 def attend_sequence(
