@@ -35,6 +35,8 @@ COMMANDS = {
     "prepare": Command("tttjax.prepare", "turn text into a tokenizer and token shards"),
     "train": Command("tttjax.train", "meta-train a model, or extend one; resumes by itself"),
     "evaluate": Command("tttjax.evaluate", "loss by token position and context, TTT on and off"),
+    "import": Command("tttjax.importing", "make a run of weights from elsewhere"),
+    "export": Command("tttjax.export", "write a model for Hugging Face transformers"),
     "generate": Command("tttjax.generate", "read, learn from it, write on; keep sessions"),
     "read": Command("tttjax.read", "read a text of any length into a session file"),
     "sessions": Command("tttjax.sessions", "what session files hold"),
@@ -114,7 +116,8 @@ def _dispatch(arguments: list[str]) -> int:
     if module is None or command_parser is None:
         return _parse_without_command(parser, arguments)
     module.add_arguments(command_parser)
-    # Set here so that a command with a --config can rely on it.
+    # Set here so that a command with a --config can rely on it. One that finds a configuration by
+    # itself, for which --config is a choice, sets has_own_config.
     command_parser.set_defaults(overrides=overrides)
     _refuse_unknown(command_parser, _unknown_flags(command_parser, arguments))
     try:
@@ -123,7 +126,7 @@ def _dispatch(arguments: list[str]) -> int:
         return int(stop.code or 0)
     has_config = hasattr(args, "config")
     _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
-    if overrides and args.config is None:
+    if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} changes a configuration, but no --config=FILE is given.")
     return module.run(args)
 

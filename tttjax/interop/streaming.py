@@ -4,7 +4,7 @@ The target, arrays divided over the devices of a mesh, is filled row by row of i
 so that the host holds one piece at a time beside it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,14 +25,20 @@ class Piece(NamedTuple):
     array: np.ndarray
 
 
-def assemble(template: Params, pieces: Iterable[Piece], model: Transformer) -> Params:
+def assemble(
+    template: Params,
+    pieces: Iterable[Piece],
+    model: Transformer,
+    there: Mapping[str, Array] | None = None,
+) -> Params:
     """The weights of a model out of pieces, each taken when the one before has arrived.
 
-    template: jax.ShapeDtypeStructs with shardings. Entries are converted to its dtypes. Raises
-    ValueError for weights, or rows, that no piece brought.
+    template: jax.ShapeDtypeStructs with shardings. Entries are converted to its dtypes.
+    there: weights by path that no piece is of. Raises ValueError for weights, or rows, that nothing
+    brought.
     """
     wanted = flatten_dict(combine(template.slow, template.fast), sep="/")
-    found: dict[str, Array] = {}
+    found: dict[str, Array] = dict(there or {})
     rows: dict[str, set[int]] = {}
     for path, row, array in pieces:
         target = wanted[path]

@@ -1,0 +1,221 @@
+"""Models that transformers made compute the same here, also with fast MLPs added."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+
+from tttjax import cli
+from tttjax.config import read_config
+from tttjax.data.tokenizers import load_tokenizer
+from tttjax.errors import UserError
+from tttjax.evaluate.runs import RunSpec, open_run, weights_template
+from tttjax.importing import huggingface, import_run, open_huggingface
+from tttjax.models import build_model
+from tttjax.sharding import make_mesh
+from tttjax.train_step import make_trainer
+from tttjax.types import Batch
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAST = (
+    *("--config.model.fast_mlp=true", "--config.model.suffix_layers=2"),
+    *("--config.inner.chunk_size=8", "--config.train.seq_len=32", "--config.train.batch_size=8"),
+)
+
+
+def save_model(folder, family, dtype=None, shard="1GB", **fields):
+    """A random model, written by transformers."""
+    kinds = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    }
+    make_config, make_model = kinds[family]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = make_model(make_config(**{**SIZES, "initializer_range": 0.3, **fields}))
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # so that no two norms are the same
+                weight.mul_(torch.rand_like(weight) + 0.5)
+        model.to(dtype or torch.float32).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return save_model(folder, "llama", rope_parameters=LLAMA3, tie_word_embeddings=False)
+
+
+def words_of(words):
+    """A whitespace tokenizer's file."""
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    found = tokenizers.Tokenizer(model)
+    found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return found.to_str()
+
+
+CASES = {
+    "llama": {"rope_parameters": LLAMA3, "tie_word_embeddings": False},
+    "qwen3": {"head_dim": 6, "tie_word_embeddings": True, "shard": "8KB"},
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_logits_are_those_of_transformers(family, tmp_path, capsys):
+    folder = save_model(tmp_path / "hf", family, **CASES[family])
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (family == "qwen3")
+    (folder / "tokenizer.json").write_text(words_of(["<unk>", "<s>", "</s>", "a", "b"]))
+    assert cli.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().out
+    compared = next(line for line in said.splitlines() if "compared with transformers" in line)
+    assert float(compared.split("at most ")[1].split()[0]) < 1e-4
+    config = read_config(tmp_path / "run")
+    assert config.model.kv_heads == 2
+    assert config.train.seq_len == 256
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.fingerprint() == open_run(RunSpec(tmp_path / "run")).tokenizer
+
+
+def test_fast_mlps_change_nothing_until_they_learn(llama, tmp_path):
+    """Logits with learning off are transformers'; with training, loss falls and weights move."""
+    lines = []
+    source = open_huggingface(llama, overrides=FAST, say=lines.append)
+    assert source.config.model.fast_mlp_init == "zero"
+    found = import_run(source, tmp_path / "run", say=lines.append)
+    assert found.reference < 1e-4
+    assert found.read_back == 0
+    assert any("start at 0" in line or "starts at 0" in line for line in lines)
+    run = open_run(RunSpec(tmp_path / "run"))
+    trainer = make_trainer(run.config, make_mesh())
+    params = run.weights(trainer.abstract_state.params)
+    start = jax.tree.map(np.asarray, params)
+    last = start.fast["suffix"]["stage0"]["block0"]["fast_mlp"]["w2"]
+    assert last.shape == (2, 24, 16)
+    assert not last.any()
+    rng = np.random.default_rng(0)
+    token_BT = np.tile(rng.integers(96, size=(8, 1), dtype=np.int32), (1, 33))
+    batch = Batch(token_BT[:, :-1], token_BT[:, 1:], np.ones((8, 32), bool))
+    state, losses = trainer.start_from(params), []
+    for _ in range(4):
+        state, metrics = trainer.step(state, trainer.put_batch(batch))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), start, state.params)
+    assert min(jax.tree.leaves(moved.fast)) > 0
+
+
+def test_a_window_and_another_base_may_be_asked_for(llama, tmp_path, capsys):
+    more = ["--config.model.mixers=window", "--config.model.window_size=8"]
+    words = ["import", str(llama), f"--workdir={tmp_path / 'run'}", *FAST, *more]
+    assert cli.main([*words, "--config.model.rope_theta=2e6"]) == 0
+    said = capsys.readouterr().out
+    assert "compared with transformers" in said
+    config = read_config(tmp_path / "run")
+    assert (config.model.window_size, config.model.rope_theta) == (8, 2e6)
+
+
+def test_bfloat16_is_kept_exactly(tmp_path):
+    folder = save_model(tmp_path / "hf", "llama", dtype=torch.bfloat16)
+    source = open_huggingface(folder, say=lambda line: None)
+    assert source.config.model.compute_dtype == "bfloat16"
+    assert import_run(source, tmp_path / "run", say=lambda line: None).reference < 1e-4
+    run = open_run(RunSpec(tmp_path / "run"))
+    model = build_model(run.config.model, run.config.inner)
+    params = run.weights(weights_template(model, make_mesh()))
+    stored = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(params.slow["embedding"], stored.astype(np.float32))
+    assert params.slow["embedding"].dtype == jnp.float32
+
+
+def test_without_transformers_the_command_says_so(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "their_logits", lambda *args, **kwargs: None)
+    lines = []
+    found = import_run(open_huggingface(llama, say=lines.append), tmp_path / "run", lines.append)
+    assert found.reference is None
+    assert any("transformers is not installed" in line for line in lines)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def reshape(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].copy()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda f: edit_config(f, model_type="gpt2"), "'gpt2' is not supported.*llama.*qwen3"),
+        (lambda f: edit_config(f, attention_bias=True), "projections with a bias"),
+        (lambda f: edit_config(f, num_hidden_layers=2), "unexpected model.layers.2"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+        (cut_short, "cannot be read"),
+        (reshape, r"model.norm.weight has shape \(5,\), not \(16,\)"),
+    ],
+)
+def test_bad_sources_are_one_sentence(llama, harm, sentence, tmp_path, capsys):
+    folder = shutil.copytree(llama, tmp_path / "hf")
+    harm(folder)
+    assert cli.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 2
+    err = capsys.readouterr().err
+    with pytest.raises(AssertionError, match=sentence):
+        raise AssertionError(err)
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_other_logits_are_refused(llama, tmp_path, monkeypatch):
+    theirs = huggingface.their_logits
+
+    def other(*args, **kwargs):
+        return theirs(*args, **kwargs) * 1.01
+
+    monkeypatch.setattr(huggingface, "their_logits", other)
+    with pytest.raises(UserError, match=r"differ by at most .* was not imported"):
+        import_run(open_huggingface(llama, say=lambda line: None), tmp_path / "run", print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_fast_mlps_can_be_added(llama):
+    with pytest.raises(UserError, match=r"has no tensor for .*q_norm.*only fast MLPs can be added"):
+        open_huggingface(llama, overrides=("--config.model.qk_norm=true",), say=lambda line: None)

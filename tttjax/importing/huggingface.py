@@ -1,0 +1,196 @@
+"""Pretrained Transformers of Hugging Face as a source, as they are or to be extended."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tttjax.config import Config, default_config, from_config_dict, load_config
+from tttjax.config.files import apply_override
+from tttjax.data.huggingface import HuggingFaceTokenizer
+from tttjax.data.tokenizers import Tokenizer
+from tttjax.errors import UserError
+from tttjax.importing.source import (
+    Reference,
+    Say,
+    Source,
+    check_tokenizer,
+    describe_config,
+    given_tokenizer,
+    is_named,
+)
+from tttjax.interop.huggingface import (
+    check_names,
+    config_from_huggingface,
+    pieces,
+    tensor_places,
+    unplaced,
+)
+from tttjax.interop.huggingface.compare import their_logits
+from tttjax.interop.huggingface.configs import OWN
+from tttjax.interop.huggingface.files import TensorFiles
+from tttjax.models import Transformer, build_model
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+LONGEST = 8192  # tokens of the sequences that a run is set to train on, unless told otherwise
+# Of the model, what may be changed on purpose while every weight stays what it is.
+MAY_CHANGE = ("rope_theta", "rope_scaling", "norm_eps")
+
+
+def looks_like_huggingface(folder: Path) -> bool:
+    """Whether a folder holds a model in this form, complete or not."""
+    return (folder / CONFIG).exists() or any(folder.glob("*.safetensors*"))
+
+
+def open_huggingface(
+    folder: Path,
+    *,
+    config: str = "",
+    overrides: Sequence[str] = (),
+    tokenizer: str = "",
+    say: Say = print,
+) -> Source:
+    """A model's folder, compared with the configuration by names and shapes.
+
+    config: experiment file; "": the configuration is that of `config.json`. overrides: of either;
+    what they add, such as fast MLPs, starts as in a new model, the fast MLPs' last matrix at 0.
+    Raises UserError for anything wrong with these, and for a model that ours cannot express.
+    """
+    values = _read_json(folder / CONFIG)
+    stored = config_from_huggingface(values)
+    family = values["model_type"]
+    files = TensorFiles(folder)
+    say(f"{folder}: {family} of Hugging Face transformers, {len(files.names)} tensors")
+    resolved = _resolve(config, overrides, stored, values)
+    model = build_model(resolved.model, resolved.inner)
+    places = tensor_places(model, family)
+    check_names(files.names, places, str(folder))
+    _check_shapes(files, places, folder)
+    added = frozenset(unplaced(model, places))
+    _check_added(added, model, folder)
+    describe_config(resolved, {}, say)
+    if added:
+        start = (
+            "at 0, so that it changes nothing"
+            if resolved.model.fast_mlp_init == "zero"
+            else "at random"
+        )
+        say(f"the fast MLPs are new; their last matrix starts {start} until they have learned")
+    return Source(
+        config=resolved,
+        step=0,
+        origin={"kind": "Hugging Face transformers", "source": str(folder), "family": family},
+        pieces=lambda model: pieces(places, files.read),
+        tokenizer=_tokenizer(folder, tokenizer, values, resolved, say),
+        added=added,
+        reference=_reference(folder, family, resolved, stored, files),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} has no {path.name}, which says what model its tensors are; copy it "
+            "from where the model is from."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold the fields of a model; copy it again.")
+    return values
+
+
+# Configuration -----------------------------------------------------------------------------------
+
+
+def _resolve(
+    file: str, overrides: Sequence[str], stored: Mapping[str, Any], values: Mapping[str, Any]
+) -> Config:
+    """The run's configuration: the file's, or the model's own, with the overrides."""
+    if file:
+        return load_config(file, overrides)
+    config = default_config()
+    config.model.update(stored)
+    if values.get("dtype", values.get("torch_dtype")) in ("bfloat16", "float16"):
+        config.model.compute_dtype = "bfloat16"
+    for override in overrides:
+        apply_override(config, override)
+    if config.model.fast_mlp and not is_named("model.fast_mlp_init", overrides):
+        config.model.fast_mlp_init = "zero"
+    if not is_named("train.seq_len", overrides):
+        chunk, longest = config.inner.chunk_size, values.get("max_position_embeddings") or LONGEST
+        config.train.seq_len = max(chunk, min(LONGEST, longest) // chunk * chunk)
+    return from_config_dict(config)
+
+
+def _check_shapes(files: TensorFiles, places, folder: Path) -> None:
+    """UserError with the tensors that have another shape than the model's."""
+    wrong = [
+        f"{place.name} has shape {shape}, not {place.shape}"
+        for place in places
+        if (shape := files.shape(place.name)) != place.shape
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise UserError(f"{folder} does not fit this model: {'; '.join(wrong[:8])}{more}")
+
+
+def _check_added(added: frozenset[str], model: Transformer, folder: Path) -> None:
+    """UserError for weights that the source lacks, but for fast MLPs."""
+    lacking = sorted(path for path in added if "/fast_mlp" not in path)
+    if lacking:
+        raise UserError(
+            f"{folder} has no tensor for {', '.join(lacking[:4])}: only fast MLPs can be added, "
+            "with --config.model.fast_mlp=true --config.model.suffix_layers=N."
+        )
+
+
+# Tokenizer and comparison ------------------------------------------------------------------------
+
+
+def _tokenizer(
+    folder: Path, given: str, values: Mapping[str, Any], config: Config, say: Say
+) -> Tokenizer | None:
+    """That of --tokenizer, or the folder's own with the special tokens of `config.json`."""
+    if given:
+        return given_tokenizer(given, config)
+    path = folder / TOKENIZER
+    if not path.exists():
+        return None
+
+    def first(key: str) -> int | None:
+        found = values.get(key)
+        return next(iter(found), None) if isinstance(found, list) else found
+
+    eos = first("eos_token_id")
+    bos = first("bos_token_id")
+    found = HuggingFaceTokenizer(path, bos_id=eos if bos is None else bos, eos_id=eos)
+    check_tokenizer(found, str(path), config)
+    return found
+
+
+def _reference(
+    folder: Path, family: str, config: Config, stored: Mapping[str, Any], files: TensorFiles
+) -> Reference | None:
+    """transformers itself; None for a model that brings code of its own, which is not run here."""
+    if family == OWN:
+        return None
+
+    def logits(token_T: np.ndarray) -> np.ndarray | None:
+        more_T = np.concatenate((token_T, token_T[:1]))  # the last token is only a target
+        return their_logits(folder, more_T, np.arange(len(token_T)), trusted=False)
+
+    as_stored = {name: stored[name] for name in MAY_CHANGE}
+    if config.model.mixers == stored["mixers"]:
+        as_stored["window_size"] = stored.get("window_size", config.model.window_size)
+    else:  # the sample is short enough for any window to see all of it
+        as_stored["window_size"] = max(config.model.window_size, 4096)
+    model = dataclasses.replace(config.model, compute_dtype="float32", **as_stored)
+    is_wide = any(files.kind(name) in ("F32", "F64") for name in files.names)
+    exact = config.model.param_dtype != "bfloat16" or not is_wide
+    return Reference("transformers", logits, dataclasses.replace(config, model=model), exact)
