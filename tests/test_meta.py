@@ -107,6 +107,7 @@ def test_fast_weights_and_drift_equal_the_slow_form(gradients, params, batch, sl
             np.testing.assert_allclose(final[name][i], start[name] + moved[name], atol=1e-12)
         drift = np.sqrt(sum((a**2).sum() for a in moved.values()))
         assert float(reading.drift[i]) == pytest.approx(float(drift), abs=1e-12)
+        assert np.linalg.norm(reading.layer_drift_L[i]) == pytest.approx(float(drift), abs=1e-12)
 
 
 def direction_like(tree, seed):

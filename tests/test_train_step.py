@@ -46,6 +46,7 @@ def test_a_step_is_gradient_clip_adam_and_the_rates_of_its_index(trainer):
     optimizer = make_optimizer(config.optim, config.train.steps)
     opt_state = optimizer.init(params)
     for n, rate in enumerate((0.1 + 0.9 / 4, 0.55)):
+        params_before = params
         (wanted, reading), grads = gradient(params, random_batch(config, n), np.float32(rate))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
@@ -57,6 +58,13 @@ def test_a_step_is_gradient_clip_adam_and_the_rates_of_its_index(trainer):
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-9)
         drift = float(jnp.mean(reading.drift))
         assert float(metrics["fast_drift"]) == pytest.approx(drift, rel=1e-9)
+        moved = jax.tree.map(lambda a, b: a - b, reading.fast, params_before.fast)
+        squares = sum(jnp.sum(x**2, axis=range(1, x.ndim)) for x in jax.tree.leaves(moved))
+        drift = float(jnp.mean(jnp.sqrt(squares)))  # of the one layer that has fast weights
+        assert float(metrics["fast_drift_layer1"]) == pytest.approx(drift, rel=1e-9)
+        for name, chunk in (("first", 0), ("last", -1)):
+            loss = float(jnp.mean(reading.chunk_loss_N[:, chunk]))
+            assert float(metrics[f"{name}_chunk_loss"]) == pytest.approx(loss, rel=1e-9)
         clipped = float(jnp.mean(reading.grad_norm_N >= 1.0))
         assert float(metrics["inner_clip_rate"]) == pytest.approx(clipped)
     assert worst(state.params, params) < 1e-9
@@ -99,7 +107,8 @@ def test_accumulated_gradient_is_that_of_the_full_batch(trainer):
     whole_state, whole = take(trainer, trainer.init_state(0), 5)
     parts_state, accumulated = take(parts, parts.init_state(0), 5)
     assert worst(whole_state.params, parts_state.params) < 1e-10
-    for name in ("loss", "grad_norm", "grad_norm_fast", "fast_drift", "inner_clip_rate"):
+    names = ("loss", "grad_norm", "grad_norm_fast", "fast_drift", "inner_clip_rate")
+    for name in (*names, "fast_drift_layer1", "first_chunk_loss", "last_chunk_loss"):
         assert float(whole[name]) == pytest.approx(float(accumulated[name]), rel=1e-9)
 
 

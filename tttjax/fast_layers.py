@@ -50,7 +50,10 @@ def norms(model: Transformer, square: PyTree) -> Array:
         parts = [x for name, x in flat.items() if name == path or name.startswith(path + "/")]
         return sum((x if row is None else x[row] for x in parts), start=jnp.zeros(()))
 
-    return jnp.sqrt(jnp.stack([total(*place) for place in fast_layers(model).values()]))
+    totals = [total(*place) for place in fast_layers(model).values()]
+    square_L = jnp.stack(totals) if totals else jnp.zeros(0)
+    # As of `global_norm`, the slope at 0 is 0.
+    return jnp.sqrt(jnp.where(square_L == 0, 1.0, square_L)) * (square_L != 0)
 
 
 def norms_above(cut: Cut, tree: PyTree) -> Array:

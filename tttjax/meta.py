@@ -20,6 +20,7 @@ import optax
 from tttjax import inner_loop
 from tttjax.chunk_step import Chunks, Learner
 from tttjax.fast_gradient import Loop, make_loop
+from tttjax.fast_layers import norms, squares
 from tttjax.models import Cut, Transformer, advance, combine
 from tttjax.ops.cross_entropy import masked_mean
 from tttjax.types import Array, Batch, Params, PyTree
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
     grad_norm_N: Array  # inner gradient norms before the rule; zeros without learning
     fast: PyTree  # the fast weights after the last update
     drift: Array  # ||W_n - W0||
+    layer_drift_L: Array  # the same by layer (`fast_layers`)
 
 
 class InnerLoop(NamedTuple):
@@ -95,9 +97,13 @@ def split_chunks(x_T: Array, chunk_size: int) -> Array:
     return x_T.reshape((-1, chunk_size, *x_T.shape[1:]))
 
 
-def _reading(chunk_loss_N, nll_T, grad_norm_N, fast, fast_start) -> Reading:
-    drift = global_norm(jax.tree.map(jnp.subtract, fast, fast_start))
-    return Reading(jnp.mean(chunk_loss_N), chunk_loss_N, nll_T, grad_norm_N, fast, drift)
+def _reading(
+    model: Transformer, chunk_loss_N, nll_T, grad_norm_N, fast: PyTree, fast_start: PyTree
+) -> Reading:
+    moved = jax.tree.map(jnp.subtract, fast, fast_start)
+    drift, by_layer = global_norm(moved), norms(model, squares(moved))
+    loss = jnp.mean(chunk_loss_N)
+    return Reading(loss, chunk_loss_N, nll_T, grad_norm_N, fast, drift, by_layer)
 
 
 def read_static(
@@ -113,7 +119,8 @@ def read_static(
         x_TD, _ = model.run_part(part, weights, None, x_TD)
     nll_T = model.nll(weights, x_TD, targets_T, block=LOGIT_ROWS)
     chunk_loss_N = masked_mean(split_chunks(nll_T, chunk), split_chunks(mask_T, chunk))
-    return _reading(chunk_loss_N, nll_T, jnp.zeros_like(chunk_loss_N), params.fast, params.fast)
+    nothing_N = jnp.zeros_like(chunk_loss_N)
+    return _reading(model, chunk_loss_N, nll_T, nothing_N, params.fast, params.fast)
 
 
 def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
@@ -156,7 +163,8 @@ def read_learning(
         exact_chunks=inner.exact_chunks,
         remat=inner.remat,
     )
-    return _reading(records.loss, records.aux.reshape(-1), records.grad_norm, end.fast, fast)
+    nll_T = records.aux.reshape(-1)
+    return _reading(model, records.loss, nll_T, records.grad_norm, end.fast, fast)
 
 
 def read_learning_fast(
@@ -180,7 +188,7 @@ def read_learning_fast(
     )
     loss_BN, nll_BNC, norm_BN = (jnp.swapaxes(x, 0, 1) for x in records)
     nll_BT = nll_BNC.reshape(batch.inputs.shape)
-    reading = jax.vmap(_reading, in_axes=(0, 0, 0, 0, None))
+    reading = jax.vmap(partial(_reading, model), in_axes=(0, 0, 0, 0, None))
     return reading(loss_BN, nll_BT, norm_BN, jax.vmap(cut.join)(fast), start)
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax import sharding
 from tttjax.config import Config
+from tttjax.fast_layers import fast_layers
 from tttjax.meta import InnerLoop, inner_lr, learns, make_inner_loop, make_outer_loss
 from tttjax.models import Transformer, build_model
 from tttjax.optim import make_optimizer, make_schedule
@@ -79,7 +80,13 @@ def make_gradient(
             "inner_grad_norm": jnp.mean(reading.grad_norm_N),
             "fast_drift": jnp.mean(reading.drift),
             "inner_clip_rate": jnp.mean(reading.grad_norm_N >= (inner.clip or jnp.inf)),
+            "first_chunk_loss": jnp.mean(reading.chunk_loss_N[:, 0]),
+            "last_chunk_loss": jnp.mean(reading.chunk_loss_N[:, -1]),
         }
+        if learn:
+            drift_L = jnp.mean(reading.layer_drift_L, axis=0)
+            names = fast_layers(model)
+            metrics |= {f"fast_drift_{name}": drift_L[i] for i, name in enumerate(names)}
         return grads, metrics
 
     def of_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
