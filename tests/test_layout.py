@@ -27,8 +27,8 @@ LAYERS = (
     {"train_step"},
     {"starting_weights"},
     {"prepare", "train", "evaluate", "verify", "bench", "plan"},
-    {"report", "generate", "importing"},
-    {"read", "sessions"},
+    {"report", "generate", "importing", "export"},
+    {"read", "sessions", "lm_eval"},
     {"cli"},
     {"__main__"},
 )
@@ -39,10 +39,15 @@ CORE = (
 )
 COMMANDS = (
     *("prepare", "train", "evaluate", "verify", "bench", "plan", "report"),
-    *("generate", "read", "sessions", "importing", "cli"),
+    *("generate", "read", "sessions", "importing", "export", "cli"),
 )
 
-FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+# What exports carry is run by transformers, and never imported here.
+FILES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if path != ROOT / "__init__.py" and path.parent.name != "exported_code"
+)
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 

@@ -4,7 +4,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -20,6 +20,14 @@ from tttjax.errors import UserError
 
 _BLANK = "\u2581"  # how SentencePiece writes a blank inside its pieces
 _MODEL_FILE = "sentencepiece.model"
+
+
+class Piece(NamedTuple):
+    """An entry of a vocabulary. kind: "text", "byte", or "special", which no text becomes."""
+
+    text: str
+    score: float
+    kind: str
 
 
 class SentencePieceTokenizer:
@@ -56,6 +64,19 @@ class SentencePieceTokenizer:
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(token) for token in tokens])
+
+    def pieces(self) -> list[Piece]:
+        """The vocabulary, in the order of its ids."""
+        pieces = self._processor
+
+        def kind(i: int) -> str:
+            if pieces.is_byte(i):
+                return "byte"
+            special = pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)
+            return "special" if special else "text"
+
+        ids = range(self.vocab_size)
+        return [Piece(pieces.id_to_piece(i), pieces.get_score(i), kind(i)) for i in ids]
 
     def token_bytes(self) -> np.ndarray:
         pieces = self._processor

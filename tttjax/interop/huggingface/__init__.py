@@ -10,7 +10,7 @@ from tttjax.interop.huggingface.names import (
     TensorPlace,
     check_names,
     families,
-    from_tensors,
+    pieces,
     tensor_places,
     unplaced,
 )
@@ -20,7 +20,7 @@ __all__ = [
     "check_names",
     "config_from_huggingface",
     "families",
-    "from_tensors",
+    "pieces",
     "supported",
     "tensor_places",
     "unplaced",

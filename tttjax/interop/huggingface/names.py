@@ -10,16 +10,16 @@ Everything goes a tensor at a time, so that a model need not be in memory twice.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from tttjax.errors import UserError
-from tttjax.models import Transformer, combine, partition
-from tttjax.types import Params
+from tttjax.interop.streaming import Piece
+from tttjax.models import Transformer, combine
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Conversion:
         """In float32 at least, so that nothing is lost before the last rounding."""
         if (scale, offset) == (1, 0):
             return x
-        wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.float32
-        return x.astype(wide) * wide.type(scale) + wide.type(offset)
+        wide = np.float64 if x.dtype == np.float64 else np.float32
+        return x.astype(wide) * wide(scale) + wide(offset)
 
 
 def _to_halves(x_K: np.ndarray) -> np.ndarray:
@@ -235,33 +235,19 @@ def check_names(names: Iterable[str], places: Iterable[TensorPlace], where: str)
         raise UserError(f"{where} does not fit this model: {'; '.join(problems[:8])}{more}")
 
 
-def from_tensors(
-    model: Transformer,
-    places: Iterable[TensorPlace],
-    read: Callable[[str], np.ndarray],
-    start: Mapping[str, np.ndarray] | None = None,
-) -> Params:
-    """Our weights, in the model's dtypes on the host, out of tensors that are read one by one.
+def pieces(places: Iterable[TensorPlace], read: Callable[[str], np.ndarray]) -> Iterator[Piece]:
+    """Our weights, row by row, out of tensors that are read one by one (`read(name)`).
 
-    start: values of weights that no tensor is. Raises UserError for a tensor of another shape, and
-    for two that should be one weight and differ.
+    Raises UserError for a tensor of another shape, and for two that are one weight and differ.
     """
-    weights = abstract_weights(model)
-    flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in weights.items()}
-    filled: set[tuple[str, int | None]] = set()
+    first: dict[tuple[str, int | None], TensorPlace] = {}
     for place in places:
         ours = place.to_ours(read(place.name))
-        target = flat[place.path] if place.row is None else flat[place.path][place.row]
-        if (place.path, place.row) in filled:
-            _check_same(place, ours, target)
-        target[...] = ours
-        filled.add((place.path, place.row))
-    for path, value in (start or {}).items():
-        flat[path][...] = value
-    missing = {path for path in flat if path not in {p for p, _ in filled} | (start or {}).keys()}
-    if missing:
-        raise ValueError(f"no tensor and no start for {sorted(missing)}")
-    return partition(unflatten_dict(flat, sep="/"), model.fast_paths)
+        before = first.setdefault((place.path, place.row), place)
+        if before is place:
+            yield Piece(place.path, place.row, ours)
+        else:
+            _check_same(place, ours, before.to_ours(read(before.name)))
 
 
 def _check_same(place: TensorPlace, ours: np.ndarray, other: np.ndarray) -> None:

@@ -1,0 +1,225 @@
+"""Exports load in transformers and compute what the runs do, learning included."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tttjax import export as exporting
+from tttjax.cli import main
+from tttjax.errors import UserError
+from tttjax.generate.opened import open_model
+from tttjax.inference.sampling import Sampling
+from tttjax.inference.writing import Request, Writer
+from tttjax.interop.huggingface import names
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
+
+STATIC = {"num_layers": 3, "num_heads": 2, "embed_dim": 8}
+PLAIN = {"post_norm": False, "qk_norm": False}
+HYBRID = ("window", "full", "window")
+TTT = {"num_layers": 3, "num_heads": 2, "suffix_layers": 2, "fast_mlp": True}
+LLAMA3 = (4.0, 1.0, 4.0, 16.0)
+ARCHITECTURES = {
+    "Llama": {**PLAIN, "mixers": ("full",), "tie_embeddings": False, "rope_scaling": LLAMA3},
+    "Mistral": {**PLAIN, "mixers": ("window",), "rope_scaling": (2.0,)},
+    "Ministral": {**PLAIN, "mixers": HYBRID, "tie_embeddings": False},
+    "Qwen3": {"post_norm": False, "mixers": HYBRID, "num_kv_heads": 1, "rope_scaling": LLAMA3},
+    "Gemma3": {"mixers": HYBRID, "num_kv_heads": 1, "rope_scaling": LLAMA3},
+    "TTTJax": {"mixers": HYBRID, "pre_norm": False, "num_kv_heads": 1, "rope_scaling": LLAMA3},
+}
+
+
+def load(folder, **kwargs):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, **kwargs
+    ).eval()
+
+
+def export(workdir, folder, *options: str) -> int:
+    return main(["export", str(workdir), f"--to={folder}", *options])
+
+
+def deviations(said: str) -> list[float]:
+    return [
+        float(line.split("at most ")[1].split(";")[0])
+        for line in said.splitlines()
+        if "at most" in line
+    ]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_static_model_becomes_the_architecture_that_it_is(name, make_run, tmp_path, capsys):
+    workdir = make_run(f"hf-{name}", **{**STATIC, **ARCHITECTURES[name]})
+    assert export(workdir, tmp_path / "hf") == 0
+    said = capsys.readouterr().out
+    assert f"as {name}ForCausalLM" in said
+    assert "other tokens" not in said
+    assert len(deviations(said)) == 2  # by tttjax, by transformers
+    assert max(deviations(said)) < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+# --- models that learn ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run("hf-ttt", **TTT)
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "ttt"
+    assert export(run, folder, "--max-shard-size=4KB") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return open_model(run)
+
+
+def tokens(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(256, size=shape)
+
+
+def logits(model, ids, **options) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(np.asarray(ids)), **options).logits.numpy()
+
+
+def test_shards_have_an_index(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 2
+    assert {path.name for path in folder.glob("*.safetensors")} == files
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+
+
+def test_reading_learns_what_ours_learns(opened, model):
+    ids = tokens(30)
+    whole = logits(model, ids[None])[0]
+    session = opened.engine.start()
+    for start, end in ((0, 7), (7, 9), (9, 25), (25, 30)):
+        session, _ = opened.engine.read(session, ids[start:end])
+        np.testing.assert_allclose(whole[end - 1], session.logit_V, atol=1e-4)
+    unlearned = logits(model, ids[None], learn=False)[0]
+    np.testing.assert_allclose(unlearned[:8], whole[:8], atol=1e-5)
+    assert np.abs(unlearned[-1] - whole[-1]).max() > 0.1
+
+
+def test_greedy_writing_learns_as_it_goes(opened, model):
+    ids = tokens(13)
+    session, _ = opened.engine.read(opened.engine.start(), ids)
+    request = Request(session, Sampling(temperature=0), max_tokens=24)
+    ours = [piece.token for piece in Writer(opened.engine, opened.tokenizer, [request])]
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    batch = torch.from_numpy(ids[None])
+    theirs = model.generate(batch, **options)[0, 13:].tolist()
+    assert theirs == ours
+    assert model.generate(batch, learn=False, **options)[0, 13:].tolist() != ours
+    # Beside a longer text, with padding on the left.
+    two = np.stack([np.concatenate((np.zeros(5, int), ids)), tokens(2, 18)[1]])
+    mask = np.ones_like(two)
+    mask[0, :5] = 0
+    both = model.generate(torch.from_numpy(two), attention_mask=torch.from_numpy(mask), **options)
+    assert both[0, 18:].tolist() == ours
+    assert model.generate(
+        batch, max_new_tokens=9, do_sample=True, num_return_sequences=2
+    ).shape == (2, 22)
+
+
+def test_any_split_of_calls_gives_the_same(model):
+    ids = tokens(2, 29)
+    whole = logits(model, ids)
+    cache, found = None, []
+    for start, end in ((0, 3), (3, 8), (8, 9), (9, 26), (26, 27), (27, 29)):
+        with torch.no_grad():
+            out = model(torch.from_numpy(ids[:, start:end]), past_key_values=cache)
+        cache = out.past_key_values
+        found.append(out.logits.numpy())
+    np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-5)
+    assert cache.get_seq_length() == 29
+    kept = {layer[0].shape[1] for reading in cache.readings for layer in reading.past}
+    assert kept == {7}  # of the window of 8, the next token's own key is the eighth
+    np.testing.assert_allclose(logits(model, ids, logits_to_keep=2), whole[:, -2:], atol=1e-6)
+
+
+def test_tokens_may_be_read_without_learning_from_them(opened, model):
+    ids = tokens(27)
+    session, _ = opened.engine.read(opened.engine.start(), ids[:10])
+    session, _ = opened.engine.read(session, ids[10:], learn=False)
+    with torch.no_grad():
+        out = model(torch.from_numpy(ids[None, :10]))
+        out = model(
+            torch.from_numpy(ids[None, 10:]), past_key_values=out.past_key_values, learn=False
+        )
+    np.testing.assert_allclose(out.logits[0, -1], session.logit_V, atol=1e-4)
+
+
+def test_without_learning_and_a_cache_it_can_be_trained(model):
+    ids = torch.from_numpy(tokens(2, 12))
+    model(ids, labels=ids, learn=False, use_cache=False).loss.backward()
+    gradient = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert float(gradient.abs().sum()) > 0
+    model.zero_grad()
+
+
+def test_fast_weights_are_float32_in_bfloat16(run, tmp_path, capsys):
+    assert export(run, tmp_path / "half", "--dtype=bfloat16") == 0
+    assert "rounding to bfloat16 alone" in capsys.readouterr().out
+    model = load(tmp_path / "half", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    cache = model(torch.from_numpy(tokens(1, 20))).past_key_values
+    assert {w.dtype for w in cache.readings[0].fast.values()} == {torch.float32}
+    assert cache.readings[0].past[0][0].dtype == torch.bfloat16
+
+
+def test_a_static_model_may_learn_too(make_run, tmp_path, capsys):
+    workdir = make_run("hf-dynamic", **{**STATIC, "tie_embeddings": False, "mixers": HYBRID})
+    assert export(workdir, tmp_path / "hf", "--mode=dynamic") == 0
+    assert max(deviations(capsys.readouterr().out)) < 1e-4
+    names = json.loads((tmp_path / "hf" / "config.json").read_text())["fast_parameters"]
+    assert names == [f"model.layers.2.mlp.{w}_proj.weight" for w in ("gate", "up", "down")]
+
+
+# --- what must not be -----------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_in_use_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="exists"):
+        exporting.check_vacant(tmp_path)
+    with pytest.raises(UserError, match="exists"):
+        exporting.check_vacant(tmp_path / "file")
+    for size in ("five", "0", "5TB"):
+        with pytest.raises(UserError, match="is no size"):
+            exporting.parse_size(size)
+    assert exporting.parse_size("1.5 KB") == 1500
+
+
+def test_models_that_cannot_be_exported_are_refused(make_run, tmp_path, capsys):
+    workdir = make_run("hf-mamba", mixers=("mamba2",), mamba_head_dim=4, mamba_state=4)
+    assert export(workdir, tmp_path / "hf") == 2
+    assert "model.mixers has 'mamba2'. Exported are models" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_wrong_export_is_noticed_and_removed(both_ways, run, tmp_path, capsys, monkeypatch):
+    """A conversion wrong in one direction, or consistently in both: only transformers sees that."""
+    monkeypatch.setattr(names, "_to_halves", lambda x: x)
+    if both_ways:
+        monkeypatch.setattr(names, "_to_pairs", lambda x: x)
+    assert export(run, tmp_path / "hf") == 1
+    who = "transformers" if both_ways else "tttjax"
+    assert f"error: read {'' if both_ways else 'back '}by {who}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,55 @@
+"""Tokenizers as `tokenizer.json`: the same tokens and the same text again."""
+
+import json
+
+import pytest
+import tokenizers
+
+from tttjax.data.huggingface import HuggingFaceTokenizer
+from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer, load_tokenizer
+from tttjax.interop.huggingface.tokenizer_files import ASIDE, SAMPLE, write_tokenizer
+
+TEXTS = [SAMPLE, "for i in range(10):\n    print(i, '\u2581')\n" * 20]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    for kind in ("bpe", "unigram"):
+        (folder / f"{kind}.model").write_bytes(train_sentencepiece(TEXTS, 340, model_type=kind))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_tokens_and_texts_are_the_same(kind, folder, tmp_path):
+    ours = ByteTokenizer() if kind == "bytes" else SentencePieceTokenizer(folder / "bpe.model")
+    assert write_tokenizer(ours, tmp_path) == ""
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("", "x", " \u2581 <0x41> ☃\n", *TEXTS):
+        found = theirs.encode(text).ids
+        assert found == [ours.bos_id, *ours.encode(text).tolist()]
+        assert theirs.decode(found) == text
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["bos_token"] == theirs.id_to_token(ours.bos_id)
+    # A name of a special token in a text is text, as it is here.
+    theirs.encode_special_tokens = settings["split_special_tokens"]
+    assert theirs.encode("</s>", add_special_tokens=False).ids == ours.encode("</s>").tolist()
+
+
+def test_what_has_no_exact_form_lies_beside(folder, tmp_path):
+    ours = SentencePieceTokenizer(folder / "unigram.model")
+    assert "no tokenizer with exactly the same tokens" in write_tokenizer(ours, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ASIDE]
+    assert load_tokenizer(tmp_path / ASIDE).fingerprint() == ours.fingerprint()
+    assert "token ids" in write_tokenizer(IdsTokenizer(9, 0, 1), tmp_path / "none")
+
+
+def test_a_hugging_face_tokenizer_goes_as_it_is(folder, tmp_path):
+    write_tokenizer(ByteTokenizer(), tmp_path)
+    given = tmp_path / "tokenizer.json"
+    (tmp_path / "out").mkdir()
+    assert write_tokenizer(HuggingFaceTokenizer(given), tmp_path / "out") == ""
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "</s>")

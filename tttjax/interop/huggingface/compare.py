@@ -1,0 +1,146 @@
+"""Logits of one text, by our model and by an export under transformers, to be compared.
+
+A model that learns while it reads does so here too, chunk by chunk: the logits of later chunks
+show whether its updates are the same.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tttjax import inner_loop
+from tttjax.data.tokenizers import Tokenizer
+from tttjax.meta import InnerLoop, split_chunks
+from tttjax.models import Transformer, advance, combine
+from tttjax.ops.cross_entropy import masked_mean
+from tttjax.types import Array, Params
+
+PLACES = 64  # of a chunk, or of a text that is not learned from, whose logits are compared
+ROOM = 512  # tokens of a text that nothing is learned from
+
+
+def sample_length(chunk_size: int, *, learns: bool) -> int:
+    """Tokens that show everything: two chunks, four if they are small.
+
+    Not more: each update is computed from the one before, and differences of rounding grow.
+    """
+    return chunk_size * (4 if 4 * chunk_size <= ROOM else 2) if learns else ROOM
+
+
+def our_logits(
+    model: Transformer,
+    inner: InnerLoop,
+    lr: float,
+    params: Params,
+    token_T: np.ndarray,
+    *,
+    learn: bool,
+) -> np.ndarray:
+    """Logits [P, V] at `places` of all tokens but the last, in float32."""
+    read = _compiled(model, inner, lr, learn)
+    inputs, targets = token_T[:-1], token_T[1:]
+    return np.asarray(read(params, jnp.asarray(inputs), jnp.asarray(targets)), np.float32)
+
+
+@lru_cache(maxsize=2)
+def _compiled(model: Transformer, inner: InnerLoop, lr: float, learn: bool):
+    return jax.jit(partial(_read_and_learn, model, inner, lr) if learn else partial(_read, model))
+
+
+def places(length: int, chunk_size: int, *, learn: bool) -> np.ndarray:
+    """At which of `length` tokens logits are compared."""
+    size = chunk_size if learn else length
+    return np.concatenate(
+        [np.arange(start, start + size, _stride(size)) for start in range(0, length, size)]
+    )
+
+
+def _stride(size: int) -> int:
+    return max(1, size // PLACES)
+
+
+def _read(model: Transformer, params: Params, input_T: Array, target_T: Array) -> Array:
+    del target_T
+    weights = combine(params.slow, params.fast)
+    x_TD = model.embed(params.slow, input_T)
+    for part in ("prefix", "suffix"):
+        x_TD, _ = model.run_part(part, weights, None, x_TD)
+    x_PD = x_TD[:: _stride(len(input_T))]
+    return model.logits(weights, model.final_norm(weights, x_PD))
+
+
+def _read_and_learn(
+    model: Transformer,
+    inner: InnerLoop,
+    lr: float,
+    params: Params,
+    input_T: Array,
+    target_T: Array,
+) -> Array:
+    weights = combine(params.slow, params.fast)
+    x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, input_T))
+
+    def chunk_loss(fast, state, chunk):
+        x_CD, target_C = chunk
+        now = combine(params.slow, fast)
+        x_CD, state = model.run_part("suffix", now, state, x_CD, remat=False)
+        nll_C = model.nll(now, x_CD, target_C)
+        x_PD = x_CD[:: _stride(inner.chunk_size)]
+        shown = model.logits(now, model.final_norm(now, x_PD))
+        is_target_C = jnp.ones(target_C.shape, bool)
+        loss = masked_mean(nll_C, is_target_C)
+        return loss, (advance(state, len(x_CD)), jnp.any(is_target_C), shown)
+
+    fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
+    state = model.init_state(len(input_T), parts=["suffix"])
+    chunks = tuple(split_chunks(x, inner.chunk_size) for x in (x_TD, target_T))
+    start = inner_loop.start(inner.rule, fast, state)
+    _, records = inner_loop.adapt(chunk_loss, inner.rule, lr, start, chunks, remat=False)
+    return records.aux.reshape(-1, records.aux.shape[-1])
+
+
+def their_logits(
+    folder: Path,
+    token_T: np.ndarray,
+    at_P: Sequence[int] | np.ndarray,
+    *,
+    trusted: bool = True,
+) -> np.ndarray | None:
+    """Logits [P, V] by transformers, in float32; None if transformers or torch is not installed.
+
+    trusted: whether code that lies in the folder may be run.
+    """
+    with warnings.catch_warnings():  # of other libraries, about themselves
+        warnings.simplefilter("ignore")
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            return None
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trusted
+        )
+        with torch.no_grad():
+            ids = torch.from_numpy(token_T[None, :-1].astype(np.int64))
+            logit_TV = model.eval()(ids).logits[0]
+        return logit_TV[torch.from_numpy(np.asarray(at_P))].numpy()
+
+
+def same_tokens(folder: Path, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether transformers cuts a text into our tokens; True where it has no tokenizer to load."""
+    if not (folder / "tokenizer.json").exists():
+        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        return theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
