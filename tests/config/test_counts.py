@@ -49,6 +49,33 @@ def test_official_counts(name):
     assert list(parameter_count(model).values()) == counts
 
 
+# Vocabulary, layers, embed, heads, of keys, head, MLP, norms of queries and keys, tied; parameters.
+PUBLISHED = {
+    "Llama 3.1 8B": (128256, 32, 4096, 32, 8, 128, 14336, False, False, 8030261248),
+    "Llama 3.2 1B": (128256, 16, 2048, 32, 8, 64, 8192, False, True, 1235814400),
+    "Qwen 3 8B": (151936, 36, 4096, 32, 8, 128, 12288, True, False, 8190735360),
+    "Qwen 3 0.6B": (151936, 28, 1024, 16, 8, 128, 3072, True, True, 596049920),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters_as_is_said(name):
+    vocab, layers, embed, heads, kv_heads, head, mlp, qk_norm, tied, count = PUBLISHED[name]
+    model = ModelConfig(
+        vocab_size=vocab,
+        num_layers=layers,
+        embed_dim=embed,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head,
+        mlp_dim=mlp,
+        qk_norm=qk_norm,
+        post_norm=False,
+        tie_embeddings=tied,
+    )
+    assert parameter_count(model)["total"] == count
+
+
 def test_parts_that_are_left_out_do_not_count():
     model = ModelConfig(vocab_size=10, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=3)
     whole = parameter_count(model)["total"]
