@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
+from bucket_server import serve_bucket
 from official_files import official_arrays, official_config, write_official
 
 from tttjax.config import from_config_dict, load_config
@@ -201,6 +202,19 @@ def test_the_forms_of_paths():
     assert Place.of("/a b/c%20d").kvstore == {"driver": "file", "path": "/a b/c%20d/"}
     with pytest.raises(UserError, match="s3://b/a is neither a folder nor a path like gs://"):
         Place.of("s3://b/a")
+
+
+def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
+    with serve_bucket(step.parent) as (url, asked):
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        found = open_official_checkpoint("gs://bucket", project="mine")
+        assert (found.source, found.step) == ("gs://bucket/3", 3)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found.arrays[name].read(), array)
+        assert all("userProject=mine" in path for path in asked)
+        with pytest.raises(UserError, match="gs://bucket/elsewhere is no official checkpoint"):
+            open_official_checkpoint("gs://bucket/elsewhere")
 
 
 def test_a_checkpoint_in_a_folder_with_an_odd_name(step, arrays, tmp_path):

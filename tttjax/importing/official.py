@@ -1,6 +1,7 @@
 """Checkpoints of the official TTT-E2E code as a source."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from tttjax.config import load_config
 from tttjax.importing.source import (
@@ -37,8 +38,9 @@ def open_official(
         f"{found.source}: official TTT-E2E checkpoint, step {found.step}, {len(found.arrays)} "
         f"arrays, {size / 1e9:.2f} GB"
     )
+    assumed: dict[str, Any] = {}
     if config:
-        resolved, assumed = load_config(config, overrides), {}
+        resolved = load_config(config, overrides)
     else:
         values, assumed = deduce_config(found.arrays)
         resolved = overridden(values, overrides)

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -91,7 +92,7 @@ def sample_logits(config: Config, params: Params) -> np.ndarray:
     # By XLA alone: its programs may be divided among devices, and agree with others to rounding.
     plain = dataclasses.replace(config.model, attention_kernel="xla", remat="none")
     model = build_model(plain, config.inner)
-    token_T = sample_tokens(config.model.vocab_size)
+    token_T = jnp.asarray(sample_tokens(config.model.vocab_size))
 
     @jax.jit
     def logits(params: Params) -> Array:
