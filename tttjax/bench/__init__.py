@@ -6,7 +6,10 @@ from types import ModuleType
 
 # Each is a module of this package with a docstring, `add_arguments(parser)`, `run(args) -> int`;
 # where the name has a hyphen, the module's has an underscore.
-BENCHMARKS = ("attention", "cross-entropy", "data", "meta-gradient", "prefill", "train", "ttt-dual")
+BENCHMARKS = (
+    *("attention", "cross-entropy", "data", "decode", "meta-gradient", "prefill", "train"),
+    "ttt-dual",
+)
 
 
 def _module(name: str) -> ModuleType:

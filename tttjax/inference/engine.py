@@ -12,7 +12,7 @@ together, in batches of powers of two, so every function is compiled once for ea
 While tokens are drawn, all sessions go on together, a token each, whatever their places.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from tttjax.chunk_step import Records
 from tttjax.errors import UserError
+from tttjax.inference.decoding import Writing, axes, close_context, open_context, write
 from tttjax.inference.reading import (
     Context,
     Reader,
@@ -35,6 +36,7 @@ from tttjax.inference.reading import (
 from tttjax.inference.session import NO_MARKS, NO_TOKENS, Reading, Session
 from tttjax.types import Array, Params, PyTree
 
+STATIC_ROOM = 128
 MOST_TOGETHER = 32  # sessions that read a piece together: each has its own fast weights and windows
 
 
@@ -64,11 +66,20 @@ class Engine:
     def _step(self):
         """A token each for R sessions that stand at different places."""
 
-        def one(weights: Weights, context: Context, token: Array):
-            context, h_BTD = extend(self.reader, weights, context, token[None, None])
-            return context, logits(self.reader, weights, context, h_BTD)[0, 0]
+        return jax.jit(partial(write, self.reader), donate_argnums=1)
 
-        return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)), donate_argnums=1)
+    @cached_property
+    def _open(self):
+        return jax.jit(partial(open_context, self.reader, room=self.room))
+
+    @cached_property
+    def _close(self):
+        return jax.jit(partial(close_context, self.reader))
+
+    @property
+    def room(self) -> int:
+        """Tokens that are written at most before a context is opened anew."""
+        return self.reader.chunk_size or STATIC_ROOM
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -78,7 +89,7 @@ class Engine:
         return make(self._params)
 
     @cached_property
-    def _has_whole(self) -> bool:
+    def has_whole(self) -> bool:
         """Whether something keeps all tokens, and so has room for `max_length` of them only."""
         cut = self.reader.learner.cut
         return "whole" in jax.tree.leaves((cut.keeps(), cut.keeps_below()))
@@ -96,7 +107,7 @@ class Engine:
                 f"tokens from {least} to {most} are not all in the model's vocabulary of {vocab}; "
                 "use the tokenizer that it was trained with"
             )
-        if self._has_whole and already + len(tokens) > self.max_length:
+        if self.has_whole and already + len(tokens) > self.max_length:
             raise UserError(
                 f"full attention has room for {self.max_length} tokens, and this takes "
                 f"{already + len(tokens)}; give --max-length={already + len(tokens)}"
@@ -192,22 +203,40 @@ class Engine:
 
 
 class Group:
-    """Sessions that go on together. Holds their contexts in one array each."""
+    """Sessions that go on together, open for writing; their contexts are in one array each.
+
+    Of each is kept beside: its tokens and marks, and the context that it was opened after, which is
+    the one that was learned from last, if anything is learned.
+    """
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]):
         self._engine = engine
         self._resting: set[int] = set()
-        # Present contexts and fast weights are in `_now` alone; of what was learned from, only
-        # windows and states are kept beside, and only if something will be learned.
-        self._rest = [self._beside(session) for session in sessions]
-        self._now = _stack([session.now for session in sessions])
+        self._beside = [self._kept(session) for session in sessions]
+        self._first = [session.tokens - len(session.pending) for session in sessions]
+        self._writing = _stack([self._opened(session) for session in sessions])
         self.logit_RV = jnp.stack([_known(session.logit_V) for session in sessions])
 
-    def _beside(self, session: Session) -> Session:
-        learned = session.learned._replace(fast=None, rule_state=None)
+    def _kept(self, session: Session) -> Session:
+        """Without fast weights, which are in `_writing`, and without what nobody will look at."""
+        past = session.learned._replace(fast=None)
         if not self._engine.reader.chunk_size:
-            learned = Context(None, None, None, None)
-        return replace(session, learned=learned, now=learned)
+            past = session.now._replace(fast=None)
+            cut = self._engine.reader.learner.cut
+            past = past._replace(
+                below={**past.below, "blocks": _windows(cut.keeps_below(), past.below["blocks"])},
+                above={**past.above, "blocks": _windows(cut.keeps(), past.above["blocks"])},
+            )
+        return replace(session, learned=past, now=past, logit_V=None)
+
+    def _opened(self, session: Session) -> Writing:
+        past = session.learned if self._engine.reader.chunk_size else session.now
+        return self._engine._open(past, session.now, len(session.pending))
+
+    def _reopen(self, r: int, session: Session) -> None:
+        self._beside[r] = self._kept(session)
+        self._first[r] = session.tokens - len(session.pending)
+        self._writing = _put(self._writing, self._opened(session), r)
 
     def step(self, tokens: Sequence[int], *, learn: bool = True) -> None:
         """A token for each; those whose chunk is full learn from it first.
@@ -217,46 +246,44 @@ class Group:
         engine = self._engine
         awake = [r for r in range(len(tokens)) if r not in self._resting]
         for r in awake:
-            engine.check([tokens[r]], self._rest[r].tokens)
-        self._learn_full([r for r in awake if self._is_full(r)], tokens, learn)
+            engine.check([tokens[r]], self._beside[r].tokens)
+        full = [r for r in awake if self._beside[r].tokens - self._first[r] == engine.room]
+        if engine.reader.chunk_size:
+            self._learn(full, tokens, learn)
+        else:
+            for r in full:
+                self._reopen(r, self.session(r))
         for r in awake:
-            self._rest[r] = self._add(r, tokens[r], learn)
-        self._now, self.logit_RV = engine._step(
-            engine.weights, self._now, jnp.asarray(tokens, jnp.int32)
+            self._beside[r] = self._add(self._beside[r], tokens[r], learn)
+        self._writing, self.logit_RV = engine._step(
+            engine.weights, self._writing, jnp.asarray(tokens, jnp.int32)
         )
 
-    def _is_full(self, r: int) -> bool:
-        size = self._engine.reader.chunk_size
-        return bool(size) and len(self._rest[r].pending) == size
-
-    def _learn_full(self, full: Sequence[int], tokens: Sequence[int], learn: bool) -> None:
+    def _learn(self, full: Sequence[int], tokens: Sequence[int], learn: bool) -> None:
         """Full chunks are learned from; the new tokens are their last targets."""
-        size = self._engine.reader.chunk_size
-        readings = []
+        size, readings = self._engine.reader.chunk_size, []
         for r in full:
-            session = replace(self._rest[r], learned=self._learned(r))
-            new = np.array([tokens[r]], np.int32)
+            beside, new = self._beside[r], np.array([tokens[r]], np.int32)
+            session = replace(beside, learned=self._learned(r))
             reading = Reading.of(session, new, learn, size)
             reading.pieces = [piece for piece in reading.pieces if piece.chunks]
             readings.append(reading)
         self._engine._finish(readings)
         for r, reading in zip(full, readings, strict=True):
-            self._now = _put(self._now, reading.session.now, r)
-            self._rest[r] = self._beside(reading.session)
+            self._reopen(r, reading.session)
 
-    def _add(self, r: int, token: int, learn: bool) -> Session:
-        """What is kept of session r once it has the token, that `_now` reads later."""
-        session = replace(self._rest[r], tokens=self._rest[r].tokens + 1)
+    def _add(self, beside: Session, token: int, learn: bool) -> Session:
+        """With a token more."""
+        beside = replace(beside, tokens=beside.tokens + 1)
         if not self._engine.reader.chunk_size:
-            return session
-        pending = np.append(session.pending, np.int32(token))
-        return replace(session, pending=pending, counted=np.append(session.counted, learn))
+            return beside
+        pending = np.append(beside.pending, np.int32(token))
+        return replace(beside, pending=pending, counted=np.append(beside.counted, learn))
 
     def _learned(self, r: int) -> Context:
         """What session r has learned; its fast weights change nowhere but in learning."""
-        now, beside = self._now, self._rest[r].learned
-        fast, rule_state = jax.tree.map(lambda x: x[r], (now.fast, now.rule_state))
-        return beside._replace(fast=fast, rule_state=rule_state)
+        fast = jax.tree.map(lambda x: x[None], _take(self._writing, r).fast)
+        return self._beside[r].learned._replace(fast=fast)
 
     def rest(self, r: int) -> None:
         """Session r, taken out before, goes on no more: its tokens count for nothing."""
@@ -264,9 +291,18 @@ class Group:
 
     def session(self, r: int) -> Session:
         """One of them as it is now."""
-        now = jax.tree.map(lambda x: x[r], self._now)
+        beside = self._beside[r]
+        past, writing = beside.learned, _take(self._writing, r)
+        now = self._engine._close(past, writing, beside.tokens - self._first[r])
         learned = self._learned(r) if self._engine.reader.chunk_size else now
-        return replace(self._rest[r], learned=learned, now=now, logit_V=self.logit_RV[r])
+        return replace(beside, learned=learned, now=now, logit_V=self.logit_RV[r])
+
+
+def _windows(kinds: PyTree, blocks: PyTree) -> PyTree:
+    """Windows of a state as they are; of what else there is, no more than the axes of rows."""
+    return jax.tree.map(
+        lambda kind, x: x if kind == "window" else jnp.zeros(x.shape[:2]), kinds, blocks
+    )
 
 
 def _power_of_two(count: int) -> int:
@@ -312,10 +348,18 @@ def _known(logit_V: Array | None) -> Array:
     return logit_V
 
 
-def _stack(trees: Iterable[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def _stack(writings: Sequence[Writing]) -> Writing:
+    where = axes(writings[0])
+    return jax.tree.map(lambda axis, *leaves: jnp.stack(leaves, axis), where, *writings)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(stacked: PyTree, one: PyTree, r: Array) -> PyTree:
-    return jax.tree.map(lambda x, y: x.at[r].set(y), stacked, one)
+def _put(stacked: Writing, one: Writing, r: Array) -> Writing:
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, y, axis: put(x, y, r, axis), stacked, one, axes(one))
+
+
+@jax.jit
+def _take(stacked: Writing, r: Array) -> Writing:
+    take = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return jax.tree.map(lambda x, axis: take(x, r, axis), stacked, axes(stacked))

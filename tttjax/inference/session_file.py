@@ -33,7 +33,7 @@ from tttjax.inference.engine import Engine, Session
 from tttjax.inference.reading import Context
 from tttjax.types import Array, Params, PyTree
 
-FORMAT = "tttjax-session-1"
+FORMAT = "tttjax-session-2"
 PRECISIONS = ("float32", "bfloat16")
 SAMPLE = 4096  # entries of each weight that the fingerprint is over
 HEADER = "session"

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
-from tttjax.ops.attention import Sight, attend, visible
+from tttjax.ops.attention import Sight, attend, attend_one, visible
 from tttjax.ops.library_attention import attend_whole
 from tttjax.ops.rope import rotate
 from tttjax.ops.window_attention import window_attention, window_attention_twice
 from tttjax.types import Array
 
-State = dict[str, Array] | None
+Kept = dict[str, Array]
+State = Kept | None
 
 
 class Attention(nnx.Module):
@@ -31,6 +32,7 @@ class Attention(nnx.Module):
     form: of attention with a state. "dense": all scores in memory, any derivative. "once", "twice":
     the window before a chunk in blocks (`ops.window_attention`), for jax.grad alone and for
     jax.grad of jax.jvp. "start": the state is empty, the tokens are the first of their sequence.
+    "one": a single token, with a state that is `opened` for writing.
     kernel: "xla" for XLA alone; else the platform's kernels where they apply.
     """
 
@@ -88,8 +90,8 @@ class Attention(nnx.Module):
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """An empty state. Its size does not depend on `max_length` except for full attention.
 
-        Keys are kept after k_norm but before RoPE, so that a window can be given positions of its
-        own, which never grow.
+        A window's keys are kept after k_norm but before RoPE, so that they can be given positions
+        of its own, which never grow; of a whole past, keys are kept as they are met, after RoPE.
         """
         shape = (self.memory or max_length, *self.wk.shape[-2:])
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
@@ -102,11 +104,15 @@ class Attention(nnx.Module):
         k_TGK = self.k_norm(project(self.wk))
         v_TGK = project(self.wv)
         if state is None or self.form == "start":
-            new_state = state and self._kept(state, k_TGK, v_TGK)
             position_T = jnp.arange(x_TD.shape[0])
-            q_THK, k_TGK = (self.turn(x, position_T) for x in (q_THK, k_TGK))
-            y_THK = attend_whole(q_THK, k_TGK, v_TGK, self.sight, self.query_block, self.kernel)
+            q_THK, turned_TGK = (self.turn(x, position_T) for x in (q_THK, k_TGK))
+            new_state = state and self._kept(state, k_TGK if self.memory else turned_TGK, v_TGK)
+            y_THK = attend_whole(
+                q_THK, turned_TGK, v_TGK, self.sight, self.query_block, self.kernel
+            )
             state = new_state
+        elif self.form == "one":
+            y_THK, state = self._attend_one(q_THK, k_TGK, v_TGK, state, position)
         elif self.memory:
             y_THK, state = self._attend_window(q_THK, k_TGK, v_TGK, state, position)
         else:
@@ -151,19 +157,18 @@ class Attention(nnx.Module):
 
     def _attend_all(self, q_THK, k_TGK, v_TGK, state, position):
         """Keys are all that were ever read, each at its own position in a buffer."""
-        write = jax.lax.dynamic_update_slice_in_dim
+        write, length = jax.lax.dynamic_update_slice_in_dim, q_THK.shape[0]
+        query_T = position + jnp.arange(length)
+        q_THK, k_TGK = self.turn(q_THK, query_T), self.turn(k_TGK, query_T)
         k_SGK = write(state["k"], k_TGK, position, axis=0)
         v_SGK = write(state["v"], v_TGK, position, axis=0)
         key_S = jnp.arange(k_SGK.shape[0])
-        k_turned = self.turn(k_SGK, key_S)
 
         def block(rows):
             q_QHK, query_Q = rows
-            seen_QS = visible(query_Q, key_S, self.sight)
-            return attend(self.turn(q_QHK, query_Q), k_turned, v_SGK, seen_QS)
+            return attend(q_QHK, k_SGK, v_SGK, visible(query_Q, key_S, self.sight))
 
-        length = q_THK.shape[0]
-        rows = q_THK, position + jnp.arange(length)
+        rows = q_THK, query_T
         count = length // self.query_block
         if count > 1 and length % self.query_block == 0:  # else their scores are few
             blocks = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), rows)
@@ -171,6 +176,69 @@ class Attention(nnx.Module):
         else:
             y_THK = block(rows)
         return y_THK, {"k": k_SGK, "v": v_SGK}
+
+    # --- writing, a token at a time ---------------------------------------------------------------
+
+    def opened(self, past: Kept, now: Kept, first: Array, pending: Array, room: int) -> Kept:
+        """The state for single tokens, form "one", with places for `room` of them after `past`.
+
+        now: `past` after `pending` more tokens. first: tokens read before the first of these. A
+        window lies in a buffer there, its keys turned once, and is not moved on by a copy. Heads
+        come first, rows second.
+        """
+        if not self.memory:
+            return {name: kept.swapaxes(0, 1) for name, kept in now.items()}
+
+        def added(name):
+            none = jnp.zeros((room, *now[name].shape[1:]), now[name].dtype)
+            rows = jnp.concatenate((now[name], none))
+            return jax.lax.dynamic_slice_in_dim(rows, self.memory - pending, room)
+
+        k_SGK, v_SGK = (jnp.concatenate((past[name], added(name))) for name in ("k", "v"))
+        turned_SGK = self.turn(k_SGK, jnp.arange(k_SGK.shape[0]))
+        rows = {"k": turned_SGK, "v": v_SGK, "new": added("k")}
+        return {name: kept.swapaxes(0, 1) for name, kept in rows.items()} | {"first": first}
+
+    def committed(self, state: Kept, row: Kept, position_R: Array) -> Kept:
+        """The state with the rows that calls of form "one" have returned.
+
+        Of L layers and R sequences at once, [L, R, ...], so that each row is put in its place and
+        nothing else is moved.
+        """
+        at = {"k": position_R, "v": position_R}
+        if self.memory:
+            slot_R = position_R - state["first"][0] + self.memory
+            at = {"k": slot_R, "v": slot_R, "new": slot_R - self.memory}
+
+        def put(r, kept):
+            def one(name, kept_LRGSK):
+                rows = jax.lax.dynamic_slice_in_dim(row[name], r, 1, axis=1)
+                start = [jnp.asarray(i, jnp.int32) for i in (0, r, 0, at[name][r], 0)]
+                return jax.lax.dynamic_update_slice(kept_LRGSK, rows, start)
+
+            return {name: one(name, array) for name, array in kept.items()}
+
+        kept = {name: state[name] for name in at}
+        return {**state, **jax.lax.fori_loop(0, position_R.shape[0], put, kept)}
+
+    def closed(self, past: Kept, state: Kept, pending: Array) -> Kept:
+        """What `opened` was given as `now`, `pending` tokens after `past`."""
+        rows = {name: kept.swapaxes(0, 1) for name, kept in state.items() if name != "first"}
+        if not self.memory:
+            return rows
+        rows["k"] = jnp.concatenate((past["k"], rows.pop("new")))
+        cut = jax.lax.dynamic_slice_in_dim
+        return {name: cut(kept, pending, self.memory) for name, kept in rows.items()}
+
+    def _attend_one(self, q_1HK, k_1GK, v_1GK, state, position):
+        """A single token; the state that is returned is its row alone, to be committed."""
+        slot = position - state["first"] + self.memory if self.memory else position
+        q_1HK, turned_1GK = self.turn(q_1HK, slot[None]), self.turn(k_1GK, slot[None])
+        key_S = jnp.arange(state["k"].shape[1]) + (position - slot)
+        seen_S = visible(position[None], key_S, self.sight)[0] & (key_S < position)
+        y_HK = attend_one(q_1HK[0], state["k"], state["v"], turned_1GK[0], v_1GK[0], seen_S)
+        row = {"k": turned_1GK, "v": v_1GK} | ({"new": k_1GK} if self.memory else {})
+        return y_HK[None], {name: one.swapaxes(0, 1) for name, one in row.items()}
 
 
 class NoMixer(nnx.Module):

@@ -201,6 +201,27 @@ class Block(nnx.Module):
         kinds = {name: getattr(self, name).keeps for name in self.mixers}
         return kinds | ({"pre_conv": "carried"} if self.has_conv else {})
 
+    def opened(self, past, now, first: Array, pending: Array, room: int) -> dict[str, Any]:
+        """The state for writing (`Attention.opened`); most mixers' stays what it is."""
+        return self._each("opened", now, past, now, first=first, pending=pending, room=room)
+
+    def committed(self, state, new, position_R: Array) -> dict[str, Any]:
+        """The state of R sequences after a token each, from what the block has returned for it."""
+        return self._each("committed", new, state, new, position_R=position_R)
+
+    def closed(self, past, state, pending: Array) -> dict[str, Any]:
+        """The state for reading on, from that for writing."""
+        return self._each("closed", state, past, state, pending=pending)
+
+    def _each(self, method: str, otherwise, *states, **rest) -> dict[str, Any]:
+        """The method of every branch on its part of the states, where it has one."""
+
+        def one(name):
+            run = getattr(getattr(self, name), method, None)
+            return otherwise[name] if run is None else run(*(s[name] for s in states), **rest)
+
+        return {name: one(name) for name in otherwise}
+
     def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
         new_state: dict[str, Any] = {}
         if self.has_conv:

@@ -5,8 +5,10 @@ block, if only its MLPs or what comes after them are fast: nothing below them ch
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from tttjax.models.transformer import Transformer, advance
 from tttjax.types import Array, PyTree
 
 MIXING = ("mixer", "pre_conv")  # how the names begin of a block's weights before its MLPs
-ATTENTION_FORMS = ("dense", "once", "twice", "start")
+ATTENTION_FORMS = ("dense", "once", "twice", "start", "one")
+Halves = tuple[PyTree, PyTree]  # the states of the lower and of the upper half
 FIRST = "first"  # the segment of the first row of stage 0, where that is apart from the others
 
 
@@ -190,11 +193,15 @@ class Cut:
 
     def keeps(self) -> PyTree:
         """How each array of the state grows (`Block.keeps`), in the structure of its `blocks`."""
-        stacks = {name: segment.stacks for name, segment in self.segments.items()}
-        return _kinds(stacks, jax.eval_shape(lambda: self.init_state(1))["blocks"])
+        return _kinds(self._stacks_above, jax.eval_shape(lambda: self.init_state(1))["blocks"])
 
     def keeps_below(self) -> PyTree:
         """The same for the lower half."""
+        return _kinds(self._stacks_below, jax.eval_shape(lambda: self.init_below(1))["blocks"])
+
+    @cached_property
+    def _stacks_below(self) -> PyTree:
+        """The lower half's stacks, in the structure of its state."""
         stages = {
             f"stage{i}": {
                 f"block{j}": self.model.stacks[f"prefix/stage{i}/block{j}"]
@@ -202,8 +209,11 @@ class Cut:
             }
             for i, stage in enumerate(self.model.stages["prefix"])
         }
-        stacks = {"prefix": stages, "lifted": self._lifted("dense")}
-        return _kinds(stacks, jax.eval_shape(lambda: self.init_below(1))["blocks"])
+        return {"prefix": stages, "lifted": self._lifted("dense")}
+
+    @cached_property
+    def _stacks_above(self) -> PyTree:
+        return {name: segment.stacks for name, segment in self.segments.items()}
 
     def run(
         self, weights: PyTree, state: PyTree, x_CD: Array, form: str = "dense"
@@ -223,6 +233,73 @@ class Cut:
                 remat=False,
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
+
+    # --- writing, a token at a time -------------------------------------------------------------
+
+    def opened(self, past: Halves, now: Halves, pending: Array, room: int) -> Halves:
+        """The states of both halves for writing up to `room` tokens after `past`.
+
+        now: `past` after `pending` more tokens.
+        """
+
+        def half(stacks: PyTree, past: PyTree, now: PyTree) -> PyTree:
+            rest = {"first": past["position"], "pending": pending, "room": room}
+            blocks = _of_blocks(stacks, "opened", past["blocks"], now["blocks"], **rest)
+            return {**now, "blocks": blocks}
+
+        return self._both(half, past, now)
+
+    def closed(self, past: Halves, states: Halves, pending: Array) -> Halves:
+        """The states for reading on, from those for writing, `pending` tokens after `past`."""
+
+        def half(stacks: PyTree, past: PyTree, state: PyTree) -> PyTree:
+            blocks = past["blocks"], state["blocks"]
+            return {**state, "blocks": _of_blocks(stacks, "closed", *blocks, pending=pending)}
+
+        return self._both(half, past, states)
+
+    def read_one(
+        self, lower: PyTree, upper: PyTree, states: Halves, token: Array
+    ) -> tuple[Array, Halves]:
+        """(what the last block gives for one token [D], what is to be `committed` for it).
+
+        lower, upper: the halves' weights, the upper one's of slow and fast together.
+        """
+        x_1D, below = self.read_below(lower, states[0], token[None], "one")
+        x_1D, above = self.run(upper, states[1], x_1D, "one")
+        return x_1D[0], (below, above)
+
+    def committed(self, states: Halves, new: Halves) -> Halves:
+        """The states of R sequences for writing, after `read_one` of each.
+
+        Positions are [R], what blocks keep is [L, R, ...], with L layers of a stack.
+        """
+
+        def half(stacks: PyTree, state: PyTree, new: PyTree) -> PyTree:
+            blocks = state["blocks"], new["blocks"]
+            rest = {"position_R": state["position"]}
+            return {**new, "blocks": _of_blocks(stacks, "committed", *blocks, by_row=False, **rest)}
+
+        return self._both(half, states, new)
+
+    def _both(self, half: Callable[..., PyTree], *states: Halves) -> Halves:
+        below, above = zip(*states, strict=True)
+        return half(self._stacks_below, *below), half(self._stacks_above, *above)
+
+
+def _of_blocks(
+    stacks: PyTree, method: str, *states: PyTree, by_row: bool = True, **rest: Any
+) -> PyTree:
+    """A method of `Block` on the states of all stacks, row by row or of all rows at once."""
+    if isinstance(stacks, Stack):
+        if not jax.tree.leaves(states):  # a block without a mixer keeps nothing
+            return states[0]
+        run = partial(getattr(stacks.module(), method), **rest)
+        return jax.vmap(run)(*states) if by_row else run(*states)
+    return {
+        name: _of_blocks(inner, method, *(s[name] for s in states), by_row=by_row, **rest)
+        for name, inner in stacks.items()
+    }
 
 
 def _kinds(stacks: PyTree, blocks: PyTree) -> PyTree:

@@ -64,28 +64,30 @@ def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, seen_TS: Array) -> Array:
 
 
 def attend_one(
-    q_HK: Array, k_SGK: Array, v_SGK: Array, k_GK: Array, v_GK: Array, seen_S: Array
+    q_HK: Array, k_GSK: Array, v_GSK: Array, k_GK: Array, v_GK: Array, seen_S: Array
 ) -> Array:
-    """`attend` of a single query to visible keys and to its own, [H, K].
+    """`attend` of a single query to visible keys and to its own, [H, K]; heads of keys come first.
 
-    A query's scores are sums over what is read once anyway, so products are no matrix products
-    here: nothing is laid out anew or copied on the way.
+    So the keys of a head lie together, and are read where they are.
     """
     wide = jnp.promote_types(q_HK.dtype, jnp.float32)
-    (heads, head_dim), groups = q_HK.shape, k_GK.shape[0]
-    q_GRK = q_HK.reshape(groups, heads // groups, head_dim).astype(wide) * head_dim**-0.5
+    groups, head_dim = k_GK.shape
+    q_GRK = q_HK.reshape(groups, -1, head_dim)
 
-    def scores(k_GK):
-        return jnp.sum(q_GRK * k_GK[..., :, None, :].astype(wide), axis=-1)
+    def product(subscripts, a, b):
+        return jnp.einsum(subscripts, a, b, preferred_element_type=wide)
 
-    score_SGR = jnp.where(seen_S[:, None, None], scores(k_SGK), MASKED_SCORE)
-    own_GR = scores(k_GK)
-    highest_GR = jnp.maximum(jnp.max(score_SGR, axis=0), own_GR)
-    weight_SGR, own_GR = jnp.exp(score_SGR - highest_GR), jnp.exp(own_GR - highest_GR)
-    total_GR = jnp.sum(weight_SGR, axis=0) + own_GR
-    y_GRK = jnp.sum(weight_SGR[..., None] * v_SGK[:, :, None].astype(wide), axis=0)
-    y_GRK += own_GR[..., None] * v_GK[:, None].astype(wide)
-    return (y_GRK / total_GR[..., None]).reshape(q_HK.shape).astype(v_SGK.dtype)
+    score_GRS = jnp.where(
+        seen_S, product("grk,gsk->grs", q_GRK, k_GSK) * head_dim**-0.5, MASKED_SCORE
+    )
+    own_GR = product("grk,gk->gr", q_GRK, k_GK) * head_dim**-0.5
+    highest_GR = jnp.maximum(jnp.max(score_GRS, axis=-1), own_GR)
+    weight_GRS, own_GR = jnp.exp(score_GRS - highest_GR[..., None]), jnp.exp(own_GR - highest_GR)
+    total_GR = jnp.sum(weight_GRS, axis=-1) + own_GR
+    probability_GRS = (weight_GRS / total_GR[..., None]).astype(v_GSK.dtype)
+    y_GRK = product("grs,gsk->grk", probability_GRS, v_GSK)
+    y_GRK += (own_GR / total_GR)[..., None] * v_GK[:, None].astype(wide)
+    return y_GRK.reshape(q_HK.shape).astype(v_GSK.dtype)
 
 
 def attend_sequence(
