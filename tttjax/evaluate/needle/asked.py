@@ -111,7 +111,7 @@ def needle_tests(
             make_prompt(place, haystacks_of_run.by_task[place.task.name], settings.seed)
         notes += [note for note in haystacks_of_run.notes if note not in notes]
     bar = Progress(_total_work(opened, chosen, learning, settings), progress, title="needle")
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     for run, its_modes, tokenizer, its in zip(opened, chosen, texts, found, strict=True):
         with precision.as_configured(run.config):
             for ways in ways_to_read(run, its_modes, learning, mesh):

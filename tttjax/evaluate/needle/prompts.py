@@ -111,7 +111,9 @@ def make_prompt(place: Place, haystack: Haystack, seed: int) -> Prompt:
     """
     rng, tokenizer = _generator(place, seed), haystack.tokenizer
     key = f"{rng.choice(FIRST_WORDS)}-{rng.choice(SECOND_WORDS)}"
-    value, decoy = draw_value(place.task, rng), draw_value(place.task, rng)
+    value = decoy = draw_value(place.task, rng)
+    while decoy == value:
+        decoy = draw_value(place.task, rng)
     words = {"kind": place.task.kind, "key": key, "value": value}
     needle, question = NEEDLE.format(**words), QUESTION.format(**words)
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
