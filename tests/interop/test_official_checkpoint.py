@@ -25,13 +25,12 @@ from tttjax.interop.official_checkpoint import (
     open_official_checkpoint,
 )
 from tttjax.interop.official_config import deduce_config
-from tttjax.interop.streaming import assemble
+from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import build_model
 from tttjax.sharding import make_mesh
 
 PAPER = Path(__file__).parents[2] / "experiments" / "paper.py"
 CONFIG = official_config()
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,8 @@ def test_one_piece_lies_in_memory_at_a_time(step):
 
 def peak_while(act) -> int:
     """Bytes by which the resident memory of this process grows, at most, while acting."""
-    # The allocator keeps what is freed unless it comes from the system, as larger pieces do.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()

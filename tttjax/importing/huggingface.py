@@ -25,6 +25,7 @@ from tttjax.importing.source import (
 from tttjax.interop.huggingface import (
     check_names,
     config_from_huggingface,
+    inner_from_huggingface,
     pieces,
     tensor_places,
     unplaced,
@@ -116,11 +117,13 @@ def _resolve(
         return load_config(file, overrides)
     config = default_config()
     config.model.update(stored)
+    config.inner.update(inner_from_huggingface(values))
     if values.get("dtype", values.get("torch_dtype")) in ("bfloat16", "float16"):
         config.model.compute_dtype = "bfloat16"
     for override in overrides:
         apply_override(config, override)
-    if config.model.fast_mlp and not is_named("model.fast_mlp_init", overrides):
+    is_added = config.model.fast_mlp and not stored.get("fast_mlp")
+    if is_added and not is_named("model.fast_mlp_init", overrides):
         config.model.fast_mlp_init = "zero"
     if not is_named("train.seq_len", overrides):
         chunk, longest = config.inner.chunk_size, values.get("max_position_embeddings") or LONGEST

@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from tttjax import checkpoint
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.evaluate.runs import RunSpec, make_run_mesh, open_run, weights_template
+from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing.source import Reference, Say, Source
 from tttjax.interop.adopt import bytes_at_once, check_vacant, new_workdir, write_run
 from tttjax.interop.streaming import assemble
 from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.precision import as_configured
+from tttjax.sharding import make_mesh
 from tttjax.types import Array, Params
 
 SAMPLE = 64  # random tokens whose logits are compared
@@ -40,7 +42,7 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
     """
     config, name = source.config, source.origin["source"]
     check_vacant(workdir)
-    model, mesh = build_model(config.model, config.inner), make_run_mesh(config)
+    model, mesh = build_model(config.model, config.inner), _make_mesh(config)
     # First, so that it has left memory before ours is there.
     theirs = _reference_logits(source.reference, say)
     with as_configured(config), new_workdir(workdir) as folder:
@@ -80,6 +82,14 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
         say("without a tokenizer: commands that read text need --tokenizer")
     say(f"opened again: logits of {SAMPLE} random tokens differ by at most {read_back:.3g}")
     return Deviations(deviation, read_back)
+
+
+def _make_mesh(config: Config) -> Mesh:
+    """The devices among which the configuration divides weights; copies of them serve nobody."""
+    fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
+    if fsdp * tensor > jax.device_count():
+        fsdp = tensor = 1
+    return make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
 
 
 def sample_tokens(vocab_size: int) -> np.ndarray:

@@ -4,6 +4,8 @@ The target, arrays divided over the devices of a mesh, is filled row by row of i
 so that the host holds one piece at a time beside it.
 """
 
+import ctypes
+import platform
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,6 +17,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tttjax.models import Transformer, combine, partition
 from tttjax.types import Array, Params
+
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
+
+def return_freed_memory() -> None:
+    """Lets this process give freed pieces of 1 MiB and more back at once (with glibc).
+
+    Else the library keeps those below 32 MiB for later, several times what is in use at a time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 class Piece(NamedTuple):
