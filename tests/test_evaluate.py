@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from tests.tiny_runs import prepare_texts
 from tttjax import checkpoint, cli
 from tttjax.config import (
     Config,
@@ -47,19 +48,7 @@ LENGTHS = (16, 64)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Bytes; five held-out documents of different lengths, the longest of 400."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    texts = folder / "texts"
-    texts.mkdir()
-    rows = ["document\tsplit"]
-    for i, size in enumerate((400, 300, 200, 140, 90, 500)):
-        line = "".join(rng.choice(list("abcdé "), 23)) + "\n"
-        (texts / f"{i}.txt").write_text((line * 40)[:size], encoding="utf-8")
-        rows.append(f"{i}.txt\t{'train' if i == 5 else 'val'}")
-    (folder / "splits.tsv").write_text("\n".join(rows) + "\n")
-    return prepare(
-        [texts], folder / "data", split_manifest=str(folder / "splits.tsv"), num_workers=0
-    )
+    return prepare_texts(tmp_path_factory.mktemp("data"), (400, 300, 200, 140, 90, 500))
 
 
 @pytest.fixture(scope="module")

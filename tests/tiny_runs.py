@@ -22,21 +22,25 @@ WINDOW, CHUNK, STEPS = 8, 8, 3
 LENGTHS = (8, 32)
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Bytes; five held-out documents of different lengths."""
-    folder = tmp_path_factory.mktemp("data")
+def prepare_texts(folder, sizes):
+    """Bytes: documents of so many characters, the last to train on, the others held out."""
     rng = np.random.default_rng(0)
     texts = folder / "texts"
     texts.mkdir()
     rows = ["document\tsplit"]
-    for i, size in enumerate((300, 200, 140, 90, 60, 500)):
+    for i, size in enumerate(sizes):
         line = "".join(rng.choice(list("abcdé "), 23)) + "\n"
         (texts / f"{i}.txt").write_text((line * 40)[:size], encoding="utf-8")
-        rows.append(f"{i}.txt\t{'train' if i == 5 else 'val'}")
-    (folder / "splits.tsv").write_text("\n".join(rows) + "\n")
-    prepare([texts], folder / "data", split_manifest=str(folder / "splits.tsv"), num_workers=0)
-    return folder / "data"
+        rows.append(f"{i}.txt\t{'train' if i == len(sizes) - 1 else 'val'}")
+    splits = folder / "splits.tsv"
+    splits.write_text("\n".join(rows) + "\n")
+    return prepare([texts], folder / "data", split_manifest=str(splits), num_workers=0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Bytes; five held-out documents of different lengths."""
+    return prepare_texts(tmp_path_factory.mktemp("data"), (300, 200, 140, 90, 60, 500)).folder
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax.ops.attention import Sight, attend, visible
+from tests.attention_chunks import dense, random_chunk
+from tttjax.ops.attention import Sight
 from tttjax.ops.window_attention import (
     Chunk,
     Tiling,
@@ -15,30 +16,7 @@ from tttjax.ops.window_attention import (
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
-BATCH, HEADS, DIM = 2, 2, 3
-
-
-def chunk(queries, past, seed=0, dtype=np.float64, kv_heads=HEADS):
-    rng = np.random.default_rng(seed)
-
-    def normal(length, heads):
-        return jnp.asarray(rng.normal(size=(BATCH, length, heads, DIM)), dtype)
-
-    keys = (normal(x, kv_heads) for x in (past, past, queries, queries))
-    return Chunk(normal(queries, HEADS), *keys)
-
-
-def dense(chunk, position, sight):
-    """The definition, for each sequence; what is before the sequence's start has a position < 0."""
-    past, queries = chunk.k_past.shape[-3], chunk.q.shape[-3]
-    key_S = position - past + jnp.arange(past + queries)
-    seen_TS = visible(key_S[past:], key_S, sight)
-
-    def one(x):
-        k, v = jnp.concatenate((x.k_past, x.k_own)), jnp.concatenate((x.v_past, x.v_own))
-        return attend(x.q, k, v, seen_TS)
-
-    return jax.vmap(one)(chunk)
+HEADS = 2  # and two sequences, unless asked for others
 
 
 def close(got, wanted, tolerance=1e-12):
@@ -75,8 +53,8 @@ def test_value_gradient_and_gradient_of_a_tangent(name):
     """
     queries, past, window, block, tiling, positions = CASES[name]
     kv_heads = 1 if name in SHARED else HEADS
-    x, dot = (chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((past, 0)))
-    weight = chunk(queries, 0, seed=2)
+    x, dot = (random_chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((past, 0)))
+    weight = random_chunk(queries, 0, seed=2)
     sight = Sight(window, block)
 
     def scalars(once, twice):
@@ -112,7 +90,7 @@ SIGHT, TILING, POSITION = Sight(window=5), Tiling(3, 2), 3  # two slots of the p
 
 def small_losses():
     """One nonlinear function of a small chunk: with `once`, with `twice`, by the definition."""
-    weight = chunk(4, 0, seed=1).q
+    weight = random_chunk(4, 0, seed=1).q
 
     def loss(o):
         return jnp.sum(jnp.sin(o * weight))
@@ -130,7 +108,7 @@ def test_second_derivatives_however_they_are_taken():
     The definition's are taken as grad of grad: all three orders meet.
     """
     once, twice, by_definition = small_losses()
-    x, dot = chunk(4, 5), chunk(4, 5, seed=2)
+    x, dot = random_chunk(4, 5), random_chunk(4, 5, seed=2)
 
     def grad_of_grad(x):
         grad = jax.grad(by_definition)(x)
@@ -144,7 +122,7 @@ def test_second_derivatives_however_they_are_taken():
 def test_past_that_is_not_differentiated_is_not_worked_on():
     """The inner step takes 3 products with the past where the gradient of everything takes 5."""
     once, twice, _ = small_losses()
-    x = chunk(4, 5)
+    x = random_chunk(4, 5)
 
     def products(f, *arguments):
         return str(jax.make_jaxpr(f)(*arguments)).count("dot_general[")
@@ -164,7 +142,7 @@ def inner_twice(x, twice):
 
 
 def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimension():
-    x, dot = chunk(4, 5), chunk(4, 0, seed=2)._replace(k_past=None, v_past=None)
+    x, dot = random_chunk(4, 5), random_chunk(4, 0, seed=2)._replace(k_past=None, v_past=None)
     o, o_dot = window_attention_pair(x, dot, POSITION, SIGHT, TILING)
     close(o, window_attention(*x, POSITION, SIGHT, TILING))
 
@@ -176,9 +154,9 @@ def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimen
 
 def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
     """A constant in k's tangent moves all scores alike and must not drown the rest."""
-    wide, dot = chunk(16, 24), chunk(16, 0, seed=3)
+    wide, dot = random_chunk(16, 24), random_chunk(16, 0, seed=3)
     dot = Chunk(dot.q, None, None, dot.k_own + 30.0, dot.v_own)
-    bars = chunk(16, 0, seed=4)
+    bars = random_chunk(16, 0, seed=4)
 
     def derivatives(dtype, attention):
         x, along, (o_bar, _, _, o_dot_bar, _) = jax.tree.map(
@@ -204,7 +182,10 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
 
 def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
     def temporary(queries, past):
-        x, dot = chunk(queries, past, dtype=np.float32), chunk(queries, 0, dtype=np.float32)
+        x, dot = (
+            random_chunk(queries, past, dtype=np.float32),
+            random_chunk(queries, 0, dtype=np.float32),
+        )
         dot = dot._replace(k_past=None, v_past=None)
 
         def pair_and_back(x, dot, position):
@@ -218,6 +199,6 @@ def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary(256, 512), temporary(512, 1024)
-    scores = 4 * BATCH * HEADS * 512 * (512 + 1024)
+    scores = 4 * 2 * HEADS * 512 * (512 + 1024)
     assert long < 2.1 * short
     assert long < scores / 2  # of the pair there would be several

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
+from tests.attention_chunks import dense, random_chunk
 from tttjax.config import MeshConfig
 from tttjax.errors import UserError
-from tttjax.ops.attention import Sight, attend, visible
+from tttjax.ops.attention import Sight
 from tttjax.ops.window_attention import (
     Chunk,
     Tiling,
@@ -28,26 +29,7 @@ BLOCKS = Tiling(16, 16)
 REAL = {"queries": 1024, "past": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
 
 
-def chunk(queries, past, seed=0, heads=2, kv_heads=2, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-
-    def normal(length, heads):
-        return jnp.asarray(rng.normal(size=(2, length, heads, 4)), dtype)
-
-    keys = (normal(x, kv_heads) for x in (past, past, queries, queries))
-    return Chunk(normal(queries, heads), *keys)
-
-
-def dense(chunk, position, sight):
-    past, queries = chunk.k_past.shape[-3], chunk.q.shape[-3]
-    key_S = position - past + jnp.arange(past + queries)
-    seen_TS = visible(key_S[past:], key_S, sight)
-
-    def one(x):
-        k, v = jnp.concatenate((x.k_past, x.k_own)), jnp.concatenate((x.v_past, x.v_own))
-        return attend(x.q, k, v, seen_TS)
-
-    return jax.vmap(one)(chunk)
+random_chunk = partial(random_chunk, dim=4)
 
 
 def everything(once, twice, weight, past_moves):
@@ -95,8 +77,8 @@ def test_interpreted_kernels_are_the_definition_differentiated(case):
 
 
 def against_the_definition(lengths, kv_heads, sight, past_moves, positions):
-    x, dot = (chunk(*lengths, seed, kv_heads=kv_heads) for seed in range(2))
-    weight = chunk(*lengths, seed=2)
+    x, dot = (random_chunk(*lengths, seed, kv_heads=kv_heads) for seed in range(2))
+    weight = random_chunk(*lengths, seed=2)
     own = partial(everything, weight=weight, past_moves=past_moves)
     got = own(
         lambda x, position: window_attention(*x, position, sight, BLOCKS, "pallas"),
@@ -128,7 +110,7 @@ def once_and_back(x, position, bar, *, sight, kernel, tiling=BLOCKS):
 
 def test_bfloat16_as_in_xla():
     """The same roundings of the same sums in another order."""
-    x, dot, bar = (chunk(32, 40, seed, dtype=jnp.bfloat16) for seed in range(3))
+    x, dot, bar = (random_chunk(32, 40, seed, dtype=jnp.bfloat16) for seed in range(3))
     dot = dot._replace(k_past=None, v_past=None)
     run = partial(pair_and_back, x, dot, 25, bar.q, sight=Sight(40))
     found, wanted = (jax.jit(partial(run, kernel=kernel))() for kernel in ("pallas", "xla"))
@@ -139,7 +121,7 @@ def test_bfloat16_as_in_xla():
 
 
 def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner():
-    x, dot, bar = (chunk(16, 32, seed, heads=4, dtype=np.float32) for seed in range(3))
+    x, dot, bar = (random_chunk(16, 32, seed, heads=4, dtype=np.float32) for seed in range(3))
     dot = dot._replace(k_past=None, v_past=None)
     run = partial(pair_and_back, sight=Sight(32), kernel="pallas")
     plain = jax.jit(run)(x, dot, 20, bar.q)
@@ -204,7 +186,7 @@ def test_reasons(platform, shape, past, dtype, kernel, reason):
 
 def test_a_kernel_that_there_is_not():
     with pytest.raises(UserError, match="'cudnn': choose among auto, xla, pallas"):
-        window_attention(*chunk(4, 5, dtype=np.float32), 3, Sight(5), kernel="cudnn")
+        window_attention(*random_chunk(4, 5, dtype=np.float32), 3, Sight(5), kernel="cudnn")
 
 
 def programs(placed=None, *, queries, past, heads, dim, dtype):

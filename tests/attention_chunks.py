@@ -1,0 +1,34 @@
+"""Random chunks for window attention, and what it has to give for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tttjax.ops.attention import attend, visible
+from tttjax.ops.window_attention import Chunk
+
+
+def random_chunk(
+    queries, past, seed=0, dtype=np.float64, *, heads=2, kv_heads=None, dim=3, batch=2
+) -> Chunk:
+    """Queries with their own keys and values, and those of the tokens before them."""
+    rng = np.random.default_rng(seed)
+
+    def normal(length, heads):
+        return jnp.asarray(rng.normal(size=(batch, length, heads, dim)), dtype)
+
+    keys = (normal(x, kv_heads or heads) for x in (past, past, queries, queries))
+    return Chunk(normal(queries, heads), *keys)
+
+
+def dense(chunk, position, sight):
+    """The definition, for each sequence; what is before the sequence's start has a position < 0."""
+    past, queries = chunk.k_past.shape[-3], chunk.q.shape[-3]
+    key_S = position - past + jnp.arange(past + queries)
+    seen_TS = visible(key_S[past:], key_S, sight)
+
+    def one(x):
+        k, v = jnp.concatenate((x.k_past, x.k_own)), jnp.concatenate((x.v_past, x.v_own))
+        return attend(x.q, k, v, seen_TS)
+
+    return jax.vmap(one)(chunk)
