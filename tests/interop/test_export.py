@@ -15,6 +15,7 @@ from tttjax.interop.huggingface import names
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # what is computed here is too little to be divided
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
 
 STATIC = {"num_layers": 3, "num_heads": 2, "embed_dim": 8}
@@ -105,10 +106,10 @@ def test_shards_have_an_index(folder):
 
 
 def test_reading_learns_what_ours_learns(opened, model):
-    ids = tokens(30)
+    ids = tokens(25)
     whole = logits(model, ids[None])[0]
     session = opened.engine.start()
-    for start, end in ((0, 7), (7, 9), (9, 25), (25, 30)):
+    for start, end in ((0, 9), (9, 25)):
         session, _ = opened.engine.read(session, ids[start:end])
         np.testing.assert_allclose(whole[end - 1], session.logit_V, atol=1e-4)
     unlearned = logits(model, ids[None], learn=False)[0]
@@ -117,24 +118,24 @@ def test_reading_learns_what_ours_learns(opened, model):
 
 
 def test_greedy_writing_learns_as_it_goes(opened, model):
-    ids = tokens(13)
+    ids = tokens(17)
     session, _ = opened.engine.read(opened.engine.start(), ids)
     request = Request(session, Sampling(temperature=0), max_tokens=24)
     ours = [piece.token for piece in Writer(opened.engine, opened.tokenizer, [request])]
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
     batch = torch.from_numpy(ids[None])
-    theirs = model.generate(batch, **options)[0, 13:].tolist()
+    theirs = model.generate(batch, **options)[0, 17:].tolist()
     assert theirs == ours
-    assert model.generate(batch, learn=False, **options)[0, 13:].tolist() != ours
+    assert model.generate(batch, learn=False, **options)[0, 17:].tolist() != ours
     # Beside a longer text, with padding on the left.
-    two = np.stack([np.concatenate((np.zeros(5, int), ids)), tokens(2, 18)[1]])
+    two = np.stack([np.concatenate((np.zeros(5, int), ids)), tokens(2, 22)[1]])
     mask = np.ones_like(two)
     mask[0, :5] = 0
     both = model.generate(torch.from_numpy(two), attention_mask=torch.from_numpy(mask), **options)
-    assert both[0, 18:].tolist() == ours
+    assert both[0, 22:].tolist() == ours
     assert model.generate(
         batch, max_new_tokens=9, do_sample=True, num_return_sequences=2
-    ).shape == (2, 22)
+    ).shape == (2, 26)
 
 
 def test_any_split_of_calls_gives_the_same(model):
@@ -154,13 +155,13 @@ def test_any_split_of_calls_gives_the_same(model):
 
 
 def test_tokens_may_be_read_without_learning_from_them(opened, model):
-    ids = tokens(27)
-    session, _ = opened.engine.read(opened.engine.start(), ids[:10])
-    session, _ = opened.engine.read(session, ids[10:], learn=False)
+    ids = tokens(25)
+    session, _ = opened.engine.read(opened.engine.start(), ids[:9])
+    session, _ = opened.engine.read(session, ids[9:], learn=False)
     with torch.no_grad():
-        out = model(torch.from_numpy(ids[None, :10]))
+        out = model(torch.from_numpy(ids[None, :9]))
         out = model(
-            torch.from_numpy(ids[None, 10:]), past_key_values=out.past_key_values, learn=False
+            torch.from_numpy(ids[None, 9:]), past_key_values=out.past_key_values, learn=False
         )
     np.testing.assert_allclose(out.logits[0, -1], session.logit_V, atol=1e-4)
 
@@ -191,6 +192,14 @@ def test_a_static_model_may_learn_too(make_run, tmp_path, capsys):
     assert names == [f"model.layers.2.mlp.{w}_proj.weight" for w in ("gate", "up", "down")]
 
 
+def test_an_export_can_be_imported_again(folder, run, tmp_path, model):
+    assert main(["import", str(folder), f"--workdir={tmp_path / 'again'}"]) == 0
+    opened = open_model(tmp_path / "again")
+    ids = tokens(17)
+    session, _ = opened.engine.read(opened.engine.start(), ids)
+    np.testing.assert_allclose(logits(model, ids[None])[0, -1], session.logit_V, atol=1e-4)
+
+
 # --- what must not be -----------------------------------------------------------------------------
 
 
@@ -211,6 +220,16 @@ def test_models_that_cannot_be_exported_are_refused(make_run, tmp_path, capsys):
     assert export(workdir, tmp_path / "hf") == 2
     assert "model.mixers has 'mamba2'. Exported are models" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_an_export_that_was_broken_off(run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no space")
+
+    monkeypatch.setattr(exporting, "write_tokenizer", fail)
+    with pytest.raises(OSError, match="no space"):
+        export(run, tmp_path / "deep" / "hf")
+    assert not list((tmp_path / "deep").iterdir())
 
 
 @pytest.mark.parametrize("both_ways", [False, True])

@@ -11,6 +11,7 @@ from tttjax.interop.huggingface import (
     check_names,
     config_from_huggingface,
     families,
+    inner_from_huggingface,
     pieces,
     tensor_places,
     unplaced,
@@ -128,6 +129,28 @@ def test_fields_of_a_config():
     mistral = {**LLAMA, "model_type": "mistral"}
     assert config_from_huggingface({**mistral, "sliding_window": 9})["mixers"] == ("window",)
     assert config_from_huggingface({**mistral, "sliding_window": None})["mixers"] == ("full",)
+
+
+def test_fields_of_a_model_that_learns():
+    own = {
+        **LLAMA,
+        "model_type": "tttjax",
+        "fast_mlp_layers": 2,
+        "pre_norm": True,
+        "post_norm": True,
+    }
+    own |= {"fast_parameters": ["a"], "chunk_size": 16, "inner_lr": 0.5, "inner_clip": 2.0}
+    fields = config_from_huggingface(own)
+    assert (fields["suffix_layers"], fields["fast_mlp"], fields["post_norm"]) == (2, True, True)
+    inner = inner_from_huggingface({**own, "fast_paths": ["suffix/**"]})
+    assert inner == {
+        "chunk_size": 16,
+        "lr": 0.5,
+        "clip": 2.0,
+        "rule": "sgd",
+        "fast_paths": ("suffix/**",),
+    }
+    assert inner_from_huggingface(LLAMA) == {}
 
 
 REFUSED = {

@@ -5,7 +5,11 @@ tensor_places             which tensor is which weight, and how to convert it ei
 from_tensors              our weights out of tensors read one at a time
 """
 
-from tttjax.interop.huggingface.configs import config_from_huggingface, supported
+from tttjax.interop.huggingface.configs import (
+    config_from_huggingface,
+    inner_from_huggingface,
+    supported,
+)
 from tttjax.interop.huggingface.names import (
     TensorPlace,
     check_names,
@@ -20,6 +24,7 @@ __all__ = [
     "check_names",
     "config_from_huggingface",
     "families",
+    "inner_from_huggingface",
     "pieces",
     "supported",
     "tensor_places",

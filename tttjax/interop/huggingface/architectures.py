@@ -146,6 +146,9 @@ def learning_json(
         "inner_clip": inner.clip,
         "inner_normalize": inner.rule == "normalized_sgd",
         "learn": learn,
+        # Not needed there, but to import the model again.
+        "suffix_layers": model.suffix_layers,
+        "fast_paths": list(model.fast_patterns),
     }
 
 

@@ -25,12 +25,17 @@ PLACES = 64  # of a chunk, or of a text that is not learned from, whose logits a
 ROOM = 512  # tokens of a text that nothing is learned from
 
 
+def sample_chunk(chunk_size: int) -> int:
+    """Tokens of a chunk in the comparison: of a large one, a part shows all that is computed."""
+    return min(chunk_size, PLACES)
+
+
 def sample_length(chunk_size: int, *, learns: bool) -> int:
-    """Tokens that show everything: two chunks, four if they are small.
+    """Tokens that show everything; of chunks, four.
 
     Not more: each update is computed from the one before, and differences of rounding grow.
     """
-    return chunk_size * (4 if 4 * chunk_size <= ROOM else 2) if learns else ROOM
+    return 4 * sample_chunk(chunk_size) if learns else ROOM
 
 
 def our_logits(
@@ -110,11 +115,13 @@ def their_logits(
     token_T: np.ndarray,
     at_P: Sequence[int] | np.ndarray,
     *,
+    chunk_size: int = 0,
     trusted: bool = True,
 ) -> np.ndarray | None:
     """Logits [P, V] by transformers, in float32; None if transformers or torch is not installed.
 
-    trusted: whether code that lies in the folder may be run.
+    chunk_size: at which a model that learns does so (0: its own). trusted: whether code that lies
+    in the folder may be run.
     """
     with warnings.catch_warnings():  # of other libraries, about themselves
         warnings.simplefilter("ignore")
@@ -128,6 +135,7 @@ def their_logits(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=trusted
         )
+        model.config.chunk_size = chunk_size or getattr(model.config, "chunk_size", 0)
         with torch.no_grad():
             ids = torch.from_numpy(token_T[None, :-1].astype(np.int64))
             logit_TV = model.eval()(ids).logits[0]

@@ -89,9 +89,25 @@ def config_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
     if window:
         fields["window_size"] = window
     if family == OWN:
-        own = ("qk_norm", "pre_norm", "post_norm", "suffix_layers", "fast_mlp")
+        own = ("qk_norm", "pre_norm", "post_norm")
         fields |= {key: values[key] for key in own if key in values}
+        fast_layers = values.get("fast_mlp_layers", 0)
+        fields["suffix_layers"] = values.get("suffix_layers", fast_layers)
+        fields["fast_mlp"] = fast_layers > 0
     return fields
+
+
+def inner_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `InnerConfig` out of a `config.json`: none but of the family "tttjax"."""
+    if values.get("model_type") != OWN or not values.get("fast_parameters"):
+        return {}
+    return {
+        "chunk_size": _number(values, "chunk_size"),
+        "lr": float(values.get("inner_lr", 1.0)),
+        "clip": float(values.get("inner_clip", 1.0)),
+        "rule": "normalized_sgd" if values.get("inner_normalize") else "sgd",
+        "fast_paths": tuple(values.get("fast_paths", ())),
+    }
 
 
 def shortest_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:

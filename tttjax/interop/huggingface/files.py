@@ -55,7 +55,7 @@ def write_tensors(
     for name, shard in zip(names, shards, strict=True):
         tensors = {}
         for place in shard:
-            theirs = place.to_theirs(read(place)).astype(number_type)
+            theirs = place.to_theirs(read(place)).astype(number_type, copy=False)
             if not np.isfinite(theirs).all():
                 raise UserError(
                     f"{place.name} has entries that are not finite numbers in {dtype}; export with "

@@ -33,10 +33,7 @@ PIECE = 1024  # tokens at a time where nothing is learned
 
 
 class TTTJaxLinear(nn.Linear):
-    """Without a bias; the weight may be wider than the activations, as fast weights are."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    """Its weight may be wider than the activations, as fast weights are."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -61,9 +58,9 @@ class TTTJaxMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = TTTJaxLinear(config.hidden_size, config.intermediate_size)
-        self.up_proj = TTTJaxLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = TTTJaxLinear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = TTTJaxLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = TTTJaxLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = TTTJaxLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -102,12 +99,12 @@ class TTTJaxAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        size, heads = config.head_dim, config.num_attention_heads
-        kv_heads = config.num_key_value_heads
-        self.q_proj = TTTJaxLinear(config.hidden_size, heads * size)
-        self.k_proj = TTTJaxLinear(config.hidden_size, kv_heads * size)
-        self.v_proj = TTTJaxLinear(config.hidden_size, kv_heads * size)
-        self.o_proj = TTTJaxLinear(heads * size, config.hidden_size)
+        width, size = config.hidden_size, config.head_dim
+        into = config.num_attention_heads * size, config.num_key_value_heads * size
+        self.q_proj = TTTJaxLinear(width, into[0], bias=False)
+        self.k_proj = TTTJaxLinear(width, into[1], bias=False)
+        self.v_proj = TTTJaxLinear(width, into[1], bias=False)
+        self.o_proj = TTTJaxLinear(into[0], width, bias=False)
         if config.qk_norm:
             self.q_norm = TTTJaxRMSNorm(size, config.rms_norm_eps)
             self.k_norm = TTTJaxRMSNorm(size, config.rms_norm_eps)
@@ -124,8 +121,7 @@ class TTTJaxAttention(nn.Module):
         if past is not None:
             k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
         keys = k.shape[1]
-        kept = 0 if self.window is None else max(0, keys - self.window + 1)
-        new_past = k[:, kept:], v[:, kept:]
+        new_past = tuple(_last(x, (self.window or keys + 1) - 1) for x in (k, v))
 
         position = torch.arange(keys, device=x.device)
         frequency = rope_frequencies(config, x.device)
@@ -147,12 +143,11 @@ class TTTJaxLayer(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = TTTJaxAttention(config, layer)
+        self.mlp, branches = TTTJaxMLP(config), ["mixer", "mlp"]
         if layer >= config.num_hidden_layers - config.fast_mlp_layers:
             self.fast_mlp = TTTJaxMLP(config)
-        self.mlp = TTTJaxMLP(config)
-        for branch in ("mixer", "fast_mlp", "mlp"):
-            if branch == "fast_mlp" and not hasattr(self, branch):
-                continue
+            branches.append("fast_mlp")
+        for branch in branches:
             for name, on in (("norm", config.pre_norm), ("post_norm", config.post_norm)):
                 norm = TTTJaxRMSNorm(config.hidden_size, config.rms_norm_eps)
                 setattr(self, f"{branch}_{name}", norm if on else nn.Identity())
@@ -171,8 +166,8 @@ class TTTJaxModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList([TTTJaxLayer(config, layer) for layer in layers])
+        layers = [TTTJaxLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = TTTJaxRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, past, first, last):
@@ -215,8 +210,7 @@ class TTTJaxCache:
     is_croppable = False
 
     def __init__(self, readings):
-        self.readings = readings
-        self.length = 0
+        self.readings, self.length = readings, 0
 
     def get_seq_length(self, layer_idx=0):
         return self.length
@@ -242,7 +236,7 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TTTJaxModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = TTTJaxLinear(config.hidden_size, config.vocab_size)
+            self.lm_head = TTTJaxLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @classmethod
@@ -271,7 +265,6 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         logits_to_keep=0,
         learn=None,
-        return_dict=True,
         **kwargs,
     ):
         """Reads further tokens [B, T] of every sequence; logits [B, T or logits_to_keep, V].
@@ -288,9 +281,9 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
         batch, length = input_ids.shape
         seen = torch.ones_like(input_ids, dtype=torch.bool)
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError("this model takes attention masks [batch, tokens] only")
             seen = attention_mask[:, -length:].bool()
+            if seen.shape != input_ids.shape:
+                raise ValueError("this model takes attention masks [batch, tokens] only")
 
         cache, learns = past_key_values, self.config.fast_parameters and (learn or use_cache)
         if cache is None:
@@ -302,8 +295,8 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
         kept = logits_to_keep or length
         logits = []
         for i, reading in enumerate(cache.readings):
-            part, mask = slice(i * rows, (i + 1) * rows), seen[i * rows]
-            shown = self._read(reading, input_ids[part][:, mask], learn, int(mask[-kept:].sum()))
+            ids, mask = input_ids[i * rows : (i + 1) * rows], seen[i * rows]
+            shown = self._read(reading, ids[:, mask], learn, int(mask[-kept:].sum()))
             if not mask.all():
                 padded = shown.new_zeros(rows, len(mask[-kept:]), shown.shape[-1])
                 padded[:, mask[-kept:]] = shown
@@ -315,12 +308,8 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             flat = logits[:, :-1].flatten(0, 1).float(), labels[:, -logits.shape[1] + 1 :].flatten()
             loss = F.cross_entropy(*flat, ignore_index=-100)
-        cache = cache if use_cache else None
-        if not return_dict:
-            return tuple(x for x in (loss, logits, cache) if x is not None)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-
-    # --- reading ------------------------------------------------------------------------------
+        kept_cache = cache if use_cache else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept_cache)
 
     def _new_reading(self, learns):
         past = [None] * self.config.num_hidden_layers
@@ -374,12 +363,14 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
                 nll = F.cross_entropy(logits[0].float(), known[0, 1:], reduction="none")
                 loss = nll[counted].mean()
             gradient = torch.autograd.grad(loss, list(fast.values()))
-            norm = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
-            scale = torch.ones_like(norm)
+            norm, clip = (
+                torch.stack([g.square().sum() for g in gradient]).sum().sqrt(),
+                config.inner_clip,
+            )
             if config.inner_normalize:
-                scale = torch.where(norm > 0, (config.inner_clip or 1.0) / norm, 0.0)
-            elif config.inner_clip:
-                scale = torch.where(norm < config.inner_clip, 1.0, config.inner_clip / norm)
+                scale = torch.where(norm > 0, (clip or 1.0) / norm, 0.0)
+            else:
+                scale = torch.where(norm < (clip or math.inf), 1.0, clip / norm)
             pairs = zip(fast.items(), gradient, strict=True)
             reading.fast = {n: w.detach() - config.inner_lr * scale * g for (n, w), g in pairs}
         reading.past = reading.learned = [tuple(x.detach() for x in layer) for layer in past]
@@ -399,8 +390,7 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _logits(self, hidden, head=None):
         if head is None:
-            tied = self.config.tie_word_embeddings
-            head = self.model.embed_tokens.weight if tied else self.lm_head.weight
+            head = (self.lm_head if hasattr(self, "lm_head") else self.model.embed_tokens).weight
         return F.linear(hidden, head.to(hidden.dtype))
 
 
