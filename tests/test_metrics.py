@@ -75,6 +75,18 @@ def test_resuming_cuts_later_records_and_repairs_a_torn_line(tmp_path):
     assert metrics.loss_stream(tmp_path / "cut") == metrics.loss_stream(tmp_path / "whole")
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_more_keys(tmp_path):
+    log = logger(tmp_path)
+    log_steps(log, 1, 3)
+    log.close()
+    log = logger(tmp_path, start=2)
+    log.log(3, {"loss": 0.25, "first_chunk_loss": 0.5}, seconds=1.0)
+    log.close()
+    before = [{"step": step, "loss": 1 / step, "skipped": 0} for step in (1, 2)]
+    added = {"step": 3, "loss": 0.25, "first_chunk_loss": 0.5}
+    assert metrics.loss_stream(tmp_path) == [*before, added]
+
+
 def test_non_finite_values_stay_valid_json(tmp_path):
     log = logger(tmp_path)
     log.log(1, {"loss": math.nan, "grad_norm": math.inf}, seconds=1.0)

@@ -83,9 +83,11 @@ def _describe(path: str, about: About) -> list[str]:
     if snapshots:
         lines.append(f"  to go back to, in {folder_of(path)}:")
     for found in snapshots.values():
-        last = f"loss {found.chunk_losses[-1]:.4f}" if found.chunk_losses else "no chunk read"
         moved = sum(size**2 for size in found.drift.values()) ** 0.5
-        lines.append(f"    {found.tokens:12,} tokens  {last}  moved by {moved:.4f}")
+        line = f"    {found.tokens:12,} tokens  moved by {moved:.4f}"
+        if last := found.chunk_losses:
+            line += f"  loss {sum(last) / len(last):.4f} over the last {len(last)} chunks"
+        lines.append(line)
     return lines
 
 
@@ -97,8 +99,7 @@ def _losses(about: About) -> list[str]:
         f"  loss before learning, last {len(before)} chunks: first {before[0]:.4f}, last "
         f"{before[-1]:.4f}, mean {sum(before) / len(before):.4f} nats per token"
     ]
-    # Files of earlier versions do not have the losses after.
-    pairs = [(a, b) for a, b in zip(before, after, strict=False) if b is not None]
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if b is not None]
     if pairs:
         gain = sum(a - b for a, b in pairs) / len(pairs)
         shown = ", ".join(f"{a:.4f} -> {b:.4f}" for a, b in pairs[-SHOWN:])
@@ -107,11 +108,7 @@ def _losses(about: About) -> list[str]:
 
 
 def _drifts(about: About) -> list[str]:
-    """By layer; by weight, in files of earlier versions."""
-    if not about.layers:
-        width = max((len(name) for name in about.drift), default=0)
-        return [f"{name:{width}}  moved by {moved:.4f}" for name, moved in about.drift.items()]
-    width = max(map(len, about.layers))
+    width = max(map(len, about.layers), default=0)
     return [
         f"{name:{width}}  moved by {moved:.4f}" + (f", {moved / start:.2%}" if start else "")
         for name, (moved, start) in about.layers.items()

@@ -63,8 +63,8 @@ class About:
     lost: float
     chunk_losses: list[float]
     source: dict[str, Any]
-    layers: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    chunk_losses_after: list[float | None] = dataclasses.field(default_factory=list)
+    layers: dict[str, list[float]]
+    chunk_losses_after: list[float | None]
 
 
 def fingerprint(config: Config, params: Params) -> str:
