@@ -35,6 +35,39 @@ def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
     assert greedy[0] == greedy[1]
 
 
+def test_many_prompts_come_out_as_each_alone(run, tmp_path, capsys):
+    texts = ["the cat sat on the mat", "on", TEXT[:40]]
+    lines = [json.dumps(texts[0]), "", json.dumps({"prompt": texts[1]}), json.dumps(texts[2])]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    ask = ("--max-tokens=5", "--samples=2", "--temperature=0.5")
+    many = ("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch=4", *ask)
+    found = [json.loads(line) for line in words(capsys, *many)[1].splitlines()]
+    assert [(text.pop("prompt"), text.pop("sample")) for text in found] == [
+        (i, j) for i in range(3) for j in range(2)
+    ]
+    for i, text in enumerate(texts):
+        alone = json.loads(words(capsys, "generate", run, "--prompt", text, "--json", *ask)[1])
+        for j in range(2):
+            assert found[2 * i + j]["tokens"] == alone[j]["tokens"]
+            assert found[2 * i + j]["logprobs"] == pytest.approx(alone[j]["logprobs"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ('"a"\nb', "line 2, is not JSON"),
+        ('{"text": "a"}', "line 1, has no prompt"),
+        ('""', "line 1, has no prompt"),
+        ("\n", "has no prompts in it"),
+    ],
+)
+def test_bad_prompts_are_one_sentence(run, tmp_path, capsys, lines, sentence):
+    (tmp_path / "p.jsonl").write_text(lines)
+    code, out, err = words(capsys, "generate", run, "--prompts", tmp_path / "p.jsonl")
+    assert (code, out) == (2, "")
+    assert sentence in err
+
+
 def test_a_session_goes_on_where_it_stopped(run, tmp_path, capsys):
     file = tmp_path / "s.session"
     (tmp_path / "t.txt").write_text(TEXT)

@@ -7,6 +7,8 @@ examples:
       reads alone, and keeps everything that was read in one file
   tttjax generate runs/first --session=book.session --prompt " The end of the story:" --samples=3
       goes on from there, three times; book.session stays as it is
+  tttjax generate runs/first --prompts=questions.jsonl --max-tokens=40 > answers.jsonl
+      many prompts in one run, sixteen at a time
 
 A session file is as large after a page as after a library (but for full attention). It goes on as
 if it had never been closed, with the model that wrote it and no other; `tttjax sessions FILE` says
@@ -24,6 +26,7 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import MODES
+from tttjax.generate.batch import as_json, read_prompts, write_all
 from tttjax.generate.opened import Opened, open_model
 from tttjax.inference.engine import Session
 from tttjax.inference.sampling import Sampling
@@ -46,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="what to read first")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file; -: stdin")
+    prompt.add_argument(
+        "--prompts", metavar="FILE.jsonl", help="many: a JSON string a line; prints JSON lines"
+    )
+    add("--batch", type=int, default=16, help="texts of --prompts at once (default %(default)s)")
     add("--max-tokens", type=int, default=128, metavar="N", help="to write (default %(default)s)")
     add("--samples", type=int, default=1, metavar="N", help="texts to write (default 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
@@ -109,9 +116,15 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     opened = open_from(args)
     with as_configured(opened.config):
-        prompt_T = encode_prompt(opened, _prompt(args), is_first=not args.session)
         session = start_session(opened, args.session)
-        opened.engine.check(prompt_T, session.tokens + args.max_tokens)
+        texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
+        prompts = [encode_prompt(opened, text, is_first=not args.session) for text in texts]
+        for prompt_T in prompts:
+            opened.engine.check(prompt_T, session.tokens + args.max_tokens)
+        if args.prompts:
+            _write_all(args, opened, session, prompts, sampling)
+            return 0
+        (prompt_T,) = prompts
         session, _ = opened.engine.read(session, prompt_T)
         if args.max_tokens:
             session = _write(args, opened, session, prompt_T, sampling)
@@ -135,7 +148,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, low in (("samples", 1), ("max_tokens", 0), ("seed", 0), ("max_length", 0)):
+    for name, low in (
+        ("samples", 1),
+        ("batch", 1),
+        ("max_tokens", 0),
+        ("seed", 0),
+        ("max_length", 0),
+    ):
         value = getattr(args, name)
         if value < low:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
@@ -146,8 +165,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--seed={args.seed} must be below {2**32 - args.samples + 1}.")
     if not args.max_tokens and not args.save_session:
         raise UserError("--max-tokens=0 writes nothing: give --save-session to keep what is read.")
-    if args.save_session and args.samples > 1:
-        raise UserError("--save-session keeps one text, so it does not go with --samples.")
+    if args.save_session and (args.samples > 1 or args.prompts):
+        raise UserError(
+            "--save-session keeps one text, so it does not go with --samples or --prompts."
+        )
     if "" in args.stop:
         raise UserError("--stop is empty, and would end every text at once.")
 
@@ -182,6 +203,22 @@ def start_session(opened: Opened, path: str | None) -> Session:
     return load_session(path, opened.engine, model=opened.model, tokenizer=opened.tokenizer_mark)[0]
 
 
+def _write_all(
+    args: argparse.Namespace,
+    opened: Opened,
+    session: Session,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+) -> None:
+    """Prints a JSON line for every text."""
+    requests = [
+        (sampling, args.max_tokens, tuple(args.stop), args.seed + i) for i in range(args.samples)
+    ]
+    learn = args.learn == "all"
+    for text in write_all(opened, session, prompts, requests, batch=args.batch, learn=learn):
+        print(json.dumps(text, ensure_ascii=False), flush=True)
+
+
 def _write(
     args: argparse.Namespace,
     opened: Opened,
@@ -204,17 +241,8 @@ def _write(
     if streams:
         print()
     elif args.json:
-        print(json.dumps([_as_json(text) for text in pieces], ensure_ascii=False))
+        print(json.dumps([as_json(text) for text in pieces], ensure_ascii=False))
     else:
         for i, text in enumerate(pieces):
             print(f"--- {i + 1} (seed {args.seed + i})\n{''.join(p.text for p in text)}")
     return writer.sessions[0]
-
-
-def _as_json(pieces: Sequence[Piece]) -> dict:
-    return {
-        "text": "".join(piece.text for piece in pieces),
-        "tokens": [piece.token for piece in pieces],
-        "logprobs": [piece.logprob for piece in pieces],
-        "finished": pieces[-1].finished,
-    }
