@@ -73,6 +73,17 @@ def test_a_fixed_data_axis_makes_room():
     assert {"mesh.fsdp": "2", "mesh.data": "-1"} in offered(config, needs(), 145)
 
 
+def test_where_gathered_weights_are_too_large_layers_are_divided_instead():
+    sections = {"train": {"accum_steps": 4}, "model": {"vocab_size": 12}}
+    config = recipe(mesh={"fsdp": DEVICES}, **sections)
+    # state 30, gathered weights and gradient 160, a sequence of 40
+    changes = offered(config, needs(working=200), 190)[0]
+    assert (changes["mesh.fsdp"], changes["mesh.tensor"]) == ("4", "2")
+    assert not any(
+        "mesh.fsdp" in c and "mesh.tensor" not in c for c in offered(config, needs(), 1e9)
+    )
+
+
 def test_nothing_is_offered_where_nothing_fits():
     assert offered(recipe(), needs(), 5) == []
 

@@ -3,8 +3,9 @@
 Looked for are, in this order: recomputation switched on where it is off, and the fast form of the
 meta-gradient; the trajectory of the fast weights recomputed too; weights and optimizer divided by
 more devices (mesh.fsdp); batches read in more parts (train.accum_steps); and last, layers divided
-(mesh.tensor). None of them changes a number of the run, but for rounding. Fewer changes come before
-more, small ones before large.
+(mesh.tensor), for which mesh.fsdp may give way, since that divides the state as well.
+None of them changes a number of the run, but for rounding. Fewer changes come before more, small
+ones before large.
 
 What a change will save is predicted, so that few programs need compiling: the state of training is
 divided by fsdp x tensor; of what a step holds, the gathered weights and their gradient stay, the
@@ -67,7 +68,7 @@ def candidates(
         changes = _changes(config, changed)
         predicted = predict(config, changed, devices, needed)
         if changes and predicted <= MARGIN * capacity:
-            size = fsdp // config.mesh.fsdp * accum // config.train.accum_steps
+            size = fsdp / config.mesh.fsdp * accum / config.train.accum_steps
             order = tensor, len(changes), (LEANER.index(leaner) or len(LEANER)), size, accum
             found.append((order, Candidate(changed, changes, predicted)))
     for _, candidate in sorted(found, key=lambda pair: pair[0]):
@@ -96,7 +97,10 @@ def _changed(
 ) -> Config | None:
     """The recipe with these values; None if it is not a valid one, or a step back."""
     mesh, train = config.mesh, config.train
-    if fsdp % mesh.fsdp or accum % train.accum_steps or tensor % mesh.tensor:
+    if accum % train.accum_steps or tensor % mesh.tensor:
+        return None
+    ways = mesh.fsdp * mesh.tensor
+    if fsdp % mesh.fsdp and (tensor == mesh.tensor or fsdp * tensor % ways):
         return None
     is_recomputed = config.inner.trajectory == "recompute"
     if leaner == "recomputation" and _recomputes(config):
