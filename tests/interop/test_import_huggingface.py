@@ -1,5 +1,6 @@
 """Models that transformers made compute the same here, also with fast MLPs added."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from flax.traverse_util import flatten_dict
+from official_files import official_config
 from safetensors.numpy import load_file, save_file
 
 from tttjax import cli
@@ -16,7 +19,11 @@ from tttjax.data.tokenizers import load_tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing import huggingface, import_run, open_huggingface
-from tttjax.models import build_model
+from tttjax.interop.huggingface import tensor_places
+from tttjax.interop.huggingface.architectures import config_json, learning_json
+from tttjax.interop.huggingface.files import write_tensors
+from tttjax.interop.streaming import assemble
+from tttjax.models import build_model, combine
 from tttjax.sharding import make_mesh
 from tttjax.train_step import make_trainer
 from tttjax.types import Batch
@@ -219,3 +226,30 @@ def test_other_logits_are_refused(llama, tmp_path, monkeypatch):
 def test_only_fast_mlps_can_be_added(llama):
     with pytest.raises(UserError, match=r"has no tensor for .*q_norm.*only fast MLPs can be added"):
         open_huggingface(llama, overrides=("--config.model.qk_norm=true",), say=lambda line: None)
+
+
+def test_our_own_exports_come_back(tmp_path):
+    config = official_config(num_kv_heads=1, rope_scaling=(4.0, 1.0, 4.0, 16.0))
+    model = build_model(config.model, config.inner)
+    params = model.init(jax.random.key(0))
+    flat = flatten_dict(combine(params.slow, params.fast), sep="/")
+
+    def read(place):
+        return np.asarray(flat[place.path] if place.row is None else flat[place.path][place.row])
+
+    places = tensor_places(model, "tttjax")
+    write_tensors(tmp_path, places, read, dtype="float32", limit=2**30)
+    values = config_json(config.model, "tttjax", dtype="float32", max_length=32, tokens={})
+    values |= learning_json(model, config.inner, 0.5, learn=True)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    source = open_huggingface(tmp_path, say=lambda line: None)
+    assert source.config.inner == dataclasses.replace(config.inner, lr=0.5)
+    assert build_model(source.config.model, source.config.inner) == model
+    assert source.reference is None
+    template = weights_template(model, make_mesh(devices=jax.devices()[:1]))
+    for got, want in zip(
+        jax.tree.leaves(assemble(template, source.pieces(model), model)),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)

@@ -37,7 +37,6 @@ from tttjax.importing.transfer import import_run
 from tttjax.interop.adopt import check_vacant
 from tttjax.interop.huggingface import supported
 from tttjax.interop.official_checkpoint import looks_official
-from tttjax.interop.streaming import return_freed_memory
 
 __all__ = [
     "Reference",
@@ -85,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax import` from parsed arguments; the exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its own steps otherwise
-    return_freed_memory()
     check_vacant(args.workdir)  # before anything is asked of a network
     import_run(open_source(args), args.workdir)
     print(f"imported into {args.workdir}")

@@ -12,6 +12,7 @@ from tttjax.config import Config, default_config, from_config_dict, load_config
 from tttjax.config.files import apply_override
 from tttjax.data.huggingface import HuggingFaceTokenizer
 from tttjax.data.tokenizers import Tokenizer
+from tttjax.data.vocabulary import open_tokenizer
 from tttjax.errors import UserError
 from tttjax.importing.source import (
     Reference,
@@ -33,6 +34,7 @@ from tttjax.interop.huggingface import (
 from tttjax.interop.huggingface.compare import their_logits
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.files import TensorFiles
+from tttjax.interop.huggingface.tokenizer_files import ASIDE
 from tttjax.models import Transformer, build_model
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -73,6 +75,8 @@ def open_huggingface(
     added = frozenset(unplaced(model, places))
     _check_added(added, model, folder)
     describe_config(resolved, {}, say)
+    if family == OWN:
+        say("its files carry code of their own, which is not run here")
     if added:
         start = (
             "at 0, so that it changes nothing"
@@ -85,7 +89,7 @@ def open_huggingface(
         step=0,
         origin={"kind": "Hugging Face transformers", "source": str(folder), "family": family},
         pieces=lambda model: pieces(places, files.read),
-        tokenizer=_tokenizer(folder, tokenizer, values, resolved, say),
+        tokenizer=_tokenizer(folder, tokenizer, values, resolved),
         added=added,
         reference=_reference(folder, family, resolved, stored, files),
     )
@@ -117,6 +121,7 @@ def _resolve(
         return load_config(file, overrides)
     config = default_config()
     config.model.update(stored)
+    config.inner.update(inner_from_huggingface(values))
     config.inner.update(inner_from_huggingface(values))
     if values.get("dtype", values.get("torch_dtype")) in ("bfloat16", "float16"):
         config.model.compute_dtype = "bfloat16"
@@ -157,11 +162,13 @@ def _check_added(added: frozenset[str], model: Transformer, folder: Path) -> Non
 
 
 def _tokenizer(
-    folder: Path, given: str, values: Mapping[str, Any], config: Config, say: Say
+    folder: Path, given: str, values: Mapping[str, Any], config: Config
 ) -> Tokenizer | None:
     """That of --tokenizer, or the folder's own with the special tokens of `config.json`."""
     if given:
         return given_tokenizer(given, config)
+    if (aside := open_tokenizer(folder / ASIDE)) is not None:
+        return aside
     path = folder / TOKENIZER
     if not path.exists():
         return None

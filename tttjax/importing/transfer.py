@@ -15,7 +15,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing.source import Reference, Say, Source
 from tttjax.interop.adopt import bytes_at_once, check_vacant, new_workdir, write_run
-from tttjax.interop.streaming import assemble
+from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
@@ -46,10 +46,12 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
     # First, so that it has left memory before ours is there.
     theirs = _reference_logits(source.reference, say)
     with as_configured(config), new_workdir(workdir) as folder:
+        return_freed_memory()
         template = weights_template(model, mesh)
         added = _added(model, template, source.added, config.train.seed)
         params = assemble(template, source.pieces(model), model, added)
         del added
+        return_freed_memory()
         logit_TV = sample_logits(config, params)
         if not np.isfinite(logit_TV).all():
             raise UserError(
@@ -70,6 +72,7 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
         )
         at_once = bytes_at_once(params)
         del params  # so that the two never lie in memory together
+        return_freed_memory()
         written = open_run(RunSpec(folder))
         again = checkpoint.restore_params(folder, template, at_once=at_once)
         read_back = _largest(sample_logits(written.config, again), logit_TV)

@@ -22,12 +22,15 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def return_freed_memory() -> None:
-    """Lets this process give freed pieces of 1 MiB and more back at once (with glibc).
+    """Gives back to the system what this process has freed, and from now on pieces of 1 MiB and
+    more as soon as they are freed (with glibc; else does nothing).
 
-    Else the library keeps those below 32 MiB for later, several times what is in use at a time.
+    The library keeps those below 32 MiB for later otherwise, several times what is in use at once.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 2**20)
+        library.malloc_trim(0)
 
 
 class Piece(NamedTuple):
