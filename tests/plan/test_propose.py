@@ -97,6 +97,8 @@ def test_predictions_are_checked_and_the_next_one_tried():
 
     found = find_fitting(recipe(), DEVICES, needs(), 110, fits)
     assert found.config is tried[1]
+    first = next(candidates(recipe(), DEVICES, needs(), 110))
+    assert found.predicted < 0.9 * first.predicted  # one that saves clearly more
     assert find_fitting(recipe(), DEVICES, needs(), 110, lambda config: False, tries=3) is None
 
 

@@ -23,6 +23,7 @@ from tttjax.errors import UserError
 from tttjax.plan.memory import Memory
 
 MARGIN = 0.97  # of the memory; predictions are not exact
+AFTER_REFUSAL = 0.85  # of what was predicted and did not fit, the next try may need
 TENSOR_WAYS = (1, 2, 4, 8)
 LEANER = ("", "recomputation", "trajectory")  # what is made leaner; "": nothing
 
@@ -46,11 +47,18 @@ def find_fitting(
 ) -> Candidate | None:
     """The first candidate predicted to fit that does; None after `tries` that did not.
 
-    needed: of the recipe as it is, on one device. fits: compiles a recipe for the pod.
+    needed: of the recipe as it is, on one device. fits: compiles a recipe for the pod. After a
+    refusal the prediction was too low, and only those that save clearly more are tried.
     """
-    for candidate in itertools.islice(candidates(config, devices, needed, capacity), tries):
+    limit = capacity
+    for candidate in candidates(config, devices, needed, capacity):
+        if candidate.predicted > limit:
+            continue
         if fits(candidate.config):
             return candidate
+        limit, tries = AFTER_REFUSAL * candidate.predicted, tries - 1
+        if not tries:
+            break
     return None
 
 
