@@ -44,6 +44,17 @@ def test_going_on_from_a_file_is_going_on_bit_for_bit(tmp_path, name):
     assert same(ends[0].learned.fast, ends[1].learned.fast)
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_session_of_which_nothing_was_read_is_kept_too(tmp_path, name):
+    engine, _ = make_engine(name)
+    save_session(tmp_path / "s", engine, engine.start(), model=MODEL)
+    loaded, about = load_session(tmp_path / "s", engine, model=MODEL)
+    assert about.tokens == loaded.tokens == 0
+    assert loaded.logit_V is None
+    assert same(loaded.learned, engine.start().learned)
+    assert same(loaded.now, engine.start().now)
+
+
 def test_the_size_does_not_depend_on_what_was_read(tmp_path):
     engine, token = make_engine("ttt_e2e")
     sizes = []
