@@ -1,8 +1,9 @@
 """Models in the form of Hugging Face transformers: names, configurations, files; both ways.
 
 config_from_huggingface   config.json -> fields of our `ModelConfig`
+inner_from_huggingface    the same of our `InnerConfig`, for models that learn
 tensor_places             which tensor is which weight, and how to convert it either way
-from_tensors              our weights out of tensors read one at a time
+pieces                    our weights, row by row, out of tensors that are read one at a time
 """
 
 from tttjax.interop.huggingface.configs import (
