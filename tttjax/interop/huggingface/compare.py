@@ -4,7 +4,9 @@ A model that learns while it reads does so here too, chunk by chunk: the logits 
 show whether its updates are the same.
 """
 
+import inspect
 import logging
+import shutil
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -139,6 +141,9 @@ def their_logits(
         with torch.no_grad():
             ids = torch.from_numpy(token_T[None, :-1].astype(np.int64))
             logit_TV = model.eval()(ids).logits[0]
+        if type(model).__module__.startswith("transformers_modules."):
+            # transformers keeps a copy of the code under the folder's name, which is temporary.
+            shutil.rmtree(Path(inspect.getfile(type(model))).parents[1], ignore_errors=True)
         return logit_TV[torch.from_numpy(np.asarray(at_P))].numpy()
 
 

@@ -63,7 +63,7 @@ class Conversion:
         if (scale, offset) == (1, 0):
             return x
         wide = np.float64 if x.dtype == np.float64 else np.float32
-        return x.astype(wide) * wide(scale) + wide(offset)
+        return x.astype(wide) * scale + offset
 
 
 def _to_halves(x_K: np.ndarray) -> np.ndarray:
