@@ -40,28 +40,16 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
     Raises UserError for a work directory that is in use, for weights that cannot be read, and for
     logits that deviate; then nothing is left behind.
     """
-    config, name = source.config, source.origin["source"]
+    config = source.config
     check_vacant(workdir)
-    model, mesh = build_model(config.model, config.inner), _make_mesh(config)
+    model = build_model(config.model, config.inner)
     # First, so that it has left memory before ours is there.
     theirs = _reference_logits(source.reference, say)
     with as_configured(config), new_workdir(workdir) as folder:
-        return_freed_memory()
-        template = weights_template(model, mesh)
-        added = _added(model, template, source.added, config.train.seed)
-        params = assemble(template, source.pieces(model), model, added)
-        del added
-        return_freed_memory()
-        logit_TV = sample_logits(config, params)
-        if not np.isfinite(logit_TV).all():
-            raise UserError(
-                f"the logits of {name} are not finite: its weights are damaged, or it needs "
-                "another configuration."
-            )
-        deviation = None
-        if source.reference and theirs is not None:
-            ours = sample_logits(source.reference.config, params)
-            deviation = _compare(source.reference, ours, theirs, name, say)
+        template = weights_template(model, _make_mesh(config))
+        params = _read(source, model, template)
+        logit_TV = _finite_logits(source, params)
+        deviation = _compare(source, params, theirs, say)
         write_run(
             folder,
             config,
@@ -118,6 +106,15 @@ def sample_logits(config: Config, params: Params) -> np.ndarray:
     return np.asarray(logits(params))
 
 
+def _read(source: Source, model: Transformer, template: Params) -> Params:
+    """The weights, and what is added to them."""
+    return_freed_memory()
+    added = _added(model, template, source.added, source.config.train.seed)
+    params = assemble(template, source.pieces(model), model, added)
+    return_freed_memory()
+    return params
+
+
 def _added(
     model: Transformer, template: Params, paths: frozenset[str], seed: int
 ) -> dict[str, Array]:
@@ -133,6 +130,16 @@ def _added(
     return jax.jit(start, out_shardings={path: flat[path].sharding for path in sorted(paths)})()
 
 
+def _finite_logits(source: Source, params: Params) -> np.ndarray:
+    logit_TV = sample_logits(source.config, params)
+    if not np.isfinite(logit_TV).all():
+        raise UserError(
+            f"the logits of {source.origin['source']} are not finite: its weights are damaged, or "
+            "it needs another configuration."
+        )
+    return logit_TV
+
+
 def _reference_logits(reference: Reference | None, say: Say) -> np.ndarray | None:
     if reference is None:
         return None
@@ -145,16 +152,19 @@ def _reference_logits(reference: Reference | None, say: Say) -> np.ndarray | Non
     return found
 
 
-def _compare(
-    reference: Reference, ours: np.ndarray, theirs: np.ndarray, name: str, say: Say
-) -> float:
-    """The largest deviation; UserError if it is too large to be rounding."""
-    deviation, largest = _largest(ours, theirs), float(np.max(np.abs(theirs)))
+def _compare(source: Source, params: Params, theirs: np.ndarray | None, say: Say) -> float | None:
+    """The largest deviation from the reference; UserError if it is too large to be rounding."""
+    reference = source.reference
+    if reference is None or theirs is None:
+        return None
+    deviation = _largest(sample_logits(reference.config, params), theirs)
+    largest = float(np.max(np.abs(theirs)))
     told = f"logits of {SAMPLE} random tokens differ by at most {deviation:.3g}"
     if reference.exact and not deviation <= TOLERANCE * max(1.0, largest):
         raise UserError(
-            f"{told} from those of {reference.name}, whose largest is {largest:.3g}: {name} has "
-            "something that is not understood here, and was not imported."
+            f"{told} from those of {reference.name}, whose largest is {largest:.3g}: "
+            f"{source.origin['source']} has something that is not understood here, and was not "
+            "imported."
         )
     rounded = "" if reference.exact else ", weights having been rounded to another type"
     say(
