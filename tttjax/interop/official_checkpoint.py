@@ -51,7 +51,8 @@ class StoredArray:
         function is, so that each is decoded once.
         """
         store = self._store
-        if store.chunk_layout.read_chunk.shape[0] > 1:
+        piece = store.chunk_layout.read_chunk.shape or (1,)
+        if (piece[0] or 1) > 1:
             context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2 * self.nbytes}})
             store = tensorstore.open(self._spec, context=context, open=True).result()
 
@@ -157,7 +158,7 @@ class Place:
         path = f"{self.path}/" if self.path else ""
         if not self.bucket:
             return {"driver": "file", "path": path}
-        spec = {"driver": "gcs", "bucket": self.bucket, "path": path}
+        spec: dict[str, Any] = {"driver": "gcs", "bucket": self.bucket, "path": path}
         if self.project:
             spec["gcs_user_project"] = {"project_id": self.project}
         # By default tensorstore tries for many minutes to reach a place that cannot be reached.
