@@ -155,5 +155,8 @@ def same_tokens(folder: Path, tokenizer: Tokenizer, text: str) -> bool:
         warnings.simplefilter("ignore")
         import transformers
 
-        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        # Beside code of ours, which AutoTokenizer would load too, this is what it comes to.
+        is_own = (folder / "modeling_tttjax.py").exists()
+        loader = transformers.PreTrainedTokenizerFast if is_own else transformers.AutoTokenizer
+        theirs = loader.from_pretrained(folder)
         return theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
