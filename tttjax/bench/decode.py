@@ -100,12 +100,16 @@ def _read(
         reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr)
         chunk = reader.chunk_size or STATIC_STRETCH
         params = jax.jit(model.init)(jax.random.key(0))
-        engine = session = None
+
+        def start(length: int) -> tuple[Engine, Session]:
+            engine = Engine(reader, params, max_length=length + chunk * (rounds + 1))
+            return engine, engine.start()
+
+        engine, session = start(lengths[0])
         for length in lengths:
             # What a token costs full attention is decided by the room that there is.
-            if engine is None or engine.has_whole:
-                engine = Engine(reader, params, max_length=length + chunk * (rounds + 1))
-                session = engine.start()
+            if engine.has_whole:
+                engine, session = start(length)
             session, _ = engine.read(session, _random(config, length - session.tokens))
             yield length, engine, session, chunk
 

@@ -62,8 +62,7 @@ class Conversion:
         """In float32 at least, so that nothing is lost before the last rounding."""
         if (scale, offset) == (1, 0):
             return x
-        wide = np.float64 if x.dtype == np.float64 else np.float32
-        return x.astype(wide) * scale + offset
+        return x.astype(np.promote_types(x.dtype, np.float32)) * scale + offset
 
 
 def _to_halves(x_K: np.ndarray) -> np.ndarray:
