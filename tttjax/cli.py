@@ -34,7 +34,7 @@ class Command:
 COMMANDS = {
     "prepare": Command("tttjax.prepare", "turn text into a tokenizer and token shards"),
     "train": Command("tttjax.train", "meta-train a model, or extend one; resumes by itself"),
-    "evaluate": Command("tttjax.evaluate", "loss by position and context, TTT on and off; needle tests"),
+    "evaluate": Command("tttjax.evaluate", "loss by position and context, TTT on and off; needles"),
     "import": Command("tttjax.importing", "make a run of weights from elsewhere"),
     "export": Command("tttjax.export", "write a model for Hugging Face transformers"),
     "generate": Command("tttjax.generate", "read, learn from it, write on; keep sessions"),
