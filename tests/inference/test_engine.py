@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tttjax.inference.engine
 from tests.small import shaken, small_config, worst
 from tttjax.inference.engine import Engine
 from tttjax.inference.reading import make_reader
@@ -17,7 +18,12 @@ from tttjax.models import build_model
 LENGTH = 22
 SYSTEMS = {
     "ttt_e2e": {"model": {"mixers": ("window",)}},
-    "hybrid": {"model": {"mixers": ("mamba2", "full"), "suffix_layers": 2, "num_kv_heads": 1}},
+    "hybrid": {
+        "model": {
+            **{"mixers": ("mamba2", "full+local"), "suffix_layers": 2, "num_kv_heads": 1},
+            "window_size": 3,  # less than a chunk, which local attention may have
+        }
+    },
     "static": {
         "model": {
             **{"mixers": ("window", "full"), "fast_mlp": False, "suffix_layers": 0},
@@ -74,6 +80,24 @@ def test_any_way_of_reading_gives_the_same(x64, name):
         assert worst(found.logit_V, expected.logit_V) < 1e-11
         assert worst(found.learned, expected.learned) < 1e-11
         assert worst(found.now, expected.now) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["ttt_e2e", "static"])
+def test_without_learning_a_group_goes_on_beyond_its_room(x64, monkeypatch, name):
+    """From a session that has learned where it could, so that tokens are pending."""
+    learning, token = make_engine(name)
+    monkeypatch.setattr(tttjax.inference.engine, "STATIC_ROOM", 3)
+    engine = Engine(learning.reader._replace(chunk_size=0), learning._params, max_length=64)
+    begun, _ = learning.read(learning.start(), token[0, :7])
+    group = engine.together([begun])
+    for t in token[0, 7:18]:
+        group.step([int(t)])
+    found, (expected, _) = group.session(0), engine.read(begun, token[0, 7:18])
+    assert found.tokens == expected.tokens == 18
+    assert len(found.pending) == len(expected.pending) == 0
+    assert worst(found.logit_V, expected.logit_V) < 1e-11
+    assert worst(found.now, expected.now) < 1e-11
+    assert worst(found.learned, expected.learned) < 1e-11
 
 
 @pytest.mark.parametrize("name", ["ttt_e2e", "hybrid"])

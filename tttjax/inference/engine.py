@@ -192,8 +192,8 @@ class Engine:
                     pending=np.concatenate((session.pending, token_T)),
                     counted=np.concatenate((session.counted, counted_T)),
                 )
-            else:  # of a session that did learn, nothing is pending any more
-                reading.session = replace(read, learned=one, pending=NO_TOKENS, counted=NO_MARKS)
+            else:
+                reading.session = read.settled()
 
     # --- writing --------------------------------------------------------------------------------
 
@@ -210,6 +210,8 @@ class Group:
     """
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]):
+        if not engine.reader.chunk_size:
+            sessions = [session.settled() for session in sessions]
         self._engine = engine
         self._resting: set[int] = set()
         self._beside = [self._kept(session) for session in sessions]

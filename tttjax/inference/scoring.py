@@ -15,7 +15,7 @@ import numpy as np
 
 from tttjax.inference.engine import Engine
 from tttjax.inference.reading import Context, Weights, extend, logits
-from tttjax.inference.session import NO_MARKS, NO_TOKENS, Session, pieces
+from tttjax.inference.session import Session, pieces
 from tttjax.types import Array
 
 LARGEST_PIECE = 256  # tokens whose logits are in memory at once
@@ -130,7 +130,7 @@ class Scorer:
         read = replace(session, now=now, tokens=session.tokens + len(token_T), logit_V=logit_V)
         score = Score(np.asarray(nll_T), np.asarray(top_T))
         if not self._engine.reader.chunk_size:
-            return replace(read, learned=now, pending=NO_TOKENS, counted=NO_MARKS), score
+            return read.settled(), score
         pending = np.concatenate((session.pending, token_T))
         counted = np.concatenate((session.counted, np.full(len(token_T), learn)))
         return replace(read, pending=pending, counted=counted), score

@@ -30,6 +30,10 @@ class Session:
     tokens: int
     logit_V: Array | None
 
+    def settled(self) -> "Session":
+        """As it stands where nothing more is learned: nothing is pending."""
+        return replace(self, learned=self.now, pending=NO_TOKENS, counted=NO_MARKS)
+
 
 def pieces(length: int) -> list[int]:
     """Sizes that add up to `length`: powers of PIECE, the largest first."""

@@ -229,7 +229,7 @@ def _states(engine: Engine, session: Session) -> dict[str, Array]:
                 arrays[name] = now[:, :, :tokens]
             elif kind == "window":
                 arrays[name] = learned
-                arrays[f"{name}/new"] = now[:, :, now.shape[2] - pending :]
+                arrays[f"{name}/new"] = now[:, :, max(0, now.shape[2] - pending) :]
             else:
                 arrays |= {name: learned, f"{name}/now": now}
     return arrays

@@ -191,8 +191,9 @@ class Attention(nnx.Module):
 
         def added(name):
             none = jnp.zeros((room, *now[name].shape[1:]), now[name].dtype)
-            rows = jnp.concatenate((now[name], none))
-            return jax.lax.dynamic_slice_in_dim(rows, self.memory - pending, room)
+            # Of more pending tokens than a window holds, the last are left; no other is ever seen.
+            rows = jnp.concatenate((none, now[name], none))
+            return jax.lax.dynamic_slice_in_dim(rows, room + self.memory - pending, room)
 
         k_SGK, v_SGK = (jnp.concatenate((past[name], added(name))) for name in ("k", "v"))
         turned_SGK = self.turn(k_SGK, jnp.arange(k_SGK.shape[0]))
