@@ -22,8 +22,12 @@ EXTENDED = {**SIZES, "suffix_layers": 2, "fast_mlp_init": "zero"}
 @pytest.fixture(scope="module")
 def static(tmp_path_factory):
     """(work directory of a static run, its model, its weights)"""
-    folder = tmp_path_factory.mktemp("static")
-    config = small_config(model=STATIC)
+    return save(tmp_path_factory.mktemp("static"), STATIC)
+
+
+def save(folder, sizes):
+    """(the folder, now with a run of a model with these sizes, the model, its weights)"""
+    config = small_config(model=sizes)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
     saver = checkpoint.Checkpointer(folder / checkpoint.DIRECTORY)
@@ -84,6 +88,14 @@ def test_other_differences_are_refused(static, model, sentence):
     _, trainer = make(**model)
     with pytest.raises(UserError, match=sentence):
         starting_weights(str(static[0]), trainer, seed=0)
+
+
+def test_fast_mlps_of_other_sizes_are_refused(tmp_path):
+    """Of two blocks one has a fast MLP already, the other gets one that is wider."""
+    save(tmp_path, {"fast_mlp": True, "suffix_layers": 1})
+    _, trainer = make(fast_mlp=True, suffix_layers=2, mlp_dim=8)
+    with pytest.raises(UserError, match="does not fit this model"):
+        starting_weights(str(tmp_path), trainer, seed=0)
 
 
 def test_gradients_are_finite_where_a_norm_meets_zeros():
