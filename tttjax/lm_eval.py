@@ -11,6 +11,7 @@ Needs the extra: pip install 'tttjax[lm-eval]'. docs/evaluation.md says what is 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
@@ -64,7 +65,8 @@ class TTTJaxLM(TemplateLM):
         device: str | None = None,
     ):
         """mode, tokenizer, max_length: of `open_model`. learn: "all", "prompt" (not from what it
-        writes or is scored on), "none". seed: of sampling. batch_size: requests at once; "auto".
+        writes or is scored on), "none". seed: of sampling, one more for each repeat of a request.
+        batch_size: requests at once; "auto".
         device: what the harness's command always gives; JAX chooses its own (JAX_PLATFORMS).
         Raises UserError for what does not fit.
         """
@@ -208,6 +210,7 @@ class TTTJaxLM(TemplateLM):
         """What is written after each context, without the string that ended it."""
         wishes = [_wishes(request.args[1]) for request in requests]
         contexts = [self._begun(self.tok_encode(request.args[0])) for request in requests]
+        seeds = [self._seed + n for n in _earlier(contexts)]  # repeats are drawn anew
         answers = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(contexts[i]))
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until")
@@ -217,7 +220,7 @@ class TTTJaxLM(TemplateLM):
                 places = order[at : at + len(part)]
                 at += len(part)
                 asked = [
-                    Request(session, prompt=context, seed=self._seed, **wishes[i])
+                    Request(session, prompt=context, seed=seeds[i], **wishes[i])
                     for i, session, context in zip(places, sessions, part, strict=True)
                 ]
                 writer = Writer(self._engine, self._opened.tokenizer, asked, learn=self._learn)
@@ -264,6 +267,16 @@ def _batch_size(wanted: int | str, most: int | None) -> int:
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[at : at + size] for at in range(0, len(items), size))
+
+
+def _earlier(items: Sequence[Any]) -> list[int]:
+    """Of each item, how many before it are equal to it."""
+    counts: Counter[Any] = Counter()
+    found = []
+    for item in items:
+        found.append(counts[item])
+        counts[item] += 1
+    return found
 
 
 def _shared(contexts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
