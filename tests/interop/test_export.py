@@ -164,6 +164,26 @@ def test_any_split_of_calls_gives_the_same(model):
     np.testing.assert_allclose(logits(model, ids, logits_to_keep=2), whole[:, -2:], atol=1e-6)
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_text_may_end_before_those_beside_it(learns, model, monkeypatch):
+    if not learns:
+        monkeypatch.setattr(model.config, "fast_parameters", [])
+    ids, cache, found = tokens(2, 20), None, []
+    mask = np.ones_like(ids)
+    mask[0, 0] = 0
+    mask[1, 9:] = 0
+    for start, end in ((0, 12), (12, 20)):  # of the second text, nothing is in the second call
+        options = {"attention_mask": torch.from_numpy(mask[:, :end]), "past_key_values": cache}
+        with torch.no_grad():
+            out = model(torch.from_numpy(ids[:, start:end]), **options)
+        cache = out.past_key_values
+        found.append(out.logits.numpy())
+    both = np.concatenate(found, axis=1)
+    np.testing.assert_allclose(both[0, 1:], logits(model, ids[:1, 1:])[0], atol=1e-5)
+    np.testing.assert_allclose(both[1, :9], logits(model, ids[1:, :9])[0], atol=1e-5)
+    assert not both[1, 9:].any()
+
+
 def test_tokens_may_be_read_without_learning_from_them(opened, model):
     ids = tokens(25)
     session, _ = opened.engine.read(opened.engine.start(), ids[:9])

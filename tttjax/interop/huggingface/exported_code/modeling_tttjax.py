@@ -306,7 +306,8 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
         logits = torch.cat(logits)
         loss = None
         if labels is not None:
-            flat = logits[:, :-1].flatten(0, 1).float(), labels[:, -logits.shape[1] + 1 :].flatten()
+            targets = _last(labels, logits.shape[1] - 1)
+            flat = logits[:, :-1].flatten(0, 1).float(), targets.flatten()
             loss = F.cross_entropy(*flat, ignore_index=-100)
         kept_cache = cache if use_cache else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept_cache)
@@ -329,7 +330,7 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
             shown[:] = [_last(logits, kept)] if enough else [*shown, logits]
 
         if not reading.fast:
-            for piece in ids.split(PIECE, dim=1):
+            for piece in ids.split(PIECE, dim=1) if ids.shape[1] else ():
                 hidden, reading.past = self.model(piece, reading.past, 0, len(self.model.layers))
                 show(self._logits(hidden))
             return _last(torch.cat(shown, dim=1), kept)
@@ -363,10 +364,8 @@ class TTTJaxForCausalLM(PreTrainedModel, GenerationMixin):
                 nll = F.cross_entropy(logits[0].float(), known[0, 1:], reduction="none")
                 loss = nll[counted].mean()
             gradient = torch.autograd.grad(loss, list(fast.values()))
-            norm, clip = (
-                torch.stack([g.square().sum() for g in gradient]).sum().sqrt(),
-                config.inner_clip,
-            )
+            norm = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
+            clip = config.inner_clip
             if config.inner_normalize:
                 scale = torch.where(norm > 0, (clip or 1.0) / norm, 0.0)
             else:
