@@ -87,7 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
     add("--to", required=True, metavar="DIR", help="new folder to write")
-    add("--format", choices=("huggingface",), default="huggingface", help="(default huggingface)")
     add("--dtype", choices=DTYPES, default="", help="of the files (default: the run's own)")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
     add(
@@ -104,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax export` from parsed arguments; the exit code, 1 for an export that deviates."""
     return_freed_memory()
-    target, limit = Path(args.to), parse_size(args.max_shard_size)
+    target, limit = Path(args.to).expanduser(), parse_size(args.max_shard_size)
     check_vacant(target)
     export = plan(
         args.workdir,
@@ -187,6 +186,7 @@ def write(export: Export, target: Path, *, limit: int, say: Say = lambda line: N
     limit: bytes of a file. Raises Deviation if logits differ, and leaves nothing then.
     """
     check_vacant(target)
+    target = target.absolute()  # also of ".", which has no name
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(folder, ignore_errors=True)

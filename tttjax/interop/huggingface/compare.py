@@ -143,7 +143,9 @@ def their_logits(
             logit_TV = model.eval()(ids).logits[0]
         if type(model).__module__.startswith("transformers_modules."):
             # transformers keeps a copy of the code under the folder's name, which is temporary.
-            shutil.rmtree(Path(inspect.getfile(type(model))).parents[1], ignore_errors=True)
+            above = Path(inspect.getfile(type(model))).parents
+            copy = next(path for path in above if path.parent.name == "transformers_modules")
+            shutil.rmtree(copy, ignore_errors=True)
         return logit_TV[torch.from_numpy(np.asarray(at_P))].numpy()
 
 
