@@ -30,4 +30,5 @@ def test_command_line(capsys):
     assert main([*words, "--read=4", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert result["read"] == 4
-    assert main([*words, "--read=x"]) == 2
+    assert main([*words, "--read=4,x"]) == 2
+    assert "--read=4,x must be whole numbers" in capsys.readouterr().err

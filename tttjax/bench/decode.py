@@ -22,7 +22,6 @@ import numpy as np
 from tttjax.bench.options import add_configs, add_measuring
 from tttjax.bench.timing import check_rounds
 from tttjax.config import Config, load_config
-from tttjax.config.values import parse_value
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Group
 from tttjax.inference.reading import make_reader
@@ -161,14 +160,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench decode` from parsed arguments; the exit code."""
     configs = [(spec, load_config(spec, args.overrides)) for spec in args.config]
-    read, batches = _sizes(args.read), _sizes(args.batch)
+    read, batches = _sizes("read", args.read), _sizes("batch", args.batch)
     results = bench_decode(configs, read, batches, args.rounds)
     print(json.dumps([asdict(result) for result in results]) if args.json else _table(results))
     return 0
 
 
-def _sizes(words: str) -> list[int]:
-    return [parse_value("train.batch_size", word) for word in words.split(",")]
+def _sizes(option: str, words: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{option}={words} must be whole numbers, such as 1,8,32.") from error
 
 
 def _table(results: Sequence[DecodeBenchmark]) -> str:

@@ -21,7 +21,8 @@ def read_prompts(path: str) -> list[str]:
     """
     prompts = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other characters that it takes for ends of lines.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}).") from error
     for number, line in enumerate(lines, 1):
