@@ -129,6 +129,8 @@ def test_fields_of_a_config():
     mistral = {**LLAMA, "model_type": "mistral"}
     assert config_from_huggingface({**mistral, "sliding_window": 9})["mixers"] == ("window",)
     assert config_from_huggingface({**mistral, "sliding_window": None})["mixers"] == ("full",)
+    with pytest.raises(UserError, match="does not say sliding_window"):  # 4096 in transformers
+        config_from_huggingface(mistral)
 
 
 def test_fields_of_a_model_that_learns():
@@ -153,6 +155,7 @@ def test_fields_of_a_model_that_learns():
     assert inner_from_huggingface(LLAMA) == {}
 
 
+MINISTRAL = {"model_type": "ministral", "sliding_window": 9}
 REFUSED = {
     "family": ({"model_type": "gpt2"}, "'gpt2' is not supported.*llama, mistral"),
     "bias": ({"attention_bias": True}, "a bias, which is not supported"),
@@ -163,10 +166,10 @@ REFUSED = {
     "partial": ({"partial_rotary_factor": 0.5}, "a part of each head"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights"),
     "layer_types": (
-        {"model_type": "ministral", "layer_types": ["chunked_attention"] * 3},
+        {**MINISTRAL, "layer_types": ["chunked_attention"] * 3},
         "unknown 'chunked_attention'",
     ),
-    "too_few": ({"model_type": "ministral", "layer_types": ["full_attention"]}, "not of 3 layers"),
+    "too_few": ({**MINISTRAL, "layer_types": ["full_attention"]}, "not of 3 layers"),
     "number": ({"hidden_size": "16"}, "hidden_size = '16'"),
 }
 

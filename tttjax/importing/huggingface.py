@@ -122,7 +122,6 @@ def _resolve(
     config = default_config()
     config.model.update(stored)
     config.inner.update(inner_from_huggingface(values))
-    config.inner.update(inner_from_huggingface(values))
     if values.get("dtype", values.get("torch_dtype")) in ("bfloat16", "float16"):
         config.model.compute_dtype = "bfloat16"
     for override in overrides:

@@ -46,7 +46,7 @@ def new_workdir(workdir: str | os.PathLike) -> Iterator[Path]:
 
     Else it is removed. Raises UserError as `check_vacant` does.
     """
-    path = check_vacant(workdir)
+    path = check_vacant(workdir).absolute()  # also of ".", which has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

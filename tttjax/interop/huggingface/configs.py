@@ -28,8 +28,8 @@ NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
 # Keys that mean something else in these families if they are absent than in Llama.
 DEFAULTS_DIFFER = {
     "qwen3": ("head_dim", "num_key_value_heads"),
-    "mistral": ("num_key_value_heads",),
-    "ministral": ("num_key_value_heads",),
+    "mistral": ("num_key_value_heads", "sliding_window"),
+    "ministral": ("num_key_value_heads", "sliding_window"),
     "gemma3_text": ("head_dim", "num_key_value_heads", "tie_word_embeddings"),
 }
 
