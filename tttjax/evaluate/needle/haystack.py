@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +88,15 @@ def sentences(text: str) -> list[str]:
 
 
 def from_file(path: Path | str, tokenizer: Tokenizer, characters: int) -> Haystack:
-    """The beginning of a text file (also .gz, .xz, .bz2, .zst), about so many characters.
+    """The beginning of a text file (also .gz, .xz, .zst), about so many characters.
 
     Raises UserError if it cannot be read or has no sentence.
     """
     text = ""
-    for file in list_inputs([path]):
-        for piece in read_pieces(file):
-            text += piece.text
-            if len(text) >= characters:
-                break
+    for piece in chain.from_iterable(map(read_pieces, list_inputs([path]))):
+        text += piece.text
+        if len(text) >= characters:
+            break
     return _of_text(str(path), text[:characters], tokenizer)
 
 
