@@ -36,9 +36,10 @@ def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
 
 
 def test_many_prompts_come_out_as_each_alone(run, tmp_path, capsys):
-    texts = ["the cat sat on the mat", "on", TEXT[:40]]
-    lines = [json.dumps(texts[0]), "", json.dumps({"prompt": texts[1]}), json.dumps(texts[2])]
-    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    texts = ["the cat sat\u2028on the mat", "on", TEXT[:40]]
+    lines = [texts[0], {"prompt": texts[1]}, texts[2]]
+    written = [json.dumps(line, ensure_ascii=False) for line in lines]
+    (tmp_path / "p.jsonl").write_text("\n\n".join(written), encoding="utf-8")
     ask = ("--max-tokens=5", "--samples=2", "--temperature=0.5")
     many = ("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch=4", *ask)
     found = [json.loads(line) for line in words(capsys, *many)[1].splitlines()]
