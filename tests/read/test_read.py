@@ -115,6 +115,16 @@ def test_a_reading_that_was_stopped_and_killed_leaves_the_same_files(
     assert content(folder) == content(whole)
 
 
+def test_what_a_kill_left_out_at_the_end_is_made_by_the_same_command(
+    run, text, whole, tmp_path, call
+):
+    shutil.copytree(whole, tmp_path / "w")
+    (tmp_path / "w" / "seen" / "telescope.json").unlink()
+    (tmp_path / "w" / "seen" / "telescope.png").unlink()
+    assert call("read", run, text, *outputs(tmp_path / "w"))[0] == 0
+    assert content(tmp_path / "w") == content(whole)
+
+
 def test_the_telescope_s_files_agree_with_the_session(whole, call):
     about = read_about(whole / "s")
     lines = (whole / "seen" / "chunks.jsonl").read_text().splitlines()
@@ -241,6 +251,9 @@ def test_what_cannot_be_read_so_is_refused_at_once(run, text, whole, tmp_path, c
     assert "is a file; name a folder" in refused(call, *read, "--telescope", text)
     shutil.copytree(whole / "s.kept", tmp_path / "s.kept")
     assert "holds sessions of an earlier reading" in refused(call, *read, *KEEP)
+    shutil.copy(whole / "s", tmp_path / "u")
+    again = ("read", run, text, "--save-session", tmp_path / "u", "--learn=none")
+    assert "and would go on without learning: give the same --learn" in refused(call, *again)
     other = tmp_path / "other.txt"
     other.write_text(TEXT.upper())
     read = ("read", run, other, "--save-session", tmp_path / "t")

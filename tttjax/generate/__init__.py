@@ -33,6 +33,7 @@ from tttjax.inference.sampling import Sampling
 from tttjax.inference.session_file import (
     PRECISIONS,
     check_stored,
+    check_writable,
     load_session,
     save_session,
 )
@@ -159,6 +160,8 @@ def _check(args: argparse.Namespace) -> None:
         if value < low:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
     check_stored(args.session_precision, args.session_rank)
+    if args.save_session:
+        check_writable(args.save_session)
     if not args.save_session and args.session_precision != "float32":
         raise UserError("--session-precision says how --save-session is stored: give that too.")
     if args.seed + args.samples > 2**32:

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,14 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
 
 
 # --- the file -----------------------------------------------------------------------------------
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """OSError, with the path, where no session could be written: known before anything is read."""
+    folder = Path(path).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _write(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:

@@ -29,7 +29,7 @@ from tttjax.evaluate.progress import Progress
 from tttjax.generate import add_model_arguments, open_from
 from tttjax.generate.opened import Opened
 from tttjax.inference.session import CHUNKS_AT_ONCE
-from tttjax.inference.session_file import PRECISIONS, check_stored
+from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
 from tttjax.precision import as_configured
 from tttjax.read.log import CsvLog, Row
 from tttjax.read.snapshots import Snapshots
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax read`."""
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
-    add("text", metavar="FILE", help="text to read: UTF-8, also .gz, .xz, .bz2, .zst")
+    add("text", metavar="FILE", help="text to read: UTF-8, also .gz, .xz, .zst")
     add("--save-session", required=True, metavar="FILE", help="where everything read is kept")
     add("--session", metavar="FILE", help="go on from this one (default: begin anew)")
     add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         has_begun = path.exists()
         reading = go_on(opened, file, path) if has_begun else begin(opened, file, args.session)
         opened.engine.check((), reading.session.tokens + reading.total - reading.done)
-        if reading.done < reading.total:
+        # Of a text that was read to its end, the telescope's summary may still be missing.
+        if reading.done < reading.total or args.telescope:
             with StopRequest() as stop:
                 _read(args, opened, reading, stop, sys.stderr)
     tokens, size = reading.session.tokens, path.stat().st_size
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     check_stored(args.session_precision, args.session_rank)
+    check_writable(args.save_session)
     for name, low in (("keep_every", 0), ("keep_most", 2)):
         value = getattr(args, name)
         if value < low:

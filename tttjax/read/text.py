@@ -84,10 +84,24 @@ def go_on(opened: Opened, file: InputFile, path: str | Path) -> Reading:
             f"{path} holds the session of another text ({name}{changed}); give another "
             "--save-session, and --session to go on from that one"
         )
+    now = how(opened)
+    if before.source.get("how", now) != now:
+        raise UserError(
+            f"{path} was read {before.source['how']}, and would go on {now}: give the same --learn "
+            "and --mode as before"
+        )
     total = count(opened.tokenizer, file)
     session, losses = start_session(opened, str(path)), deque(before.chunk_losses, LOSSES)
     after = deque(before.chunk_losses_after, LOSSES)
     return Reading(file, mark(file), total, session, before.source["tokens"], losses, after)
+
+
+def how(opened: Opened) -> str:
+    """How a model reads, in words."""
+    reader = opened.engine.reader
+    if not reader.chunk_size:
+        return "without learning"
+    return f"learning from every {reader.chunk_size} tokens at a rate of {reader.lr:g}"
 
 
 def is_of(about: About, file: InputFile) -> bool:
@@ -177,5 +191,5 @@ def save(
         rank=rank,
         chunk_losses=list(reading.losses),
         chunk_losses_after=list(reading.losses_after),
-        source={**reading.source(), **looked},
+        source={**reading.source(), "how": how(opened), **looked},
     )
