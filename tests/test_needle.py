@@ -293,6 +293,11 @@ def test_tables_count_what_was_found(tokenizers):
         "+0.000 ± 0.000 nats per token"
     )
     assert f"run, TTT off found 0 of {outside} needles" in sentence(results)
+    for region, words in (("inside", "Inside the window"), ("edge", "On its edge")):
+        kept = tuple(dataclasses.replace(s, samples=s.of(region=region)) for s in series)
+        assert kept[0].samples
+        said = sentence(dataclasses.replace(results, series=kept))
+        assert said.startswith(f"{words} (none was outside), run, TTT on found")
 
 
 # Models ------------------------------------------------------------------------------------------

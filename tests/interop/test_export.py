@@ -12,6 +12,7 @@ from tttjax.generate.opened import open_model
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.writing import Request, Writer
 from tttjax.interop.huggingface import names
+from tttjax.interop.huggingface.compare import their_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -252,6 +253,12 @@ def test_nothing_is_left_of_an_export_that_was_broken_off(run, tmp_path, monkeyp
     with pytest.raises(OSError, match="no space"):
         export(run, tmp_path / "deep" / "hf")
     assert not list((tmp_path / "deep").iterdir())
+
+
+def test_what_transformers_cannot_open_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(UserError, match=r"cannot open .* so nothing could be compared"):
+        their_logits(tmp_path, np.arange(4), [0])
 
 
 @pytest.mark.parametrize("both_ways", [False, True])

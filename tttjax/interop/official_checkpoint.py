@@ -54,7 +54,8 @@ class StoredArray:
         piece = store.chunk_layout.read_chunk.shape or (1,)
         if (piece[0] or 1) > 1:
             context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2 * self.nbytes}})
-            store = tensorstore.open(self._spec, context=context, open=True).result()
+            with _blamed_on(self._name):
+                store = tensorstore.open(self._spec, context=context, open=True).result()
 
         def read(row: int) -> np.ndarray:
             with _blamed_on(self._name):

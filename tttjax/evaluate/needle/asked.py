@@ -110,6 +110,11 @@ def needle_tests(
         for place in {(p.task.name, p.length): p for p in settings.places()}.values():
             make_prompt(place, haystacks_of_run.by_task[place.task.name], settings.seed)
         notes += [note for note in haystacks_of_run.notes if note not in notes]
+    if len({_told_apart(its, t) for its, t in zip(found, texts, strict=True)}) > 1:
+        notes.append(
+            "The runs differ in tokenizer or in the text that needles are hidden in, and so in "
+            "their prompts; give --needle-text, and compare runs of one tokenizer."
+        )
     bar = Progress(_total_work(opened, chosen, learning, settings), progress, title="needle")
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     for run, its_modes, tokenizer, its in zip(opened, chosen, texts, found, strict=True):
@@ -193,6 +198,12 @@ def _ask(
 class _Haystacks:
     by_task: dict[str, Haystack]
     notes: tuple[str, ...]
+
+
+def _told_apart(its: _Haystacks, tokenizer: Tokenizer) -> int:
+    """The same for runs whose prompts are the same."""
+    sentences = (tuple(haystack.sentences) for haystack in its.by_task.values())
+    return hash((tokenizer.fingerprint(), *sentences))
 
 
 def _haystacks(run: Run, tokenizer: Tokenizer, settings: NeedleSettings) -> _Haystacks:

@@ -17,6 +17,7 @@ from tttjax.evaluate.needle.results import (
 from tttjax.evaluate.statistics import Estimate
 from tttjax.evaluate.tables import align, show
 
+SAID = {"outside": "Outside the window", "inside": "Inside the window", "edge": "On its edge"}
 WHERE = {"inside": "inside the window", "edge": "on its edge", "outside": "outside it"}
 
 
@@ -118,8 +119,9 @@ def _differences(results: NeedleResults, task: str) -> str:
 
 def sentence(results: NeedleResults) -> str:
     """What the numbers say of needles that attention no longer sees."""
-    region = "outside" if any(s.of(region="outside") for s in results.series) else "inside"
-    where = "Outside the window" if region == "outside" else "Inside the window (none was outside)"
+    asked = [r for r in SAID if any(s.of(region=r) for s in results.series)]
+    region = asked[0]
+    where = SAID[region] + ("" if region == "outside" else " (none was outside)")
     said = [
         f"{series.label} found {_counted(series, region)}, with a recall of "
         f"{_clear(mean(series.of(region=region), 'recall'))}"

@@ -18,6 +18,7 @@ import numpy as np
 
 from tttjax import inner_loop
 from tttjax.data.tokenizers import Tokenizer
+from tttjax.errors import UserError
 from tttjax.meta import InnerLoop, split_chunks
 from tttjax.models import Transformer, advance, combine
 from tttjax.ops.cross_entropy import masked_mean
@@ -123,7 +124,7 @@ def their_logits(
     """Logits [P, V] by transformers, in float32; None if transformers or torch is not installed.
 
     chunk_size: at which a model that learns does so (0: its own). trusted: whether code that lies
-    in the folder may be run.
+    in the folder may be run. Raises UserError if transformers cannot open it.
     """
     with warnings.catch_warnings():  # of other libraries, about themselves
         warnings.simplefilter("ignore")
@@ -134,9 +135,15 @@ def their_logits(
             return None
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=trusted
-        )
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=trusted
+            )
+        except Exception as error:  # the library has no common kind of errors
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"transformers cannot open {folder}, so nothing could be compared ({reason})"
+            ) from error
         model.config.chunk_size = chunk_size or getattr(model.config, "chunk_size", 0)
         with torch.no_grad():
             ids = torch.from_numpy(token_T[None, :-1].astype(np.int64))
