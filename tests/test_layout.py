@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
     {"errors", "types", "chips"},
+    {"whole_files"},
     {"config"},
     {"ops"},
     {"update_rules"},

@@ -12,16 +12,14 @@ Ministral, Qwen 3, Gemma 3). Others, and all that learn while they read, carry a
 which trust_remote_code loads; generate() then learns as `tttjax generate` does.
 
 The weights go from the checkpoint to the files tensor by tensor. Then the export is read back, by
-this program and by transformers where it is installed (pip install tttjax[interop]), and logits are
+this program and by transformers where it is installed (pip install -e '.[interop]'), and logits are
 compared: an export that deviates is removed. docs/exchange.md has the rest.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,9 +53,9 @@ from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import Transformer, build_model
 from tttjax.precision import as_configured
 from tttjax.types import Params
+from tttjax.whole_files import check_vacant, whole_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
-TOLERANCE = 1e-4  # of logits in float32, in units of the largest one if that is above 1
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CODE = ("configuration_tttjax.py", "modeling_tttjax.py")
 
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """`tttjax export` from parsed arguments; the exit code, 1 for an export that deviates."""
     return_freed_memory()
     target, limit = Path(args.to).expanduser(), parse_size(args.max_shard_size)
-    check_vacant(target)
+    check_vacant(target, "--to")
     export = plan(
         args.workdir,
         dtype=args.dtype,
@@ -132,12 +130,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"--max-shard-size={text} is no size; write it like 500MB or 5GB.")
     return size
-
-
-def check_vacant(target: Path) -> None:
-    """UserError if an export could not be written there."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists, and an export writes a new folder; name another --to.")
 
 
 def plan(
@@ -185,26 +177,14 @@ def write(export: Export, target: Path, *, limit: int, say: Say = lambda line: N
 
     limit: bytes of a file. Raises Deviation if logits differ, and leaves nothing then.
     """
-    check_vacant(target)
-    target = target.absolute()  # also of ".", which has no name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir()
-        with as_configured(export.run.config):
-            total = write_tensors(
-                folder, _by_stack(export.places), _reader(export), dtype=export.dtype, limit=limit
-            )
-            _write_texts(export, folder, say)
-            name = architectures.CLASSES[export.family]
-            say(f"{total:,} bytes of {export.dtype} as {name}; reading them back")
-            _compare(export, folder, say)
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with whole_folder(target, "--to") as folder, as_configured(export.run.config):
+        total = write_tensors(
+            folder, _by_stack(export.places), _reader(export), dtype=export.dtype, limit=limit
+        )
+        _write_texts(export, folder, say)
+        name = architectures.CLASSES[export.family]
+        say(f"{total:,} bytes of {export.dtype} as {name}; reading them back")
+        _compare(export, folder, say)
     say(f"{target} is complete")
 
 
@@ -317,14 +297,14 @@ def _compare(export: Export, folder: Path, say: Say) -> None:
 
     token_T = _sample(export)
     before = _logits(export, found, token_T)
-    limit = TOLERANCE * max(1.0, float(np.max(np.abs(before))))
+    limit = compare.TOLERANCE * max(1.0, float(np.max(np.abs(before))))
     lost, note = 0.0, ""
     if jnp.dtype(export.dtype).itemsize < jnp.dtype(model.param_dtype).itemsize:
         coarse = dataclasses.replace(found, weights=rounded)
-        lost = _largest(_logits(export, coarse, token_T), before)
+        lost = compare.largest_difference(_logits(export, coarse, token_T), before)
         note = f"; rounding to {export.dtype} alone gives {lost:.2g}"
     after = _logits(export, dataclasses.replace(found, weights=reload), token_T)
-    _judge("read back by tttjax", _largest(after, before), limit + 3 * lost, note, say)
+    _judge("read back by tttjax", after, before, limit + 3 * lost, note, say)
 
     learn = export.mode != "off" and export.learns
     size = compare.sample_chunk(config.inner.chunk_size)
@@ -336,7 +316,7 @@ def _compare(export: Export, folder: Path, say: Say) -> None:
     # Where embedding and head are one weight but two tensors, they are rounded apart.
     is_doubled = len({(place.path, place.row) for place in export.places}) < len(export.places)
     limit += 3 * lost if is_doubled else 0
-    _judge("read by transformers, in float32", _largest(theirs, after), limit, "", say)
+    _judge("read by transformers, in float32", theirs, after, limit, "", say)
     if export.tokenizer and not compare.same_tokens(folder, export.tokenizer, SAMPLE):
         say("transformers cuts the sample text into other tokens than tttjax does")
 
@@ -358,11 +338,10 @@ def _logits(export: Export, found: Run, token_T: np.ndarray) -> np.ndarray:
     return compare.our_logits(way.model, way.inner, way.lr, way.params, token_T, learn=way.learn)
 
 
-def _largest(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.max(np.abs(a.astype(np.float64) - b)))
-
-
-def _judge(what: str, deviation: float, limit: float, note: str, say: Say) -> None:
+def _judge(
+    what: str, found: np.ndarray, expected: np.ndarray, limit: float, note: str, say: Say
+) -> None:
+    deviation = compare.largest_difference(found, expected)
     said = f"{what}, logits deviate by at most {deviation:.2g}{note}"
     if not deviation <= limit:  # NaN is no agreement
         raise Deviation(f"{said}, which is more than {limit:.2g}")

@@ -22,6 +22,7 @@ from tensorboardX import SummaryWriter
 
 from tttjax.errors import UserError
 from tttjax.flops import Peak
+from tttjax.whole_files import whole_file
 
 JSONL = "metrics.jsonl"
 
@@ -84,14 +85,10 @@ def _cut_after(path: Path, step: int) -> None:
     """Rewrites the file with the complete records up to `step` only."""
     if not path.exists():
         return
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with whole_file(path) as temporary, temporary.open("w") as file:
         for record in _complete_records(path):
             if record["step"] <= step:
                 file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def json_safe(value: Any) -> Any:
@@ -354,7 +351,6 @@ def write_loss_curve(workdir: str | os.PathLike) -> Path:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     path = Path(workdir) / "loss.png"
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return path

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import signal
 import socket
 import statistics
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from tttjax.errors import UserError
 from tttjax.metrics import MetricLogger, json_safe
 from tttjax.types import Batch, PyTree
+from tttjax.whole_files import whole_file
 
 # sysexits.h: "temporary failure; the user is invited to retry". A scheduler that sees it starts
 # the same command again.
@@ -236,9 +236,8 @@ def refuse_nonfinite(
     }
     path = workdir / "nonfinite.json"
     if jax.process_index() == 0:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     shown = ", ".join(f"{name}={value:.4g}" for name, value in norms.items())
     raise UserError(
         f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row; the last "

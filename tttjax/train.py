@@ -42,6 +42,7 @@ from tttjax.sharding import make_mesh
 from tttjax.starting_weights import starting_weights
 from tttjax.train_step import Trainer, TrainState, make_trainer
 from tttjax.types import Batch
+from tttjax.whole_files import whole_file
 
 
 class BatchStream(Protocol):
@@ -351,9 +352,8 @@ def _write_results(run: Run, result: TrainResult) -> None:
     path = run.workdir / "summary.json"
     if result.step == run.start and path.exists():
         return  # nothing was left to do, so the earlier start's figures stand
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
     metrics.write_loss_curve(run.workdir)
 
 

@@ -7,7 +7,6 @@ on from there.
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.writer import EncodedPiece, SplitWriter
 from tttjax.errors import UserError
+from tttjax.whole_files import whole_file
 
 JOURNAL_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
@@ -264,13 +264,5 @@ class _Progress:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)

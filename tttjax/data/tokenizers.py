@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tttjax.errors import UserError
+from tttjax.whole_files import whole_file
 
 CONFIG_FILE = "tokenizer_config.json"
 
@@ -76,13 +77,8 @@ def save_definition(directory: str | os.PathLike, config: dict[str, Any], model:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def is_lossless(tokenizer: Tokenizer) -> bool:

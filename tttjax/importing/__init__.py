@@ -19,7 +19,7 @@ then, for instance
 
 Names and shapes are compared before anything is read; weights are read one tensor at a time. When
 all is written, the run is opened again and its logits are compared with those of the weights that
-were read, and those with transformers where it is installed (pip install tttjax[interop]).
+were read, and those with transformers where it is installed (pip install -e '.[interop]').
 docs/exchange.md has the rest.
 """
 
@@ -34,9 +34,9 @@ from tttjax.importing.huggingface import looks_like_huggingface, open_huggingfac
 from tttjax.importing.official import open_official
 from tttjax.importing.source import Reference, Say, Source
 from tttjax.importing.transfer import import_run
-from tttjax.interop.adopt import check_vacant
 from tttjax.interop.huggingface import supported
 from tttjax.interop.official_checkpoint import looks_official
+from tttjax.whole_files import check_vacant
 
 __all__ = [
     "Reference",
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax import` from parsed arguments; the exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its own steps otherwise
-    check_vacant(args.workdir)  # before anything is asked of a network
+    check_vacant(args.workdir, "--workdir")  # before anything is asked of a network
     import_run(open_source(args), args.workdir)
     print(f"imported into {args.workdir}")
     return 0

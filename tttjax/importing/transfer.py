@@ -14,15 +14,16 @@ from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing.source import Reference, Say, Source
-from tttjax.interop.adopt import bytes_at_once, check_vacant, new_workdir, write_run
+from tttjax.interop.adopt import bytes_at_once, write_run
+from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference
 from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
 from tttjax.types import Array, Params
+from tttjax.whole_files import check_vacant, whole_folder
 
 SAMPLE = 64  # random tokens whose logits are compared
-TOLERANCE = 1e-4  # of logits in float32, in units of the largest one if that is above 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
     logits that deviate; then nothing is left behind.
     """
     config = source.config
-    check_vacant(workdir)
+    check_vacant(workdir, "--workdir")
     model = build_model(config.model, config.inner)
     # First, so that it has left memory before ours is there.
     theirs = _reference_logits(source.reference, say)
-    with as_configured(config), new_workdir(workdir) as folder:
+    with as_configured(config), whole_folder(workdir, "--workdir") as folder:
         template = weights_template(model, _make_mesh(config))
         params = _read(source, model, template)
         logit_TV = _finite_logits(source, params)
@@ -63,7 +64,7 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
         return_freed_memory()
         written = open_run(RunSpec(folder))
         again = checkpoint.restore_params(folder, template, at_once=at_once)
-        read_back = _largest(sample_logits(written.config, again), logit_TV)
+        read_back = largest_difference(sample_logits(written.config, again), logit_TV)
         if not read_back <= TOLERANCE:  # NaN is no agreement
             raise UserError(
                 f"the run that was written computes other logits than the weights that were read "
@@ -146,7 +147,7 @@ def _reference_logits(reference: Reference | None, say: Say) -> np.ndarray | Non
     found = reference.logits(sample_tokens(reference.config.model.vocab_size))
     if found is None:
         say(
-            f"{reference.name} is not installed (pip install tttjax[interop]), so that our logits "
+            f"{reference.name} is not installed (pip install -e '.[interop]'), so that our logits "
             "cannot be compared with its own"
         )
     return found
@@ -157,7 +158,7 @@ def _compare(source: Source, params: Params, theirs: np.ndarray | None, say: Say
     reference = source.reference
     if reference is None or theirs is None:
         return None
-    deviation = _largest(sample_logits(reference.config, params), theirs)
+    deviation = largest_difference(sample_logits(reference.config, params), theirs)
     largest = float(np.max(np.abs(theirs)))
     told = f"logits of {SAMPLE} random tokens differ by at most {deviation:.3g}"
     if reference.exact and not deviation <= TOLERANCE * max(1.0, largest):
@@ -171,7 +172,3 @@ def _compare(source: Source, params: Params, theirs: np.ndarray | None, say: Say
         f"compared with {reference.name} in float32: {told} (the largest is {largest:.3g}){rounded}"
     )
     return deviation
-
-
-def _largest(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.max(np.abs(a.astype(np.float64) - b)))

@@ -33,6 +33,7 @@ from tttjax.fast_layers import fast_layers, norms_above
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.reading import Context
 from tttjax.types import Array, Params, PyTree
+from tttjax.whole_files import whole_file
 
 FORMAT = "tttjax-session-2"
 PRECISIONS = ("float32", "bfloat16")
@@ -339,14 +340,9 @@ def check_writable(path: str | os.PathLike) -> None:
 
 def _write(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    try:
+    with whole_file(path) as temporary:
         safetensors.numpy.save_file(host, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _open(path: str | os.PathLike) -> Any:

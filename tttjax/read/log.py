@@ -11,6 +11,7 @@ import numpy as np
 from tttjax.chunk_step import Records
 from tttjax.errors import UserError
 from tttjax.inference.telescope import Sight
+from tttjax.whole_files import whole_file
 
 HEAD = ("tokens", "loss", "grad_norm")  # read by the end of the chunk, nats per token, its norm
 
@@ -44,10 +45,11 @@ class CsvLog:
     def __init__(self, path: str | os.PathLike, done: int):
         path = Path(path)
         rows = [HEAD, *_earlier(path, done)]
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerows(rows)
-        os.replace(temporary, path)
         self._file: TextIO = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
 

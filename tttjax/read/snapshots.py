@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tttjax.errors import UserError
 from tttjax.inference.session_file import About, read_about
+from tttjax.whole_files import whole_file
 
 SUFFIX = ".session"
 
@@ -75,13 +76,8 @@ def kept(session: str | os.PathLike) -> dict[Path, About]:
 def copy(source: Path, target: Path) -> None:
     """Copies a file; what stands at `target` is never a part of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    try:
+    with whole_file(target) as temporary:
         shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _identity(about: About) -> tuple[str, str, str]:

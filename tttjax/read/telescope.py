@@ -26,6 +26,7 @@ from tttjax.metrics import json_safe
 from tttjax.read.log import Row
 from tttjax.read.plot import draw
 from tttjax.read.text import Reading
+from tttjax.whole_files import whole_file
 
 FORMAT = "tttjax-telescope-1"
 CHUNKS, SUMMARY, PLOT = "chunks.jsonl", "telescope.json", "telescope.png"
@@ -75,12 +76,10 @@ class Telescope:
         self._last: Mapping[str, Any] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / CHUNKS
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for line, values in _earlier(path, reading.learned):
                 file.write(line)
                 self._note(values)
-        os.replace(temporary, path)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._write_summary()
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from tttjax.config import InnerConfig, ModelConfig
 from tttjax.errors import UserError
+from tttjax.interop.huggingface import configs
+from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.names import tensor_places
 from tttjax.models import Transformer
 
-OWN = "tttjax"
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -20,7 +21,7 @@ CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     OWN: "TTTJaxForCausalLM",
 }
-LAYER_TYPES = {"full": "full_attention", "window": "sliding_attention"}
+LAYER_TYPES = {ours: theirs for theirs, ours in configs.LAYER_TYPES.items()}
 RULES = ("sgd", "normalized_sgd")
 EXPORTED = (
     "Exported are models whose blocks each have one attention, full or window, and SwiGLU MLPs, "

@@ -25,6 +25,7 @@ from tttjax.ops.cross_entropy import masked_mean
 from tttjax.types import Array, Params
 
 PLACES = 64  # of a chunk, or of a text that is not learned from, whose logits are compared
+TOLERANCE = 1e-4  # of logits in float32, in units of the largest one if that is above 1
 ROOM = 512  # tokens of a text that nothing is learned from
 
 
@@ -39,6 +40,10 @@ def sample_length(chunk_size: int, *, learns: bool) -> int:
     Not more: each update is computed from the one before, and differences of rounding grow.
     """
     return 4 * sample_chunk(chunk_size) if learns else ROOM
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a.astype(np.float64) - b)))
 
 
 def our_logits(

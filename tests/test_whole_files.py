@@ -1,0 +1,62 @@
+"""What is written is there whole, or what was there before is."""
+
+import pytest
+
+from tttjax.errors import UserError
+from tttjax.whole_files import check_vacant, whole_file, whole_folder
+
+
+def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
+    path = tmp_path / "a.txt"
+    with whole_file(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+
+    def interrupted():
+        with whole_file(path) as temporary:
+            temporary.write_text("sec")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_with_everything_in_it(tmp_path):
+    def broken_off(path):
+        with whole_folder(path, "--to") as temporary:
+            (temporary / "a").write_text("half")
+            raise OSError("full")
+
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "new" / "folder", tmp_path / "empty"):
+        with pytest.raises(OSError, match="full"):
+            broken_off(path)
+        assert not list(path.glob("*"))
+        assert not list(path.parent.glob(".*"))
+        with whole_folder(path, "--to") as temporary:
+            (temporary / "a").write_text("whole")
+        assert (path / "a").read_text() == "whole"
+
+
+def test_a_name_that_was_taken_meanwhile_is_not_touched(tmp_path):
+    path = tmp_path / "a"
+
+    def late():
+        with whole_folder(path, "--to"):
+            path.mkdir()
+            (path / "b").write_text("another's")
+
+    with pytest.raises(UserError, match="not empty"):
+        late()
+    assert [child.name for child in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_is_in_use_is_refused_with_the_option(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, sentence in ((tmp_path, "not empty"), (tmp_path / "file", "is a file")):
+        with pytest.raises(UserError, match=f"--to=.*{sentence}"):
+            check_vacant(path, "--to")
+    with pytest.raises(UserError, match="cannot be a folder"):
+        check_vacant(tmp_path / "file" / "below", "--to")

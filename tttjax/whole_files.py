@@ -1,0 +1,60 @@
+"""Files and folders that are there whole or not at all, whatever interrupts their writing."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tttjax.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """The path of a file to write, which replaces `path` once it is written and on the disk.
+
+    If anything goes wrong it is removed, and what stands at `path` stays. What a kill leaves of it
+    is overwritten by the next.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_vacant(path: str | os.PathLike, option: str) -> Path:
+    """UserError, with the option's name, unless a folder can be made there: empty, or not yet."""
+    path = Path(path).expanduser()
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{option}={path} cannot be a folder, because {above} is a file.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option}={path} exists and is a file; name a new folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{option}={path} exists and is not empty; name a new folder.")
+    return path
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
+    """A temporary folder beside `path`, which gets its name if nothing goes wrong; else it goes.
+
+    Raises UserError as `check_vacant` does, also if the name was taken meanwhile.
+    """
+    path = check_vacant(path, option).absolute()  # also of ".", which has no name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, check_vacant(path, option))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
