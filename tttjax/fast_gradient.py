@@ -35,7 +35,7 @@ class Loop(NamedTuple):
 
     exact_chunks: as of `inner_loop.adapt`. trajectory: how the backward pass comes by W_{i-1}.
     "rewind": from W_i, minus the change that the kept gradient made; "store": kept as well;
-    "recompute": both are made again, segment by segment, from the weights at its start.
+    "recompute": the gradients are made again, segment by segment, from the weights at its start.
     """
 
     learner: Learner
@@ -121,7 +121,8 @@ def _read(loop: Loop, history: History, slow, lr, start: _Start, kept, row):
     state = history.state(Past(kept, carried), i)
     (loss_B, (state, nll_BC, slope)), g = loss_and_gradient(loop.learner, slow, fast, state, chunk)
     new_fast, new_rule_state, norm_B = learn(loop.learner, fast, rule_state, g, chunk, lr)
-    saved = _Saved(fast, rule_state, g, carried, slope)
+    stored = fast if loop.trajectory == "store" else None
+    saved = _Saved(stored, rule_state, g, carried, slope)
     return Records(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
 
 
@@ -138,8 +139,6 @@ def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
         records, saved, fast, rule_state, state = _read(
             loop, history, slow, lr, start, past.kept, row
         )
-        if loop.trajectory == "rewind":
-            saved = saved._replace(fast=None)
         return (fast, rule_state, history.write(past, state, row[0])), (records, saved)
 
     def segment(carry, rows):
@@ -158,14 +157,15 @@ def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
     return (records, fast_end), (saved, past.kept)
 
 
-def _read_again(loop: Loop, history: History, slow, lr, start: _Start, kept, rows) -> _Saved:
-    """What the backward pass needs of the chunks of a segment, [n, ...]."""
+def _read_again(loop: Loop, history: History, slow, lr, start: _Start, kept, rows):
+    """(fast weights after a segment, what the backward pass needs of its chunks [n, ...])."""
 
     def step(start, row):
         _, saved, fast, rule_state, state = _read(loop, history, slow, lr, start, kept, row)
         return _Start(fast, rule_state, history.carried(state)), saved
 
-    return jax.lax.scan(step, start, rows)[1]
+    end, saved = jax.lax.scan(step, start, rows)
+    return end.fast, saved
 
 
 class _Cotangents(NamedTuple):
@@ -218,8 +218,9 @@ def _backward(loop: Loop, residuals, cotangents):
 
     def segment(carry, row, is_exact):
         (i, chunks, records_bar), start = row
-        saved = _read_again(loop, history, slow, lr, start, kept, (i, chunks))
+        fast, saved = _read_again(loop, history, slow, lr, start, kept, (i, chunks))
         rows = i, chunks, records_bar, saved
+        carry = fast, carry[1]
         return jax.lax.scan(partial(step, is_exact=is_exact), carry, rows, reverse=True)
 
     rows = jnp.arange(history.chunks), chunks, records_bar

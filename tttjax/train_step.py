@@ -57,6 +57,13 @@ class Trainer:
         return jax.tree.map(lambda x: place(np.asarray(x)), batch)
 
 
+def gathered_late(learn: bool) -> tuple[str, ...]:
+    """Parts of the slow weights whose blocks run once over a sequence: with `mesh.gather` "block"
+    each row is gathered as it is reached. What the loop over chunks reads would be gathered once
+    per chunk, and is made whole before."""
+    return ("prefix",) if learn else ("prefix", "suffix")
+
+
 def make_gradient(
     model: Transformer,
     inner: InnerLoop,
@@ -64,17 +71,29 @@ def make_gradient(
     *,
     learn: bool,
     accum_steps: int = 1,
+    gather: str = "block",
 ) -> Callable[[Params, Batch, Array], tuple[Params, Metrics]]:
     """gradient(params, batch, inner_lr) -> (outer gradient, metrics), averaged over the batch.
 
-    The batch is read in `accum_steps` parts, one after the other, to save memory.
+    The batch is read in `accum_steps` parts, one after the other, to save memory. gather: when the
+    weights that the axis `fsdp` divides are made whole (`MeshConfig.gather`).
     """
     outer_loss = make_outer_loss(model, inner, learn=learn)
     specs = sharding.param_specs(mesh, model.axes())
     axes = sharding.batch_axes(mesh)
+    late = gathered_late(learn)
+
+    def divided(shards: Params) -> Params:
+        return jax.tree.map(sharding.divided, shards, specs)
+
+    def gathered(params: Params) -> Params:
+        slow = {k: w if k in late else sharding.gathered(w) for k, w in params.slow.items()}
+        return Params(slow=slow, fast=sharding.gathered(params.fast))
 
     def of_micro_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        (_, reading), grads = jax.value_and_grad(outer_loss, has_aux=True)(params, batch, lr)
+        (_, reading), grads = jax.value_and_grad(
+            lambda params: outer_loss(gathered(params), batch, lr), has_aux=True
+        )(params)
         metrics = {
             "loss": jnp.mean(reading.loss),
             "inner_grad_norm": jnp.mean(reading.grad_norm_N),
@@ -103,9 +122,14 @@ def make_gradient(
         total, _ = jax.lax.scan(add, zero, parts)
         return jax.tree.map(lambda x: x / accum_steps, total)
 
-    def of_shard(params_shard: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        params = jax.tree.map(sharding.gather, params_shard, specs)
+    def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        def ready(shards: Params) -> Params:
+            params = divided(shards)
+            return sharding.gathered(params) if gather == "step" else params
+
+        params, back = jax.vjp(ready, shards)
         grads, metrics = of_batch(params, batch, lr)
+        (grads,) = back(grads)  # summed over fsdp here, if that is not done yet
         grads = jax.tree.map(partial(sharding.reduce_mean, axes=axes), grads, specs)
         return grads, jax.lax.pmean(metrics, axes)
 
@@ -147,6 +171,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         mesh,
         learn=learns(model, config.inner.meta_gradient),
         accum_steps=config.train.accum_steps,
+        gather=config.mesh.gather,
     )
     inner_lr_at = partial(
         inner_lr,

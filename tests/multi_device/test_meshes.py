@@ -17,17 +17,20 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 STEPS = 5
 
 
-def make_config(model=None, **train):
+def make_config(model=None, gather="block", form="fast", **train):
     sizes = {"embed_dim": 16, "mlp_dim": 8, "vocab_size": 16}
     sizes |= {"num_heads": 16, "num_kv_heads": 8, "head_dim": 2}
     return small_config(
-        model={**sizes, **(model or {})}, train={"batch_size": 8, "seq_len": 8, **train}
+        model={**sizes, **(model or {})},
+        train={"batch_size": 8, "seq_len": 8, **train},
+        mesh={"gather": gather},
+        inner={"form": form},
     )
 
 
-def make(shape, **train):
+def make(shape, **changes):
     devices = jax.devices()[: int(np.prod(shape))]
-    return make_trainer(make_config(**train), make_mesh(*shape, devices=devices))
+    return make_trainer(make_config(**changes), make_mesh(*shape, devices=devices))
 
 
 def five_steps(trainer):
@@ -79,8 +82,13 @@ def test_recurrent_mixers_are_the_same_on_a_mesh():
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-10)
 
 
-def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device):
-    losses, params, _ = five_steps(make((2, 1, 1), accum_steps=2))
+@pytest.mark.parametrize(
+    "changes",
+    [{"gather": "block"}, {"gather": "step"}, {"gather": "block", "form": "reference"}],
+    ids=str,
+)
+def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device, changes):
+    losses, params, _ = five_steps(make((1, 2, 1), accum_steps=2, **changes))
     np.testing.assert_allclose(losses, on_one_device[0], atol=1e-11)
     assert worst(params, on_one_device[1]) < 1e-9
 

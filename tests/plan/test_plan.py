@@ -71,6 +71,23 @@ def test_fsdp_gathers_and_reduces_every_weight(plan):
     assert 1.9 * weights < moved < 3 * weights
 
 
+def test_blocks_gathered_one_after_the_other_need_less_memory():
+    """Of a prefix of eleven blocks no more than one is whole at a time, nor its gradient."""
+    sizes = {"num_layers": 12, "suffix_layers": 1, "embed_dim": 32, "mlp_dim": 128}
+    train = {"batch_size": 4, "accum_steps": 2}
+    block, step = (
+        make_plan(
+            small_config(model=sizes, train=train, mesh={"fsdp": 2, "gather": gather}),
+            parse_topology("cpu:2"),
+        )
+        for gather in ("block", "step")
+    )
+    whole = 2 * block.memory.parameters
+    assert block.memory.working < step.memory.working - 0.5 * whole
+    gathers = [{t.kind: t.bytes for t in p.traffic}["all-gather"] for p in (block, step)]
+    assert gathers[0] > 1.5 * gathers[1]  # the prefix again for the backward pass
+
+
 def test_the_text_says_all_of_it(plan):
     text = show(plan)
     for words in ("optimizer", "inner backward", "the program", "all-gather", "compiled in"):
@@ -149,8 +166,13 @@ def test_bytes_on_the_wire():
 
 def test_the_compilers_refusal_is_read():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
-    assert _out_of_memory(message) == (20.5 * GIB, 15.75 * GIB)
-    assert _out_of_memory("RESOURCE_EXHAUSTED: something else") == (0, 0)
+    assert _out_of_memory(message, GIB) == (20.5 * GIB, 15.75 * GIB)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (51.85G) exceeds available HBM (31.25G)."
+    )
+    assert _out_of_memory(message, GIB) == (52.85 * GIB, 31.25 * GIB)
+    assert _out_of_memory("RESOURCE_EXHAUSTED: something else", GIB) == (0, 0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -41,9 +41,17 @@ def test_one_small_change_comes_first():
 
 
 def test_where_the_state_is_too_large_weights_are_divided():
-    assert offered(recipe(), needs(parameters=40, working=84), 110)[0] == {
-        "mesh.fsdp": "8",
-    }
+    needed = needs(parameters=40, working=84)  # all but 4 are gathered weights and gradient
+    assert offered(recipe(mesh={"gather": "step"}), needed, 110)[0] == {"mesh.fsdp": "8"}
+    # Gathered block by block there is less of them.
+    assert offered(recipe(), needed, 110)[0] == {"mesh.fsdp": "4"}
+
+
+def test_gathering_block_by_block_comes_before_all_that_slows_a_step():
+    config = recipe(mesh={"fsdp": 8, "gather": "step"}, train={"accum_steps": 4})
+    first = offered(config, needs(working=160), 182)[0]  # state 30, whole weights and gradient 160
+    assert first == {"mesh.gather": "block"}
+    assert all("mesh.gather" not in c for c in offered(recipe(mesh={"fsdp": 8}), needs(), 140))
 
 
 def test_recomputation_is_offered_only_where_it_is_off():

@@ -14,6 +14,7 @@ from tttjax.config.model import ModelConfig
 
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")
+GATHERS = ("block", "step")
 TRAJECTORIES = ("rewind", "store", "recompute")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 
@@ -182,13 +183,22 @@ class MeshConfig:
     )
     fsdp: int = declare(
         1,
-        "Devices among which sequences, parameters and optimizer state are divided. For the time "
-        "of a step each device gathers the whole parameters and holds their whole gradient.",
+        "Devices among which sequences, parameters and optimizer state are divided.",
         minimum=1,
         may_change=True,
     )
     tensor: int = declare(
         1, "Devices among which heads and MLP entries are divided.", minimum=1, may_change=True
+    )
+    gather: str = declare(
+        "block",
+        "When the parameters that fsdp divides are made whole. block: those of blocks that run "
+        "once over a sequence one after the other, in the forward and again in the backward pass, "
+        "the rest once for each part of the batch (train.accum_steps); gradients are divided as "
+        "soon as they are there. step: all once a step, and the whole gradient is held to its end: "
+        "more memory, less to send.",
+        choices=GATHERS,
+        may_change=True,
     )
 
 

@@ -55,7 +55,8 @@ def _scorer(
         return read(params, batch, lr).token_nll_T
 
     def of_shard(params_shard: Params, batch: Batch, lr: Array) -> Array:
-        return of_batch(jax.tree.map(sharding.gather, params_shard, specs), batch, lr)
+        params = jax.tree.map(sharding.divided, params_shard, specs)
+        return of_batch(sharding.gathered(params), batch, lr)
 
     score: Callable[[Params, Batch, Array], Array] = of_batch
     if mesh.size > 1:

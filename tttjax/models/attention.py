@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         kernel: str = "auto",
     ):
         def weight(shape, axes):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
 
         def head_norm():
             return RMSNorm(head_dim, "head_dim", eps=norm_eps, dtype=dtype)
@@ -137,10 +137,12 @@ class Attention(nnx.Module):
         def turn(x_THK, first):
             return self.turn(x_THK, slot_S[first : first + x_THK.shape[0]])
 
-        new_state = {
-            name: jnp.concatenate((state[name], new))[length:]
-            for name, new in (("k", k_TGK), ("v", v_TGK))
-        }
+        new_state = {"k": k_TGK, "v": v_TGK}
+        if self.form != "twice":
+            new_state = {
+                name: jnp.concatenate((state[name], new))[length:]
+                for name, new in new_state.items()
+            }
         q_THK, k_TGK, k_past = turn(q_THK, window), turn(k_TGK, window), turn(state["k"], 0)
         if self.form == "dense":
             true_S = slot_S - window + position  # negative: a slot that no token has filled yet

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tttjax import sharding
 from tttjax.models.layers import FastWeight
 from tttjax.types import Array, Params, PyTree
 
@@ -45,6 +46,22 @@ class Stack:
         """One copy without values, to ask it for sizes."""
         return self._abstract()
 
+    def narrowed(self, weights: PyTree, dtype: jnp.dtype, *, arrays: bool) -> PyTree:
+        """Weights of all copies, those that are only multiplied with in `dtype`.
+
+        arrays: False leaves those as they are that are not still to be gathered.
+        """
+        flat = flatten_dict(weights)
+        for path, variable in self.variables().items():
+            leaf = flat.get(path)
+            if leaf is None or not variable.get_metadata().get("is_factor"):
+                continue
+            if sharding.is_divided(leaf):
+                flat[path] = replace(leaf, dtype=dtype)
+            elif arrays:
+                flat[path] = leaf.astype(dtype)
+        return unflatten_dict(flat)
+
     def apply(self, weights: PyTree, *args: Any) -> Any:
         """Calls one copy with one copy's weights (no leading axis)."""
         graphdef, _ = nnx.split(self._abstract())
@@ -68,14 +85,24 @@ def run_stage(
 
     def one_row(x_TD, row):
         row_weights, row_state = row
+        row_weights = sharding.gathered(row_weights)
         new_state = {}
         for name, stack in stacks.items():
             block_state = row_state and row_state[name]
             x_TD, new_state[name] = stack.apply(row_weights[name], x_TD, block_state, position)
         return x_TD, row_state and new_state
 
-    if remat:
-        one_row = jax.checkpoint(one_row, prevent_cse=False)
+    # Without recomputation, the backward pass would keep a copy of what each row makes of its
+    # weights: better that they are cast here at once.
+    weights = {
+        name: stack.narrowed(weights[name], x_TD.dtype, arrays=not remat)
+        for name, stack in stacks.items()
+    }
+    policy = None if remat else sharding.save_all_but_gathered
+    if remat or any(
+        map(sharding.is_divided, jax.tree.leaves(weights, is_leaf=sharding.is_divided))
+    ):
+        one_row = jax.checkpoint(one_row, prevent_cse=False, policy=policy)
     repeats = next(iter(stacks.values())).repeats
     unroll = repeats <= UNROLL_UP_TO
     return jax.lax.scan(one_row, x_TD, (weights, state), length=repeats, unroll=unroll)

@@ -5,6 +5,8 @@ A weight is declared once: shape, initialiser, and `axes`, one logical name per 
 rewritten by the inner loop while reading, `nnx.Param` only by the outer optimizer.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,9 +28,14 @@ def normal_weight(
     std: float,
     dtype: jnp.dtype,
     kind: type[nnx.Param] = nnx.Param,
+    is_factor: bool = False,
 ) -> nnx.Param:
-    """A weight drawn from N(0, std^2): neither truncated nor scaled with depth, as officially."""
-    return kind(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+    """A weight drawn from N(0, std^2): neither truncated nor scaled with depth, as officially.
+
+    is_factor: it is only ever multiplied with, in the dtype of the other factor.
+    """
+    value = std * jax.random.normal(rngs.params(), shape, dtype)
+    return kind(value, axes=axes, is_factor=is_factor)
 
 
 class RMSNorm(nnx.Module):
@@ -67,7 +74,7 @@ class SwiGLU(nnx.Module):
         kind: type[nnx.Param] = nnx.Param,
     ):
         def weight(shape, axes, std):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind, is_factor=True)
 
         self.w1 = weight((embed_dim, mlp_dim), ("embed", "mlp"), std)
         self.w3 = weight((embed_dim, mlp_dim), ("embed", "mlp"), std)
@@ -75,7 +82,13 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_TD: Array) -> Array:
         w1_DF, w3_DF, w2_FD = (w[...].astype(x_TD.dtype) for w in (self.w1, self.w3, self.w2))
-        return (jax.nn.silu(x_TD @ w1_DF) * (x_TD @ w3_DF)) @ w2_FD
+        return _gated(x_TD @ w1_DF, x_TD @ w3_DF) @ w2_FD
+
+
+# Rematerialised: the backward pass keeps the two products, and nothing of what is made of them.
+@partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate_TF: Array, value_TF: Array) -> Array:
+    return jax.nn.silu(gate_TF) * value_TF
 
 
 class MultiHeadMLP(nnx.Module):
@@ -100,7 +113,7 @@ class MultiHeadMLP(nnx.Module):
         entries = embed_dim // num_heads
 
         def weight(shape, axes, std):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind, is_factor=True)
 
         def bias(shape, axes):
             return kind(jnp.zeros(shape, dtype), axes=axes)

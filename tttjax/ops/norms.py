@@ -1,10 +1,15 @@
 """Root-mean-square normalisation."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 
 from tttjax.types import Array
 
 
+# Rematerialised: otherwise the backward pass would keep x several times over in float32.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x_D: Array, weight_D: Array | None, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, [..., D] -> [..., D].
 

@@ -14,6 +14,7 @@ from tttjax.plan.memory import Memory
 from tttjax.plan.program import Compiled, Program, compile_program, trace
 from tttjax.plan.propose import find_fitting
 from tttjax.plan.topologies import Topology
+from tttjax.sharding import MESH_AXES
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def _plan(
     if compiled and compiled.memory:
         transfers = compiled.transfers
     fits, needed, capacity = _fit(topology, memory, compiled)
+    mesh = check_mesh(config, topology.devices)
     tokens = config.train.batch_size * config.train.seq_len
     per_token = train_flops_by_part(config.model, config.inner, config.train.seq_len)
     flops = TrainFlops(*(value * tokens for value in asdict(per_token).values()))
@@ -122,7 +124,7 @@ def _plan(
         name=name,
         topology=topology.name,
         chips=topology.chips,
-        mesh=asdict(check_mesh(config, topology.devices)),
+        mesh={axis: getattr(mesh, axis) for axis in MESH_AXES},
         recipe={
             "batch_size": config.train.batch_size,
             "seq_len": config.train.seq_len,

@@ -98,7 +98,8 @@ def compile_program(program: Program) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            needed, available = _out_of_memory(str(error))
+            arguments = program.memory.state + program.memory.batch
+            needed, available = _out_of_memory(str(error), arguments)
             return Compiled(None, needed, available, (), 0, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     found = collectives(compiled.as_text())
@@ -130,9 +131,18 @@ def _exact(estimate: Memory, analysis) -> Memory:
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
-def _out_of_memory(message: str) -> tuple[float, float]:
-    """(bytes needed, bytes there are) from the compiler's refusal; zeros where it has none."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
-    if match is None:
-        return 0.0, 0.0
-    return float(match[1]) * _UNITS[match[2]], float(match[3]) * _UNITS[match[4]]
+def _out_of_memory(message: str, arguments: float) -> tuple[float, float]:
+    """(bytes needed, bytes there are) from the compiler's refusal; zeros where it has none.
+
+    arguments: bytes of the step's own, which one of its two ways of saying it leaves out.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    if match := re.search(rf"Used {size} of {size}", message):
+        return _bytes(match[1], match[2]), _bytes(match[3], match[4])
+    if match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
+        return arguments + _bytes(match[1], match[2]), _bytes(match[3], match[4])
+    return 0.0, 0.0
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * _UNITS[unit]

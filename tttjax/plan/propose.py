@@ -1,31 +1,38 @@
 """The nearest recipe that fits, for one that does not.
 
-Looked for are, in this order: recomputation switched on where it is off, and the fast form of the
-meta-gradient; the trajectory of the fast weights recomputed too; weights and optimizer divided by
-more devices (mesh.fsdp); batches read in more parts (train.accum_steps); and last, layers divided
-(mesh.tensor), for which mesh.fsdp may give way, since that divides the state as well.
+Looked for are, in this order: weights gathered block by block; recomputation switched on where it
+is off, and the fast form of the meta-gradient; the trajectory of the fast weights recomputed too;
+weights and optimizer divided by more devices (mesh.fsdp); batches read in more parts
+(train.accum_steps); and last, layers divided (mesh.tensor), for which mesh.fsdp may give way, since
+that divides the state as well.
 None of them changes a number of the run, but for rounding. Fewer changes come before more, small
 ones before large.
 
 What a change will save is predicted, so that few programs need compiling: the state of training is
-divided by fsdp x tensor; of what a step holds, the gathered weights and their gradient stay, the
-rest goes with the sequences that a device reads at once. A prediction is never the answer: the
-caller compiles it.
+divided by fsdp x tensor; of what a step holds, the weights that are gathered for all of it and
+their gradient stay, the rest goes with the sequences that a device reads at once. A prediction is
+never the answer: the caller compiles it.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
-from tttjax.config import Config, check_mesh, has_fast_weights
+import jax
+
+from tttjax.config import Config, InnerConfig, ModelConfig, check_mesh, has_fast_weights
 from tttjax.errors import UserError
+from tttjax.meta import learns
+from tttjax.models import build_model
 from tttjax.plan.memory import Memory
+from tttjax.train_step import gathered_late
 
 MARGIN = 0.97  # of the memory; predictions are not exact
 AFTER_REFUSAL = 0.85  # of what was predicted and did not fit, the next try may need
 TENSOR_WAYS = (1, 2, 4, 8)
-LEANER = ("", "recomputation", "trajectory")  # what is made leaner; "": nothing
+LEANER = ("", "gather", "recomputation", "trajectory")  # what is made leaner; "": nothing
 
 
 @dataclass(frozen=True)
@@ -87,17 +94,19 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
     """Bytes of a device under the recipe `after`, from those under `before`."""
     ways = [c.mesh.fsdp * c.mesh.tensor for c in (before, after)]
     state = needed.state * ways[0] / ways[1]
-    whole = 2 * needed.parameters * ways[0]  # gathered weights, and their gradient
-    tensor = before.mesh.tensor / after.mesh.tensor
-    fixed = min(whole / before.mesh.tensor, needed.working)
+    parameters = needed.parameters * ways[0]
+    whole = [2 * parameters * _gathered(c) / c.mesh.tensor for c in (before, after)]
+    fixed = min(whole[0], needed.working)
     sequences = [_sequences_at_once(c, devices) for c in (before, after)]
-    rest = (needed.working - fixed) * sequences[1] / sequences[0] * tensor
+    rest = (needed.working - fixed) * sequences[1] / sequences[0]
+    rest *= before.mesh.tensor / after.mesh.tensor
     if _recomputes(after) and not _recomputes(before):
         rest /= 2  # a guess, to be checked like all the others
     elif after.inner.trajectory == "recompute" != before.inner.trajectory:
         share = needed.trajectory / max(needed.working - fixed, 1)
         rest *= 1 - min(share, 1) * (1 - _kept_weights(after))
-    return state + fixed * tensor + rest + needed.program + needed.batch
+    fixed *= whole[1] / whole[0]
+    return state + fixed + rest + needed.program + needed.batch
 
 
 def _changed(
@@ -113,8 +122,10 @@ def _changed(
     is_recomputed = config.inner.trajectory == "recompute"
     if leaner == "recomputation" and _recomputes(config):
         return None
-    learns = has_fast_weights(config.model, config.inner)
-    if leaner == "trajectory" and (is_recomputed or not learns):
+    reads_learning = has_fast_weights(config.model, config.inner)
+    if leaner == "trajectory" and (is_recomputed or not reads_learning):
+        return None
+    if leaner == "gather" and (mesh.gather == "block" or fsdp == 1):
         return None
     replace = dataclasses.replace
     # data is what the other axes leave, whatever it was; left alone where nothing else changes.
@@ -122,10 +133,12 @@ def _changed(
     data = -1 if moved else mesh.data
     changed = replace(
         config,
-        mesh=replace(mesh, data=data, fsdp=fsdp, tensor=tensor),
+        mesh=replace(
+            mesh, data=data, fsdp=fsdp, tensor=tensor, gather="block" if leaner else mesh.gather
+        ),
         train=replace(train, accum_steps=accum),
     )
-    if leaner:
+    if leaner not in ("", "gather"):
         trajectory = "recompute" if is_recomputed or leaner == "trajectory" else "rewind"
         changed = replace(
             changed,
@@ -151,6 +164,7 @@ def _changes(before: Config, after: Config) -> dict[str, str]:
         "train.accum_steps": (before.train.accum_steps, after.train.accum_steps),
         "mesh.tensor": (before.mesh.tensor, after.mesh.tensor),
         "mesh.data": (before.mesh.data, after.mesh.data),
+        "mesh.gather": (before.mesh.gather, after.mesh.gather),
     }
     return {name: str(new).lower() for name, (old, new) in pairs.items() if old != new}
 
@@ -162,10 +176,26 @@ def _recomputes(config: Config) -> bool:
     return config.model.remat == "block" and is_lean
 
 
+def _gathered(config: Config) -> float:
+    """The part of the weights that is whole on a device for all of a step, or of a part of it."""
+    if config.mesh.gather == "step" or config.mesh.fsdp == 1:
+        return 1.0
+    return _early_share(config.model, config.inner)
+
+
+@lru_cache
+def _early_share(model: ModelConfig, inner: InnerConfig) -> float:
+    built = build_model(model, inner)
+    params = built.abstract_params()
+    late = [params.slow.get(part) for part in gathered_late(learns(built, inner.meta_gradient))]
+    sizes = [sum(w.size for w in jax.tree.leaves(tree)) for tree in (late, params)]
+    return 1 - sizes[0] / sizes[1]
+
+
 def _kept_weights(config: Config) -> float:
     """With recomputed trajectories, the part of them that is in memory at a time."""
     chunks = config.train.seq_len // config.inner.chunk_size
-    return min(1.0, 3 * chunks**-0.5)
+    return min(1.0, 2 * chunks**-0.5)
 
 
 def _sequences_at_once(config: Config, devices: int) -> float:
