@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "types", "chips"},
     {"whole_files"},
     {"config"},
-    {"ops"},
+    {"ops", "divided"},
     {"update_rules"},
     {"inner_loop"},
     {"models"},

@@ -7,8 +7,9 @@ in its host's network, over which hosts talk that share no links.
 
 Sources, as published in 2026: for TPUs, the system architecture page of each version in Google
 Cloud's documentation (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x), of v6e's two lists
-of figures the higher; for NVIDIA GPUs, the data sheet of each, and for `network` the DGX and HGX
-systems of that generation (one 200, later one 400 Gbit/s adapter per GPU).
+of figures the higher, but for the memory of v5e and later, which is what their compiler leaves to a
+program (it says so when it refuses one); for NVIDIA GPUs, the data sheet of each, and for `network`
+the DGX and HGX systems of that generation (one 200, later one 400 Gbit/s adapter per GPU).
 """
 
 from dataclasses import dataclass
@@ -40,10 +41,14 @@ class Chip:
 
 _ALL = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GiB, 1.2e12, 2400 * Gbit),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GiB, 819e9, 1600 * Gbit, topology="v5e"),
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GiB, 2765e9, 4800 * Gbit, topology="v5p"),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GiB, 1640e9, 3584 * Gbit, topology="v6e"),
-    Chip("v7x", ("TPU7x",), 2307e12, 192 * GiB, 7380e9, 600e9, devices=2, topology="tpu7x"),
+    Chip(
+        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GiB, 819e9, 1600 * Gbit, topology="v5e"
+    ),
+    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GiB, 2765e9, 4800 * Gbit, topology="v5p"),
+    Chip(
+        "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * GiB, 1640e9, 3584 * Gbit, topology="v6e"
+    ),
+    Chip("v7x", ("TPU7x",), 2307e12, 189.5 * GiB, 7380e9, 600e9, devices=2, topology="tpu7x"),
     Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2039e9, 300e9, 200 * Gbit),
     Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3350e9, 450e9, 400 * Gbit),
     Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2000e9, 64e9, 400 * Gbit),

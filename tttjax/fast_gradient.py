@@ -173,7 +173,7 @@ class _Cotangents(NamedTuple):
 
     fast: PyTree
     rule_state: list[Array]  # of its `_numbers`
-    past: Past
+    past: list[Array]
     slow: PyTree
     lr: Array
 
@@ -192,12 +192,12 @@ def _backward(loop: Loop, residuals, cotangents):
 
         outer = records_bar_i, bar.past, v
         slow_bar, fast_bar, blocks_bar, x_bar = _share(
-            loop, history, i, slow, fast, state, chunk, saved.slope, outer
+            loop, history, slow, fast, state, chunk, saved.slope, outer
         )
         bar = _Cotangents(
             jax.tree.map(jnp.add, bar.fast, fast_bar),
             bar.rule_state,
-            history.before(bar.past, blocks_bar, i),
+            history.before(bar.past, blocks_bar),
             jax.tree.map(lambda total, new: total + new.astype(total.dtype), bar.slow, slow_bar),
             bar.lr,
         )
@@ -249,7 +249,7 @@ def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
     return carry, jnp.concatenate(parts)
 
 
-def _share(loop: Loop, history: History, i, slow, fast, state, chunk: Chunks, slope, outer):
+def _share(loop: Loop, history: History, slow, fast, state, chunk: Chunks, slope, outer):
     """The gradient of S, a chunk's share, in (slow, fast, the state's blocks, x).
 
     outer: the cotangents of its records and of the past after it, and v (None: the update is a
@@ -273,7 +273,7 @@ def _share(loop: Loop, history: History, i, slow, fast, state, chunk: Chunks, sl
                 lambda fast: outputs(slow, fast, blocks, x_BCD), (fast,), (v,), has_aux=True
             )
         paired = jnp.vdot(records_bar.loss_NB, loss_B) + jnp.vdot(records_bar.nll_NBC, nll_BC)
-        return paired + history.pairing(after, past_bar, i) + jnp.sum(change_B)
+        return paired + history.pairing(after, past_bar) + jnp.sum(change_B)
 
     return jax.grad(total, argnums=(0, 1, 2, 3))(slow, fast, state["blocks"], chunk.x_NBCD)
 

@@ -44,8 +44,7 @@ class History:
                 shape[ROWS] += self.chunks * self.chunk_size
             return jnp.zeros(shape, leaf.dtype)
 
-        made = [zeros(leaf, kind) for leaf, kind in zip(self.leaves, self.kinds, strict=True)]
-        return self._divide(made)
+        return self._divide(list(map(zeros, self.leaves, self.kinds)))
 
     def _divide(self, leaves) -> Past:
         is_carried = [kind == "carried" for kind in self.kinds]
@@ -89,39 +88,36 @@ class History:
         """The rows that the last chunk added to a window."""
         return jax.lax.slice_in_dim(window, -self.chunk_size, None, axis=ROWS)
 
-    # --- cotangents -----------------------------------------------------------------------------
+    # --- cotangents: of the state after a chunk, a window's as long as that ---------------------
 
-    def pairing(self, state: PyTree, cotangent: Past, i: Array) -> Array:
-        """<cotangent, state> of what chunk i made. state: that after the chunk."""
+    def zero_cotangent(self) -> list[Array]:
+        """Of the state after the last chunk, which nothing depends on; float32 at least."""
+        return [
+            jnp.zeros((self.batch, *leaf.shape), jnp.promote_types(leaf.dtype, jnp.float32))
+            for leaf in self.leaves
+        ]
 
-        def one(kind, leaf, kept, carried, new):
+    def pairing(self, state: PyTree, cotangent: list[Array]) -> Array:
+        """<cotangent, state> of what the last chunk made. state: that after the chunk."""
+
+        def one(kind, bar, new):
             if kind == "window":
-                start = leaf.shape[ROWS - 1] + i * self.chunk_size
-                bar = jax.lax.dynamic_slice_in_dim(kept, start, self.chunk_size, ROWS)
-                return jnp.vdot(bar, self._own_rows(new).astype(bar.dtype))
-            bar = kept if kind == "whole" else carried
+                bar, new = self._own_rows(bar), self._own_rows(new)
             return jnp.vdot(bar, new.astype(bar.dtype))
 
         new = jax.tree.leaves(state["blocks"])
-        rows = zip(self.kinds, self.leaves, *cotangent, new, strict=True)
-        return sum((one(*row) for row in rows), jnp.zeros(()))
+        return sum(map(one, self.kinds, cotangent, new), jnp.zeros(()))
 
-    def zero_cotangent(self) -> Past:
-        """Of the state after the last chunk, which nothing depends on; float32 at least."""
-        return jax.tree.map(
-            lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.start()
-        )
+    def before(self, cotangent: list[Array], blocks_bar: PyTree) -> list[Array]:
+        """The cotangent before a chunk, from that after it and that of the state it read."""
 
-    def before(self, cotangent: Past, blocks_bar: PyTree, i: Array) -> Past:
-        """The cotangent before chunk i, from that after it and that of the state it read."""
-
-        def one(kind, kept, bar):
+        def one(kind, after, bar):
+            bar = bar.astype(after.dtype)
             if kind != "window":
-                return bar.astype(jnp.promote_types(bar.dtype, jnp.float32))
-            start = (0,) * ROWS + (i * self.chunk_size,) + (0,) * (kept.ndim - ROWS - 1)
-            seen = jax.lax.dynamic_slice(kept, start, bar.shape)
-            return jax.lax.dynamic_update_slice(kept, seen + bar.astype(kept.dtype), start)
+                return bar
+            rolled = jnp.roll(after, self.chunk_size, ROWS)  # the chunk's own rows come first
+            is_older = jnp.arange(after.shape[ROWS]) >= self.chunk_size
+            shape = (-1,) + (1,) * (after.ndim - ROWS - 1)
+            return bar + jnp.where(is_older.reshape(shape), rolled, 0)
 
-        bars = jax.tree.leaves(blocks_bar)
-        rows = zip(self.kinds, cotangent.kept, bars, strict=True)
-        return self._divide([one(*row) for row in rows])
+        return list(map(one, self.kinds, cotangent, jax.tree.leaves(blocks_bar)))

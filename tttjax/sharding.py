@@ -6,16 +6,14 @@ too; `tensor` divides heads, MLPs and vocabulary within a layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tttjax.divided import Divided
 from tttjax.errors import UserError
 from tttjax.types import Array, Params, PyTree
 
@@ -166,67 +164,11 @@ def manual(partition: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(entry if entry in BATCH_AXES else None for entry in partition))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["from_end", "dtype"])
-@dataclass(frozen=True)
-class Divided:
-    """This device's part of a weight (or of a stack of them) that is gathered where it is used.
-
-    from_end: the dimension that the fsdp axis divides, counted from the last, -1, so that it names
-    the same one in a row of a stack. dtype: that of the whole weight; None: the shard's.
-    """
-
-    shard: Array
-    from_end: int
-    dtype: jnp.dtype | None = None
-
-
 def divided(weight: Array, partition: PartitionSpec) -> Array | Divided:
     """A shard as a leaf that `gathered` makes whole; as it is if fsdp does not divide it."""
     if "fsdp" not in partition:
         return weight
-    return Divided(weight, tuple(partition).index("fsdp") - weight.ndim)
-
-
-def is_divided(leaf: PyTree) -> bool:
-    return isinstance(leaf, Divided)
-
-
-def gathered(tree: PyTree) -> PyTree:
-    """Every `Divided` weight whole, on all devices of the fsdp axis. Others stay as they are.
-
-    The derivative sums over fsdp, in the shard's dtype, and leaves each device its part.
-    """
-
-    def whole(leaf):
-        if not is_divided(leaf):
-            return leaf
-        dimension = leaf.shard.ndim + leaf.from_end
-        return _gather(dimension, leaf.dtype or leaf.shard.dtype, leaf.shard)
-
-    return jax.tree.map(whole, tree, is_leaf=is_divided)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(dimension: int, dtype: jnp.dtype, shard: Array) -> Array:
-    return jax.lax.all_gather(shard.astype(dtype), "fsdp", axis=dimension, tiled=True)
-
-
-def _gather_forward(dimension: int, dtype: jnp.dtype, shard: Array):
-    return _gather(dimension, dtype, shard), jnp.zeros((), shard.dtype)
-
-
-def _gather_backward(dimension: int, dtype: jnp.dtype, like: Array, bar: Array) -> tuple[Array]:
-    del dtype
-    bar = bar.astype(like.dtype)
-    return (jax.lax.psum_scatter(bar, "fsdp", scatter_dimension=dimension, tiled=True),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: whole weights are gathered again for the backward pass."""
-    return primitive.name != "all_gather"
+    return Divided(weight, "fsdp", tuple(partition).index("fsdp") - weight.ndim)
 
 
 def reduce_mean(gradient: Array, partition: PartitionSpec, axes: tuple[str, ...]) -> Array:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax import sharding
 from tttjax.config import Config
+from tttjax.divided import gathered
 from tttjax.fast_layers import fast_layers
 from tttjax.meta import InnerLoop, inner_lr, learns, make_inner_loop, make_outer_loss
 from tttjax.models import Transformer, build_model
@@ -86,13 +87,13 @@ def make_gradient(
     def divided(shards: Params) -> Params:
         return jax.tree.map(sharding.divided, shards, specs)
 
-    def gathered(params: Params) -> Params:
-        slow = {k: w if k in late else sharding.gathered(w) for k, w in params.slow.items()}
-        return Params(slow=slow, fast=sharding.gathered(params.fast))
+    def whole_but_late(params: Params) -> Params:
+        slow = {k: w if k in late else gathered(w) for k, w in params.slow.items()}
+        return Params(slow=slow, fast=gathered(params.fast))
 
     def of_micro_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         (_, reading), grads = jax.value_and_grad(
-            lambda params: outer_loss(gathered(params), batch, lr), has_aux=True
+            lambda params: outer_loss(whole_but_late(params), batch, lr), has_aux=True
         )(params)
         metrics = {
             "loss": jnp.mean(reading.loss),
@@ -125,7 +126,7 @@ def make_gradient(
     def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         def ready(shards: Params) -> Params:
             params = divided(shards)
-            return sharding.gathered(params) if gather == "step" else params
+            return gathered(params) if gather == "step" else params
 
         params, back = jax.vjp(ready, shards)
         grads, metrics = of_batch(params, batch, lr)

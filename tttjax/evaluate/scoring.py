@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax import sharding
 from tttjax.data.held_out import HeldOut
+from tttjax.divided import gathered
 from tttjax.meta import InnerLoop, make_reader
 from tttjax.models import Transformer
 from tttjax.types import Array, Batch, Params
@@ -56,7 +57,7 @@ def _scorer(
 
     def of_shard(params_shard: Params, batch: Batch, lr: Array) -> Array:
         params = jax.tree.map(sharding.divided, params_shard, specs)
-        return of_batch(sharding.gathered(params), batch, lr)
+        return of_batch(gathered(params), batch, lr)
 
     score: Callable[[Params, Batch, Array], Array] = of_batch
     if mesh.size > 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tttjax import sharding
+from tttjax.divided import gathered, has_divided, is_divided, save_all_but_gathered
 from tttjax.models.layers import FastWeight
 from tttjax.types import Array, Params, PyTree
 
@@ -56,7 +56,7 @@ class Stack:
             leaf = flat.get(path)
             if leaf is None or not variable.get_metadata().get("is_factor"):
                 continue
-            if sharding.is_divided(leaf):
+            if is_divided(leaf):
                 flat[path] = replace(leaf, dtype=dtype)
             elif arrays:
                 flat[path] = leaf.astype(dtype)
@@ -85,7 +85,7 @@ def run_stage(
 
     def one_row(x_TD, row):
         row_weights, row_state = row
-        row_weights = sharding.gathered(row_weights)
+        row_weights = gathered(row_weights)
         new_state = {}
         for name, stack in stacks.items():
             block_state = row_state and row_state[name]
@@ -98,10 +98,8 @@ def run_stage(
         name: stack.narrowed(weights[name], x_TD.dtype, arrays=not remat)
         for name, stack in stacks.items()
     }
-    policy = None if remat else sharding.save_all_but_gathered
-    if remat or any(
-        map(sharding.is_divided, jax.tree.leaves(weights, is_leaf=sharding.is_divided))
-    ):
+    policy = None if remat else save_all_but_gathered
+    if remat or has_divided(weights):
         one_row = jax.checkpoint(one_row, prevent_cse=False, policy=policy)
     repeats = next(iter(stacks.values())).repeats
     unroll = repeats <= UNROLL_UP_TO

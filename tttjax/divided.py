@@ -1,0 +1,80 @@
+"""Weights that are divided among devices until the moment they are used.
+
+Inside shard_map a device has its part of a weight. `gathered` makes it whole; its derivative takes
+the gradient apart again. Called within the loop over blocks, it leaves no more than one block's
+weights whole at a time.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.types import Array, PyTree
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["shard"],
+    meta_fields=["axis", "from_end", "dtype"],
+)
+@dataclass(frozen=True)
+class Divided:
+    """This device's part of a weight, or of a stack of them.
+
+    axis: of the mesh. from_end: the dimension that it divides, counted from the last, -1, so that
+    it names the same one in a row of a stack. dtype: that of the whole weight; None: the shard's.
+    """
+
+    shard: Array
+    axis: str
+    from_end: int
+    dtype: jnp.dtype | None = None
+
+
+def is_divided(leaf: PyTree) -> bool:
+    return isinstance(leaf, Divided)
+
+
+def has_divided(tree: PyTree) -> bool:
+    return any(map(is_divided, jax.tree.leaves(tree, is_leaf=is_divided)))
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """Every `Divided` weight whole, on all devices of its axis. Others stay as they are.
+
+    The derivative sums over the axis, in the shard's dtype, and leaves each device its part.
+    """
+
+    def whole(leaf):
+        if not is_divided(leaf):
+            return leaf
+        dimension = leaf.shard.ndim + leaf.from_end
+        return _gather(leaf.axis, dimension, leaf.dtype or leaf.shard.dtype, leaf.shard)
+
+    return jax.tree.map(whole, tree, is_leaf=is_divided)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(axis: str, dimension: int, dtype: jnp.dtype, shard: Array) -> Array:
+    return jax.lax.all_gather(shard.astype(dtype), axis, axis=dimension, tiled=True)
+
+
+def _gather_forward(axis: str, dimension: int, dtype: jnp.dtype, shard: Array):
+    return _gather(axis, dimension, dtype, shard), jnp.zeros((), shard.dtype)
+
+
+def _gather_backward(axis: str, dimension: int, dtype: jnp.dtype, like: Array, bar: Array):
+    del dtype
+    bar = bar.astype(like.dtype)
+    return (jax.lax.psum_scatter(bar, axis, scatter_dimension=dimension, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: whole weights are gathered again for the backward pass."""
+    return primitive.name != "all_gather"
