@@ -35,7 +35,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE = (
-    *("ops", "update_rules", "inner_loop", "models"),
+    *("ops", "divided", "update_rules", "inner_loop", "models"),
     *("history", "chunk_step", "fast_gradient", "meta", "train_step"),
 )
 COMMANDS = (

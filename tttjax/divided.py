@@ -7,7 +7,6 @@ weights whole at a time.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +35,6 @@ class Divided:
 
 def is_divided(leaf: PyTree) -> bool:
     return isinstance(leaf, Divided)
-
-
-def has_divided(tree: PyTree) -> bool:
-    return any(map(is_divided, jax.tree.leaves(tree, is_leaf=is_divided)))
 
 
 def gathered(tree: PyTree) -> PyTree:
@@ -73,8 +68,3 @@ def _gather_backward(axis: str, dimension: int, dtype: jnp.dtype, like: Array, b
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
-
-
-def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: whole weights are gathered again for the backward pass."""
-    return primitive.name != "all_gather"

@@ -1,9 +1,10 @@
 """One jitted, sharded step of the outer loop.
 
 The batch is divided over the mesh axes `data` and `fsdp` with shard_map: every device reads its
-own sequences from start to end, backward pass included, and the gradient of all weights is reduced
-once at the end. (Left to the partitioner, that reduction would land inside the backward scan, once
-per chunk.) The axis `tensor` stays with the partitioner.
+own sequences from start to end, backward pass included, and gradients are reduced once, never per
+chunk. (Left to the partitioner, that reduction would land inside the backward scan.) What `fsdp`
+divides is gathered here, or row by row in the loop over blocks. The axis `tensor` stays with the
+partitioner.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,14 @@ from tttjax import sharding
 from tttjax.config import Config
 from tttjax.divided import gathered
 from tttjax.fast_layers import fast_layers
-from tttjax.meta import InnerLoop, inner_lr, learns, make_inner_loop, make_outer_loss
+from tttjax.meta import (
+    InnerLoop,
+    Reading,
+    inner_lr,
+    learns,
+    make_inner_loop,
+    make_outer_loss,
+)
 from tttjax.models import Transformer, build_model
 from tttjax.optim import make_optimizer, make_schedule
 from tttjax.types import Array, Batch, Params, PyTree
@@ -59,9 +67,11 @@ class Trainer:
 
 
 def gathered_late(learn: bool) -> tuple[str, ...]:
-    """Parts of the slow weights whose blocks run once over a sequence: with `mesh.gather` "block"
-    each row is gathered as it is reached. What the loop over chunks reads would be gathered once
-    per chunk, and is made whole before."""
+    """The parts of the slow weights whose blocks run once over a sequence.
+
+    With `mesh.gather` "block" each of their rows is gathered as it is reached. What the loop over
+    chunks reads is made whole before, or it would be gathered once per chunk.
+    """
     return ("prefix",) if learn else ("prefix", "suffix")
 
 
@@ -82,50 +92,21 @@ def make_gradient(
     outer_loss = make_outer_loss(model, inner, learn=learn)
     specs = sharding.param_specs(mesh, model.axes())
     axes = sharding.batch_axes(mesh)
-    late = gathered_late(learn)
 
-    def divided(shards: Params) -> Params:
-        return jax.tree.map(sharding.divided, shards, specs)
+    def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, Reading]:
+        late = gathered_late(learn)
+        slow = {part: w if part in late else gathered(w) for part, w in params.slow.items()}
+        return outer_loss(Params(slow=slow, fast=gathered(params.fast)), batch, lr)
 
-    def whole_but_late(params: Params) -> Params:
-        slow = {k: w if k in late else gathered(w) for k, w in params.slow.items()}
-        return Params(slow=slow, fast=gathered(params.fast))
+    def of_part(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        (_, reading), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, lr)
+        return grads, _reading_metrics(model, inner, reading, learn)
 
-    def of_micro_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        (_, reading), grads = jax.value_and_grad(
-            lambda params: outer_loss(whole_but_late(params), batch, lr), has_aux=True
-        )(params)
-        metrics = {
-            "loss": jnp.mean(reading.loss),
-            "inner_grad_norm": jnp.mean(reading.grad_norm_N),
-            "fast_drift": jnp.mean(reading.drift),
-            "inner_clip_rate": jnp.mean(reading.grad_norm_N >= (inner.clip or jnp.inf)),
-            "first_chunk_loss": jnp.mean(reading.chunk_loss_N[:, 0]),
-            "last_chunk_loss": jnp.mean(reading.chunk_loss_N[:, -1]),
-        }
-        if learn:
-            drift_L = jnp.mean(reading.layer_drift_L, axis=0)
-            names = fast_layers(model)
-            metrics |= {f"fast_drift_{name}": drift_L[i] for i, name in enumerate(names)}
-        return grads, metrics
-
-    def of_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        if accum_steps == 1:
-            return of_micro_batch(params, batch, lr)
-        parts = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, of_micro_batch(params, part, lr)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        shape = jax.eval_shape(of_micro_batch, params, first, lr)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-        total, _ = jax.lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / accum_steps, total)
+    of_batch = _in_parts(of_part, accum_steps)
 
     def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         def ready(shards: Params) -> Params:
-            params = divided(shards)
+            params = jax.tree.map(sharding.divided, shards, specs)
             return gathered(params) if gather == "step" else params
 
         params, back = jax.vjp(ready, shards)
@@ -145,6 +126,45 @@ def make_gradient(
         axis_names=sharding.manual_axes(mesh),
         check_vma=False,
     )
+
+
+def _in_parts(of_part: Callable, parts: int) -> Callable:
+    """of_part(params, batch, lr) of parts of the batch, one after the other, averaged."""
+    if parts == 1:
+        return of_part
+
+    def of_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+        def add(total, row):
+            return jax.tree.map(jnp.add, total, of_part(params, row, lr)), None
+
+        first = jax.tree.map(lambda x: x[0], rows)
+        shape = jax.eval_shape(of_part, params, first, lr)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        total, _ = jax.lax.scan(add, zero, rows)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return of_batch
+
+
+def _reading_metrics(
+    model: Transformer, inner: InnerLoop, reading: Reading, learn: bool
+) -> Metrics:
+    """What reading a batch showed, as means over its sequences."""
+    metrics = {
+        "loss": jnp.mean(reading.loss),
+        "inner_grad_norm": jnp.mean(reading.grad_norm_N),
+        "fast_drift": jnp.mean(reading.drift),
+        "inner_clip_rate": jnp.mean(reading.grad_norm_N >= (inner.clip or jnp.inf)),
+        "first_chunk_loss": jnp.mean(reading.chunk_loss_N[:, 0]),
+        "last_chunk_loss": jnp.mean(reading.chunk_loss_N[:, -1]),
+    }
+    if learn:
+        drift_L = jnp.mean(reading.layer_drift_L, axis=0)
+        names = fast_layers(model)
+        metrics |= {f"fast_drift_{name}": drift_L[i] for i, name in enumerate(names)}
+    return metrics
 
 
 def norms_by_part(grads: Params) -> Metrics:

@@ -74,10 +74,13 @@ def test_fsdp_gathers_and_reduces_every_weight(plan):
 def test_blocks_gathered_one_after_the_other_need_less_memory():
     """Of a prefix of eleven blocks no more than one is whole at a time, nor its gradient."""
     sizes = {"num_layers": 12, "suffix_layers": 1, "embed_dim": 32, "mlp_dim": 128}
-    train = {"batch_size": 4, "accum_steps": 2}
     block, step = (
         make_plan(
-            small_config(model=sizes, train=train, mesh={"fsdp": 2, "gather": gather}),
+            small_config(
+                model={**sizes, "remat": "block"},
+                train={"batch_size": 4},
+                mesh={"fsdp": 2, "gather": gather},
+            ),
             parse_topology("cpu:2"),
         )
         for gather in ("block", "step")

@@ -63,7 +63,7 @@ def test_recomputation_is_offered_only_where_it_is_off():
 
 
 def test_a_large_trajectory_is_recomputed():
-    config = recipe(train={"seq_len": 400})  # 100 chunks, of which 30 are kept at a time
+    config = recipe(train={"seq_len": 400})  # 100 chunks, of which 20 are kept at a time
     needed = dataclasses.replace(needs(), trajectory=80.0, temporary=40.0)
     assert offered(config, needed, 100)[0] == {"inner.trajectory": "recompute"}
     assert "inner.trajectory" not in offered(config, needs(), 110)[0]

@@ -55,7 +55,7 @@ def block_of(kind, **changes) -> Stack:
     """One block that is nothing but the mixer, with its norms and residual."""
     config = small_config(model={**SMALL_SIZES, "mixers": (kind,), **changes})
     shape = build_model(config.model, config.inner).shape
-    return Stack(lambda rngs: Block(kind, False, shape, rngs), 1)
+    return Stack(Block, 1, (kind, False, shape))
 
 
 def weights_of(block, scale=1.0, dtype=None):

@@ -74,8 +74,8 @@ class InnerConfig:
         "rewind",
         "How the backward pass of the fast form comes by the fast weights before each chunk. "
         "rewind: by undoing the updates, whose gradients are kept. store: they are kept too. "
-        "recompute: only those before every sqrt(N)th of N chunks are kept, and all are read once "
-        "more; for long sequences.",
+        "recompute: only those before every sqrt(N)th of N chunks are kept, and all chunks are "
+        "read once more to undo their updates; for long sequences.",
         choices=TRAJECTORIES,
         may_change=True,
     )
@@ -195,8 +195,9 @@ class MeshConfig:
         "When the parameters that fsdp divides are made whole. block: those of blocks that run "
         "once over a sequence one after the other, in the forward and again in the backward pass, "
         "the rest once for each part of the batch (train.accum_steps); gradients are divided as "
-        "soon as they are there. step: all once a step, and the whole gradient is held to its end: "
-        "more memory, less to send.",
+        "soon as they are there (with model.remat = none whole blocks are kept for the backward "
+        "pass, in the compute dtype). step: all once a step, and the whole gradient is held to its "
+        "end: more memory, less to send.",
         choices=GATHERS,
         may_change=True,
     )

@@ -31,8 +31,9 @@ class Attention(nnx.Module):
     kv_heads: heads of keys and values (G), a divisor of num_heads; only these are kept.
     form: of attention with a state. "dense": all scores in memory, any derivative. "once", "twice":
     the window before a chunk in blocks (`ops.window_attention`), for jax.grad alone and for
-    jax.grad of jax.jvp. "start": the state is empty, the tokens are the first of their sequence.
-    "one": a single token, with a state that is `opened` for writing.
+    jax.grad of jax.jvp, where the new state of a window is the chunk's own rows alone. "start": the
+    state is empty, the tokens are the first of their sequence. "one": a single token, with a state
+    that is `opened` for writing.
     kernel: "xla" for XLA alone; else the platform's kernels where they apply.
     """
 

@@ -72,7 +72,7 @@ class Cut:
             return {}
         kind = self.model.stages["suffix"][0].kinds[0]
         without_mlp = dataclasses.replace(self._shape(form), mlp_dim=0)
-        return {"block0": Stack(lambda rngs: Block(kind, False, without_mlp, rngs), 1)}
+        return {"block0": Stack(Block, 1, (kind, False, without_mlp))}
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
@@ -88,7 +88,7 @@ class Cut:
         shape = self._shape(form)
 
         def stack(kind: str, height: int, shape: BlockShape = shape) -> Stack:
-            return Stack(lambda rngs: Block(kind, model.fast_mlp, shape, rngs), height)
+            return Stack(Block, height, (kind, model.fast_mlp, shape))
 
         for i, stage in enumerate(model.stages["suffix"]):
             rows = slice(0, stage.repeats)
@@ -168,7 +168,9 @@ class Cut:
             mixing = _first_row_of_mixers(first)
             past = state and state["blocks"]["lifted"]
             position = jnp.zeros((), jnp.int32) if state is None else state["position"]
-            x_TD, now = run_stage(lifted, {"block0": mixing}, past, x_TD, position, remat=remat)
+            x_TD, now = run_stage(
+                lifted, {"block0": mixing}, past, x_TD, position, remat=remat, cast=state is None
+            )
             blocks = blocks and {**blocks, "lifted": now}
         return x_TD, blocks
 
@@ -231,6 +233,7 @@ class Cut:
                 x_CD,
                 state["position"],
                 remat=False,
+                cast=form in ("once", "twice"),
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
 

@@ -1,8 +1,9 @@
 """From nnx modules to plain nested dicts: stacks of like blocks, and the fast/slow partition."""
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -10,41 +11,47 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tttjax.divided import gathered, has_divided, is_divided, save_all_but_gathered
+from tttjax.divided import gathered, is_divided
 from tttjax.models.layers import FastWeight
 from tttjax.types import Array, Params, PyTree
 
 UNROLL_UP_TO = 2  # a loop over so few blocks costs more than it saves, above all inside another
 
-ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
+
+@lru_cache(maxsize=512)
+def _abstract(make: Callable[..., nnx.Module], arguments: tuple[Hashable, ...]) -> nnx.Module:
+    """A module without values. Kept, since every trace of a model asks for its modules often."""
+    return nnx.eval_shape(lambda: make(*arguments, nnx.Rngs(0)))
 
 
 @dataclass(frozen=True)
 class Stack:
-    """`repeats` copies of one module whose weights lie in one array each, [repeats, ...]."""
+    """`repeats` copies of one module whose weights lie in one array each, [repeats, ...].
 
-    make: ModuleFactory
+    make: called with `arguments` and nnx.Rngs.
+    """
+
+    make: Callable[..., nnx.Module]
     repeats: int
-
-    def _abstract(self) -> nnx.Module:
-        return nnx.eval_shape(lambda: self.make(nnx.Rngs(0)))
+    arguments: tuple[Hashable, ...] = ()
 
     def init(self, key: Array) -> PyTree:
         """Random weights, every copy with a key of its own."""
 
         def init_one(key):
-            return nnx.to_pure_dict(nnx.state(self.make(nnx.Rngs(params=key))))
+            module = self.make(*self.arguments, nnx.Rngs(params=key))
+            return nnx.to_pure_dict(nnx.state(module))
 
         return jax.vmap(init_one)(jax.random.split(key, self.repeats))
 
     def variables(self) -> dict[tuple[str, ...], nnx.Variable]:
         """The declared weights of one copy by path."""
-        flat: Any = nnx.to_flat_state(nnx.state(self._abstract()))
+        flat: Any = nnx.to_flat_state(nnx.state(self.module()))
         return dict(flat)
 
     def module(self) -> Any:
-        """One copy without values, to ask it for sizes."""
-        return self._abstract()
+        """One copy without values, to ask it for sizes; not to be changed."""
+        return _abstract(self.make, self.arguments)
 
     def narrowed(self, weights: PyTree, dtype: jnp.dtype, *, arrays: bool) -> PyTree:
         """Weights of all copies, those that are only multiplied with in `dtype`.
@@ -64,7 +71,7 @@ class Stack:
 
     def apply(self, weights: PyTree, *args: Any) -> Any:
         """Calls one copy with one copy's weights (no leading axis)."""
-        graphdef, _ = nnx.split(self._abstract())
+        graphdef, _ = nnx.split(self.module())
         return nnx.merge(graphdef, weights)(*args)
 
 
@@ -76,10 +83,13 @@ def run_stage(
     position: Array,
     *,
     remat: bool,
+    cast: bool,
 ) -> tuple[Array, PyTree | None]:
     """Runs stacks of equal height row by row: row 0 of each in order, then row 1 of each, ...
 
     weights, state: by the name of the stack; state None: the sequence starts here and ends here.
+    remat: whether the backward pass computes each row again. cast: whether weights are cast to the
+    compute dtype all at once, for a derivative that would else keep a copy of each row's.
     Returns the hidden states [T, D] and the new state.
     """
 
@@ -92,15 +102,12 @@ def run_stage(
             x_TD, new_state[name] = stack.apply(row_weights[name], x_TD, block_state, position)
         return x_TD, row_state and new_state
 
-    # Without recomputation, the backward pass would keep a copy of what each row makes of its
-    # weights: better that they are cast here at once.
     weights = {
-        name: stack.narrowed(weights[name], x_TD.dtype, arrays=not remat)
+        name: stack.narrowed(weights[name], x_TD.dtype, arrays=cast and not remat)
         for name, stack in stacks.items()
     }
-    policy = None if remat else save_all_but_gathered
-    if remat or has_divided(weights):
-        one_row = jax.checkpoint(one_row, prevent_cse=False, policy=policy)
+    if remat:
+        one_row = jax.checkpoint(one_row, prevent_cse=False)
     repeats = next(iter(stacks.values())).repeats
     unroll = repeats <= UNROLL_UP_TO
     return jax.lax.scan(one_row, x_TD, (weights, state), length=repeats, unroll=unroll)

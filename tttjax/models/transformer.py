@@ -131,7 +131,7 @@ class Transformer:
         """Every stack of blocks by its path, in the order in which they run."""
 
         def stack(kind: str, fast: bool, repeats: int) -> Stack:
-            return Stack(lambda rngs: Block(kind, fast, self.shape, rngs), repeats)
+            return Stack(Block, repeats, (kind, fast, self.shape))
 
         return {
             f"{part}/stage{i}/block{j}": stack(
@@ -144,7 +144,7 @@ class Transformer:
 
     @cached_property
     def _ends(self) -> Stack:
-        return Stack(lambda rngs: Ends(self.vocab_size, self.tied, self.shape, rngs), 1)
+        return Stack(Ends, 1, (self.vocab_size, self.tied, self.shape))
 
     def block_paths(self) -> list[tuple[str, int]]:
         """(path of the stack, row in it) of every block, first to last."""
@@ -267,6 +267,7 @@ class Transformer:
                 x_TD,
                 position,
                 remat=self.remat if remat is None else remat,
+                cast=state is None,
             )
         if state is None:
             return x_TD, None

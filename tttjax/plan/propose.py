@@ -95,8 +95,8 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
     ways = [c.mesh.fsdp * c.mesh.tensor for c in (before, after)]
     state = needed.state * ways[0] / ways[1]
     parameters = needed.parameters * ways[0]
-    whole = [2 * parameters * _gathered(c) / c.mesh.tensor for c in (before, after)]
-    fixed = min(whole[0], needed.working)
+    held = [parameters * _held(c) for c in (before, after)]
+    fixed = min(held[0], needed.working)
     sequences = [_sequences_at_once(c, devices) for c in (before, after)]
     rest = (needed.working - fixed) * sequences[1] / sequences[0]
     rest *= before.mesh.tensor / after.mesh.tensor
@@ -105,7 +105,7 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
     elif after.inner.trajectory == "recompute" != before.inner.trajectory:
         share = needed.trajectory / max(needed.working - fixed, 1)
         rest *= 1 - min(share, 1) * (1 - _kept_weights(after))
-    fixed *= whole[1] / whole[0]
+    fixed *= held[1] / held[0]
     return state + fixed + rest + needed.program + needed.batch
 
 
@@ -134,7 +134,11 @@ def _changed(
     changed = replace(
         config,
         mesh=replace(
-            mesh, data=data, fsdp=fsdp, tensor=tensor, gather="block" if leaner else mesh.gather
+            mesh,
+            data=data,
+            fsdp=fsdp,
+            tensor=tensor,
+            gather="block" if leaner and fsdp > 1 else mesh.gather,
         ),
         train=replace(train, accum_steps=accum),
     )
@@ -176,11 +180,16 @@ def _recomputes(config: Config) -> bool:
     return config.model.remat == "block" and is_lean
 
 
-def _gathered(config: Config) -> float:
-    """The part of the weights that is whole on a device for all of a step, or of a part of it."""
-    if config.mesh.gather == "step" or config.mesh.fsdp == 1:
-        return 1.0
-    return _early_share(config.model, config.inner)
+def _held(config: Config) -> float:
+    """Copies of all weights that a device holds during a step whatever it reads: of those that are
+    whole for all of it the weights and their gradient, of the others their part of the gradient,
+    twice where it is summed over parts of the batch."""
+    mesh = config.mesh
+    early = 1.0
+    if mesh.gather == "block" and mesh.fsdp > 1:
+        early = _early_share(config.model, config.inner)
+    sums = 1 if config.train.accum_steps == 1 else 2
+    return (2 * early + sums * (1 - early) / mesh.fsdp) / mesh.tensor
 
 
 @lru_cache

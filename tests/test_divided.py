@@ -1,0 +1,64 @@
+"""Weights divided among devices are whole where they are used, and their gradient divided again."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tttjax.divided import Divided, gathered
+from tttjax.sharding import make_mesh
+
+
+def on_two(function, weight, x, dtype):
+    """function(whole weight, its rows of x) on two devices, each with half of the weight."""
+
+    @partial(
+        jax.shard_map,
+        mesh=make_mesh(1, 2, 1, devices=jax.devices()[:2]),
+        in_specs=(P(None, "fsdp"), P("fsdp")),
+        out_specs=P("fsdp"),
+        check_vma=False,
+    )
+    def run(shard, x):
+        return function(gathered({"w": Divided(shard, "fsdp", -1, dtype)})["w"], x)
+
+    return run(weight, x)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_value_and_gradient_are_those_of_the_whole_weight(dtype):
+    weight = jax.random.normal(jax.random.key(0), (4, 6))
+    x = jax.random.normal(jax.random.key(1), (2, 4))
+
+    def product(w, x):
+        assert w.dtype == (dtype or jnp.float32)
+        return x @ w.astype(jnp.float32)
+
+    narrow = weight.astype(dtype or weight.dtype)
+    np.testing.assert_allclose(
+        on_two(product, weight, x, dtype), product(narrow, x), rtol=1e-5, atol=1e-6
+    )
+
+    def loss(weight, run):
+        return jnp.sum(jnp.sin(run(weight)))
+
+    ours = jax.grad(loss)(weight, lambda w: on_two(product, w, x, dtype))
+    whole = jax.grad(loss)(narrow.astype(jnp.float32), lambda w: x @ w)
+    assert ours.dtype == jnp.float32
+    tolerance = 1e-6 if dtype is None else 2**-8  # each device's part is in the narrow dtype
+    np.testing.assert_allclose(ours, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_are_summed_in_the_dtype_of_the_shard():
+    """257 is no bfloat16: added up in that, it would be 256."""
+    weight = jnp.ones((1, 2))
+    x = jnp.array([[256.0], [1.0]])
+    bar = jax.grad(lambda w: jnp.sum(on_two(lambda w, x: x.astype(w.dtype) @ w, w, x, "bfloat16")))
+    np.testing.assert_array_equal(bar(weight), jnp.full((1, 2), 257.0))
+
+
+def test_other_leaves_stay_as_they_are():
+    assert gathered({"a": 1, "b": [2.0]}) == {"a": 1, "b": [2.0]}
