@@ -48,7 +48,7 @@ CASES = {
     "recurrent layers, recomputed": {
         "model": {
             "suffix_layers": 2,
-            "mixers": ("window", "gated_deltanet+ttt_linear"),
+            "mixers": ("window", "ttt_linear"),
             "pre_conv": True,
         },
         "inner": {"trajectory": "recompute", "chunk_size": 3},

@@ -44,11 +44,11 @@ def test_a_step_is_gradient_clip_adam_and_the_rates_of_its_index(trainer):
     loss = make_outer_loss(model, make_inner_loop(config.inner), learn=True)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    opt_state = optimizer.init(params)
+    opt_state, update = optimizer.init(params), jax.jit(optimizer.update)
     for n, rate in enumerate((0.1 + 0.9 / 4, 0.55)):
         params_before = params
         (wanted, reading), grads = gradient(params, random_batch(config, n), np.float32(rate))
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        updates, opt_state = update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         state, metrics = take(trainer, state, n)
         assert float(metrics["loss"]) == pytest.approx(float(wanted), abs=1e-11)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from tttjax.plan.count import Transfer
@@ -78,6 +79,21 @@ def test_a_program_by_hand():
         Transfer("all-reduce", 64.0, group=2, times=1.0),
     }
     assert found.unknown_loops == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[4,2]<=[8]", 2),
+        ("mesh['data'=4,'fsdp'=2,'tensor'=1] {'data','fsdp'}", 8),
+        ("mesh['data'=4,'fsdp'=2] {'data':(2)2}", 2),
+    ],
+)
+def test_groups_are_told_in_several_ways(groups, size):
+    line = f"  ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%a"
+    program = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{line}\n}}\n"
+    assert collectives(program).transfers == (Transfer("all-reduce", 32.0, group=size, times=1.0),)
 
 
 def test_a_compiled_loop():

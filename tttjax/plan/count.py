@@ -102,6 +102,21 @@ def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
         yield program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
+def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
+    """(constants, carries) of a scan: what its body meets whole.
+
+    Read off the shapes, since JAX has said it in different ways.
+    """
+    (body,) = inner_jaxprs(eqn)
+
+    def stacked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(a.aval.ndim > b.aval.ndim for a, b in pairs if hasattr(a.aval, "ndim"))
+
+    carries = len(eqn.outvars) - stacked(eqn.outvars, body.outvars)
+    return len(eqn.invars) - carries - stacked(eqn.invars, body.invars), carries
+
+
 def size_in_bytes(var: Any) -> int:
     """Of a variable or literal of a jaxpr; 0 for what is not an array (tokens, keys)."""
     shape, dtype = getattr(var.aval, "shape", None), getattr(var.aval, "dtype", None)
@@ -187,7 +202,7 @@ class _Counter:
         """Its length times its body, or round by round where that may differ."""
         length, body = eqn.params["length"], eqn.params["jaxpr"]
         values = [known_value(atom, known) for atom in eqn.invars]
-        consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carries = scan_parts(eqn)
         if not self.has_loops(body.jaxpr):
             return self.closed(body, axes, [None] * len(values)).times(length)
         fixed, carry, rows = (

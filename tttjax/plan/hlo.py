@@ -25,6 +25,7 @@ _CALLED = re.compile(
 )
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
+_ON_MESH = re.compile(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}")
 _STATED = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 
@@ -151,9 +152,21 @@ def _transfer(operation: str, type_text: str, rest: str, sizes: dict[str, float]
     got = _bytes(type_text)
     if operation.endswith("-start") and type_text.startswith("("):
         got = max(got - given, 0.0)  # the tuple holds the operands too
-    listed, iota = _LISTED.search(rest), _IOTA.search(rest)
-    group = len(listed[1].split(",")) if listed else int(iota[2]) if iota else 2
-    return Transfer(operation.removesuffix("-start"), max(given, got), group)
+    return Transfer(operation.removesuffix("-start"), max(given, got), _group(rest))
+
+
+def _group(rest: str) -> int:
+    """Devices that talk to each other: listed, by a rule, or by axes of a mesh (or parts of them,
+    as in `'data':(2)4`: four, two apart)."""
+    if listed := _LISTED.search(rest):
+        return len(listed[1].split(","))
+    if iota := _IOTA.search(rest):
+        return int(iota[2])
+    if on_mesh := _ON_MESH.search(rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", on_mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", on_mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 2
 
 
 def _bytes(type_text: str) -> float:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from tttjax.plan.count import inner_jaxprs, size_in_bytes
+from tttjax.plan.count import inner_jaxprs, scan_parts, size_in_bytes
 from tttjax.train_step import TrainState
 from tttjax.types import PyTree
 
@@ -134,7 +134,7 @@ def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
 
 
 def _stacked(eqn: JaxprEqn) -> list[Any]:
-    return list(eqn.outvars[eqn.params["num_carry"] :])
+    return list(eqn.outvars[scan_parts(eqn)[1] :])
 
 
 def _read_by_loops(jaxpr: Jaxpr) -> set[Any]:
