@@ -173,7 +173,7 @@ class _Cotangents(NamedTuple):
 
     fast: PyTree
     rule_state: list[Array]  # of its `_numbers`
-    past: list[Array]
+    past: list[Array]  # as `History.zero_cotangent`
     slow: PyTree
     lr: Array
 
