@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from tttjax import inner_loop
+from tttjax.batching import over_sequences
 from tttjax.models import Cut, combine
 from tttjax.ops.cross_entropy import (
     blocked_nll_twice,
@@ -68,11 +69,12 @@ def batch_loss(learner: Learner, slow, fast, state, chunk: Chunks, form: str, sl
         return model.final_norm(weights, x_CD), state
 
     axes = (0, STATE_AXES, 0)
-    h_BCD, state = jax.vmap(run, in_axes=axes, out_axes=(0, STATE_AXES))(fast, state, chunk.x_NBCD)
+    run_all = over_sequences(run, in_axes=axes, out_axes=(0, STATE_AXES))
+    h_BCD, state = run_all(fast, state, chunk.x_NBCD)
     if "head" in cut.model.fast_paths:
         nll = partial(token_nll_in_blocks, block=learner.logit_rows)
         head_BDV = fast["head"].astype(h_BCD.dtype)
-        nll_BC, slope = jax.vmap(nll)(h_BCD, head_BDV, chunk.target_NBC), None
+        nll_BC, slope = over_sequences(nll)(h_BCD, head_BDV, chunk.target_NBC), None
     else:
         head_DV = model.head(slow)
         read = h_BCD, head_DV, chunk.target_NBC
@@ -114,4 +116,4 @@ def learn(learner: Learner, fast, rule_state, g, chunk: Chunks, lr, is_constant:
             learner.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant
         )
 
-    return jax.vmap(one)(fast, rule_state, g, chunk.mask_NBC)
+    return over_sequences(one)(fast, rule_state, g, chunk.mask_NBC)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from tttjax import inner_loop
+from tttjax.batching import over_sequences
 from tttjax.chunk_step import Chunks, Learner
 from tttjax.fast_gradient import Loop, make_loop
 from tttjax.fast_layers import norms, squares
@@ -174,7 +175,7 @@ def read_learning_fast(
     cut = Cut(model)
     loop = Loop(Learner(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
     start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
-    x_BTD = jax.vmap(partial(cut.below, params.slow))(batch.inputs)
+    x_BTD = over_sequences(partial(cut.below, params.slow))(batch.inputs)
 
     def by_chunk(x_BT: Array) -> Array:
         x_BNC = jax.vmap(partial(split_chunks, chunk_size=inner.chunk_size))(x_BT)
@@ -207,7 +208,7 @@ def make_reader(
             return read_static(model, params, one.inputs, one.targets, one.mask, inner.chunk_size)
         return read_learning(model, inner, params, one.inputs, one.targets, one.mask, lr)
 
-    return jax.vmap(read_one, in_axes=(None, 0, None))
+    return over_sequences(read_one, in_axes=(None, 0, None))
 
 
 def learns(model: Transformer, meta_gradient: str) -> bool:

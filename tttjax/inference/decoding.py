@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tttjax.batching import over_sequences
 from tttjax.inference.reading import Context, Reader, Weights
 from tttjax.models import combine
 from tttjax.types import Array, PyTree
@@ -47,7 +48,7 @@ def write(
         h_1D = cut.model.final_norm(upper, x_D[None])
         return cut.model.logits(upper, h_1D)[0], new
 
-    every = jax.vmap(one, in_axes=(axes(writing), 0), out_axes=(0, (HALF_AXES, HALF_AXES)))
+    every = over_sequences(one, in_axes=(axes(writing), 0), out_axes=(0, (HALF_AXES, HALF_AXES)))
     logit_RV, new = every(writing, token_R)
     halves = cut.committed((writing.below, writing.above), new)
     return Writing(*halves, writing.fast), logit_RV

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tttjax.batching import over_sequences
 from tttjax.chunk_step import STATE_AXES, Chunks, Learner, Records, learn, loss_and_gradient
 from tttjax.meta import LOGIT_ROWS, InnerLoop, split_chunks
 from tttjax.models import Cut, Transformer, combine
@@ -174,7 +175,7 @@ def extend(
         return cut.model.final_norm(whole, x_TD), state
 
     axes = (0, STATE_AXES, 0)
-    run_all = jax.vmap(run, in_axes=axes, out_axes=(0, STATE_AXES))
+    run_all = over_sequences(run, in_axes=axes, out_axes=(0, STATE_AXES))
     h_BTD, above = run_all(context.fast, context.above, x_BTD)
     return context._replace(below=below, above=above), h_BTD
 
@@ -186,7 +187,7 @@ def logits(reader: Reader, weights: Weights, context: Context, h_BTD: Array) -> 
     def one(fast: PyTree, h_TD: Array) -> Array:
         return model.logits(combine(weights.upper, fast), h_TD)
 
-    return jax.vmap(one)(context.fast, h_BTD)
+    return over_sequences(one)(context.fast, h_BTD)
 
 
 def prefill(
@@ -223,5 +224,5 @@ def _read_below(
     def run(state: PyTree, token_T: Array) -> tuple[Array, PyTree]:
         return cut.read_below(weights.lower, state, token_T, form)
 
-    run_all = jax.vmap(run, in_axes=(STATE_AXES, 0), out_axes=(0, STATE_AXES))
+    run_all = over_sequences(run, in_axes=(STATE_AXES, 0), out_axes=(0, STATE_AXES))
     return run_all(context.below, token_BT)

@@ -1,0 +1,48 @@
+"""A batch of sequences is each of them alone; one alone carries no axis of length 1 along."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tttjax.batching import over_sequences
+
+AXES = ({"weight": None, "rows": 1}, 0)
+
+
+def read(state, x_TD):
+    """Sums over an axis between others, and a state of which one part is shared."""
+    y_D = jnp.sum(x_TD * state["weight"] + state["rows"], axis=0)
+    return y_D, {"weight": 2 * state["weight"], "rows": state["rows"] - y_D}
+
+
+def arguments(batch):
+    rng = np.random.default_rng(batch)
+    state = {"weight": rng.normal(size=3), "rows": rng.normal(size=(5, batch, 3))}
+    return jax.tree.map(jnp.asarray, (state, rng.normal(size=(batch, 5, 3))))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_it_is_vmap(batch):
+    forms = [f(read, in_axes=AXES, out_axes=(0, AXES[0])) for f in (over_sequences, jax.vmap)]
+    given, wanted = (f(*arguments(batch)) for f in forms)
+    chex.assert_trees_all_equal_shapes(given, wanted)
+    chex.assert_trees_all_close(given, wanted, rtol=1e-6)
+
+
+def sum_shapes(batch):
+    fn = over_sequences(read, in_axes=AXES, out_axes=(0, AXES[0]))
+    program = jax.make_jaxpr(fn)(*arguments(batch))
+    found = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "reduce_sum"]
+    return [eqn.invars[0].aval.shape for eqn in found]
+
+
+def test_one_sequence_is_read_without_an_axis_for_it():
+    assert sum_shapes(4) == [(4, 5, 3)]
+    assert sum_shapes(1) == [(5, 3)]
+
+
+def test_axes_that_differ_in_length_are_refused():
+    with pytest.raises(ValueError, match="inconsistent sizes"):
+        over_sequences(jnp.add)(jnp.ones((1, 2)), jnp.ones((3, 2)))

@@ -1,0 +1,42 @@
+"""From one sequence to a batch of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.types import Array, PyTree
+
+
+def over_sequences(fn: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
+    """`jax.vmap(fn, in_axes, out_axes)`, but a batch of one sequence runs as fn itself.
+
+    On a CPU, XLA's sums over an inner axis are many times slower where an outer axis has length 1,
+    and one sequence on each device at a time is what most training has.
+    """
+    batched = jax.vmap(fn, in_axes, out_axes)
+
+    def run(*arguments: Any) -> Any:
+        sizes: set[int] = set()
+        _along(in_axes, arguments, lambda x, axis: sizes.add(x.shape[axis]))
+        if sizes != {1}:
+            return batched(*arguments)
+        results = fn(*_along(in_axes, arguments, jnp.squeeze))
+        return _along(out_axes, results, _with_axis)
+
+    return run
+
+
+def _with_axis(x: Array, axis: int) -> Array:
+    """`jnp.expand_dims`, of which the derivative is a sum, as a reshape in both directions."""
+    return x.reshape(*x.shape[:axis], 1, *x.shape[axis:])
+
+
+def _along(axes: Any, tree: PyTree, change: Callable[[Array, int], Any]) -> PyTree:
+    """The tree with every array that has an axis changed; axes: a prefix of it, as for vmap."""
+
+    def part(axis: int | None, arrays: PyTree) -> PyTree:
+        return arrays if axis is None else jax.tree.map(lambda x: change(x, axis), arrays)
+
+    return jax.tree.map(part, axes, tree, is_leaf=lambda axis: axis is None)
