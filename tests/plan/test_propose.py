@@ -92,6 +92,15 @@ def test_where_gathered_weights_are_too_large_layers_are_divided_instead():
     )
 
 
+def test_what_is_kept_between_blocks_is_not_divided_with_the_layers():
+    before, after = recipe(), recipe(mesh={"tensor": 2}, train={"accum_steps": 2})
+    inside = needs()
+    kept = dataclasses.replace(inside, activations=80.0, temporary=40.0)
+    # Of 120 with as many sequences on a device 20 are weights, and half of them is left.
+    assert predict(before, after, DEVICES, inside) == pytest.approx(75)
+    assert predict(before, after, DEVICES, kept) == pytest.approx(75 + 40)
+
+
 def test_nothing_is_offered_where_nothing_fits():
     assert offered(recipe(), needs(), 5) == []
 

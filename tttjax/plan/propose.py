@@ -10,8 +10,9 @@ ones before large.
 
 What a change will save is predicted, so that few programs need compiling: the state of training is
 divided by fsdp x tensor; of what a step holds, the weights that are gathered for all of it and
-their gradient stay, the rest goes with the sequences that a device reads at once. A prediction is
-never the answer: the caller compiles it.
+their gradient stay, the rest goes with the sequences that a device reads at once; of that, tensor
+divides all but what is kept between blocks. A prediction is never the answer: the caller compiles
+it.
 """
 
 import dataclasses
@@ -97,65 +98,79 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
     parameters = needed.parameters * ways[0]
     held = [parameters * _held(c) for c in (before, after)]
     fixed = min(held[0], needed.working)
-    sequences = [_sequences_at_once(c, devices) for c in (before, after)]
-    rest = (needed.working - fixed) * sequences[1] / sequences[0]
-    rest *= before.mesh.tensor / after.mesh.tensor
+    # What enters a block is whole on all devices of tensor; what is inside is divided.
+    kept = min(needed.activations, needed.working - fixed)
+    inside = needed.working - fixed - kept
     if _recomputes(after) and not _recomputes(before):
-        rest /= 2  # a guess, to be checked like all the others
+        kept, inside = kept / 2, inside / 2  # a guess, to be checked like all the others
     elif after.inner.trajectory == "recompute" != before.inner.trajectory:
-        share = needed.trajectory / max(needed.working - fixed, 1)
-        rest *= 1 - min(share, 1) * (1 - _kept_weights(after))
+        share = needed.trajectory / max(inside, 1)
+        inside *= 1 - min(share, 1) * (1 - _kept_weights(after))
+    inside *= before.mesh.tensor / after.mesh.tensor
+    sequences = [_sequences_at_once(c, devices) for c in (before, after)]
+    read = (kept + inside) * sequences[1] / sequences[0]
     fixed *= held[1] / held[0]
-    return state + fixed + rest + needed.program + needed.batch
+    return state + fixed + read + needed.program + needed.batch
 
 
 def _changed(
     config: Config, devices: int, leaner: str, fsdp: int, accum: int, tensor: int
 ) -> Config | None:
     """The recipe with these values; None if it is not a valid one, or a step back."""
-    mesh, train = config.mesh, config.train
-    if accum % train.accum_steps or tensor % mesh.tensor:
+    if not (_divides_more(config, fsdp, accum, tensor) and _is_leaner(config, leaner, fsdp)):
         return None
-    ways = mesh.fsdp * mesh.tensor
-    if fsdp % mesh.fsdp and (tensor == mesh.tensor or fsdp * tensor % ways):
-        return None
-    is_recomputed = config.inner.trajectory == "recompute"
-    if leaner == "recomputation" and _recomputes(config):
-        return None
-    reads_learning = has_fast_weights(config.model, config.inner)
-    if leaner == "trajectory" and (is_recomputed or not reads_learning):
-        return None
-    if leaner == "gather" and (mesh.gather == "block" or fsdp == 1):
-        return None
-    replace = dataclasses.replace
-    # data is what the other axes leave, whatever it was; left alone where nothing else changes.
-    moved = (fsdp, tensor) != (mesh.fsdp, mesh.tensor)
-    data = -1 if moved else mesh.data
-    changed = replace(
-        config,
-        mesh=replace(
-            mesh,
-            data=data,
-            fsdp=fsdp,
-            tensor=tensor,
-            gather="block" if leaner and fsdp > 1 else mesh.gather,
-        ),
-        train=replace(train, accum_steps=accum),
-    )
-    if leaner not in ("", "gather"):
-        trajectory = "recompute" if is_recomputed or leaner == "trajectory" else "rewind"
-        changed = replace(
-            changed,
-            model=replace(config.model, remat="block"),
-            inner=replace(config.inner, remat=True, form="fast", trajectory=trajectory),
-        )
+    changed = _made_lean(_divided(config, leaner, fsdp, accum, tensor), leaner)
     try:
         check_mesh(changed, devices)
     except UserError:
         return None
-    if tensor > mesh.tensor and _sequences_at_once(changed, devices) < 1:
+    if tensor > config.mesh.tensor and _sequences_at_once(changed, devices) < 1:
         return None
     return changed
+
+
+def _divides_more(config: Config, fsdp: int, accum: int, tensor: int) -> bool:
+    """Whether nothing is divided among fewer than before; fsdp may give way to tensor."""
+    mesh = config.mesh
+    if accum % config.train.accum_steps or tensor % mesh.tensor:
+        return False
+    gives_way = tensor > mesh.tensor and fsdp * tensor % (mesh.fsdp * mesh.tensor) == 0
+    return fsdp % mesh.fsdp == 0 or gives_way
+
+
+def _is_leaner(config: Config, leaner: str, fsdp: int) -> bool:
+    """Whether this way of LEANER ("": none) is not taken yet, and can be with so many chips."""
+    if leaner == "gather":
+        return config.mesh.gather != "block" and fsdp > 1
+    if leaner == "recomputation":
+        return not _recomputes(config)
+    if leaner == "trajectory":
+        is_recomputed = config.inner.trajectory == "recompute"
+        return not is_recomputed and has_fast_weights(config.model, config.inner)
+    return True
+
+
+def _divided(config: Config, leaner: str, fsdp: int, accum: int, tensor: int) -> Config:
+    mesh = config.mesh
+    # data is what the other axes leave, whatever it was; left alone where nothing else changes.
+    data = -1 if (fsdp, tensor) != (mesh.fsdp, mesh.tensor) else mesh.data
+    gather = "block" if leaner and fsdp > 1 else mesh.gather
+    return dataclasses.replace(
+        config,
+        mesh=dataclasses.replace(mesh, data=data, fsdp=fsdp, tensor=tensor, gather=gather),
+        train=dataclasses.replace(config.train, accum_steps=accum),
+    )
+
+
+def _made_lean(config: Config, leaner: str) -> Config:
+    """With everything recomputed that can be, where `leaner` is more than another gathering."""
+    if leaner in ("", "gather"):
+        return config
+    stays = leaner != "trajectory" and config.inner.trajectory != "recompute"
+    trajectory = "rewind" if stays else "recompute"
+    inner = dataclasses.replace(config.inner, remat=True, form="fast", trajectory=trajectory)
+    model = dataclasses.replace(config.model, remat="block")
+    return dataclasses.replace(config, model=model, inner=inner)
 
 
 def _changes(before: Config, after: Config) -> dict[str, str]:
