@@ -164,7 +164,7 @@ def manual(partition: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(entry if entry in BATCH_AXES else None for entry in partition))
 
 
-def divided(weight: Array, partition: PartitionSpec) -> Array | Divided:
+def as_divided(weight: Array, partition: PartitionSpec) -> Array | Divided:
     """A shard as a leaf that `gathered` makes whole; as it is if fsdp does not divide it."""
     if "fsdp" not in partition:
         return weight

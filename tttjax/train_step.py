@@ -106,7 +106,7 @@ def make_gradient(
 
     def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         def ready(shards: Params) -> Params:
-            params = jax.tree.map(sharding.divided, shards, specs)
+            params = jax.tree.map(sharding.as_divided, shards, specs)
             return gathered(params) if gather == "step" else params
 
         params, back = jax.vjp(ready, shards)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tttjax.ops.cross_entropy import masked_mean, token_nll, token_nll_in_blocks
-from tttjax.ops.norms import rms_norm
+from tttjax.ops.norms import layer_norm, rms_norm
 from tttjax.ops.rope import frequencies, rotate
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -131,3 +131,12 @@ def test_masked_mean_counts_what_counts_and_is_zero_for_nothing():
     mask = jnp.array([[True, True, False], [False, True, True], [False, False, False]])
     np.testing.assert_allclose(masked_mean(nll, mask), [1.5, 3.5, 0.0])
     assert np.isfinite(jax.grad(lambda x: masked_mean(x, mask[2]))(nll[2])).all()
+
+
+def test_layer_norm_over_one_and_over_two_axes():
+    x = np.random.default_rng(0).normal(size=(3, 2, 4))
+    flat = layer_norm(jnp.asarray(x).reshape(3, 8), jnp.ones(8), jnp.zeros(8), 1e-6)
+    both = layer_norm(jnp.asarray(x), jnp.ones((2, 4)), jnp.zeros((2, 4)), 1e-6, axis=(-2, -1))
+    np.testing.assert_allclose(both.reshape(3, 8), flat, atol=1e-14)
+    np.testing.assert_allclose(flat.mean(-1), 0, atol=1e-14)
+    np.testing.assert_allclose(flat.std(-1), 1, atol=1e-5)

@@ -14,7 +14,6 @@ from tttjax.ops.ttt import (
     InnerNorm,
     final_weights,
     initial_state,
-    layer_norm,
     learning_rates,
     ttt,
 )
@@ -177,12 +176,3 @@ def test_learning_happens_in_float32_under_bfloat16():
     z_THK, state = run(p, empty(p, jnp.float32), jnp.int32(0))
     assert z_THK.dtype == jnp.float32
     assert {x.dtype for x in state.values()} == {jnp.dtype(jnp.float32)}
-
-
-def test_layer_norm_over_one_and_over_two_axes():
-    x = np.random.default_rng(0).normal(size=(3, 2, 4))
-    flat = layer_norm(jnp.asarray(x).reshape(3, 8), jnp.ones(8), jnp.zeros(8), EPS)
-    both = layer_norm(jnp.asarray(x), jnp.ones((2, 4)), jnp.zeros((2, 4)), EPS, axis=(-2, -1))
-    np.testing.assert_allclose(both.reshape(3, 8), flat, atol=1e-14)
-    np.testing.assert_allclose(flat.mean(-1), 0, atol=1e-14)
-    np.testing.assert_allclose(flat.std(-1), 1, atol=1e-5)

@@ -14,6 +14,7 @@ from flax import nnx
 from tttjax.errors import UserError
 from tttjax.models.attention import State
 from tttjax.models.layers import normal_weight
+from tttjax.ops.norms import layer_norm
 from tttjax.ops.rope import rotate
 from tttjax.ops.short_conv import short_conv
 from tttjax.ops.ttt import (
@@ -22,7 +23,6 @@ from tttjax.ops.ttt import (
     Weights,
     final_weights,
     initial_state,
-    layer_norm,
     learning_rates,
     ttt,
 )

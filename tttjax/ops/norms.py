@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square and layer normalisation."""
 
 from functools import partial
 
@@ -23,3 +23,11 @@ def rms_norm(x_D: Array, weight_D: Array | None, eps: float) -> Array:
     if weight_D is not None:
         normed = normed * weight_D.astype(wide)
     return normed.astype(x_D.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float, axis: int | tuple = -1) -> Array:
+    """(x - mean) / sqrt(var + eps) * scale + bias over `axis`, in float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x - x.mean(axis, keepdims=True)
+    variance = jnp.square(centred).mean(axis, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps) * scale + bias

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tttjax.ops.norms import layer_norm
 from tttjax.types import Array
 
 Weights = dict[str, Array]  # w1 [H,K,O], b1 [H,O]; with two layers also w2 [H,O,K], b2 [H,K]
@@ -55,14 +56,6 @@ class Tokens(NamedTuple):
     key: Array
     value: Array
     lam: Array
-
-
-def layer_norm(x: Array, scale: Array, bias: Array, eps: float, axis: int | tuple = -1) -> Array:
-    """(x - mean) / sqrt(var + eps) * scale + bias over `axis`, in float32 at least."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = x - x.mean(axis, keepdims=True)
-    variance = jnp.square(centred).mean(axis, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + eps) * scale + bias
 
 
 def learning_rates(base_lr: float, head_dim: int, token_idx_C: Array) -> Array:
