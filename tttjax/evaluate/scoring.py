@@ -56,7 +56,7 @@ def _scorer(
         return read(params, batch, lr).token_nll_T
 
     def of_shard(params_shard: Params, batch: Batch, lr: Array) -> Array:
-        params = jax.tree.map(sharding.divided, params_shard, specs)
+        params = jax.tree.map(sharding.as_divided, params_shard, specs)
         return of_batch(gathered(params), batch, lr)
 
     score: Callable[[Params, Batch, Array], Array] = of_batch

@@ -37,7 +37,7 @@ from tttjax.inference.session_file import (
     load_session,
     save_session,
 )
-from tttjax.inference.writing import Piece, Request, Writer
+from tttjax.inference.writing import Request, Writer, WrittenToken
 from tttjax.precision import as_configured
 
 LEARN = ("all", "prompt", "none")
@@ -235,7 +235,7 @@ def _write(
         for i in range(args.samples)
     ]
     writer = Writer(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
-    pieces: list[list[Piece]] = [[] for _ in requests]
+    pieces: list[list[WrittenToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
     for piece in writer:
         pieces[piece.request].append(piece)

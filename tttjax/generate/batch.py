@@ -11,7 +11,7 @@ from tttjax.errors import UserError
 from tttjax.generate.opened import Opened
 from tttjax.inference.engine import Session
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.writing import Piece, Request, Writer
+from tttjax.inference.writing import Request, Writer, WrittenToken
 
 
 def read_prompts(path: str) -> list[str]:
@@ -67,7 +67,7 @@ def write_all(
             for (begun, _), prompt_T in zip(read, part, strict=True)
             for request in requests
         ]
-        pieces: list[list[Piece]] = [[] for _ in asked]
+        pieces: list[list[WrittenToken]] = [[] for _ in asked]
         for piece in Writer(opened.engine, opened.tokenizer, asked, learn=learn):
             pieces[piece.request].append(piece)
         for i, text in enumerate(pieces):
@@ -75,7 +75,7 @@ def write_all(
             yield {"prompt": first + prompt, "sample": sample, **as_json(text)}
 
 
-def as_json(pieces: Sequence[Piece]) -> dict[str, Any]:
+def as_json(pieces: Sequence[WrittenToken]) -> dict[str, Any]:
     """A text that was written: itself, its tokens, their log-probabilities, and why it ended."""
     return {
         "text": "".join(piece.text for piece in pieces),

@@ -13,7 +13,7 @@ from tttjax.config.files import OVERRIDE_PREFIX, apply_override
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.data.vocabulary import open_tokenizer
 from tttjax.errors import UserError
-from tttjax.interop.streaming import Piece
+from tttjax.interop.streaming import WeightPiece
 from tttjax.models import Transformer
 
 Say = Callable[[str], None]
@@ -46,7 +46,7 @@ class Source:
     config: Config
     step: int
     origin: dict[str, Any]
-    pieces: Callable[[Transformer], Iterator[Piece]]
+    pieces: Callable[[Transformer], Iterator[WeightPiece]]
     tokenizer: Tokenizer | None
     added: frozenset[str] = frozenset()
     reference: Reference | None = None

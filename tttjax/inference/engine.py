@@ -33,7 +33,7 @@ from tttjax.inference.reading import (
     read_chunks,
     start,
 )
-from tttjax.inference.session import NO_MARKS, NO_TOKENS, Reading, Session
+from tttjax.inference.session import NO_MARKS, NO_TOKENS, Session, Unread
 from tttjax.types import Array, Params, PyTree
 
 STATIC_ROOM = 128
@@ -132,13 +132,13 @@ class Engine:
             self.check(token_T, session.tokens)
         size = self.reader.chunk_size
         readings = [
-            Reading.of(session, token_T.astype(np.int32), learn, size)
+            Unread.of(session, token_T.astype(np.int32), learn, size)
             for session, token_T in zip(sessions, texts, strict=True)
         ]
         self._finish(readings)
         return [(reading.session, reading.seen) for reading in readings]
 
-    def _finish(self, readings: Sequence["Reading"]) -> None:
+    def _finish(self, readings: Sequence["Unread"]) -> None:
         """Reads all pieces; those furthest behind first, so that the others' company grows."""
         while left := [reading for reading in readings if reading.pieces]:
             place = min(reading.place for reading in left)
@@ -150,7 +150,7 @@ class Engine:
             for reading in batch:
                 del reading.pieces[0]
 
-    def _learn(self, batch: Sequence["Reading"], length: int) -> None:
+    def _learn(self, batch: Sequence["Unread"], length: int) -> None:
         """Reads whole chunks, from `learned`."""
         taken = [reading.take(length) for reading in batch]
         context, found = self._read_chunks(
@@ -173,7 +173,7 @@ class Engine:
             reading.session = Session(one, one, NO_TOKENS, NO_MARKS, tokens, None)
             reading.seen.append(jax.tree.map(lambda x, i=i: x[:, i : i + 1], found))
 
-    def _extend_all(self, batch: Sequence["Reading"], length: int) -> None:
+    def _extend_all(self, batch: Sequence["Unread"], length: int) -> None:
         """Reads tokens of a chunk that is not full yet, from `now`."""
         taken = [reading.take(length) for reading in batch]
         now, logit_BV = self._extend(
@@ -267,7 +267,7 @@ class Group:
         for r in full:
             beside, new = self._beside[r], np.array([tokens[r]], np.int32)
             session = replace(beside, learned=self._learned(r))
-            reading = Reading.of(session, new, learn, size)
+            reading = Unread.of(session, new, learn, size)
             reading.pieces = [piece for piece in reading.pieces if piece.chunks]
             readings.append(reading)
         self._engine._finish(readings)

@@ -54,7 +54,7 @@ class Piece:
 
 
 @dataclass
-class Reading:
+class Unread:
     """A session and the tokens that it has still to read, in `pieces`; seen: of chunks, so far."""
 
     session: Session
@@ -64,7 +64,7 @@ class Reading:
     seen: list[Records] = field(default_factory=list)
 
     @classmethod
-    def of(cls, session: Session, token_T: np.ndarray, learn: bool, size: int) -> "Reading":
+    def of(cls, session: Session, token_T: np.ndarray, learn: bool, size: int) -> "Unread":
         """New tokens for a session; `pending` ones too, if their chunk becomes full."""
         counted_T = np.full(len(token_T), learn)
         known = len(session.pending) + len(token_T)

@@ -18,7 +18,7 @@ from tttjax.inference.reading import Context, Reader, Weights, learn_from, whole
 from tttjax.types import Array, PyTree
 
 
-class Sight(NamedTuple):
+class Observations(NamedTuple):
     """What N chunks showed, in L layers (`fast_layers`); the first three as in `Records`."""
 
     loss_NB: Array
@@ -39,7 +39,7 @@ def observe_chunks(
     counted_BT: Array | None = None,
     *,
     at_start: bool = False,
-) -> tuple[Context, Sight]:
+) -> tuple[Context, Observations]:
     """`read_chunks`, and what its updates did.
 
     fast_start: W0 of one sequence, [1, ...], as `start` lays it out.
@@ -59,7 +59,7 @@ def observe_chunks(
         _, fast, _ = carry
         loss_after_B, _ = batch_loss(learner, weights.upper, fast, above_before, chunk, "once")
         shown = loss_after_B, jax.vmap(by_layer)(g), jax.vmap(moved)(fast)
-        return carry, Sight(*records, *shown)
+        return carry, Observations(*records, *shown)
 
     carry = context.above, context.fast, context.rule_state
     (above, fast, rule_state), seen = jax.lax.scan(step, carry, chunks)
@@ -73,7 +73,7 @@ def start_norms(engine: Engine) -> Array:
 
 
 class ObservingEngine(Engine):
-    """An engine whose `read` gives a `Sight` of what it learns from, in place of `Records`."""
+    """An engine whose `read` gives `Observations` of what it learns from, not `Records`."""
 
     @cached_property
     def _read_chunks(self):

@@ -34,7 +34,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WrittenToken:
     """A token that was written. request: its place in the list. logprob: by the model itself.
 
     text: what can be shown now; a character or a stop string that may be on its way is held back.
@@ -135,7 +135,7 @@ class Writer:
         self._learn = learn
         self.sessions: list[Session] = [request.session for request in requests]
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[WrittenToken]:
         transcripts = [Transcript(self._tokenizer, r.stop) for r in self._requests]
         active = list(range(len(self._requests)))
         draws: _Draws | None = None
@@ -163,15 +163,17 @@ class Writer:
             active = [active[place] for place in places]
             draws.keep(places)
 
-    def _piece(self, r: int, token: int, logprob: float, number: int, text: Transcript) -> Piece:
+    def _piece(
+        self, r: int, token: int, logprob: float, number: int, text: Transcript
+    ) -> WrittenToken:
         if token == self._tokenizer.eos_id:
-            return Piece(r, token, logprob, text.rest(), "eos")
+            return WrittenToken(r, token, logprob, text.rest(), "eos")
         shown, stopped = text.add(token)
         if stopped:
-            return Piece(r, token, logprob, shown, "stop")
+            return WrittenToken(r, token, logprob, shown, "stop")
         if number == self._requests[r].max_tokens:
-            return Piece(r, token, logprob, shown + text.rest(), "length")
-        return Piece(r, token, logprob, shown)
+            return WrittenToken(r, token, logprob, shown + text.rest(), "length")
+        return WrittenToken(r, token, logprob, shown)
 
 
 class _Draws:

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.errors import UserError
-from tttjax.interop.streaming import Piece
+from tttjax.interop.streaming import WeightPiece
 from tttjax.models import Transformer, combine, partition
 from tttjax.types import Params
 
@@ -181,7 +181,7 @@ def fast_to_official(fast, model: Transformer) -> dict[str, np.ndarray]:
     return {**ends, **{name: np.stack(rows, axis=1) for name, rows in parts.items()}}
 
 
-def pieces(arrays: Mapping[str, Any], model: Transformer) -> Iterator[Piece]:
+def pieces(arrays: Mapping[str, Any], model: Transformer) -> Iterator[WeightPiece]:
     """Every weight of the model out of opened arrays (`StoredArray`), read one by one.
 
     Of an array in which blocks are stacked, one row is read at a time.
@@ -191,9 +191,9 @@ def pieces(arrays: Mapping[str, Any], model: Transformer) -> Iterator[Piece]:
         by_name.setdefault(place.official, []).append(place)
     for name, its in by_name.items():
         if its[0].row is None:
-            yield Piece(its[0].path, None, arrays[name].read())
+            yield WeightPiece(its[0].path, None, arrays[name].read())
             continue
         read = arrays[name].rows()
         for place in its:
             assert place.official_row is not None
-            yield Piece(place.path, place.row, read(place.official_row))
+            yield WeightPiece(place.path, place.row, read(place.official_row))

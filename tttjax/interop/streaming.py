@@ -33,7 +33,7 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-class Piece(NamedTuple):
+class WeightPiece(NamedTuple):
     """A whole weight (row None), or one block's part of a stack, with as many entries."""
 
     path: str
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 def assemble(
     template: Params,
-    pieces: Iterable[Piece],
+    pieces: Iterable[WeightPiece],
     model: Transformer,
     there: Mapping[str, Array] | None = None,
 ) -> Params:

@@ -34,7 +34,7 @@ from tttjax.precision import as_configured
 from tttjax.read.log import CsvLog, Row
 from tttjax.read.snapshots import Snapshots
 from tttjax.read.telescope import Telescope
-from tttjax.read.text import Reading, advance, begin, go_on, one_text, save, stretch
+from tttjax.read.text import TextReading, advance, begin, go_on, one_text, save, stretch
 from tttjax.run_control import StopRequest
 
 EXIT_STOPPED = 75  # saved; the same command goes on
@@ -101,7 +101,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read(
-    args: argparse.Namespace, opened: Opened, reading: Reading, stop: StopRequest, stream: TextIO
+    args: argparse.Namespace,
+    opened: Opened,
+    reading: TextReading,
+    stop: StopRequest,
+    stream: TextIO,
 ) -> None:
     """Reads on, to the end or until it is to stop."""
     with contextlib.ExitStack() as closing:
@@ -164,7 +168,7 @@ class _Saver:
         self,
         args: argparse.Namespace,
         opened: Opened,
-        reading: Reading,
+        reading: TextReading,
         outputs: Iterable[CsvLog | Telescope],
         snapshots: Snapshots | None,
     ):

@@ -10,7 +10,7 @@ import numpy as np
 
 from tttjax.chunk_step import Records
 from tttjax.errors import UserError
-from tttjax.inference.telescope import Sight
+from tttjax.inference.telescope import Observations
 from tttjax.whole_files import whole_file
 
 HEAD = ("tokens", "loss", "grad_norm")  # read by the end of the chunk, nats per token, its norm
@@ -27,12 +27,12 @@ class Row(NamedTuple):
     layer_drift: Sequence[float] = ()
 
 
-def rows_of(seen: Sequence[Records | Sight], end: int, chunk: int) -> list[Row]:
+def rows_of(seen: Sequence[Records | Observations], end: int, chunk: int) -> list[Row]:
     """The chunks of one sequence, the last of which ends after `end` tokens."""
     columns: list[tuple[Any, ...]] = []
     for found in seen:
         arrays = [found.loss_NB, found.grad_norm_NB]
-        if isinstance(found, Sight):
+        if isinstance(found, Observations):
             arrays += [found.loss_after_NB, found.grad_norm_NBL, found.drift_NBL]
         columns += zip(*(np.asarray(x)[:, 0].tolist() for x in arrays), strict=True)
     first = end - len(columns) * chunk

@@ -25,7 +25,7 @@ from tttjax.inference.telescope import start_norms
 from tttjax.metrics import json_safe
 from tttjax.read.log import Row
 from tttjax.read.plot import draw
-from tttjax.read.text import Reading
+from tttjax.read.text import TextReading
 from tttjax.whole_files import whole_file
 
 FORMAT = "tttjax-telescope-1"
@@ -67,7 +67,7 @@ class Telescope:
     Raises UserError for a folder that is a file, or holds what another model or text showed.
     """
 
-    def __init__(self, folder: str | os.PathLike, opened: Opened, reading: Reading):
+    def __init__(self, folder: str | os.PathLike, opened: Opened, reading: TextReading):
         self._folder = Path(folder)
         self._about = _describe(opened, reading)
         self._check()
@@ -157,7 +157,7 @@ class Telescope:
         self._file.close()
 
 
-def _describe(opened: Opened, reading: Reading) -> dict[str, Any]:
+def _describe(opened: Opened, reading: TextReading) -> dict[str, Any]:
     reader = opened.engine.reader
     return {
         "format": FORMAT,

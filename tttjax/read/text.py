@@ -24,7 +24,7 @@ STATIC_STRETCH = 2048  # tokens read at once by a model that does not learn
 
 
 @dataclass
-class Reading:
+class TextReading:
     """A text, of which `done` of `total` tokens were read into the session.
 
     mark: what tells the text from others. losses, losses_after: of the last chunks, as `About` has
@@ -62,7 +62,7 @@ def one_text(name: str) -> InputFile:
     return files[0]
 
 
-def begin(opened: Opened, file: InputFile, base: str | None) -> Reading:
+def begin(opened: Opened, file: InputFile, base: str | None) -> TextReading:
     """At the start of a text, after the session of the file `base` if one is given.
 
     Raises UserError for a text without tokens.
@@ -71,10 +71,12 @@ def begin(opened: Opened, file: InputFile, base: str | None) -> Reading:
     session = start_session(opened, base)
     if not session.tokens and opened.tokenizer.bos_id is not None:
         session, _ = opened.engine.read(session, np.array([opened.tokenizer.bos_id]))
-    return Reading(file, mark(file), total, session, 0, deque(maxlen=LOSSES), deque(maxlen=LOSSES))
+    return TextReading(
+        file, mark(file), total, session, 0, deque(maxlen=LOSSES), deque(maxlen=LOSSES)
+    )
 
 
-def go_on(opened: Opened, file: InputFile, path: str | Path) -> Reading:
+def go_on(opened: Opened, file: InputFile, path: str | Path) -> TextReading:
     """Where reading was when the session file was saved. UserError if it was of another text."""
     before = read_about(path)
     if not is_of(before, file):
@@ -93,7 +95,7 @@ def go_on(opened: Opened, file: InputFile, path: str | Path) -> Reading:
     total = count(opened.tokenizer, file)
     session, losses = start_session(opened, str(path)), deque(before.chunk_losses, LOSSES)
     after = deque(before.chunk_losses_after, LOSSES)
-    return Reading(file, mark(file), total, session, before.source["tokens"], losses, after)
+    return TextReading(file, mark(file), total, session, before.source["tokens"], losses, after)
 
 
 def how(opened: Opened) -> str:
@@ -131,7 +133,7 @@ def stretch(opened: Opened) -> int:
     return CHUNKS_AT_ONCE * opened.engine.reader.chunk_size or STATIC_STRETCH
 
 
-def advance(opened: Opened, reading: Reading, until: int | None = None) -> Iterator[list[Row]]:
+def advance(opened: Opened, reading: TextReading, until: int | None = None) -> Iterator[list[Row]]:
     """Reads on, at most `until` so many tokens of the text are read; gives rows by stretch.
 
     The first stretch ends where one would have ended that began with the text, so that what is read
@@ -177,7 +179,11 @@ def _stretches(
 
 
 def save(
-    path: str | Path, opened: Opened, reading: Reading, precision: str = "float32", rank: int = 0
+    path: str | Path,
+    opened: Opened,
+    reading: TextReading,
+    precision: str = "float32",
+    rank: int = 0,
 ) -> About:
     """Writes the session file of a reading."""
     looked = {"telescope": True} if isinstance(opened.engine, ObservingEngine) else {}

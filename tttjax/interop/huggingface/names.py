@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tttjax.errors import UserError
-from tttjax.interop.streaming import Piece
+from tttjax.interop.streaming import WeightPiece
 from tttjax.models import Transformer, combine
 
 
@@ -234,7 +234,9 @@ def check_names(names: Iterable[str], places: Iterable[TensorPlace], where: str)
         raise UserError(f"{where} does not fit this model: {'; '.join(problems[:8])}{more}")
 
 
-def pieces(places: Iterable[TensorPlace], read: Callable[[str], np.ndarray]) -> Iterator[Piece]:
+def pieces(
+    places: Iterable[TensorPlace], read: Callable[[str], np.ndarray]
+) -> Iterator[WeightPiece]:
     """Our weights, row by row, out of tensors that are read one by one (`read(name)`).
 
     Raises UserError for a tensor of another shape, and for two that are one weight and differ.
@@ -244,7 +246,7 @@ def pieces(places: Iterable[TensorPlace], read: Callable[[str], np.ndarray]) -> 
         ours = place.to_ours(read(place.name))
         before = first.setdefault((place.path, place.row), place)
         if before is place:
-            yield Piece(place.path, place.row, ours)
+            yield WeightPiece(place.path, place.row, ours)
         else:
             _check_same(place, ours, before.to_ours(read(before.name)))
 
