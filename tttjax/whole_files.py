@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tttjax.errors import UserError
@@ -26,6 +26,24 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_files(
+    out: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]
+) -> dict[str, Path]:
+    """Has each file under `out` written whole or not at all; returns their paths by name."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in writers}
+    for name, write in writers.items():
+        with whole_file(paths[name]) as temporary:
+            write(temporary)
+    return paths
+
+
+def write_text(path: Path, text: str) -> None:
+    """`Path.write_text`, in UTF-8 whatever the machine's default."""
+    path.write_text(text, encoding="utf-8")
 
 
 def check_vacant(path: str | os.PathLike, option: str) -> Path:

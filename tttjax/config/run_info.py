@@ -6,7 +6,6 @@ the environment's variables, so no secret can end up in a file.
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import time
@@ -18,6 +17,7 @@ from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
 from tttjax.config.fields import field_info, unset_additions
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
+from tttjax.whole_files import whole_file
 
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
@@ -143,9 +143,8 @@ def _read_json(path: Path) -> Any:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:

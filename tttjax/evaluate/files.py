@@ -5,16 +5,19 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from tttjax.errors import UserError
 from tttjax.evaluate import plots
 from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.statistics import Estimate, Sums
+from tttjax.whole_files import write_files, write_text
 
 FORMAT = 1
 
@@ -30,28 +33,14 @@ def write_results(
         "results.json": lambda path: write_text(path, to_json(comparison)),
         "by_position.csv": lambda path: write_text(path, to_csv(*_by_position(comparison))),
         "by_context.csv": lambda path: write_text(path, to_csv(*_by_context(comparison))),
-        "loss_by_position.png": lambda path: plots.by_position(comparison, log_x).savefig(path),
-        "loss_by_context.png": lambda path: plots.by_context(comparison).savefig(path),
+        "loss_by_position.png": partial(_save, plots.by_position(comparison, log_x)),
+        "loss_by_context.png": partial(_save, plots.by_context(comparison)),
     }
     return write_files(out, writers)
 
 
-def write_files(
-    out: str | os.PathLike, writers: Mapping[str, Callable[[Path], None]]
-) -> dict[str, Path]:
-    """Has each file under `out` written whole or not at all; returns their paths by name."""
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, write in writers.items():
-        paths[name] = folder / name
-        temporary = folder / f".{os.getpid()}.{name}"
-        try:
-            write(temporary)
-            os.replace(temporary, paths[name])
-        finally:
-            temporary.unlink(missing_ok=True)
-    return paths
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="png")
 
 
 def check_writable(out: str | os.PathLike) -> None:
@@ -65,10 +54,6 @@ def check_writable(out: str | os.PathLike) -> None:
             f"the results cannot be written to {folder}: {existing} is read-only for you; name "
             "another folder with --out=DIR"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 # JSON --------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from typing import Any, TextIO
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.evaluate.files import write_files, write_text
 from tttjax.fast_layers import fast_layers
 from tttjax.generate.opened import Opened
 from tttjax.inference.telescope import start_norms
@@ -26,7 +25,7 @@ from tttjax.metrics import json_safe
 from tttjax.read.log import Row
 from tttjax.read.plot import draw
 from tttjax.read.text import TextReading
-from tttjax.whole_files import whole_file
+from tttjax.whole_files import whole_file, write_text
 
 FORMAT = "tttjax-telescope-1"
 CHUNKS, SUMMARY, PLOT = "chunks.jsonl", "telescope.json", "telescope.png"
@@ -132,12 +131,14 @@ class Telescope:
         self._write_summary()
         if self._bins.count:
             figure = draw(self._about, self._bins.means())
-            write_files(self._folder, {PLOT: lambda path: figure.savefig(path, format="png")})
+            with whole_file(self._folder / PLOT) as temporary:
+                figure.savefig(temporary, format="png")
 
     def _write_summary(self) -> None:
         values = {**self._about, **self._means()}
         text = json.dumps(values, indent=1, allow_nan=False) + "\n"
-        write_files(self._folder, {SUMMARY: lambda path: write_text(path, text)})
+        with whole_file(self._folder / SUMMARY) as temporary:
+            write_text(temporary, text)
 
     def _means(self) -> dict[str, Any]:
         if not self._bins.count:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.evaluate.files import to_csv, write_files, write_text
+from tttjax.evaluate.files import to_csv
 from tttjax.evaluate.statistics import position_bins
 from tttjax.report import plots
 from tttjax.report.page import to_html
 from tttjax.report.results import Report, SystemResult
 from tttjax.report.statistics import Value, by_position, difference_by_position, loss
 from tttjax.report.tables import about_errors, about_text, sections
+from tttjax.whole_files import write_files, write_text
 
 FORMAT = 1
 COLUMNS = (

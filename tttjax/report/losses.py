@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -18,10 +18,10 @@ from tttjax.config import EvalConfig, config_fingerprint
 from tttjax.data.held_out import HeldOut
 from tttjax.data.shards import PreparedData
 from tttjax.evaluate import compare
-from tttjax.evaluate.files import write_files
 from tttjax.evaluate.statistics import Sums
 from tttjax.evaluate.text import Text, open_text
 from tttjax.report.entries import Member, System
+from tttjax.whole_files import whole_file
 
 FORMAT = 1
 CACHE = "cache"
@@ -137,15 +137,9 @@ def save(path: Path, sums: Sums) -> None:
     """Writes sums under a name of their own, whole or not at all."""
     arrays = {f.name: getattr(sums, f.name) for f in dataclasses.fields(sums)}
     known = {name: value for name, value in arrays.items() if value is not None}
-    write_files(path.parent, {path.name: _saver(known)})
-
-
-def _saver(arrays: Mapping[str, Any]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
-
-    return write
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **known)
 
 
 def load(path: Path) -> Sums | None:

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tttjax.config import InnerConfig, config_fingerprint
-from tttjax.evaluate.files import write_files, write_text
 from tttjax.evaluate.runs import learning_rates, reading_model
 from tttjax.meta import make_inner_loop, read_learning
 from tttjax.models import Transformer, combine
 from tttjax.precision import as_configured
 from tttjax.report.entries import Member
 from tttjax.types import Array, Params
+from tttjax.whole_files import whole_file, write_text
 
 FORMAT = 1
 ROUNDS, MORE_ROUNDS, QUICK = 5, 50, 0.5
@@ -83,7 +83,9 @@ def measure_prefill(
         for label, times in seconds.items()
     }
     if jax.process_index() == 0:
-        write_files(cache, {path.name: lambda p: write_text(p, json.dumps(found))})
+        cache.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            write_text(temporary, json.dumps(found))
     return found
 
 

@@ -18,6 +18,7 @@ from tttjax.verify.cases import Cache, check_case
 from tttjax.verify.imports import check_checkpoints, check_zarr
 from tttjax.verify.layer_cases import LayerCache, check_layer_case
 from tttjax.verify.rows import Row
+from tttjax.whole_files import whole_file
 
 # Folders with these files are stores of arrays: what JSON lies in them is not ours to judge.
 STORES = ("_CHECKPOINT_METADATA", "zarr.json", ".zgroup", ".zarray", ".zattrs")
@@ -196,9 +197,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         return fields if finite else {**fields, "deviation": str(row.deviation)}
 
     content = {**content, "rows": [plain(row) for row in content["rows"]]}
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tttjax.evaluate.files import to_csv, write_files, write_text
+from tttjax.evaluate.files import to_csv
 from tttjax.evaluate.needle import plots
 from tttjax.evaluate.needle.results import (
     MEASURES,
@@ -22,6 +22,7 @@ from tttjax.evaluate.needle.results import (
 )
 from tttjax.evaluate.needle.tables import sentence, table
 from tttjax.evaluate.statistics import Estimate
+from tttjax.whole_files import write_files, write_text
 
 FORMAT = 1
 WHERE = ("length", "depth", "distance", "distance_stop", "region")
@@ -40,7 +41,7 @@ def write_needle(results: NeedleResults, out: str | os.PathLike) -> dict[str, Pa
 
 
 def _save(results: NeedleResults, task: str, path: Path) -> None:
-    plots.heat_maps(results, task).savefig(path)
+    plots.heat_maps(results, task).savefig(path, format="png")
 
 
 def to_json(results: NeedleResults) -> str:
