@@ -223,3 +223,21 @@ def test_long_sequences_stay_finite(kind, dtype):
     length = 16 * 1024
     x_TD = inputs(length, dtype=dtype)
     assert finite(loss_and_gradients(block, dtype)(weights_of(block), x_TD))
+
+
+@pytest.mark.parametrize("name", ["window", "mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp"])
+def test_factors_are_read_in_the_compute_dtype_anyway(name):
+    """So they can be gathered and cast before they are used."""
+    kind, changes = MIXERS[name]
+    block = block_of(kind, **changes)
+    weights = weights_of(block, dtype=jnp.float32)
+    narrow = block.narrowed(weights, jnp.dtype(jnp.bfloat16), arrays=True)
+    matrices = [w for w in jax.tree.leaves(narrow) if w.ndim > 1 and w.dtype == jnp.bfloat16]
+    assert len(matrices) >= 4  # into the heads, and out of them
+
+    @jax.jit
+    def outputs(weights, x_TD):
+        return block.apply(weights, x_TD, None, jnp.zeros((), jnp.int32))[0]
+
+    x_TD = inputs(dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(outputs(weights, x_TD), outputs(narrow, x_TD))

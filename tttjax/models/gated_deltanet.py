@@ -55,9 +55,12 @@ class GatedDeltaNet(nnx.Module):
                 "evenly; choose a number of value heads that is a multiple of the key heads"
             )
 
+        def matrix(shape, axes):
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
+
         def into(*heads):
             axes = ("embed", "heads", "head_dim")[: 1 + len(heads)]
-            return normal_weight(rngs, (embed_dim, *heads), axes, std=std, dtype=dtype)
+            return matrix((embed_dim, *heads), axes)
 
         def conv(*heads):
             return uniform_taps(rngs, conv_size, heads, ("heads", "head_dim"), dtype)
@@ -71,7 +74,7 @@ class GatedDeltaNet(nnx.Module):
         self.dt_bias = initial_dt_bias(rngs, value_heads, dtype)
         self.norm = nnx.Param(jnp.ones((value_dim,), dtype), axes=("head_dim",))
         out = (value_heads, value_dim, embed_dim), ("heads", "head_dim", "embed")
-        self.wo = normal_weight(rngs, *out, std=std, dtype=dtype)
+        self.wo = matrix(*out)
         self.negative = negative
         self.norm_eps = norm_eps
         self.chunk = chunk

@@ -77,6 +77,9 @@ class TTTLayer(nnx.Module):
         self.base_lr, self.rope_theta, self.norm_eps = base_lr, rope_theta, norm_eps
 
         def matrix(shape, axes):
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
+
+        def inner_matrix(shape, axes):  # learns while it reads, in float32 at least
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
 
         def constant(value, shape, axes):
@@ -103,11 +106,11 @@ class TTTLayer(nnx.Module):
         self.token_idx = constant(0, (chunk_size,), ("taps",))
         self.norm_scale, self.norm_bias = constant(1, *per_head), constant(0, *per_head)
         hidden = INNER_MLP_WIDTH * head_dim if inner == "mlp" else head_dim
-        self.w1 = matrix((num_heads, head_dim, hidden), ("heads", "head_dim", "state"))
+        self.w1 = inner_matrix((num_heads, head_dim, hidden), ("heads", "head_dim", "state"))
         self.b1 = constant(0, (num_heads, hidden), ("heads", "state"))
         self.inner_names: tuple[str, ...] = ("w1", "b1")
         if inner == "mlp":
-            self.w2 = matrix((num_heads, hidden, head_dim), ("heads", "state", "head_dim"))
+            self.w2 = inner_matrix((num_heads, hidden, head_dim), ("heads", "state", "head_dim"))
             self.b2 = constant(0, *per_head)
             self.inner_names = self.INNER_WEIGHTS
         self.post_norm_scale, self.post_norm_bias = constant(1, *per_head), constant(0, *per_head)
