@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
     {"errors", "types", "chips"},
-    {"whole_files"},
+    {"whole_files", "batching"},
     {"config"},
     {"ops", "divided"},
     {"update_rules"},
@@ -35,7 +35,7 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 CORE = (
-    *("ops", "divided", "update_rules", "inner_loop", "models"),
+    *("batching", "ops", "divided", "update_rules", "inner_loop", "models"),
     *("history", "chunk_step", "fast_gradient", "meta", "train_step"),
 )
 COMMANDS = (

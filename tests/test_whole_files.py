@@ -1,9 +1,11 @@
 """What is written is there whole, or what was there before is."""
 
+import os
+
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.whole_files import check_vacant, whole_file, whole_folder
+from tttjax.whole_files import check_vacant, whole_file, whole_folder, write_files, write_text
 
 
 def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
@@ -21,6 +23,32 @@ def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
         interrupted()
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    with whole_file(path) as slow:
+        slow.write_text("the first")
+        monkeypatch.setattr(os, "getpid", lambda: 0)  # another process
+        with whole_file(path) as quick:
+            quick.write_text("the second")
+        assert path.read_text() == "the second"
+    assert path.read_text() == "the first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_were_written_before_one_fails_stay(tmp_path):
+    def fails(path):
+        path.write_text("half")
+        raise OSError("full")
+
+    writers = {"a": lambda path: write_text(path, "größer"), "b": fails}
+    with pytest.raises(OSError, match="full"):
+        write_files(tmp_path / "new", writers)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+    del writers["b"]
+    assert write_files(tmp_path / "new", writers) == {"a": tmp_path / "new" / "a"}
+    assert (tmp_path / "new" / "a").read_text("utf-8") == "größer"
 
 
 def test_a_folder_appears_with_everything_in_it(tmp_path):

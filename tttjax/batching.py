@@ -12,6 +12,7 @@ from tttjax.types import Array, PyTree
 def over_sequences(fn: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
     """`jax.vmap(fn, in_axes, out_axes)`, but a batch of one sequence runs as fn itself.
 
+    Axes are counted from the first; None: the same for all.
     On a CPU, XLA's sums over an inner axis are many times slower where an outer axis has length 1,
     and one sequence on each device at a time is what most training has.
     """
@@ -30,7 +31,7 @@ def over_sequences(fn: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callabl
 
 def _with_axis(x: Array, axis: int) -> Array:
     """`jnp.expand_dims`, of which the derivative is a sum, as a reshape in both directions."""
-    return x.reshape(*x.shape[:axis], 1, *x.shape[axis:])
+    return jnp.reshape(x, (*jnp.shape(x)[:axis], 1, *jnp.shape(x)[axis:]))
 
 
 def _along(axes: Any, tree: PyTree, change: Callable[[Array, int], Any]) -> PyTree:

@@ -32,7 +32,7 @@ LOGIT_ROWS = 1024  # rows of logits in memory at a time
 
 
 class Reading(NamedTuple):
-    """What reading one sequence showed. N chunks, T tokens; batched by vmap."""
+    """What reading one sequence showed. N chunks, T tokens; [B, ...] of a batch."""
 
     loss: Array  # mean of chunk_loss_N
     chunk_loss_N: Array
@@ -223,7 +223,7 @@ def make_outer_loss(
     reader = make_reader(model, inner, learn=learn)
 
     def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, Reading]:
-        chex.assert_rank(batch.inputs, 2)  # [B, T]: without a batch, vmap would split the sequence
+        chex.assert_rank(batch.inputs, 2)  # [B, T]: without a batch, the sequence would be one
         chex.assert_equal_shape([batch.inputs, batch.targets, batch.mask])
         reading = reader(params, batch, lr)
         return jnp.mean(reading.loss), reading

@@ -13,11 +13,11 @@ from tttjax.errors import UserError
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """The path of a file to write, which replaces `path` once it is written and on the disk.
 
-    If anything goes wrong it is removed, and what stands at `path` stays. What a kill leaves of it
-    is overwritten by the next.
+    If anything goes wrong it is removed, and what stands at `path` stays. It carries the process's
+    number, so that two writers of one file do not mix: the last to finish has it.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:

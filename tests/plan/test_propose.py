@@ -99,6 +99,12 @@ def test_what_is_kept_between_blocks_is_not_divided_with_the_layers():
     # Of 120 with as many sequences on a device 20 are weights, and half of them is left.
     assert predict(before, after, DEVICES, inside) == pytest.approx(75)
     assert predict(before, after, DEVICES, kept) == pytest.approx(75 + 40)
+    # Without recomputation they are mostly what is inside of blocks.
+    before, after = (
+        dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+        for config in (before, after)
+    )
+    assert predict(before, after, DEVICES, kept) == pytest.approx(75)
 
 
 def test_nothing_is_offered_where_nothing_fits():

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ def write_results(
         "results.json": lambda path: write_text(path, to_json(comparison)),
         "by_position.csv": lambda path: write_text(path, to_csv(*_by_position(comparison))),
         "by_context.csv": lambda path: write_text(path, to_csv(*_by_context(comparison))),
-        "loss_by_position.png": partial(_save, plots.by_position(comparison, log_x)),
-        "loss_by_context.png": partial(_save, plots.by_context(comparison)),
+        "loss_by_position.png": lambda path: _save(plots.by_position(comparison, log_x), path),
+        "loss_by_context.png": lambda path: _save(plots.by_context(comparison), path),
     }
     return write_files(out, writers)
 

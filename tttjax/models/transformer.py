@@ -5,7 +5,7 @@ runs over all tokens at once. The *suffix*, the last blocks, holds the fast weig
 runs it chunk by chunk. Like blocks are stacked and scanned, so that compile time does not grow with
 depth; a pattern such as 5 window : 1 full is scanned by the period of the pattern.
 
-Everything here is for one sequence; `jax.vmap` adds the batch.
+Everything here is for one sequence; `over_sequences` adds the batch.
 """
 
 import difflib

@@ -99,7 +99,8 @@ def predict(before: Config, after: Config, devices: int, needed: Memory) -> floa
     held = [parameters * _held(c) for c in (before, after)]
     fixed = min(held[0], needed.working)
     # What enters a block is whole on all devices of tensor; what is inside is divided.
-    kept = min(needed.activations, needed.working - fixed)
+    enters = needed.activations if before.model.remat == "block" else 0.0
+    kept = min(enters, needed.working - fixed)
     inside = needed.working - fixed - kept
     if _recomputes(after) and not _recomputes(before):
         kept, inside = kept / 2, inside / 2  # a guess, to be checked like all the others
@@ -166,8 +167,8 @@ def _made_lean(config: Config, leaner: str) -> Config:
     """With everything recomputed that can be, where `leaner` is more than another gathering."""
     if leaner in ("", "gather"):
         return config
-    stays = leaner != "trajectory" and config.inner.trajectory != "recompute"
-    trajectory = "rewind" if stays else "recompute"
+    is_recomputed = leaner == "trajectory" or config.inner.trajectory == "recompute"
+    trajectory = "recompute" if is_recomputed else "rewind"
     inner = dataclasses.replace(config.inner, remat=True, form="fast", trajectory=trajectory)
     model = dataclasses.replace(config.model, remat="block")
     return dataclasses.replace(config, model=model, inner=inner)
