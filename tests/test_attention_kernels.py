@@ -3,8 +3,13 @@
 import pytest
 from small import small_config
 
-from tttjax.attention_kernels import Choice, choose_kernels, describe_kernels, platform_of
-from tttjax.errors import UserError
+from tttjax.attention_kernels import (
+    Choice,
+    choose_chunk_kernels,
+    choose_kernels,
+    describe_kernels,
+    platform_of,
+)
 from tttjax.sharding import make_mesh
 
 MODEL = {"embed_dim": 128, "compute_dtype": "bfloat16", "num_layers": 3}
@@ -20,7 +25,7 @@ def test_this_machine():
     assert platform_of(make_mesh()) == "cpu"
     chosen = choose_kernels(config_with(), "cpu")
     assert chosen == {"window": Choice("XLA", "there is no library kernel for cpu")}
-    assert describe_kernels(chosen) == (
+    assert describe_kernels(config_with(), "cpu") == (
         "attention over whole sequences: window by XLA (there is no library kernel for cpu)"
     )
 
@@ -33,7 +38,7 @@ def test_a_gpu_and_a_tpu_elsewhere():
         "local": "XLA",
     }
     assert chosen["local"].why == "cuDNN has no attention within blocks"
-    assert describe_kernels(choose_kernels(config_with(), "tpu", here=False)) == (
+    assert describe_kernels(config_with(), "tpu", here=False) == (
         "attention over whole sequences: window by splash attention"
     )
 
@@ -49,22 +54,39 @@ def test_xla_alone():
 
 
 def test_a_model_without_attention_says_nothing():
-    assert describe_kernels(choose_kernels(config_with(mixers=("mamba2",)), "tpu")) == ""
+    assert describe_kernels(config_with(mixers=("mamba2",)), "tpu") == ""
+
+
+CHUNKS = {"suffix_layers": 2, "window_size": 512, "head_dim": 64}
+
+
+def chunked(inner=None, **model):
+    return small_config(
+        model={**MODEL, **CHUNKS, **model},
+        inner={"chunk_size": 128, **(inner or {})},
+        train=LONG,
+    )
+
+
+def test_chunks_that_are_learned_from():
+    for platform in ("tpu", "cuda"):
+        assert choose_chunk_kernels(chunked(), platform) == {"window": Choice("Pallas")}
+    assert describe_kernels(chunked(mixers=("window+mamba2",)), "cpu").endswith(
+        "; over chunks: window by XLA (on a CPU a kernel is interpreted)"
+    )
+    short = choose_chunk_kernels(chunked(window_size=32, inner={"chunk_size": 32}), "tpu")
+    assert short["window"].why == "64 keys are fewer than the 256 from which a kernel pays"
+    assert choose_chunk_kernels(chunked(attention_kernel="xla"), "tpu")["window"].kernel == "XLA"
 
 
 @pytest.mark.parametrize(
-    ("model", "platform", "says"),
+    "changes",
     [
-        ({}, "cpu", "there is no library kernel for cpu"),
-        ({"compute_dtype": "float32"}, "cuda", "not in float32"),
-        (
-            {"mixers": ("local",)},
-            "tpu",
-            "local attention: splash attention has no attention within",
-        ),
+        {"suffix_layers": 1},  # its attention is below the fast weights
+        {"inner": {"form": "reference"}},
+        {"inner": {"meta_gradient": "none"}},
+        {"mixers": ("full",)},
     ],
 )
-def test_insisting_on_the_library_where_it_does_not_apply(model, platform, says):
-    with pytest.raises(UserError, match=f'model.attention_kernel = "library" .*{says}') as caught:
-        choose_kernels(config_with("library", **model), platform, here=False)
-    assert "\n" not in str(caught.value)
+def test_no_chunks_are_read_with_attention(changes):
+    assert choose_chunk_kernels(chunked(**changes), "tpu") == {}

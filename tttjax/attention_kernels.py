@@ -1,24 +1,28 @@
-"""Which kernel computes attention over whole sequences on a platform, and why.
+"""Which kernel computes attention on a platform, and why.
 
-`ops.library_attention` chooses it when a program is lowered. Here it is told in advance, and an
+`ops.library_attention` chooses it for whole sequences when a program is lowered, and
+`ops.window_attention` for the chunks that are learned from. Here it is told in advance, and an
 error is raised where the configuration insists on a library's kernel that cannot be had.
 """
 
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.models import build_model
+from tttjax.meta import learns
+from tttjax.models import Cut, build_model
 from tttjax.models.block import attention_sights
 from tttjax.ops.library_attention import KERNELS, why_not, why_not_here
+from tttjax.ops.window_attention import window_attention_why_not
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of one kind of attention. why: it is not the library's; empty if it is."""
+    """The kernel of one kind of attention. why: it is XLA's form; empty if it is a kernel."""
 
     kernel: str
     why: str = ""
@@ -59,10 +63,43 @@ def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[
     return found
 
 
-def describe_kernels(choices: dict[str, Choice]) -> str:
-    """One line; empty where there is no attention."""
-    told = [
+def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
+    """By kind of attention that training reads with chunk by chunk, over a window of the past.
+
+    Empty where nothing learns, and for the reference form, which has all scores in memory.
+    """
+    model = build_model(config.model, config.inner)
+    if config.inner.form != "fast" or not learns(model, config.inner.meta_gradient):
+        return {}
+    kinds = Cut(model).mixers_above
+    shape, chunk = model.shape, config.inner.chunk_size
+    found = {}
+    for kind, sight in attention_sights(shape).items():
+        reach = [size for size in sight if size]
+        if not reach or kind not in kinds:
+            continue
+        why = window_attention_why_not(
+            *(platform, (chunk, shape.num_heads, shape.head_dim), min(reach)),
+            jnp.dtype(config.model.compute_dtype),
+            kv_heads=shape.kv_heads,
+            kernel="xla" if config.model.attention_kernel == "xla" else "auto",
+        )
+        found[kind] = Choice("XLA", why) if why else Choice("Pallas")
+    return found
+
+
+def describe_kernels(config: Config, platform: str, *, here: bool = True) -> str:
+    """What both of the above say, in one line; empty where there is no attention."""
+    parts = {
+        "whole sequences": choose_kernels(config, platform, here=here),
+        "chunks": choose_chunk_kernels(config, platform),
+    }
+    told = [f"over {what}: {_told(choices)}" for what, choices in parts.items() if choices]
+    return f"attention {'; '.join(told)}" if told else ""
+
+
+def _told(choices: dict[str, Choice]) -> str:
+    return ", ".join(
         f"{kind} by {choice.kernel}" + (f" ({choice.why})" if choice.why else "")
         for kind, choice in choices.items()
-    ]
-    return f"attention over whole sequences: {', '.join(told)}" if told else ""
+    )

@@ -24,7 +24,7 @@ import jax
 from absl import logging
 
 from tttjax import checkpoint, flops, metrics, precision
-from tttjax.attention_kernels import choose_kernels, describe_kernels, platform_of
+from tttjax.attention_kernels import describe_kernels, platform_of
 from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
@@ -161,7 +161,7 @@ def _set_up(
     batches, tokenizer = (batches, "") if batches else open_batches(config)
     closing.callback(batches.close)
     mesh = _make_mesh(config)
-    kernels = describe_kernels(choose_kernels(config, platform_of(mesh)))
+    kernels = describe_kernels(config, platform_of(mesh))
     trainer = make_trainer(config, mesh)
     if jax.process_index() == 0:
         write_run_info(workdir, config, with_devices=True)

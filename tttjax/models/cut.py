@@ -104,6 +104,16 @@ class Cut:
                 found[f"stage{i}"] = Segment(f"stage{i}", rows, stacks)
         return found
 
+    @property
+    def mixers_above(self) -> frozenset[str]:
+        """Kinds of mixers that read chunk by chunk, joined ones taken apart."""
+        kinds = {
+            str(stack.arguments[0])
+            for segment in self.segments.values()
+            for stack in segment.stacks.values()
+        }
+        return frozenset(kind for joined in kinds for kind in joined.split("+"))
+
     # --- weights ------------------------------------------------------------------------------
 
     def above(self, tree: PyTree) -> PyTree:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tttjax.attention_kernels import choose_kernels, describe_kernels
+from tttjax.attention_kernels import describe_kernels
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.flops import TrainFlops, train_flops_by_part
 from tttjax.plan.bounds import Bounds, Cost, make_bounds, make_cost, wire_bytes
@@ -104,7 +104,7 @@ def _as_needed(plan: Plan) -> Memory:
 def _plan(
     config: Config, topology: Topology, name: str, mfu: float, changes: dict[str, str]
 ) -> Plan:
-    kernels = choose_kernels(config, topology.platform, here=topology.compiles)
+    kernels = describe_kernels(config, topology.platform, here=topology.compiles)
     program = trace(config, topology)
     compiled = compile_program(program) if topology.compiles else None
     memory = compiled.memory if compiled and compiled.memory else program.memory
@@ -132,7 +132,7 @@ def _plan(
             "steps": config.train.steps,
         },
         parameters=parameter_count(config.model)["total"],
-        attention=describe_kernels(kernels),
+        attention=kernels,
         fits=fits,
         needed=needed,
         capacity=capacity,
