@@ -130,6 +130,18 @@ def test_a_full_disk_is_one_sentence(command, error, capsys):
     assert err.count("\n") == 1
 
 
+def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
+    message = "RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes.\nAllocator:\n  much more"
+    command(fails_with(RuntimeError(message)))
+    assert cli.main(["greet", "--name=x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: The device's memory is too small")
+    assert err.count("\n") == 1
+    command(fails_with(RuntimeError("something else, not RESOURCE_EXHAUSTED")))
+    with pytest.raises(RuntimeError):
+        cli.main(["greet", "--name=x"])
+
+
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,35 @@ def test_tpu_hosts_all_train_in_the_background(shell):
     result = shell(str(LAUNCH / "tpu_vm.sh"), "train", programs={"gcloud": SHOW}, **TPU, **JOB)
     assert "[--worker=all]" in result.stdout
     assert "nohup .venv/bin/tttjax train --distributed --config=" in result.stdout
+
+
+def test_gpu_benchmarks_end_with_the_ratios(shell, tmp_path):
+    body = """
+echo "$*" >>"$LOG"
+[[ $2 == "$BROKEN" ]] && exit 3
+if [[ $2 == meta-gradient ]]; then
+    echo '[{"name": "fast", "step_seconds": 3}, {"name": "full", "step_seconds": 2}]'
+else
+    echo '[{"name": "x/paper.py:3b,a", "seconds": 4}, {"name": "b", "seconds": null}]'
+fi"""
+    python = {"python": f'exec {sys.executable} "$@"'}
+    run = partial(shell, str(LAUNCH / "gpu_benchmarks.sh"), programs={"tttjax": body, **python})
+    out, log = tmp_path / "out", tmp_path / "log"
+    result = run(str(out), "--config.model.remat=none", LOG=str(log), BROKEN="", BATCH="2")
+    assert result.returncode == 0, result.stderr
+    assert "TTT-E2E / full attention: 1.50; inverse 0.67" in result.stdout
+    assert re.search(r"3b,a +4.000 s", result.stdout)
+    assert re.search(r"b +does not fit", result.stdout)
+    assert result.stdout.count("TTT-E2E / full") == 1
+    assert {path.name for path in out.iterdir()} == {"train_step.json", "prefill.json"}
+    step, prefill = log.read_text().splitlines()
+    assert "125m,ttt_e2e,pretrain --config.train.batch_size=2" in step
+    assert "--lengths=131072" in prefill
+    assert "3b,full,pretrain --config.model.remat=none" in prefill
+    result = run(str(tmp_path / "new"), LOG=str(log), BROKEN="prefill")
+    assert result.returncode == 1
+    assert "1.50" in result.stdout
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["train_step.json"]
 
 
 def test_the_gpu_job_is_valid_yaml(shell):

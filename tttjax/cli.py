@@ -18,7 +18,7 @@ from typing import NoReturn
 import tttjax
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import nearest
-from tttjax.errors import UserError
+from tttjax.errors import UserError, is_out_of_memory
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -83,6 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _report(
                 "No space is left on the device (or in the quota) that the results are written "
                 "to; free some and run the same command again."
+            )
+        if any(map(is_out_of_memory, _causes(error))):
+            return _report(
+                "The device's memory is too small for this. Training needs less with more "
+                "train.accum_steps, mesh.fsdp or inner.trajectory=recompute, the rest with fewer "
+                "tokens or texts at once; `tttjax plan` says what fits."
             )
         if sentence := _about_a_path(error):
             return _report(sentence)

@@ -5,6 +5,7 @@ import json
 import pytest
 from small import small_config
 
+from tttjax.bench import train as bench_module
 from tttjax.bench.train import bench_train
 from tttjax.cli import main
 from tttjax.errors import UserError
@@ -22,6 +23,22 @@ def test_results_belong_to_their_configurations():
         assert result.tokens == learning.train.batch_size * learning.train.seq_len
         # At least what comes in: weights and both moments of Adam.
         assert result.memory_bytes >= 3 * 4 * result.parameters / 8
+
+
+def test_a_step_that_does_not_fit_is_left_out(monkeypatch):
+    def too_large(entry):
+        if entry.name == "large":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return whole(entry)
+
+    whole = bench_module._step
+    monkeypatch.setattr(bench_module, "_step", too_large)
+    config = small_config(train={"batch_size": 8})
+    large, small = bench_train([("large", config), ("small", config)], rounds=1)
+    assert (large.step_seconds, large.step_ratio, small.step_ratio) == (None, None, 1)
+    assert large.flops == small.flops
+    _, *lines = bench_module.table([large, small]).splitlines()
+    assert [line.split()[4:6] == ["-", "-"] for line in lines] == [True, False]
 
 
 def test_rounds_below_one_are_refused():

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from tttjax.config import load_config
+from tttjax.config.files import matching_specs
 from tttjax.errors import UserError
 
 GOOD = """
@@ -28,6 +29,19 @@ def experiment(tmp_path):
 def test_the_argument_reaches_get_config(experiment):
     assert load_config(str(experiment)).train.steps == 7
     assert load_config(f"{experiment}:9").train.steps == 9
+
+
+def test_a_star_stands_for_all_recipes_that_fit(experiment):
+    experiment.write_text(GOOD + "\ndef recipes():\n    return ['7', '70', '8']\n")
+    assert matching_specs(f"{experiment}:7*") == [f"{experiment}:7", f"{experiment}:70"]
+    assert matching_specs(f"{experiment}:9") == [f"{experiment}:9"]
+    assert matching_specs(str(experiment)) == [str(experiment)]
+    with pytest.raises(UserError, match=r"'9\*' fits no recipe of .*mine.py; there are 7, 70, 8"):
+        matching_specs(f"{experiment}:9*")
+    assert len(matching_specs("experiments/paper.py:125m,*,pretrain")) == 9
+    experiment.write_text(GOOD)
+    with pytest.raises(UserError, match=r"mine.py has no function recipes\(\)"):
+        matching_specs(f"{experiment}:*")
 
 
 def test_overrides_apply_in_order_with_the_fields_types(experiment):

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 
 from tttjax.attention_kernels import platform_of
 from tttjax.bench.options import add_sizes
-from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
+from tttjax.bench.timing import (
+    cell,
+    check_rounds,
+    mebibytes,
+    median_seconds,
+    quotient,
+    temporary_bytes,
+)
 from tttjax.errors import UserError
 from tttjax.ops.attention import Sight, attend, attend_sequence, visible
 from tttjax.ops.library_attention import attend_whole, why_not_here
@@ -41,14 +48,14 @@ FIRST_FORM = {"chunk gradient": "dense", "chunk pair": "dense"}  # else "xla"
 class AttentionBenchmark:
     """What one form costs in one task. speedup: over the task's first form, by medians.
 
-    memory_bytes: what the compiled program holds at its peak besides arguments and results, by the
-    compiler's own account; None where it gives none.
+    None where the device's memory is too small. memory_bytes: what the compiled program holds at
+    its peak besides arguments and results, by the compiler's own account; None where it gives none.
     """
 
     task: str
     form: str
-    seconds: float
-    speedup: float
+    seconds: float | None
+    speedup: float | None
     memory_bytes: int | None
 
 
@@ -87,11 +94,13 @@ def bench_attention(sizes: Sizes | None = None, rounds: int = 5) -> list[Attenti
         AttentionBenchmark(
             task=task,
             form=form,
-            seconds=seconds,
-            speedup=medians[task, FIRST_FORM.get(task, "xla")] / seconds,
+            seconds=medians.get((task, form)),
+            speedup=quotient(
+                medians.get((task, FIRST_FORM.get(task, "xla"))), medians.get((task, form))
+            ),
             memory_bytes=temporary_bytes(programs[task, form]),
         )
-        for (task, form), seconds in medians.items()
+        for task, form in programs
     ]
 
 
@@ -221,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     print("task              form           ms  speedup       MiB")
     for r in results:
         print(
-            f"{r.task:16}  {r.form:7}  {1e3 * r.seconds:8.1f}  {r.speedup:7.2f}  "
+            f"{r.task:16}  {r.form:7}  {cell(r.seconds, '8.1f', 1e3)}  {cell(r.speedup, '7.2f')}  "
             f"{mebibytes(r.memory_bytes, 1):>8}"
         )
     for form, reason in absent(sizes).items():

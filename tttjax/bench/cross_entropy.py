@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.bench.options import add_sizes
-from tttjax.bench.timing import mebibytes, median_seconds, temporary_bytes
+from tttjax.bench.timing import cell, mebibytes, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy import (
     blocked_nll,
@@ -38,14 +38,15 @@ DTYPES = ("float32", "bfloat16")
 class CrossEntropyBenchmark:
     """What one form costs in one task. form: "dense", "blocked", or "known" (task "second" only).
 
-    speedup: the dense form's median over this one's. Memory: what the compiled program holds at its
-    peak besides arguments and results, by the compiler's own account; None where it gives none.
+    speedup: the dense form's median over this one's; None where the device's memory is too small.
+    Memory: what the compiled program holds at its peak besides arguments and results, by the
+    compiler's own account; None where it gives none.
     """
 
     task: str
     form: str
-    seconds: float
-    speedup: float
+    seconds: float | None
+    speedup: float | None
     memory_bytes: int | None
 
 
@@ -86,8 +87,8 @@ def bench_cross_entropy(sizes: Sizes | None = None, rounds: int = 5) -> list[Cro
         CrossEntropyBenchmark(
             task=task,
             form=form,
-            seconds=medians[task, form],
-            speedup=medians[task, "dense"] / medians[task, form],
+            seconds=medians.get((task, form)),
+            speedup=quotient(medians.get((task, "dense")), medians.get((task, form))),
             memory_bytes=temporary_bytes(programs[task, form]),
         )
         for task, form in programs
@@ -173,6 +174,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print("task      form           ms  speedup       MiB")
     for r in results:
-        memory = mebibytes(r.memory_bytes, 1)
-        print(f"{r.task:8}  {r.form:7}  {1e3 * r.seconds:8.1f}  {r.speedup:7.2f}  {memory:>8}")
+        times = f"{cell(r.seconds, '8.1f', 1e3)}  {cell(r.speedup, '7.2f')}"
+        print(f"{r.task:8}  {r.form:7}  {times}  {mebibytes(r.memory_bytes, 1):>8}")
     return 0

@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 import jax
 import numpy as np
 
-from tttjax.bench.options import add_configs, add_measuring
+from tttjax.bench.options import add_configs, add_measuring, load_configs
 from tttjax.bench.timing import check_rounds
-from tttjax.config import Config, load_config
+from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Group
 from tttjax.inference.reading import make_reader
@@ -159,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench decode` from parsed arguments; the exit code."""
-    configs = [(spec, load_config(spec, args.overrides)) for spec in args.config]
+    configs = load_configs(args.config, args.overrides)
     read, batches = _sizes("read", args.read), _sizes("batch", args.batch)
     results = bench_decode(configs, read, batches, args.rounds)
     print(json.dumps([asdict(result) for result in results]) if args.json else _table(results))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from tttjax.bench.options import add_measuring
+from tttjax.bench.timing import cell, quotient
 from tttjax.bench.train import TrainBenchmark, bench_train, table
 from tttjax.config import Config, load_config, parameter_count
 from tttjax.config.counts import match_parameters
@@ -79,4 +80,5 @@ def _to_the_reference(results: Sequence[TrainBenchmark]) -> str:
     memory = ""
     if fast.temporary_bytes and reference.temporary_bytes:
         memory = f", temporary memory {fast.temporary_bytes / reference.temporary_bytes:.2f}"
-    return f"fast / reference: time {fast.step_seconds / reference.step_seconds:.2f}{memory}"
+    time = cell(quotient(fast.step_seconds, reference.step_seconds), ".2f")
+    return f"fast / reference: time {time}{memory}"

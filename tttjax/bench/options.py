@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tttjax.config import Config, load_config
+from tttjax.config.files import matching_specs
+
 
 def add_sizes(
     parser: argparse.ArgumentParser,
@@ -34,5 +37,15 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="FILE.py[:ARG]",
-        help="a configuration; give several to compare them. --config.FIELD=VALUE changes all",
+        help="a configuration, or several by * in ARG; give several to compare them. "
+        "--config.FIELD=VALUE changes all",
     )
+
+
+def load_configs(specs: Sequence[str], overrides: Sequence[str]) -> list[tuple[str, Config]]:
+    """(name, configuration) of each, those that fit `FILE.py:125m,*` one after the other.
+
+    Raises UserError for anything wrong with a file, an argument or an override.
+    """
+    found = [one for spec in specs for one in matching_specs(spec)]
+    return [(spec, load_config(spec, overrides)) for spec in found]

@@ -1,12 +1,15 @@
 """Reading a prompt: time, memory and size of the state by context length, for any systems.
 
-  tttjax bench prefill --lengths=8192,32768,131072 --config=experiments/paper.py:125m,ttt_e2e,8k \\
-      --config=experiments/paper.py:125m,full,8k
+  tttjax bench prefill --lengths=8192,32768,131072 \\
+      --config=experiments/paper.py:125m,ttt_e2e,pretrain \\
+      --config=experiments/paper.py:125m,full,pretrain
 
 What is measured is `inference.prefill` with random weights: all tokens are read, a system with fast
 weights learns from every whole chunk, and the logits of the last token come out. Ratios are to the
 last configuration. All programs of a length are compiled first, then run in turn, round after
-round; times are medians.
+round; times are medians. What does not fit into the device's memory is left blank (null in JSON),
+the rest goes on. All mixers: `--config=experiments/mid_size.py:*`, or
+`--config=experiments/paper.py:125m,*,pretrain` at one of the paper's sizes.
 """
 
 import argparse
@@ -19,9 +22,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from tttjax.bench.options import add_configs, add_measuring
-from tttjax.bench.timing import check_rounds, mebibytes, median_seconds, temporary_bytes
-from tttjax.config import Config, load_config
+from tttjax.bench.options import add_configs, add_measuring, load_configs
+from tttjax.bench.timing import (
+    cell,
+    check_rounds,
+    if_it_fits,
+    mebibytes,
+    median_seconds,
+    quotient,
+    temporary_bytes,
+)
+from tttjax.config import Config
 from tttjax.config.values import parse_value
 from tttjax.errors import UserError
 from tttjax.inference import divide, make_reader, prefill, start
@@ -29,12 +40,15 @@ from tttjax.meta import make_inner_loop
 from tttjax.models import build_model
 from tttjax.precision import as_configured
 
+LENGTHS, CPU_LENGTHS = "8192,32768,131072", "8192"
+
 
 @dataclass(frozen=True)
 class PrefillBenchmark:
     """What reading a prompt costs one system. seconds: of the whole batch, median.
 
-    ratio: seconds to those of the last configuration. state_bytes: what one sequence needs to be
+    ratio: seconds to those of the last configuration. None where the device's memory is too small.
+    state_bytes: what one sequence needs to be
     read on, fast weights included. memory_bytes: what the program holds at its peak besides
     arguments and results, by the compiler's own account; None where it gives none.
     """
@@ -42,9 +56,9 @@ class PrefillBenchmark:
     name: str
     length: int
     batch: int
-    seconds: float
-    tokens_per_second: float
-    ratio: float
+    seconds: float | None
+    tokens_per_second: float | None
+    ratio: float | None
     state_bytes: int
     memory_bytes: int | None
 
@@ -63,20 +77,21 @@ def bench_prefill(
     programs, runs, state_bytes = {}, {}, {}
     for i, (_, config) in enumerate(configs):
         with as_configured(config):
-            programs[i], arguments = _compile(config, length, batch)
             state_bytes[i] = _state_bytes(config, length)
-        runs[i] = partial(programs[i], *arguments)
+            if made := if_it_fits(partial(_compile, config, length, batch)):
+                programs[i], arguments = made
+                runs[i] = partial(programs[i], *arguments)
     medians = median_seconds(runs, rounds)
     return [
         PrefillBenchmark(
             name=name,
             length=length,
             batch=batch,
-            seconds=medians[i],
-            tokens_per_second=batch * length / medians[i],
-            ratio=medians[i] / medians[len(configs) - 1],
+            seconds=medians.get(i),
+            tokens_per_second=quotient(batch * length, medians.get(i)),
+            ratio=quotient(medians.get(i), medians.get(len(configs) - 1)),
             state_bytes=state_bytes[i],
-            memory_bytes=temporary_bytes(programs[i]),
+            memory_bytes=temporary_bytes(programs[i]) if i in programs else None,
         )
         for i, (name, _) in enumerate(configs)
     ]
@@ -111,16 +126,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench prefill`."""
     add = parser.add_argument
     add_configs(parser)
-    add("--lengths", default="8192", metavar="T,T,...", help="tokens read (default %(default)s)")
+    add(
+        "--lengths",
+        metavar="T,T,...",
+        help=f"tokens read (default {CPU_LENGTHS} on a CPU, else {LENGTHS})",
+    )
     add("--batch", type=int, default=1, help="prompts read together (default %(default)s)")
     add_measuring(parser, "measured runs of each")
 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench prefill` from parsed arguments; the exit code."""
-    configs = [(spec, load_config(spec, args.overrides)) for spec in args.config]
+    configs = load_configs(args.config, args.overrides)
+    lengths = args.lengths or (CPU_LENGTHS if jax.default_backend() == "cpu" else LENGTHS)
     results = []
-    for word in args.lengths.split(","):
+    for word in lengths.split(","):
         found = bench_prefill(configs, parse_value("train.seq_len", word), args.batch, args.rounds)
         if not args.json:
             print(_table(found), flush=True)
@@ -135,7 +155,8 @@ def _table(results: Sequence[PrefillBenchmark]) -> str:
     lines = [f"{'':{width}}   tokens    seconds    tokens/s  ratio  state MiB  memory MiB"]
     for r in results:
         lines.append(
-            f"{r.name:{width}}  {r.length:7}  {r.seconds:9.3f}  {r.tokens_per_second:10,.0f}  "
-            f"{r.ratio:5.2f}  {mebibytes(r.state_bytes, 1):>9}  {mebibytes(r.memory_bytes):>10}"
+            f"{r.name:{width}}  {r.length:7}  {cell(r.seconds, '9.3f')}  "
+            f"{cell(r.tokens_per_second, '10,.0f')}  {cell(r.ratio, '5.2f')}  "
+            f"{mebibytes(r.state_bytes, 1):>9}  {mebibytes(r.memory_bytes):>10}"
         )
     return "\n".join(lines)

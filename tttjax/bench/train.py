@@ -22,15 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax.bench.options import add_configs, add_measuring
+from tttjax.bench.options import add_configs, add_measuring, load_configs
 from tttjax.bench.timing import (
+    cell,
     check_rounds,
     held_bytes,
+    if_it_fits,
     mebibytes,
     median_seconds,
+    quotient,
     temporary_bytes,
 )
-from tttjax.config import Config, check_mesh, load_config, parameter_count
+from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.config.values import parse_value
 from tttjax.plan.count import count
 from tttjax.precision import as_configured
@@ -44,10 +47,10 @@ class TrainBenchmark:
     """What one configuration's step cost.
 
     compile_seconds: tracing and compiling. step_seconds: median. step_ratio: to the last
-    configuration. flops: of the matrix products, as the traced step does them (`plan.count`).
-    memory_bytes: what the compiled step holds at its peak on one device (arguments, temporaries and
-    results, donated buffers counted once), temporary_bytes the temporaries alone, by the compiler's
-    own account; None where it gives none.
+    configuration. None where the device's memory is too small. flops: of the matrix products, as
+    the traced step does them (`plan.count`). memory_bytes: what the compiled step holds at its peak
+    on one device (arguments, temporaries and results, donated buffers counted once),
+    temporary_bytes the temporaries alone, by the compiler's own account; None where it gives none.
     """
 
     name: str
@@ -55,8 +58,8 @@ class TrainBenchmark:
     seq_len: int
     tokens: int
     compile_seconds: float
-    step_seconds: float
-    step_ratio: float
+    step_seconds: float | None
+    step_ratio: float | None
     flops: float
     memory_bytes: int | None
     temporary_bytes: int | None
@@ -66,8 +69,8 @@ class TrainBenchmark:
 class _Entry:
     name: str
     config: Config
-    step: jax.stages.Compiled
-    state: TrainState
+    step: jax.stages.Compiled | None  # None: too large for the device
+    state: TrainState | None
     batch: Batch
     compile_seconds: float
     flops: float
@@ -85,7 +88,8 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
     for name, config in configs:
         with as_configured(config):
             entries.append(_prepare(name, config))
-    medians = median_seconds({i: partial(_step, e) for i, e in enumerate(entries)}, rounds)
+    runs = {i: partial(_step, e) for i, e in enumerate(entries) if e.step and e.state}
+    medians = median_seconds(runs, rounds)
     return [
         TrainBenchmark(
             name=entry.name,
@@ -93,8 +97,8 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
             seq_len=entry.config.train.seq_len,
             tokens=entry.batch.inputs.size,
             compile_seconds=entry.compile_seconds,
-            step_seconds=medians[i],
-            step_ratio=medians[i] / medians[len(entries) - 1],
+            step_seconds=medians.get(i),
+            step_ratio=quotient(medians.get(i), medians.get(len(entries) - 1)),
             flops=entry.flops,
             memory_bytes=entry.memory_bytes,
             temporary_bytes=entry.temporary_bytes,
@@ -104,6 +108,7 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
 
 
 def _step(entry: _Entry) -> Any:
+    assert entry.step
     with as_configured(entry.config):
         entry.state, metrics = entry.step(entry.state, entry.batch)
     return entry.state, metrics
@@ -118,18 +123,18 @@ def _prepare(name: str, config: Config) -> _Entry:
     batch = trainer.put_batch(Batch(tokens[0], tokens[1], jnp.ones(shape, bool)))
     start = time.perf_counter()
     traced = trainer.step.trace(trainer.abstract_state, batch)
-    compiled = traced.lower().compile()
+    compiled = if_it_fits(traced.lower().compile)
     compile_seconds = time.perf_counter() - start
     return _Entry(
         name,
         config,
         compiled,
-        trainer.init_state(config.train.seed),
+        if_it_fits(partial(trainer.init_state, config.train.seed)),
         batch,
         compile_seconds,
         count(traced.jaxpr).flops,
-        held_bytes(compiled),
-        temporary_bytes(compiled),
+        compiled and held_bytes(compiled),
+        compiled and temporary_bytes(compiled),
     )
 
 
@@ -153,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     results = []
     for length in lengths or [0]:
         overrides = args.overrides + ([f"--config.train.seq_len={length}"] if length else [])
-        configs = [(spec, load_config(spec, overrides)) for spec in args.config]
+        configs = load_configs(args.config, overrides)
         found = bench_train(configs, args.rounds)
         if not args.json:
             print(table(found), flush=True)
@@ -171,7 +176,8 @@ def table(results: Sequence[TrainBenchmark]) -> str:
     for result in results:
         lines.append(
             f"{result.name:{width}}  {result.seq_len:8}  {result.parameters:10,}  "
-            f"{result.compile_seconds:9.1f}  {result.step_seconds:7.3f}  {result.step_ratio:5.2f}  "
+            f"{result.compile_seconds:9.1f}  {cell(result.step_seconds, '7.3f')}  "
+            f"{cell(result.step_ratio, '5.2f')}  "
             f"{result.flops / 1e9:6,.0f}  {result.flops / results[-1].flops:5.2f}  "
             f"{mebibytes(result.memory_bytes):>10}  {mebibytes(result.temporary_bytes):>9}"
         )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.bench.options import add_measuring
-from tttjax.bench.timing import mebibytes, median_seconds, temporary_bytes
+from tttjax.bench.timing import cell, mebibytes, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.ttt import FORMS, InnerNorm, learning_rates, ttt
 from tttjax.types import Array
@@ -31,16 +31,17 @@ TASKS = ("forward", "gradient")
 class DualBenchmark:
     """What one inner model costs in both forms. task: "forward", or "gradient" (forward too).
 
-    speedup: primal_seconds / dual_seconds, medians. Memory: what the compiled program holds at its
-    peak besides arguments and results, by the compiler's own account; None where it gives none.
+    speedup: primal_seconds / dual_seconds, medians; None where the device's memory is too small.
+    Memory: what the compiled program holds at its peak besides arguments and results, by the
+    compiler's own account; None where it gives none.
     """
 
     inner: str
     task: str
     seq_len: int
-    dual_seconds: float
-    primal_seconds: float
-    speedup: float
+    dual_seconds: float | None
+    primal_seconds: float | None
+    speedup: float | None
     dual_memory_bytes: int | None
     primal_memory_bytes: int | None
 
@@ -88,9 +89,9 @@ def _bench_length(length: int, sizes: Sizes, rounds: int) -> list[DualBenchmark]
             inner=inner,
             task=task,
             seq_len=length,
-            dual_seconds=medians[inner, task, "dual"],
-            primal_seconds=medians[inner, task, "primal"],
-            speedup=medians[inner, task, "primal"] / medians[inner, task, "dual"],
+            dual_seconds=(dual := medians.get((inner, task, "dual"))),
+            primal_seconds=(primal := medians.get((inner, task, "primal"))),
+            speedup=quotient(primal, dual),
             dual_memory_bytes=memory[inner, task, "dual"],
             primal_memory_bytes=memory[inner, task, "primal"],
         )
@@ -171,7 +172,8 @@ def run(args: argparse.Namespace) -> int:
     for r in results:
         dual, primal = (mebibytes(size) for size in (r.dual_memory_bytes, r.primal_memory_bytes))
         print(
-            f"{r.inner:6}  {r.task:8}  {r.seq_len:6}  {1e3 * r.dual_seconds:8.1f}  "
-            f"{1e3 * r.primal_seconds:9.1f}  {r.speedup:7.2f}  {dual:>8}  {primal:>10}"
+            f"{r.inner:6}  {r.task:8}  {r.seq_len:6}  {cell(r.dual_seconds, '8.1f', 1e3)}  "
+            f"{cell(r.primal_seconds, '9.1f', 1e3)}  {cell(r.speedup, '7.2f')}  "
+            f"{dual:>8}  {primal:>10}"
         )
     return 0

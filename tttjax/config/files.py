@@ -1,6 +1,7 @@
 """Experiment files: Python files with `get_config(arg) -> ConfigDict`, and overrides of them."""
 
 import contextlib
+import fnmatch
 import importlib.util
 import inspect
 import re
@@ -65,6 +66,24 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
             f"experiments/.{nearest(str(path), siblings)}"
         )
     return path, match[2]
+
+
+def matching_specs(spec: str) -> list[str]:
+    """`file.py:arg` with `*` in its argument: all that fit it of those that `recipes()` lists.
+
+    Without, itself. Raises UserError if none fits.
+    """
+    path, arg = split_spec(spec)
+    if arg is None or "*" not in arg:
+        return [spec]
+    recipes = getattr(_run_file(path), "recipes", None)
+    if not callable(recipes):
+        raise UserError(f"{path} has no function recipes() among whose arguments * could choose.")
+    known = [str(recipe) for recipe in recipes()]
+    found = [word for word in known if fnmatch.fnmatchcase(word, arg)]
+    if not found:
+        raise UserError(f"{arg!r} fits no recipe of {path}; there are {', '.join(known[:10])} ...")
+    return [f"{path}:{word}" for word in found]
 
 
 def apply_override(config: ConfigDict, override: str) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from tttjax.config import Config, check_mesh
+from tttjax.errors import is_out_of_memory
 from tttjax.plan.count import Count, Transfer, count
 from tttjax.plan.hlo import collectives
 from tttjax.plan.memory import (
@@ -96,7 +97,7 @@ def compile_program(program: Program) -> Compiled:
         try:
             compiled = program.traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             arguments = program.memory.state + program.memory.batch
             needed, available = _out_of_memory(str(error), arguments)

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# What learning costs on this machine's first GPU, beside full attention with the library's kernel, in one
+# call of under ten minutes: the train step at 8K tokens, and reading a prompt of 128K.
+#
+#   bash launch/gpu_benchmarks.sh OUT
+#
+# Writes train_step.json and prefill.json to the folder OUT, shows both, and ends with the two ratios
+# (the paper's on H200s: a step of 3.4 times full attention's at 8K; a prompt of 128K read 2.7 times
+# as fast). What does not fit into the GPU is left blank. Needs tttjax on PATH.
+#
+# TRAIN     arguments of experiments/paper.py for the step (default: 125m,ttt_e2e,pretrain)
+# BATCH     its sequences (default: 1)
+# PREFILL   size of the models that read (default: 3b)
+# LENGTH    tokens of the prompt (default: 131072)
+# ROUNDS    measured runs of each (default: 3)
+# Anything after OUT, such as --config.model.compute_dtype=float32, changes all configurations.
+set -euo pipefail
+
+if [[ $# -lt 1 || "$1" == -* ]]; then
+    sed -n '2,/^# Anything/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [[ "${1:-}" == -h || "${1:-}" == --help ]] && exit 0
+    exit 2
+fi
+
+OUT="$1"
+shift
+PAPER="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/experiments/paper.py"
+SIZE="${PREFILL:-3b}"
+LIMIT=290 # seconds for each of the two
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+mkdir -p "$OUT"
+
+measure() { # NAME, then the words of a benchmark
+    local name="$1"
+    shift
+    timeout "$LIMIT" tttjax bench "$@" --rounds="${ROUNDS:-3}" --json >"$OUT/$name.tmp" || {
+        local code=$?
+        rm -f "$OUT/$name.tmp"
+        ((code != 124)) || echo "$name took more than $LIMIT s; try a smaller size." >&2
+        return "$code"
+    }
+    mv "$OUT/$name.tmp" "$OUT/$name.json"
+}
+
+failed=0
+measure train_step meta-gradient --config="$PAPER:${TRAIN:-125m,ttt_e2e,pretrain}" \
+    --config.train.batch_size="${BATCH:-1}" --config.train.accum_steps=1 "$@" || failed=1
+measure prefill prefill --lengths="${LENGTH:-131072}" \
+    --config="$PAPER:$SIZE,ttt_e2e,pretrain" --config="$PAPER:$SIZE,full,pretrain" "$@" || failed=1
+
+python - "$OUT" <<'EOF'
+import json
+import sys
+from pathlib import Path
+
+for name, key in (("train_step", "step_seconds"), ("prefill", "seconds")):
+    path = Path(sys.argv[1], f"{name}.json")
+    if not path.is_file():
+        continue
+    rows = json.loads(path.read_text())
+    print(f"\n{name}")
+    for row in rows:
+        seconds = "does not fit" if row[key] is None else f"{row[key]:.3f} s"
+        print(f"  {row['name'].rpartition('paper.py:')[2]:24} {seconds}")
+    first, last = rows[0][key], rows[-1][key]
+    if first and last:
+        print(f"  TTT-E2E / full attention: {first / last:.2f}; inverse {last / first:.2f}")
+EOF
+exit "$failed"
