@@ -108,6 +108,54 @@ def test_both_forms_agree(x64, name):
     assert worst(grads, fast_grads) < 1e-11 * max(1.0, largest)
 
 
+def drawn(seed):
+    """A configuration by lot: depth, window, chunks, batch, clip, rule, trajectory, and more."""
+    rng = np.random.default_rng(seed)
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    chunk, suffix = pick(2, 3, 5), pick(1, 2, 3)
+    return small_config(
+        model={
+            "suffix_layers": suffix,
+            "num_layers": suffix + pick(0, 1),
+            "window_size": chunk + pick(0, 1, 4, 20),
+            "num_kv_heads": pick(1, 2),
+            "post_norm": pick(True, False),
+            "qk_norm": pick(True, False),
+            "tie_embeddings": pick(True, False),
+        },
+        inner={
+            "chunk_size": chunk,
+            "clip": pick(0.0, 0.1, 1.0),
+            "rule": pick("sgd", "momentum", "adam"),
+            "lr": pick(0.1, 0.5),
+            "trajectory": pick("rewind", "store", "recompute"),
+        },
+        train={"seq_len": chunk * pick(1, 3, 4), "batch_size": pick(1, 2, 3)},
+    )
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_whatever_is_drawn_both_forms_agree_in_float64(x64, seed):
+    config = drawn(seed)
+    (_, grads), (_, fast_grads) = both_forms(config, random_batch(config, seed, 0.3), "float64")
+    largest = max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
+    assert worst(grads, fast_grads) < 1e-11 * largest
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_whatever_is_drawn_both_forms_agree_in_float32(seed):
+    config = drawn(seed)
+    with jax.default_matmul_precision("highest"):
+        found = both_forms(config, random_batch(config, seed, 0.3), "float32")
+    (_, grads), (_, fast_grads) = found
+    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True))
+    whole = np.sqrt(sum(np.linalg.norm(a) ** 2 for a, _ in pairs))
+    assert np.sqrt(sum(np.linalg.norm(a - b) ** 2 for a, b in pairs)) <= 1e-5 * whole
+
+
 def test_a_chunk_without_targets_teaches_nothing(x64):
     config = small_config()
     batch = random_batch(config)
