@@ -7,10 +7,12 @@ too; `tensor` divides heads, MLPs and vocabulary within a layer.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tttjax.divided import Divided
@@ -54,11 +56,29 @@ def make_mesh(
             "mesh.tensor so that their product is the number of devices (mesh.data = -1 takes the "
             "rest)"
         )
-    return jax.make_mesh(
-        (data, fsdp, tensor),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
+    grid = place_devices(devices, data, fsdp, tensor)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def place_devices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
+    """Devices [data, fsdp, tensor], so that neighbours there are neighbours on the network.
+
+    Where the axes are no product of those of a TPU's torus, these are split. Of several TPU slices
+    each has whole rows of fsdp and tensor; `data` goes across them.
+    Raises UserError if the slices do not divide `data`.
+    """
+    slices = 1
+    if devices[0].platform == "tpu":
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(
+            f"mesh.data = {data} cannot be divided among {slices} TPU slices, and fsdp and tensor "
+            "stay within one; choose them so that data is a multiple of the slices"
+        )
+    if slices == 1:
+        return create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    return create_hybrid_device_mesh(
+        *((data // slices, fsdp, tensor), (slices, 1, 1), devices), allow_split_physical_axes=True
     )
 
 

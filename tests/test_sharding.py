@@ -1,0 +1,53 @@
+"""Where devices of real slices come to lie on the mesh, told by stand-ins for them."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+
+from tttjax.errors import UserError
+from tttjax.sharding import place_devices
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What JAX looks at in a TPU."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    device_kind: str = "TPU v6 lite"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def slice_of(sides, index=0):
+    x, y = sides
+    places = [(i, j, 0) for j in range(y) for i in range(x)]
+    return [Chip(index * len(places) + n, place, index) for n, place in enumerate(places)]
+
+
+@pytest.mark.parametrize("axes", [(1, 16, 1), (4, 4, 1), (1, 8, 2), (2, 2, 4), (1, 2, 8)])
+def test_any_axes_find_a_place_on_a_slice(axes):
+    chips = slice_of((4, 4))
+    grid = place_devices(chips, *axes)
+    assert grid.shape == axes
+    assert set(grid.flat) == set(chips)
+
+
+def test_an_inner_axis_stays_among_neighbours():
+    grid = place_devices(slice_of((4, 4)), 1, 8, 2)
+    for first, second in grid[0]:
+        distance = [abs(a - b) for a, b in zip(first.coords, second.coords, strict=True)]
+        assert sum(distance) == 1
+
+
+def test_data_goes_across_slices_and_nothing_else_does():
+    chips = slice_of((2, 2), 0) + slice_of((2, 2), 1)
+    grid = place_devices(chips, 4, 2, 1)
+    of_rows = [{chip.slice_index for chip in row.flat} for row in grid]
+    assert all(len(slices) == 1 for slices in of_rows)
+    assert Counter(next(iter(slices)) for slices in of_rows) == {0: 2, 1: 2}
+    with pytest.raises(UserError, match=r"mesh.data = 1 cannot be divided among 2 TPU slices"):
+        place_devices(chips, 1, 8, 1)
