@@ -9,7 +9,7 @@
 # that failed leaves its message in OUT beside them. Needs tttjax with the extra `plan` on PATH.
 #
 # RECIPES   arguments of experiments/paper.py (default: TTT-E2E and full attention, all sizes at 8K,
-#           and 3b at 32K and 128K)
+#           and 3b's extensions to 16K, 32K, 64K and 128K)
 # PODS      topologies (default: 4 chips of v5e, v5p, v6e, H100 and H200)
 # FSDP      chips that weights and optimizer are divided among (default: 4)
 set -euo pipefail
@@ -28,7 +28,9 @@ if [[ -z "${RECIPES:-}" ]]; then
         for size in 125m 350m 760m 1b 3b; do
             RECIPES="${RECIPES:-} $size,$system,pretrain"
         done
-        RECIPES="$RECIPES 3b,$system,extend,32k 3b,$system,extend,128k"
+        for context in 16k 32k 64k 128k; do
+            RECIPES="$RECIPES 3b,$system,extend,$context"
+        done
     done
 fi
 PAPER="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/experiments/paper.py"

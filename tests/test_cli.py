@@ -136,6 +136,7 @@ def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
     assert cli.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: The device's memory is too small")
+    assert "Out of memory allocating 999 bytes)" in err
     assert err.count("\n") == 1
     command(fails_with(RuntimeError("something else, not RESOURCE_EXHAUSTED")))
     with pytest.raises(RuntimeError):

@@ -84,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "No space is left on the device (or in the quota) that the results are written "
                 "to; free some and run the same command again."
             )
-        if any(map(is_out_of_memory, _causes(error))):
+        if cause := next(filter(is_out_of_memory, _causes(error)), None):
+            said = str(cause).partition("\n")[0].rstrip(".")
             return _report(
-                "The device's memory is too small for this. Training needs less with more "
-                "train.accum_steps, mesh.fsdp or inner.trajectory=recompute, the rest with fewer "
-                "tokens or texts at once; `tttjax plan` says what fits."
+                f"The device's memory is too small for this ({said}). Training needs less with "
+                "more train.accum_steps, mesh.fsdp or inner.trajectory=recompute, the rest with "
+                "fewer tokens or texts at once; `tttjax plan` says what fits."
             )
         if sentence := _about_a_path(error):
             return _report(sentence)

@@ -10,9 +10,6 @@ class UserError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory is too small, which JAX says by the text of a RuntimeError."""
-    text = str(error)
-    return (
-        isinstance(error, RuntimeError)
-        and text.startswith("RESOURCE_EXHAUSTED")
-        and "No space left" not in text
-    )
+    first = str(error).partition("\n")[0]
+    says_so = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
+    return isinstance(error, RuntimeError) and says_so

@@ -43,6 +43,21 @@ def test_every_case_in_float32(case):
     assert sum(row.deviation is not None for row in rows) >= 10
 
 
+LEARNING = [case for case in CASES if "e2e" in case]
+
+
+@pytest.mark.parametrize("case", LEARNING)
+def test_the_reference_form_gives_the_same_numbers_in_float32(case, monkeypatch):
+    """`verify` computes with the fast form; both are held to the same reference numbers."""
+
+    def in_the_reference_form(inner):
+        return make_inner_loop(inner)._replace(form="reference")
+
+    make_inner_loop = golden.make_inner_loop
+    monkeypatch.setattr(golden, "make_inner_loop", in_the_reference_form)
+    assert not failures(verify(FOLDER / f"{case}.json"))
+
+
 LAYER_CASES = sorted(path.stem for path in LAYERS.glob("*.json"))
 
 

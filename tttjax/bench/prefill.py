@@ -48,9 +48,9 @@ class PrefillBenchmark:
     """What reading a prompt costs one system. seconds: of the whole batch, median.
 
     ratio: seconds to those of the last configuration. None where the device's memory is too small.
-    state_bytes: what one sequence needs to be
-    read on, fast weights included. memory_bytes: what the program holds at its peak besides
-    arguments and results, by the compiler's own account; None where it gives none.
+    state_bytes: what one sequence needs to be read on, fast weights included. memory_bytes: what
+    the program holds at its peak besides arguments and results, by the compiler's own account; None
+    where it gives none.
     """
 
     name: str
