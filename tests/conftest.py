@@ -4,6 +4,7 @@ The compiler spends little on making machine code fast: programs here run for mi
 compile for seconds.
 """
 
+import gc
 import os
 
 import jax
@@ -18,6 +19,11 @@ if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know
 # Read when the first device is asked for, not at import; subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+# Traced programs are many small objects that live on: looking through them finds no garbage.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="module")

