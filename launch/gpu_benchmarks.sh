@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What learning costs on this machine's first GPU, beside full attention with the library's kernel, in one
-# call of under ten minutes: the train step at 8K tokens, and reading a prompt of 128K.
+# What learning costs on this machine's first GPU, beside full attention with the library's kernel,
+# in one call of under ten minutes: the train step at 8K tokens, and reading a prompt of 128K.
 #
 #   bash launch/gpu_benchmarks.sh OUT
 #
-# Writes train_step.json and prefill.json to the folder OUT, shows both, and ends with the two ratios
-# (the paper's on H200s: a step of 3.4 times full attention's at 8K; a prompt of 128K read 2.7 times
-# as fast). What does not fit into the GPU is left blank. Needs tttjax on PATH.
+# Writes train_step.json and prefill.json to the folder OUT and shows both, each with its ratio. The
+# paper has a step of 3.4 times full attention's at 8K (H200), and reads a prompt of 128K 2.7 times
+# as fast (H100). What does not fit into the GPU is left blank. Needs tttjax on PATH.
 #
 # TRAIN     arguments of experiments/paper.py for the step (default: 125m,ttt_e2e,pretrain)
 # BATCH     its sequences (default: 1)

@@ -51,11 +51,13 @@ def test_the_reference_form_gives_the_same_numbers_in_float32(case, monkeypatch)
     """`verify` computes with the fast form; both are held to the same reference numbers."""
 
     def in_the_reference_form(inner):
-        return make_inner_loop(inner)._replace(form="reference")
+        made.append(make_inner_loop(inner)._replace(form="reference"))
+        return made[-1]
 
-    make_inner_loop = golden.make_inner_loop
+    make_inner_loop, made = golden.make_inner_loop, []
     monkeypatch.setattr(golden, "make_inner_loop", in_the_reference_form)
     assert not failures(verify(FOLDER / f"{case}.json"))
+    assert made
 
 
 LAYER_CASES = sorted(path.stem for path in LAYERS.glob("*.json"))

@@ -58,7 +58,7 @@ def quotient(a: float | None, b: float | None) -> float | None:
 def cell(value: float | None, layout: str, scale: float = 1) -> str:
     """For a table: `value` times `scale` in this layout; a dash in as many columns for None."""
     if value is None:
-        return f"{'-':>{layout.partition('.')[0].rstrip(',')}}"
+        return "-".rjust(len(format(0.0, layout)))
     return format(scale * value, layout)
 
 

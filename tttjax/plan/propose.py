@@ -118,7 +118,7 @@ def _changed(
     config: Config, devices: int, leaner: str, fsdp: int, accum: int, tensor: int
 ) -> Config | None:
     """The recipe with these values; None if it is not a valid one, or a step back."""
-    if not (_divides_more(config, fsdp, accum, tensor) and _is_leaner(config, leaner, fsdp)):
+    if not (_divides_more(config, fsdp, accum, tensor) and _can_be_leaner(config, leaner, fsdp)):
         return None
     changed = _made_lean(_divided(config, leaner, fsdp, accum, tensor), leaner)
     try:
@@ -139,7 +139,7 @@ def _divides_more(config: Config, fsdp: int, accum: int, tensor: int) -> bool:
     return fsdp % mesh.fsdp == 0 or gives_way
 
 
-def _is_leaner(config: Config, leaner: str, fsdp: int) -> bool:
+def _can_be_leaner(config: Config, leaner: str, fsdp: int) -> bool:
     """Whether this way of LEANER ("": none) is not taken yet, and can be with so many chips."""
     if leaner == "gather":
         return config.mesh.gather != "block" and fsdp > 1
@@ -152,6 +152,7 @@ def _is_leaner(config: Config, leaner: str, fsdp: int) -> bool:
 
 
 def _divided(config: Config, leaner: str, fsdp: int, accum: int, tensor: int) -> Config:
+    """The recipe on such a mesh, in so many parts; block by block where anything is made leaner."""
     mesh = config.mesh
     # data is what the other axes leave, whatever it was; left alone where nothing else changes.
     data = -1 if (fsdp, tensor) != (mesh.fsdp, mesh.tensor) else mesh.data

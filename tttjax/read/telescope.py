@@ -25,7 +25,7 @@ from tttjax.metrics import json_safe
 from tttjax.read.log import Row
 from tttjax.read.plot import draw
 from tttjax.read.text import TextReading
-from tttjax.whole_files import whole_file, write_text
+from tttjax.whole_files import whole_file
 
 FORMAT = "tttjax-telescope-1"
 CHUNKS, SUMMARY, PLOT = "chunks.jsonl", "telescope.json", "telescope.png"
@@ -138,7 +138,7 @@ class Telescope:
         values = {**self._about, **self._means()}
         text = json.dumps(values, indent=1, allow_nan=False) + "\n"
         with whole_file(self._folder / SUMMARY) as temporary:
-            write_text(temporary, text)
+            temporary.write_text(text, encoding="utf-8")
 
     def _means(self) -> dict[str, Any]:
         if not self._bins.count:

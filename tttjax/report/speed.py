@@ -26,7 +26,7 @@ from tttjax.models import Transformer, combine
 from tttjax.precision import as_configured
 from tttjax.report.entries import Member
 from tttjax.types import Array, Params
-from tttjax.whole_files import whole_file, write_text
+from tttjax.whole_files import whole_file
 
 FORMAT = 1
 ROUNDS, MORE_ROUNDS, QUICK = 5, 50, 0.5
@@ -85,7 +85,7 @@ def measure_prefill(
     if jax.process_index() == 0:
         cache.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
-            write_text(temporary, json.dumps(found))
+            temporary.write_text(json.dumps(found))
     return found
 
 
