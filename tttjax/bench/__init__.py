@@ -7,8 +7,8 @@ from types import ModuleType
 # Each is a module of this package with a docstring, `add_arguments(parser)`, `run(args) -> int`;
 # where the name has a hyphen, the module's has an underscore.
 BENCHMARKS = (
-    *("attention", "cross-entropy", "data", "decode", "meta-gradient", "prefill", "train"),
-    "ttt-dual",
+    *("attention", "commands", "cross-entropy", "data", "decode", "meta-gradient", "prefill"),
+    *("train", "ttt-dual"),
 )
 
 
