@@ -230,8 +230,11 @@ def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
             asked_to_stop = stop.after(step)
             if step == run.start + 1:  # it was compiled first, so its time is told apart
                 first = late.flush()
-                _write_start(run)
-                finished.add(first)
+                try:
+                    finished.add(first)
+                finally:  # also where it was not finite, and one such step is too many
+                    _write_start(run)
+                    finished.start_clock()
             run.lock.check()
             if step % settings.checkpoint_every == 0 or step == last or asked_to_stop:
                 # Records go to disk before the checkpoint that they lead to.
