@@ -451,7 +451,7 @@ def test_which_data_is_asked_for_where_it_is_not_clear(config, params):
     with pytest.raises(UserError, match=r"was trained on 2 \(a, b\); say --data=DIR"):
         evaluate(several, params)
     moved = dataclasses.replace(config, data=DataConfig(sources=("moved/away",)))
-    with pytest.raises(UserError, match="moved/away, are not there"):
+    with pytest.raises(UserError, match=r"are not there \(tried moved/away\)"):
         evaluate(moved, params)
 
 

@@ -14,6 +14,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing import import_run, open_official, transfer
 from tttjax.interop import adopt, official
+from tttjax.locks import hold
 from tttjax.models import build_model
 from tttjax.sharding import make_mesh
 from tttjax.train_step import make_trainer
@@ -151,7 +152,14 @@ def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
     source = open_official(str(path), overrides=OVERRIDES, say=lambda line: None)
     with pytest.raises(UserError, match="are not finite"):
         import_run(source, tmp_path / "deep" / "run", say=lambda line: None)
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_second_import_to_one_place_is_refused(step, tmp_path, capsys):
+    with hold(tmp_path / "run", beside=True):
+        assert cli.main(["import", str(step), f"--workdir={tmp_path / 'run'}"]) == 2
+    assert "run is being written by another command" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):

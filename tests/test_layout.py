@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
     {"errors", "types", "chips"},
+    {"paths"},
+    {"locks"},
     {"whole_files", "batching"},
     {"config"},
     {"ops", "divided"},
@@ -24,7 +26,7 @@ LAYERS = (
     {"meta"},
     {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
     {"metrics", "run_control", "inference"},
-    {"attention_kernels"},
+    {"attention_kernels", "workdir"},
     {"train_step"},
     {"starting_weights"},
     {"prepare", "train", "evaluate", "verify", "bench", "plan"},

@@ -17,6 +17,7 @@ from tttjax.data import preparation, prepare_pass, writer
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
+from tttjax.locks import FOLDER_LOCK, hold
 
 
 def write_corpus(folder, sizes, seed=0):
@@ -223,6 +224,23 @@ def test_changed_input_is_noticed(tmp_path):
         prepare([corpus], tmp_path / "d")
 
 
+def test_one_process_at_a_time_prepares_a_folder(corpus, tmp_path):
+    out = tmp_path / "d"
+    with hold(out):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="d is being written by another command"):
+                prepare([corpus], out, overwrite=overwrite)
+    assert not out.exists()
+    prepare([corpus], out)
+    with hold(out):  # nothing is to be done, so nobody is in the way
+        assert prepare([corpus], out).folder == out
+        with pytest.raises(UserError, match="is being written"):
+            prepare([corpus], out, seed=1, overwrite=True)
+    assert prepare([corpus], out, seed=1, overwrite=True).manifest["settings"]["seed"] == 1
+    assert FOLDER_LOCK not in names_in(out)
+    assert names_in(tmp_path) == ["d"]
+
+
 def test_other_peoples_folders_are_left_alone(corpus, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="is not empty and has no prepared data"):
@@ -327,7 +345,7 @@ def test_no_space_left(corpus, tmp_path, monkeypatch):
         full.setattr(preparation, "write_json", _disk_full)
         with pytest.raises(UserError, match="No space left"):
             prepare([corpus], tmp_path / "new", num_workers=0)
-    assert not any((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()
 
 
 def _disk_full(*args):

@@ -25,6 +25,21 @@ def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_are_those_of_the_umask(tmp_path, umask, mode):
+    """Also of what a library writes for its owner alone, or for everybody."""
+    before = os.umask(umask)
+    try:
+        for private in (0o600, 0o666):
+            with whole_file(tmp_path / "a") as temporary:
+                temporary.write_text("")
+                temporary.chmod(private)
+            assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+
+
 def test_two_writers_of_a_file_do_not_mix(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     with whole_file(path) as slow:
@@ -66,6 +81,18 @@ def test_a_folder_appears_with_everything_in_it(tmp_path):
         with whole_folder(path, "--to") as temporary:
             (temporary / "a").write_text("whole")
         assert (path / "a").read_text() == "whole"
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path):
+    (tmp_path / ".a.tmp").mkdir()  # of one that was killed
+    (tmp_path / ".a.tmp" / "half").write_text("")
+    with whole_folder(tmp_path / "a", "--to"):
+        with pytest.raises(UserError, match="is being written"):
+            whole_folder(tmp_path / "a", "--to").__enter__()
+        with whole_folder(tmp_path / "b", "--to"):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert not any((tmp_path / "a").iterdir())
 
 
 def test_a_name_that_was_taken_meanwhile_is_not_touched(tmp_path):

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from tttjax import checkpoint_io as io
 from tttjax.errors import UserError
+from tttjax.paths import local_path
 from tttjax.types import Params, PyTree
 
 FORMAT = 1
@@ -56,7 +57,7 @@ def _warn(sentence: str) -> None:
 
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only."""
-    return epath.Path(path).expanduser().resolve()
+    return epath.Path(local_path(path)).resolve()
 
 
 class Checkpointer:

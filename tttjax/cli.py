@@ -11,7 +11,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -19,6 +19,7 @@ import tttjax
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, is_out_of_memory
+from tttjax.paths import path_text
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -123,6 +124,7 @@ def _dispatch(arguments: list[str]) -> int:
     if module is None or command_parser is None:
         return _parse_without_command(parser, arguments)
     module.add_arguments(command_parser)
+    _take_paths(command_parser)
     # Set here so that a command with a --config can rely on it. One that finds a configuration by
     # itself, for which --config is a choice, sets has_own_config.
     command_parser.set_defaults(overrides=overrides)
@@ -136,6 +138,26 @@ def _dispatch(arguments: list[str]) -> int:
     if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} changes a configuration, but no --config=FILE is given.")
     return module.run(args)
+
+
+# How the metavar of an argument begins whose value is a path, whatever command it belongs to.
+# FILE.py[:ARG] and RUN, which hold more than a path, are read by their commands.
+_PATH_METAVARS = ("DIR", "FILE", "NEW", "PATH", "TABLE", "WORKDIR")
+
+
+def _take_paths(parser: argparse.ArgumentParser) -> None:
+    """Has `~` expanded in all path arguments of a command, and URLs refused."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inside in action.choices.values():
+                _take_paths(inside)
+        elif str(action.metavar).startswith(_PATH_METAVARS) and "[:ARG]" not in str(action.metavar):
+            action.type = _path_argument(action)
+
+
+def _path_argument(action: argparse.Action) -> Callable[[str], str]:
+    name = action.option_strings[0] if action.option_strings else ""
+    return lambda text: path_text(text, name) if text else text
 
 
 def _build_parser(name: str | None) -> tuple[_Parser, argparse.ArgumentParser | None]:

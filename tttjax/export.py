@@ -101,8 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax export` from parsed arguments; the exit code, 1 for an export that deviates."""
     return_freed_memory()
-    target, limit = Path(args.to).expanduser(), parse_size(args.max_shard_size)
-    check_vacant(target, "--to")
+    target, limit = check_vacant(args.to, "--to"), parse_size(args.max_shard_size)
     export = plan(
         args.workdir,
         dtype=args.dtype,

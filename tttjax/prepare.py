@@ -14,12 +14,12 @@ interrupted run, and does nothing if the data set is finished.
 import argparse
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 from tttjax.data import shards
 from tttjax.data.preparation import PrepareSettings, prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
+from tttjax.paths import local_path
 
 __all__ = ["PrepareSettings", "add_arguments", "prepare", "run"]
 
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "inputs",
         nargs="*",
+        metavar="PATH",
         help="files, folders (searched recursively), a Zarr folder, or the word "
         "`stdlib`: the sources of Python's standard library on this machine. A text file (.txt, "
         '.py, ...; also .gz, .xz, .zst) is one document, a line of a .jsonl file too (key "text")',
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="folder of the prepared data set")
     add(
         "--tokenizer",
+        metavar="PATH",
         default=default.tokenizer,
         help="bytes (the default: no vocabulary to learn); "
         "sentencepiece (trained on the training documents); a .model file; a Hugging Face "
@@ -98,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax prepare` from parsed arguments; the exit code."""
     if args.check:
-        folder = Path(args.check)
+        folder = local_path(args.check, "--check")
         open_prepared(folder, verify=False)
         count = shards.check_sums(folder, shards.read_manifest(folder))
         print(f"{folder}: {count} files are whole")

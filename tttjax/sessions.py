@@ -22,6 +22,7 @@ from pathlib import Path
 from tttjax.errors import UserError
 from tttjax.generate import add_model_arguments, open_from
 from tttjax.inference.session_file import About, read_about
+from tttjax.locks import hold
 from tttjax.precision import as_configured
 from tttjax.read.snapshots import copy, folder_of, kept
 from tttjax.read.text import advance, go_on, is_of, one_text, save
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax sessions` from parsed arguments; the exit code."""
     if args.rewind is not None or args.to:
-        _rewind(args)
+        path, new = _check_rewind(args)
+        with hold(new, beside=True):
+            _rewind(args, path, new)
         return 0
     if args.run or args.text:
         raise UserError("--run and --text are for --rewind=TOKENS: give that too")
@@ -118,8 +121,7 @@ def _drifts(about: About) -> list[str]:
 # --- going back ----------------------------------------------------------------------------------
 
 
-def _rewind(args: argparse.Namespace) -> None:
-    path, new = _check_rewind(args)
+def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
     about = read_about(path)
     if args.rewind > about.tokens:
         raise UserError(f"{path} has read {about.tokens:,} tokens, not {args.rewind:,}")

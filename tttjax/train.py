@@ -8,7 +8,8 @@ examples:
 
 The work directory gets checkpoints/, metrics.jsonl (one record per step), tensorboard/, the data's
 tokenizer/, config.json, environment.json and, at the end, summary.json and loss.png. SIGTERM or
-Ctrl-C saves and exits with code 75; the same command goes on from there.
+Ctrl-C saves and exits with code 75; the same command goes on from there. A start that ends before
+its first step leaves nothing behind, and one process at a time writes a work directory.
 """
 
 import argparse
@@ -25,11 +26,20 @@ from absl import logging
 
 from tttjax import checkpoint, flops, metrics, precision
 from tttjax.attention_kernels import describe_kernels, platform_of
-from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
+from tttjax.config import (
+    Config,
+    check_mesh,
+    check_same_run,
+    load_config,
+    with_absolute_paths,
+    write_run_info,
+)
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers import keep_tokenizer
 from tttjax.errors import UserError
+from tttjax.locks import Lock
+from tttjax.paths import local_path
 from tttjax.run_control import (
     EXIT_INTERRUPTED,
     FinishedSteps,
@@ -43,6 +53,7 @@ from tttjax.starting_weights import starting_weights
 from tttjax.train_step import Trainer, TrainState, make_trainer
 from tttjax.types import Batch
 from tttjax.whole_files import whole_file
+from tttjax.workdir import hold_workdir, nothing_left_of_a_failed_start
 
 
 class BatchStream(Protocol):
@@ -102,35 +113,26 @@ def train(
 
     Raises:
       UserError: anything wrong with configuration, data, mesh, work directory or checkpoints; no
-        space left; loss or gradient not finite for too long.
+        space left; loss or gradient not finite for too long; another process trains in `workdir`.
     """
     started = time.perf_counter()
-    workdir = Path(workdir)
+    workdir, config = local_path(workdir, "--workdir"), with_absolute_paths(config)
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
-    _check_folder(workdir)
-    check_same_run(workdir, config)
-    with contextlib.ExitStack() as closing:
-        closing.enter_context(precision.as_configured(config))
-        run, state = _set_up(config, workdir, batches, closing)
-        setup_seconds = time.perf_counter() - started
-        last = min(config.train.steps, stop_after or config.train.steps)
-        state, step = _loop(run, state, last)
-        result = _result(run, state, step, setup_seconds)
-        run.logger.say(_conclude(result))
-    if jax.process_index() == 0 and step == config.train.steps:
-        _write_results(run, result)
+    with hold_workdir(workdir) as lock, nothing_left_of_a_failed_start(workdir):
+        check_same_run(workdir, config)
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(precision.as_configured(config))
+            run, state = _set_up(config, workdir, lock, batches, closing)
+            setup_seconds = time.perf_counter() - started
+            last = min(config.train.steps, stop_after or config.train.steps)
+            state, step = _loop(run, state, last)
+            result = _result(run, state, step, setup_seconds)
+            run.logger.say(_conclude(result))
+        if jax.process_index() == 0 and step == config.train.steps:
+            _write_results(run, result)
     return result
-
-
-def _check_folder(workdir: Path) -> None:
-    """UserError if a file is where the work directory, or a folder above it, should be."""
-    nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), workdir)
-    if nearest.exists() and not nearest.is_dir():
-        raise UserError(
-            f"--workdir={workdir} cannot be a folder, because {nearest} is a file; choose another"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Run:
 
     config: Config
     workdir: Path
+    lock: Lock
     trainer: Trainer
     batches: BatchStream
     tokenizer: str
@@ -154,7 +157,11 @@ class Run:
 
 
 def _set_up(
-    config: Config, workdir: Path, batches: BatchStream | None, closing: contextlib.ExitStack
+    config: Config,
+    workdir: Path,
+    lock: Lock,
+    batches: BatchStream | None,
+    closing: contextlib.ExitStack,
 ) -> tuple[Run, TrainState]:
     """Opens all that training needs, to be closed by `closing`, and the state to go on from."""
     settings = config.train
@@ -163,8 +170,6 @@ def _set_up(
     mesh = _make_mesh(config)
     kernels = describe_kernels(config, platform_of(mesh))
     trainer = make_trainer(config, mesh)
-    if jax.process_index() == 0:
-        write_run_info(workdir, config, with_devices=True)
     saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY, keep=settings.keep_checkpoints)
     closing.callback(saver.close)
     state, start, totals = _first_state(config, trainer, saver, batches, tokenizer)
@@ -186,7 +191,21 @@ def _set_up(
     closing.callback(logger.close)
     logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
     finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
-    run = Run(config, workdir, trainer, batches, tokenizer, saver, logger, finished, totals, start)
+    run = Run(
+        *(
+            config,
+            workdir,
+            lock,
+            trainer,
+            batches,
+            tokenizer,
+            saver,
+            logger,
+            finished,
+            totals,
+            start,
+        )
+    )
     return run, state
 
 
@@ -210,7 +229,13 @@ def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
             profiler.after(step, values)
             asked_to_stop = stop.after(step)
             if step == run.start + 1:  # it was compiled first, so its time is told apart
-                finished.add(late.flush())
+                first = late.flush()
+                try:
+                    finished.add(first)
+                finally:  # also where it was not finite, and one such step is too many
+                    _write_start(run)
+                    finished.start_clock()
+            run.lock.check()
             if step % settings.checkpoint_every == 0 or step == last or asked_to_stop:
                 # Records go to disk before the checkpoint that they lead to.
                 finished.add(late.flush())
@@ -218,7 +243,15 @@ def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
             if asked_to_stop:
                 break
         run.saver.wait()
+        if run.start >= last:  # nothing was left to do
+            _write_start(run)
     return state, step
+
+
+def _write_start(run: Run) -> None:
+    """What makes the work directory this run's, once it has done a step."""
+    if jax.process_index() == 0:
+        write_run_info(run.workdir, run.config, with_devices=True)
 
 
 def _save(run: Run, step: int, state: TrainState) -> None:

@@ -1,6 +1,7 @@
 """Exports load in transformers and compute what the runs do, learning included."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tttjax.inference.sampling import Sampling
 from tttjax.inference.writing import Request, Writer
 from tttjax.interop.huggingface import names
 from tttjax.interop.huggingface.compare import their_logits
+from tttjax.locks import hold
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -252,7 +254,28 @@ def test_nothing_is_left_of_an_export_that_was_broken_off(run, tmp_path, monkeyp
     monkeypatch.setattr(exporting, "write_tokenizer", fail)
     with pytest.raises(OSError, match="no space"):
         export(run, tmp_path / "deep" / "hf")
-    assert not list((tmp_path / "deep").iterdir())
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_second_export_to_one_place_is_refused(run, tmp_path, capsys):
+    with hold(tmp_path / "hf", beside=True):
+        assert export(run, tmp_path / "hf") == 2
+    assert "hf is being written by another command (process" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_exports_have_the_permissions_of_the_umask(make_run, tmp_path, umask, mode):
+    workdir = make_run("hf-permissions", **PLAIN)
+    before = os.umask(umask)
+    try:
+        assert export(workdir, tmp_path / "hf", "--max-shard-size=4KB") == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
+    assert modes == dict.fromkeys(modes, mode)
+    assert len([name for name in modes if name.endswith(".safetensors")]) > 1
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_what_transformers_cannot_open_is_one_sentence(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ import tttjax.read
 import tttjax.sessions
 from tttjax.cli import main
 from tttjax.inference.session_file import read_about
+from tttjax.locks import hold
 from tttjax.read.snapshots import kept
 
 TEXT = "the cat sat on the mat. " * 19  # 7 stretches of 64 bytes, and a bit
@@ -263,6 +265,34 @@ def test_what_cannot_be_read_so_is_refused_at_once(run, text, whole, tmp_path, c
     assert content(whole) == before
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("place", ["s", "log.csv", "seen"])
+def test_what_is_being_written_is_refused(run, text, whole, tmp_path, call, place):
+    read = ["read", run, text, "--save-session", tmp_path / "s", *KEEP]
+    read += ["--log", tmp_path / "log.csv", "--telescope", tmp_path / "seen"]
+    with hold(tmp_path / place, beside=place != "seen"):
+        assert f"{place} is being written by another command" in refused(call, *read)
+    assert not any(tmp_path.iterdir())
+    rewind = ("sessions", whole / "s", "--rewind=128", "--to", tmp_path / "t")
+    generate = ("generate", run, "--prompt=a", "--save-session", tmp_path / "t")
+    with hold(tmp_path / "t", beside=True):
+        for words in (rewind, generate):
+            assert "t is being written by another command" in refused(call, *words)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_sessions_have_the_permissions_of_the_umask(run, tmp_path, call, umask, mode):
+    (tmp_path / "a.txt").write_text(TEXT[:70])
+    before = os.umask(umask)
+    try:
+        read = ("read", run, tmp_path / "a.txt", "--save-session", tmp_path / "s", *KEEP)
+        assert call(*read)[0] == 0
+    finally:
+        os.umask(before)
+    files = [tmp_path / "s", *kept(tmp_path / "s")]
+    assert len(files) > 1
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def refused(call, *words):

@@ -14,6 +14,7 @@ from tttjax.config.run_info import (
     describe_environment,
     fixed_values,
     read_config,
+    with_absolute_paths,
     write_run_info,
 )
 from tttjax.config.schema import (
@@ -53,5 +54,6 @@ __all__ = [
     "read_config",
     "to_dict",
     "to_flat_dict",
+    "with_absolute_paths",
     "write_run_info",
 ]

@@ -12,7 +12,8 @@ class FieldInfo:
     doc: its meaning. choices: the allowed strings (of each entry, for a tuple). joined: whether
     several of them may be joined by `+`. minimum, above, below: numeric limits (inclusive,
     exclusive, exclusive) of the value or of each entry. may_change: whether a resumed run may use
-    another value than the work directory's first run. added_later: whether there may be
+    another value than the work directory's first run. path: of this machine; `~` is expanded, and
+    runs record where it leads from every folder. added_later: whether there may be
     runs from before there was this field; its default is what they did (`unset_additions`).
     """
 
@@ -23,6 +24,7 @@ class FieldInfo:
     above: float | None = None
     below: float | None = None
     may_change: bool = False
+    path: bool = False
     added_later: bool = False
 
 

@@ -18,6 +18,7 @@ from tttjax.config.build import from_config_dict
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.config.values import nearest, parse_value
 from tttjax.errors import UserError
+from tttjax.paths import local_path
 
 OVERRIDE_PREFIX = "--config."
 
@@ -58,7 +59,7 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
         raise UserError(
             f"--config={spec} must name a Python file, as in experiments/quickstart.py."
         )
-    path = Path(match[1])
+    path = local_path(match[1], "--config")
     if not path.is_file():
         siblings = [str(file) for file in sorted(path.parent.glob("*.py"))]
         raise UserError(

@@ -44,7 +44,9 @@ Every run writes two files into its work directory: `config.json`, the resolved 
 `environment.json`, for each start the versions of the packages, the git revision and what the
 configuration was then. When a run is resumed, the fields marked *may change* below may have other
 values (and `train.steps`, if `optim.decay_steps` fixes the schedule); any other difference is
-refused.
+refused, but for the places of the data: those are known by their content.
+
+`~` in a path is the home folder. A run records its paths in full.
 """
 
 _BETWEEN_FIELDS = """\

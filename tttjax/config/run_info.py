@@ -4,8 +4,10 @@ And the other side of it: whether a work directory belongs to a configuration. N
 the environment's variables, so no secret can end up in a file.
 """
 
+import dataclasses
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import time
@@ -17,6 +19,7 @@ from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
 from tttjax.config.fields import field_info, unset_additions
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
+from tttjax.paths import absolute_path
 from tttjax.whole_files import whole_file
 
 CONFIG = "config.json"
@@ -97,6 +100,7 @@ def write_run_info(workdir: str | Path, config: Config, with_devices: bool = Fal
     folder.mkdir(parents=True, exist_ok=True)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "workdir": absolute_path(workdir),
         "fingerprint": config_fingerprint(config),
         "environment": describe_environment(with_devices),
         "config": to_dict(config),
@@ -113,11 +117,18 @@ def read_config(workdir: str | Path) -> Config | None:
 
 
 def check_same_run(workdir: str | Path, config: Config) -> None:
-    """UserError, naming the differences, if `workdir` belongs to another configuration."""
+    """UserError, naming the differences, if `workdir` belongs to another configuration.
+
+    Where data are is not compared: a checkpoint knows its data by their content.
+    """
     previous = read_config(workdir)
     if previous is None:
         return
     before, now = to_flat_dict(previous), fixed_values(config)
+    del now["data.sources"]
+    origin, new_origin = before["train.init_from"], now["train.init_from"]
+    if origin and new_origin and is_same_place(origin, new_origin, workdir):
+        del now["train.init_from"]
     differences = [
         f"{name} was {before[name]!r}, is {value!r}"
         for name, value in now.items()
@@ -129,6 +140,61 @@ def check_same_run(workdir: str | Path, config: Config) -> None:
             f"The work directory {workdir} belongs to another configuration ({shown}); choose "
             "another --workdir or go back to the first values."
         )
+
+
+# Paths of a run -----------------------------------------------------------------------------------
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with its paths as they are found from every folder.
+
+    Raises UserError for paths that are not of this machine.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, field in all_fields().items():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        if field_info(field).path and value:
+            made = (
+                absolute_path(value, name)
+                if isinstance(value, str)
+                else tuple(absolute_path(entry, name) for entry in value)
+            )
+            sections.setdefault(section, {})[key] = made
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in sections.items()
+        },
+    )
+
+
+def possible_places(path: str, workdir: str | Path) -> list[Path]:
+    """Where a path in a run's configuration may lead to, the likeliest first.
+
+    As it is; then as far from the work directory as it was when the run was started, so that runs
+    and data can be moved together. A relative one, as older runs have it, also from the folders
+    above the work directory, in one of which the run was started.
+    """
+    home, before = Path(absolute_path(workdir)), _earlier_place(workdir)
+    if not os.path.isabs(path):
+        return [Path(path), *(above / path for above in home.parents)]
+    moved = [Path(os.path.normpath(home / os.path.relpath(path, before)))] if before else []
+    return list(dict.fromkeys([Path(path), *moved]))
+
+
+def is_same_place(before: str, now: str, workdir: str | Path) -> bool:
+    """Whether two paths in configurations of a run are one, also if all was moved together."""
+    places = possible_places(before, workdir)[: 2 if os.path.isabs(before) else 1]
+    return absolute_path(now) in map(absolute_path, places)
+
+
+def _earlier_place(workdir: str | Path) -> str:
+    """The work directory's path when its run was last started; "" if not known."""
+    starts = _read_json(Path(workdir) / ENVIRONMENT)
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    return last.get("workdir", "") if isinstance(last, dict) else ""
 
 
 def _read_json(path: Path) -> Any:

@@ -136,6 +136,7 @@ class TrainConfig:
         "",
         "Work directory or checkpoint whose weights the run starts from, as the extension stage "
         "does; empty: random.",
+        path=True,
     )
     nonfinite_limit: int = declare(
         10,
@@ -155,7 +156,11 @@ class TrainConfig:
 class DataConfig:
     """Prepared data sets (see `tttjax prepare`) and how sequences are drawn from them."""
 
-    sources: tuple[str, ...] = declare((), "Paths of prepared data sets.")
+    sources: tuple[str, ...] = declare(
+        (),
+        "Paths of prepared data sets. A resumed run may find the same data in another place.",
+        path=True,
+    )
     weights: tuple[float, ...] = declare(
         (), "Share of each source; empty: proportional to their sizes.", above=0
     )

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 from tttjax.config.fields import field_info
 from tttjax.config.schema import all_fields
 from tttjax.errors import UserError
+from tttjax.paths import path_text
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -34,20 +35,21 @@ def find_field(name: str) -> dataclasses.Field:
 def check_value(name: str, value: Any) -> Any:
     """`value` as the type of field `name`, within its limits; UserError otherwise.
 
-    Integers are taken for numbers, lists for tuples; nothing else is converted.
+    Integers are taken for numbers, lists for tuples, and `~` in paths for the home folder; nothing
+    else is converted.
     """
     field = find_field(name)
     if get_origin(field.type) is not tuple:
         value = _scalar(name, value, field.type)
         _check_limits(name, value, field)
-        return value
+        return _expanded(name, value, field)
     if isinstance(value, str) or not isinstance(value, list | tuple):
         raise UserError(f"{name} = {value!r} must be a list of values, such as {_example(field)}.")
     kind = get_args(field.type)[0]
     values = tuple(_scalar(name, entry, kind) for entry in value)
     for entry in values:
         _check_limits(name, entry, field)
-    return values
+    return tuple(_expanded(name, entry, field) for entry in values)
 
 
 def parse_value(name: str, text: str) -> Any:
@@ -92,6 +94,10 @@ def _scalar(name: str, value: Any, kind: Any) -> Any:
     if type(value) is kind and kind is not float:
         return value
     raise UserError(f"{name} = {value!r} must be {_WORDS[kind]}, not {type(value).__name__}.")
+
+
+def _expanded(name: str, value: Any, field: dataclasses.Field) -> Any:
+    return path_text(value, name) if field_info(field).path and value else value
 
 
 def _check_limits(name: str, value: Any, field: dataclasses.Field) -> None:

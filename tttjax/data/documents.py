@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 import zstandard
 
 from tttjax.errors import UserError
+from tttjax.paths import local_path
 
 STDLIB = "stdlib"
 TEXT_SUFFIXES = frozenset(
@@ -84,7 +85,7 @@ def list_inputs(inputs: Sequence[str | os.PathLike], pattern: str = "") -> list[
     """
     files: list[InputFile] = []
     for name in inputs:
-        path = Path(name)
+        path = local_path(name)
         if str(name) == STDLIB and not path.exists():
             files += _list_stdlib(pattern)
         elif path.is_dir():

@@ -142,6 +142,12 @@ class TrainStream:
         """Goes on at the step of `state`. Raises UserError if it belongs to other batches."""
         for name, value in self._identity.items():
             if state.get(name) != value:
+                if name == "data":
+                    raise UserError(
+                        "The data have another content than those that the checkpoint was trained "
+                        "on, so the batches would not continue; give those in data.sources, or use "
+                        "a new work directory."
+                    )
                 raise UserError(
                     f"The checkpoint's place in the data has {name}={state.get(name)!r}, this run "
                     f"has {value!r}: the batches would not continue; use the same data settings or "

@@ -27,6 +27,8 @@ from tttjax.data.splits import VAL, SplitRule, read_split_manifest
 from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.data.vocabulary import make_tokenizer
 from tttjax.errors import UserError
+from tttjax.locks import FOLDER_LOCK, hold
+from tttjax.paths import local_path, path_text
 
 __all__ = ["PrepareSettings", "prepare", "remove_prepared"]
 
@@ -49,14 +51,18 @@ def prepare(
     settings: the fields of `PrepareSettings`. num_workers: processes (None: one per core; 0: this
     one). overwrite: replace a data set that is in `out_dir` already, once the new one is finished.
     Called again with the same arguments, it continues an interrupted run, and returns at once if
-    the data set is finished. Raises UserError for bad input, and deletes only what this call began.
+    the data set is finished. Raises UserError for bad input and while another process prepares
+    data there, and deletes only what this call began.
     """
-    chosen = PrepareSettings(inputs=tuple(os.fspath(i) for i in inputs), **settings)
+    for name in ("tokenizer", "split_manifest"):
+        if name in settings:
+            settings[name] = path_text(settings[name], name)
+    chosen = PrepareSettings(inputs=tuple(map(path_text, inputs)), **settings)
     chosen.check()
     if num_workers is not None and num_workers < 0:
         raise UserError(f"num_workers={num_workers} must not be negative.")
     source = InputSource.find(chosen)
-    folder = Path(out_dir)
+    folder = local_path(out_dir, "--out")
     try:
         _prepare(chosen, source, folder, num_workers, overwrite, log)
     except OSError as error:
@@ -71,6 +77,17 @@ def prepare(
 
 def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
     request = {"settings": _plain(settings), "inputs": source.identity}
+    finished = folder / MANIFEST
+    if not overwrite and finished.exists() and not _differences(_read_json(finished), request):
+        log(f"prepare: {folder} is already prepared with these settings")  # perhaps read-only
+        return
+    with hold(folder):
+        _prepare_alone(settings, source, folder, request, num_workers, overwrite, log)
+
+
+def _prepare_alone(
+    settings, source: InputSource, folder: Path, request, num_workers, overwrite: bool, log: Log
+) -> None:
     place = _place_to_build(folder, request, overwrite)
     existed = place.exists()
     journal = _claim(place, request, replaceable=place != folder)
@@ -113,10 +130,15 @@ def _swap(new: Path, folder: Path) -> None:
     Killed between the two renamings, the same command finds `new` finished and gets here again.
     """
     folder, old = Path(os.path.realpath(folder)), _beside(folder, "replaced")
-    if folder.exists():
+    lock = folder / FOLDER_LOCK
+    shutil.copy2(lock, new)  # so that the folder is locked under its name throughout
+    if any(path != lock for path in folder.iterdir()):
         if old.exists():
             remove_prepared(old)
         os.rename(folder, old)
+        (old / FOLDER_LOCK).unlink()
+    else:  # the renaming below was broken off, and the folder made anew for the lock
+        lock.unlink()
     os.rename(new, folder)
     if not old.exists():
         return
@@ -161,8 +183,6 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
     A new journal is `request` itself. Raises UserError if the folder holds anything else, unless
     it is another data set and `replaceable`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder for the prepared data.")
     finished, started = folder / MANIFEST, folder / JOURNAL
     existing = finished if finished.exists() else started
     if existing.exists():
@@ -177,7 +197,7 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
                 "--overwrite to replace it."
             )
         remove_prepared(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != FOLDER_LOCK for path in folder.iterdir()):
         raise UserError(
             f"{folder} is not empty and has no prepared data in it; choose another folder."
         )

@@ -25,6 +25,7 @@ import numpy as np
 
 from tttjax.data.tokenizers import Tokenizer, load_tokenizer
 from tttjax.errors import UserError
+from tttjax.paths import local_path
 
 MANIFEST = "manifest.json"
 JOURNAL = "prepare.journal"
@@ -140,8 +141,7 @@ class PreparedData:
 
     def content_id(self, split: str) -> int:
         """A number that changes when any token of the split does: CRC-32 of the shards' sums."""
-        shards = self.splits[split]["shards"]
-        return zlib.crc32(repr([shard["files"]["tokens"]["crc32"] for shard in shards]).encode())
+        return content_id(self.manifest, split)
 
     def split(self, name: str) -> TokenSplit:
         """Raises UserError if there is no such split, or nothing in it."""
@@ -166,7 +166,7 @@ def open_prepared(
     `fingerprint`: that of the tokenizer which the caller's model was trained with.
     Raises UserError naming the file if anything is missing, damaged or of another tokenizer.
     """
-    folder = Path(path)
+    folder = local_path(path)
     manifest = read_manifest(folder)
     total = _check_sizes(folder, manifest)
     if verify or (verify is None and total <= AUTO_VERIFY_BYTES):
@@ -209,6 +209,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "prepare the data again."
         )
     return manifest
+
+
+def content_id(manifest: dict[str, Any], split: str) -> int:
+    """`PreparedData.content_id`, of data that are not opened."""
+    shards = manifest["splits"][split]["shards"]
+    return zlib.crc32(repr([shard["files"]["tokens"]["crc32"] for shard in shards]).encode())
 
 
 def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, int]]]:

@@ -201,7 +201,9 @@ def keep_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> N
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(source, temporary)
+        temporary.mkdir(parents=True)
+        for path in source.iterdir():  # not their permissions, which are those of the data
+            shutil.copyfile(path, temporary / path.name)
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(temporary, directory)

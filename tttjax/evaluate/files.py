@@ -16,6 +16,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate import plots
 from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.statistics import Estimate, Sums
+from tttjax.paths import local_path
 from tttjax.whole_files import write_files, write_text
 
 FORMAT = 1
@@ -44,7 +45,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 def check_writable(out: str | os.PathLike) -> None:
     """UserError if `write_results` could not write under `out`. Creates nothing."""
-    folder = Path(out).absolute()
+    folder = local_path(out, "--out").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{existing} is a file; name a folder for the results with --out=DIR")

@@ -8,6 +8,7 @@ from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import Run
+from tttjax.paths import local_path
 
 
 def run_tokenizer(run: Run, given: Path | str | None = None) -> Tokenizer:
@@ -16,7 +17,7 @@ def run_tokenizer(run: Run, given: Path | str | None = None) -> Tokenizer:
     given: folder of a tokenizer, or of a run or data set that has one.
     Raises UserError if there is none, or it is not the one that the run was trained with.
     """
-    folders = [Path(given)] if given else list(_own_folders(run))
+    folders = [local_path(given)] if given else list(_own_folders(run))
     places = [place for folder in folders for place in (folder / TOKENIZER_DIR, folder)]
     there = [place for place in places if (place / CONFIG_FILE).exists()]
     if not there:

@@ -1,5 +1,6 @@
 """Finished runs, and the ways in which their models can read: learning on, off, dynamic."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,15 @@ from jax.sharding import Mesh
 
 from tttjax import checkpoint, checkpoint_io, sharding
 from tttjax.config import Config, InnerConfig, from_config_dict, has_fast_weights, read_config
+from tttjax.config.run_info import possible_places
 from tttjax.config.values import check_value
+from tttjax.data.shards import content_id, read_manifest
+from tttjax.data.splits import TRAIN
 from tttjax.errors import UserError
 from tttjax.evaluate.scoring import Way
 from tttjax.meta import make_inner_loop
 from tttjax.models import Transformer, build_model, relayout
+from tttjax.paths import local_path
 from tttjax.types import Params
 
 MODES = ("on", "off", "dynamic")
@@ -57,7 +62,7 @@ class Run:
 
     weights: template with shapes, dtypes and shardings -> the arrays. tokenizer: fingerprint of
     the one whose tokens they were trained on; "" if not known. folder: the checkpoint that holds
-    them; None for weights in memory.
+    them, home: the work directory; None for weights in memory.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Run:
     modes: tuple[str, ...] = ()
     tokenizer: str = ""
     folder: Path | None = None
+    home: Path | None = None
 
     @property
     def has_fast_weights(self) -> bool:
@@ -82,9 +88,10 @@ class Run:
 
 def open_run(spec: RunSpec) -> Run:
     """The newest undamaged checkpoint of a run. UserError if there is none."""
-    found = checkpoint.find_checkpoint(spec.workdir)
+    workdir = local_path(spec.workdir)
+    found = checkpoint.find_checkpoint(workdir)
     meta = checkpoint_io.read_meta(found)
-    config = read_config(spec.workdir)
+    config = read_config(workdir)
     if config is None:
         values = meta["config"]
         if values is None:
@@ -93,16 +100,46 @@ def open_run(spec: RunSpec) -> Run:
                 "config.json"
             )
         config = from_config_dict(values)
+    home = found.parent.parent if found.parent.name == checkpoint.DIRECTORY else found.parent
+    config = _with_found_data(config, Path(home), meta["data_state"])
     return Run(
-        name=spec.name or Path(spec.workdir).resolve().name,
+        name=spec.name or workdir.resolve().name,
         config=config,
         weights=lambda template: checkpoint_io.read_item(found / "params", template),
         step=int(found.name) if found.name.isdigit() else None,
-        source=str(spec.workdir),
+        source=str(workdir),
         modes=spec.modes,
         tokenizer=meta.get("tokenizer", ""),
         folder=Path(found),
+        home=Path(home),
     )
+
+
+def _with_found_data(config: Config, home: Path, data_state: Any) -> Config:
+    """The configuration with the paths of data sets as they are found now, if they are."""
+    sources = config.data.sources
+    contents = data_state.get("data", ()) if isinstance(data_state, dict) else ()
+    if len(contents) != len(sources):  # batches from elsewhere, or weights alone
+        contents = (None,) * len(sources)
+    found = tuple(
+        str(_find_data(source, home, content))
+        for source, content in zip(sources, contents, strict=True)
+    )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=found))
+
+
+def _find_data(source: str, home: Path, content: int | None) -> str | Path:
+    """Where a data set of the run in the work directory `home` is; `source` if it is not found.
+
+    content: of its training split, if known; what lies in another place has to have the same.
+    """
+    if Path(source).exists():
+        return source
+    for place in possible_places(source, home):
+        with contextlib.suppress(UserError, KeyError):
+            if content in (None, content_id(read_manifest(place), TRAIN)):
+                return place.absolute()
+    return source
 
 
 def run_of_params(config: Config, params: Params, name: str = "model") -> Run:

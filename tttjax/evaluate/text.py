@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tttjax.config import EvalConfig
+from tttjax.config.run_info import possible_places
 from tttjax.data.held_out import HeldOut, eval_sequences
 from tttjax.data.shards import MANIFEST, PreparedData, open_prepared, read_manifest
 from tttjax.errors import UserError
@@ -88,10 +89,15 @@ def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> P
         )
     if not Path(sources[0]).exists():
         raise UserError(
-            f"the data of the run {runs[0].name}, {sources[0]}, are not there; start where it was "
-            "trained, or say where they are with --data=DIR"
+            f"the data of the run {runs[0].name} are not there (tried "
+            f"{', '.join(map(str, _tried(runs[0], sources[0])))}); say where they are with "
+            "--data=DIR"
         )
     return open_prepared(sources[0])
+
+
+def _tried(run: Run, source: str) -> list[Path]:
+    return possible_places(source, run.home) if run.home else [Path(source)]
 
 
 def _check_tokenizer(run: Run, data: PreparedData) -> None:

@@ -38,6 +38,7 @@ from tttjax.inference.session_file import (
     save_session,
 )
 from tttjax.inference.writing import Request, Writer, WrittenToken
+from tttjax.locks import hold
 from tttjax.precision import as_configured
 
 LEARN = ("all", "prompt", "none")
@@ -114,6 +115,14 @@ def open_from(args: argparse.Namespace, *, observe: bool = False) -> Opened:
 def run(args: argparse.Namespace) -> int:
     """`tttjax generate` from parsed arguments; the exit code."""
     _check(args)
+    if not args.save_session:
+        return _run(args)
+    with hold(args.save_session, beside=True):
+        check_writable(args.save_session)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     opened = open_from(args)
     with as_configured(opened.config):
@@ -160,8 +169,6 @@ def _check(args: argparse.Namespace) -> None:
         if value < low:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
     check_stored(args.session_precision, args.session_rank)
-    if args.save_session:
-        check_writable(args.save_session)
     if not args.save_session and args.session_precision != "float32":
         raise UserError("--session-precision says how --save-session is stored: give that too.")
     if args.seed + args.samples > 2**32:

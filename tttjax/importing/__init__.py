@@ -29,6 +29,7 @@ from pathlib import Path
 from absl import logging
 
 from tttjax import checkpoint
+from tttjax.config.files import split_spec
 from tttjax.errors import UserError
 from tttjax.importing.huggingface import looks_like_huggingface, open_huggingface
 from tttjax.importing.official import open_official
@@ -36,6 +37,7 @@ from tttjax.importing.source import Reference, Say, Source
 from tttjax.importing.transfer import import_run
 from tttjax.interop.huggingface import supported
 from tttjax.interop.official_checkpoint import looks_official
+from tttjax.paths import local_path
 from tttjax.whole_files import check_vacant
 
 __all__ = [
@@ -92,14 +94,17 @@ def run(args: argparse.Namespace) -> int:
 
 def open_source(args: argparse.Namespace, say: Say = print) -> Source:
     """What the arguments of the command name. UserError for what cannot be imported."""
-    folder = Path(args.source).expanduser()
+    if args.config:
+        split_spec(args.config)  # refused before a network is asked
+    is_bucket = "://" in args.source
+    folder = Path() if is_bucket else local_path(args.source)
     settings = {
         "config": args.config or "",
         "overrides": args.overrides,
         "tokenizer": args.tokenizer or "",
         "say": say,
     }
-    if "://" not in args.source:
+    if not is_bucket:
         if not folder.exists():
             raise UserError(f"There is no folder {folder} to import; check how it is spelt.")
         if not folder.is_dir():
@@ -114,4 +119,6 @@ def open_source(args: argparse.Namespace, say: Say = print) -> Source:
                 "the folder of a step) nor a Hugging Face model (config.json and safetensors); "
                 f"of these, {supported()} can be imported."
             )
-    return open_official(args.source, project=args.gcs_project, **settings)
+    return open_official(
+        args.source if is_bucket else str(folder), project=args.gcs_project, **settings
+    )

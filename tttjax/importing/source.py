@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from tttjax.data.vocabulary import open_tokenizer
 from tttjax.errors import UserError
 from tttjax.interop.streaming import WeightPiece
 from tttjax.models import Transformer
+from tttjax.paths import local_path
 
 Say = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def _plain(value: Any) -> str:
 
 def given_tokenizer(path: str, config: Config) -> Tokenizer:
     """That of a file or folder. UserError if there is none, or one too large for the model."""
-    found = open_tokenizer(Path(path).expanduser())
+    found = open_tokenizer(local_path(path, "--tokenizer"))
     if found is None:
         raise UserError(
             f"there is no tokenizer at {path}: give a tokenizer.json, a SentencePiece .model file, "

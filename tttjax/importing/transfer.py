@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tttjax import checkpoint
-from tttjax.config import Config
+from tttjax.config import Config, with_absolute_paths
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing.source import Reference, Say, Source
@@ -21,7 +21,7 @@ from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.precision import as_configured
 from tttjax.sharding import make_mesh
 from tttjax.types import Array, Params
-from tttjax.whole_files import check_vacant, whole_folder
+from tttjax.whole_files import whole_folder
 
 SAMPLE = 64  # random tokens whose logits are compared
 
@@ -41,12 +41,11 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
     Raises UserError for a work directory that is in use, for weights that cannot be read, and for
     logits that deviate; then nothing is left behind.
     """
-    config = source.config
-    check_vacant(workdir, "--workdir")
+    config = with_absolute_paths(source.config)
     model = build_model(config.model, config.inner)
-    # First, so that it has left memory before ours is there.
-    theirs = _reference_logits(source.reference, say)
-    with as_configured(config), whole_folder(workdir, "--workdir") as folder:
+    with whole_folder(workdir, "--workdir") as folder, as_configured(config):
+        # First, so that it has left memory before ours is there.
+        theirs = _reference_logits(source.reference, say)
         template = weights_template(model, _make_mesh(config))
         params = _read(source, model, template)
         logit_TV = _finite_logits(source, params)

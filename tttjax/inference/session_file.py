@@ -32,6 +32,7 @@ from tttjax.errors import UserError
 from tttjax.fast_layers import fast_layers, norms_above
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.reading import Context
+from tttjax.paths import local_path
 from tttjax.types import Array, Params, PyTree
 from tttjax.whole_files import whole_file
 
@@ -129,7 +130,7 @@ def save_session(
         layers=_layers(engine, session.learned.fast, start.learned.fast),
         chunk_losses_after=list(chunk_losses_after)[-LOSSES:],
     )
-    _write(Path(path), arrays, {HEADER: json.dumps(dataclasses.asdict(about))})
+    _write(local_path(path), arrays, {HEADER: json.dumps(dataclasses.asdict(about))})
     return about
 
 
@@ -332,9 +333,7 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
 
 def check_writable(path: str | os.PathLike) -> None:
     """OSError, with the path, where no session could be written: known before anything is read."""
-    folder = Path(path).absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+    with tempfile.TemporaryFile(dir=local_path(path).absolute().parent):
         pass
 
 
@@ -346,7 +345,8 @@ def _write(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> N
 
 
 def _open(path: str | os.PathLike) -> Any:
-    if not Path(path).is_file():
+    path = local_path(path)
+    if not path.is_file():
         raise UserError(f"there is no session {path}")
     try:
         return safetensors.safe_open(path, "numpy")

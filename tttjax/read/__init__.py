@@ -24,12 +24,14 @@ from typing import TextIO
 
 import numpy as np
 
+from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluate.progress import Progress
 from tttjax.generate import add_model_arguments, open_from
 from tttjax.generate.opened import Opened
 from tttjax.inference.session import CHUNKS_AT_ONCE
 from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
+from tttjax.locks import hold
 from tttjax.precision import as_configured
 from tttjax.read.log import CsvLog, Row
 from tttjax.read.snapshots import Snapshots
@@ -71,6 +73,19 @@ def run(args: argparse.Namespace) -> int:
     """`tttjax read` from parsed arguments; the exit code."""
     _check(args)
     file = one_text(args.text)
+    with contextlib.ExitStack() as holding:
+        for path, beside in (
+            (args.save_session, True),
+            (args.log, True),
+            (args.telescope, False),
+        ):
+            if path:
+                holding.enter_context(hold(path, beside=beside))
+        check_writable(args.save_session)
+        return _run(args, file)
+
+
+def _run(args: argparse.Namespace, file: InputFile) -> int:
     opened = open_from(args, observe=bool(args.telescope))
     if args.telescope and not opened.engine.reader.chunk_size:
         raise UserError(
@@ -93,7 +108,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     check_stored(args.session_precision, args.session_rank)
-    check_writable(args.save_session)
     for name, low in (("keep_every", 0), ("keep_most", 2)):
         value = getattr(args, name)
         if value < low:

@@ -10,7 +10,7 @@ from etils import epath
 
 from tttjax import checkpoint, checkpoint_io
 from tttjax.config import Config, InnerConfig, ModelConfig, read_config
-from tttjax.config.run_info import CONFIG
+from tttjax.config.run_info import CONFIG, possible_places
 from tttjax.evaluate import Run
 from tttjax.flops import train_flops_per_token
 from tttjax.metrics import read_records
@@ -77,7 +77,8 @@ def _with_ancestors(
     cost = Cost(tokens, flops, seconds)
     if not train.init_from:
         return cost, True
-    origin = Path(train.init_from)
+    places = possible_places(train.init_from, workdir_of(source))
+    origin = next((place for place in places if place.exists()), places[0])
     if origin.resolve() in seen:
         return cost, False
     its_config, its_step = read_config(workdir_of(origin)), _step(origin)

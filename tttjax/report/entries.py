@@ -9,6 +9,7 @@ from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.evaluate import Learning, Run, RunSpec, open_run
 from tttjax.evaluate.runs import MODES, choose_modes, learning_rates
+from tttjax.paths import local_path
 
 AUTO, DYNAMIC = "auto", "dynamic"
 
@@ -87,6 +88,8 @@ def parse_entry(text: str) -> Entry:
     label, folder = "", text
     if "=" in text and not Path(text).exists():
         label, _, folder = text.partition("=")
+    if folder:
+        folder = str(local_path(folder))
     mode = AUTO
     head, colon, tail = folder.rpartition(":")
     if colon and not Path(folder).exists():

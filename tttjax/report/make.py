@@ -16,6 +16,7 @@ from tttjax.evaluate.compare import context_lengths, largest_window
 from tttjax.evaluate.files import check_writable
 from tttjax.evaluate.runs import inner_config, learning_rates
 from tttjax.evaluate.statistics import Sums
+from tttjax.paths import local_path
 from tttjax.report import speed
 from tttjax.report.costs import run_facts, warn_unfinished
 from tttjax.report.entries import (
@@ -62,12 +63,13 @@ def make_report(
     Raises:
       UserError: runs, data, tokenizers or lengths that do not fit together.
     """
+    out = local_path(out, "--out")
     systems = open_systems(entries)
     chosen = choose_baseline(systems, baseline)
     check_writable(out)
     settings, window = _settings(systems, chosen, lengths, num_sequences)
     ordered = [chosen, *(system for system in systems if system is not chosen)]
-    reader = open_reader(ordered, data, split, settings, window, Path(out), progress)
+    reader = open_reader(ordered, data, split, settings, window, out, progress)
     readings = reader.read(systems)
     prefill = _prefill(systems, reader) if latency else {}
     results = tuple(

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from tttjax.errors import UserError
 from tttjax.interop.huggingface.names import TensorPlace
+from tttjax.whole_files import whole_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -62,7 +63,8 @@ def write_tensors(
                     "--dtype=float32, or another checkpoint"
                 )
             tensors[place.name] = np.ascontiguousarray(theirs)
-        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        with whole_file(folder / name) as temporary:  # for its permissions
+            safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

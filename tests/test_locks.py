@@ -1,0 +1,154 @@
+"""One writer at a time, also where the other cannot be asked whether it lives."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tttjax import locks
+from tttjax.errors import UserError
+from tttjax.locks import FOLDER_LOCK, hold
+
+QUICK = {"beat_s": 0.02, "watch_s": 0.3}
+HOLDER = """
+import sys, time
+from tttjax.locks import hold
+with hold(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(**values):
+    return dataclasses.replace(locks._Holder.me(), **values)
+
+
+def left_behind(folder, **values):
+    """A lock file as a process leaves it that was killed."""
+    folder.mkdir(exist_ok=True)
+    (folder / FOLDER_LOCK).write_text(json.dumps(dataclasses.asdict(holder(**values))))
+    return folder
+
+
+@pytest.fixture
+def process(tmp_path):
+    """A process that holds `run` in the test's folder."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_held_folder_is_refused_by_name(tmp_path):
+    with hold(tmp_path / "run"):
+        with pytest.raises(
+            UserError, match=rf"run is being written .*process {os.getpid()} on .*20"
+        ):
+            hold(tmp_path / "run").__enter__()
+        with hold(tmp_path / "other"), hold(tmp_path / "run", beside=True):
+            pass
+    assert not any(tmp_path.iterdir())
+    with hold(tmp_path / "run"):
+        pass
+
+
+def test_folders_made_for_a_lock_go_again(tmp_path):
+    with hold(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "mine").write_text("")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
+    with pytest.raises(KeyboardInterrupt), hold(tmp_path / "c" / "d.session", beside=True):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_killed_holder_is_replaced_at_once(tmp_path, process):
+    with pytest.raises(UserError, match=f"process {process.pid}"):
+        hold(tmp_path / "run").__enter__()
+    process.send_signal(signal.SIGKILL)
+    while process.poll() is None:  # also while the system still keeps its entry
+        time.sleep(0.01)
+    said = []
+    with hold(tmp_path / "run", say=said.append, watch_s=60):
+        pass
+    assert len(said) == 1
+    assert f"taking over {tmp_path / 'run'} from process {process.pid}" in said[0]
+
+
+def test_sigterm_releases(tmp_path, process):
+    process.terminate()
+    assert process.wait() == 143
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reused_pid_is_no_holder(tmp_path):
+    left_behind(tmp_path / "run", started="1")
+    with hold(tmp_path / "run", say=lambda line: None, watch_s=60):
+        pass
+
+
+@pytest.mark.parametrize("where", [{"host": "node3"}, {"boot": "b"}, {"namespace": "pid:[1]"}])
+def test_a_silent_holder_elsewhere_is_replaced(tmp_path, where):
+    left_behind(tmp_path / "run", **where)
+    said = []
+    with hold(tmp_path / "run", say=said.append, **QUICK):
+        pass
+    assert [line.split()[1] for line in said] == [str(tmp_path / "run"), "taking"]
+    assert "looking for 0.3 s" in said[0]
+
+
+def test_a_holder_elsewhere_that_beats_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(locks.socket, "gethostname", lambda: "node3")
+        held = hold(tmp_path / "run", **QUICK)
+        held.__enter__()
+    with pytest.raises(UserError, match="on node3, since"):
+        hold(tmp_path / "run", say=lambda line: None, **QUICK).__enter__()
+    held.__exit__(None, None, None)
+    with hold(tmp_path / "run", **QUICK):  # watched or not, it is free now
+        pass
+
+
+def test_a_torn_lock_file_does_not_lock_for_ever(tmp_path):
+    (tmp_path / FOLDER_LOCK).write_text('{"host": ')
+    with hold(tmp_path, say=lambda line: None, **QUICK):
+        assert locks._look(tmp_path / FOLDER_LOCK).holder.pid == os.getpid()
+
+
+def test_one_of_many_newcomers_takes_over(tmp_path):
+    left_behind(tmp_path, started="1")
+    start, end, results = threading.Barrier(8), threading.Barrier(8), []
+
+    def newcomer():
+        start.wait()
+        try:
+            with hold(tmp_path, say=lambda line: None):
+                results.append("held")
+                end.wait(30)
+        except UserError:
+            results.append("refused")
+            end.wait(30)
+
+    threads = [threading.Thread(target=newcomer) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["held"] + 7 * ["refused"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_holder_that_was_replaced_notices(tmp_path):
+    with hold(tmp_path, **QUICK) as lock:
+        lock.check()
+        left_behind(tmp_path, host="node3", token="another")
+        assert lock.lost.wait(10)
+        with pytest.raises(UserError, match="took over"):
+            lock.check()
+    assert (tmp_path / FOLDER_LOCK).exists()  # it is the other's

@@ -1,0 +1,48 @@
+"""Paths that users give: folders and files of this machine, with `~` expanded."""
+
+import os
+import re
+from pathlib import Path
+
+from tttjax.errors import UserError
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
+
+
+def local_path(value: str | os.PathLike, option: str = "") -> Path:
+    """`value` as a path of this machine; of what this returns, it returns the same again.
+
+    A leading `~` or `~user` is expanded, and nowhere else: what is opened by one function and
+    written by another is then the same place. option: name of the flag or field, for the error.
+    Raises UserError for `scheme://...`, which would become a local folder `scheme:`, and for a
+    user who does not exist.
+    """
+    text = os.fspath(value)
+    named = f"{option}={text}" if option else text
+    if scheme := _SCHEME.match(text):
+        raise UserError(
+            f"{named} is not a path on this machine: {scheme[0]}/ and other buckets and URLs are "
+            "not supported yet; name a local folder, or a path where the bucket is mounted."
+        )
+    try:
+        path = Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError as error:
+        raise UserError(
+            f"{named} names the home of a user who does not exist; write ./{text} for a file or "
+            "folder of that name."
+        ) from error
+    # `./~` and `./gs:/` lose their first two characters in a Path, and would change again.
+    is_special = str(path).startswith("~") or _SCHEME.match(str(path))
+    return path.absolute() if is_special else path
+
+
+def path_text(value: str | os.PathLike, option: str = "") -> str:
+    """`local_path` as text, which stays as it is where nothing is to be expanded."""
+    text = os.fspath(value)
+    path = local_path(text, option)
+    return str(path) if text.startswith("~") else text
+
+
+def absolute_path(value: str | os.PathLike, option: str = "") -> str:
+    """`local_path`, found from every folder. Symbolic links stay what they are."""
+    return os.path.abspath(local_path(value, option))
