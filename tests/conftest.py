@@ -10,6 +10,8 @@ import os
 import jax
 import pytest
 
+from tttjax import progress
+
 pytest_plugins = ["tiny_runs"]  # the fixtures `data` and `make_run`
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
@@ -19,6 +21,8 @@ if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know
 # Read when the first device is asked for, not at import; subprocesses of tests inherit them.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["TTTJAX_COMPILATION_CACHE"] = "off"  # the user's own stays as it is
+progress.QUIET_SECONDS = 3600.0  # what tests capture does not depend on the machine's speed
 
 
 # Traced programs are many small objects that live on: looking through them finds no garbage.

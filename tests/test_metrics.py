@@ -145,6 +145,18 @@ def test_the_compiled_step_stays_out_of_the_averages(tmp_path):
     assert "200 tok/s" in stream.getvalue()
 
 
+def test_eta_leaves_compilation_out(tmp_path):
+    stream = io.StringIO()
+    log = logger(tmp_path, stream=stream, log_every=1)
+    log.log(1, {"loss": 1.0}, seconds=100.0, steady=False)
+    log.log(2, {"loss": 1.0}, seconds=0.5)
+    log.close()
+    first, second = stream.getvalue().splitlines()
+    assert "eta" not in first
+    assert "compiled and done in 100.0 s" in first
+    assert second.endswith("eta 0:09")
+
+
 def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb_project='mine'.*not installed"):

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import tttjax
+from tttjax import progress
+from tttjax.compilation_cache import enable_compilation_cache
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, is_out_of_memory
@@ -72,6 +74,7 @@ configuration:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: that of the process) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    enable_compilation_cache()
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -137,7 +140,8 @@ def _dispatch(arguments: list[str]) -> int:
     _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
     if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} changes a configuration, but no --config=FILE is given.")
-    return module.run(args)
+    with progress.speaking(sys.stderr), progress.doing(f"tttjax {name}"):
+        return module.run(args)
 
 
 # How the metavar of an argument begins whose value is a path, whatever command it belongs to.

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax import sharding
+from tttjax import progress, sharding
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluate.run_tokenizer import run_tokenizer
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(f"export: {line}", flush=True)
+    progress.now(f"export, after: {line}")
 
 
 def parse_size(text: str) -> int:

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import jax
 from tensorboardX import SummaryWriter
 
+from tttjax import progress
 from tttjax.errors import UserError
 from tttjax.flops import Peak
 from tttjax.whole_files import whole_file
@@ -161,19 +162,25 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._open_line = False
 
-    def show(self, step: int, loss: float, rates: dict[str, Any], skipped: int = 0) -> None:
-        """Shows a finished step; `rates` as from `Throughput.rates`, `skipped` of the whole run."""
+    def show(
+        self, step: int, loss: float, rates: dict[str, Any], skipped: int = 0, steady: bool = True
+    ) -> None:
+        """Shows a finished step; `rates` as from `Throughput.rates`, `skipped` of the whole run.
+
+        steady: False for a step that was compiled first, which says nothing of the others.
+        """
         last = step == self.total_steps
         if not (self._terminal or last or step % self.log_every == 0):
             return
         width = len(str(self.total_steps))
         mfu = f"  mfu {rates['mfu']:.1%}" if "mfu" in rates else ""
         lost = f"skipped {skipped}  " if skipped else ""
-        text = (
-            f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {lost}"
+        text = f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {lost}" + (
             f"{_count(rates['tokens_per_second'])} tok/s{mfu}  "
             f"input {rates['input_share']:.0%}  "
             f"eta {_duration((self.total_steps - step) * rates['seconds'])}"
+            if steady
+            else f"compiled and done in {rates['seconds']:.1f} s"
         )
         if self._terminal:
             self._stream.write(f"\r\x1b[K{text}")
@@ -181,12 +188,15 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
+        # A slow step is told on a terminal; a file gets the lines that `log_every` asks for.
+        progress.now(text if self._terminal else "")
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
         self.end()
         self._stream.write(text + "\n")
         self._stream.flush()
+        progress.shown()
 
     def end(self) -> None:
         """Ends a line left open on a terminal."""
@@ -307,7 +317,7 @@ class MetricLogger:
             window = self._window
             window.add(seconds, input_seconds)
             smooth = self.throughput.rates(window.seconds, window.input_seconds, window.steps)
-        self.progress.show(step, values["loss"], smooth, values.get("skipped", 0))
+        self.progress.show(step, values["loss"], smooth, values.get("skipped", 0), steady)
         if step % self.log_every == 0 or step == self.total_steps:
             self._point(step, {**values, **{f"time/{k}": v for k, v in (rates | smooth).items()}})
             self._window = _Window()

@@ -18,18 +18,20 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 from absl import logging
 
-from tttjax import checkpoint, flops, metrics, precision
+from tttjax import checkpoint, compilation_cache, flops, metrics, precision, progress
 from tttjax.attention_kernels import describe_kernels, platform_of
 from tttjax.config import (
     Config,
     check_mesh,
     check_same_run,
+    config_fingerprint,
     load_config,
     with_absolute_paths,
     write_run_info,
@@ -224,12 +226,14 @@ def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
             data_state, batch = run.batches.get_state(), next(run.batches)
             on_device = run.trainer.put_batch(batch)
             waited = time.perf_counter() - waiting_since
-            state, values = run.trainer.step(state, on_device)
+            with _compiling(run) if step == run.start + 1 else contextlib.nullcontext():
+                state, values = run.trainer.step(state, on_device)
             finished.add(late.swap(step, values, (waited, batch, data_state)))
             profiler.after(step, values)
             asked_to_stop = stop.after(step)
             if step == run.start + 1:  # it was compiled first, so its time is told apart
-                first = late.flush()
+                with progress.doing("the first step"):
+                    first = late.flush()
                 try:
                     finished.add(first)
                 finally:  # also where it was not finite, and one such step is too many
@@ -242,10 +246,21 @@ def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
                 _save(run, step, state)
             if asked_to_stop:
                 break
-        run.saver.wait()
+        with progress.doing("saving the last checkpoint"):
+            run.saver.wait()
         if run.start >= last:  # nothing was left to do
             _write_start(run)
     return state, step
+
+
+@contextlib.contextmanager
+def _compiling(run: Run) -> Iterator[None]:
+    """The first step's call: tracing and compiling, or reading what was compiled before."""
+    program = f"{config_fingerprint(run.config)} {dict(run.trainer.mesh.shape)} {jax.__version__}"
+    started = time.perf_counter()
+    with progress.doing("compiling the train step", compilation_cache.last_seconds(program)):
+        yield
+    compilation_cache.note_seconds(program, time.perf_counter() - started)
 
 
 def _write_start(run: Run) -> None:
@@ -255,15 +270,16 @@ def _write_start(run: Run) -> None:
 
 
 def _save(run: Run, step: int, state: TrainState) -> None:
-    run.logger.sync()
-    run.saver.save(
-        step,
-        state,
-        data_state=run.batches.get_state(),
-        extra=dataclasses.asdict(run.totals),
-        config=dataclasses.asdict(run.config),
-        tokenizer=run.tokenizer,
-    )
+    with progress.doing(f"saving the checkpoint of step {step}"):
+        run.logger.sync()
+        run.saver.save(
+            step,
+            state,
+            data_state=run.batches.get_state(),
+            extra=dataclasses.asdict(run.totals),
+            config=dataclasses.asdict(run.config),
+            tokenizer=run.tokenizer,
+        )
     run.finished.start_clock()
 
 

@@ -35,6 +35,15 @@ def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
     assert greedy[0] == greedy[1]
 
 
+def test_prompt_is_echoed_on_a_terminal_alone(run, capsys, monkeypatch):
+    ask = ("generate", run, "--prompt", "the cat", "--max-tokens=4", "--temperature=0")
+    alone = words(capsys, *ask)[1]
+    assert "the cat" not in alone
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert words(capsys, *ask)[1] == f"\x1b[2mthe cat\x1b[0m{alone}"
+    assert "the cat" not in words(capsys, *ask, "--json")[1]
+
+
 def test_many_prompts_come_out_as_each_alone(run, tmp_path, capsys):
     texts = ["the cat sat\u2028on the mat", "on", TEXT[:40]]
     lines = [texts[0], {"prompt": texts[1]}, texts[2]]

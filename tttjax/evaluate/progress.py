@@ -7,6 +7,8 @@ from typing import TextIO
 
 import jax
 
+from tttjax import progress
+
 
 @dataclass
 class Progress:
@@ -25,6 +27,7 @@ class Progress:
     def doing(self, what: str, cost: int) -> None:
         """What is read next, and what a token of it costs."""
         self.what, self._cost = what, cost
+        progress.now(f"{self.title}: {what}, compiling or reading")
 
     def add(self, tokens: int) -> None:
         """So many tokens have been read."""
@@ -45,6 +48,7 @@ class Progress:
         )
         self.stream.write(f"\r\x1b[K{line}" if terminal else line + "\n")
         self.stream.flush()
+        progress.shown()
 
     def close(self) -> None:
         """Ends the line."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tttjax import progress
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import MODES
 from tttjax.generate.batch import as_json, read_prompts, write_all
@@ -124,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
-    opened = open_from(args)
+    with progress.doing(f"opening {args.workdir}"):
+        opened = open_from(args)
     with as_configured(opened.config):
         session = start_session(opened, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
@@ -135,9 +137,10 @@ def _run(args: argparse.Namespace) -> int:
             _write_all(args, opened, session, prompts, sampling)
             return 0
         (prompt_T,) = prompts
-        session, _ = opened.engine.read(session, prompt_T)
+        with progress.doing("reading the prompt (programs are compiled at their first use)"):
+            session, _ = opened.engine.read(session, prompt_T)
         if args.max_tokens:
-            session = _write(args, opened, session, prompt_T, sampling)
+            session = _write(args, opened, session, texts[0], prompt_T, sampling)
         if args.save_session:
             about = save_session(
                 args.save_session,
@@ -233,10 +236,11 @@ def _write(
     args: argparse.Namespace,
     opened: Opened,
     session: Session,
+    prompt: str,
     prompt_T: np.ndarray,
     sampling: Sampling,
 ) -> Session:
-    """Writes and prints; the session after the first text."""
+    """Writes and prints, on a terminal after the prompt; the session after the first text."""
     requests = [
         Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
         for i in range(args.samples)
@@ -244,10 +248,15 @@ def _write(
     writer = Writer(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
     pieces: list[list[WrittenToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
-    for piece in writer:
-        pieces[piece.request].append(piece)
-        if streams:
-            print(piece.text, end="", flush=True)
+    if streams and sys.stdout.isatty():
+        print(f"\x1b[2m{prompt}\x1b[0m", end="", flush=True)
+    # A line about the time would end up amid the text that is streamed to a terminal.
+    with progress.doing("" if streams and sys.stdout.isatty() else "writing"):
+        for piece in writer:
+            pieces[piece.request].append(piece)
+            if streams:
+                print(piece.text, end="", flush=True)
+                progress.shown()
     if streams:
         print()
     elif args.json:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tttjax import progress
 from tttjax.attention_kernels import describe_kernels
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.flops import TrainFlops, train_flops_by_part
@@ -105,7 +106,9 @@ def _plan(
     config: Config, topology: Topology, name: str, mfu: float, changes: dict[str, str]
 ) -> Plan:
     kernels = describe_kernels(config, topology.platform, here=topology.compiles)
+    progress.now(f"tracing the train step for {topology.name}")
     program = trace(config, topology)
+    progress.now(f"compiling the train step for {topology.name}")
     compiled = compile_program(program) if topology.compiles else None
     memory = compiled.memory if compiled and compiled.memory else program.memory
     transfers = program.count.transfers
