@@ -1,5 +1,6 @@
 """The model of lm-evaluation-harness: its numbers by hand, and the harness's own evaluation."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +15,7 @@ import lm_eval  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from tttjax.data.tokenizers import ByteTokenizer  # noqa: E402
 from tttjax.errors import UserError  # noqa: E402
 from tttjax.lm_eval import TTTJaxLM, _shared, _wishes  # noqa: E402
 
@@ -101,6 +103,22 @@ def test_a_whole_text_is_read_from_its_beginning(lm):
     (found,) = lm.loglikelihood_rolling(ask((text,)), disable_tqdm=True)
     assert found == pytest.approx(by_hand(lm, "", text)[0], rel=1e-5)
     assert lm.loglikelihood_rolling(ask(("",)), disable_tqdm=True) == [0.0]
+
+
+def test_what_is_written_keeps_its_first_blank(lm, monkeypatch):
+    class Spelled(ByteTokenizer):
+        """A blank before every byte but the first, as before words."""
+
+        def bytes_after(self, token, previous):
+            raw = super().bytes_after(token, previous)
+            return raw if raw is None or previous is None else b" " + raw
+
+    monkeypatch.setattr(lm, "_opened", replace(lm._opened, tokenizer=Spelled()))
+    wanted = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    (text,) = lm.generate_until(ask((CONTEXTS[0], wanted)), disable_tqdm=True)
+    assert text.startswith(" ")
+    stopped = {**wanted, "until": [text[:3]]}
+    assert lm.generate_until(ask((CONTEXTS[0], stopped)), disable_tqdm=True) == [""]
 
 
 def test_writing_stops_where_it_should(lm):

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import sysconfig
+from itertools import pairwise
 
 import pytest
 import zstandard
@@ -56,8 +57,9 @@ def test_pattern_and_single_files(tmp_path):
         list_inputs([tmp_path / "x"], "*.nix")
 
 
-def test_long_files_come_in_pieces_that_end_with_lines(tmp_path, monkeypatch):
+def test_long_files_come_in_pieces_with_their_neighbours(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", 64)
+    monkeypatch.setattr(documents, "MARGIN", 10)
     text = "".join(f"línea {i} 😀\n" for i in range(100)) + "x" * 300
     (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
     (file,) = list_inputs([tmp_path / "long.txt"])
@@ -66,7 +68,9 @@ def test_long_files_come_in_pieces_that_end_with_lines(tmp_path, monkeypatch):
     assert "".join(piece.text for piece in pieces) == text
     assert [p.begins for p in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert all(p.text.endswith("\n") for p in pieces if "x" not in p.text and p.text)
+    for left, right in pairwise(pieces):
+        assert left.after == right.text[:10]
+        assert right.before == left.text[-10:]
 
 
 def test_stdlib_is_python_without_tests():

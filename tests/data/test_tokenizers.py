@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from tttjax.data.encode import encode_text
 from tttjax.data.huggingface import HuggingFaceTokenizer
 from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tttjax.data.stretches import encode_text
 from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer, load_tokenizer
 from tttjax.errors import UserError
 

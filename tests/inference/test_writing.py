@@ -1,11 +1,14 @@
 """What is written depends on the request's own session and seed, and ends where it should."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from tests.data.families import SCRIPTS
 from tests.inference.test_engine import make_engine
 from tests.small import worst
-from tttjax.data.tokenizers import IdsTokenizer
+from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer
 from tttjax.errors import UserError
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.writing import Request, Transcript, Writer
@@ -17,13 +20,18 @@ class Letters(IdsTokenizer):
     def __init__(self):
         super().__init__(11, None, 10)
 
-    def decode(self, tokens):
-        return "".join(chr(97 + int(token)) for token in tokens if token != 10)
+    def bytes_after(self, token, previous):
+        return None if token == 10 else bytes((97 + token,))
 
 
-class Bytes(Letters):
-    def decode(self, tokens):
-        return bytes(int(token) for token in tokens).decode(errors="replace")
+class Numbers(IdsTokenizer):
+    """Numbers with a blank before each but the first; 0 begins and has no text."""
+
+    def __init__(self):
+        super().__init__(11, 0, None)
+
+    def bytes_after(self, token, previous):
+        return super().bytes_after(token, previous) if token else None
 
 
 def requests(engine, token, number, **options):
@@ -89,11 +97,49 @@ def test_a_stop_string_ends_it_and_is_not_shown():
 
 
 def test_a_character_is_shown_when_it_is_whole():
-    text = Transcript(Bytes(), [])
+    text = Transcript(ByteTokenizer(), [])
     assert [text.add(b)[0] for b in "aé☃".encode()] == ["a", "", "é", "", "", "☃"]
-    broken = Transcript(Bytes(), [])
+    broken = Transcript(ByteTokenizer(), [])
     assert broken.add(0xC3) == ("", False)
     assert broken.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["ttt_e2e", "static"])
+def test_a_text_goes_on_from_what_was_read(name):
+    engine, token = make_engine(name)
+    numbers = IdsTokenizer(11, 0, None)
+    session, _ = engine.read(engine.start(), token[0, :3])
+    for prompt in (token[0, :3], ()):  # given, and known from the session alone
+        request = Request(session, max_tokens=3, prompt=prompt)
+        pieces = list(Writer(engine, numbers, [request]))
+        assert "".join(p.text for p in pieces) == "".join(f" {p.token}" for p in pieces)
+        # A stop string may begin with that blank.
+        (piece,) = Writer(engine, numbers, [replace(request, stop=(" ",))])
+        assert (piece.text, piece.finished) == ("", "stop")
+    session, _ = engine.read(engine.start(), np.zeros(1, np.int32))
+    first = next(iter(Writer(engine, Numbers(), [Request(session, prompt=(0,))])))
+    assert first.text == str(first.token)
+
+
+def test_a_character_goes_on_from_a_session():
+    text = Transcript(ByteTokenizer(), ["☃b"], "a☃".encode()[:2])
+    assert [text.add(b) for b in "☃".encode()[1:]] == [("", False)] * 2
+    assert text.add(ord("b")) == ("", True)
+
+
+def test_stop_strings_are_found_in_every_script():
+    for script in SCRIPTS.values():
+        tokens = ByteTokenizer().encode(script * 2).tolist()
+        for start in range(len(script)):
+            stop = script[start : start + 3]
+            text, shown = Transcript(ByteTokenizer(), [stop]), ""
+            for token in tokens:
+                piece, stopped = text.add(token)
+                shown += piece
+                if stopped:
+                    break
+            assert stopped
+            assert shown == (script * 2).partition(stop)[0]
 
 
 def test_impossible_requests_are_refused():

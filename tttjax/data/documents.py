@@ -34,6 +34,7 @@ _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 )
 _BLOCK = 1 << 22  # bytes of text in one piece of a long document
+MARGIN = 1 << 12  # characters beyond the ends of a piece that are known with it
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,17 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of a document; most documents are one piece."""
+    """Some text of a document; most documents are one piece.
+
+    before, after: the last and the first `MARGIN` characters of the pieces beside it.
+    """
 
     document: str
     text: str
     begins: bool = True
     ends: bool = True
+    before: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -232,12 +238,12 @@ def read_items(file: InputFile) -> Iterator[Item]:
 
 
 def read_pieces(file: InputFile) -> Iterator[Piece]:
-    """The document of a text file, cut at line ends about every 4 MiB.
+    """The document of a text file, cut about every 4 MiB.
 
     Raises UserError if it is not UTF-8 or its compression is damaged.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, begins, position = "", True, 0
+    held, before, begins, position = "", "", True, 0
     try:
         with open_stream(file.path) as stream:
             while block := stream.read(_BLOCK):
@@ -245,10 +251,12 @@ def read_pieces(file: InputFile) -> Iterator[Piece]:
                 if position == 0:
                     held = held.removeprefix("\ufeff")  # a byte-order mark is not text
                 position += len(block)
-                if len(held) >= _BLOCK // 4:
-                    cut = held.rfind("\n") + 1 or len(held)
-                    yield Piece(file.id, held[:cut], begins, ends=False)
-                    held, begins = held[cut:], False
+                # No piece is so short that its two ends are within reach of each other.
+                if len(held) >= max(_BLOCK // 4, 4 * MARGIN):
+                    cut = len(held) - MARGIN
+                    after = held[cut:]
+                    yield Piece(file.id, held[:cut], begins, False, before, after)
+                    before, held, begins = held[cut - MARGIN : cut], after, False
         held += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise UserError(
@@ -257,7 +265,7 @@ def read_pieces(file: InputFile) -> Iterator[Piece]:
         ) from error
     except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
         raise _unreadable(file.path, error) from error
-    yield Piece(file.id, held, begins, ends=True)
+    yield Piece(file.id, held, begins, ends=True, before=before)
 
 
 def _read_lines(file: InputFile) -> Iterator[Line]:

@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from tttjax.data.documents import InputFile, Item, item_size, pieces_of, read_items
+from tttjax.data.stretches import encode_piece
 from tttjax.data.tokenizers import Tokenizer, load_tokenizer
 from tttjax.data.writer import EncodedPiece
 from tttjax.errors import UserError
 
 _TASK_BYTES = 1 << 20
-# Tokenizers slow down on very long strings, and a token never spans more than a line or two.
-_ENCODE_CHARACTERS = 1 << 14
 
 
 class ResumableError(UserError):
@@ -56,27 +53,12 @@ def make_tasks(files: Sequence[InputFile]) -> Iterator[Task]:
         yield Task(tuple(items), size)
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """int32 [N] tokens of a text of any length, encoded in stretches that end with a line."""
-    if len(text) <= _ENCODE_CHARACTERS:
-        return tokenizer.encode(text)
-    parts, start = [], 0
-    while start < len(text):
-        stop = min(start + _ENCODE_CHARACTERS, len(text))
-        if stop < len(text):
-            stop = text.rfind("\n", start, stop) + 1 or stop
-        parts.append(tokenizer.encode(text[start:stop]))
-        start = stop
-    return np.concatenate(parts)
-
-
 def encode_task(tokenizer: Tokenizer, task: Task) -> list[EncodedPiece]:
     """Raises UserError for text that cannot be read."""
     encoded = []
     for item in task.items:
         for piece in pieces_of(item):
-            tokens = encode_text(tokenizer, piece.text)
-            num_bytes = len(piece.text.encode("utf-8"))
+            tokens, num_bytes = encode_piece(tokenizer, piece)
             encoded.append(
                 EncodedPiece(piece.document, tokens, num_bytes, piece.begins, piece.ends)
             )

@@ -2,14 +2,17 @@
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from tttjax.data.tokenizers import (
+    UNKNOWN,
     as_text,
+    decode_tokens,
     hash_definition,
     is_lossless,
     read_model,
@@ -18,6 +21,7 @@ from tttjax.data.tokenizers import (
 from tttjax.errors import UserError
 
 _MODEL_FILE = "tokenizer.json"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how vocabularies with byte fallback write a byte
 # The last of each list also serves models that mark only the border between documents.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
@@ -45,6 +49,15 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(ids.values()) + 1
         self.bos_id: int | None = self._special(path, "bos", bos_id, _BOS_NAMES)
         self.eos_id: int | None = self._special(path, "eos", eos_id, _EOS_NAMES)
+        splits = self._definition.get("pre_tokenizer") is not None
+        self.can_be_cut = splits or self._definition["model"].get("type") != "Unigram"
+        decoder = self._definition.get("decoder")
+        self._byte_level = decoder is not None and _kinds(decoder) <= {"ByteLevel", "Fuse"}
+        self._by_pair = bool(_kinds(decoder) & {"BPEDecoder", "CTC"})
+        self._decoder = _without_bytes(decoder) if "ByteFallback" in _kinds(decoder) else decoder
+        self._join = _joining(self._decoder)
+        self._added = {added["id"]: added for added in self._definition.get("added_tokens", [])}
+        self._known: dict[tuple[int, int | None], bytes] = {}
         self.lossless = is_lossless(self)
 
     def _special(self, path, role: str, given: int | None, names: Sequence[str]) -> int | None:
@@ -69,23 +82,39 @@ class HuggingFaceTokenizer:
         return np.array(encoding.ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        drop = {self.bos_id, self.eos_id}
-        ids = [int(token) for token in tokens if int(token) not in drop]
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return decode_tokens(self, tokens)
+
+    def bytes_after(self, token: int, previous: int | None) -> bytes | None:
+        if token in (self.bos_id, self.eos_id):
+            return None
+        if previous is not None and not self._by_pair:
+            previous = UNKNOWN
+        key = token, previous
+        if key not in self._known:
+            self._known[key] = self._bytes_of(*key)
+        return self._known[key]
+
+    def _bytes_of(self, token: int, previous: int | None) -> bytes:
+        text = self._tokenizer.id_to_token(token)
+        if text is None:  # a gap in the vocabulary
+            return b""
+        if self._byte_level:
+            return _bytes_written(text) if token not in self._added else text.encode("utf-8")
+        if self._decoder is not self._definition.get("decoder") and _BYTE.fullmatch(text):
+            return bytes((int(text[3:5], 16),))
+        if previous is None:
+            return self._join([text]).encode("utf-8")
+        # What comes after other text: the difference that it makes.
+        before = ["a"]
+        if previous != UNKNOWN:
+            before.append(self._tokenizer.id_to_token(previous) or "")
+        return self._join([*before, text]).removeprefix(self._join(before)).encode("utf-8")
 
     def token_bytes(self) -> np.ndarray:
         counts = np.zeros(self.vocab_size, np.int32)
-        byte_level = _mentions(self._definition.get("decoder"), "ByteLevel")
-        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            if byte_level:
-                counts[i] = len(token)  # byte-level vocabularies write each byte as one character
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                counts[i] = 1
-            else:
-                counts[i] = len(token.replace("\u2581", " ").encode())
-        for added in self._definition.get("added_tokens", []):
-            counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-        counts[[i for i in (self.bos_id, self.eos_id) if i is not None]] = 0
+        for i in range(self.vocab_size):
+            if not self._added.get(i, {}).get("special"):
+                counts[i] = len(self.bytes_after(i, UNKNOWN) or b"")
         return counts
 
     def _config(self) -> dict[str, Any]:
@@ -103,8 +132,46 @@ class HuggingFaceTokenizer:
         save_definition(directory, self._config(), self._model)
 
 
-def _mentions(part: Any, kind: str) -> bool:
-    """Whether `kind` is the type of this part of a definition, or of one nested in it."""
-    if isinstance(part, dict):
-        return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
-    return isinstance(part, list) and any(_mentions(value, kind) for value in part)
+def _parts(decoder: Any) -> list[dict[str, Any]]:
+    """The steps of a decoder's definition."""
+    if not decoder:
+        return []
+    if decoder["type"] == "Sequence":
+        return [part for step in decoder["decoders"] for part in _parts(step)]
+    return [decoder]
+
+
+def _kinds(decoder: Any) -> set[str]:
+    return {part["type"] for part in _parts(decoder)}
+
+
+def _without_bytes(decoder: Any) -> dict[str, Any]:
+    parts = [part for part in _parts(decoder) if part["type"] != "ByteFallback"]
+    return {"type": "Sequence", "decoders": parts}
+
+
+def _joining(decoder: Any) -> Callable[[list[str]], str]:
+    """The text of tokens by such a decoder."""
+    if not decoder:
+        return " ".join
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    definition = {"version": "1.0", "added_tokens": [], "model": model, "decoder": decoder}
+    return tokenizers.Tokenizer.from_str(json.dumps(definition)).decoder.decode
+
+
+def _bytes_written(token: str) -> bytes:
+    """Those for which a byte-level vocabulary writes one character each."""
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Printable bytes of Latin-1 stand for themselves, the others for U+0100 and on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

@@ -11,6 +11,7 @@ import sentencepiece
 
 from tttjax.data.tokenizers import (
     as_text,
+    decode_tokens,
     hash_definition,
     is_lossless,
     read_model,
@@ -34,7 +35,8 @@ class SentencePieceTokenizer:
     """A SentencePiece model from a `.model` file.
 
     SentencePiece writes a blank as U+2581, so a U+2581 in the text would come back as a blank.
-    Where the model has byte pieces, that one character is encoded by its three bytes instead.
+    Where the model has byte pieces, and adds no blank to the text that it is given, that one
+    character is encoded by its three bytes instead.
     """
 
     kind = "sentencepiece"
@@ -49,8 +51,14 @@ class SentencePieceTokenizer:
         self.vocab_size: int = pieces.vocab_size()
         self.bos_id: int | None = pieces.bos_id() if pieces.bos_id() >= 0 else None
         self.eos_id: int | None = pieces.eos_id() if pieces.eos_id() >= 0 else None
+        # Of byte-pair encoding, scores are ranks; otherwise, logarithms that are added up.
+        scores = map(pieces.get_score, range(self.vocab_size))
+        self.can_be_cut = all(score.is_integer() for score in scores)
         byte_ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
-        self._blank_ids = byte_ids if all(pieces.is_byte(i) for i in byte_ids) else None
+        self._bytes_V = [self._bytes_of(i) for i in range(self.vocab_size)]
+        self._adds_blank = self._strips_blank()
+        exact = all(pieces.is_byte(i) for i in byte_ids) and not self._adds_blank
+        self._blank_ids = byte_ids if exact else None
         self.lossless = is_lossless(self)
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -63,7 +71,32 @@ class SentencePieceTokenizer:
         return np.array(ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        return self._processor.decode([int(token) for token in tokens])
+        return decode_tokens(self, tokens)
+
+    def bytes_after(self, token: int, previous: int | None) -> bytes | None:
+        found = self._bytes_V[token]
+        if previous is None and self._adds_blank and found is not None:
+            # The blank that the model puts before every text is not part of it.
+            return found if self._processor.is_byte(token) else found.removeprefix(b" ")
+        return found
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        pieces = self._processor
+        if pieces.is_control(token):
+            return None
+        if pieces.is_byte(token):
+            return bytes((int(pieces.id_to_piece(token)[3:5], 16),))
+        if pieces.is_unknown(token):
+            return pieces.decode([token]).encode("utf-8")
+        return pieces.id_to_piece(token).replace(_BLANK, " ").encode("utf-8")
+
+    def _strips_blank(self) -> bool:
+        """Whether the model takes a blank off a text that it decodes: it put one there before."""
+        for token, found in enumerate(self._bytes_V):
+            is_text = not (self._processor.is_unknown(token) or self._processor.is_byte(token))
+            if is_text and found and found.startswith(b" "):
+                return not self._processor.decode([token]).startswith(" ")
+        return False
 
     def pieces(self) -> list[Piece]:
         """The vocabulary, in the order of its ids."""
@@ -81,11 +114,9 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> np.ndarray:
         pieces = self._processor
         counts = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
-            if pieces.is_byte(i):
-                counts[i] = 1
-            elif not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i)):
-                counts[i] = len(pieces.id_to_piece(i).replace(_BLANK, " ").encode())
+        for i, found in enumerate(self._bytes_V):
+            if not (pieces.is_unknown(i) or pieces.is_unused(i)):
+                counts[i] = len(found or b"")
         return counts
 
     def _config(self) -> dict[str, Any]:
@@ -115,6 +146,7 @@ def train_sentencepiece(
             model_type=model_type,
             num_threads=num_threads,
             character_coverage=0.9999,
+            required_chars=_BLANK,  # a blank has its piece, were there none in the text
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,

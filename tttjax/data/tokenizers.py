@@ -9,10 +9,15 @@ A tokenizer is saved beside the data that it made (`save`, `load_tokenizer`), an
 a hash of its whole definition, is in the manifest, so that training and evaluation find the same
 one again or refuse. A run keeps a copy in its work directory (`keep_tokenizer`).
 
+Text comes out of tokens by one function, `bytes_after`: the bytes that a token adds. All tokens at
+once (`decode_tokens`) and one at a time (`TextStream`) therefore give the same text.
+
 Bits per byte need the number of UTF-8 bytes behind a target token: `token_bytes()`. It is exact
-when `lossless` is true, that is, when decoding gives back every byte that was encoded.
+when `lossless` is true, that is, when decoding gives back every byte that was encoded, and they are
+as many as `token_bytes` says.
 """
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -29,16 +34,29 @@ from tttjax.whole_files import whole_file
 
 CONFIG_FILE = "tokenizer_config.json"
 
+# A token that is not known, but had text: what follows it does not begin a text.
+UNKNOWN = -1
+
 # Everything that tokenizers commonly alter: blanks at either end and in runs, line ends, tabs,
 # compatibility forms, combining marks, characters outside any vocabulary, and the sign with which
-# SentencePiece writes a blank.
-_PROBE = "  two blanks,\ttab \r\n\n    \ufb01 \uff11 \xe9 e\u0301 ☃ 😀 \u2581 <s> <0x41> \x00 \n"
+# SentencePiece writes a blank; then texts that begin and end with no blank, and with one.
+_PROBES = (
+    "  two blanks,\ttab \r\n\n    \ufb01 \uff11 \xe9 e\u0301 ☃ 😀 \u2581 <s> <0x41> \x00 \n",
+    "one",
+    " two three ",
+    "川 と\u3000山 ไทย นี้ हिन्दी 👩\u200d👧 \xa0\u200b\ufeff\u2028end",
+)
 
 
 class Tokenizer(Protocol):
-    """What the rest of tttjax knows of a tokenizer."""
+    """What the rest of tttjax knows of a tokenizer.
+
+    can_be_cut: whether what is a border of tokens in its surroundings is one in the whole text
+    (`data.stretches`); not where one sum decides on all of a text.
+    """
 
     kind: str
+    can_be_cut: bool
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
@@ -49,6 +67,13 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of `tokens`. BOS, EOS and padding give no text."""
+
+    def bytes_after(self, token: int, previous: int | None) -> bytes | None:
+        """The UTF-8 bytes that a token adds to a text; part of a character, it may be.
+
+        previous: the last token before it that gave bytes (`UNKNOWN` if only that is known), or
+        None where the text begins. None for a token that has no part in texts, as BOS has not.
+        """
 
     def token_bytes(self) -> np.ndarray:
         """int32 [V] UTF-8 bytes that each token stands for; 0 for BOS, EOS and padding."""
@@ -81,9 +106,47 @@ def _write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+class TextStream:
+    """Text of tokens as they come. The bytes of a character are held back until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] | np.ndarray = ()):
+        """before: tokens that the text goes on from; their own text is not given again."""
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._previous: int | None = None
+        for token in before:
+            if token == UNKNOWN:
+                self._previous = UNKNOWN
+            else:
+                self.add(int(token))
+
+    def add(self, token: int) -> str:
+        """The characters that are whole with this token; U+FFFD for bytes that never will be."""
+        raw = self._tokenizer.bytes_after(token, self._previous)
+        if raw is None:
+            return ""
+        self._previous = token
+        return self._characters.decode(raw)
+
+    def rest(self) -> str:
+        """U+FFFD if the tokens ended within a character, else nothing."""
+        return self._characters.decode(b"", final=True)
+
+
+def decode_tokens(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of `tokens`; U+FFFD for bytes that are no character."""
+    stream = TextStream(tokenizer)
+    return "".join(map(stream.add, np.asarray(tokens, np.int64).tolist())) + stream.rest()
+
+
 def is_lossless(tokenizer: Tokenizer) -> bool:
-    """Whether a text of everything that tokenizers like to alter survives the round trip."""
-    return tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE
+    """Whether texts of everything that tokenizers like to alter survive, and are counted right."""
+    for text in _PROBES:
+        tokens = tokenizer.encode(text).tolist()
+        counts = [len(tokenizer.bytes_after(token, UNKNOWN) or b"") for token in tokens]
+        if tokenizer.decode(tokens) != text or sum(counts) != len(text.encode("utf-8")):
+            return False
+    return True
 
 
 def as_text(text: str | bytes) -> str:
@@ -97,6 +160,7 @@ class ByteTokenizer:
     """
 
     kind = "bytes"
+    can_be_cut = True
     vocab_size = 264
     lossless = True
     bos_id: int | None = 256
@@ -109,6 +173,9 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(tokens)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def bytes_after(self, token: int, previous: int | None) -> bytes | None:
+        return bytes((token,)) if token < 256 else None
 
     def token_bytes(self) -> np.ndarray:
         return (np.arange(self.vocab_size) < 256).astype(np.int32)
@@ -127,6 +194,7 @@ class IdsTokenizer:
     """Stands in for an unknown tokenizer: data that came as token ids. It has no text."""
 
     kind = "ids"
+    can_be_cut = True
     lossless = False
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None):
@@ -139,7 +207,10 @@ class IdsTokenizer:
         )
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        return " ".join(str(int(token)) for token in tokens)
+        return decode_tokens(self, tokens)
+
+    def bytes_after(self, token: int, previous: int | None) -> bytes | None:
+        return (str(token) if previous is None else f" {token}").encode()
 
     def token_bytes(self) -> np.ndarray:
         return np.zeros(self.vocab_size, np.int32)

@@ -3,26 +3,27 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax.data.tokenizers import Tokenizer
+from tttjax.data.tokenizers import UNKNOWN, TextStream, Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.sampling import Sampling, Wishes, choose, stack
 from tttjax.types import Array
 
-CONTEXT = 8  # tokens before a new one that decoding it looks at
-UNFINISHED = "\ufffd"  # what decoding puts for a character of which bytes are still missing
+CONTEXT = 8  # tokens before the text, of which the last may have begun a character
 
 
 @dataclass(frozen=True)
 class Request:
     """A session to go on with, and how.
 
-    prompt: tokens to which the repetition penalty applies from the start.
+    prompt: tokens to which the repetition penalty applies from the start. The text goes on from
+    the last of them: a blank between them and the first new token is part of it.
     """
 
     session: Session
@@ -49,24 +50,15 @@ class WrittenToken:
 
 
 class Transcript:
-    """Text of tokens as they come."""
+    """Text of tokens as they come, after those `before`, up to a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
-        self._shown = 0  # tokens whose text is out of `decode`
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], before: Sequence[int] = ()):
+        self._stream, self._stop = TextStream(tokenizer, before), tuple(stop)
         self._held = ""
 
     def add(self, token: int) -> tuple[str, bool]:
         """(text that can be shown now, whether a stop string came)."""
-        self._tokens.append(token)
-        context = self._tokens[max(0, self._shown - CONTEXT) : self._shown]
-        before = self._tokenizer.decode(context)
-        text = self._tokenizer.decode(context + self._tokens[self._shown :])[len(before) :]
-        if text.endswith(UNFINISHED) and len(self._tokens) - self._shown < CONTEXT:
-            return "", False
-        self._shown = len(self._tokens)
-        self._held += text
+        self._held += self._stream.add(token)
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             return self._held[: min(found)], True
@@ -74,9 +66,7 @@ class Transcript:
 
     def rest(self) -> str:
         """What was held back, when nothing more will come."""
-        context = self._tokens[max(0, self._shown - CONTEXT) : self._shown]
-        before = self._tokenizer.decode(context)
-        self._held += self._tokenizer.decode(context + self._tokens[self._shown :])[len(before) :]
+        self._held += self._stream.rest()
         return self._release(0)
 
     def _on_its_way(self) -> int:
@@ -90,6 +80,21 @@ class Transcript:
         end = len(self._held) - kept
         text, self._held = self._held[:end], self._held[end:]
         return text
+
+
+def _before(request: Request, tokenizer: Tokenizer) -> list[int]:
+    """The last tokens that a request's text goes on from; none where it begins one."""
+    session = request.session
+    for known in (request.prompt, session.pending):
+        had_text = (
+            int(token)
+            for token in reversed(known)
+            if tokenizer.bytes_after(int(token), UNKNOWN) is not None
+        )
+        if last := list(islice(had_text, CONTEXT)):
+            return last[::-1]
+    # Tokens that are no longer at hand; one alone is BOS.
+    return [UNKNOWN] if session.tokens > 1 else []
 
 
 @partial(jax.jit, donate_argnums=2)
@@ -136,7 +141,9 @@ class Writer:
         self.sessions: list[Session] = [request.session for request in requests]
 
     def __iter__(self) -> Iterator[WrittenToken]:
-        transcripts = [Transcript(self._tokenizer, r.stop) for r in self._requests]
+        transcripts = [
+            Transcript(self._tokenizer, r.stop, _before(r, self._tokenizer)) for r in self._requests
+        ]
         active = list(range(len(self._requests)))
         draws: _Draws | None = None
         while active:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tttjax.data.documents import InputFile, list_inputs, read_pieces
-from tttjax.data.encode import encode_text
+from tttjax.data.stretches import encode_piece
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.errors import UserError
 from tttjax.generate import start_session
@@ -152,7 +152,7 @@ def advance(opened: Opened, reading: TextReading, until: int | None = None) -> I
 
 def _tokens(tokenizer: Tokenizer, file: InputFile) -> Iterator[np.ndarray]:
     for piece in read_pieces(file):
-        yield encode_text(tokenizer, piece.text)
+        yield encode_piece(tokenizer, piece)[0]
 
 
 def _stretches(

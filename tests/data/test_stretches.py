@@ -1,0 +1,100 @@
+"""Long texts and pieces of documents have the tokens of the whole text."""
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.data.families import FAMILIES, SCRIPTS, family
+from tttjax.data import documents, stretches
+from tttjax.data.documents import list_inputs, read_pieces
+from tttjax.data.stretches import encode_piece, encode_text
+from tttjax.errors import UserError
+
+SIZE = 24_000
+RANDOM = random.Random(0)
+WORDS = [
+    *SCRIPTS["Latin"].split(),
+    *SCRIPTS["Devanagari"].split(),
+    "cat",
+    "don't",
+    "日本語",
+    "x" * 30,
+]
+ENDS = (" ", "  ", "\n", "\n\n", " \n", ".\n\n", ", ", "\r\n")
+TEXTS = {
+    "lines": "".join(RANDOM.choice(WORDS) + RANDOM.choice(ENDS) for _ in range(SIZE // 6)),
+    "one line repeated": "the cat\n" * (SIZE // 8),
+    "no newlines": " ".join(RANDOM.choice(WORDS) for _ in range(SIZE // 6)),
+    "no blanks": "".join(RANDOM.choice(SCRIPTS["CJK"] + SCRIPTS["Thai"]) for _ in range(SIZE)),
+    "letters": "".join(RANDOM.choice("acgt") for _ in range(SIZE)),
+    "digits": "".join(RANDOM.choice("0123456789") for _ in range(SIZE)),
+    "one letter": "x" * SIZE,
+    "one blank": " " * SIZE,
+    "emoji": SCRIPTS["emoji"].replace(" ", "") * (SIZE // 18),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def tokenizer(request):
+    return family(request.param)
+
+
+@pytest.fixture(autouse=True)
+def short_stretches(monkeypatch):
+    monkeypatch.setattr(stretches, "STRETCH", 4000)
+
+
+def pieces(text, folder):
+    (folder / "a.txt").write_text(text, encoding="utf-8", newline="")
+    (file,) = list_inputs([folder / "a.txt"])
+    return list(read_pieces(file))
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_stretches_have_the_tokens_of_the_whole(tokenizer, text):
+    np.testing.assert_array_equal(encode_text(tokenizer, text), tokenizer.encode(text))
+
+
+def test_ordinary_text_is_not_encoded_whole(tokenizer, monkeypatch):
+    longest = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: longest.append(len(text)) or encode(text))
+    for name in ("lines", "no newlines", "one line repeated"):
+        encode_text(tokenizer, TEXTS[name])
+    assert (max(longest) < SIZE / 2) == tokenizer.can_be_cut
+
+
+@pytest.mark.parametrize("kind", ["lines", "no newlines", "no blanks", "letters"])
+def test_pieces_have_the_tokens_of_the_document(tokenizer, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_BLOCK", 1 << 12)
+    text = TEXTS[kind] * 2
+    found = pieces(text, tmp_path)
+    assert len(found) > 2
+    if not tokenizer.can_be_cut:
+        with pytest.raises(UserError, match=r"a\.txt is too long .* sentencepiece tokenizer"):
+            [encode_piece(tokenizer, piece) for piece in found]
+        return
+    encoded = [encode_piece(tokenizer, piece) for piece in found]
+    tokens = np.concatenate([tokens for tokens, _ in encoded])
+    np.testing.assert_array_equal(tokens, tokenizer.encode(text))
+    assert sum(size for _, size in encoded) == len(text.encode())
+
+
+def test_a_document_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_BLOCK", 1 << 12)
+    first, *_ = pieces(TEXTS["digits"] * 2, tmp_path)
+    with pytest.raises(UserError, match=r"the huggingface tokenizer .* has no border"):
+        encode_piece(family("Llama 3"), first)
+
+
+def test_tokens_that_tell_of_no_border_stop_it(monkeypatch):
+    # Every second character opens a pair: where pairs begin depends on where the text does.
+    class Pairs:
+        can_be_cut = True
+
+        def encode(self, text):
+            return np.array([hash(text[i : i + 2]) for i in range(0, len(text), 2)])
+
+    text = "".join(RANDOM.choice("ab") for _ in range(SIZE + 1))
+    np.testing.assert_array_equal(encode_text(Pairs(), text), Pairs().encode(text))
