@@ -94,3 +94,7 @@ tttjax evaluate "$OUT/ttt_e2e" "$OUT/window" --out="$OUT/results"
 printf '\nDone in %d min %d s. The plot: %s\n' \
     $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) \
     "$OUT/results/loss_by_position.png"
+prompt='def __init__(self'
+[[ "$TEXT" == stdlib ]] || prompt=The
+printf '\nNext, let the model that learns write on from a prompt:\n\n    %q generate %q --prompt=%q\n' \
+    "$VENV/bin/tttjax" "$OUT/ttt_e2e" "$prompt"

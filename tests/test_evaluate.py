@@ -27,6 +27,7 @@ from tttjax.data.held_out import eval_sequences
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 from tttjax.evaluate import Learning, RunSpec, compare, evaluate, run_of_params, write_results
+from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.statistics import (
     Sums,
     doubling_windows,
@@ -34,7 +35,7 @@ from tttjax.evaluate.statistics import (
     ratio_of_sums,
     sum_by_document,
 )
-from tttjax.evaluate.tables import sentence
+from tttjax.evaluate.tables import align, fit, sentence, show, table
 from tttjax.evaluate.text import Text
 from tttjax.meta import make_inner_loop, make_reader
 from tttjax.models import build_model
@@ -359,11 +360,70 @@ def test_all_files_are_written_and_agree(comparison, tmp_path):
 def test_tables_line_up(comparison):
     tables = comparison.table.split("\n\n")[1:]
     assert len(tables) == 3
-    for table in tables:
-        lines = table.splitlines()[1:]
+    for text in tables:
+        lines = text.splitlines()[1:]
         assert len({len(line) for line in lines}) == 1
         assert all(line.startswith("|") for line in lines)
-    assert "ttt, TTT on - control" in tables[2]
+    assert "| ttt, TTT on - TTT off |" in tables[2]
+    assert "| ttt, TTT on - control |" in tables[2]
+
+
+def made_up(modes, window=64):
+    """A comparison with the defaults of `eval`; modes of each run, "" if nothing can learn."""
+    lengths = tuple(window * n for n in (1, 2, 4, 8))
+    rng = np.random.default_rng(0)
+
+    def series(run, mode):
+        contexts = {}
+        for length in lengths:
+            count_DL = np.full((58, length), lengths[-1] // length)
+            contexts[length] = Sums((3 + rng.random((58, length))) * count_DL, count_DL, count_DL)
+        label, inner = f"{run}, TTT {mode}" if mode else run, None
+        if mode == "on":
+            inner = {"rule": "sgd", "lr": 1.0, "clip": 1.0, "chunk_size": 32}
+        return Series(run, mode or "off", label, inner, contexts, seconds=1.0)
+
+    text = {"tokens": 65_536, "documents": 58, "split": "val", "data": "runs/quickstart/data"}
+    return Comparison(
+        series=tuple(series(run, mode) for run, of_run in modes.items() for mode in of_run),
+        lengths=lengths,
+        window=window,
+        bins=EvalConfig().bins,
+        runs=tuple({"name": run, "step": 10_000} for run in modes),
+        text={**text, "sequences": 128, "bytes_are_exact": True},
+    )
+
+
+@pytest.mark.parametrize("names", [("ttt_e2e", "window"), ("ttt_e2e-760m-lr0.002", "w" * 20)])
+@pytest.mark.parametrize("second", [("",), ("on", "off")])
+def test_tables_fit_100_columns(names, second):
+    found = made_up({names[0]: ("on", "off"), names[1]: second})
+    text = table(found)
+    assert max(map(len, text.splitlines())) <= 100
+    for words in ("64 tokens", "512 tokens", "512 - 64", "bits per byte at 512", "257-512"):
+        assert f" {words} |" in text
+    for series in found.series:
+        assert show(series.contexts[512].loss()) in text
+
+
+def test_tables_of_the_quickstart_need_one_break():
+    parts = table(made_up({"ttt_e2e": ("on", "off"), "window": ("",)})).split("\n\n")
+    heads = [next(line for line in part.splitlines() if line[0] == "|") for part in parts[1:]]
+    assert [len(head.split("|")) - 3 for head in heads] == [4, 2, 4, 3]
+
+
+def test_columns_that_do_not_fit_follow_below():
+    head = ["name", *(f"column {i} of those" for i in range(12))]
+    rows = [[name, *(f"{name}{i}" for i in range(12))] for name in ("a" * 20, "b")]
+    parts = [part.splitlines() for part in fit(head, rows).split("\n\n")]
+    assert all(len(line) <= 100 for part in parts for line in part)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for part in parts for line in part]
+    for i, wanted in enumerate((head, None, *rows)):
+        if wanted:
+            found = cells[i :: len(rows) + 2]
+            assert {line[0] for line in found} == {wanted[0]}
+            assert [cell for line in found for cell in line[1:]] == wanted[1:]
+    assert fit(["n", "x" * 200], [["a", "1"]]) == align(["n", "x" * 200], [["a", "1"]])
 
 
 # The command -------------------------------------------------------------------------------------

@@ -197,17 +197,17 @@ def test_a_folder_with_other_files_is_left_alone(shell, tmp_path):
 @pytest.fixture
 def quickstart(shell, tmp_path):
     """Runs quickstart.sh in an environment that is ready, with a `tttjax` that tells its words."""
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    program = tmp_path / "venv" / "bin" / "tttjax"
+    (tmp_path / "v env" / "bin").mkdir(parents=True)
+    program = tmp_path / "v env" / "bin" / "tttjax"
     program.write_text(f"#!/usr/bin/env bash\n{SHOW}\n[[ $1 != $FAILING ]]\n")
     # It is asked whether everything is installed: yes.
-    python = tmp_path / "venv" / "bin" / "python"
+    python = tmp_path / "v env" / "bin" / "python"
     python.write_text("#!/usr/bin/env bash\nexit 0\n")
     for path in (program, python):
         path.chmod(0o755)
 
     def run(*arguments: str, failing: str = "nothing"):
-        venv = str(tmp_path / "venv")
+        venv = str(tmp_path / "v env")
         return shell(str(LAUNCH / "quickstart.sh"), *arguments, VENV=venv, FAILING=failing)
 
     return run
@@ -250,6 +250,23 @@ def test_quickstart_passes_its_options_on(quickstart, tmp_path):
     assert evaluate[-1] == f"--out={tmp_path}/o p/results"
 
 
+@pytest.mark.parametrize(
+    ("out", "words"), [("quickstart", []), ("it's o p", ["--text", "a text.txt"])]
+)
+def test_quickstart_ends_with_a_command_to_paste(quickstart, tmp_path, out, words):
+    (tmp_path / "a text.txt").write_text("some words")
+    words = [word.replace("a text", f"{tmp_path}/a text") for word in words]
+    result = quickstart("--out", out, *words)
+    assert result.returncode == 0, result.stderr
+    command = result.stdout.splitlines()[-1]
+    pasted = subprocess.run(
+        ["bash", "-euc", command], env={"FAILING": ""}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert pasted.returncode == 0, pasted.stderr
+    prompt = "--prompt=The" if words else "--prompt=def __init__(self"
+    assert called(pasted) == [["generate", f"{out}/ttt_e2e", prompt]]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--tokenizer=bytes"], ["--tokenizer", "sentencepiece"]])
 def test_quickstart_learns_no_vocabulary_from_a_small_text(quickstart, tmp_path, arguments):
     (tmp_path / "small.txt").write_text("x" * 199_999)
@@ -278,6 +295,7 @@ def test_quickstart_stops_where_something_fails(quickstart, failing, calls):
     assert result.returncode == 1
     assert len(called(result)) == calls
     assert "Done in" not in result.stdout
+    assert "Next" not in result.stdout
 
 
 def test_quickstart_explains_itself(quickstart):

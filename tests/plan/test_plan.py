@@ -13,7 +13,7 @@ from tttjax.plan.count import Transfer
 from tttjax.plan.make import make_plan
 from tttjax.plan.memory import Memory
 from tttjax.plan.program import _out_of_memory, trace
-from tttjax.plan.show import markdown, show
+from tttjax.plan.show import duration, markdown, show
 from tttjax.plan.topologies import parse_topology
 
 GIB = 2**30
@@ -96,6 +96,35 @@ def test_the_text_says_all_of_it(plan):
     for words in ("optimizer", "inner backward", "the program", "all-gather", "compiled in"):
         assert words in text
     assert max(map(len, text.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        (0.25, "0.25 s"),
+        (29.9, "29.9 s"),
+        (42 * 60 - 20, "42 min"),
+        (3599.9, "1 h 0 min"),
+        (12_000, "3 h 20 min"),
+        (86_399, "24 h 0 min"),
+        (2 * 86_400 - 1, "2 days"),
+        (12.34 * 86_400, "12.3 days"),
+        (1234 * 86_400, "1,234 days"),
+    ],
+)
+def test_durations_in_the_unit_people_use(seconds, says):
+    assert duration(seconds) == says
+
+
+def test_the_length_of_a_short_run_is_no_fraction_of_a_day():
+    small = small_config(**SHALLOW)
+    plan = make_plan(small, parse_topology("gpu:h100:2"))
+    steps = round(12_000 / plan.cost.step_seconds)
+    train = dataclasses.replace(small.train, steps=steps)
+    plan = make_plan(dataclasses.replace(small, train=train), parse_topology("gpu:h100:2"))
+    assert " steps are 3 h 20 min, 6.67 chip-hours" in show(plan)
+    assert " 3 h 20 min |" in markdown([plan.to_dict()])
+    assert "days" not in show(plan)
 
 
 def test_json_and_table(file, capsys, tmp_path):

@@ -1,13 +1,14 @@
 """Names of pods and what is wrong with them; the table of chips."""
 
 import importlib.util
+import math
 
 import pytest
 
 from tttjax.chips import CHIPS, peaks
 from tttjax.config import MeshConfig
 from tttjax.errors import UserError
-from tttjax.plan.topologies import open_mesh, parse_topology
+from tttjax.plan.topologies import CONSOLE, TPUS, open_mesh, parse_topology
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,36 @@ def test_names(name, chip, chips, devices):
     assert (topology.chip, topology.chips, topology.devices) == (CHIPS[chip], chips, devices)
 
 
+@pytest.mark.parametrize(
+    ("console", "name"),
+    [
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5e-256", "v5e:16x16"),
+        ("v6e-128", "v6e:8x16"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-384", "v5p:4x4x12"),
+        ("v5p-1024", "v5p:8x8x8"),
+        ("v5p-12288", "v5p:16x16x24"),
+        ("tpu7x-16", "v7x:2x2x2"),
+    ],
+)
+def test_names_of_the_cloud_console(console, name):
+    assert parse_topology(console) == parse_topology(name)
+
+
+def test_console_numbers_count_cores_or_chips():
+    for prefix, (chip, per_chip, shapes) in CONSOLE.items():
+        assert chip in TPUS
+        chips = [math.prod(map(int, shape.split("x"))) for shape in shapes]
+        assert chips == sorted(set(chips))
+        for count, shape in zip(chips, shapes, strict=True):
+            topology = parse_topology(f"{prefix}-{per_chip * count}")
+            assert (topology.chips, topology.name) == (count, f"{chip}:{shape}")
+
+
 def test_this_machine():
     topology = parse_topology("cpu:4")
     assert (topology.chip, topology.devices, topology.compiles) == (None, 4, True)
@@ -40,6 +71,12 @@ def test_this_machine():
         ("v5p", "chips along each axis"),
         ("v5p:4x0", "chips along each axis"),
         ("v5p:2x2x2x2", "chips along each axis"),
+        ("v4-8", "there is no chip 'v4' to plan for"),
+        ("v5p-10", "no slice of 10 TensorCores, two a chip; the nearest are v5p-8 and v5p-16"),
+        ("v5p-1", "the nearest are v5p-8 and v5p-16"),
+        ("v5litepod-512", "no slice of 512 chips; the nearest are v5litepod-128 and v5litepod-256"),
+        ("v5p-4x4x4", "the number of TensorCores.*v5p:2x4x4"),
+        ("v6e-", "the number of chips, as in v6e-8"),
         ("gpu:h10:8", "no GPU 'h10'.*Did you mean 'h100'"),
         ("gpu:h100", "GPUs of one host"),
         ("gpu:h100:8x4x2", "GPUs of one host"),

@@ -1,11 +1,14 @@
 """The results in words: aligned Markdown tables, and one sentence that follows from the numbers."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
 from tttjax.evaluate.results import Comparison, Series
 from tttjax.evaluate.statistics import Estimate, doubling_windows
+
+WIDTH = 100  # columns of a terminal or a page
 
 
 def table(comparison: Comparison) -> str:
@@ -16,10 +19,11 @@ def table(comparison: Comparison) -> str:
         for run in comparison.runs
     )
     heading = (
-        f"{steps}: {text['tokens']:,} target tokens of {text['documents']} held-out documents\n"
+        f"{steps}: {text['tokens']:,} target tokens of {text['documents']} held-out documents "
         f"(split {text['split']} of {text['data']}), as {text['sequences']} sequences of "
-        f"{comparison.longest} tokens.\nValues: mean ± standard error over documents."
+        f"{comparison.longest} tokens. Values: mean ± standard error over documents."
     )
+    heading = textwrap.fill(heading, WIDTH, break_long_words=False, break_on_hyphens=False)
     parts = [heading, _by_context(comparison), _by_position(comparison)]
     if comparison.main_pairs():
         parts.append(_differences(comparison))
@@ -42,7 +46,7 @@ def _by_context(comparison: Comparison) -> str:
             cells.append(show(change, signed=True))
         bits = _bits(series, longest)
         rows.append([series.label, *cells, show(bits) if bits else "unknown"])
-    return f"Loss in nats per token, the same tokens read with more context.\n{align(head, rows)}"
+    return f"Loss in nats per token, the same tokens read with more context.\n{fit(head, rows)}"
 
 
 def _by_position(comparison: Comparison) -> str:
@@ -56,7 +60,7 @@ def _by_position(comparison: Comparison) -> str:
         rows.append([series.label, *map(show, values)])
     return (
         f"Loss in nats per token by position in a context of {longest} tokens (window: "
-        f"{comparison.window}).\n{align(head, rows)}"
+        f"{comparison.window}).\n{fit(head, rows)}"
     )
 
 
@@ -70,10 +74,11 @@ def _differences(comparison: Comparison) -> str:
     for a, b in comparison.main_pairs():
         difference = a.contexts[longest] - b.contexts[longest]
         values = [difference.between(*regions[name]).loss() for name in shown]
-        rows.append([f"{a.label} - {b.label}", *(show(v, signed=True) for v in values)])
+        pair = f"{a.label} - {b.label.removeprefix(f'{a.run}, ')}"
+        rows.append([pair, *(show(v, signed=True) for v in values)])
     return (
-        f"Differences at {longest} tokens in nats per token; negative: a is better; * more than "
-        f"two standard errors from 0.\n{align(head, rows)}"
+        f"Differences in nats per token at {longest} tokens; negative: a is better; * over two "
+        f"standard errors.\n{fit(head, rows)}"
     )
 
 
@@ -95,6 +100,23 @@ def show(estimate: Estimate, signed: bool = False) -> str:
         return text
     star = " *" if signed and estimate.is_clear() else ""
     return f"{text} ± {stderr:.4f}{star}"
+
+
+def fit(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """`align` within WIDTH: columns that do not fit follow in further tables, with the first."""
+    widths = [max(map(len, column)) + 3 for column in zip(head, *rows, strict=True)]
+    tables = [[0]]
+    for column, width in enumerate(widths[1:], start=1):
+        together = sum(widths[other] for other in tables[-1]) + 1
+        if len(tables[-1]) > 1 and together + width > WIDTH:
+            tables.append([0])
+        tables[-1].append(column)
+
+    def part(columns: Sequence[int]) -> str:
+        chosen = [[cells[column] for column in columns] for cells in (head, *rows)]
+        return align(chosen[0], chosen[1:])
+
+    return "\n\n".join(map(part, tables))
 
 
 def align(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

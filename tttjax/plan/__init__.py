@@ -7,13 +7,15 @@
 The real train step is compiled for the pod, on this machine, which needs none of its chips. Printed
 are: whether it fits, and bytes of a device by kind; FLOPs by part, of the method and of the
 program, so that recomputation shows; collectives and their bytes; the bound on MFU and on the time
-of a step that arithmetic, memory and links allow; and at an expected MFU tokens per day, days and
+of a step that arithmetic, memory and links allow; and at an expected MFU tokens per day, time and
 chip-hours of the recipe. What does not fit is followed by the nearest recipe that does, compiled as
 well.
 
 topologies:
   v5e:4x8, v5p:4x4x4, v6e:16x16, v7x:2x2x1    chips along each axis of a TPU slice; needs libtpu,
                                               pip install -e '.[plan]', and some minutes
+  v5litepod-32, v5p-128, v6e-256, tpu7x-8     the same slices as the cloud console names them: v5p
+                                              and tpu7x count TensorCores, two a chip, others chips
   gpu:h100:8x4                                GPUs of a host x hosts, here 32 GPUs; by calculation
                                               from the traced program, memory is an estimate
   cpu:4                                       this machine as 4 devices, without bounds
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mfu",
         type=float,
         default=0.4,
-        help="what days and chip-hours are worked out at, where the bound allows it (default "
+        help="what time and chip-hours are worked out at, where the bound allows it (default "
         "%(default)s)",
     )
     add("--no-proposal", action="store_true", help="do not look for a recipe that fits")

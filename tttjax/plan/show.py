@@ -91,18 +91,18 @@ def _bounds(plan: Plan) -> list[str]:
         return []
     bounds, cost = plan.bounds, plan.cost
     fastest = plan.recipe["batch_size"] * plan.recipe["seq_len"] / bounds.step * DAY
-    days = plan.recipe["steps"] * bounds.step / DAY
+    least = plan.recipe["steps"] * bounds.step
     rows = {name: getattr(bounds, name) for name in ("compute", "memory", "interconnect")}
     return [
         "",
         "seconds of a step at the least",
         *_table(rows, lambda n: f"{n:12.4f}"),
         f"  bound: MFU at most {bounds.mfu:.1%}, limited by {bounds.limit}; at most "
-        f"{_short(fastest / 1e9)}B tokens a day, at least {_short(days)} days",
+        f"{_short(fastest / 1e9)}B tokens a day, at least {duration(least)}",
         "",
         f"at {cost.mfu:.0%} MFU: {_short(cost.step_seconds)} s a step, "
         f"{_short(cost.tokens_per_day / 1e9)}B tokens a day; {plan.recipe['steps']:,} steps are "
-        f"{_short(cost.days)} days, {_short(cost.chip_hours)} chip-hours",
+        f"{duration(cost.days * DAY)}, {_short(cost.chip_hours)} chip-hours",
     ]
 
 
@@ -120,13 +120,23 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
+def duration(seconds: float) -> str:
+    """`42 min`, `3 h 20 min`, `12.3 days`: hours and minutes up to two days."""
+    minutes = round(seconds / 60)
+    if minutes >= 2 * 24 * 60:
+        return f"{_short(seconds / DAY)} days"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes else f"{_short(seconds)} s"
+
+
 def _gib(number: float) -> str:
     return f"{number / GiB:.2f}"
 
 
 COLUMNS = (
     *("recipe", "pod", "mesh", "fits", "GiB", "of which working", "GFLOP / token"),
-    *("program / method", "MFU at most", "B tokens / day", "days", "chip-hours", "compiled, s"),
+    *("program / method", "MFU at most", "B tokens / day", "time", "chip-hours", "compiled, s"),
 )
 
 
@@ -157,7 +167,7 @@ def _row(plan: dict[str, Any]) -> tuple[str, ...]:
         f"{plan['program_flops'] / plan['flops']['total']:.2f}",
         f"{bounds['mfu']:.0%}" if bounds else "?",
         _short(cost["tokens_per_day"] / 1e9) if cost else "?",
-        _short(cost["days"]) if cost else "?",
+        duration(cost["days"] * DAY) if cost else "?",
         _short(cost["chip_hours"]) if cost else "?",
         "" if plan["compile_seconds"] is None else f"{plan['compile_seconds']:.0f}",
     )

@@ -2,7 +2,8 @@
 
 Chips of a TPU slice come from libtpu, which describes and compiles for any slice without one. GPUs
 have no compiler here, so their mesh is abstract: a program can be traced for it, not compiled.
-`cpu:N` is this machine, as N fake devices where N is more than one.
+`cpu:N` is this machine, as N fake devices where N is more than one. The cloud console's names of
+TPU slices, as `v5p-128`, are taken as well.
 """
 
 import importlib.util
@@ -24,6 +25,21 @@ from tttjax.sharding import MESH_AXES, make_mesh
 
 TPUS = {chip.name: chip for chip in CHIPS.values() if chip.topology}
 GPUS = {chip.name: chip for chip in CHIPS.values() if chip.network}
+
+# The console's name of a TPU: ours, what its number counts in one chip, and the slices it offers.
+# Other slices have no such name, or one that says nothing of their shape.
+_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_3D = (
+    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x4x12", "4x8x8", "4x8x12", "8x8x8"),
+    *("8x8x12", "8x8x16", "8x12x16", "8x16x16", "12x16x16", "16x16x16", "16x16x24"),
+)
+CONSOLE = {
+    "v5litepod": ("v5e", 1, _2D),
+    "v5e": ("v5e", 1, _2D),
+    "v6e": ("v6e", 1, _2D),
+    "v5p": ("v5p", 2, _3D),
+    "tpu7x": ("v7x", 2, _3D),
+}
 
 # libtpu asks the machine it runs on which TPU it has, unless it is told not to.
 _WITHOUT_TPU = {
@@ -75,6 +91,9 @@ class Topology:
 
 def parse_topology(name: str) -> Topology:
     """The pod of that name; UserError that says what is wrong with it, with the nearest name."""
+    prefix, dash, count = name.partition("-")
+    if prefix in CONSOLE and dash:
+        return parse_topology(_from_console(prefix, count))
     platform, _, rest = name.partition(":")
     if platform == "gpu":
         return _parse_gpu(name, rest)
@@ -83,11 +102,12 @@ def parse_topology(name: str) -> Topology:
             raise UserError(f"--topology={name}: write cpu:N, N devices, as in cpu:4.")
         return Topology(name, None, (int(rest),))
     if platform not in TPUS:
-        known = [*TPUS, "gpu", "cpu"]
+        known = [*TPUS, *CONSOLE, "gpu", "cpu"]
+        platform = platform.partition("-")[0]
         raise UserError(
-            f"--topology={name}: there is no chip {platform!r}; choose among {', '.join(TPUS)} "
-            f"for TPUs, as in v5p:4x4x4, gpu:{{{','.join(GPUS)}}}, as in gpu:h100:8x4, and "
-            f"cpu:N.{nearest(platform, known)}"
+            f"--topology={name}: there is no chip {platform!r} to plan for; choose among "
+            f"{', '.join(TPUS)} for TPUs, as in v5p:4x4x4 or v5p-128, "
+            f"gpu:{{{','.join(GPUS)}}}, as in gpu:h100:8x4, and cpu:N.{nearest(platform, known)}"
         )
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", rest):
         raise UserError(
@@ -95,6 +115,26 @@ def parse_topology(name: str) -> Topology:
             f"as in {platform}:2x2 or {platform}:4x4x4."
         )
     return Topology(name, TPUS[platform], tuple(map(int, rest.split("x"))))
+
+
+def _from_console(prefix: str, count: str) -> str:
+    """`v5p`, `128` -> `v5p:4x4x4`. UserError with the nearest names if there is no such slice."""
+    chip, per_chip, shapes = CONSOLE[prefix]
+    names = {per_chip * math.prod(map(int, shape.split("x"))): shape for shape in shapes}
+    counted = "TensorCores, two a chip" if per_chip == 2 else "chips"
+    if not re.fullmatch("[0-9]{1,9}", count):
+        raise UserError(
+            f"--topology={prefix}-{count}: after {prefix}- comes the number of {counted}, as in "
+            f"{prefix}-8; a slice by its chips along each axis is {chip}:{shapes[3]}."
+        )
+    if int(count) not in names:
+        near = sorted(sorted(names, key=lambda known: abs(known - int(count)))[:2])
+        raise UserError(
+            f"--topology={prefix}-{count}: there is no slice of {count} {counted}; the nearest are "
+            f"{' and '.join(f'{prefix}-{known}' for known in near)}, and others are named by their "
+            f"chips along each axis, as in {chip}:{shapes[3]}."
+        )
+    return f"{chip}:{names[int(count)]}"
 
 
 def _parse_gpu(name: str, rest: str) -> Topology:

@@ -15,7 +15,7 @@ from tttjax.evaluate.needle.results import (
     wilson,
 )
 from tttjax.evaluate.statistics import Estimate
-from tttjax.evaluate.tables import align, show
+from tttjax.evaluate.tables import fit, show
 
 SAID = {"outside": "Outside the window", "inside": "Inside the window", "edge": "On its edge"}
 WHERE = {"inside": "inside the window", "edge": "on its edge", "outside": "outside it"}
@@ -70,7 +70,7 @@ def _by(
         [series.label, *(cell(group.samples) for group in groups)]
         for series, groups in zip(results.series, found, strict=True)
     ]
-    return align([name, *map(_column, found[0])], rows)
+    return fit([name, *map(_column, found[0])], rows)
 
 
 def _column(group: Group) -> str:
@@ -101,7 +101,7 @@ def _regions(results: NeedleResults, task: str) -> str:
                 tops = [f"{mean(samples, name).mean:.3f}" for name in ("top", "top_decoy")]
                 label = f"{series.label}, {WHERE[region]}"
                 rows.append([label, str(len(samples)), _share(samples), *values, *tops])
-    return align(head, rows)
+    return fit(head, rows)
 
 
 def _differences(results: NeedleResults, task: str) -> str:
@@ -114,7 +114,7 @@ def _differences(results: NeedleResults, task: str) -> str:
                 values = [difference(ours, theirs, name) for name in ("correct", "recall")]
                 label = f"{a.label} - {b.label}, {WHERE[region]}"
                 rows.append([label, *(show(value, signed=True) for value in values)])
-    return align(head, rows)
+    return fit(head, rows)
 
 
 def sentence(results: NeedleResults) -> str:
