@@ -49,6 +49,7 @@ class SentencePieceTokenizer:
         self.vocab_size: int = pieces.vocab_size()
         self.bos_id: int | None = pieces.bos_id() if pieces.bos_id() >= 0 else None
         self.eos_id: int | None = pieces.eos_id() if pieces.eos_id() >= 0 else None
+        self.eos_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
         byte_ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
         self._blank_ids = byte_ids if all(pieces.is_byte(i) for i in byte_ids) else None
         self.lossless = is_lossless(self)
