@@ -14,6 +14,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing import import_run, open_official, transfer
 from tttjax.interop import adopt, official
+from tttjax.interop.origin import ORIGIN
 from tttjax.models import build_model
 from tttjax.sharding import make_mesh
 from tttjax.train_step import make_trainer
@@ -49,10 +50,12 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
     wanted = official.from_official(official_arrays(CONFIG), model)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(got, want)
-    origin = json.loads((imported / adopt.ORIGIN).read_text())
+    origin = json.loads((imported / ORIGIN).read_text())
     assert origin["source"] == str(step)
     assert "model.rope_theta" not in origin["assumed"]
     assert "inner.lr" in origin["assumed"]
+    assert origin["license"] == "none found"
+    assert "carry no licence that we found" in origin["terms"]
     assert load_tokenizer(imported / "tokenizer").fingerprint() == run.tokenizer
     # One checkpoint of it serves alone, too.
     assert open_run(RunSpec(imported / "checkpoints" / "3")).config == run.config

@@ -133,7 +133,7 @@ class IdsTokenizer:
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None):
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
-        self.eos_ids = () if eos_id is None else (eos_id,)
+        self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         raise UserError(

@@ -38,6 +38,7 @@ from tttjax.interop.huggingface.compare import their_logits
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.files import TensorFiles
 from tttjax.interop.huggingface.tokenizer_files import ASIDE
+from tttjax.interop.origin import huggingface_terms
 from tttjax.models import Transformer, build_model
 
 CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.json"
@@ -105,7 +106,12 @@ def open_huggingface(
     return Source(
         config=resolved,
         step=0,
-        origin={"kind": "Hugging Face transformers", "source": str(folder), "family": family},
+        origin={
+            "kind": "Hugging Face transformers",
+            "source": str(folder),
+            "family": family,
+            **huggingface_terms(folder),
+        },
         pieces=lambda model: pieces(places, files.read),
         tokenizer=_tokenizer(folder, tokenizer, values, resolved),
         added=added,

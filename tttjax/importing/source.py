@@ -39,9 +39,9 @@ class Reference:
 class Source:
     """Weights that have been opened, and not read.
 
-    step: the number that the imported checkpoint gets. origin: where the weights are from, for
-    `origin.json`. pieces: reads them one by one, in the model's layout. added: paths of weights
-    that are not there, and start as in a new model.
+    step: the number that the imported checkpoint gets. origin: where the weights are from and
+    under what terms, for `origin.json`. pieces: reads them one by one, in the model's layout.
+    added: paths of weights that are not there, and start as in a new model.
     """
 
     config: Config
