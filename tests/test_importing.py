@@ -157,6 +157,15 @@ def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    arrays = official_arrays(CONFIG)
+    name = official.ENDS["final_norm/weight"]
+    arrays[name] = arrays[name].astype(np.int32)
+    path = write_official(tmp_path / "official", arrays)
+    with pytest.raises(UserError, match=f"{name} holds int32, not floating-point numbers"):
+        open_official(str(path), overrides=OVERRIDES, say=lambda line: None)
+
+
 def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):
     """Another model's weights, put where those that were read should be."""
 
