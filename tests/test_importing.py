@@ -14,6 +14,7 @@ from tttjax.errors import UserError
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing import import_run, open_official, transfer
 from tttjax.interop import adopt, official
+from tttjax.interop.origin import ORIGIN
 from tttjax.locks import hold
 from tttjax.models import build_model
 from tttjax.sharding import make_mesh
@@ -50,10 +51,12 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
     wanted = official.from_official(official_arrays(CONFIG), model)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(got, want)
-    origin = json.loads((imported / adopt.ORIGIN).read_text())
+    origin = json.loads((imported / ORIGIN).read_text())
     assert origin["source"] == str(step)
     assert "model.rope_theta" not in origin["assumed"]
     assert "inner.lr" in origin["assumed"]
+    assert origin["license"] == "none found"
+    assert "carry no licence that we found" in origin["terms"]
     assert load_tokenizer(imported / "tokenizer").fingerprint() == run.tokenizer
     # One checkpoint of it serves alone, too.
     assert open_run(RunSpec(imported / "checkpoints" / "3")).config == run.config
@@ -160,6 +163,15 @@ def test_a_second_import_to_one_place_is_refused(step, tmp_path, capsys):
         assert cli.main(["import", str(step), f"--workdir={tmp_path / 'run'}"]) == 2
     assert "run is being written by another command" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    arrays = official_arrays(CONFIG)
+    name = official.ENDS["final_norm/weight"]
+    arrays[name] = arrays[name].astype(np.int32)
+    path = write_official(tmp_path / "official", arrays)
+    with pytest.raises(UserError, match=f"{name} holds int32, not floating-point numbers"):
+        open_official(str(path), overrides=OVERRIDES, say=lambda line: None)
 
 
 def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):

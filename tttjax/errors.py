@@ -1,4 +1,9 @@
-"""The one exception that users are meant to see, and one of JAX that they can mend."""
+"""The one exception that users are meant to see, what it may advise, and one of JAX."""
+
+
+def install_extra(name: str) -> str:
+    """How to install an extra: from a checkout, since `tttjax` on the public index is not ours."""
+    return f"`pip install -e '.[{name}]'` in the checkout of tttjax"
 
 
 class UserError(Exception):

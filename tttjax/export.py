@@ -49,6 +49,7 @@ from tttjax.interop.huggingface.files import TensorFiles, write_tensors
 from tttjax.interop.huggingface.names import TensorPlace, check_names, pieces, tensor_places
 from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, write_tokenizer
 from tttjax.interop.official_checkpoint import StoredArray, open_item
+from tttjax.interop.origin import card_metadata, card_section, find_origin
 from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import Transformer, build_model
 from tttjax.precision import as_configured
@@ -58,6 +59,7 @@ from tttjax.whole_files import check_vacant, whole_folder
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CODE = ("configuration_tttjax.py", "modeling_tttjax.py")
+CODE_TERMS = f"`{CODE[0]}` and `{CODE[1]}` are part of tttjax, under the Apache License 2.0."
 
 Say = Callable[[str], None]
 
@@ -255,12 +257,14 @@ gradient step on {len(export.model.fast_paths) or "some"} of its weights, separa
 sequence. What it learned lies in the cache that `forward` returns (`past_key_values`).
 `generate(..., learn=False)` switches that off.
 """
+    origin, lost = find_origin(Path(export.run.source))
+    code = f"\n{CODE_TERMS}\n" if export.family == architectures.OWN else ""
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [tttjax]
----
+{card_metadata(origin)}---
 # {export.run.name}
 
 Exported by tttjax {metadata.version("tttjax")} from step {export.run.step} of the run
@@ -274,7 +278,10 @@ tokenizer = AutoTokenizer.from_pretrained("."{trust})
 text = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**text, max_new_tokens=50)[0]))
 ```
-{learning if export.learns else ""}"""
+{learning if export.learns else ""}
+## Licence
+
+{card_section(origin, lost)}{code}"""
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ is the harness's own command, `lm-eval`, with the model `tttjax` known to it. In
     from tttjax.lm_eval import TTTJaxLM
     results = lm_eval.simple_evaluate(model=TTTJaxLM("runs/first"), tasks=["hellaswag"])
 
-Needs the extra: pip install 'tttjax[lm-eval]'. docs/evaluation.md says what is measured.
+Needs the extra: `pip install -e '.[lm-eval]'` in the checkout of tttjax. docs/evaluation.md says
+what is measured.
 """
 
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.errors import UserError
+from tttjax.errors import UserError, install_extra
 from tttjax.generate import LEARN
 from tttjax.generate.opened import Opened, open_model
 from tttjax.inference.engine import Engine
@@ -34,7 +35,7 @@ try:
     from tqdm import tqdm  # comes with the harness
 except ImportError as error:
     raise ImportError(
-        "tttjax.lm_eval needs lm-evaluation-harness: pip install 'tttjax[lm-eval]'"
+        f"tttjax.lm_eval needs lm-evaluation-harness: {install_extra('lm-eval')}"
     ) from error
 
 AUTO_BATCH = 8

@@ -130,7 +130,7 @@ def test_files_that_are_no_tokenizers(tmp_path, tokenizer_json):
         SentencePieceTokenizer(bad)
     with pytest.raises(UserError, match=r"none\.model: No such file"):
         SentencePieceTokenizer(tmp_path / "none.model")
-    with pytest.raises(UserError, match="--bos-id=9999 is outside the vocabulary"):
+    with pytest.raises(UserError, match="BOS id 9999 is outside the vocabulary"):
         HuggingFaceTokenizer(tokenizer_json, bos_id=9999)
     with pytest.raises(UserError, match="no readable tokenizer"):
         load_tokenizer(tmp_path)

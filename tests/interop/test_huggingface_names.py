@@ -1,6 +1,7 @@
 """Names, shapes and conversions of Hugging Face tensors, both ways; no transformers needed."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -8,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from tests.small import small_config
 from tttjax.errors import UserError
 from tttjax.interop.huggingface import (
+    HEAD,
     check_names,
     config_from_huggingface,
     families,
@@ -103,6 +105,23 @@ def test_missing_unexpected_and_misshapen_tensors_are_refused():
         list(pieces(places, lambda name: np.ones(shape_of(places, name), np.float32)))
     with pytest.raises(UserError, match="there are llama"):
         tensor_places(model, "gpt2")
+
+
+def test_a_tied_head_must_be_the_embedding_entry_by_entry():
+    """One large entry must not hide that the others differ; rounding apart is no difference."""
+    config = small_config(model=MODELS["gemma3_text"])
+    model = build_model(config.model, config.inner)
+    places = tensor_places(model, "gemma3_text")
+    tensors = to_tensors(places, model.init(jax.random.key(0)))
+    head = tensors[HEAD].copy()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
+    scale = config.model.embed_dim**-0.5
+    head[0, 0], tensors["model.embed_tokens.weight"][0, 0] = 100, 100 * scale
+    rounded = {name: x.astype(jnp.bfloat16) for name, x in {**tensors, HEAD: head}.items()}
+    assert len(list(pieces(places, rounded.__getitem__))) == len(places) - 1
+    head[1:] += 0.5
+    with pytest.raises(UserError, match="not the same weight"):
+        list(pieces(places, {**tensors, HEAD: head}.__getitem__))
 
 
 def test_fields_of_a_config():

@@ -170,6 +170,14 @@ def test_without_transformers_the_command_says_so(llama, tmp_path, monkeypatch):
     assert any("transformers is not installed" in line for line in lines)
 
 
+def test_a_configuration_cannot_ask_for_foreign_code(llama, tmp_path):
+    """transformers would fetch this kernel from the network, and run it."""
+    folder = shutil.copytree(llama, tmp_path / "hf")
+    edit_config(folder, attn_implementation="kernels-community/flash-attn")
+    source = open_huggingface(folder, say=lambda line: None)
+    assert import_run(source, tmp_path / "run", say=lambda line: None).reference < 1e-4
+
+
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -15,14 +15,14 @@ from tttjax.config import read_config
 from tttjax.errors import UserError
 from tttjax.evaluate import RunSpec, compare
 from tttjax.flops import train_flops_per_token
-from tttjax.report import Entry, losses, make_report, speed
+from tttjax.report import Entry, losses, make_report
 from tttjax.report.files import COLUMNS, to_markdown
 from tttjax.report.tables import sections
 
 LENGTHS, STEPS, WINDOW = (8, 32), 3, 8  # of the runs in tiny_runs.py
 PLOTS = (
     *("loss_difference_by_context", "loss_by_position", "loss_by_flops"),
-    *("prefill_by_context", "state_by_context"),
+    "state_by_context",
 )
 
 
@@ -78,10 +78,12 @@ def test_the_state_is_keys_and_values_and_fast_weights(report):
     assert ttt.state_bytes == dict.fromkeys(LENGTHS, of_ttt)
 
 
-def test_prefill_is_measured_at_every_length(report):
-    for system in report.systems:
-        assert set(system.prefill_seconds) == set(LENGTHS)
-        assert all(0 < seconds < 60 for seconds in system.prefill_seconds.values())
+def test_times_of_the_reference_form_are_reported_nowhere(report, folder):
+    """Nobody reads by it: how long a command takes is for `tttjax bench prefill` to say."""
+    for name in ("report.md", "report.html", "report.csv", "report.json"):
+        text = (folder / name).read_text().lower()
+        assert "prefill" not in text
+        assert "long to read" not in text
 
 
 # What is written ---------------------------------------------------------------------------------
@@ -156,7 +158,6 @@ def test_markdown_and_plots(report, folder):
 @pytest.fixture
 def no_computing(monkeypatch):
     monkeypatch.setattr(losses, "compare", lambda *args, **options: pytest.fail("it reads"))
-    monkeypatch.setattr(speed, "_prepare", lambda *args: pytest.fail("it measures"))
 
 
 def test_the_command_makes_it_again_from_what_was_kept(report, folder, runs, no_computing, capsys):
@@ -184,7 +185,7 @@ def test_an_interrupted_report_goes_on_where_it_stopped(folder, runs, no_computi
 def test_other_settings_are_not_taken_from_what_was_kept(folder, runs, no_computing):
     for options in ({"num_sequences": 4}, {"lengths": (8, 16)}):
         with pytest.raises(pytest.fail.Exception, match="it reads"):
-            make_report([Entry("full", runs[0])], folder, latency=False, **options)
+            make_report([Entry("full", runs[0])], folder, **options)
 
 
 # A run for every context -------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_runs_of_several_contexts_are_read_at_their_own(make_run, tmp_path):
     longer = make_run("longer", seq_len=16, init_from=first, mixers=mixers)
     lost = make_run("lost", seq_len=16, init_from=tmp_path / "gone", seed=1, mixers=mixers)
     entries = [Entry("full", first), Entry("full", longer), Entry("full", lost)]
-    report = make_report(entries, tmp_path / "out", latency=False)
+    report = make_report(entries, tmp_path / "out")
     (full,) = report.systems
     assert report.lengths == (8, 16)
     assert [run.workdir for run in full.runs[8]] == [str(first)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tttjax.evaluate.statistics import Sums
-from tttjax.report.plots import images, names
+from tttjax.report.plots import PLOTS, images
 from tttjax.report.results import Report, RunFacts, SystemResult
 from tttjax.report.summary import summarise
 from tttjax.report.tables import about_errors, sections
@@ -58,7 +58,6 @@ def make_report(*systems):
         window=WINDOW,
         bins=8,
         text={"data": "d", "split": "val", "documents": DOCUMENTS, "sequences": 6, "tokens": 384},
-        device="a device",
     )
 
 
@@ -124,7 +123,7 @@ def test_a_system_may_lack_a_length(lengths):
     (row,) = (r for r in by_title["Loss by context"].rows if r[0] == "part")
     assert [cell == "-" for cell in row[3:]] == [length not in lengths for length in LENGTHS]
     assert row[1:3] == ("1.23M", "1,000")
-    for name in names(report):
+    for name in PLOTS:
         assert images(name, report)[0].startswith(b"\x89PNG")
 
 
@@ -132,5 +131,5 @@ def test_one_system_alone_and_a_baseline_that_lacks_the_longest():
     assert sections(make_report(FULL))
     report = make_report(make_system("full", {16: 3.0}), make_system("other", {16: 3.0, 64: 2.9}))
     assert "at 16 tokens" in summarise(report)[1]
-    for name in names(report):
+    for name in PLOTS:
         assert images(name, report)[1].startswith(b"\x89PNG")

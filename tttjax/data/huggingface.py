@@ -28,12 +28,20 @@ _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`. BOS and EOS are found among its special tokens unless given by id."""
+    """A `tokenizer.json`. BOS and EOS are found among its special tokens unless given by id.
+
+    eos_ids: every token that ends a text, where a model has several.
+    """
 
     kind = "huggingface"
 
     def __init__(
-        self, path: str | os.PathLike, *, bos_id: int | None = None, eos_id: int | None = None
+        self,
+        path: str | os.PathLike,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
     ):
         self._model = read_model(path, "tokenizer file")
         try:
@@ -58,13 +66,17 @@ class HuggingFaceTokenizer:
         self._join = _joining(self._decoder)
         self._added = {added["id"]: added for added in self._definition.get("added_tokens", [])}
         self._known: dict[tuple[int, int | None], bytes] = {}
+        first = () if self.eos_id is None else (self.eos_id,)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*first, *eos_ids)))
+        for token in self.eos_ids:
+            self._special(path, "eos", token, ())
         self.lossless = is_lossless(self)
 
     def _special(self, path, role: str, given: int | None, names: Sequence[str]) -> int | None:
         if given is not None:
             if not 0 <= given < self.vocab_size:
                 raise UserError(
-                    f"--{role}-id={given} is outside the vocabulary of {path} (0 to "
+                    f"the {role.upper()} id {given} is outside the vocabulary of {path} (0 to "
                     f"{self.vocab_size - 1})."
                 )
             return given
@@ -85,7 +97,7 @@ class HuggingFaceTokenizer:
         return decode_tokens(self, tokens)
 
     def bytes_after(self, token: int, previous: int | None) -> bytes | None:
-        if token in (self.bos_id, self.eos_id):
+        if token == self.bos_id or token in self.eos_ids:
             return None
         if previous is not None and not self._by_pair:
             previous = UNKNOWN
@@ -118,11 +130,14 @@ class HuggingFaceTokenizer:
         return counts
 
     def _config(self) -> dict[str, Any]:
+        # Without an entry for a single one: older fingerprints stay valid.
+        several = {"eos_ids": list(self.eos_ids)} if len(self.eos_ids) > 1 else {}
         return {
             "kind": self.kind,
             "file": _MODEL_FILE,
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
+            **several,
         }
 
     def fingerprint(self) -> str:

@@ -54,6 +54,7 @@ class SentencePieceTokenizer:
         # Of byte-pair encoding, scores are ranks; otherwise, logarithms that are added up.
         scores = map(pieces.get_score, range(self.vocab_size))
         self.can_be_cut = all(score.is_integer() for score in scores)
+        self.eos_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
         byte_ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
         self._bytes_V = [self._bytes_of(i) for i in range(self.vocab_size)]
         self._adds_blank = self._strips_blank()

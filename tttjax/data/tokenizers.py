@@ -60,6 +60,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    eos_ids: tuple[int, ...]  # every token that ends a text: `eos_id`, then any others
     lossless: bool
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -165,6 +166,7 @@ class ByteTokenizer:
     lossless = True
     bos_id: int | None = 256
     eos_id: int | None = 257
+    eos_ids: tuple[int, ...] = (257,)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         raw = text.encode("utf-8") if isinstance(text, str) else text
@@ -199,6 +201,7 @@ class IdsTokenizer:
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None):
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+        self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         raise UserError(
@@ -255,7 +258,10 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         return SentencePieceTokenizer(directory / config["file"])
     if kind == "huggingface":
         return HuggingFaceTokenizer(
-            directory / config["file"], bos_id=config["bos_id"], eos_id=config["eos_id"]
+            directory / config["file"],
+            bos_id=config["bos_id"],
+            eos_id=config["eos_id"],
+            eos_ids=config.get("eos_ids", ()),
         )
     raise UserError(f"{directory / CONFIG_FILE} names the unknown tokenizer kind {kind!r}.")
 

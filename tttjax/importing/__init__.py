@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     """`tttjax import` from parsed arguments; the exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its own steps otherwise
     check_vacant(args.workdir, "--workdir")  # before anything is asked of a network
-    import_run(open_source(args), args.workdir)
+    source = open_source(args)
+    import_run(source, args.workdir)
+    print(f"licence of the weights: {source.origin['license']}. {source.origin['terms']}")
     print(f"imported into {args.workdir}")
     return 0
 

@@ -1,7 +1,6 @@
 """Pretrained Transformers of Hugging Face as a source, as they are or to be extended."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tttjax.data.huggingface import HuggingFaceTokenizer
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.data.vocabulary import open_tokenizer
 from tttjax.errors import UserError
+from tttjax.importing.end_tokens import end_tokens, token_ids
 from tttjax.importing.source import (
     Reference,
     Say,
@@ -22,8 +22,11 @@ from tttjax.importing.source import (
     describe_config,
     given_tokenizer,
     is_named,
+    read_json,
 )
 from tttjax.interop.huggingface import (
+    EMBEDDING,
+    HEAD,
     check_names,
     config_from_huggingface,
     inner_from_huggingface,
@@ -35,9 +38,10 @@ from tttjax.interop.huggingface.compare import their_logits
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.files import TensorFiles
 from tttjax.interop.huggingface.tokenizer_files import ASIDE
+from tttjax.interop.origin import huggingface_terms
 from tttjax.models import Transformer, build_model
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.json"
 LONGEST = 8192  # tokens of the sequences that a run is set to train on, unless told otherwise
 # Of the model, what may be changed on purpose while every weight stays what it is.
 MAY_CHANGE = ("rope_theta", "rope_scaling", "norm_eps")
@@ -62,12 +66,27 @@ def open_huggingface(
     what they add, such as fast MLPs, starts as in a new model, the fast MLPs' last matrix at 0.
     Raises UserError for anything wrong with these, and for a model that ours cannot express.
     """
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     stored = config_from_huggingface(values)
     family = values["model_type"]
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"{folder} has an adapter ({ADAPTER}), which would be left out; merge it into the "
+            "weights first, or remove it to import the model without."
+        )
     files = TensorFiles(folder)
     say(f"{folder}: {family} of Hugging Face transformers, {len(files.names)} tensors")
+    files.check_kinds()
+    has_other_head = _has_other_head(files, family)
+    if stored["tie_embeddings"] and has_other_head:
+        stored["tie_embeddings"] = False
+        say(f"{HEAD} is not the embedding, though config.json ties them: imported untied")
     resolved = _resolve(config, overrides, stored, values)
+    if resolved.model.tie_embeddings and has_other_head:
+        raise UserError(
+            f"{folder} has a head ({HEAD}) that is not its embedding, and model.tie_embeddings = "
+            "true would leave it out; set --config.model.tie_embeddings=false."
+        )
     model = build_model(resolved.model, resolved.inner)
     places = tensor_places(model, family)
     check_names(files.names, places, str(folder))
@@ -87,7 +106,12 @@ def open_huggingface(
     return Source(
         config=resolved,
         step=0,
-        origin={"kind": "Hugging Face transformers", "source": str(folder), "family": family},
+        origin={
+            "kind": "Hugging Face transformers",
+            "source": str(folder),
+            "family": family,
+            **huggingface_terms(folder),
+        },
         pieces=lambda model: pieces(places, files.read),
         tokenizer=_tokenizer(folder, tokenizer, values, resolved),
         added=added,
@@ -95,19 +119,11 @@ def open_huggingface(
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path.parent} has no {path.name}, which says what model its tensors are; copy it "
-            "from where the model is from."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold the fields of a model; copy it again.")
-    return values
+def _has_other_head(files: TensorFiles, family: str) -> bool:
+    """Whether there is a head that a model with tied embeddings would leave out."""
+    if family == "gemma3_text" or not {EMBEDDING, HEAD} <= files.names:
+        return False  # of Gemma's, the head is read and compared in any case
+    return not np.array_equal(files.read(EMBEDDING), files.read(HEAD))
 
 
 # Configuration -----------------------------------------------------------------------------------
@@ -163,7 +179,7 @@ def _check_added(added: frozenset[str], model: Transformer, folder: Path) -> Non
 def _tokenizer(
     folder: Path, given: str, values: Mapping[str, Any], config: Config
 ) -> Tokenizer | None:
-    """That of --tokenizer, or the folder's own with the special tokens of `config.json`."""
+    """That of --tokenizer, or the folder's own with the special tokens that its files name."""
     if given:
         return given_tokenizer(given, config)
     if (aside := open_tokenizer(folder / ASIDE)) is not None:
@@ -172,13 +188,15 @@ def _tokenizer(
     if not path.exists():
         return None
 
-    def first(key: str) -> int | None:
-        found = values.get(key)
-        return next(iter(found), None) if isinstance(found, list) else found
-
-    eos = first("eos_token_id")
-    bos = first("bos_token_id")
-    found = HuggingFaceTokenizer(path, bos_id=eos if bos is None else bos, eos_id=eos)
+    ends = end_tokens(folder, values)
+    # Where the model has no BOS, EOS stands between documents.
+    begins = (*token_ids(values, "bos_token_id"), *token_ids(values, "eos_token_id"))
+    found = HuggingFaceTokenizer(
+        path,
+        bos_id=begins[0] if begins else None,
+        eos_id=ends[0] if ends else None,
+        eos_ids=ends,
+    )
     check_tokenizer(found, str(path), config)
     return found
 

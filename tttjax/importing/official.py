@@ -15,6 +15,7 @@ from tttjax.importing.source import (
 from tttjax.interop import official
 from tttjax.interop.official_checkpoint import open_official_checkpoint
 from tttjax.interop.official_config import deduce_config
+from tttjax.interop.origin import OFFICIAL
 from tttjax.models import build_model
 
 
@@ -55,6 +56,7 @@ def open_official(
             "source": found.source,
             "step": found.step,
             "assumed": assumed,
+            **OFFICIAL,
         },
         pieces=lambda model: official.pieces(found.arrays, model),
         tokenizer=given_tokenizer(tokenizer, resolved) if tokenizer else None,

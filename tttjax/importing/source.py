@@ -1,5 +1,6 @@
 """What an import starts from: weights that were opened and not read, and their configuration."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,9 @@ class Reference:
 class Source:
     """Weights that have been opened, and not read.
 
-    step: the number that the imported checkpoint gets. origin: where the weights are from, for
-    `origin.json`. pieces: reads them one by one, in the model's layout. added: paths of weights
-    that are not there, and start as in a new model.
+    step: the number that the imported checkpoint gets. origin: where the weights are from and
+    under what terms, for `origin.json`. pieces: reads them one by one, in the model's layout.
+    added: paths of weights that are not there, and start as in a new model.
     """
 
     config: Config
@@ -104,3 +105,19 @@ def check_tokenizer(tokenizer: Tokenizer, path: str, config: Config) -> None:
             f"the tokenizer {path} has {tokenizer.vocab_size} tokens, more than the "
             f"{config.model.vocab_size} of the model; give the one that it was trained with."
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a model's JSON file. UserError if there are none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} has no {path.name}, which says what model its tensors are; copy it "
+            "from where the model is from."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold the fields of a model; copy it again.")
+    return values

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from tttjax import checkpoint
 from tttjax.config import Config, with_absolute_paths
-from tttjax.errors import UserError
+from tttjax.errors import UserError, install_extra
 from tttjax.evaluate.runs import RunSpec, open_run, weights_template
 from tttjax.importing.source import Reference, Say, Source
 from tttjax.interop.adopt import bytes_at_once, write_run
@@ -146,7 +146,7 @@ def _reference_logits(reference: Reference | None, say: Say) -> np.ndarray | Non
     found = reference.logits(sample_tokens(reference.config.model.vocab_size))
     if found is None:
         say(
-            f"{reference.name} is not installed (pip install -e '.[interop]'), so that our logits "
+            f"{reference.name} is not installed ({install_extra('interop')}), so that our logits "
             "cannot be compared with its own"
         )
     return found

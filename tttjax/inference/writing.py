@@ -173,7 +173,7 @@ class Writer:
     def _piece(
         self, r: int, token: int, logprob: float, number: int, text: Transcript
     ) -> WrittenToken:
-        if token == self._tokenizer.eos_id:
+        if token in self._tokenizer.eos_ids:
             return WrittenToken(r, token, logprob, text.rest(), "eos")
         shown, stopped = text.add(token)
         if stopped:

@@ -17,9 +17,8 @@ from tttjax import checkpoint
 from tttjax.config import Config, write_run_info
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.data.tokenizers import Tokenizer
+from tttjax.interop.origin import ORIGIN
 from tttjax.types import Params
-
-ORIGIN = "origin.json"
 
 
 def write_run(
@@ -33,9 +32,9 @@ def write_run(
 ) -> None:
     """Writes everything of an imported run into a work directory.
 
-    step: the number that its checkpoint gets. origin: where the weights come from, anything that
-    JSON holds. Arrays are written so that not much more than the largest of them is compressed in
-    memory at a time.
+    step: the number that its checkpoint gets. origin: where the weights come from and under what
+    terms, anything that JSON holds. Arrays are written so that not much more than the largest of
+    them is compressed in memory at a time.
     """
     write_run_info(folder, config, with_devices=True)
     if tokenizer:

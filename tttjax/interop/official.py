@@ -97,9 +97,9 @@ def official_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def check_arrays(arrays: Mapping[str, Any], model: Transformer) -> None:
-    """UserError with all names that are missing, left over, or of another shape.
+    """UserError with all names that are missing, left over, of another shape, or no floats.
 
-    arrays: by official name; only their `shape` is looked at.
+    arrays: by official name; only their `shape` and `dtype` are looked at.
     """
     shapes = official_shapes(model)
     problems = [f"missing {name}" for name in sorted(set(shapes) - set(arrays))]
@@ -108,6 +108,11 @@ def check_arrays(arrays: Mapping[str, Any], model: Transformer) -> None:
         f"{name} has shape {tuple(arrays[name].shape)}, not {shape}"
         for name, shape in sorted(shapes.items())
         if name in arrays and tuple(arrays[name].shape) != shape
+    ]
+    problems += [
+        f"{name} holds {array.dtype}, not floating-point numbers"
+        for name, array in sorted(arrays.items())
+        if name in shapes and not jnp.issubdtype(array.dtype, jnp.floating)
     ]
     if problems:
         raise UserError("the weights do not fit this model: " + "; ".join(problems))

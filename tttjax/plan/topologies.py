@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from tttjax.chips import CHIPS, Chip
 from tttjax.config import MeshConfig
 from tttjax.config.values import nearest
-from tttjax.errors import UserError
+from tttjax.errors import UserError, install_extra
 from tttjax.sharding import MESH_AXES, make_mesh
 
 TPUS = {chip.name: chip for chip in CHIPS.values() if chip.topology}
@@ -180,7 +180,7 @@ def _tpus(topology: Topology) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology.name} is compiled for with libtpu, which is not installed; "
-            "install it with `pip install -e '.[plan]'` (Linux), or plan for GPUs."
+            f"install it with {install_extra('plan')} (Linux), or plan for GPUs."
         )
     for variable, value in _WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)

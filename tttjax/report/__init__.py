@@ -1,4 +1,4 @@
-"""One comparison of several finished runs: loss by context, position and FLOPs; speed; state.
+"""One comparison of several finished runs: loss by context, position and FLOPs; state.
 
 examples:
   tttjax report full=runs/full ttt=runs/ttt_e2e window=runs/window --out=report
@@ -9,7 +9,7 @@ examples:
       the same weights, read in two ways
 
 Writes report.md, report.html (one page that needs nothing else), report.csv, report.json and the
-plots into --out. What was read and measured is kept in cache/ there: the same command goes on where
+plots into --out. What was read is kept in cache/ there: the same command goes on where
 an interrupted one stopped, or writes the report again at once. docs/report.md says what is in it.
 """
 
@@ -86,7 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="last blocks whose MLPs learn in the mode dynamic (default: a quarter)",
     )
-    add("--no-latency", action="store_true", help="do not measure prefill")
     add("--title", default="", help="the report's title")
 
 
@@ -119,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
         num_sequences=args.num_sequences,
         baseline=args.baseline,
         title=args.title,
-        latency=not args.no_latency,
         progress=sys.stderr,
     )
     if jax.process_index() == 0:

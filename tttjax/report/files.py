@@ -29,7 +29,7 @@ ALL = "all"
 
 def write_report(report: Report, out: str | os.PathLike) -> dict[str, Path]:
     """Writes all files under `out`, each whole or not at all; returns their paths by name."""
-    images = {name: plots.images(name, report) for name in plots.names(report)}
+    images = {name: plots.images(name, report) for name in plots.PLOTS}
     writers: dict[str, Callable[[Path], None]] = {
         f"{name}.png": partial(_write_bytes, light) for name, (light, _) in images.items()
     }
@@ -49,7 +49,6 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 def to_markdown(report: Report) -> str:
     """The whole report; the plots are files beside it."""
-    drawn = plots.names(report)
     parts = [f"# {report.title}", f"{about_text(report)} {about_errors(report)}"]
     if report.warnings:
         parts.append("\n".join(f"- **Note:** {warning}" for warning in report.warnings))
@@ -58,7 +57,7 @@ def to_markdown(report: Report) -> str:
         parts.append(report.notes.strip())
     for section in sections(report):
         parts += [f"## {section.title}", section.text, section.table.markdown()]
-        if section.plot in drawn:
+        if section.plot:
             parts.append(f"![{section.title}]({section.plot}.png)")
     return "\n\n".join(parts) + "\n"
 
@@ -77,7 +76,6 @@ def to_json(report: Report) -> str:
         "baseline": report.baseline.label,
         "context_lengths": report.lengths,
         "window": report.window,
-        "device": report.device,
         "errors": about_errors(report),
         "warnings": report.warnings,
         "summary": report.summary,
@@ -107,7 +105,7 @@ def rows(report: Report) -> Iterator[Row]:
 
     quantity: loss (and, of single seeds, seed_loss), difference (from the baseline), both also
     _by_position; training_flops, training_tokens, training_seconds of each run with those that it
-    was started from; state_bytes, prefill_seconds.
+    was started from; state_bytes.
     """
     for system in report.systems:
         for length in report.lengths:
@@ -131,9 +129,6 @@ def _of_length(report: Report, system: SystemResult, length: int) -> Iterator[Ro
     if theirs and system is not report.baseline:
         yield row("difference", "nats per token", 1, length, report.difference(system, length))
     yield row("state_bytes", "bytes", 1, length, system.state_bytes.get(length))
-    if length in system.prefill_seconds:
-        seconds = system.prefill_seconds[length]
-        yield row("prefill_seconds", "s per 1000 tokens", 1, length, seconds)
     curves = {"loss_by_position": by_position(readings, edges)}
     if theirs and system is not report.baseline:
         curves["difference_by_position"] = difference_by_position(readings, theirs, edges)

@@ -1,4 +1,4 @@
-"""Makes a report: opens the runs, reads what was not read before, measures, writes."""
+"""Makes a report: opens the runs, reads what was not read before, writes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from tttjax.evaluate.files import check_writable
 from tttjax.evaluate.runs import inner_config, learning_rates
 from tttjax.evaluate.statistics import Sums
 from tttjax.paths import local_path
-from tttjax.report import speed
 from tttjax.report.costs import run_facts, warn_unfinished
 from tttjax.report.entries import (
     Entry,
@@ -28,8 +27,9 @@ from tttjax.report.entries import (
     shown_path,
 )
 from tttjax.report.files import write_report
-from tttjax.report.losses import Reader, open_reader
+from tttjax.report.losses import open_reader
 from tttjax.report.results import Report, SystemResult
+from tttjax.report.state import state_bytes
 from tttjax.report.summary import several, summarise
 
 
@@ -43,7 +43,6 @@ def make_report(
     num_sequences: int = 0,
     baseline: str = "",
     title: str = "",
-    latency: bool = True,
     progress: TextIO | None = None,
     notes: str = "",
 ) -> Report:
@@ -57,7 +56,7 @@ def make_report(
       num_sequences: sequences of the longest context (0: the baseline's eval.num_sequences).
       baseline: label of the system that differences are taken from (default: the first of full
         attention alone, else the first).
-      latency: whether to measure prefill. progress: where progress goes; None: nowhere.
+      progress: where progress goes; None: nowhere.
       notes: Markdown paragraphs that are put below the summary.
 
     Raises:
@@ -71,11 +70,8 @@ def make_report(
     ordered = [chosen, *(system for system in systems if system is not chosen)]
     reader = open_reader(ordered, data, split, settings, window, out, progress)
     readings = reader.read(systems)
-    prefill = _prefill(systems, reader) if latency else {}
     results = tuple(
-        _result(system, readings[system.label], prefill.get(system.label, {}))
-        for system in systems
-        if readings[system.label]
+        _result(system, readings[system.label]) for system in systems if readings[system.label]
     )
     described = reader.text.describe(reader.held_out)
     report = Report(
@@ -86,7 +82,6 @@ def make_report(
         window=window,
         bins=settings.bins,
         text={**described, "data": shown_path(described["data"])},
-        device=speed.device_name(),
         notes=notes,
         warnings=_warnings(systems, results, reader.lengths, described["documents"]),
     )
@@ -133,20 +128,7 @@ def _settings(
     return dataclasses.replace(settings, context_lengths=found), window
 
 
-def _prefill(systems: Sequence[System], reader: Reader) -> dict[str, dict[int, float]]:
-    found: dict[str, dict[int, float]] = {}
-    for length in reader.lengths:
-        # Speed does not depend on the seed, so the first one stands for all.
-        members = {system.label: at[0] for system in systems if (at := system.at(length))}
-        seconds = speed.measure_prefill(members, length, reader.cache, reader.progress)
-        for label, value in seconds.items():
-            found.setdefault(label, {})[length] = value
-    return found
-
-
-def _result(
-    system: System, readings: dict[int, tuple[Sums, ...]], prefill: dict[int, float]
-) -> SystemResult:
+def _result(system: System, readings: dict[int, tuple[Sums, ...]]) -> SystemResult:
     facts = {id(member): run_facts(member) for member in system.members}
     at = {length: system.at(length) for length in readings}
     return SystemResult(
@@ -156,8 +138,7 @@ def _result(
         parameters=parameter_count(system.config.model),
         readings=readings,
         runs={length: tuple(facts[id(member)] for member in at[length]) for length in readings},
-        state_bytes={length: speed.state_bytes(at[length][0], length) for length in readings},
-        prefill_seconds=prefill,
+        state_bytes={length: state_bytes(at[length][0], length) for length in readings},
     )
 
 

@@ -45,7 +45,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def draw(name: str, report: Report, dark: bool = False) -> Figure:
-    """The plot of that name, one of `names(report)`."""
+    """The plot of that name, one of `PLOTS`."""
     with matplotlib.rc_context(DARK if dark else {}):
         two = name == "loss_by_position" and _has_others(report)
         legend = 0.2 * -(-len(report.systems) // 4)
@@ -67,12 +67,6 @@ def draw(name: str, report: Report, dark: bool = False) -> Figure:
             handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False
         )
     return figure
-
-
-def names(report: Report) -> list[str]:
-    """Which plots there is something to draw for."""
-    measured = any(system.prefill_seconds for system in report.systems)
-    return [name for name in PLOTS if measured or name != "prefill_by_context"]
 
 
 # What is drawn -----------------------------------------------------------------------------------
@@ -149,13 +143,6 @@ def _loss_by_flops(axes: Axes, report: Report) -> None:
     axes.set_title(f"Every trained run, read with {contexts}", loc="left", fontsize=10)
 
 
-def _prefill(axes: Axes, report: Report) -> None:
-    _plain(axes, report, lambda system: system.prefill_seconds)
-    axes.set_yscale("log")
-    axes.set_ylabel("prefill (seconds per 1,000 tokens)")
-    axes.set_title(f"One sequence on {report.device}", loc="left", fontsize=10)
-
-
 def _state(axes: Axes, report: Report) -> None:
     _plain(axes, report, lambda system: system.state_bytes)
     axes.set_yscale("log")
@@ -167,7 +154,6 @@ PLOTS: dict[str, Draw] = {
     "loss_difference_by_context": _difference_by_context,
     "loss_by_position": _loss_by_position,
     "loss_by_flops": _loss_by_flops,
-    "prefill_by_context": _prefill,
     "state_by_context": _state,
 }
 

@@ -36,8 +36,7 @@ class SystemResult:
 
     mode: on, off or dynamic. parameters: total, non_embedding, fast. readings: by context length,
     the losses by document and position of each seed's run. runs: by context length, the runs that
-    were read, one for each seed. state_bytes, prefill_seconds: by context length; the seconds are
-    for 1,000 tokens.
+    were read, one for each seed. state_bytes: by context length.
     """
 
     label: str
@@ -47,7 +46,6 @@ class SystemResult:
     readings: Mapping[int, tuple[Sums, ...]]
     runs: Mapping[int, tuple[RunFacts, ...]]
     state_bytes: Mapping[int, int]
-    prefill_seconds: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def learns(self) -> bool:
@@ -63,9 +61,9 @@ class Report:
     """The comparison of several systems on the same held-out tokens.
 
     lengths: contexts in tokens. window: where "beyond the window" begins. bins: about how many
-    bins by position. text: where the tokens come from. device: where speed was measured.
-    warnings: what a reader must know before the numbers. summary: sentences that follow from them.
-    paths: the files that were written, by name.
+    bins by position. text: where the tokens come from. warnings: what a reader must know before
+    the numbers. summary: sentences that follow from them. paths: the files that were written, by
+    name.
     """
 
     title: str
@@ -75,7 +73,6 @@ class Report:
     window: int
     bins: int
     text: Mapping[str, Any]
-    device: str
     notes: str = ""
     warnings: tuple[str, ...] = ()
     summary: tuple[str, ...] = ()

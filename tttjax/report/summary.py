@@ -104,19 +104,14 @@ def _beyond_the_window(report: Report) -> Iterator[str]:
 
 
 def _price(report: Report) -> Iterator[str]:
-    """State and speed of the systems that learn, as multiples of the baseline's."""
+    """State of the systems that learn, as a multiple of the baseline's."""
     length = report.longest
     base = report.baseline
     for system in report.others():
-        parts = []
-        for what, values, theirs in (
-            ("as much state", system.state_bytes, base.state_bytes),
-            ("as long to read", system.prefill_seconds, base.prefill_seconds),
-        ):
-            if values.get(length) and theirs.get(length):
-                parts.append(f"{values[length] / theirs[length]:.3g} times {what}")
-        if system.learns and parts:
-            yield f"At {length:,} tokens {system.label} takes {several(parts)} as {base.label}."
+        mine, theirs = system.state_bytes.get(length), base.state_bytes.get(length)
+        if system.learns and mine and theirs:
+            times = f"{mine / theirs:.3g} times as much state"
+            yield f"At {length:,} tokens {system.label} takes {times} as {base.label}."
 
 
 def several(words: Sequence[str]) -> str:

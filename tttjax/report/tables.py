@@ -38,7 +38,7 @@ class Section:
 def sections(report: Report) -> list[Section]:
     """All of the report below its summary."""
     base, longest = report.baseline.label, report.longest
-    found = [
+    return [
         Section(
             f"Loss by context, as difference from {base}",
             f"Nats per token more than {base}; below 0 is better than it. At every context length "
@@ -73,27 +73,14 @@ def sections(report: Report) -> list[Section]:
             _costs(report),
             "loss_by_flops",
         ),
-    ]
-    if any(system.prefill_seconds for system in report.systems):
-        found.append(
-            Section(
-                "Prefill",
-                "Seconds for 1,000 tokens of one sequence, read as the system reads at test time, "
-                f"learning included; medians of interleaved rounds on {report.device}.",
-                _by_length(report, lambda s, n: _seconds(s.prefill_seconds.get(n))),
-                "prefill_by_context",
-            )
-        )
-    found.append(
         Section(
             "State",
             "Bytes kept of one sequence to read on from there: keys and values, recurrent states, "
             "and the fast weights of systems that learn.",
             _by_length(report, lambda s, n: _bytes(s.state_bytes.get(n))),
             "state_by_context",
-        )
-    )
-    return found
+        ),
+    ]
 
 
 def about_text(report: Report) -> str:
@@ -260,10 +247,6 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f}{unit}"
     return f"{number:,}"
-
-
-def _seconds(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.3g}"
 
 
 def _bytes(value: int | None) -> str:

@@ -12,6 +12,8 @@ from tttjax.interop.huggingface.configs import (
     supported,
 )
 from tttjax.interop.huggingface.names import (
+    EMBEDDING,
+    HEAD,
     TensorPlace,
     check_names,
     families,
@@ -21,6 +23,8 @@ from tttjax.interop.huggingface.names import (
 )
 
 __all__ = [
+    "EMBEDDING",
+    "HEAD",
     "TensorPlace",
     "check_names",
     "config_from_huggingface",

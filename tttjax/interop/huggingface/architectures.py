@@ -4,6 +4,7 @@ Where there is none, and for whatever learns while it reads, the export carries 
 (`exported_code`), the family "tttjax".
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from tttjax.config import InnerConfig, ModelConfig
@@ -69,7 +70,7 @@ def _check_exportable(model: ModelConfig, inner: InnerConfig, learns: bool) -> N
 
 
 def config_json(
-    model: ModelConfig, family: str, *, dtype: str, max_length: int, tokens: dict[str, int | None]
+    model: ModelConfig, family: str, *, dtype: str, max_length: int, tokens: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `config.json` of a model without fast weights, for transformers 4 and 5.
 

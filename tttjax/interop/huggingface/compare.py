@@ -142,7 +142,12 @@ def their_logits(
         transformers.utils.logging.disable_progress_bar()
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=trusted
+                folder,
+                dtype=torch.float32,
+                trust_remote_code=trusted,
+                # Neither pickles nor kernels fetched by name, which a config.json may ask for.
+                use_safetensors=True,
+                attn_implementation="sdpa",
             )
         except Exception as error:  # the library has no common kind of errors
             reason = " ".join(str(error).split())[:300]

@@ -15,6 +15,8 @@ from tttjax.whole_files import whole_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # by an index of another form
+FLOATS = ("F64", "F32", "F16", "BF16")  # what NumPy, with JAX's types, has numbers for
 
 
 def plan_shards(
@@ -84,17 +86,26 @@ class TensorFiles:
         try:
             if (folder / INDEX).exists():
                 self._file_of = json.loads((folder / INDEX).read_text())["weight_map"]
-                absent = set(self._file_of) - {
-                    name for file in set(self._file_of.values()) for name in self._names(file)
-                }
-                if absent:
-                    raise UserError(f"{folder / INDEX} names {min(absent)}, which no file has")
+                self._check_index()
             else:
                 self._file_of = dict.fromkeys(self._names(SINGLE), SINGLE)
         except FileNotFoundError as error:
             raise UserError(f"{folder} has no {SINGLE}, or lacks one of its shards") from error
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        except (safetensors.SafetensorError, *MALFORMED) as error:
             raise UserError(f"the weights in {folder} cannot be read ({error})") from error
+
+    def _check_index(self) -> None:
+        """UserError unless the index and its files have the same tensors, each once."""
+        index, files = self._folder / INDEX, sorted(set(self._file_of.values()))
+        if outside := [file for file in files if Path(file).name != file]:
+            raise UserError(f"{index} names {outside[0]}, which is not a file of its folder")
+        there = {(name, file) for file in files for name in self._names(file)}
+        wanted = set(self._file_of.items())
+        if wanted - there:
+            raise UserError(f"{index} names {min(wanted - there)[0]}, which no file has")
+        if there - wanted:
+            name, file = min(there - wanted)
+            raise UserError(f"{self._folder / file} has {name}, which {INDEX} does not place there")
 
     @property
     def names(self) -> set[str]:
@@ -112,6 +123,20 @@ class TensorFiles:
         """The type of a tensor's entries, as F32 or BF16."""
         with safetensors.safe_open(self._folder / self._file_of[name], framework="numpy") as stored:
             return stored.get_slice(name).get_dtype()
+
+    def check_kinds(self) -> None:
+        """UserError for a tensor that holds anything but floating-point numbers of 16 bits or more.
+
+        Whole numbers and float8 need scales, which only their quantisation's own code applies.
+        """
+        for name in sorted(self._file_of):
+            kind = self.kind(name)
+            if kind not in FLOATS:
+                raise UserError(
+                    f"{name} in {self._folder} is stored as {kind}, as quantized weights are; "
+                    f"only {', '.join(FLOATS)} can be imported, so take the model in its original "
+                    "precision, or convert it to bfloat16 first."
+                )
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as it is stored."""

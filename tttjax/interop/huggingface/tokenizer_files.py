@@ -51,20 +51,23 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     return ""
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """Ids under the names of `config.json`."""
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """Ids under the names of `config.json`: a list of EOS where several end a text."""
     end = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
+    several = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else None
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": several or tokenizer.eos_id,
         "pad_token_id": end,
     }
 
 
 def _settings(tokenizer: Tokenizer, found: tokenizers.Tokenizer) -> dict[str, Any]:
+    ids = special_tokens(tokenizer) | {"eos_token_id": tokenizer.eos_id}  # this file names one
     named = {
-        name.removesuffix("_id"): None if i is None else found.id_to_token(i)
-        for name, i in special_tokens(tokenizer).items()
+        name.removesuffix("_id"): found.id_to_token(i)
+        for name, i in ids.items()
+        if isinstance(i, int)
     }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,3 +1,4 @@
+# Copyright The tttjax authors. SPDX-License-Identifier: Apache-2.0
 """Configuration of a Transformer that keeps learning while it reads (TTT-E2E, arXiv 2512.23675)."""
 
 from transformers import PretrainedConfig

@@ -1,3 +1,4 @@
+# Copyright The tttjax authors. SPDX-License-Identifier: Apache-2.0
 """A Transformer that keeps learning while it reads (TTT-E2E, arXiv 2512.23675), in PyTorch.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

@@ -1,0 +1,69 @@
+"""What a stranger meets: licence, installation, published numbers, what runs as a program."""
+
+import ast
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("tttjax", "docs", "launch", "experiments")
+TEXTS = sorted(
+    path
+    for path in (*ROOT.glob("*.*"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*")))
+    if path.suffix in (".py", ".md", ".sh", ".toml", ".cff", ".csv", ".json", ".html")
+)
+APACHE_2 = (
+    "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # of apache.org's text
+)
+
+
+def test_the_licence_is_apache_2_to_the_letter():
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2
+    assert "carry no licence that we found" in (ROOT / "NOTICE").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["license"] == "Apache-2.0"
+    assert all((ROOT / name).exists() for name in project["project"]["license-files"])
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["tttjax"]
+    assert (ROOT / "tttjax" / "py.typed").exists()
+
+
+def test_nobody_is_told_to_install_a_strangers_package():
+    """`tttjax` on the public index is another project."""
+    assert len(TEXTS) > 100
+    advice = re.compile(r"""pip3? install\s+(-\S+\s+)*['"]?tttjax""")
+    assert [path for path in TEXTS if advice.search(path.read_text())] == []
+
+
+def test_withdrawn_reading_times_are_published_nowhere():
+    results = [path for path in TEXTS if ROOT / "docs" / "results" in path.parents]
+    assert len(results) >= 5
+    for path in results:
+        text = path.read_text()
+        assert "prefill_seconds" not in text
+        assert "long to read as" not in text
+        assert "3.8 times as slowly" not in text
+    assert not list((ROOT / "docs").rglob("prefill*.png"))
+
+
+@pytest.mark.parametrize("path", [p for p in TEXTS if p.suffix == ".py" and "tttjax" in p.parts])
+def test_only_recipes_run_as_programs(path):
+    """What SECURITY.md promises: nothing is unpickled, and only a recipe's file is executed."""
+    tree = ast.walk(ast.parse(path.read_text()))
+    for node in tree:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+            assert not names & {"pickle", "dill", "cloudpickle", "marshal", "joblib"}
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+            on = getattr(called, "value", None)
+            if isinstance(called, ast.Name):
+                assert name not in ("eval", "exec")
+            if name == "load" and isinstance(on, ast.Name) and on.id in ("np", "numpy", "torch"):
+                assert on.id != "torch"
+                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}
+            if name == "exec_module":
+                assert path.relative_to(ROOT) == Path("tttjax/config/files.py")

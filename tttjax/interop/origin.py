@@ -1,0 +1,110 @@
+"""Where weights come from and under what terms: in `origin.json` of runs, and in model cards.
+
+tttjax itself is under the Apache License 2.0. That says nothing of weights, which stay under the
+terms of their source whatever they are converted to.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tttjax.config import read_config
+
+ORIGIN = "origin.json"
+NOT_STATED = "not stated"
+OFFICIAL = {
+    "license": "none found",
+    "terms": "The official TTT-E2E code and checkpoints carry no licence that we found. They are "
+    "neither included in tttjax nor redistributed with it: these weights were converted on the "
+    "user's machine. Ask their authors before you pass them on.",
+}
+HUGGING_FACE = (
+    "These weights stay under the terms of their source. They were converted on the user's "
+    "machine, and tttjax grants no rights to them."
+)
+
+
+def huggingface_terms(folder: Path) -> dict[str, str]:
+    """`license`, as the metadata of the model card has it or "not stated"; `terms`, a sentence."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---[ \t]*\n(.*?)\n---", text, re.DOTALL)
+    # A value, or the first of a list.
+    pattern = r"^license(|_name|_link):[ \t]*(?:\n[ \t]*-[ \t]*)?(\S.*?)[ \t]*$"
+    said = dict(re.findall(pattern, head[1], re.MULTILINE)) if head else {}
+    words = [said[key].strip("\"'") for key in ("", "_name", "_link") if key in said]
+    return {"license": ", ".join(words) or NOT_STATED, "terms": HUGGING_FACE}
+
+
+def find_origin(source: Path) -> tuple[dict[str, Any] | None, str]:
+    """(contents of `origin.json`, a run that was not found) of a work directory or checkpoint.
+
+    A run that was trained has the origin of the run that it was started from, and so on. None: no
+    run before it was imported. The second is "" unless the search ended there for lack of files.
+    """
+    seen: set[Path] = set()
+    while True:
+        workdir = _workdir(source)
+        if (found := _read(workdir / ORIGIN)) is not None:
+            return found, ""
+        config = read_config(workdir)
+        if config is None or workdir in seen:
+            return None, str(source)
+        if not config.train.init_from:
+            return None, ""
+        seen.add(workdir)
+        source = Path(config.train.init_from)
+
+
+def _workdir(source: Path) -> Path:
+    """The work directory that a checkpoint lies in; `source` itself if it is one."""
+    folders = (source.absolute(), *source.absolute().parents[:2])
+    return next((f for f in folders if (f / "config.json").exists()), folders[0])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+# --- in model cards -------------------------------------------------------------------------------
+
+
+def card_metadata(origin: dict[str, Any] | None) -> str:
+    """The lines about the licence in a model card's head; none where nothing is known."""
+    license = str((origin or {}).get("license", ""))
+    if not license:
+        return ""
+    if re.fullmatch(r"[a-z0-9.+-]+", license):
+        return f"license: {license}\n"
+    name = re.sub(r"[^a-z0-9.+-]+", "-", license.lower()).strip("-")
+    return f"license: other\nlicense_name: {name}\n"
+
+
+def card_section(origin: dict[str, Any] | None, lost: str) -> str:
+    """What a model card says of source, licence and terms, in Markdown.
+
+    lost: of `find_origin`.
+    """
+    if origin is not None:
+        source = str(origin.get("source", "not known"))
+        if "://" not in source:  # of a folder, only what names the model
+            source = "/".join(Path(source).parts[-2:]).lstrip("/")
+        return (
+            f"- Source of the weights: {origin.get('kind', 'not known')}, `{source}`\n"
+            f"- Licence of the source: {origin.get('license', NOT_STATED)}\n"
+            f"- Terms: {origin.get('terms', HUGGING_FACE)}\n"
+        )
+    if lost:
+        return (
+            "The weights were trained with tttjax from those of another run, which was not found "
+            "when they were exported: find out where these are from before you pass them on.\n"
+        )
+    return (
+        "The weights were trained with tttjax from random ones. Whoever trained them decides under "
+        "which licence they are passed on; say so here and in `license:` above.\n"
+    )
