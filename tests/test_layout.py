@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
-    {"errors", "types", "chips"},
-    {"whole_files", "batching"},
+    {"errors", "types", "chips", "limits"},
+    {"whole_files", "batching", "flag_types"},
     {"config"},
     {"ops", "divided"},
     {"update_rules"},
@@ -40,7 +40,7 @@ CORE = (
 )
 COMMANDS = (
     *("prepare", "train", "evaluate", "verify", "bench", "plan", "report"),
-    *("generate", "read", "sessions", "importing", "export", "cli"),
+    *("generate", "read", "sessions", "importing", "export", "cli", "flag_types"),
 )
 
 # What exports carry is run by transformers, and never imported here.

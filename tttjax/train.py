@@ -30,6 +30,7 @@ from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers import keep_tokenizer
 from tttjax.errors import UserError
+from tttjax.flag_types import int32
 from tttjax.run_control import (
     EXIT_INTERRUPTED,
     FinishedSteps,
@@ -372,15 +373,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, metavar="DIR", help="what the run writes; resumed from here"
     )
     parser.add_argument(
-        "--stop-after", type=int, metavar="STEP", help="save and exit (code 75) after this step"
+        "--stop-after", type=int32, metavar="STEP", help="save and exit (code 75) after this step"
     )
     several = parser.add_argument_group("several processes (start the command once on each host)")
     several.add_argument(
         "--distributed", action="store_true", help="join the run that the cluster describes"
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    several.add_argument("--process-id", type=int, metavar="N", help="this process: 0, 1, ...")
-    several.add_argument("--process-count", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int32, metavar="N", help="this process: 0, 1, ...")
+    several.add_argument("--process-count", type=int32, metavar="N", help="how many there are")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import MODES
+from tttjax.flag_types import float32, int32, uint32
 from tttjax.generate.batch import as_json, read_prompts, write_all
 from tttjax.generate.opened import Opened, open_model
 from tttjax.inference.engine import Session
@@ -53,17 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--prompts", metavar="FILE.jsonl", help="many: a JSON string a line; prints JSON lines"
     )
-    add("--batch", type=int, default=16, help="texts of --prompts at once (default %(default)s)")
-    add("--max-tokens", type=int, default=128, metavar="N", help="to write (default %(default)s)")
-    add("--samples", type=int, default=1, metavar="N", help="texts to write (default 1)")
+    add("--batch", type=int32, default=16, help="texts of --prompts at once (default %(default)s)")
+    add(
+        "--max-tokens",
+        type=int32,
+        default=128,
+        metavar="N",
+        help="to write (default %(default)s)",
+    )
+    add("--samples", type=int32, default=1, metavar="N", help="texts to write (default 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
-    add("--seed", type=int, default=0, help="of the first text; the others count on")
+    add("--seed", type=uint32, default=0, help="of the first text; the others count on")
     add("--json", action="store_true", help="print texts, tokens and log-probabilities as JSON")
     sampling = parser.add_argument_group("sampling")
     for field in dataclasses.fields(Sampling):
         sampling.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
+            type=int32 if field.type is int else float32,
             default=field.default,
             help="(default %(default)s)",
         )
@@ -72,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--session", metavar="FILE", help="go on from this one")
     add("--save-session", metavar="FILE", help="keep what was read, and the first text written")
     add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
-    add("--session-rank", type=int, default=0, metavar="N", help="of stored changes; 0: full")
+    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
     add_model_arguments(parser)
 
 
@@ -91,7 +98,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it")
     add(
         "--max-length",
-        type=int,
+        type=int32,
         default=0,
         metavar="N",
         help="tokens that full attention has room for (default: eight training sequences)",
