@@ -25,7 +25,14 @@ from absl import logging
 
 from tttjax import checkpoint, flops, metrics, precision
 from tttjax.attention_kernels import describe_kernels, platform_of
-from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
+from tttjax.config import (
+    Config,
+    check_memory,
+    check_mesh,
+    check_same_run,
+    load_config,
+    write_run_info,
+)
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers import keep_tokenizer
@@ -288,6 +295,7 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
 
 def _make_mesh(config: Config) -> jax.sharding.Mesh:
     mesh = check_mesh(config, jax.device_count(), jax.process_count())
+    check_memory(config, mesh, metrics.device_memory(), metrics.host_memory(), jax.process_count())
     return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
 
 
