@@ -38,6 +38,7 @@ from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers import keep_tokenizer
 from tttjax.errors import UserError
 from tttjax.flag_types import int32
+from tttjax.memory import device_memory, host_memory
 from tttjax.run_control import (
     EXIT_INTERRUPTED,
     FinishedSteps,
@@ -295,7 +296,7 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
 
 def _make_mesh(config: Config) -> jax.sharding.Mesh:
     mesh = check_mesh(config, jax.device_count(), jax.process_count())
-    check_memory(config, mesh, metrics.device_memory(), metrics.host_memory(), jax.process_count())
+    check_memory(config, mesh, device_memory(), host_memory(), jax.process_count())
     return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
 
 

@@ -39,6 +39,7 @@ from tttjax.inference.session_file import (
     save_session,
 )
 from tttjax.inference.writing import Request, Writer, WrittenToken
+from tttjax.memory import device_memory
 from tttjax.precision import as_configured
 
 LEARN = ("all", "prompt", "none")
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     opened = open_from(args)
+    _check_samples(args.samples, opened)
     with as_configured(opened.config):
         session = start_session(opened, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
@@ -181,6 +183,16 @@ def _check(args: argparse.Namespace) -> None:
         )
     if "" in args.stop:
         raise UserError("--stop is empty, and would end every text at once.")
+
+
+def _check_samples(samples: int, opened: Opened) -> None:
+    """UserError where not even the logits of all samples, and what occurred, have room."""
+    size, limit = samples * opened.config.model.vocab_size * (4 + 1), device_memory()
+    if size > limit:
+        raise UserError(
+            f"--samples={samples} texts at once need {size / 1e9:,.1f} GB for their logits alone, "
+            f"and the device has {limit / 1e9:,.1f} GB: write fewer, with several values of --seed."
+        )
 
 
 def _prompt(args: argparse.Namespace) -> str:
