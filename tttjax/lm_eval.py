@@ -34,9 +34,11 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm  # comes with the harness
 except ImportError as error:
-    raise ImportError(
-        "tttjax.lm_eval needs lm-evaluation-harness: pip install 'tttjax[lm-eval]'"
-    ) from error
+    _NEEDED = "tttjax.lm_eval needs lm-evaluation-harness: pip install 'tttjax[lm-eval]'"
+    if __name__ == "__main__":
+        print(f"error: {_NEEDED} ({error})", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(_NEEDED) from error
 
 AUTO_BATCH = 8
 MAX_TOKENS = 256  # written where a task does not say how many, as in the harness's other models

@@ -117,7 +117,10 @@ class ModelConfig:
         "TTT papers' Mamba backbone does.",
     )
     conv_size: int = declare(
-        4, "Taps of the causal convolutions of pre_conv and the recurrent mixers.", minimum=1
+        4,
+        "Taps of the causal convolutions of pre_conv and the recurrent mixers.",
+        minimum=1,
+        maximum=1024,
     )
     scan_chunk: int = declare(
         64,
