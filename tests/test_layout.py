@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
-    {"errors", "types", "chips", "limits", "memory"},
+    {"errors", "types", "chips", "limits", "memory", "without_tpu"},
     {"whole_files", "batching", "flag_types", "coordinator"},
     {"config"},
     {"ops", "divided"},

@@ -19,6 +19,7 @@ import tttjax
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, is_out_of_memory
+from tttjax.without_tpu import quieten_libtpu
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -71,6 +72,7 @@ configuration:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: that of the process) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    quieten_libtpu()
     try:
         return _dispatch(arguments)
     except UserError as error:

@@ -28,6 +28,7 @@ from tttjax.inference.session import Session
 from tttjax.inference.writing import Request, Writer
 from tttjax.limits import INT_MAX, read_number
 from tttjax.precision import as_configured
+from tttjax.without_tpu import quieten_libtpu
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -319,6 +320,7 @@ def main() -> int:
     """The harness's command line, with the model `tttjax`; the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
+    quieten_libtpu()
     try:
         cli_evaluate()
     except UserError as error:
