@@ -88,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if cause := next(filter(is_out_of_memory, _causes(error)), None):
             said = str(cause).partition("\n")[0].rstrip(".")
+            whose = "This host's" if isinstance(cause, MemoryError) else "The device's"
             return _report(
-                f"The device's memory is too small for this ({said}). Training needs less with "
+                f"{whose} memory is too small for this ({said}). Training needs less with "
                 "more train.accum_steps, mesh.fsdp or inner.trajectory=recompute, the rest with "
                 "fewer tokens or texts at once; `tttjax plan` says what fits."
             )
@@ -213,6 +214,7 @@ _PATH_ERRORS = {
     errno.EEXIST: "is there already, as a file where a folder is needed; name another place",
     errno.ENOTDIR: "leads through a file where a folder is needed; name another place",
     errno.EISDIR: "is a folder where a file is needed; name a file",
+    errno.ENAMETOOLONG: "is longer than a path may be; name another place",
     errno.ENOENT: "does not exist; check how it is spelt and where the command was started",
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),

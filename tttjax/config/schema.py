@@ -214,7 +214,11 @@ class EvalConfig:
     num_sequences: int = declare(32, "Held-out sequences per length.", minimum=1, may_change=True)
     batch_size: int = declare(4, "Sequences evaluated at once.", minimum=1, may_change=True)
     bins: int = declare(
-        32, "Bins of the table of loss by token position.", minimum=1, may_change=True
+        32,
+        "Bins of the table of loss by token position.",
+        minimum=1,
+        maximum=100_000,
+        may_change=True,
     )
     seed: int = declare(
         0, "Seed of the choice of sequences.", minimum=0, maximum=SEED_MAX, may_change=True

@@ -28,6 +28,8 @@ from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.data.vocabulary import make_tokenizer
 from tttjax.errors import UserError
 
+MOST_WORKERS = 1024
+
 __all__ = ["PrepareSettings", "prepare", "remove_prepared"]
 
 
@@ -53,8 +55,8 @@ def prepare(
     """
     chosen = PrepareSettings(inputs=tuple(os.fspath(i) for i in inputs), **settings)
     chosen.check()
-    if num_workers is not None and num_workers < 0:
-        raise UserError(f"num_workers={num_workers} must not be negative.")
+    if num_workers is not None and not 0 <= num_workers <= MOST_WORKERS:
+        raise UserError(f"num_workers={num_workers} must be from 0 to {MOST_WORKERS}.")
     source = InputSource.find(chosen)
     folder = Path(out_dir)
     try:
