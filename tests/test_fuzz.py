@@ -5,6 +5,7 @@ but one step of a run whose values are all at their limits.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from decimal import Decimal
@@ -37,13 +38,16 @@ def place(tmp_path, monkeypatch, data):
 @pytest.fixture
 def call(place, monkeypatch, capsys):
     """call(line) -> (exit code, what stderr says); accepted lines are traced, not compiled."""
-    traced = set()
-    make_trainer = train.make_trainer
+    traced, trainers = set(), {}
+    make_trainer, per_token = train.make_trainer, train.flops.train_flops_per_token
 
     def make(config, mesh):
-        trainer = make_trainer(config, mesh)
-        state = trainer.abstract_state.replace(skipped=0)
-        return dataclasses.replace(trainer, init_state=lambda seed: state)
+        key = config.model, config.inner, config.optim, config.train.steps, config.train.accum_steps
+        if (key, mesh) not in trainers:
+            trainer = make_trainer(config, mesh)
+            state = trainer.abstract_state.replace(skipped=0)
+            trainers[key, mesh] = dataclasses.replace(trainer, init_state=lambda seed: state)
+        return trainers[key, mesh]
 
     def loop(run, state, last):
         config = run.config
@@ -59,6 +63,8 @@ def call(place, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "make_trainer", make)
     monkeypatch.setattr(train, "_loop", loop)
+    monkeypatch.setattr(train.flops, "device_peak", lambda: None)
+    monkeypatch.setattr(train.flops, "train_flops_per_token", functools.cache(per_token))
 
     def run(line):
         shutil.rmtree("run", ignore_errors=True)
