@@ -44,6 +44,7 @@ from experiments.comparison.scales import (
     recipe,
 )
 from tttjax.errors import UserError
+from tttjax.flag_types import int32
 
 EXIT_INTERRUPTED = 75  # as of `tttjax train`: the same command goes on
 USER_ERROR = 2
@@ -100,7 +101,7 @@ def _parse() -> argparse.Namespace:
     )
     add(
         "--jobs",
-        type=int,
+        type=int32,
         default=0,
         metavar="N",
         help="runs at a time (default: one for each core; at the scale gpu one)",

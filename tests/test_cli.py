@@ -152,6 +152,7 @@ def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
         (errno.EACCES, "/there cannot be .* your permissions"),
         (errno.EROFS, "/there cannot be .* your permissions"),
         (errno.ENOENT, "/there does not exist"),
+        (errno.ENAMETOOLONG, "/there is longer than a path may be"),
     ],
 )
 def test_a_path_that_the_system_refuses_is_one_sentence(command, code, sentence, capsys):

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
     {"errors", "types", "chips", "progress", "compilation_cache"},
-    {"paths"},
+    {"limits", "memory", "without_tpu", "paths"},
     {"locks"},
-    {"whole_files", "batching"},
+    {"whole_files", "batching", "flag_types", "coordinator"},
     {"config"},
     {"ops", "divided"},
     {"update_rules"},
@@ -42,7 +42,7 @@ CORE = (
 )
 COMMANDS = (
     *("prepare", "train", "evaluate", "verify", "bench", "plan", "report"),
-    *("generate", "read", "sessions", "importing", "export", "cli"),
+    *("generate", "read", "sessions", "importing", "export", "cli", "flag_types"),
 )
 
 # What exports carry is run by transformers, and never imported here.

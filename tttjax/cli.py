@@ -22,6 +22,7 @@ from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, is_out_of_memory
 from tttjax.paths import path_text
+from tttjax.without_tpu import quieten_libtpu
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: that of the process) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     enable_compilation_cache()
+    quieten_libtpu()
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -90,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if cause := next(filter(is_out_of_memory, _causes(error)), None):
             said = str(cause).partition("\n")[0].rstrip(".")
+            whose = "This host's" if isinstance(cause, MemoryError) else "The device's"
             return _report(
-                f"The device's memory is too small for this ({said}). Training needs less with "
+                f"{whose} memory is too small for this ({said}). Training needs less with "
                 "more train.accum_steps, mesh.fsdp or inner.trajectory=recompute, the rest with "
                 "fewer tokens or texts at once; `tttjax plan` says what fits."
             )
@@ -237,6 +240,7 @@ _PATH_ERRORS = {
     errno.EEXIST: "is there already, as a file where a folder is needed; name another place",
     errno.ENOTDIR: "leads through a file where a folder is needed; name another place",
     errno.EISDIR: "is a folder where a file is needed; name a file",
+    errno.ENAMETOOLONG: "is longer than a path may be; name another place",
     errno.ENOENT: "does not exist; check how it is spelt and where the command was started",
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),

@@ -14,7 +14,9 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory is too small, which JAX says by the text of a RuntimeError."""
+    """Whether memory is too small: the host's, or a device's, which JAX says in a RuntimeError."""
+    if isinstance(error, MemoryError):
+        return True
     first = str(error).partition("\n")[0]
     says_so = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
     return isinstance(error, RuntimeError) and says_so

@@ -27,16 +27,20 @@ from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, Scorer, score_together
 from tttjax.inference.session import Session
 from tttjax.inference.writing import Request, Writer
+from tttjax.limits import INT_MAX, read_number
 from tttjax.precision import as_configured
+from tttjax.without_tpu import quieten_libtpu
 
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from tqdm import tqdm  # comes with the harness
 except ImportError as error:
-    raise ImportError(
-        f"tttjax.lm_eval needs lm-evaluation-harness: {install_extra('lm-eval')}"
-    ) from error
+    _NEEDED = f"tttjax.lm_eval needs lm-evaluation-harness: {install_extra('lm-eval')}"
+    if __name__ == "__main__":
+        print(f"error: {_NEEDED} ({error})", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(_NEEDED) from error
 
 AUTO_BATCH = 8
 MAX_TOKENS = 256  # written where a task does not say how many, as in the harness's other models
@@ -261,9 +265,10 @@ class TTTJaxLM(TemplateLM):
 def _batch_size(wanted: int | str, most: int | None) -> int:
     if isinstance(wanted, str) and wanted.startswith("auto"):
         return min(AUTO_BATCH, most or AUTO_BATCH)
-    if not str(wanted).isdigit() or int(wanted) < 1:
+    size = read_number(str(wanted))
+    if not isinstance(size, int) or size < 1:
         raise UserError(f"batch_size={wanted} must be a number of at least 1, or auto")
-    return int(wanted)
+    return size
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -300,9 +305,14 @@ def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
         sampling["temperature"] = 0.0
     until = wanted.get("until") or []
     limits = [wanted[name] for name in TOKEN_LIMITS if wanted.get(name) is not None]
+    tokens = read_number(str(next(iter(limits), MAX_TOKENS)))
+    if not isinstance(tokens, int) or not 1 <= tokens <= INT_MAX:
+        raise UserError(
+            f"this task is to write {limits[0]} tokens: not a number from 1 to {INT_MAX}"
+        )
     return {
         "sampling": Sampling(**sampling),
-        "max_tokens": int(next(iter(limits), MAX_TOKENS)),
+        "max_tokens": tokens,
         "stop": tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
     }
 
@@ -311,6 +321,7 @@ def main() -> int:
     """The harness's command line, with the model `tttjax`; the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
+    quieten_libtpu()
     try:
         cli_evaluate()
     except UserError as error:

@@ -20,6 +20,7 @@ from tttjax.data import shards
 from tttjax.data.preparation import PrepareSettings, prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
+from tttjax.flag_types import float32, int32, uint32
 from tttjax.paths import local_path
 
 __all__ = ["PrepareSettings", "add_arguments", "prepare", "run"]
@@ -49,15 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--vocab-size",
-        type=int,
+        type=int32,
         default=default.vocab_size,
         help="of a trained SentencePiece model, or of `ids` (default %(default)s)",
     )
-    add("--bos-id", type=int, help="token that begins a document, if the tokenizer does not say")
-    add("--eos-id", type=int, help="token that ends a document, if the tokenizer does not say")
+    add("--bos-id", type=int32, help="token that begins a document, if the tokenizer does not say")
+    add("--eos-id", type=int32, help="token that ends a document, if the tokenizer does not say")
     add(
         "--val-fraction",
-        type=float,
+        type=float32,
         default=default.val_fraction,
         help="share of documents held "
         "out, by a hash of their names: never the same text in both (default %(default)s)",
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="table (tabs or "
         "commas) whose first column names a document and whose column `split` says where it goes",
     )
-    add("--seed", type=int, default=default.seed, help="changes which documents are held out")
+    add("--seed", type=uint32, default=default.seed, help="changes which documents are held out")
     add(
         "--pattern",
         default=default.pattern,
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--min-document-tokens",
-        type=int,
+        type=int32,
         default=default.min_document_tokens,
         help="leave shorter documents out: long contexts are learned from long documents",
     )
@@ -85,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eos", dest="add_eos", action="store_true", help="end documents with EOS")
     add(
         "--shard-tokens",
-        type=int,
+        type=int32,
         default=default.shard_tokens,
         help="tokens after which a new shard begins (default %(default)s)",
     )
-    add("--num-workers", type=int, help="processes (default: one per core)")
+    add("--num-workers", type=int32, help="processes (default: one per core)")
     add(
         "--overwrite",
         action="store_true",

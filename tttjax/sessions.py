@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from tttjax.errors import UserError
+from tttjax.flag_types import int32
 from tttjax.generate import add_model_arguments, open_from
 from tttjax.inference.session_file import About, read_about
 from tttjax.locks import hold
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     rewind = parser.add_argument_group("going back")
     add = rewind.add_argument
-    add("--rewind", type=int, metavar="TOKENS", help="to when so many tokens had been read")
+    add("--rewind", type=int32, metavar="TOKENS", help="to when so many tokens had been read")
     add("--to", metavar="NEW", help="file for the session as it was then")
     add("--run", metavar="WORKDIR", help="of the model, to read on to exactly there")
     add("--text", metavar="FILE", help="the text that was read")

@@ -29,6 +29,7 @@ from tttjax import checkpoint, compilation_cache, flops, metrics, precision, pro
 from tttjax.attention_kernels import describe_kernels, platform_of
 from tttjax.config import (
     Config,
+    check_memory,
     check_mesh,
     check_same_run,
     config_fingerprint,
@@ -40,7 +41,9 @@ from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers import keep_tokenizer
 from tttjax.errors import UserError
+from tttjax.flag_types import int32
 from tttjax.locks import Lock
+from tttjax.memory import device_memory, host_memory
 from tttjax.paths import local_path
 from tttjax.run_control import (
     EXIT_INTERRUPTED,
@@ -336,6 +339,7 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
 
 def _make_mesh(config: Config) -> jax.sharding.Mesh:
     mesh = check_mesh(config, jax.device_count(), jax.process_count())
+    check_memory(config, mesh, device_memory(), host_memory(), jax.process_count())
     return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
 
 
@@ -421,15 +425,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir", required=True, metavar="DIR", help="what the run writes; resumed from here"
     )
     parser.add_argument(
-        "--stop-after", type=int, metavar="STEP", help="save and exit (code 75) after this step"
+        "--stop-after", type=int32, metavar="STEP", help="save and exit (code 75) after this step"
     )
     several = parser.add_argument_group("several processes (start the command once on each host)")
     several.add_argument(
         "--distributed", action="store_true", help="join the run that the cluster describes"
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    several.add_argument("--process-id", type=int, metavar="N", help="this process: 0, 1, ...")
-    several.add_argument("--process-count", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=int32, metavar="N", help="this process: 0, 1, ...")
+    several.add_argument("--process-count", type=int32, metavar="N", help="how many there are")
 
 
 def run(args: argparse.Namespace) -> int:

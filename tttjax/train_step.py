@@ -242,11 +242,12 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
 
     abstract, shardings = _abstract_state(mesh, model, start_from)
     scalar = NamedSharding(mesh, PartitionSpec())
+    init = jax.jit(init_state, out_shardings=shardings)
     return Trainer(
         mesh=mesh,
         model=model,
         abstract_state=abstract,
-        init_state=jax.jit(init_state, out_shardings=shardings),
+        init_state=lambda seed: init(np.uint32(seed)),  # as int32 it would end at 2**31
         start_from=jax.jit(start_from, out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
             step,

@@ -59,9 +59,25 @@ def test_repetition_is_penalised_on_both_sides_of_zero():
     assert found.tolist() == [1.0, -4.0, 1.0]
 
 
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-6])
+def test_the_lowest_temperatures_take_the_likeliest(temperature):
+    assert draw(50, temperature=temperature)[1] == 1
+
+
+@pytest.mark.parametrize("penalty", [1.2e-38, 3.4e38])
+def test_the_strongest_penalties_leave_finite_logits(penalty):
+    found = penalise(jnp.array([20.0, -20.0]), jnp.array([True, True]), jnp.asarray(penalty))
+    assert np.all(np.isfinite(found))
+    assert found[0] > found[1] or penalty > 1
+
+
 @pytest.mark.parametrize(
     "wish",
-    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}],
+    [
+        *({"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}),
+        *({"temperature": 1e-46}, {"temperature": float("nan")}, {"top_k": 2**31}),
+        *({"top_p": 1e-46}, {"repetition_penalty": 1e39}, {"repetition_penalty": 1e-39}),
+    ],
 )
 def test_impossible_wishes_are_refused(wish):
     with pytest.raises(UserError, match=next(iter(wish))):

@@ -17,6 +17,7 @@ from tttjax.data.pipeline import LAYOUTS, StreamOptions, TrainStream, make_train
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
+from tttjax.flag_types import float32, int32
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench data`."""
     add = parser.add_argument
     add("--data", metavar="DIR", help="a prepared data set (default: random bytes, made for it)")
-    add("--seq-len", type=int, default=8192, help="tokens of a sequence (default %(default)s)")
-    add("--batch-size", type=int, default=8, help="sequences of a batch (default %(default)s)")
-    add("--seconds", type=float, default=5.0, help="how long to measure (default %(default)s)")
+    add("--seq-len", type=int32, default=8192, help="tokens of a sequence (default %(default)s)")
+    add("--batch-size", type=int32, default=8, help="sequences of a batch (default %(default)s)")
+    add("--seconds", type=float32, default=5.0, help="how long to measure (default %(default)s)")
     add("--layout", choices=LAYOUTS, default="stream", help="see docs/data.md")
     add("--json", action="store_true", help="print the result as JSON")
 

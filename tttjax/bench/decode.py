@@ -23,6 +23,7 @@ from tttjax.bench.options import add_configs, add_measuring, load_configs
 from tttjax.bench.timing import check_rounds
 from tttjax.config import Config
 from tttjax.errors import UserError
+from tttjax.flag_types import int32, list_of
 from tttjax.inference.engine import Engine, Group
 from tttjax.inference.reading import make_reader
 from tttjax.inference.session import Session
@@ -75,8 +76,8 @@ def bench_decode(
     """
     check_rounds(rounds)
     for name, values in (("read", read), ("batch", batches)):
-        if min(values) < 1:
-            raise UserError(f"{name}={min(values)} must be at least 1.")
+        if min(values, default=0) < 1:
+            raise UserError(f"{name}={list(values)} must be numbers of at least 1.")
     entries = [
         _Entry(name, config, length, batch, engine.together([session] * batch), chunk, [], [])
         for name, config in configs
@@ -152,25 +153,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench decode`."""
     add = parser.add_argument
     add_configs(parser)
-    add("--read", default="1024,4096", metavar="T,T,...", help="before (default %(default)s)")
-    add("--batch", default="1", metavar="R,R,...", help="requests together (default %(default)s)")
+    add(
+        "--read",
+        type=list_of(int32),
+        default="1024,4096",
+        metavar="T,T,...",
+        help="before (default %(default)s)",
+    )
+    add(
+        "--batch",
+        type=list_of(int32),
+        default="1",
+        metavar="R,R,...",
+        help="requests together (default %(default)s)",
+    )
     add_measuring(parser, "measured rounds of each")
 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench decode` from parsed arguments; the exit code."""
     configs = load_configs(args.config, args.overrides)
-    read, batches = _sizes("read", args.read), _sizes("batch", args.batch)
-    results = bench_decode(configs, read, batches, args.rounds)
+    results = bench_decode(configs, args.read, args.batch, args.rounds)
     print(json.dumps([asdict(result) for result in results]) if args.json else _table(results))
     return 0
-
-
-def _sizes(option: str, words: str) -> list[int]:
-    try:
-        return [int(word) for word in words.split(",")]
-    except ValueError as error:
-        raise UserError(f"--{option}={words} must be whole numbers, such as 1,8,32.") from error
 
 
 def _table(results: Sequence[DecodeBenchmark]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tttjax.config import Config, load_config
 from tttjax.config.files import matching_specs
+from tttjax.flag_types import int32
 
 
 def add_sizes(
@@ -17,7 +18,9 @@ def add_sizes(
     """An option for each integer field of `defaults` by its text, its `dtype`, and the rest."""
     for name, text in texts.items():
         option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        parser.add_argument(option, type=int, default=default, help=f"{text} (default %(default)s)")
+        parser.add_argument(
+            option, type=int32, default=default, help=f"{text} (default %(default)s)"
+        )
     parser.add_argument(
         "--dtype", choices=dtypes, default=defaults.dtype, help="of arrays (default %(default)s)"
     )
@@ -26,7 +29,7 @@ def add_sizes(
 
 def add_measuring(parser: argparse.ArgumentParser, what: str) -> None:
     """How often to measure, and how to print."""
-    parser.add_argument("--rounds", type=int, default=5, help=f"{what} (default %(default)s)")
+    parser.add_argument("--rounds", type=int32, default=5, help=f"{what} (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 

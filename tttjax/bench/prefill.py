@@ -33,14 +33,14 @@ from tttjax.bench.timing import (
     temporary_bytes,
 )
 from tttjax.config import Config
-from tttjax.config.values import parse_value
 from tttjax.errors import UserError
+from tttjax.flag_types import int32, list_of
 from tttjax.inference import divide, make_reader, prefill, start
 from tttjax.meta import make_inner_loop
 from tttjax.models import build_model
 from tttjax.precision import as_configured
 
-LENGTHS, CPU_LENGTHS = "8192,32768,131072", "8192"
+LENGTHS, CPU_LENGTHS = (8192, 32768, 131072), (8192,)
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configs(parser)
     add(
         "--lengths",
+        type=list_of(int32),
+        default=(),
         metavar="T,T,...",
-        help=f"tokens read (default {CPU_LENGTHS} on a CPU, else {LENGTHS})",
+        help=f"tokens read (default {_words(CPU_LENGTHS)} on a CPU, else {_words(LENGTHS)})",
     )
-    add("--batch", type=int, default=1, help="prompts read together (default %(default)s)")
+    add("--batch", type=int32, default=1, help="prompts read together (default %(default)s)")
     add_measuring(parser, "measured runs of each")
 
 
@@ -140,14 +142,18 @@ def run(args: argparse.Namespace) -> int:
     configs = load_configs(args.config, args.overrides)
     lengths = args.lengths or (CPU_LENGTHS if jax.default_backend() == "cpu" else LENGTHS)
     results = []
-    for word in lengths.split(","):
-        found = bench_prefill(configs, parse_value("train.seq_len", word), args.batch, args.rounds)
+    for length in lengths:
+        found = bench_prefill(configs, length, args.batch, args.rounds)
         if not args.json:
             print(_table(found), flush=True)
         results += found
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
     return 0
+
+
+def _words(lengths: Sequence[int]) -> str:
+    return ",".join(map(str, lengths))
 
 
 def _table(results: Sequence[PrefillBenchmark]) -> str:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from tttjax.bench.options import add_measuring
 from tttjax.bench.timing import cell, mebibytes, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
+from tttjax.flag_types import int32
 from tttjax.ops.ttt import FORMS, InnerNorm, learning_rates, ttt
 from tttjax.types import Array
 
@@ -144,17 +145,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--seq-len",
-        type=int,
+        type=int32,
         action="append",
         metavar="T",
         help="tokens of a sequence (default 2048); give several to measure several",
     )
-    add("--batch", type=int, default=Sizes.batch, help="sequences (default %(default)s)")
-    add("--heads", type=int, default=Sizes.heads, help="heads (default %(default)s)")
-    add("--head-dim", type=int, default=Sizes.head_dim, help="size of one (default %(default)s)")
+    add("--batch", type=int32, default=Sizes.batch, help="sequences (default %(default)s)")
+    add("--heads", type=int32, default=Sizes.heads, help="heads (default %(default)s)")
+    add("--head-dim", type=int32, default=Sizes.head_dim, help="size of one (default %(default)s)")
     add(
         "--chunk",
-        type=int,
+        type=int32,
         default=Sizes.chunk,
         help="tokens of an inner mini-batch (default %(default)s)",
     )

@@ -8,6 +8,7 @@ from tttjax.config.build import default_config, from_config_dict, to_dict, to_fl
 from tttjax.config.checks import check_mesh, has_fast_weights
 from tttjax.config.counts import match_parameters, matched_model, parameter_count
 from tttjax.config.files import apply_override, load_config, load_config_dict
+from tttjax.config.least_memory import check_memory
 from tttjax.config.run_info import (
     check_same_run,
     config_fingerprint,
@@ -38,6 +39,7 @@ __all__ = [
     "OptimConfig",
     "TrainConfig",
     "apply_override",
+    "check_memory",
     "check_mesh",
     "check_same_run",
     "config_fingerprint",

@@ -8,6 +8,7 @@ import dataclasses
 
 from tttjax.config.schema import Config, InnerConfig, MeshConfig, ModelConfig
 from tttjax.errors import UserError
+from tttjax.limits import INT_MAX
 
 
 def has_fast_weights(model: ModelConfig, inner: InnerConfig) -> bool:
@@ -243,6 +244,11 @@ def _check_chunks(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     train, optim = config.train, config.optim
+    if train.batch_size * train.seq_len > INT_MAX:
+        raise UserError(
+            f"train.batch_size x train.seq_len = {train.batch_size} x {train.seq_len} = "
+            f"{train.batch_size * train.seq_len} tokens of a step must be at most {INT_MAX}."
+        )
     if train.batch_size % train.accum_steps:
         raise UserError(
             f"train.batch_size = {train.batch_size} is not a multiple of train.accum_steps = "
@@ -265,6 +271,11 @@ def _check_schedule(config: Config) -> None:
         raise UserError(
             f"train.profile_steps = {first_last} must be the first and the last step, such as "
             "(10, 12)."
+        )
+    if first_last and first_last[0] > train.steps:
+        raise UserError(
+            f"train.profile_steps = {first_last} begins after the last step, train.steps = "
+            f"{train.steps}: nothing would be traced."
         )
 
 

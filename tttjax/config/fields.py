@@ -10,10 +10,11 @@ class FieldInfo:
     """What is known of a field beside its name, type and default.
 
     doc: its meaning. choices: the allowed strings (of each entry, for a tuple). joined: whether
-    several of them may be joined by `+`. minimum, above, below: numeric limits (inclusive,
-    exclusive, exclusive) of the value or of each entry. may_change: whether a resumed run may use
-    another value than the work directory's first run. path: of this machine; `~` is expanded, and
-    runs record where it leads from every folder. added_later: whether there may be
+    several of them may be joined by `+`. minimum, maximum, above, below: numeric limits (inclusive,
+    inclusive, exclusive, exclusive) of the value or of each entry; integers have a maximum even
+    where none is given, INT_MAX. may_change: whether a resumed run may use another value than the
+    work directory's first run. path: of this machine; `~` is expanded, and runs record where it
+    leads from every folder. added_later: whether there may be
     runs from before there was this field; its default is what they did (`unset_additions`).
     """
 
@@ -21,6 +22,7 @@ class FieldInfo:
     choices: tuple[str, ...] = ()
     joined: bool = False
     minimum: float | None = None
+    maximum: float | None = None
     above: float | None = None
     below: float | None = None
     may_change: bool = False

@@ -69,7 +69,7 @@ class ModelConfig:
         added_later=True,
     )
     tie_embeddings: bool = declare(True, "Whether logits use the embedding table.")
-    rope_theta: float = declare(500000.0, "Base of the rotary position embedding.", above=0)
+    rope_theta: float = declare(500000.0, "Base of the rotary position embedding.", minimum=1)
     rope_scaling: tuple[float, ...] = declare(
         (),
         "How rotary frequencies are lowered for contexts longer than the model was first trained "
@@ -117,7 +117,10 @@ class ModelConfig:
         "TTT papers' Mamba backbone does.",
     )
     conv_size: int = declare(
-        4, "Taps of the causal convolutions of pre_conv and the recurrent mixers.", minimum=1
+        4,
+        "Taps of the causal convolutions of pre_conv and the recurrent mixers.",
+        minimum=1,
+        maximum=1024,
     )
     scan_chunk: int = declare(
         64,
@@ -157,7 +160,7 @@ class ModelConfig:
         minimum=0,
     )
     ttt_rope_theta: float = declare(
-        10000.0, "Base of the rotary embedding inside each mini-batch of a TTT layer.", above=0
+        10000.0, "Base of the rotary embedding inside each mini-batch of a TTT layer.", minimum=1
     )
     ttt_backbone: str = declare(
         "mamba",

@@ -36,9 +36,11 @@ tttjax train --config=experiments/paper.py:125m,ttt_e2e,pretrain --workdir=runs/
     --config.data.sources=data/dclm,data/books --config.train.steps=4800 --config.model.remat=none
 ```
 
-Lists are written `a,b`; booleans `true` and `false`; numbers as in Python (`1e-3`). Everything is
-checked once, before anything else happens: an unknown name, a wrong type, a value out of its
-limits or fields that contradict each other end the program with a sentence that says so.
+Lists are written `a,b`; booleans `true` and `false`; numbers in decimal notation (`100`,
+`1_000`, `1e-3`). Integers are at most 2147483647 (int32), but for seeds; numbers are finite in
+float32, and 0 or at least 1.2e-38 in size. Everything is checked once, before anything else
+happens: an unknown name, a wrong type, a value out of its limits or fields that contradict each
+other end the program with a sentence that says so.
 
 Every run writes two files into its work directory: `config.json`, the resolved configuration, and
 `environment.json`, for each start the versions of the packages, the git revision and what the
@@ -107,6 +109,8 @@ def _limits(info: FieldInfo) -> list[str]:
         limits.append(f"One of {', '.join(f'`{choice}`' for choice in info.choices)}{several}.")
     if info.minimum is not None:
         limits.append(f"At least {info.minimum}.")
+    if info.maximum is not None:
+        limits.append(f"At most {info.maximum}.")
     if info.above is not None:
         limits.append(f"Above {info.above}.")
     if info.below is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tttjax.config.fields import declare
 from tttjax.config.model import ModelConfig
+from tttjax.limits import SEED_MAX
 
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")
@@ -126,7 +127,7 @@ class TrainConfig:
     accum_steps: int = declare(
         1, "Micro-batches a batch is cut into to save memory.", minimum=1, may_change=True
     )
-    seed: int = declare(0, "Seed of the initial parameters.", minimum=0)
+    seed: int = declare(0, "Seed of the initial parameters.", minimum=0, maximum=SEED_MAX)
     log_every: int = declare(10, "Steps between progress lines.", minimum=1, may_change=True)
     checkpoint_every: int = declare(
         100, "Steps between checkpoints; the last step is always saved.", minimum=1, may_change=True
@@ -170,7 +171,7 @@ class DataConfig:
         "documents: one document per sequence, the rest masked.",
         choices=("stream", "documents"),
     )
-    seed: int = declare(0, "Seed of the order of sequences.", minimum=0)
+    seed: int = declare(0, "Seed of the order of sequences.", minimum=0, maximum=SEED_MAX)
     shuffle: bool = declare(True, "Whether the order of sequences is shuffled.")
     prefetch: int = declare(4, "Batches made ready ahead of time.", minimum=0, may_change=True)
     val_split: str = declare("val", "Split that evaluation reads.", may_change=True)
@@ -218,9 +219,15 @@ class EvalConfig:
     num_sequences: int = declare(32, "Held-out sequences per length.", minimum=1, may_change=True)
     batch_size: int = declare(4, "Sequences evaluated at once.", minimum=1, may_change=True)
     bins: int = declare(
-        32, "Bins of the table of loss by token position.", minimum=1, may_change=True
+        32,
+        "Bins of the table of loss by token position.",
+        minimum=1,
+        maximum=100_000,
+        may_change=True,
     )
-    seed: int = declare(0, "Seed of the choice of sequences.", minimum=0, may_change=True)
+    seed: int = declare(
+        0, "Seed of the choice of sequences.", minimum=0, maximum=SEED_MAX, may_change=True
+    )
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
 from tttjax.config.fields import field_info
 from tttjax.config.schema import all_fields
 from tttjax.errors import UserError
+from tttjax.limits import FLOAT_WORDS, INT_MAX, INT_WORDS, fits_float, read_number
 from tttjax.paths import path_text
 
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_WORDS = {int: INT_WORDS, float: FLOAT_WORDS, bool: "true or false", str: "a string"}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -55,7 +55,8 @@ def check_value(name: str, value: Any) -> Any:
 def parse_value(name: str, text: str) -> Any:
     """The value of field `name` written as `text` on the command line, checked.
 
-    Lists are written `a,b`, `(a, b)` or `[a, b]`; booleans true or false; numbers as in Python.
+    Lists are written `a,b`, `(a, b)` or `[a, b]`; booleans true or false; numbers in decimal
+    notation, `100`, `1_000`, `1e-3`.
     """
     field = find_field(name)
     if get_origin(field.type) is not tuple:
@@ -77,23 +78,18 @@ def _parse_scalar(text: str, kind: Any) -> Any:
         return _BOOLEANS.get(text.lower(), text)
     if kind is str:
         return text
-    for reading in (int, float):
-        try:
-            number = reading(text)
-        except ValueError:
-            continue
-        whole = isinstance(number, float) and math.isfinite(number) and number == int(number)
-        return int(number) if kind is int and whole else number  # 1e5 steps
-    return text
+    number = read_number(text)
+    return text if number is None else number
 
 
 def _scalar(name: str, value: Any, kind: Any) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and is_number and math.isfinite(value):
+    if kind is float and is_number and fits_float(value):
         return float(value)
     if type(value) is kind and kind is not float:
         return value
-    raise UserError(f"{name} = {value!r} must be {_WORDS[kind]}, not {type(value).__name__}.")
+    found = "" if kind is float and is_number else f", not {type(value).__name__}"
+    raise UserError(f"{name} = {value!r} must be {_WORDS[kind]}{found}.")
 
 
 def _expanded(name: str, value: Any, field: dataclasses.Field) -> Any:
@@ -113,6 +109,9 @@ def _check_limits(name: str, value: Any, field: dataclasses.Field) -> None:
         )
     if info.minimum is not None and value < info.minimum:
         raise UserError(f"{name} = {value!r} must be at least {info.minimum}.")
+    maximum = INT_MAX if info.maximum is None and type(value) is int else info.maximum
+    if maximum is not None and value > maximum:
+        raise UserError(f"{name} = {value!r} must be at most {maximum}.")
     if info.above is not None and value <= info.above:
         raise UserError(f"{name} = {value!r} must be greater than {info.above}.")
     if info.below is not None and value >= info.below:

@@ -30,6 +30,8 @@ from tttjax.errors import UserError
 from tttjax.locks import FOLDER_LOCK, hold
 from tttjax.paths import local_path, path_text
 
+MOST_WORKERS = 1024
+
 __all__ = ["PrepareSettings", "prepare", "remove_prepared"]
 
 
@@ -59,8 +61,8 @@ def prepare(
             settings[name] = path_text(settings[name], name)
     chosen = PrepareSettings(inputs=tuple(map(path_text, inputs)), **settings)
     chosen.check()
-    if num_workers is not None and num_workers < 0:
-        raise UserError(f"num_workers={num_workers} must not be negative.")
+    if num_workers is not None and not 0 <= num_workers <= MOST_WORKERS:
+        raise UserError(f"num_workers={num_workers} must be from 0 to {MOST_WORKERS}.")
     source = InputSource.find(chosen)
     folder = local_path(out_dir, "--out")
     try:

@@ -23,6 +23,7 @@ from tttjax.data.writer import EncodedPiece, SplitWriter
 from tttjax.errors import UserError
 from tttjax.whole_files import whole_file
 
+LARGEST_VOCABULARY = 1 << 24  # training stalls for ever not far below 2**31
 JOURNAL_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
 Log = Callable[[str], None]
@@ -56,6 +57,8 @@ class PrepareSettings:
         for name in ("vocab_size", "shard_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise UserError(f"vocab_size={self.vocab_size} must be at most {LARGEST_VOCABULARY}.")
         if self.min_document_tokens < 0:
             raise UserError(f"min_document_tokens={self.min_document_tokens} must not be negative.")
 

@@ -27,8 +27,27 @@ def make_tokenizer(
     """The tokenizer that `settings.tokenizer` asks for (see `tttjax prepare --help`).
 
     settings: a PrepareSettings. A SentencePiece model is trained on documents of the training
-    split only. Raises UserError if there is no such tokenizer.
+    split only. Raises UserError if there is no such tokenizer, or for special tokens that it has
+    not.
     """
+    tokenizer = _make(settings, files, rule, log)
+    for name in ("bos_id", "eos_id"):
+        wanted, own = getattr(settings, name), getattr(tokenizer, name)
+        flag = f"--{name.replace('_', '-')}={wanted}"
+        if wanted is not None and wanted != own:
+            raise UserError(
+                f"{flag} is for a tokenizer that does not say: {settings.tokenizer} has {own}."
+            )
+        if wanted is not None and not 0 <= wanted < tokenizer.vocab_size:
+            raise UserError(
+                f"{flag} must be a token of the vocabulary, from 0 to {tokenizer.vocab_size - 1}."
+            )
+    return tokenizer
+
+
+def _make(
+    settings: Any, files: Sequence[InputFile], rule: SplitRule, log: Callable[[str], None]
+) -> Tokenizer:
     name = settings.tokenizer
     path = Path(name)
     if name == "bytes":

@@ -18,9 +18,7 @@ prints the tables. docs/evaluation.md says how the numbers are made.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -44,6 +42,7 @@ from tttjax.evaluate.runs import (
     open_run,
     run_of_params,
 )
+from tttjax.flag_types import float32, int32, list_of, uint32
 from tttjax.update_rules import RULES
 
 __all__ = [
@@ -63,27 +62,17 @@ __all__ = [
 ]
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """A type for argparse: values with commas between them."""
-
-    def parse(text: str) -> tuple[Any, ...]:
-        return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
-
-    parse.__name__ = f"list of {kind.__name__}"  # how argparse names it in errors
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax evaluate`."""
     add = parser.add_argument
     add("workdirs", nargs="+", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
-    add("--names", type=_list_of(str), help="what to call the runs, a,b (default: their folders)")
+    add("--names", type=list_of(str), help="what to call the runs, a,b (default: their folders)")
     add("--out", metavar="DIR", help="where results go (default: eval/ in the first WORKDIR)")
     add("--data", metavar="DIR", help="prepared data set (default: the first run's own)")
     add("--split", default="", help="split of the data (default: the run's data.val_split)")
     add(
         "--modes",
-        type=_list_of(str),
+        type=list_of(str),
         default=(),
         metavar="a,b",
         help=f"of {', '.join(MODES)}: learning, TTT off, dynamic evaluation (default: on and off, "
@@ -93,23 +82,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = of_run.add_argument
     add(
         "--context-lengths",
-        type=_list_of(int),
+        type=list_of(int32),
         metavar="T,T",
         help="context lengths in tokens (default there: 1, 2, 4 and 8 windows)",
     )
-    add("--num-sequences", type=int, metavar="N", help="sequences of the longest context")
-    add("--batch-size", type=int, metavar="N", help="sequences read at once")
-    add("--bins", type=int, metavar="N", help="bins of the loss by position")
-    add("--seed", type=int, metavar="N", help="seed of the choice of documents")
+    add("--num-sequences", type=int32, metavar="N", help="sequences of the longest context")
+    add("--batch-size", type=int32, metavar="N", help="sequences read at once")
+    add("--bins", type=int32, metavar="N", help="bins of the loss by position")
+    add("--seed", type=uint32, metavar="N", help="seed of the choice of documents")
     inner = parser.add_argument_group("learning (default: as the run was configured)")
     add = inner.add_argument
-    add("--inner-lr", type=float, metavar="LR", help="inner learning rate")
+    add("--inner-lr", type=float32, metavar="LR", help="inner learning rate")
     add("--inner-rule", choices=RULES, help="update rule of the fast weights")
-    add("--inner-clip", type=float, metavar="NORM", help="norm to clip gradients to; 0: off")
-    add("--chunk-size", type=int, metavar="N", help="tokens of one inner mini-batch")
+    add("--inner-clip", type=float32, metavar="NORM", help="norm to clip gradients to; 0: off")
+    add("--chunk-size", type=int32, metavar="N", help="tokens of one inner mini-batch")
     add(
         "--dynamic-paths",
-        type=_list_of(str),
+        type=list_of(str),
         default=DYNAMIC_PATHS,
         metavar="GLOB,GLOB",
         help="weights that learn in dynamic evaluation (default: all MLPs of the suffix, "
@@ -117,24 +106,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--dynamic-layers",
-        type=int,
+        type=int32,
         default=0,
         metavar="N",
         help="last blocks that form the suffix there (default: a quarter of all)",
     )
     add(
         "--dynamic-lr",
-        type=_list_of(float),
+        type=list_of(float32),
         default=(),
         metavar="LR,LR",
         help="inner learning rates of dynamic evaluation, one curve each",
     )
-    add_needle_arguments(parser, _list_of)
+    add_needle_arguments(parser)
     shown = parser.add_argument_group("how it is shown")
     add = shown.add_argument
     add(
         "--window",
-        type=int,
+        type=int32,
         default=0,
         metavar="TOKENS",
         help='where "beyond the window" begins (default: the largest window of the runs)',

@@ -55,6 +55,10 @@ class Learning:
     dynamic_layers: int = 0
     dynamic_lrs: tuple[float, ...] = ()
 
+    def __post_init__(self):
+        if self.dynamic_layers < 0:
+            raise UserError(f"dynamic_layers={self.dynamic_layers} must be at least 0.")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -106,11 +106,12 @@ def token_losses(
     """NLL [N, T] of all targets, read with `length` tokens of context at a time.
 
     T: the length of the sequences, or the multiple of `length` below it. batch_size: sequences
-    read at once, rounded up to a multiple of the devices that divide them. on_tokens is told how
-    many tokens each batch had, once it is done.
+    read at once (all, if there are fewer), rounded up to a multiple of the devices that divide
+    them. on_tokens is told how many tokens each batch had, once it is done.
     """
     shards = int(np.prod([way.mesh.shape[axis] for axis in sharding.BATCH_AXES]))
-    size = -(-batch_size // shards) * shards
+    sequences = cut(held_out, length)
+    size = -(-min(batch_size, len(sequences)) // shards) * shards
     place = partial(_place, target=sharding.batch_sharding(way.mesh))
     losses: list[np.ndarray] = []
     running: tuple[Array, int] | None = None
@@ -122,7 +123,7 @@ def token_losses(
             on_tokens(real * length)
 
     # A batch's losses are fetched while the next one is computed.
-    for batch, real in padded_batches(cut(held_out, length), size):
+    for batch, real in padded_batches(sequences, size):
         nll_BT = scorer(way.params, jax.tree.map(place, batch), way.lr)
         collect()
         running = (nll_BT, real)

@@ -27,6 +27,7 @@ import numpy as np
 from tttjax import progress
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import MODES
+from tttjax.flag_types import float32, int32, uint32
 from tttjax.generate.batch import as_json, read_prompts, write_all
 from tttjax.generate.opened import Opened, open_model
 from tttjax.inference.engine import Session
@@ -40,6 +41,7 @@ from tttjax.inference.session_file import (
 )
 from tttjax.inference.writing import Request, Writer, WrittenToken
 from tttjax.locks import hold
+from tttjax.memory import device_memory
 from tttjax.precision import as_configured
 
 LEARN = ("all", "prompt", "none")
@@ -55,17 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--prompts", metavar="FILE.jsonl", help="many: a JSON string a line; prints JSON lines"
     )
-    add("--batch", type=int, default=16, help="texts of --prompts at once (default %(default)s)")
-    add("--max-tokens", type=int, default=128, metavar="N", help="to write (default %(default)s)")
-    add("--samples", type=int, default=1, metavar="N", help="texts to write (default 1)")
+    add("--batch", type=int32, default=16, help="texts of --prompts at once (default %(default)s)")
+    add(
+        "--max-tokens",
+        type=int32,
+        default=128,
+        metavar="N",
+        help="to write (default %(default)s)",
+    )
+    add("--samples", type=int32, default=1, metavar="N", help="texts to write (default 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
-    add("--seed", type=int, default=0, help="of the first text; the others count on")
+    add("--seed", type=uint32, default=0, help="of the first text; the others count on")
     add("--json", action="store_true", help="print texts, tokens and log-probabilities as JSON")
     sampling = parser.add_argument_group("sampling")
     for field in dataclasses.fields(Sampling):
         sampling.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
+            type=int32 if field.type is int else float32,
             default=field.default,
             help="(default %(default)s)",
         )
@@ -74,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--session", metavar="FILE", help="go on from this one")
     add("--save-session", metavar="FILE", help="keep what was read, and the first text written")
     add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
-    add("--session-rank", type=int, default=0, metavar="N", help="of stored changes; 0: full")
+    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
     add_model_arguments(parser)
 
 
@@ -93,7 +101,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it")
     add(
         "--max-length",
-        type=int,
+        type=int32,
         default=0,
         metavar="N",
         help="tokens that full attention has room for (default: eight training sequences)",
@@ -127,6 +135,7 @@ def _run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     with progress.doing(f"opening {args.workdir}"):
         opened = open_from(args)
+    _check_samples(args.samples, opened)
     with as_configured(opened.config):
         session = start_session(opened, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
@@ -184,6 +193,16 @@ def _check(args: argparse.Namespace) -> None:
         )
     if "" in args.stop:
         raise UserError("--stop is empty, and would end every text at once.")
+
+
+def _check_samples(samples: int, opened: Opened) -> None:
+    """UserError where not even the logits of all samples, and what occurred, have room."""
+    size, limit = samples * opened.config.model.vocab_size * (4 + 1), device_memory()
+    if size > limit:
+        raise UserError(
+            f"--samples={samples} texts at once need {size / 1e9:,.1f} GB for their logits alone, "
+            f"and the device has {limit / 1e9:,.1f} GB: write fewer, with several values of --seed."
+        )
 
 
 def _prompt(args: argparse.Namespace) -> str:

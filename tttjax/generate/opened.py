@@ -8,12 +8,14 @@ import jax
 from tttjax import sharding
 from tttjax.config import Config
 from tttjax.data.tokenizers import Tokenizer
+from tttjax.errors import UserError
 from tttjax.evaluate.run_tokenizer import run_tokenizer
 from tttjax.evaluate.runs import Learning, RunSpec, choose_modes, open_run, ways_to_read
 from tttjax.inference.engine import Engine
 from tttjax.inference.reading import make_reader
 from tttjax.inference.session_file import fingerprint
 from tttjax.inference.telescope import ObservingEngine
+from tttjax.limits import INT_MAX
 from tttjax.precision import as_configured
 
 
@@ -45,6 +47,8 @@ def open_model(
     (`inference.telescope`).
     Raises UserError if something is missing or does not fit.
     """
+    if not 0 <= max_length <= INT_MAX:
+        raise UserError(f"max_length={max_length} must be from 0 to {INT_MAX}.")
     found = open_run(RunSpec(workdir))
     (modes,) = choose_modes([found], (mode,) if mode else ())
     texts = run_tokenizer(found, tokenizer)

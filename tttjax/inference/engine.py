@@ -34,6 +34,7 @@ from tttjax.inference.reading import (
     start,
 )
 from tttjax.inference.session import NO_MARKS, NO_TOKENS, Session, Unread
+from tttjax.memory import device_memory
 from tttjax.types import Array, Params, PyTree
 
 STATIC_ROOM = 128
@@ -86,6 +87,14 @@ class Engine:
     @cached_property
     def _fresh(self) -> Context:
         make = jax.jit(partial(start, self.reader, batch=1, max_length=self.max_length))
+        arrays = jax.tree.leaves(jax.eval_shape(make, self._params))
+        size, limit = sum(x.size * x.dtype.itemsize for x in arrays), device_memory()
+        if size > limit:
+            raise UserError(
+                f"a session with room for {self.max_length} tokens needs {size / 1e9:,.1f} GB of "
+                f"the device's {limit / 1e9:,.1f} GB: give a smaller --max-length (full attention "
+                "keeps so many tokens; a window keeps model.window_size)"
+            )
         return make(self._params)
 
     @cached_property

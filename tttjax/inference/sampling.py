@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.errors import UserError
+from tttjax.limits import FLOAT_MAX, FLOAT_WORDS, INT_MAX, fits_float
 from tttjax.types import Array
 
 LIMITS: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, float("inf")),
-    "top_k": (0, float("inf")),
+    "temperature": (0.0, FLOAT_MAX),
+    "top_k": (0, INT_MAX),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, float("inf")),
+    "repetition_penalty": (0.0, FLOAT_MAX),
 }
 
 
@@ -42,8 +43,10 @@ class Sampling:
         for field in fields(self):
             value, (low, high) = getattr(self, field.name), LIMITS[field.name]
             if not low <= value <= high:
-                above = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+                above = f"at least {low:g}" if high == FLOAT_MAX else f"from {low:g} to {high}"
                 raise UserError(f"{field.name}={value} must be {above}.")
+            if not fits_float(value):
+                raise UserError(f"{field.name}={value} must be {FLOAT_WORDS}.")
         if self.top_p == 0 or self.repetition_penalty == 0:
             raise UserError(
                 f"top_p={self.top_p} and repetition_penalty={self.repetition_penalty} must be "
@@ -72,8 +75,10 @@ def stack(wishes: list[Sampling]) -> Wishes:
 
 
 def penalise(logit_V: Array, has_occurred_V: Array, penalty: Array) -> Array:
-    """Logits with those of tokens that occurred made less likely."""
+    """Logits with those of tokens that occurred made less likely, and finite."""
+    limit = jnp.finfo(logit_V.dtype).max
     lower_V = jnp.where(logit_V > 0, logit_V / penalty, logit_V * penalty)
+    lower_V = jnp.clip(lower_V, -limit, limit)
     return jnp.where(has_occurred_V, lower_V, logit_V)
 
 
@@ -98,6 +103,7 @@ def choose(key: Array, logit_V: Array, has_occurred_V: Array, wish: Wishes) -> t
     penalised_V = penalise(logit_V, has_occurred_V, wish.repetition_penalty)
     likeliest = jnp.argmax(penalised_V)
     warm = jnp.where(wish.temperature > 0, wish.temperature, 1)
-    drawn = jax.random.categorical(key, narrow(penalised_V / warm, wish))
+    # From the likeliest, so that no temperature, however low, makes it infinite.
+    drawn = jax.random.categorical(key, narrow((penalised_V - penalised_V[likeliest]) / warm, wish))
     token = jnp.where(wish.temperature > 0, drawn, likeliest)
     return token, jax.nn.log_softmax(logit_V)[token]

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tttjax.config import load_config
 from tttjax.errors import UserError
+from tttjax.flag_types import float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--topology", metavar="NAME", help="the pod, see above")
     add(
         "--mfu",
-        type=float,
+        type=float32,
         default=0.4,
         help="what time and chip-hours are worked out at, where the bound allows it (default "
         "%(default)s)",

@@ -17,6 +17,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from tttjax import without_tpu
 from tttjax.chips import CHIPS, Chip
 from tttjax.config import MeshConfig
 from tttjax.config.values import nearest
@@ -44,10 +45,7 @@ CONSOLE = {
 # libtpu asks the machine it runs on which TPU it has, unless it is told not to.
 _WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_ID": "0",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    **without_tpu.ENVIRONMENT,
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 

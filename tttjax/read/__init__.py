@@ -27,6 +27,7 @@ import numpy as np
 from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluate.progress import Progress
+from tttjax.flag_types import int32
 from tttjax.generate import add_model_arguments, open_from
 from tttjax.generate.opened import Opened
 from tttjax.inference.session import CHUNKS_AT_ONCE
@@ -52,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-session", required=True, metavar="FILE", help="where everything read is kept")
     add("--session", metavar="FILE", help="go on from this one (default: begin anew)")
     add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
-    add("--session-rank", type=int, default=0, metavar="N", help="of stored changes; 0: full")
+    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
     add("--log", metavar="FILE.csv", help="loss and gradient norm of every chunk")
     add("--telescope", metavar="DIR", help="what every update did, as JSON and as a plot")
     kept = parser.add_argument_group("sessions on the way, in FILE.kept/")
     add = kept.add_argument
-    add("--keep-every", type=int, default=0, metavar="TOKENS", help="how often; 0: none")
+    add("--keep-every", type=int32, default=0, metavar="TOKENS", help="how often; 0: none")
     add(
         "--keep-most",
-        type=int,
+        type=int32,
         default=MOST_KEPT,
         metavar="N",
         help="at most so many: when there would be more, every other one goes, and from then on "

@@ -23,19 +23,13 @@ import jax
 
 from tttjax.errors import UserError
 from tttjax.evaluate import Learning
+from tttjax.flag_types import float32, int32, list_of
 from tttjax.report.entries import DYNAMIC, Entry, parse_entry
 from tttjax.report.make import make_report
 from tttjax.report.results import Report, SystemResult
 from tttjax.update_rules import RULES
 
 __all__ = ["Entry", "Report", "SystemResult", "add_arguments", "make_report", "run"]
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(",") if word.strip())
-
-
-_lengths.__name__ = "list of int"  # how argparse names it in errors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--lengths",
-        type=_lengths,
+        type=list_of(int32),
         default=(),
         metavar="T,T",
         help="context lengths in tokens (default: those that the runs were extended to, else the "
@@ -67,21 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--num-sequences",
-        type=int,
+        type=int32,
         default=0,
         metavar="N",
         help="sequences of the longest context (default: the baseline's eval.num_sequences)",
     )
     add(
         "--dynamic-lr",
-        type=float,
+        type=float32,
         metavar="LR",
         help="inner learning rate of the mode dynamic (default: the run's inner.lr)",
     )
     add("--inner-rule", choices=RULES, help="update rule of the mode dynamic (default: the run's)")
     add(
         "--dynamic-layers",
-        type=int,
+        type=int32,
         default=0,
         metavar="N",
         help="last blocks whose MLPs learn in the mode dynamic (default: a quarter)",

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,15 @@ from tttjax.evaluate.needle.files import write_needle
 from tttjax.evaluate.needle.prompts import TASKS
 from tttjax.evaluate.needle.tables import sentence, table
 from tttjax.evaluate.runs import Learning, Run
+from tttjax.flag_types import float32, int32, list_of
 
 # Options of the one kind of evaluation, and of the other.
 NEEDLE_OPTIONS = ("needle_tasks", "needle_depths", "needle_samples", "needle_text", "tokenizer")
 LOSS_OPTIONS = ("num_sequences", "bins", "log_x")
 
 
-def add_needle_arguments(
-    parser: argparse.ArgumentParser, list_of: Callable[[Callable[[str], Any]], Callable]
-) -> None:
-    """The options of needle tests. list_of: makes the type of values with commas between them."""
+def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of needle tests."""
     group = parser.add_argument_group(
         "needle tests",
         "RULER's single-needle tasks, at each of --context-lengths (tokens of the prompt)",
@@ -40,13 +39,13 @@ def add_needle_arguments(
     )
     add(
         "--needle-depths",
-        type=list_of(float),
+        type=list_of(float32),
         metavar="P,P",
         help="where needles are hidden, in %% of the haystack (default: 0,25,50,75,100)",
     )
     add(
         "--needle-samples",
-        type=int,
+        type=int32,
         metavar="N",
         help="prompts of each task, length and depth (default: 10)",
     )

@@ -1,0 +1,117 @@
+"""Where the processes of a run meet: an address that cannot be used is one sentence, in time."""
+
+import runpy
+import socket
+import sys
+import threading
+
+import pytest
+
+from tttjax import cli, coordinator, run_control
+from tttjax.errors import UserError
+
+
+@pytest.fixture
+def taken():
+    """A port that a program of this host listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield listening.getsockname()[1]
+
+
+def free_port():
+    with socket.socket() as asking:
+        asking.bind(("127.0.0.1", 0))
+        return asking.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("node1:8476", ("node1", 8476)), ("[::1]:1", ("::1", 1)), ("10.0.0.1:65535", None)],
+)
+def test_an_address_is_host_and_port(address, expected):
+    assert coordinator.split_address(address) == (expected or ("10.0.0.1", 65535))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "host:",
+        ":1",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "host:\uff11\uff12",
+        "a:b:1",
+        "::1:1",
+        "",
+    ],
+)
+def test_other_addresses_are_refused_by_train(address, tmp_path, capsys):
+    config = tmp_path / "mine.py"
+    config.write_text("from tttjax.config import default_config as get_config\n")
+    words = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    flags = [f"--coordinator={address}", "--process-id=0", "--process-count=1"]
+    assert cli.main([*words, *flags]) == 2
+    assert "must be HOST:PORT" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_process_0_says_that_its_port_is_taken(taken):
+    with pytest.raises(UserError, match=f"port {taken} .* is taken by another program"):
+        run_control.start_distributed(f"localhost:{taken}", 0, 2)
+    coordinator.check_port(free_port())
+
+
+def test_a_process_id_beyond_the_count_is_refused():
+    with pytest.raises(UserError, match="--process-id=2 must be from 0 to 1"):
+        run_control.start_distributed("localhost:1234", 2, 2)
+
+
+def test_others_say_that_nobody_answers(monkeypatch, capsys):
+    monkeypatch.setattr(run_control, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(coordinator, "FIRST_WORD", 0.1)
+    port = free_port()
+    with pytest.raises(UserError, match=f"nothing answered at --coordinator=localhost:{port} "):
+        run_control.start_distributed(f"localhost:{port}", 1, 2)
+    assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
+
+
+def test_others_go_on_once_somebody_answers(taken):
+    coordinator.await_coordinator("localhost", taken, 5)
+
+
+def test_an_unknown_host_is_said_at_once(monkeypatch):
+    def unknown(*args, **options):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unknown)
+    with pytest.raises(UserError, match="there is no host 'nowhere'"):
+        coordinator.await_coordinator("nowhere", 1, 100)
+
+
+def test_processes_that_never_join_end_the_program(monkeypatch, capsys):
+    """From a thread, because the runtime that waits for them cannot be interrupted."""
+    ended, codes = threading.Event(), []
+
+    def end(code):
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(coordinator.os, "_exit", end)
+    monkeypatch.setattr(coordinator, "FIRST_WORD", 0.05)
+    with coordinator.saying_that_it_waits("others", 0.2, "they did not join"):
+        assert ended.wait(5)
+    assert codes[0] == 2
+    assert "error: they did not join\n" in capsys.readouterr().err
+
+
+def test_lm_eval_without_the_harness_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "tttjax.lm_eval", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("tttjax.lm_eval", run_name="__main__")
+    assert stop.value.code == 2
+    assert "error: tttjax.lm_eval needs lm-evaluation-harness" in capsys.readouterr().err
