@@ -31,7 +31,8 @@ def enable_compilation_cache() -> Path | None:
         return None
     folder = (Path(chosen).expanduser() if chosen else _default()) / _machine()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # Machine code that is run when it is read back: no other user may put any there.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return None
     if not os.access(folder, os.W_OK):
