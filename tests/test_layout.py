@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
     {"errors", "types", "chips"},
-    {"whole_files", "batching"},
+    {"whole_files", "sealed", "batching"},
     {"config"},
     {"ops", "divided"},
     {"update_rules"},

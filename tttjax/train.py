@@ -25,7 +25,14 @@ from absl import logging
 
 from tttjax import checkpoint, flops, metrics, precision
 from tttjax.attention_kernels import describe_kernels, platform_of
-from tttjax.config import Config, check_mesh, check_same_run, load_config, write_run_info
+from tttjax.config import (
+    Config,
+    check_mesh,
+    check_same_run,
+    check_weights_config,
+    load_config,
+    write_run_info,
+)
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers import keep_tokenizer
@@ -300,6 +307,7 @@ def _first_state(
     """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
     restored = saver.restore(trainer.abstract_state)
     if restored is not None:
+        check_weights_config(restored.config, config, str(saver.directory / str(restored.step)))
         _check_tokenizer(config, tokenizer, restored.tokenizer, str(saver.directory))
         batches.set_state(restored.data_state)
         return restored.state, restored.step, Totals(**restored.extra)

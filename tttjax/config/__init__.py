@@ -10,6 +10,7 @@ from tttjax.config.counts import match_parameters, matched_model, parameter_coun
 from tttjax.config.files import apply_override, load_config, load_config_dict
 from tttjax.config.run_info import (
     check_same_run,
+    check_weights_config,
     config_fingerprint,
     describe_environment,
     fixed_values,
@@ -39,6 +40,7 @@ __all__ = [
     "apply_override",
     "check_mesh",
     "check_same_run",
+    "check_weights_config",
     "config_fingerprint",
     "default_config",
     "describe_environment",
