@@ -219,12 +219,12 @@ def _file_name(config: dict[str, Any]) -> str:
 
 def _check_definition(path: Path, config: dict[str, Any], found: Tokenizer) -> None:
     """UserError unless the settings are those that the tokenizer would write."""
-    own = {**found._config(), "vocab_size": found.vocab_size}
-    for name, value in config.items():
-        if name not in own or own[name] != value:
+    own = found._config()
+    for name in sorted(own.keys() | config.keys()):
+        if name not in own or name not in config or own[name] != config[name]:
             raise UserError(
-                f"{path} is damaged: {name} is {value!r}, and the tokenizer has "
-                f"{own.get(name, 'no such setting')!r}; run `tttjax prepare` again."
+                f"{path} is damaged: {name} is {config.get(name, 'missing')!r}, and the tokenizer "
+                f"has {own.get(name, 'no such setting')!r}; run `tttjax prepare` again."
             )
 
 

@@ -187,7 +187,7 @@ def _earlier(path: Path, done: int) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 values = json.loads(line)
                 is_past = values["tokens"] > done
-                if not line.endswith("\n") or not is_past and not _is_line(values):
+                if not line.endswith("\n") or (not is_past and not _is_line(values)):
                     raise ValueError("it is cut off, or lacks numbers")
             except (ValueError, KeyError, TypeError) as error:
                 if reached == done:

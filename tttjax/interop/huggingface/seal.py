@@ -16,9 +16,8 @@ FORMAT = 1
 
 
 def seal_export(folder: Path) -> None:
-    """Writes the checksum of every file in the folder."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    values = sealed({"format": FORMAT, "files": _checksums(folder, names)})
+    """Writes the checksum of every file in the folder, and in the folders in it."""
+    values = sealed({"format": FORMAT, "files": _checksums(folder, _names(folder))})
     (folder / EXPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -44,12 +43,17 @@ def check_export(folder: Path) -> None:
             f"{folder} is not as it was exported: {', '.join(changed[:3])} was changed or cut "
             f"short, or is missing; copy it again, or remove {EXPORT} if the change is meant"
         )
-    added = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model")]
+    added = [n for n in _names(folder) if n.endswith((".safetensors", ".json", ".model"))]
     if strange := sorted(set(added) - {*expected, EXPORT}):
         raise UserError(
             f"{folder} has {strange[0]}, which was not exported with the rest; remove it, or "
             f"remove {EXPORT} if the change is meant"
         )
+
+
+def _names(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _checksums(folder: Path, names: list[str]) -> dict[str, str]:
