@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "types", "chips", "progress", "compilation_cache"},
     {"limits", "memory", "without_tpu", "paths"},
     {"locks"},
-    {"whole_files", "batching", "flag_types", "coordinator"},
+    {"whole_files", "sealed", "batching", "flag_types", "coordinator"},
     {"config"},
     {"ops", "divided"},
     {"update_rules"},

@@ -27,7 +27,6 @@ from tttjax.errors import UserError
 from tttjax.paths import local_path
 from tttjax.types import Params, PyTree
 
-FORMAT = 1
 DIRECTORY = "checkpoints"
 ASIDE = "damaged-"  # how names begin of damaged checkpoints that were passed over
 
@@ -37,6 +36,7 @@ class Restored:
     """What a checkpoint gave back: the state on its devices, and what was saved with it.
 
     tokenizer: the fingerprint of the tokenizer that made the training data; "" if not known.
+    config: the resolved configuration that was saved; None if none was.
     """
 
     step: int
@@ -44,6 +44,7 @@ class Restored:
     data_state: Any
     extra: dict[str, Any]
     tokenizer: str
+    config: dict[str, Any] | None = None
 
 
 def _is_first() -> bool:
@@ -123,7 +124,12 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         arrays = io.split_items(state)
-        meta = {"format": FORMAT, "data_state": data_state, "extra": extra or {}, "config": config}
+        meta = {
+            "format": io.FORMAT,
+            "data_state": data_state,
+            "extra": extra or {},
+            "config": config,
+        }
         meta["tokenizer"] = tokenizer
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
         items[io.META] = ocp.args.JsonSave(meta)
@@ -164,19 +170,20 @@ class Checkpointer:
         the same damage again.
 
         Raises:
-          UserError: a name, shape or dtype differs from the checkpoint's, or every checkpoint
-            is damaged.
+          UserError: a name, shape or dtype differs from the checkpoint's, it has a later format,
+            or every checkpoint is damaged.
         """
         damaged: list[epath.Path] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
             problem = _agree(io.damage(path) if _is_first() else None)
             if problem is None:
-                state = io.read_items(path, abstract_state)
                 meta = io.read_meta(path)
+                state = io.read_items(path, abstract_state)
                 self._set_aside(damaged)
+                tokenizer = meta.get("tokenizer", "")
                 return Restored(
-                    step, state, meta["data_state"], meta["extra"], meta.get("tokenizer", "")
+                    step, state, meta["data_state"], meta["extra"], tokenizer, meta["config"]
                 )
             _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
             damaged.append(path)

@@ -21,6 +21,7 @@ from tttjax.errors import UserError
 from tttjax.models import path_filter
 from tttjax.types import PyTree
 
+FORMAT = 1
 ARRAY_ITEMS = ("params", "train")
 META = "meta"
 CHECKSUMS = "checksums.json"
@@ -186,8 +187,21 @@ def read_items(path: epath.Path, abstract_state: PyTree) -> PyTree:
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-    """The JSON item of a checkpoint."""
-    return ocp.JsonCheckpointHandler().restore(path / META)
+    """The JSON item of a checkpoint. UserError if a later or unknown format wrote it, or none."""
+    try:
+        meta = ocp.JsonCheckpointHandler().restore(path / META)
+        found, _ = meta["format"], (meta["data_state"], meta["extra"], meta["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path / META} is no description of a checkpoint ({type(error).__name__}: {error}); "
+            "restore the checkpoint from a copy"
+        ) from error
+    if found != FORMAT:
+        raise UserError(
+            f"the checkpoint {path} has the format {found!r}, and this version of tttjax reads "
+            f"{FORMAT}; use the version that wrote it, or a later one"
+        )
+    return meta
 
 
 # Integrity ---------------------------------------------------------------------------------------
@@ -267,6 +281,13 @@ def damage(path: epath.Path) -> str | None:
         actual = checksums(path)
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} cannot be read: {type(error).__name__}"
+    if not isinstance(expected, dict):
+        return f"{CHECKSUMS} holds no checksums"
+    for item in ("params", META):
+        if not any(name.startswith(f"{item}/") for name in (expected.keys() | actual.keys())):
+            return f"it has no {item}"
+    if unknown := sorted(actual.keys() - expected.keys()):
+        return f"{CHECKSUMS} lacks {len(unknown)} files, the first {unknown[0]}"
     if missing := sorted(expected.keys() - actual.keys()):
         return f"{len(missing)} files missing, the first {missing[0]}"
     if changed := sorted(n for n in expected if expected[n] != actual[n]):

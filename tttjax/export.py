@@ -47,6 +47,7 @@ from tttjax.evaluate.runs import (
 from tttjax.interop.huggingface import architectures, compare
 from tttjax.interop.huggingface.files import TensorFiles, write_tensors
 from tttjax.interop.huggingface.names import TensorPlace, check_names, pieces, tensor_places
+from tttjax.interop.huggingface.seal import seal_export
 from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, write_tokenizer
 from tttjax.interop.official_checkpoint import StoredArray, open_item
 from tttjax.interop.origin import card_metadata, card_section, find_origin
@@ -187,6 +188,7 @@ def write(export: Export, target: Path, *, limit: int, say: Say = lambda line: N
         name = architectures.CLASSES[export.family]
         say(f"{total:,} bytes of {export.dtype} as {name}; reading them back")
         _compare(export, folder, say)
+        seal_export(folder)
     say(f"{target} is complete")
 
 

@@ -63,18 +63,30 @@ class LateMetrics:
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The complete records of a work directory's metrics.jsonl, in order; [] if there is none."""
+    """The complete records of a work directory's metrics.jsonl, in order; [] if there is none.
+
+    Raises UserError for a damaged line.
+    """
     path = Path(workdir) / JSONL
     return list(_complete_records(path)) if path.exists() else []
 
 
 def _complete_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as file:
-        for line in file:
+    """Raises UserError for a damaged line, but for a last one that was torn by a kill."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                return  # torn by a kill; whatever follows is of no use either
+                record = json.loads(line)
+                if type(record["step"]) is not int:
+                    raise ValueError("its step is no number")
+            except (ValueError, KeyError, TypeError) as error:
+                if not line.endswith("\n"):
+                    return
+                raise UserError(
+                    f"line {number} of {path} is damaged ({error}); restore the file from a copy, "
+                    "or remove the line"
+                ) from error
+            yield record
 
 
 def loss_stream(workdir: str | os.PathLike) -> list[dict[str, Any]]:

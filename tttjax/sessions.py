@@ -22,7 +22,7 @@ from pathlib import Path
 from tttjax.errors import UserError
 from tttjax.flag_types import int32
 from tttjax.generate import add_model_arguments, open_from
-from tttjax.inference.session_file import About, read_about
+from tttjax.inference.session_file import About, check_file, read_about
 from tttjax.locks import hold
 from tttjax.precision import as_configured
 from tttjax.read.snapshots import copy, folder_of, kept
@@ -145,6 +145,7 @@ def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
         _read_to(args, nearest, new)
         tokens = args.rewind
     else:
+        check_file(nearest)
         copy(nearest, new)
     print(f"{new}: as it was after {tokens:,} tokens", file=sys.stderr)
     if tokens < args.rewind:

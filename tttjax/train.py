@@ -32,6 +32,7 @@ from tttjax.config import (
     check_memory,
     check_mesh,
     check_same_run,
+    check_weights_config,
     config_fingerprint,
     load_config,
     with_absolute_paths,
@@ -353,6 +354,7 @@ def _first_state(
     """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
     restored = saver.restore(trainer.abstract_state)
     if restored is not None:
+        check_weights_config(restored.config, config, str(saver.directory / str(restored.step)))
         _check_tokenizer(config, tokenizer, restored.tokenizer, str(saver.directory))
         batches.set_state(restored.data_state)
         return restored.state, restored.step, Totals(**restored.extra)

@@ -11,6 +11,7 @@ from tttjax.config.files import apply_override, load_config, load_config_dict
 from tttjax.config.least_memory import check_memory
 from tttjax.config.run_info import (
     check_same_run,
+    check_weights_config,
     config_fingerprint,
     describe_environment,
     fixed_values,
@@ -42,6 +43,7 @@ __all__ = [
     "check_memory",
     "check_mesh",
     "check_same_run",
+    "check_weights_config",
     "config_fingerprint",
     "default_config",
     "describe_environment",

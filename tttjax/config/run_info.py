@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tttjax.errors import UserError
 from tttjax.paths import absolute_path
 from tttjax.whole_files import whole_file
 
+FORMAT = 1  # of a work directory's files; config.json carries it
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 PACKAGES = (
@@ -105,15 +107,49 @@ def write_run_info(workdir: str | Path, config: Config, with_devices: bool = Fal
         "environment": describe_environment(with_devices),
         "config": to_dict(config),
     }
-    starts = _read_json(folder / ENVIRONMENT) or []
-    _write_json(folder / CONFIG, to_dict(config))
+    starts = _read_json(folder / ENVIRONMENT, list) or []
+    _write_json(folder / CONFIG, {"format": FORMAT, **to_dict(config)})
     _write_json(folder / ENVIRONMENT, [*starts, start])
 
 
 def read_config(workdir: str | Path) -> Config | None:
-    """The configuration that a work directory's run was last started with; None if never."""
-    values = _read_json(Path(workdir) / CONFIG)
-    return None if values is None else from_config_dict(values)
+    """The configuration that a work directory's run was last started with; None if never.
+
+    Raises UserError for a damaged file, and for one of a later or unknown format.
+    """
+    path = Path(workdir) / CONFIG
+    values = _read_json(path, dict)
+    if values is None:
+        return None
+    found = values.pop("format", FORMAT)  # what was written before there was one is the first
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has the format {found!r}, and this version of tttjax reads {FORMAT}; use the "
+            "version that wrote it, or a later one"
+        )
+    return from_config_dict(values)
+
+
+def check_weights_config(saved: Mapping[str, Any] | None, config: Config, where: str) -> None:
+    """UserError, naming the fields, unless weights were trained with `config`.
+
+    saved: the configuration that was stored with the weights; None passes, since nothing is known.
+    where: they lie. Fields that a resumed run may change may differ, and paths, which move.
+    """
+    if saved is None:
+        return
+    before, now = to_flat_dict(from_config_dict(saved)), fixed_values(config)
+    for path in ("data.sources", "train.init_from"):
+        now.pop(path, None)
+    differing = [name for name, value in now.items() if before[name] != value]
+    if differing:
+        shown = "; ".join(
+            f"{name} was {before[name]!r}, is {now[name]!r}" for name in differing[:5]
+        ) + ("; ..." if len(differing) > 5 else "")
+        raise UserError(
+            f"the weights in {where} were trained with another configuration ({shown}); put "
+            f"{CONFIG} back as it was, or give the work directory that they belong to"
+        )
 
 
 def check_same_run(workdir: str | Path, config: Config) -> None:
@@ -197,11 +233,15 @@ def _earlier_place(workdir: str | Path) -> str:
     return last.get("workdir", "") if isinstance(last, dict) else ""
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type = object) -> Any:
+    """What JSON holds, of this type; None if there is no file."""
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, kind):
+            raise ValueError(f"it holds {type(values).__name__}, not {kind.__name__}")
+        return values
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}); restore it, or choose another --workdir."

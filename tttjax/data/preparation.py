@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tttjax.data import shards
 from tttjax.data.encode import ResumableError, default_workers
+from tttjax.data.manifest import PARTS, VERSION, token_dtype
 from tttjax.data.prepare_pass import (
     InputSource,
     Log,
@@ -29,6 +29,7 @@ from tttjax.data.vocabulary import make_tokenizer
 from tttjax.errors import UserError
 from tttjax.locks import FOLDER_LOCK, hold
 from tttjax.paths import local_path, path_text
+from tttjax.sealed import read_object
 
 MOST_WORKERS = 1024
 
@@ -236,7 +237,7 @@ def _remove_strays(folder: Path, splits: dict[str, dict[str, Any]]) -> None:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    wanted = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in shards.PARTS]
+    wanted = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in PARTS]
     return [path for pattern in wanted for path in folder.glob(pattern)]
 
 
@@ -254,8 +255,8 @@ def _finish(
         )
     manifest = {
         "format": "tttjax tokens",
-        "version": shards.FORMAT_VERSION,
-        "dtype": shards.token_dtype(tokenizer.vocab_size).str,
+        "version": VERSION,
+        "dtype": token_dtype(tokenizer.vocab_size).str,
         "tokenizer": {
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint(),
@@ -283,7 +284,7 @@ def _finish(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete {path.parent} and prepare it again."

@@ -17,10 +17,12 @@ from typing import Any
 from tttjax.data import shards, zarr
 from tttjax.data.documents import InputFile, list_inputs
 from tttjax.data.encode import Task, encode_in_order, make_tasks
+from tttjax.data.manifest import token_dtype
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.writer import EncodedPiece, SplitWriter
 from tttjax.errors import UserError
+from tttjax.sealed import sealed
 from tttjax.whole_files import whole_file
 
 LARGEST_VOCABULARY = 1 << 24  # training stalls for ever not far below 2**31
@@ -123,7 +125,7 @@ class PreparePass:
         return SplitWriter(
             self.folder,
             split,
-            shards.token_dtype(self.tokenizer.vocab_size),
+            token_dtype(self.tokenizer.vocab_size),
             shard_tokens=self.settings.shard_tokens,
             bos=self.tokenizer.bos_id if self.settings.add_bos and from_text else None,
             eos=self.tokenizer.eos_id if self.settings.add_eos and from_text else None,
@@ -196,7 +198,7 @@ class PreparePass:
         full = TRAIN if counts[TRAIN] else VAL
         if not counts[full] or "mended" in self.journal:
             return {}
-        dtype = shards.token_dtype(self.tokenizer.vocab_size)
+        dtype = token_dtype(self.tokenizer.vocab_size)
         names = shards.TokenSplit(self.folder, full, splits[full], dtype).document_names()
         if counts[full] == 1:
             content = splits[full]["tokens"] - self.settings.add_bos - self.settings.add_eos
@@ -267,5 +269,6 @@ class _Progress:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the object with its checksum, whole or not at all."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        json.dump(sealed(content), file, indent=1)

@@ -10,7 +10,7 @@ A prepared data set is a folder:
     val-00000.tokens ...
 
 Flat arrays, since one prepared data set then serves every sequence length, and a record is one
-slice of a memory map. The manifest has size and CRC-32 of every file.
+slice of a memory map. The manifest has size and CRC-32 of every file, and a checksum of itself.
 """
 
 import json
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tttjax.data.manifest import PARTS, parse_manifest
 from tttjax.data.tokenizers import Tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.paths import local_path
@@ -30,14 +31,8 @@ from tttjax.paths import local_path
 MANIFEST = "manifest.json"
 JOURNAL = "prepare.journal"
 TOKENIZER_DIR = "tokenizer"
-PARTS = ("tokens", "documents", "names")
-FORMAT_VERSION = 1
 # Files of up to this many bytes together are read through once when a run starts: about a second.
 AUTO_VERIFY_BYTES = 1 << 30
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def crc32_of(path: Path) -> int:
@@ -196,19 +191,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             )
         what = "is not a prepared data set" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what} (no {MANIFEST}); make it with `tttjax prepare`.")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error}); prepare the data again.") from (
-            error
-        )
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} has format version {version}, but this tttjax reads {FORMAT_VERSION}; "
-            "prepare the data again."
-        )
-    return manifest
+    return parse_manifest(folder / MANIFEST)
 
 
 def content_id(manifest: dict[str, Any], split: str) -> int:
@@ -246,7 +229,10 @@ def _check_sizes(folder: Path, manifest: dict[str, Any]) -> int:
 
 
 def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
-    """Compares every file's CRC-32 with the manifest; returns the number of files."""
+    """Compares every file's CRC-32, and the index of documents, with the manifest.
+
+    Returns the number of files. Raises UserError for the first that differs.
+    """
     files = list(_shard_files(folder, manifest))
     for path, entry in files:
         if crc32_of(path) != entry["crc32"]:
@@ -254,4 +240,22 @@ def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
                 f"Shard file {path} is corrupt (its checksum differs from the manifest's); copy it "
                 "again, or prepare the data again with --overwrite."
             )
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            _check_index(folder, shard)
     return len(files)
+
+
+def _check_index(folder: Path, shard: dict[str, Any]) -> None:
+    """UserError unless the index of documents has the counts of the manifest."""
+    path = folder / f"{shard['name']}.documents"
+    index = np.fromfile(path, "<i8").reshape(-1, 2)
+    ends, sizes = index[:, 0], index[:, 1]
+    tokens = int(ends[-1]) if len(ends) else 0
+    if tokens != shard["tokens"] or (np.diff(ends, prepend=0) < 0).any():
+        problem = f"ends after {tokens} tokens, the manifest says {shard['tokens']}"
+    elif int(sizes.sum()) != shard["bytes"]:
+        problem = f"counts {int(sizes.sum())} bytes of text, the manifest says {shard['bytes']}"
+    else:
+        return
+    raise UserError(f"{path} {problem}; prepare the data again with --overwrite.")

@@ -30,9 +30,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from tttjax.errors import UserError
+from tttjax.sealed import read_object
 from tttjax.whole_files import whole_file
 
 CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_IDS = ("bos_id", "eos_id")
 
 # A token that is not known, but had text: what follows it does not begin a text.
 UNKNOWN = -1
@@ -81,6 +83,9 @@ class Tokenizer(Protocol):
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the tokenizer's definition, special tokens included."""
+
+    def _config(self) -> dict[str, Any]:
+        """The settings that `save` writes."""
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes what `load_tokenizer` needs into `directory`."""
@@ -236,34 +241,66 @@ class IdsTokenizer:
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     """The tokenizer that `save` wrote into `directory`.
 
-    Raises UserError if there is none, or if it is of an unknown kind.
+    Raises UserError if there is none, it is damaged or of an unknown kind.
     """
     from tttjax.data.huggingface import HuggingFaceTokenizer
     from tttjax.data.sentencepiece import SentencePieceTokenizer
 
     directory = Path(directory)
+    path = directory / CONFIG_FILE
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{directory} has no readable tokenizer ({CONFIG_FILE}: {error}); run `tttjax prepare` "
             "again."
         ) from error
     kind = config.get("kind")
-    if kind == "bytes":
-        return ByteTokenizer()
-    if kind == "ids":
-        return IdsTokenizer(config["vocab_size"], config["bos_id"], config["eos_id"])
-    if kind == "sentencepiece":
-        return SentencePieceTokenizer(directory / config["file"])
-    if kind == "huggingface":
-        return HuggingFaceTokenizer(
-            directory / config["file"],
-            bos_id=config["bos_id"],
-            eos_id=config["eos_id"],
-            eos_ids=config.get("eos_ids", ()),
-        )
-    raise UserError(f"{directory / CONFIG_FILE} names the unknown tokenizer kind {kind!r}.")
+    try:
+        if kind == "bytes":
+            found: Tokenizer = ByteTokenizer()
+        elif kind == "ids":
+            found = IdsTokenizer(*(_size(config, name) for name in ("vocab_size", *SPECIAL_IDS)))
+        elif kind == "sentencepiece":
+            found = SentencePieceTokenizer(directory / _file_name(config))
+        elif kind == "huggingface":
+            ids = {name: _size(config, name) for name in SPECIAL_IDS}
+            several = config.get("eos_ids", ())
+            found = HuggingFaceTokenizer(directory / _file_name(config), **ids, eos_ids=several)
+        else:
+            raise UserError(f"{path} names the unknown tokenizer kind {kind!r}.")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); run `tttjax prepare` again.") from error
+    _check_definition(path, config, found)
+    return found
+
+
+def _size(config: dict[str, Any], name: str) -> Any:
+    """A number of the settings; of special tokens also None. ValueError for anything else."""
+    value = config[name]
+    is_known = type(value) is int and 0 <= value < 2**31
+    if not is_known and not (value is None and name in SPECIAL_IDS):
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _file_name(config: dict[str, Any]) -> str:
+    """The name of the model file. ValueError for one that lies elsewhere."""
+    name = config["file"]
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"file is {name!r}")
+    return name
+
+
+def _check_definition(path: Path, config: dict[str, Any], found: Tokenizer) -> None:
+    """UserError unless the settings are those that the tokenizer would write."""
+    own = found._config()
+    for name in sorted(own.keys() | config.keys()):
+        if name not in own or name not in config or own[name] != config[name]:
+            raise UserError(
+                f"{path} is damaged: {name} is {config.get(name, 'missing')!r}, and the tokenizer "
+                f"has {own.get(name, 'no such setting')!r}; run `tttjax prepare` again."
+            )
 
 
 def keep_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:

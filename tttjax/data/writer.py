@@ -13,7 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from tttjax.data.shards import PARTS
+from tttjax.data.manifest import PARTS
+from tttjax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class _ShardFiles:
         for part in PARTS:
             path = folder / f"{name}.{part}"
             if state:
-                os.truncate(path, self.files[part]["size"])
+                _cut_back(path, self.files[part])
             self._streams[part] = path.open("ab" if state else "wb")
 
     def write(self, part: str, content: bytes) -> None:
@@ -67,6 +68,21 @@ class _ShardFiles:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
+
+
+def _cut_back(path: Path, entry: dict[str, int]) -> None:
+    """Truncates a file to its recorded size. UserError unless it begins as it was recorded."""
+    left, crc = entry["size"], 0
+    if path.exists():
+        with path.open("rb") as file:
+            while left and (block := file.read(min(left, 1 << 22))):
+                crc, left = zlib.crc32(block, crc), left - len(block)
+    if left or crc != entry["crc32"] or not path.exists():
+        raise UserError(
+            f"{path} is not as it was when `tttjax prepare` was interrupted; delete {path.parent} "
+            "and prepare it again."
+        )
+    os.truncate(path, entry["size"])
 
 
 class SplitWriter:

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tttjax import checkpoint, checkpoint_io, sharding
-from tttjax.config import Config, InnerConfig, from_config_dict, has_fast_weights, read_config
+from tttjax.config import (
+    Config,
+    InnerConfig,
+    check_weights_config,
+    from_config_dict,
+    has_fast_weights,
+    read_config,
+)
 from tttjax.config.run_info import possible_places
 from tttjax.config.values import check_value
 from tttjax.data.shards import content_id, read_manifest
@@ -22,7 +30,7 @@ from tttjax.evaluate.scoring import Way
 from tttjax.meta import make_inner_loop
 from tttjax.models import Transformer, build_model, relayout
 from tttjax.paths import local_path
-from tttjax.types import Params
+from tttjax.types import Params, PyTree
 
 MODES = ("on", "off", "dynamic")
 DYNAMIC_PATHS = ("suffix/**/mlp/**",)
@@ -91,12 +99,18 @@ class Run:
 
 
 def open_run(spec: RunSpec) -> Run:
-    """The newest undamaged checkpoint of a run. UserError if there is none."""
+    """The newest undamaged checkpoint of a run.
+
+    Raises UserError if there is none, or `config.json` is not of its weights; and, once these are
+    read, if they are not finite.
+    """
     workdir = local_path(spec.workdir)
     found = checkpoint.find_checkpoint(workdir)
     meta = checkpoint_io.read_meta(found)
     config = read_config(workdir)
-    if config is None:
+    if config is not None:
+        check_weights_config(meta["config"], config, str(found))
+    else:
         values = meta["config"]
         if values is None:
             raise UserError(
@@ -109,7 +123,9 @@ def open_run(spec: RunSpec) -> Run:
     return Run(
         name=spec.name or workdir.resolve().name,
         config=config,
-        weights=lambda template: checkpoint_io.read_item(found / "params", template),
+        weights=lambda template: _finite(
+            checkpoint_io.read_item(found / "params", template), str(found)
+        ),
         step=int(found.name) if found.name.isdigit() else None,
         source=str(workdir),
         modes=spec.modes,
@@ -144,6 +160,22 @@ def _find_data(source: str, home: Path, content: int | None) -> str | Path:
             if content in (None, content_id(read_manifest(place), TRAIN)):
                 return place.absolute()
     return source
+
+
+@jax.jit
+def _are_finite(params: Params) -> PyTree:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
+def _finite(params: Params, where: str) -> Params:
+    """The weights themselves. UserError if one is not finite."""
+    for name, is_finite in checkpoint_io.named_leaves(_are_finite(params)).items():
+        if not is_finite:
+            raise UserError(
+                f"the weights in {where} are not finite ({name}), so nothing can be computed from "
+                "them: give an earlier checkpoint, or train again with a lower learning rate"
+            )
+    return params
 
 
 def run_of_params(config: Config, params: Params, name: str = "model") -> Run:

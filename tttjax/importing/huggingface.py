@@ -37,6 +37,7 @@ from tttjax.interop.huggingface import (
 from tttjax.interop.huggingface.compare import their_logits
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.files import TensorFiles
+from tttjax.interop.huggingface.seal import check_export
 from tttjax.interop.huggingface.tokenizer_files import ASIDE
 from tttjax.interop.origin import huggingface_terms
 from tttjax.models import Transformer, build_model
@@ -64,8 +65,10 @@ def open_huggingface(
 
     config: experiment file; "": the configuration is that of `config.json`. overrides: of either;
     what they add, such as fast MLPs, starts as in a new model, the fast MLPs' last matrix at 0.
-    Raises UserError for anything wrong with these, and for a model that ours cannot express.
+    Raises UserError for anything wrong with these, for an export of ours that was changed since,
+    and for a model that ours cannot express.
     """
+    check_export(folder)
     values = read_json(folder / CONFIG)
     stored = config_from_huggingface(values)
     family = values["model_type"]

@@ -8,9 +8,13 @@ two thin matrices (`rank`), at a loss that is measured and told.
 
 A file belongs to one model: its fingerprint is over the configuration of the network and the inner
 loop and a sample of every weight.
+
+What the file says of itself has a checksum, and in it stands the checksum of all arrays, so that
+both are known to be what was saved. Nothing that is not a finite number is written, or read. Files
+of the format before, "tttjax-session-2", have no checksums: of these, shapes, types and counts are
+compared with the model's.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -32,42 +36,23 @@ from tttjax.errors import UserError
 from tttjax.fast_layers import fast_layers, norms_above
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.reading import Context
+from tttjax.inference.session_header import (
+    FORMAT,
+    PRECISIONS,
+    About,
+    checksum,
+    damaged,
+    format_about,
+    not_finite,
+    parse_about,
+)
 from tttjax.paths import local_path
 from tttjax.types import Array, Params, PyTree
 from tttjax.whole_files import whole_file
 
-FORMAT = "tttjax-session-2"
-PRECISIONS = ("float32", "bfloat16")
 SAMPLE = 4096  # entries of each weight that the fingerprint is over
-HEADER = "session"
 LOSSES = 256  # of the last chunks, that are kept
 CHANGES_NO_NUMBER = ("remat", "form", "trajectory", "attention_kernel", "scan_chunk")
-
-
-@dataclasses.dataclass(frozen=True)
-class About:
-    """What a file says of itself, without a model.
-
-    drift: ||W - W0|| of every fast weight by its path. lost: the relative error of the stored
-    difference from W0, largest over weights; 0 if it is stored as it is. chunk_losses: NLL of the
-    last chunks before learning from each, oldest first. source: of `tttjax read`, the text and how
-    far it was read. layers: (||W - W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of
-    the same chunks, read again with the weights that they left; None where nobody looked.
-    """
-
-    format: str
-    model: str
-    tokenizer: str
-    tokens: int
-    pending: int
-    precision: str
-    rank: int
-    drift: dict[str, float]
-    lost: float
-    chunk_losses: list[float]
-    source: dict[str, Any]
-    layers: dict[str, list[float]]
-    chunk_losses_after: list[float | None]
 
 
 def fingerprint(config: Config, params: Params) -> str:
@@ -103,7 +88,7 @@ def save_session(
 
     model: its `fingerprint`. precision: "float32" keeps the fast weights as they are, "bfloat16"
     their difference from W0. rank: of that difference; 0: not made smaller.
-    Raises UserError for impossible choices.
+    Raises UserError for impossible choices, and for a session with entries that are not finite.
     """
     check_stored(precision, rank)
     start = engine.start()
@@ -115,6 +100,7 @@ def save_session(
     if session.logit_V is not None:
         arrays["logits"] = session.logit_V
     arrays |= {"pending": session.pending, "counted": session.counted.astype(np.uint8)}
+    host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     about = About(
         format=FORMAT,
         model=model,
@@ -129,15 +115,29 @@ def save_session(
         source=dict(source or {}),
         layers=_layers(engine, session.learned.fast, start.learned.fast),
         chunk_losses_after=list(chunk_losses_after)[-LOSSES:],
+        arrays=checksum(host),
     )
-    _write(local_path(path), arrays, {HEADER: json.dumps(dataclasses.asdict(about))})
+    if bad := not_finite(host, about):
+        raise UserError(
+            f"{path} is not written: after {session.tokens:,} tokens {bad} is not finite, so "
+            "nothing can go on from there; read with a lower inner.lr, or go on from an earlier "
+            "session"
+        )
+    _write(local_path(path), host, format_about(about))
     return about
 
 
 def read_about(path: str | os.PathLike) -> About:
     """What a session file says of itself. UserError if it is none, or damaged."""
     with _open(path) as file:
-        return _about(path, file.metadata())
+        return parse_about(path, file.metadata())
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """UserError if a session file is damaged in any part. Without a model: counts and checksums."""
+    with _open(path) as file:
+        about = parse_about(path, file.metadata())
+        _check_content(path, _arrays(path, file), about)
 
 
 def check_stored(precision: str, rank: int) -> None:
@@ -153,11 +153,11 @@ def load_session(
 ) -> tuple[Session, About]:
     """The session in a file, for the engine of the model that wrote it.
 
-    Raises UserError for the session of another model or tokenizer, or one that needs more room than
-    `engine.max_length`.
+    Raises UserError for the session of another model or tokenizer, one that needs more room than
+    `engine.max_length`, and a file that is damaged.
     """
     with _open(path) as file:
-        about = _about(path, file.metadata())
+        about = parse_about(path, file.metadata())
         if about.model != model:
             raise UserError(
                 f"{path} is the session of another model (fingerprint {about.model[:12]}, this one "
@@ -169,17 +169,10 @@ def load_session(
                 f"one has {tokenizer[:12]}); give that one with --tokenizer=DIR"
             )
         engine.check((), about.tokens)
-        try:
-            # An open file has keys(), but cannot be iterated over.
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # the library has its own kinds of errors
-            raise _damaged(path, error) from error
-    try:
-        return _session(engine, arrays, about), about
-    except KeyError as missing:
-        raise UserError(
-            f"{path} lacks {missing}: it was saved with another update rule or other fast weights"
-        ) from missing
+        arrays = _arrays(path, file)
+    _check_content(path, arrays, about)
+    _check_shapes(path, engine, arrays, about)
+    return _session(engine, arrays, about), about
 
 
 def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> Session:
@@ -337,11 +330,10 @@ def check_writable(path: str | os.PathLike) -> None:
         pass
 
 
-def _write(path: Path, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+def _write(path: Path, host: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with whole_file(path) as temporary:
-        safetensors.numpy.save_file(host, temporary, metadata)
+        safetensors.numpy.save_file(dict(host), temporary, metadata)
 
 
 def _open(path: str | os.PathLike) -> Any:
@@ -351,26 +343,86 @@ def _open(path: str | os.PathLike) -> Any:
     try:
         return safetensors.safe_open(path, "numpy")
     except Exception as error:  # the library has its own kinds of errors
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> About:
+def _arrays(path: str | os.PathLike, file: Any) -> dict[str, np.ndarray]:
     try:
-        values = json.loads((metadata or {})[HEADER])
-        values["format"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is a safetensors file, but no session of tttjax") from error
-    if values.get("format") != FORMAT:
+        # An open file has keys(), but cannot be iterated over.
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # the library has its own kinds of errors
+        raise damaged(path, error) from error
+
+
+# --- what must be true of a file ----------------------------------------------------------------
+
+
+def _check_content(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], about: About) -> None:
+    if about.arrays and checksum(arrays) != about.arrays:
+        raise damaged(path, "the checksum of its arrays differs")
+    if bad := not_finite(arrays, about):
+        raise damaged(path, f"{bad} is not finite")
+
+
+def _check_shapes(
+    path: str | os.PathLike, engine: Engine, arrays: Mapping[str, np.ndarray], about: About
+) -> None:
+    """UserError unless the arrays are those that the engine's sessions of this length have."""
+    expected = _expected(engine, about)
+    if about.tokens:
+        logits = (engine.reader.learner.cut.model.vocab_size,)
+        expected["logits"] = (logits, np.dtype(np.float32))
+    if missing := sorted(expected.keys() - arrays.keys()):
         raise UserError(
-            f"{path} has the session format {values.get('format')!r}; this version reads {FORMAT}"
+            f"{path} lacks {missing[0]}: it was saved with another update rule or other fast "
+            "weights"
         )
-    try:
-        return About(**values)
-    except TypeError as error:
-        raise _damaged(path, error) from error
+    if unknown := sorted(arrays.keys() - expected.keys()):
+        raise damaged(path, f"it holds {unknown[0]}, which no session of this model has")
+    for name, (shape, dtype) in expected.items():
+        found = arrays[name]
+        if (found.shape, found.dtype) != (shape, dtype):
+            raise damaged(
+                path,
+                f"{name} is {found.dtype.name}{list(found.shape)}, not {dtype.name}{list(shape)}",
+            )
+    pending, vocab = arrays["pending"], engine.reader.learner.cut.model.vocab_size
+    if len(pending) and not 0 <= pending.min() <= pending.max() < vocab:
+        raise damaged(path, f"pending holds tokens outside the vocabulary of {vocab}")
 
 
-def _damaged(path: str | os.PathLike, error: Exception) -> UserError:
-    return UserError(
-        f"{path} is not a whole session file ({error}); it was cut short or is something else"
-    )
+def _expected(engine: Engine, about: About) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every array but the logits, by name."""
+    start = engine.start()
+    expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        "pending": ((about.pending,), np.dtype(np.int32)),
+        "counted": ((about.pending,), np.dtype(np.uint8)),
+    }
+
+    def add(name: str, like: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
+        expected[name] = (shape, np.dtype(dtype or like.dtype))
+
+    for half, kinds in _kinds(engine).items():
+        for i, (kind, leaf) in enumerate(zip(kinds, _leaves(start.learned, half), strict=True)):
+            name, shape = f"{half}/{i}", leaf.shape
+            if kind == "whole":
+                add(name, leaf, (*shape[:2], about.tokens, *shape[3:]))
+                continue
+            add(name, leaf, shape)
+            if kind == "window":
+                new = min(about.pending, shape[2])
+                add(f"{name}/new", leaf, (*shape[:2], new, *shape[3:]))
+            else:
+                add(f"{name}/now", leaf, shape)
+    for i, leaf in enumerate(jax.tree.leaves(start.learned.rule_state)):
+        add(f"rule/{i}", leaf, leaf.shape)
+    for path, weight in _flat(start.learned.fast).items():
+        *lead, rows, columns = weight.shape if weight.ndim > 1 else (0, *weight.shape)
+        if about.precision == "float32":
+            add(f"fast/{path}", weight, weight.shape)
+        elif about.rank and min(rows, columns) > about.rank:
+            add(f"left/{path}", weight, (*lead, rows, about.rank), jnp.bfloat16)
+            add(f"right/{path}", weight, (*lead, about.rank, columns), jnp.bfloat16)
+        else:
+            add(f"change/{path}", weight, weight.shape, jnp.bfloat16)
+    return expected

@@ -174,18 +174,41 @@ def _describe(opened: Opened, reading: TextReading) -> dict[str, Any]:
 
 
 def _earlier(path: Path, done: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines up to where reading goes on; not one that was cut off."""
+    """The lines up to where reading goes on.
+
+    Lines are on disk before the session, so one that is damaged before that is a UserError; behind
+    it may be one that was cut off.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+    reached = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line)
-            except ValueError:
-                return
-            if values["tokens"] > done or not line.endswith("\n"):
+                is_past = values["tokens"] > done
+                if not line.endswith("\n") or (not is_past and not _is_line(values)):
+                    raise ValueError("it is cut off, or lacks numbers")
+            except (ValueError, KeyError, TypeError) as error:
+                if reached == done:
+                    return
+                raise UserError(
+                    f"line {number} of {path} is damaged ({error}); remove the folder, or name "
+                    "another one"
+                ) from error
+            if is_past:
                 return
             yield line, values
+            reached = values["tokens"]
+
+
+def _is_line(values: Mapping[str, Any]) -> bool:
+    """Whether a line has all that is noted of a chunk, as numbers or their names."""
+    rows = [values["layer_grad_norm"], values["layer_drift"]]
+    flat = [values[n] for n in ("tokens", "loss", "loss_after", "grad_norm", "clipped")]
+    for x in (*flat, *rows[0], *rows[1]):
+        float(x)
+    return len(rows[0]) == len(rows[1])
 
 
 def _digits(value: float | None) -> Any:

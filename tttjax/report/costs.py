@@ -1,5 +1,6 @@
 """What training cost: FLOPs by formula, seconds as measured, back to the first random weights."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from etils import epath
 from tttjax import checkpoint, checkpoint_io
 from tttjax.config import Config, InnerConfig, ModelConfig, read_config
 from tttjax.config.run_info import CONFIG, possible_places
+from tttjax.errors import UserError
 from tttjax.evaluate import Run
 from tttjax.flops import train_flops_per_token
 from tttjax.metrics import read_records
@@ -122,6 +124,21 @@ def workdir_of(source: Path) -> Path:
 
 
 def _records(source: Path, step: int | None) -> list[dict[str, Any]]:
-    """The run's metrics up to the step, one record for each step."""
+    """The run's metrics up to the step, one record for each step.
+
+    Raises UserError for records that are damaged.
+    """
     records = read_records(workdir_of(source))
+    for record in records:
+        times = record.get("time")
+        names = ("seconds", "tokens_per_second")
+        if not isinstance(times, dict) or not all(_is_positive(times.get(n)) for n in names):
+            raise UserError(
+                f"the record of step {record['step']} in the metrics of {workdir_of(source)} has "
+                "no valid times; restore metrics.jsonl from a copy, or remove the line"
+            )
     return [record for record in records if step is None or record["step"] <= step]
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

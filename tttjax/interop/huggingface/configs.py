@@ -9,6 +9,7 @@ from typing import Any
 from tttjax.config.values import nearest
 from tttjax.errors import UserError
 from tttjax.interop.huggingface.names import families
+from tttjax.limits import INT_MAX
 
 OWN = "tttjax"
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "window"}
@@ -32,6 +33,9 @@ DEFAULTS_DIFFER = {
     "ministral": ("num_key_value_heads", "sliding_window"),
     "gemma3_text": ("head_dim", "num_key_value_heads", "tie_word_embeddings"),
 }
+
+
+LARGEST = {"num_hidden_layers": 10_000}  # lists of that length are made
 
 
 def supported() -> str:
@@ -125,8 +129,11 @@ def _only() -> str:
 
 def _number(values: Mapping[str, Any], key: str) -> int:
     value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"config.json has {key} = {value!r}, and it must be a whole number above 0")
+    if type(value) is not int or not 1 <= value <= LARGEST.get(key, INT_MAX):
+        raise UserError(
+            f"config.json has {key} = {value!r}, and it must be a whole number from 1 to "
+            f"{LARGEST.get(key, INT_MAX)}"
+        )
     return value
 
 

@@ -75,6 +75,14 @@ def write_tensors(
     return total
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    """The file of every tensor. ValueError, KeyError or TypeError for anything else."""
+    files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files.values()):
+        raise ValueError(f"{path.name} does not name the files of its tensors")
+    return files
+
+
 class TensorFiles:
     """The tensors of a model's folder, sharded or not, opened and not read.
 
@@ -85,7 +93,7 @@ class TensorFiles:
         self._folder = folder
         try:
             if (folder / INDEX).exists():
-                self._file_of = json.loads((folder / INDEX).read_text())["weight_map"]
+                self._file_of = _weight_map(folder / INDEX)
                 self._check_index()
             else:
                 self._file_of = dict.fromkeys(self._names(SINGLE), SINGLE)

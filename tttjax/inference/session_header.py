@@ -1,0 +1,138 @@
+"""What a session file says of itself, and the checksums that hold it and the arrays together."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tttjax.errors import UserError
+from tttjax.sealed import SEAL, read_object, sealed, version_of
+
+FORMAT = "tttjax-session-3"
+UNSEALED = "tttjax-session-2"  # without checksums; still read
+PRECISIONS = ("float32", "bfloat16")
+HEADER = "session"
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a file says of itself, without a model.
+
+    drift: ||W - W0|| of every fast weight by its path. lost: the relative error of the stored
+    difference from W0, largest over weights; 0 if it is stored as it is. chunk_losses: NLL of the
+    last chunks before learning from each, oldest first. source: of `tttjax read`, the text and how
+    far it was read. layers: (||W - W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of
+    the same chunks, read again with the weights that they left; None where nobody looked.
+    """
+
+    format: str
+    model: str
+    tokenizer: str
+    tokens: int
+    pending: int
+    precision: str
+    rank: int
+    drift: dict[str, float]
+    lost: float
+    chunk_losses: list[float]
+    source: dict[str, Any]
+    layers: dict[str, list[float]]
+    chunk_losses_after: list[float | None]
+    arrays: str = ""
+
+
+def format_about(about: About) -> dict[str, str]:
+    """The metadata of a session file, with a checksum."""
+    return {HEADER: json.dumps(sealed(dataclasses.asdict(about)))}
+
+
+def parse_about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> About:
+    """What the metadata of a file say. UserError for another format, or a damaged one."""
+    try:
+        text = (metadata or {})[HEADER]
+    except KeyError as error:
+        raise UserError(f"{path} is a safetensors file, but no session of tttjax") from error
+    try:
+        found = version_of(text, "format")
+        if found not in (FORMAT, UNSEALED):
+            raise UserError(
+                f"{path} has the session format {found!r}; this version reads {FORMAT} and "
+                f"{UNSEALED}: open it with the version of tttjax that wrote it, or a later one"
+            )
+        values = read_object(text, is_sealed=found == FORMAT)
+        values.pop(SEAL, None)
+        about = About(**values)
+        _check_about(about)
+    except (TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+    return about
+
+
+def damaged(path: str | os.PathLike, why: object) -> UserError:
+    """The sentence for a file that is not what was saved."""
+    return UserError(
+        f"{path} is not a whole session file ({why}); it was cut short or is something else: take "
+        "a copy of it, or read the text again"
+    )
+
+
+def _check_about(about: About) -> None:
+    """ValueError with what no session says of itself."""
+    numbers = {"tokens": 2**31, "pending": about.tokens + 1 if _is_count(about.tokens) else 0}
+    for name, limit in {**numbers, "rank": 2**31}.items():
+        value = getattr(about, name)
+        if not _is_count(value) or value >= limit:
+            raise ValueError(f"{name} is {value!r}")
+    for field in dataclasses.fields(About):
+        if field.type is str and not isinstance(getattr(about, field.name), str):
+            raise ValueError(f"{field.name} is no string")
+    if about.precision not in PRECISIONS:
+        raise ValueError(f"precision is {about.precision!r}")
+    if (about.format == FORMAT) != bool(about.arrays):
+        raise ValueError("the checksum of its arrays is missing")
+    if not all(isinstance(d, dict) for d in (about.drift, about.layers, about.source)):
+        raise ValueError("drift, layers or source is no object")
+    if any(not isinstance(row, list) or len(row) != 2 for row in about.layers.values()):
+        raise ValueError("layers has rows that are not two numbers")
+    after = [loss for loss in about.chunk_losses_after if loss is not None]
+    known = (*about.drift.values(), *(x for row in about.layers.values() for x in row), about.lost)
+    if not all(_is_finite(x) for x in (*known, *about.chunk_losses, *after)):
+        raise ValueError("a norm or a loss is not a finite number")
+    source = about.source
+    if source and not (
+        isinstance(source.get("text"), str)
+        and all(_is_count(source.get(name)) for name in ("tokens", "of"))
+    ):
+        raise ValueError("source lacks its text or counts")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """BLAKE2b (hex) of names, types, shapes and entries."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name, array in sorted(arrays.items()):
+        digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def not_finite(arrays: Mapping[str, np.ndarray], about: About) -> str:
+    """The name of an array, or of a field, with an entry that is not finite; else empty."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            return name
+    after = [loss for loss in about.chunk_losses_after if loss is not None]
+    losses = (*about.chunk_losses, *after)
+    return "" if all(map(math.isfinite, losses)) else "the loss of a chunk"

@@ -1,0 +1,56 @@
+"""JSON files that carry a checksum of their own content.
+
+A damaged file is a ValueError with a phrase that says what is wrong; whoever reads the file knows
+its name, and what its user can do about it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+SEAL = "checksum"
+
+
+def checksum(values: Mapping[str, Any]) -> str:
+    """BLAKE2b (hex) of a JSON object, whatever its layout and order; SEAL itself is left out."""
+    content = {name: value for name, value in values.items() if name != SEAL}
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its checksum under SEAL. Names are strings, as JSON has them."""
+    return {**values, SEAL: checksum(values)}
+
+
+def version_of(text: str | bytes, name: str) -> Any:
+    """What a JSON object has under `name`, unchecked: other versions may be sealed otherwise.
+
+    Raises ValueError for what is no JSON object, or lacks the name.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict) or name not in values:
+        raise ValueError(f"it has no {name}")
+    return values[name]
+
+
+def read_object(text: str | bytes, *, is_sealed: bool = False) -> dict[str, Any]:
+    """The JSON object in `text`, SEAL included.
+
+    is_sealed: whether it must have a checksum; one that is there is compared in any case.
+    Raises ValueError for anything else, for numbers that are not finite, and for a checksum that
+    differs.
+    """
+    values = json.loads(text, parse_constant=_refuse)
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {type(values).__name__} instead of an object")
+    if is_sealed and SEAL not in values:
+        raise ValueError("it has no checksum")
+    if SEAL in values and values[SEAL] != checksum(values):
+        raise ValueError("its checksum differs, so it was changed or cut short")
+    return values
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not a finite number")
