@@ -86,4 +86,4 @@ def test_command_line(capsys):
     results = json.loads(capsys.readouterr().out)
     assert [r["length"] for r in results] == [5, 9]
     assert main([*words, "--lengths=0"]) == 2
-    assert "train.seq_len" in capsys.readouterr().err
+    assert "length=0" in capsys.readouterr().err
