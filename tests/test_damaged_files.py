@@ -177,8 +177,11 @@ def test_damaged_data_are_refused(data, tmp_path, sealed):
     if not sealed:
         as_version_1(folder)
     edited = ("manifest.json", "tokenizer/tokenizer_config.json") if sealed else ()
-    outcomes = all_outcomes(folder, see_data, tmp_path, edited=edited)
-    # A flipped letter in what an unsealed manifest says of its inputs is read by nobody.
+
+    def see(folder):  # nothing says that an unsealed manifest's settings are what they were
+        return see_data(folder) if sealed else see_data(folder)[:-1]
+
+    outcomes = all_outcomes(folder, see, tmp_path, edited=edited)
     assert without_effect(outcomes) <= (set() if sealed else {"manifest.json"})
 
 

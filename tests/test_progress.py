@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tttjax import progress
+from tttjax.evaluate.progress import Progress
 
 
 @pytest.fixture
@@ -85,3 +86,19 @@ def test_silent_unless_the_command_line_asks(capsys):
     with progress.doing("compiling", quiet_seconds=0.001):
         time.sleep(0.05)
     assert capsys.readouterr() == ("", "")
+
+
+def test_eta_of_an_evaluation_leaves_compilation_out(monkeypatch):
+    clock = iter([0.0, 60.0, 61.0, 161.0, 162.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    bar = Progress(total=80, stream=stream)
+    for what in ("one program", "another"):
+        bar.doing(what, cost=1)
+        bar.add(10)  # compiled first
+        bar.add(10)
+    lines = stream.getvalue().split("\r\x1b[K")[1:]
+    assert lines[0] == "evaluate  12%  one program"
+    assert lines[1].endswith("10 tok/s  eta 0:00:06")
+    assert lines[3].endswith("10 tok/s  eta 0:00:04")

@@ -84,8 +84,8 @@ def test_a_folder_appears_with_everything_in_it(tmp_path):
 
 
 def test_one_process_at_a_time_makes_a_folder(tmp_path):
-    (tmp_path / ".a.tmp").mkdir()  # of one that was killed
-    (tmp_path / ".a.tmp" / "half").write_text("")
+    (tmp_path / ".a.1.tmp").mkdir()  # of one that was killed
+    (tmp_path / ".a.1.tmp" / "half").write_text("")
     with whole_folder(tmp_path / "a", "--to"):
         with pytest.raises(UserError, match="is being written"):
             whole_folder(tmp_path / "a", "--to").__enter__()

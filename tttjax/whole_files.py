@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, whatever interrupts their writing."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -83,8 +84,10 @@ def whole_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
     """
     path = check_vacant(path, option).absolute()  # also of ".", which has no name
     with hold(path, beside=True):
-        temporary = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own, because transformers keeps the code of a folder by the folder's name.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.mkdir()
         try:
             yield temporary
