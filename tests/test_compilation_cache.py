@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tttjax import compilation_cache
+from tttjax import cli, compilation_cache
 from tttjax.compilation_cache import enable_compilation_cache, last_seconds, note_seconds
 
 PROGRAM = """
@@ -78,6 +78,21 @@ def test_folder_that_cannot_be_made_is_no_error(no_jax, monkeypatch):
     (no_jax / "file").write_text("")
     monkeypatch.setenv(compilation_cache.VARIABLE, str(no_jax / "file"))
     assert enable_compilation_cache() is None
+
+
+def test_user_without_a_home_has_no_cache(no_jax, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user
+    assert enable_compilation_cache() is None
+
+
+@pytest.mark.parametrize("value", ["gs://bucket/cache", "~nobody-of-that-name/cache"])
+def test_place_elsewhere_is_refused(no_jax, monkeypatch, value):
+    monkeypatch.chdir(no_jax)
+    monkeypatch.setenv(compilation_cache.VARIABLE, value)
+    assert cli.main(["--version"]) == cli.USER_ERROR
+    assert not list(no_jax.iterdir())
 
 
 def test_seconds_are_remembered_by_program(no_jax, monkeypatch):

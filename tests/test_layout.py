@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1] / "tttjax"
 
 # From the bottom up; a module imports from its own layer and those below.
 LAYERS = (
-    {"errors", "types", "chips", "progress", "compilation_cache"},
+    {"errors", "types", "chips", "progress"},
     {"limits", "memory", "without_tpu", "paths"},
-    {"locks"},
+    {"locks", "compilation_cache"},
     {"whole_files", "sealed", "batching", "flag_types", "coordinator"},
     {"config"},
     {"ops", "divided"},

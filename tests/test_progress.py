@@ -1,6 +1,8 @@
 """What a slow part of a command says while it is silent, on a terminal and in a file."""
 
+import contextlib
 import io
+import sys
 import time
 
 import pytest
@@ -37,27 +39,19 @@ def test_pauses_grow_in_a_file(stream):
     assert time.monotonic() - started > 0.08
 
 
-def test_terminal_line_is_renewed_and_erased(stream):
-    stream.isatty = lambda: True
-    with progress.doing("compiling", quiet_seconds=0.02):
-        wait_for(lambda: stream.getvalue().count("compiling") >= 2)
-    assert "\n" not in stream.getvalue()
-    assert stream.getvalue().endswith("\r\x1b[K")
-
-
 def test_fast_work_says_nothing(stream):
     with progress.doing("compiling"):
         pass
     assert stream.getvalue() == ""
 
 
-def test_progress_shown_elsewhere_restarts_the_silence(stream):
-    with progress.doing("steps", quiet_seconds=0.5):
+def test_what_is_printed_restarts_the_silence():
+    with printing() as stream, progress.doing("steps", quiet_seconds=0.5):
         started = time.monotonic()
         while time.monotonic() - started < 0.7:
             time.sleep(0.01)
-            progress.shown()
-        assert stream.getvalue() == ""
+            print(".", end="")
+        assert set(stream.getvalue()) == {"."}
 
 
 def test_part_goes_on_under_another_name(stream):
@@ -80,6 +74,91 @@ def test_only_the_innermost_speaks(stream):
     ):
         wait_for(lambda: stream.getvalue().count("inner") >= 2)
     assert "outer" not in stream.getvalue()
+
+
+@contextlib.contextmanager
+def printing(**methods):
+    """A stream that everything printed goes to; within the test, for pytest changes sys.stdout."""
+    stream = io.StringIO()
+    vars(stream).update(methods)
+    with (
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+        progress.speaking(stream),
+    ):
+        yield stream
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """One of twenty columns; a context, as `printing`."""
+    monkeypatch.setenv("COLUMNS", "20")
+    return lambda: printing(isatty=lambda: True)
+
+
+def screen(terminal):
+    """What is left on it, where nothing wraps."""
+    return [line.rpartition("\r\x1b[K")[2] for line in terminal.getvalue().split("\n")]
+
+
+def says(terminal, what):
+    return screen(terminal)[-1].startswith(f"{what}: ")
+
+
+def test_terminal_line_is_renewed_and_erased(terminal):
+    with terminal() as shown, progress.doing("compiling", quiet_seconds=0.02):
+        wait_for(lambda: shown.getvalue().count("compiling") >= 2)
+    assert "\n" not in shown.getvalue()
+    assert shown.getvalue().endswith("\r\x1b[K")
+
+
+def test_what_is_printed_has_a_line_of_its_own(terminal):
+    with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
+        wait_for(lambda: says(shown, "reading"))
+        print("a line")
+        wait_for(lambda: says(shown, "reading"))
+        progress.now("writing")
+        wait_for(lambda: says(shown, "writing"))
+        print("error: another", file=sys.stderr)
+    assert screen(shown) == ["a line", "error: another", ""]
+
+
+def test_unfinished_line_comes_back(terminal):
+    with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
+        print("\r\x1b[Kstep 1/3", end="")
+        wait_for(lambda: says(shown, "reading"))
+        print("  loss 2.5", end="")
+        wait_for(lambda: says(shown, "reading"))
+    assert screen(shown) == ["step 1/3  loss 2.5"]
+
+
+def test_unfinished_line_that_wraps_is_left_alone(terminal):
+    with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
+        print("x" * 20, end="")
+        wait_for(lambda: says(shown, "reading"))
+    assert screen(shown) == ["x" * 20, ""]
+
+
+def test_line_is_never_wider_than_the_terminal(terminal):
+    with (
+        terminal() as shown,
+        progress.doing("compiling for " + "x" * 30, last_seconds=3, quiet_seconds=0.02),
+    ):
+        wait_for(lambda: screen(shown)[-1])
+    lines = shown.getvalue().split("\r\x1b[K")
+    assert max(len(line) for line in lines) < 20
+
+
+def test_stream_that_goes_elsewhere_is_not_watched(terminal):
+    with (
+        terminal() as shown,
+        contextlib.redirect_stdout(io.StringIO()),
+        progress.speaking(shown),
+        progress.doing("reading", quiet_seconds=0.02),
+    ):
+        wait_for(lambda: says(shown, "reading"))
+        print("to a file")
+        assert says(shown, "reading")
 
 
 def test_silent_unless_the_command_line_asks(capsys):

@@ -7,7 +7,9 @@ others are a command's own.
 """
 
 import argparse
+import atexit
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -75,10 +77,13 @@ configuration:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: that of the process) and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    enable_compilation_cache()
-    quieten_libtpu()
+    # What is left when the program ends is not searched for garbage, which takes seconds.
+    atexit.register(gc.freeze)
     try:
-        return _dispatch(arguments)
+        enable_compilation_cache()
+        quieten_libtpu()
+        with progress.speaking(sys.stderr), progress.doing(" ".join(["tttjax", *arguments[:1]])):
+            return _dispatch(arguments)
     except UserError as error:
         return _report(str(error))
     except KeyboardInterrupt:
@@ -143,8 +148,7 @@ def _dispatch(arguments: list[str]) -> int:
     _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
     if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} changes a configuration, but no --config=FILE is given.")
-    with progress.speaking(sys.stderr), progress.doing(f"tttjax {name}"):
-        return module.run(args)
+    return module.run(args)
 
 
 # How the metavar of an argument begins whose value is a path, whatever command it belongs to.

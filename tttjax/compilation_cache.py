@@ -13,6 +13,8 @@ import platform
 import sys
 from pathlib import Path
 
+from tttjax.paths import local_path
+
 VARIABLE = "TTTJAX_COMPILATION_CACHE"
 MAX_BYTES = 2 << 30  # the least recently used programs are removed beyond this
 MIN_SECONDS = 0.3  # programs that compile faster are not kept
@@ -22,18 +24,18 @@ def enable_compilation_cache() -> Path | None:
     """Has JAX keep compiled programs; the folder, or None if there is none.
 
     To be called before JAX is imported: it reads the environment then. A folder that cannot be
-    written to leaves the cache off.
+    written to leaves the cache off. Raises UserError if the variable names a bucket or a URL.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or "jax" in sys.modules:
         return None
     chosen = os.environ.get(VARIABLE, "")
     if chosen.lower() in ("off", "0", "false", "no"):
         return None
-    folder = (Path(chosen).expanduser() if chosen else _default()) / _machine()
     try:
+        folder = (local_path(chosen, VARIABLE) if chosen else _default()) / _machine()
         # Machine code that is run when it is read back: no other user may put any there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
     if not os.access(folder, os.W_OK):
         return None

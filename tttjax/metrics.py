@@ -208,7 +208,6 @@ class Progress:
         self.end()
         self._stream.write(text + "\n")
         self._stream.flush()
-        progress.shown()
 
     def end(self) -> None:
         """Ends a line left open on a terminal."""

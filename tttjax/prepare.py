@@ -15,7 +15,6 @@ import argparse
 import sys
 from dataclasses import fields
 
-from tttjax import progress
 from tttjax.data import shards
 from tttjax.data.preparation import PrepareSettings, prepare
 from tttjax.data.shards import open_prepared
@@ -126,4 +125,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-    progress.shown()

@@ -1,31 +1,40 @@
 """Signs of life: what a slow part of a command is doing, and for how long, while it is silent.
 
 XLA compiles for seconds to minutes inside one call, so a thread says so. The command line turns
-this on (`speaking`); in a program that imports tttjax nothing is printed.
+this on (`speaking`); in a program that imports tttjax nothing is printed. Whatever a command prints
+meanwhile begins the silence anew, and takes the line about the time off the terminal first.
 """
 
 import contextlib
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO, cast
 
-QUIET_SECONDS = 2.0  # after which something is said
+QUIET_SECONDS = 1.5  # after which something is said: in time for two seconds, on a busy machine too
 LONGEST_PAUSE = 30.0  # between two lines in a log file
 
-_stream: TextIO | None = None
+
+_line: "_Line | None" = None  # where it is said
 _stack: list["_Ticker"] = []  # nested activities; the innermost speaks
+_lock = threading.RLock()  # of the two, and of what is written meanwhile
 
 
 @contextlib.contextmanager
 def speaking(stream: TextIO) -> Iterator[None]:
     """Has `doing` speak to this stream."""
-    global _stream
-    earlier, _stream = _stream, stream
+    global _line
+    earlier, _line = _line, _Line(stream)
     try:
-        yield
+        with (
+            contextlib.redirect_stdout(_line.watch(sys.stdout)),
+            contextlib.redirect_stderr(_line.watch(sys.stderr)),
+        ):
+            yield
     finally:
-        _stream = earlier
+        _line = earlier
 
 
 @contextlib.contextmanager
@@ -42,83 +51,129 @@ def doing(
       what: such as "compiling the train step".
       last_seconds: how long it took the last time, where that is known.
     """
-    if _stream is None:
+    if _line is None:
         yield
         return
-    ticker = _Ticker(_stream, what, last_seconds, quiet_seconds or QUIET_SECONDS)
-    _stack.append(ticker)
+    line = _line
+    with _lock:
+        ticker = _Ticker(line, what, last_seconds, quiet_seconds or QUIET_SECONDS)
+        _stack.append(ticker)
     ticker.start()
     try:
         yield
     finally:
         ticker.stop()
-        _stack.remove(ticker)
-        if _stack:
-            _stack[-1].restart()
+        with _lock:
+            line.clear()
+            _stack.remove(ticker)
+            if _stack:
+                _stack[-1].wait()
 
 
 def now(what: str) -> None:
     """The innermost part goes on with something else."""
-    if _stack:
-        _stack[-1].what = what
-        _stack[-1].restart()
+    with _lock:
+        if _stack:
+            _stack[-1].begin(what)
 
 
-def shown() -> None:
-    """Something was printed: silence begins anew, and the terminal's line is another's."""
-    if _stack:
-        _stack[-1].restart()
+class _Line:
+    """The line about the time, and what stood in its place on the terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.terminal = stream, stream.isatty()
+        self._open = ""  # what was printed since the last line end
+        self._is_said = False
+
+    def watch(self, stream: TextIO) -> TextIO:
+        """The stream, with `printed` told of it if it goes where this line goes."""
+        together = stream is not None and stream.isatty() == self.terminal
+        return cast(TextIO, _Watched(stream, self)) if together else stream
+
+    def say(self, what: str, rest: str) -> None:
+        if not self.terminal:
+            self._write(f"{what}{rest}\n")
+            return
+        # A line that wraps could not be renewed: only its last row would be erased.
+        columns = shutil.get_terminal_size().columns
+        if not self._is_said and len(self._open) >= columns:
+            self._open = ""
+            self._write("\n")
+        self._is_said = True
+        text = what[: max(columns - 1 - len(rest), 0)] + rest
+        self._write(f"\r\x1b[K{text[: columns - 1]}")
+
+    def clear(self) -> None:
+        if self._is_said:
+            self._is_said = False
+            self._write(f"\r\x1b[K{self._open}")
+
+    def printed(self, text: str) -> None:
+        """Something else is about to be printed."""
+        self.clear()
+        last = (self._open + text).rpartition("\n")[2]
+        self._open = last.rpartition("\r\x1b[K")[2]
+        if _stack:
+            _stack[-1].wait()
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(ValueError, OSError):  # a closed stream ends no command
+            self.stream.write(text)
+            self.stream.flush()
+
+
+class _Watched:
+    """A stream that tells the line before anything is written to it."""
+
+    def __init__(self, stream: TextIO, line: _Line):
+        self._stream, self._line = stream, line
+
+    def write(self, text: str) -> int:
+        with _lock:
+            self._line.printed(text)
+            written = self._stream.write(text)
+            if self._line.terminal:  # the other stream's text is to come after it
+                self._stream.flush()
+            return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Ticker:
-    def __init__(self, stream: TextIO, what: str, last_seconds: float | None, quiet_seconds: float):
-        self._stream, self.what, self._last, self._quiet = (
-            stream,
-            what,
-            last_seconds,
-            quiet_seconds,
-        )
-        self._terminal = stream.isatty()
+    def __init__(self, line: _Line, what: str, last_seconds: float | None, quiet_seconds: float):
+        self._line, self._last, self._quiet = line, last_seconds, quiet_seconds
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.restart()
+        self.begin(what)
 
     def start(self) -> None:
         self._thread.start()
 
-    def restart(self) -> None:
-        with self._lock:
-            self._has_line = False
-            self._since, self._pause = time.monotonic(), self._quiet
-            self._next = self._since + self._quiet
+    def begin(self, what: str) -> None:
+        """The work starts now, and the silence with it."""
+        self.what, self._since = what, time.monotonic()
+        self._line.clear()
+        self.wait()
+
+    def wait(self) -> None:
+        """The silence begins anew."""
+        self._pause, self._next = self._quiet, time.monotonic() + self._quiet
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
-        if self._has_line:
-            self._write("\r\x1b[K")
 
     def _run(self) -> None:
         while not self._stopped.wait(max(self._next - time.monotonic(), self._quiet / 20)):
-            with self._lock:
+            with _lock:
                 now = time.monotonic()
                 if now < self._next or not self.what or _stack[-1] is not self:
                     continue
-                self._say(now - self._since)
-                if self._terminal:
+                last = f" (the last time it took {self._last:.0f} s)" if self._last else ""
+                self._line.say(self.what, f": {now - self._since:.0f} s{last}")
+                if self._line.terminal:
                     self._next = now + min(1.0, self._quiet)
                 else:
                     self._next = now + self._pause
                     self._pause = min(2 * self._pause, LONGEST_PAUSE)
-
-    def _say(self, seconds: float) -> None:
-        before = f" (the last time it took {self._last:.0f} s)" if self._last else ""
-        text = f"{self.what}: {seconds:.0f} s{before}"
-        self._has_line = self._terminal
-        self._write(f"\r\x1b[K{text}" if self._terminal else text + "\n")
-
-    def _write(self, text: str) -> None:
-        with contextlib.suppress(ValueError, OSError):  # a closed stream ends no command
-            self._stream.write(text)
-            self._stream.flush()

@@ -137,7 +137,8 @@ def train(
             result = _result(run, state, step, setup_seconds)
             run.logger.say(_conclude(result))
         if jax.process_index() == 0 and step == config.train.steps:
-            _write_results(run, result)
+            with progress.doing("drawing the loss curve"):
+                _write_results(run, result)
     return result
 
 

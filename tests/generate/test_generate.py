@@ -40,7 +40,11 @@ def test_prompt_is_echoed_on_a_terminal_alone(run, capsys, monkeypatch):
     alone = words(capsys, *ask)[1]
     assert "the cat" not in alone
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     assert words(capsys, *ask)[1] == f"\x1b[2mthe cat\x1b[0m{alone}"
+    monkeypatch.setenv("TERM", "dumb")
+    assert words(capsys, *ask)[1] == f"the cat{alone}"
     assert "the cat" not in words(capsys, *ask, "--json")[1]
 
 

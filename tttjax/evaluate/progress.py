@@ -72,7 +72,6 @@ class Progress:
         )
         self.stream.write(f"\r\x1b[K{line}" if terminal else line + "\n")
         self.stream.flush()
-        progress.shown()
 
     def close(self) -> None:
         """Ends the line."""

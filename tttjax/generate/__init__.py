@@ -18,6 +18,7 @@ what is in one. docs/generation.md has the rest.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -251,6 +252,12 @@ def _write_all(
         print(json.dumps(text, ensure_ascii=False), flush=True)
 
 
+def _dim(text: str) -> str:
+    """Fainter than what follows, on a terminal that can."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
 def _write(
     args: argparse.Namespace,
     opened: Opened,
@@ -267,15 +274,15 @@ def _write(
     writer = Writer(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
     pieces: list[list[WrittenToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
-    if streams and sys.stdout.isatty():
-        print(f"\x1b[2m{prompt}\x1b[0m", end="", flush=True)
-    # A line about the time would end up amid the text that is streamed to a terminal.
-    with progress.doing("" if streams and sys.stdout.isatty() else "writing"):
+    on_terminal = streams and sys.stdout.isatty()
+    with progress.doing("writing (programs are compiled at their first use)"):
         for piece in writer:
+            if on_terminal and not any(pieces):  # the first may have waited for a compilation
+                print(_dim(prompt), end="")
+                progress.now("")  # a line about the time would end up amid the text
             pieces[piece.request].append(piece)
             if streams:
                 print(piece.text, end="", flush=True)
-                progress.shown()
     if streams:
         print()
     elif args.json:
