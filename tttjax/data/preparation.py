@@ -56,6 +56,11 @@ def prepare(
     if num_workers is not None and num_workers < 0:
         raise UserError(f"num_workers={num_workers} must not be negative.")
     source = InputSource.find(chosen)
+    if source.left_out:
+        log(
+            f"prepare: {len(source.left_out)} .json files of folders are left out: they are single "
+            f"JSON documents, not JSON lines (the first: {source.left_out[0].path})"
+        )
     folder = Path(out_dir)
     try:
         _prepare(chosen, source, folder, num_workers, overwrite, log)
@@ -187,7 +192,9 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
 
 
 def _differences(found: dict[str, Any], request: dict[str, Any]) -> str:
-    old, new = found.get("settings", {}), request["settings"]
+    # A setting that is newer than the data set had its default.
+    defaults = _plain(PrepareSettings(inputs=()))
+    old, new = {**defaults, **found.get("settings", {})}, request["settings"]
     names = [f"{name} ({old.get(name)!r})" for name in new if old.get(name) != new[name]]
     if not names and found.get("inputs") != request["inputs"]:
         names = ["content of its input files"]
