@@ -18,6 +18,7 @@ from tttjax.data import preparation, prepare_pass, writer
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
+from tttjax.sealed import SEAL
 from tttjax.locks import FOLDER_LOCK, hold
 
 
@@ -420,8 +421,8 @@ def test_data_older_than_a_setting_are_found_finished(corpus, tmp_path):
     prepare([corpus], tmp_path / "d", num_workers=0)
     path = tmp_path / "d" / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["settings"]["text_key"]
-    path.write_text(json.dumps(manifest))
+    del manifest["settings"]["text_key"], manifest[SEAL]
+    path.write_text(json.dumps(manifest | {"version": 1}))
     lines = []
     prepare([corpus], tmp_path / "d", num_workers=0, log=lines.append)
     assert any("already prepared" in line for line in lines)
