@@ -18,8 +18,8 @@ from tttjax.data import preparation, prepare_pass, writer
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
-from tttjax.sealed import SEAL
 from tttjax.locks import FOLDER_LOCK, hold
+from tttjax.sealed import SEAL
 
 
 def write_corpus(folder, sizes, seed=0):
