@@ -58,7 +58,7 @@ def refused(place, capsys, words, sentence):
         ([*PREPARE], "No input was given: name files"),
         ([*PREPARE, "nowhere.txt"], r"nowhere\.txt does not exist; "),
         ([*PREPARE, "empty.txt"], r"empty .*empty\.txt"),
-        ([*PREPARE, "binary.txt"], r"binary\.txt is not UTF-8 .*; convert it"),
+        ([*PREPARE, "binary.txt"], r"binary\.txt is a binary file, not text"),
         ([*PREPARE, "text.txt", "--val-fraction=2"], "val_fraction=2.0 must be"),
         ([*PREPARE, "text.txt", "--tokenizer=nowhere.model"], r"nowhere\.model"),
         ([*PREPARE, "text.txt", "--tokenizer=sentencepiece"], "(?i)vocabulary of 4096 .*; use a"),

@@ -226,3 +226,15 @@ def test_the_harness_evaluates_a_run(workdir, lm):
     assert perplexity == pytest.approx(np.exp(-nats / size), rel=1e-4)
     assert found["config"]["workdir"] == str(workdir)
     assert found["config"]["chunk_size"] == 8
+
+
+def test_lone_surrogates_are_one_sentence(lm):
+    half = "a\ud83d"
+    for call in (
+        lambda: lm.loglikelihood(ask((half, "b")), disable_tqdm=True),
+        lambda: lm.loglikelihood_rolling(ask((half,)), disable_tqdm=True),
+        lambda: lm.generate_until(ask((half, {"until": ["."]})), disable_tqdm=True),
+        lambda: lm.generate_until(ask(("a", {"until": half})), disable_tqdm=True),
+    ):
+        with pytest.raises(UserError, match="lone surrogate"):
+            call()

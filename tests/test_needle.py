@@ -427,3 +427,16 @@ def test_without_text_the_haystack_is_noise_and_said_to_be(workdir, tmp_path):
     assert found.by_task["number"].is_noise
     assert "S-NIAH-2 (number) and S-NIAH-3 (UUID) of needle are in noise" in found.notes[0]
     assert "gone does not exist" in found.notes[0]
+
+
+def test_a_haystack_of_json_lines_is_their_texts(tokenizers, tmp_path):
+    tokenizer = next(iter(tokenizers.values()))
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "The sea is calm."}\n{"text": "A ship comes."}\n')
+    assert haystack.from_file(path, tokenizer, 999).sentences == [
+        "The sea is calm.",
+        "A ship comes.",
+    ]
+    path.write_text('{"text": "\\ud83d"}\n')
+    with pytest.raises(UserError, match="lone surrogate"):
+        haystack.from_file(path, tokenizer, 999)

@@ -22,7 +22,7 @@ from tttjax.whole_files import check_vacant, write_files
 TINY = Path(__file__).parent / "training" / "tiny_run.py"
 # Arguments and fields of free text that is no path. Whatever is in neither list nor choices is one.
 TEXTS = {
-    *("bench commands commands", "bench commands --figures"),
+    *("bench commands commands", "bench commands --figures", "prepare --text-key"),
     *("bench decode --batch", "bench decode --read", "bench prefill --lengths"),
     *("bench train --lengths", "evaluate --split", "generate --prompt", "generate --stop"),
     *("import --gcs-project", "export --max-shard-size", "plan --topology", "prepare --pattern"),

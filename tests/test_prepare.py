@@ -9,6 +9,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tokenizers as hf
 
@@ -18,6 +19,7 @@ from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
 from tttjax.locks import FOLDER_LOCK, hold
+from tttjax.sealed import SEAL
 
 
 def write_corpus(folder, sizes, seed=0):
@@ -378,3 +380,73 @@ def test_command_line(corpus, tmp_path, capsys):
     assert "6 files are whole" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out=DIR"):
         command.run(parser.parse_args([str(corpus)]))
+
+
+def test_single_json_documents_of_folders_are_left_out(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.txt").write_text("text " * 9)
+    (tmp_path / "c" / "b.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "c" / "package.json").write_text('{\n  "name": "c"\n}\n')
+    lines = []
+    data = prepare([tmp_path / "c"], tmp_path / "d", num_workers=0, log=lines.append)
+    assert sum(entry["documents"] for entry in data.splits.values()) == 3
+    assert any("1 .json files" in line and "package.json" in line for line in lines)
+    for inputs, settings in (
+        ([tmp_path / "c" / "package.json"], {}),
+        ([tmp_path / "c"], {"pattern": "*.json"}),
+        ([tmp_path / "c" / "a.txt", tmp_path / "c" / "package.json"], {}),
+    ):
+        with pytest.raises(UserError, match=r"package\.json is one JSON document, not JSON lines"):
+            prepare(inputs, tmp_path / "e", num_workers=0, **settings)
+        assert not (tmp_path / "e").exists()
+
+
+def test_the_text_key_is_part_of_the_settings(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "three"}\n')
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = [str(tmp_path / "a.jsonl"), f"--out={tmp_path / 'd'}", "--num-workers=0"]
+    with pytest.raises(UserError, match=r'keys with text: "body"\); name one with --text-key'):
+        command.run(parser.parse_args(arguments))
+    assert command.run(parser.parse_args([*arguments, "--text-key=body"])) == 0
+    data = open_prepared(tmp_path / "d")
+    assert sum(entry["bytes"] for entry in data.splits.values()) == len("onethree")
+    with pytest.raises(UserError, match=r"prepared with other text_key \('body'\)"):
+        command.run(parser.parse_args(arguments))
+    with pytest.raises(UserError, match="text_key is empty"):
+        command.run(parser.parse_args([*arguments, "--text-key="]))
+
+
+def test_data_older_than_a_setting_are_found_finished(corpus, tmp_path):
+    prepare([corpus], tmp_path / "d", num_workers=0)
+    path = tmp_path / "d" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["text_key"], manifest[SEAL]
+    path.write_text(json.dumps(manifest | {"version": 1}))
+    lines = []
+    prepare([corpus], tmp_path / "d", num_workers=0, log=lines.append)
+    assert any("already prepared" in line for line in lines)
+
+
+def test_parquet_goes_on_after_a_kill(tmp_path, monkeypatch):
+    table = pyarrow.table({"text": [f"document {i} " * 9 for i in range(300)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=50)
+    monkeypatch.setattr("tttjax.data.encode._TASK_BYTES", 2000)
+    monkeypatch.setattr(prepare_pass, "JOURNAL_SECONDS", 0.0)
+    whole = prepare([tmp_path / "a.parquet"], tmp_path / "whole", num_workers=0)
+    assert sum(entry["documents"] for entry in whole.splits.values()) == 300
+    record, left = prepare_pass.PreparePass._record, [4]
+
+    def record_and_stop(self, *args):
+        record(self, *args)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(prepare_pass.PreparePass, "_record", record_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([tmp_path / "a.parquet"], tmp_path / "d", num_workers=0)
+    assert json.loads((tmp_path / "d" / "prepare.journal").read_text())["tasks"] == 4
+    again = prepare([tmp_path / "a.parquet"], tmp_path / "d", num_workers=0)
+    assert same_files(again.folder, whole.folder)

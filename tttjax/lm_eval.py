@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tttjax.data.streams import check_unicode
 from tttjax.errors import UserError, install_extra
 from tttjax.generate import LEARN
 from tttjax.generate.opened import Opened, open_model
@@ -136,7 +137,11 @@ class TTTJaxLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text; BOS is put before a context when it is read, unless asked for here."""
+        """Tokens of a text; BOS is put before a context when it is read, unless asked for here.
+
+        Raises UserError for a text with a lone surrogate.
+        """
+        check_unicode(string, f"the text of a request, {string[:40]!r},")
         tokens = self._opened.tokenizer.encode(string).tolist()
         return [self.prefix_token_id, *tokens] if add_special_tokens else tokens
 
@@ -304,6 +309,8 @@ def _wishes(wanted: dict[str, Any]) -> dict[str, Any]:
     if not wanted.get("do_sample", False):
         sampling["temperature"] = 0.0
     until = wanted.get("until") or []
+    for stop in [until] if isinstance(until, str) else until:
+        check_unicode(stop, "a stop string of this task")
     limits = [wanted[name] for name in TOKEN_LIMITS if wanted.get(name) is not None]
     tokens = read_number(str(next(iter(limits), MAX_TOKENS)))
     if not isinstance(tokens, int) or not 1 <= tokens <= INT_MAX:

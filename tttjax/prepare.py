@@ -6,6 +6,8 @@
       all text files of a folder, with a vocabulary learned from them
   tttjax prepare part-*.jsonl.zst --out=data/web --tokenizer=llama3/tokenizer.json
       documents under the key "text", one per line, with a given vocabulary
+  tttjax prepare fineweb/*.parquet --text-key=text --out=data/fineweb
+      a document each row, with pyarrow
 
 Documents, never parts of them, are held out for evaluation. The same command again continues an
 interrupted run, and does nothing if the data set is finished.
@@ -35,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files, folders (searched recursively), a Zarr folder, or the word "
         "`stdlib`: the sources of Python's standard library on this machine. A text file (.txt, "
-        '.py, ...; also .gz, .xz, .zst) is one document, a line of a .jsonl file too (key "text")',
+        ".py, ...; also .gz, .xz, .zst) is one document; so is each line of JSON lines (.jsonl, "
+        ".ndjson, .json) and each row of Parquet",
     )
     add("--out", metavar="DIR", help="folder of the prepared data set")
     add(
@@ -74,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pattern",
         default=default.pattern,
         help="which files of a folder, such as '*.txt' (default: the usual suffixes of text)",
+    )
+    add(
+        "--text-key",
+        default=default.text_key,
+        metavar="NAME",
+        help="key, or column, of the text in JSON lines and Parquet (default: %(default)s)",
     )
     add(
         "--min-document-tokens",

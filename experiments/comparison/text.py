@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tttjax.data.documents import InputFile, list_inputs, read_items
+from tttjax.data.documents import JSON, TEXT, InputFile, Line, list_inputs, pieces_of, read_items
 from tttjax.data.shards import PreparedData
 from tttjax.data.splits import SplitRule
 from tttjax.errors import UserError
@@ -73,9 +73,17 @@ def split_documents(files: Sequence[InputFile], longest: int) -> dict[str, str]:
 
 def _documents(file: InputFile) -> dict[str, int]:
     """About how many bytes each document of a file has."""
-    if not file.is_jsonl:
+    if file.kind == TEXT:
         return {file.id: file.size * (2 if file.compressed else 1)}
-    return {item.document: len(item.raw) for item in read_items(file)}  # type: ignore[union-attr]
+    if file.kind == JSON:
+        return {}  # `prepare` leaves it out
+    sizes = {}
+    for item in read_items(file):
+        if isinstance(item, Line):
+            sizes[item.document] = len(item.raw)
+        else:
+            sizes |= {piece.document: len(piece.text) for piece in pieces_of(item)}
+    return sizes
 
 
 def _write_splits(path: Path, split_of: dict[str, str]) -> None:

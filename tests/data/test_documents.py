@@ -1,16 +1,24 @@
 """Inputs become documents: every format, in a fixed order, in pieces, with clear errors."""
 
+import bz2
 import gzip
+import io
 import json
 import lzma
+import os
+import sys
 import sysconfig
+import tarfile
+import zipfile
 from itertools import pairwise
 
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from tttjax.data import documents
 from tttjax.data.documents import list_inputs, pieces_of, read_items
+from tttjax.data.streams import read_text
 from tttjax.errors import UserError
 
 
@@ -107,9 +115,165 @@ def test_bad_inputs(tmp_path):
         ("b.jsonl", b'{"body": "x"}\n', r'b\.jsonl, line 1: no text under the key "text"'),
         ("c.jsonl", b'{"text": "\xe9"}\n', r"c\.jsonl, line 1: not UTF-8"),
         ("d.jsonl", b'{"text": "\\ud800"}\n', r"d\.jsonl, line 1: the text has a lone surrogate"),
+        ("e.ndjson", b'["text"]\n', r"e\.ndjson, line 1: not a JSON object"),
+        ("f.jsonl", b"[" * 100_000, r"f\.jsonl, line 1: not JSON"),
+        (
+            "g.jsonl",
+            b'{"body": "x", "n": 1, "url": "y"}\n',
+            r'keys with text: "body", "url"\); .*--text',
+        ),
+        ("h.jsonl", b'{"text": null}\n', r"line 1: no text under .* \(keys with text: none\)"),
+        ("utf16.txt", "text".encode("utf-16"), r"utf16\.txt is not UTF-8 text .*UTF-16"),
+        ("x.txt", b"a\x00b", r"x\.txt is a binary file, not text"),
+        ("x.md", b"PK\x03\x04...", r"x\.md is a zip archive; unpack"),
+        ("x.txt.gz", gzip.compress(b"a\x00b", mtime=0), r"x\.txt\.gz is a binary file"),
+        ("x.bz2", bz2.compress(b"text"), r"x\.bz2 is compressed with bzip2, .*unpack"),
+        ("x.7z", b"7z\xbc\xaf\x27\x1c...", r"x\.7z is a 7z archive; unpack"),
+        ("x.txt", b"PAR1\x15\x00...PAR1", r"Cannot read .*x\.txt"),
     ],
 )
 def test_unreadable_text_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         texts_of([tmp_path / name])
+
+
+def archive(kind):
+    """A file of one member, as bytes."""
+    file = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w") as made:
+            made.writestr("a.txt", "text")
+    else:
+        with tarfile.open(fileobj=file, mode="w") as made:
+            made.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(b""))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.zip", archive("zip")),
+        ("a.txt", archive("tar")),
+        ("a.tar", archive("tar")),
+        ("a.tar.gz", gzip.compress(archive("tar"), mtime=0)),
+        ("a.tgz", gzip.compress(archive("tar"), mtime=0)),
+        ("a.tar.xz", lzma.compress(archive("tar"))),
+        ("a.tar.zst", zstandard.compress(archive("tar"))),
+    ],
+)
+def test_archives_are_refused_whatever_their_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is a (zip|tar) archive; unpack it"):
+        list_inputs([tmp_path / name])
+
+
+RECORDS = b'{"text": "one", "body": "1"}\n\n{"text": "two\\r\\n", "body": "2"}\r\n'
+PACKED = {
+    "": bytes,
+    ".gz": lambda raw: gzip.compress(raw, mtime=0),
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".unknown", ""])
+@pytest.mark.parametrize("packing", PACKED)
+def test_json_lines_are_read_whatever_the_suffix(tmp_path, suffix, packing):
+    path = tmp_path / f"part{suffix}{packing}"
+    path.write_bytes(PACKED[packing](b"\xef\xbb\xbf" + RECORDS))
+    assert list(texts_of([path]).values()) == ["one", "two\r\n"]
+    found = [
+        piece.text
+        for file in list_inputs([path], text_key="body")
+        for item in read_items(file)
+        for piece in pieces_of(item)
+    ]
+    assert found == ["1", "2"]
+
+
+def test_compression_is_told_by_content(tmp_path):
+    for i, pack in enumerate(PACKED.values()):
+        (tmp_path / f"{i}.txt").write_bytes(pack(b"text"))
+        (tmp_path / f"{i}.txt.gz").write_bytes(pack(b"text"))
+    assert set(texts_of([tmp_path]).values()) == {"text"}
+    assert [file.compressed for file in list_inputs([tmp_path])] == [False] * 2 + [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b'{"text": "one"}', documents.LINES),
+        (b'{"name": "one"}', documents.JSON),
+        (b'{"name": "one"}\n{"name": "two"}', documents.LINES),
+        (b'{\n "text": "one"\n}', documents.JSON),
+        (b'[{"text": "one"}]', documents.JSON),
+        (b"// settings\n{}", documents.JSON),
+    ],
+)
+def test_single_json_documents_are_not_lines(tmp_path, content, kind):
+    (tmp_path / "a.json").write_bytes(content)
+    assert list_inputs([tmp_path / "a.json"])[0].kind == kind
+
+
+def test_json_in_a_text_file_stays_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(RECORDS)
+    (tmp_path / "b.log").write_bytes(b'{"event": "x"}\n{"event": "y"}\n')
+    found = texts_of([tmp_path / "a.txt", tmp_path / "b.log"])
+    assert found["a.txt"] == RECORDS.decode()
+    assert found["b.log"].startswith('{"event"')
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a"])
+def test_parquet_rows_are_documents(tmp_path, name):
+    texts = [f"línea {i}\r\n" for i in range(200)]
+    path = write_parquet(tmp_path / name, text=texts, n=list(range(200)), body=["b"] * 200)
+    found = texts_of([path])
+    assert list(found) == [f"{name}:{i}" for i in range(1, 201)]
+    assert list(found.values()) == texts
+    (file,) = list_inputs([path], text_key="body")
+    assert {piece.text for piece in read_items(file)} == {"b"}
+
+
+def test_parquet_without_text_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", n=[1], body=["b"], raw=[b"b"])
+    for key in ("text", "n", "raw"):
+        (file,) = list_inputs([path], text_key=key)
+        with pytest.raises(UserError, match=rf'column "{key}" \(its columns of text: "body"\)'):
+            list(read_items(file))
+    path = write_parquet(tmp_path / "b.parquet", text=["a", None])
+    with pytest.raises(UserError, match=r"b\.parquet, row 2: no text"):
+        texts_of([path])
+    path = write_parquet(tmp_path / "c.parquet", text=["a" * 999])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"Cannot read .*c\.parquet"):
+        texts_of([path])
+
+
+def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", text=["a"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="needs pyarrow: pip install pyarrow"):
+        list_inputs([path])
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    try:
+        with open(path, "wb") as file:
+            file.write(b"text")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert texts_of([os.fsdecode(path)]) == {"caf\\xe9.txt": "text"}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_the_mark_is_dropped_and_line_ends_are_kept(tmp_path, packing):
+    path = tmp_path / "a.txt"
+    path.write_bytes(PACKED[packing](b"\xef\xbb\xbfa\r\nb\rc\n\xef\xbb\xbf"))
+    assert read_text(path) == texts_of([path])["a.txt"] == "a\r\nb\rc\n\ufeff"

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
+from tttjax.data.held_out import eval_documents
 from tttjax.data.pipeline import StreamOptions, make_batch, make_train_stream
 from tttjax.data.preparation import prepare
 from tttjax.data.records import PADDING, document_records, stream_records
@@ -36,7 +38,7 @@ def test_stream_records_are_slices_of_the_stream(prepared):
     tokens = split.read(0, split.num_tokens)
     assert len(records) == (split.num_tokens - 1) // T
     for i in range(len(records)):
-        np.testing.assert_array_equal(records[i], tokens[i * T : (i + 1) * T + 1])
+        np.testing.assert_array_equal(records[i].tokens_S, tokens[i * T : (i + 1) * T + 1])
 
 
 def test_batches_shift_and_mask(prepared):
@@ -50,7 +52,9 @@ def test_batches_shift_and_mask(prepared):
 
 
 def test_make_batch_by_hand():
-    batch = make_batch([np.array([9, 1, 2, 9, 3]), np.array([9, 4, 5, PADDING, PADDING])], 9, 7)
+    tokens_BS = np.array([[9, 1, 2, 9, 3], [9, 4, 5, PADDING, PADDING]])
+    leave_out_BS = np.array([[1, 0, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
+    batch = make_batch(tokens_BS, leave_out_BS, 7)
     assert batch.inputs.tolist() == [[9, 1, 2, 9], [9, 4, 5, 7]]
     assert batch.targets.tolist() == [[1, 2, 9, 3], [4, 5, 7, 7]]
     assert batch.mask.tolist() == [[True, True, False, True], [True, True, False, False]]
@@ -142,18 +146,89 @@ def test_documents_are_never_mixed(prepared):
         for start in range(document.start, document.stop - 1, T):
             piece = tokens[start : min(start + T + 1, document.stop)]
             wanted.append(np.pad(piece, (0, T + 1 - len(piece)), constant_values=PADDING))
-    np.testing.assert_array_equal([records[i] for i in range(len(records))], wanted)
+    np.testing.assert_array_equal([records[i].tokens_S for i in range(len(records))], wanted)
     assert (np.stack(wanted)[:, 1:] != bos).all()
     long = document_records(split, T, min_length=T)
     assert len(long) == sum(PADDING not in record for record in np.array(wanted))
-    assert all(PADDING not in long[i] for i in range(len(long)))
+    assert all(PADDING not in long[i].tokens_S for i in range(len(long)))
+
+
+@pytest.fixture(scope="module")
+def bos_is_eos(tmp_path_factory):
+    """Documents of a tokenizer whose BOS is its EOS, in several shards."""
+    folder = tmp_path_factory.mktemp("same")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "texts").mkdir()
+    for i, size in enumerate((3, 30, 1, 64, 17, 5)):
+        (folder / "texts" / f"{i}.txt").write_text("abcdefgh"[i] * size)
+    options = {"tokenizer": str(folder / "tokenizer.json"), "num_workers": 0, "val_fraction": 0.0}
+    return prepare(
+        [folder / "texts"], folder / "data", add_eos=True, shard_tokens=30, **options
+    ), prepare([folder / "texts"], folder / "bare", add_bos=False, add_eos=True, **options)
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+def test_eos_is_trained_on_where_it_is_bos(bos_is_eos, layout):
+    data, _ = bos_is_eos
+    assert data.tokenizer.bos_id == data.tokenizer.eos_id == 256
+    assert len(data.manifest["splits"]["train"]["shards"]) > 1
+    split = data.split("train")
+    starts, stops = split.document_bounds()
+    stream = make_train_stream(
+        [data], StreamOptions(seq_len=1, batch_size=1, shuffle=False), prefetch=0
+    )
+    # One target a record: target i is token i + 1 of the stream.
+    mask = [bool(stream.batch_at(i).mask.item()) for i in range(split.num_tokens - 1)]
+    assert [i + 1 for i, counts in enumerate(mask) if not counts] == starts[1:].tolist()
+    size = 8
+    options = StreamOptions(seq_len=size, batch_size=1, shuffle=False, layout=layout)
+    stream = make_train_stream([data], options, prefetch=0)
+    if layout == "documents":
+        records = document_records(split, size)
+        ends = sum(int(stop in stops) for stop in records.stops)
+        assert ends == len(stops)
+        count = len(records)
+    else:
+        count = len(stream_records(split, size))
+        ends = int((stops <= count * size + 1).sum())
+    batches = [stream.batch_at(i) for i in range(count)]
+    trained = sum(int(((batch.targets == 256) & batch.mask).sum()) for batch in batches)
+    assert trained == ends
+    assert (
+        eval_documents(data, max_length=99, split="train").batch().mask.sum()
+        == (stops - starts - 1).sum()
+    )
+
+
+def test_without_bos_every_eos_is_a_target(bos_is_eos):
+    _, data = bos_is_eos
+    stream = make_train_stream([data], StreamOptions(seq_len=8, batch_size=1), prefetch=0)
+    assert stream.batch_at(0).mask.all()
+    assert (stream.batch_at(0).targets == 256).sum() + (stream.batch_at(1).targets == 256).sum() > 0
+
+
+def test_document_starts_are_found_in_any_stretch(bos_is_eos):
+    for data in bos_is_eos:
+        split = data.split("train")
+        starts, _ = split.document_bounds()
+        for first in range(split.num_tokens):
+            for last in range(first, split.num_tokens + 1):
+                inside = starts[(starts >= first) & (starts < last)]
+                assert split.document_starts(first, last).tolist() == inside.tolist()
 
 
 def test_a_corpus_that_never_fills_a_sequence_is_refused(prepared):
     split = prepared.split("train")
     longest = max(document.stop - document.start for document in split.documents())
     records = document_records(split, longest - 1)
-    assert sum(PADDING not in records[i] for i in range(len(records))) == 1
+    assert sum(PADDING not in records[i].tokens_S for i in range(len(records))) == 1
     with pytest.raises(UserError, match=rf"has {longest} tokens, fewer .* of {longest} \+ 1; "):
         document_records(split, longest)
 

@@ -1,10 +1,18 @@
 """Reading, writing and sessions from the command line."""
 
+import io
 import json
 
 import pytest
 
+import tttjax.generate
+import tttjax.read.text
 from tttjax.cli import main
+from tttjax.data.preparation import prepare
+from tttjax.errors import UserError
+from tttjax.generate.opened import open_model
+from tttjax.inference.engine import Engine
+from tttjax.read.text import one_text
 
 TEXT = "the cat sat on the mat. " * 12
 
@@ -175,3 +183,86 @@ def test_full_attention_says_how_much_room_it_has(make_run, capsys):
     code, _, err = words(capsys, "generate", run, "--prompt", "abc", "--max-length=4")
     assert code == 2
     assert "has room for 4 tokens, and this takes 132; give --max-length=132" in err
+
+
+@pytest.mark.parametrize(
+    "raw", [b"a\r\nb\rc\n", b"\xef\xbb\xbfa\r\nb\xc3\xa9\n", b"\xef\xbb\xbfa\xef\xbb\xbf"]
+)
+def test_a_text_has_the_same_tokens_wherever_it_enters(
+    run, data, tmp_path, monkeypatch, capsys, raw
+):
+    """By --prompt, --prompt-file, standard input, --prompts, `read` and `prepare`."""
+    expected = [256, *raw.removeprefix(b"\xef\xbb\xbf")]  # bytes are their own tokens
+    path = tmp_path / "t.txt"
+    path.write_bytes(raw)
+    text = raw.decode()
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(text).encode() + b"\r\n")
+    read = []
+
+    def note(engine, session, token_T, **_):
+        read.append([int(token) for token in token_T])
+        raise UserError("noted")
+
+    opened = open_model(run)
+    monkeypatch.setattr(tttjax.generate, "open_from", lambda *_, **__: opened)
+    monkeypatch.setattr(
+        tttjax.generate, "_write_all", lambda _, __, ___, prompts, ____: note(0, 0, prompts[0])
+    )
+    monkeypatch.setattr(Engine, "read", note)
+    for option in (
+        ["--prompt", text],
+        ["--prompt-file", path],
+        ["--prompt-file=-"],
+        ["--prompts", tmp_path / "p.jsonl"],
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert words(capsys, "generate", run, *option, "--max-tokens=2")[2] == "error: noted\n"
+    assert read == [expected] * 4
+    tokens = [
+        256,
+        *(
+            int(t)
+            for part in tttjax.read.text._tokens(opened.tokenizer, one_text(path))
+            for t in part
+        ),
+    ]
+    assert tokens == expected
+    prepared = prepare([path], tmp_path / "d", val_fraction=0.0, num_workers=0).split("train")
+    assert prepared.read(0, prepared.num_tokens).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--prompt", "caf\udce9"], "--prompt has a lone surrogate"),
+        (["--prompt", "x", "--stop", "\ud83d"], "--stop has a lone surrogate"),
+        (["--prompts=surrogate.jsonl"], "surrogate.jsonl, line 2: the prompt has a lone surrogate"),
+        (["--prompts=deep.jsonl"], "deep.jsonl, line 1, is not JSON"),
+        (["--prompt-file=latin.txt"], "latin.txt is not UTF-8 text (byte 3)"),
+        (["--prompts=latin.txt"], "latin.txt is not UTF-8 text (byte 3)"),
+        (["--prompt-file=half.txt"], "half.txt is not UTF-8 text (byte 0)"),
+        (["--prompt-file=a.zip"], "a.zip is a zip archive"),
+        (["--prompt-file=-"], "standard input is not UTF-8 text (byte 3)"),
+        (["--prompt-file=."], "Cannot read . (Is a directory)"),
+    ],
+)
+def test_what_is_no_text_is_one_sentence(run, tmp_path, monkeypatch, capsys, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "surrogate.jsonl").write_text('"a"\n"\\ud83d"\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "half.txt").write_bytes(b"\xed\xa0\xbd")
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    code, out, err = words(capsys, "generate", run, *options)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert sentence in err
+
+
+def test_many_documents_are_not_read_as_one_text(run, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    read = ("read", run, tmp_path / "a.jsonl", "--save-session", tmp_path / "s")
+    code, _, err = words(capsys, *read)
+    assert code == 2
+    assert "many documents (JSON lines)" in err

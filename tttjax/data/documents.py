@@ -1,25 +1,29 @@
 """Inputs of `tttjax prepare`: files and folders to documents, in constant memory.
 
-A plain text file (also `.gz`, `.xz`, `.zst`) is one document; a `.jsonl` file has one per line,
-under the key "text". `stdlib` stands for the sources of the running Python's standard library.
-Documents are read in pieces, so that neither a huge file nor a huge archive is ever in memory.
+A plain text file is one document; JSON lines have one a line, Parquet one a row. What a file holds
+is decided by its content as well as by its name. `stdlib` stands for the sources of the running
+Python's standard library. Documents are read in pieces, so that no huge file is ever in memory.
 """
 
 import codecs
 import fnmatch
-import gzip
-import io
-import json
-import lzma
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
-import zstandard
-
+from tttjax.data import json_lines
+from tttjax.data.parquet import check_pyarrow, read_column
+from tttjax.data.streams import (
+    READ_ERRORS,
+    check_is_text,
+    clean_text,
+    is_compressed,
+    is_parquet,
+    open_stream,
+    unreadable,
+)
 from tttjax.errors import UserError
 from tttjax.paths import local_path
 
@@ -27,9 +31,13 @@ STDLIB = "stdlib"
 TEXT_SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in """txt text md rst tex html xml csv tsv py pyi c h cc cpp hpp cu rs go java js ts
-    jl r rb sh pl lua hs ml scala swift kt sql toml yaml yml ini cfg json jsonl""".split()  # noqa: SIM905
+    jl r rb sh pl lua hs ml scala swift kt sql toml yaml yml ini cfg json jsonl ndjson
+    parquet""".split()  # noqa: SIM905
 )
+TEXT, LINES, ROWS, JSON = "text", "JSON lines", "Parquet", "JSON"
 _COMPRESSED = (".gz", ".xz", ".zst")
+_HEAD = 1024  # bytes that tell compression and Parquet
+_LINES_SUFFIXES = (".jsonl", ".ndjson")
 _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 )
@@ -39,20 +47,19 @@ MARGIN = 1 << 12  # characters beyond the ends of a piece that are known with it
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read. `id` names its document, independently of where the inputs lie."""
+    """A file to read. `id` names its document, independently of where the inputs lie.
+
+    kind: TEXT (one document), LINES (of JSON, one each), ROWS (of Parquet, one each), or JSON: a
+    single JSON document, not lines. text_key: of the text in lines and rows.
+    """
 
     path: str
     id: str
     size: int
     mtime_ns: int
-
-    @property
-    def compressed(self) -> bool:
-        return self.path.endswith(_COMPRESSED)
-
-    @property
-    def is_jsonl(self) -> bool:
-        return _suffix(self.path) == ".jsonl"
+    compressed: bool
+    kind: str = TEXT
+    text_key: str = json_lines.TEXT_KEY
 
 
 @dataclass(frozen=True)
@@ -72,32 +79,35 @@ class Piece:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a `.jsonl` file, not yet parsed."""
+    """A line of JSON, not yet parsed. key: of its text."""
 
     path: str
     document: str
     raw: bytes
+    key: str
 
 
 Item = InputFile | Piece | Line
 
 
-def list_inputs(inputs: Sequence[str | os.PathLike], pattern: str = "") -> list[InputFile]:
+def list_inputs(
+    inputs: Sequence[str | os.PathLike], pattern: str = "", text_key: str = json_lines.TEXT_KEY
+) -> list[InputFile]:
     """All files of `inputs`, in an order that does not depend on the file system.
 
     Folders are searched recursively, hidden names left out: for `pattern` (shell wildcards on the
     file's name) or, without one, for the usual suffixes of text. Raises UserError for an input that
-    is missing, cannot be read, or has nothing to read in it.
+    is missing, cannot be read, is an archive or no text, or has nothing to read in it.
     """
     files: list[InputFile] = []
     for name in inputs:
         path = local_path(name)
         if str(name) == STDLIB and not path.exists():
-            files += _list_stdlib(pattern)
+            files += _list_stdlib(pattern, text_key)
         elif path.is_dir():
-            files += _list_folder(path, pattern)
+            files += _list_folder(path, pattern, text_key)
         elif path.exists():
-            files.append(_input_file(path, path.name))
+            files.append(_input_file(path, path.name, text_key))
         else:
             raise UserError(
                 f"Input {path} does not exist; check how it is spelt, and where the command was "
@@ -110,7 +120,7 @@ def list_inputs(inputs: Sequence[str | os.PathLike], pattern: str = "") -> list[
     return files
 
 
-def _list_folder(folder: Path, pattern: str) -> list[InputFile]:
+def _list_folder(folder: Path, pattern: str, text_key: str) -> list[InputFile]:
     found = []
     for root, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -122,17 +132,19 @@ def _list_folder(folder: Path, pattern: str) -> list[InputFile]:
             f"None of the {len(found)} files in {folder} {wanted}; choose others with --pattern."
         )
     prefix = folder.resolve().name
-    return [_input_file(p, f"{prefix}/{p.relative_to(folder).as_posix()}") for p in chosen]
+    return [
+        _input_file(p, f"{prefix}/{p.relative_to(folder).as_posix()}", text_key) for p in chosen
+    ]
 
 
-def _list_stdlib(pattern: str) -> list[InputFile]:
+def _list_stdlib(pattern: str, text_key: str) -> list[InputFile]:
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for path in sorted(folder.rglob(pattern or "*.py")):
         relative = path.relative_to(folder)
         # Some sources are deliberately in other encodings; they only test the parser.
         if not _STDLIB_SKIP & set(relative.parts) and _is_utf8(path):
-            files.append(_input_file(path, f"{STDLIB}/{relative.as_posix()}"))
+            files.append(_input_file(path, f"{STDLIB}/{relative.as_posix()}", text_key))
     return files
 
 
@@ -154,74 +166,39 @@ def _suffix(name: str) -> str:
     return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix.lower()
 
 
-def _input_file(path: Path, document: str) -> InputFile:
+def _input_file(path: Path, document: str, text_key: str) -> InputFile:
+    """Raises UserError if it cannot be read, or is neither text nor records with text."""
     try:
         stat = path.stat()
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return InputFile(str(path), document, stat.st_size, stat.st_mtime_ns)
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        compressed = is_compressed(head) or is_parquet(head)
+        kind = ROWS if is_parquet(head) else _kind(path, text_key)
+    except READ_ERRORS as error:
+        raise unreadable(path, error) from error
+    if kind == ROWS:
+        check_pyarrow(str(path))
+    # Names that are not UTF-8 are shown in ASCII: they go into tables and files.
+    name = os.fsencode(document).decode("utf-8", "backslashreplace")
+    return InputFile(str(path), name, stat.st_size, stat.st_mtime_ns, compressed, kind, text_key)
 
 
-def _unreadable(path: str | os.PathLike, error: Exception) -> UserError:
-    why = getattr(error, "strerror", None) or error
-    return UserError(
-        f"Cannot read {path} ({why}); mend it or its permissions, or leave it out of the input."
-    )
+def _kind(path: Path, text_key: str) -> str:
+    """What a file holds, by its suffix, and by its first lines where that does not say."""
+    suffix = _suffix(path.name)
+    with open_stream(path) as stream:
+        check_is_text(stream, path)
+        if suffix in _LINES_SUFFIXES:
+            return LINES
+        if suffix == ".json":
+            return LINES if json_lines.are_lines(stream, text_key) else JSON
+        if suffix not in TEXT_SUFFIXES and json_lines.are_lines(stream, text_key, by_key=True):
+            return LINES
+    return TEXT
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise _unreadable(error.filename, error) from error
-
-
-def open_stream(path: str) -> BinaryIO:
-    """The file's content as a stream of bytes, decompressed."""
-    if path.endswith(".xz"):
-        return cast(BinaryIO, lzma.open(path, "rb"))
-    if path.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if path.endswith(".zst"):
-        return cast(BinaryIO, io.BufferedReader(_ZstdReader(path), 1 << 20))
-    return Path(path).open("rb")
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a `.zst` file of one or more frames.
-
-    The library's own reader takes a file that was cut off for a complete one; this raises EOFError.
-    """
-
-    def __init__(self, path: str):
-        self._file = Path(path).open("rb")  # noqa: SIM115 (closed by close)
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._ready = memoryview(b"")
-        self._within = False  # a frame
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            block = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(
-                1 << 17
-            )
-            if not block:
-                if self._within:
-                    raise EOFError("the compressed file ends too early")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(block))
-            self._within = not self._frame.eof
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    raise unreadable(error.filename, error) from error
 
 
 def read_items(file: InputFile) -> Iterator[Item]:
@@ -229,8 +206,10 @@ def read_items(file: InputFile) -> Iterator[Item]:
 
     A short file is handed on by name: the worker reads it.
     """
-    if file.is_jsonl:
+    if file.kind == LINES:
         yield from _read_lines(file)
+    elif file.kind == ROWS:
+        yield from _read_rows(file)
     elif file.size > (_BLOCK // 4 if file.compressed else _BLOCK):
         yield from read_pieces(file)
     else:
@@ -240,16 +219,15 @@ def read_items(file: InputFile) -> Iterator[Item]:
 def read_pieces(file: InputFile) -> Iterator[Piece]:
     """The document of a text file, cut about every 4 MiB.
 
-    Raises UserError if it is not UTF-8 or its compression is damaged.
+    Raises UserError if it is not UTF-8 text or its compression is damaged.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte-order mark
     held, before, begins, position = "", "", True, 0
     try:
         with open_stream(file.path) as stream:
+            check_is_text(stream, file.path)
             while block := stream.read(_BLOCK):
                 held += decoder.decode(block)
-                if position == 0:
-                    held = held.removeprefix("\ufeff")  # a byte-order mark is not text
                 position += len(block)
                 # No piece is so short that its two ends are within reach of each other.
                 if len(held) >= max(_BLOCK // 4, 4 * MARGIN):
@@ -263,19 +241,25 @@ def read_pieces(file: InputFile) -> Iterator[Piece]:
             f"{file.path} is not UTF-8 text (about byte {position + error.start}); convert it to "
             "UTF-8 or leave it out."
         ) from error
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise _unreadable(file.path, error) from error
+    except READ_ERRORS as error:
+        raise unreadable(file.path, error) from error
     yield Piece(file.id, held, begins, ends=True, before=before)
 
 
 def _read_lines(file: InputFile) -> Iterator[Line]:
     try:
         with open_stream(file.path) as stream:
+            check_is_text(stream, file.path)
             for number, raw in enumerate(stream, start=1):
                 if raw.strip():
-                    yield Line(file.path, f"{file.id}:{number}", raw)
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise _unreadable(file.path, error) from error
+                    yield Line(file.path, f"{file.id}:{number}", raw, file.text_key)
+    except READ_ERRORS as error:
+        raise unreadable(file.path, error) from error
+
+
+def _read_rows(file: InputFile) -> Iterator[Piece]:
+    for number, text in read_column(file.path, file.text_key):
+        yield Piece(f"{file.id}:{number}", clean_text(text, f"{file.path}, row {number},"))
 
 
 def pieces_of(item: Item) -> Iterator[Piece]:
@@ -285,25 +269,8 @@ def pieces_of(item: Item) -> Iterator[Piece]:
     elif isinstance(item, InputFile):
         yield from read_pieces(item)
     else:
-        yield Piece(item.document, _json_text(item))
-
-
-def _json_text(line: Line) -> str:
-    where = f"{line.path}, line {line.document.rpartition(':')[2]}"
-    try:
-        record = json.loads(line.raw)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text.") from error
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}).") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{where}: no text under the key "text".')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the text has a lone surrogate, which is not Unicode.") from error
-    return text
+        where = f"{item.path}, line {item.document.rpartition(':')[2]}"
+        yield Piece(item.document, json_lines.text_of(item.raw, item.key, where))
 
 
 def item_size(item: Item) -> int:

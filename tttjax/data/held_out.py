@@ -24,15 +24,17 @@ class HeldOut:
     tokens: np.ndarray
     document: np.ndarray
     offset: np.ndarray
-    bos_id: int | None
     pad_id: int
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def batch(self, start: int = 0, stop: int | None = None) -> Batch:
-        """Sequences [start, stop) as a Batch; padding and BOS targets are masked."""
-        return make_batch(self.tokens[start:stop], self.bos_id, self.pad_id)
+        """Sequences [start, stop) as a Batch; padding is masked.
+
+        No target starts a document, since each sequence lies within one.
+        """
+        return make_batch(self.tokens[start:stop], pad_id=self.pad_id)
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All sequences in order; the last batch may be smaller."""
@@ -104,6 +106,6 @@ def _read(
     begin = starts[document] + offset
     end = np.minimum(begin + length + 1, stops[document])
     records = DocumentRecords(tokens, length, begin, end)
-    stacked = np.stack([records[i] for i in range(len(records))])
+    stacked = np.stack([records[i].tokens_S for i in range(len(records))])
     eos = data.tokenizer.eos_id
-    return HeldOut(stacked, document, offset, data.tokenizer.bos_id, 0 if eos is None else eos)
+    return HeldOut(stacked, document, offset, 0 if eos is None else eos)

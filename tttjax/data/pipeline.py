@@ -19,7 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from tttjax.data.records import PADDING, Records, document_records, stream_records
+from tttjax.data.records import PADDING, Record, Records, document_records, stream_records
 from tttjax.data.shards import PreparedData, open_prepared
 from tttjax.errors import UserError
 from tttjax.types import Batch
@@ -74,17 +74,17 @@ def local_batches(
 
 
 def make_batch(
-    records: Sequence[np.ndarray] | np.ndarray, bos_id: int | None = None, pad_id: int = 0
+    tokens_BS: np.ndarray, leave_out_BS: np.ndarray | None = None, pad_id: int = 0
 ) -> Batch:
-    """Records int32 [T+1] to a Batch: inputs, the tokens that follow them, and which ones count.
+    """Records int32 [B, T+1] to a Batch: inputs, the tokens that follow them, and which ones count.
 
-    A target that is BOS does not count (nothing foretells the next document), nor does padding.
+    leave_out_BS: bool [B, T+1], tokens that do not count as targets. Padding does not either.
     """
-    tokens = np.stack(list(records))
-    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-    mask_BT = targets_BT != (PADDING if bos_id is None else bos_id)
-    if tokens.min() == PADDING:
-        mask_BT &= targets_BT != PADDING
+    inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
+    mask_BT = targets_BT != PADDING
+    if leave_out_BS is not None:
+        mask_BT &= ~leave_out_BS[:, 1:]
+    if tokens_BS.min() == PADDING:
         inputs_BT = np.where(inputs_BT == PADDING, np.int32(pad_id), inputs_BT)
         targets_BT = np.where(targets_BT == PADDING, np.int32(pad_id), targets_BT)
     whole: Any = np.ascontiguousarray  # numpy arrays: the train step puts them on the devices
@@ -96,8 +96,15 @@ class _BatchFn:
     bos_id: int | None
     pad_id: int
 
-    def __call__(self, records: Sequence[np.ndarray]) -> Batch:
-        return make_batch(records, self.bos_id, self.pad_id)
+    def __call__(self, records: Sequence[Record]) -> Batch:
+        """A BOS that starts a document is no target: the next document is unpredictable.
+
+        By its position, since the EOS that ends a document may have the same id.
+        """
+        tokens_BS = np.stack([record.tokens_S for record in records])
+        starts_BS = np.stack([record.starts_S for record in records])
+        leave_out_BS = None if self.bos_id is None else starts_BS & (tokens_BS == self.bos_id)
+        return make_batch(tokens_BS, leave_out_BS, self.pad_id)
 
 
 class TrainStream:

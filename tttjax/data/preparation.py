@@ -65,6 +65,11 @@ def prepare(
     if num_workers is not None and not 0 <= num_workers <= MOST_WORKERS:
         raise UserError(f"num_workers={num_workers} must be from 0 to {MOST_WORKERS}.")
     source = InputSource.find(chosen)
+    if source.left_out:
+        log(
+            f"prepare: {len(source.left_out)} .json files of folders are left out: they are single "
+            f"JSON documents, not JSON lines (the first: {source.left_out[0].path})"
+        )
     folder = local_path(out_dir, "--out")
     try:
         _prepare(chosen, source, folder, num_workers, overwrite, log)
@@ -210,7 +215,9 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
 
 
 def _differences(found: dict[str, Any], request: dict[str, Any]) -> str:
-    old, new = found.get("settings", {}), request["settings"]
+    # A setting that is newer than the data set had its default.
+    defaults = _plain(PrepareSettings(inputs=()))
+    old, new = {**defaults, **found.get("settings", {})}, request["settings"]
     names = [f"{name} ({old.get(name)!r})" for name in new if old.get(name) != new[name]]
     if not names and found.get("inputs") != request["inputs"]:
         names = ["content of its input files"]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.data import shards, zarr
-from tttjax.data.documents import InputFile, list_inputs
+from tttjax.data.documents import JSON, InputFile, list_inputs
 from tttjax.data.encode import Task, encode_in_order, make_tasks
+from tttjax.data.json_lines import TEXT_KEY
 from tttjax.data.manifest import token_dtype
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
@@ -44,6 +45,7 @@ class PrepareSettings:
     split_manifest: str = ""
     seed: int = 0
     pattern: str = ""
+    text_key: str = TEXT_KEY
     min_document_tokens: int = 0
     add_bos: bool = True
     add_eos: bool = False
@@ -56,6 +58,8 @@ class PrepareSettings:
                 f"val_fraction={self.val_fraction} must be at least 0 and less than 1: the share "
                 "of documents that is held out."
             )
+        if not self.text_key:
+            raise UserError("text_key is empty; name the key of the text in JSON lines or Parquet.")
         for name in ("vocab_size", "shard_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -67,33 +71,60 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class InputSource:
-    """The inputs, looked up: text files, or one Zarr folder. `identity` changes when they do."""
+    """The inputs, looked up: text files, or one Zarr folder. `identity` changes when they do.
+
+    left_out: files of folders that are single JSON documents: settings or data, hardly text.
+    """
 
     files: tuple[InputFile, ...]
     zarr_root: str
     total_bytes: int
     identity: str
+    left_out: tuple[InputFile, ...] = ()
 
     @staticmethod
     def find(settings: PrepareSettings) -> "InputSource":
         if any(zarr.is_zarr(path) for path in settings.inputs):
             return InputSource._find_zarr(settings)
-        files = tuple(list_inputs(settings.inputs, settings.pattern))
+        found = list_inputs(settings.inputs, settings.pattern, settings.text_key)
+        left_out = _single_documents(settings, found)
+        files = tuple(file for file in found if file not in left_out)
+        if not files:
+            raise _not_lines(left_out[0])
         marks = [[file.id, file.size, file.mtime_ns] for file in files]
         total = sum(file.size * (4 if file.compressed else 1) for file in files)
-        return InputSource(files, "", total, _hash([marks, _named_files(settings)]))
+        return InputSource(files, "", total, _hash([marks, _named_files(settings)]), left_out)
 
     @staticmethod
     def _find_zarr(settings: PrepareSettings) -> "InputSource":
         if len(settings.inputs) > 1:
             raise UserError("A Zarr folder must be the only input: its arrays are its splits.")
-        if settings.min_document_tokens or settings.split_manifest or settings.pattern:
+        given = (settings.min_document_tokens, settings.split_manifest, settings.pattern)
+        if any(given) or settings.text_key != TEXT_KEY:
             raise UserError(
-                "A Zarr folder is taken as it is: min_document_tokens, split_manifest and pattern "
-                "do not apply to it."
+                "A Zarr folder is taken as it is: min_document_tokens, split_manifest, pattern and "
+                "text_key do not apply to it."
             )
         total, marks = zarr.zarr_size(settings.inputs[0])
         return InputSource((), settings.inputs[0], total, _hash([marks, _named_files(settings)]))
+
+
+def _single_documents(settings: PrepareSettings, files: list[InputFile]) -> tuple[InputFile, ...]:
+    """Single JSON documents among the files of folders. UserError for one that was asked for."""
+    named = {str(Path(name)) for name in settings.inputs}
+    single = tuple(file for file in files if file.kind == JSON)
+    for file in single:
+        if settings.pattern or file.path in named:
+            raise _not_lines(file)
+    return single
+
+
+def _not_lines(file: InputFile) -> UserError:
+    return UserError(
+        f"{file.path} is one JSON document, not JSON lines (an object a line), so which texts are "
+        "in it is not clear; make it lines (jq -c '.[]' does of an array), or name it .txt to read "
+        "it as text."
+    )
 
 
 def _named_files(settings: PrepareSettings) -> list[str]:

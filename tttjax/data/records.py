@@ -6,7 +6,7 @@ first, and there are (N-1) // T records. "documents": a sequence never holds par
 a document longer than T is cut into consecutive pieces in the same way, and the last is padded.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,12 +16,20 @@ from tttjax.errors import UserError
 PADDING = -1
 
 
+class Record(NamedTuple):
+    """tokens_S: int32 [T+1], PADDING behind a short record's end. starts_S: bool [T+1], whether a
+    token is the first of a document; not said of the record's own first, which is no target."""
+
+    tokens_S: np.ndarray
+    starts_S: np.ndarray
+
+
 class Records(Protocol):
-    """A Grain random-access source of int32 [T+1] records; PADDING behind a short one's end."""
+    """A Grain random-access source of records."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> Record: ...
 
 
 class StreamRecords:
@@ -34,9 +42,12 @@ class StreamRecords:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Record:
         start = int(index) * self._seq_len
-        return self._split.read(start, start + self._seq_len + 1)
+        stop = start + self._seq_len + 1
+        starts_S = np.zeros(stop - start, bool)
+        starts_S[self._split.document_starts(start, stop) - start] = True
+        return Record(self._split.read(start, stop), starts_S)
 
 
 class DocumentRecords:
@@ -49,13 +60,10 @@ class DocumentRecords:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Record:
         tokens = self._split.read(int(self.starts[index]), int(self.stops[index]))
-        if len(tokens) == self._seq_len + 1:
-            return tokens
-        record = np.full(self._seq_len + 1, PADDING, np.int32)
-        record[: len(tokens)] = tokens
-        return record
+        padding = np.full(self._seq_len + 1 - len(tokens), PADDING, np.int32)
+        return Record(np.concatenate((tokens, padding)), np.zeros(self._seq_len + 1, bool))
 
 
 def stream_records(split: TokenSplit, seq_len: int) -> StreamRecords:

@@ -13,6 +13,7 @@ Flat arrays, since one prepared data set then serves every sequence length, and 
 slice of a memory map. The manifest has size and CRC-32 of every file, and a checksum of itself.
 """
 
+import bisect
 import json
 import os
 import zlib
@@ -92,6 +93,23 @@ class TokenSplit:
             filled += len(part)
             first += 1
         return out
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Where documents start in the stream between `start` and `stop`, ascending; int64.
+
+        A few look-ups in the index on disk: nothing of the length of the index is in memory.
+        """
+        found = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while shard < len(self._shards) and self._starts[shard] < stop:
+            first = int(self._starts[shard])
+            # A document starts where the one before it in the shard ends, the first with the shard.
+            ends_D = np.asarray(self._shards[shard].documents)[:-1, 0]
+            low = bisect.bisect_left(ends_D, start - first)
+            high = bisect.bisect_left(ends_D, stop - first, low)
+            found += [first] * (first >= start) + [first + int(end) for end in ends_D[low:high]]
+            shard += 1
+        return np.array(found, np.int64)
 
     def document_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] start and stop of every document in the stream."""

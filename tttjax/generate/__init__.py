@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from tttjax import progress
+from tttjax.data.streams import check_unicode, clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.evaluate.runs import MODES
 from tttjax.flag_types import float32, int32, uint32
@@ -194,6 +195,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if "" in args.stop:
         raise UserError("--stop is empty, and would end every text at once.")
+    for stop in args.stop:
+        check_unicode(stop, "--stop")
 
 
 def _check_samples(samples: int, opened: Opened) -> None:
@@ -208,13 +211,8 @@ def _check_samples(samples: int, opened: Opened) -> None:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt_file:
-        try:
-            if args.prompt_file == "-":
-                return sys.stdin.buffer.read().decode("utf-8")
-            return Path(args.prompt_file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{args.prompt_file} is not UTF-8 text ({error}).") from error
-    return args.prompt or ""
+        return read_text(args.prompt_file)
+    return clean_text(args.prompt or "", "--prompt")
 
 
 def encode_prompt(opened: Opened, text: str, *, is_first: bool) -> np.ndarray:

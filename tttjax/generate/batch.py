@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tttjax.data.streams import clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.generate.opened import Opened
 from tttjax.inference.engine import Session
@@ -20,17 +20,14 @@ def read_prompts(path: str) -> list[str]:
     Raises UserError, with the line, for anything else.
     """
     prompts = []
-    try:
-        # Not splitlines: JSON strings may hold other characters that it takes for ends of lines.
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}).") from error
+    # Not splitlines: JSON strings may hold other characters that it takes for ends of lines.
+    lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}, is not JSON ({error}).") from error
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str) or not prompt:
@@ -38,7 +35,7 @@ def read_prompts(path: str) -> list[str]:
                 f"{path}, line {number}, has no prompt: it must be a JSON string, or an object "
                 f'with one as "prompt", and not empty'
             )
-        prompts.append(prompt)
+        prompts.append(clean_text(prompt, f"{path}, line {number}: the prompt"))
     if not prompts:
         raise UserError(f"{path} has no prompts in it")
     return prompts

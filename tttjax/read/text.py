@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.data.documents import InputFile, list_inputs, read_pieces
+from tttjax.data.documents import LINES, ROWS, InputFile, list_inputs, read_pieces
 from tttjax.data.stretches import encode_piece
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.errors import UserError
@@ -55,10 +55,14 @@ class TextReading:
 
 
 def one_text(name: str) -> InputFile:
-    """The file of that name. UserError if it is none, or a folder of several."""
+    """The file of that name. UserError if it is none, or holds several texts."""
     files = list_inputs([name])
     if len(files) != 1:
         raise UserError(f"{name} holds {len(files)} texts; name one file")
+    if files[0].kind in (LINES, ROWS):
+        raise UserError(
+            f"{name} holds the texts of many documents ({files[0].kind}); name a file of one text"
+        )
     return files[0]
 
 

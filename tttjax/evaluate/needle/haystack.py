@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tttjax.data.documents import list_inputs, read_pieces
+from tttjax.data.documents import list_inputs, pieces_of, read_items
 from tttjax.data.shards import PreparedData
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.errors import UserError
@@ -88,13 +88,14 @@ def sentences(text: str) -> list[str]:
 
 
 def from_file(path: Path | str, tokenizer: Tokenizer, characters: int) -> Haystack:
-    """The beginning of a text file (also .gz, .xz, .zst), about so many characters.
+    """The beginning of a file or folder, as `tttjax prepare` reads it, about so many characters.
 
     Raises UserError if it cannot be read or has no sentence.
     """
     text = ""
-    for piece in chain.from_iterable(map(read_pieces, list_inputs([path]))):
-        text += piece.text
+    items = chain.from_iterable(map(read_items, list_inputs([path])))
+    for piece in chain.from_iterable(map(pieces_of, items)):
+        text += piece.text + "\n" * piece.ends
         if len(text) >= characters:
             break
     return _of_text(str(path), text[:characters], tokenizer)

@@ -1,0 +1,67 @@
+"""Rows of Parquet files, a few at a time, with pyarrow (an extra)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tttjax.errors import UserError
+
+_ROWS = 64  # at once
+_BUFFER = 1 << 20  # bytes read at once, instead of a whole column of a row group
+
+
+def check_pyarrow(path: str) -> None:
+    """UserError if the library that reads Parquet is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401 (an extra, needed for such files alone)
+    except ImportError as error:
+        raise UserError(
+            f"{path} is a Parquet file, and reading it needs pyarrow: pip install pyarrow"
+        ) from error
+
+
+def read_column(path: str, key: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of every row, from the column `key`.
+
+    Memory does not grow with the file. Raises UserError if it is damaged, or has no such text.
+    """
+    check_pyarrow(path)
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+            _check_column(file.schema_arrow, path, key)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[key]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if text is None:
+                        raise UserError(f"{path}, row {number}: no text in the column {key!r}.")
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}, after row {number}: not UTF-8 text.") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Cannot read {path} ({reason}); mend it, or leave it out.") from error
+
+
+def _check_column(schema: Any, path: str, key: str) -> None:
+    """UserError if the file has no column of text of this name."""
+    columns = [
+        name for name, kind in zip(schema.names, schema.types, strict=True) if _is_text(kind)
+    ]
+    if key not in columns:
+        have = ", ".join(f'"{name}"' for name in columns) or "none"
+        raise UserError(
+            f'{path} has no text in a column "{key}" (its columns of text: {have}); name one with '
+            "--text-key."
+        )
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_string = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+    return is_string or pyarrow.types.is_string_view(kind)

@@ -1,0 +1,192 @@
+"""Bytes of input files, decompressed by what they hold, and text of bytes.
+
+Every text that enters goes through here: it is UTF-8, a byte-order mark in front is dropped, line
+ends are kept. What is no text (archives, other binary files) is refused.
+"""
+
+import gzip
+import io
+import lzma
+import os
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from tttjax.errors import UserError
+
+BYTE_ORDER_MARK = "\ufeff"
+# What reading a file, or decompressing it, may raise.
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
+_HEAD = 8192  # bytes that are looked at to tell text from other content
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+}
+_OTHERS = {
+    b"BZh": "compressed with bzip2",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"%PDF-": "a PDF file",
+    b"ARROW1\x00": "an Arrow file",
+}
+
+
+def unreadable(path: str | os.PathLike, error: Exception) -> UserError:
+    why = getattr(error, "strerror", None) or error
+    return UserError(
+        f"Cannot read {path} ({why}); mend it or its permissions, or leave it out of the input."
+    )
+
+
+def is_compressed(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is of gzip, xz or Zstandard."""
+    return head.startswith((b"\x1f\x8b", b"\xfd7zXZ\x00")) or _is_zstd(head)
+
+
+def _is_zstd(head: bytes) -> bool:
+    skippable = head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F
+    return skippable or head.startswith(b"\x28\xb5\x2f\xfd")
+
+
+def is_parquet(head: bytes) -> bool:
+    """Whether a file that begins with these bytes, some hundreds of them, is a Parquet file."""
+    return head.startswith(b"PAR1") and b"\x00" in head
+
+
+def open_stream(path: str | os.PathLike) -> BinaryIO:
+    """The file's content as a stream of bytes, decompressed whatever its name."""
+    return decompressed(Path(path).open("rb"))
+
+
+def decompressed(file: Any) -> BinaryIO:
+    """A buffered stream of bytes, decompressed if it holds compressed ones."""
+    head = file.peek(8)[:8]
+    if head.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, _Closing(gzip.GzipFile(fileobj=file), file))
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return cast(BinaryIO, _Closing(lzma.LZMAFile(file), file))
+    if _is_zstd(head):
+        return cast(BinaryIO, io.BufferedReader(_ZstdReader(file), 1 << 20))
+    return file
+
+
+class _Closing(io.BufferedReader):
+    """A reader on a file, which is closed with it."""
+
+    def __init__(self, reader: Any, file: Any):
+        super().__init__(reader, 1 << 20)
+        self._file = file
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompressed bytes of Zstandard frames, one or more.
+
+    The library's own reader takes a file that was cut off for a complete one; this raises EOFError.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = memoryview(b"")
+        self._within = False  # a frame
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(
+                1 << 17
+            )
+            if not block:
+                if self._within:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(block))
+            self._within = not self._frame.eof
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def check_is_text(stream: Any, name: str | os.PathLike) -> None:
+    """UserError if a buffered stream begins as no text does: archives, other binary content."""
+    head = stream.peek(_HEAD)[:_HEAD]
+    kind = next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
+    if head[257:262] == b"ustar":
+        kind = "a tar archive"
+    if kind:
+        raise UserError(f"{name} is {kind}; unpack it, and name the folder or its files.")
+    kind = next((kind for magic, kind in _OTHERS.items() if head.startswith(magic)), None)
+    if kind and kind.startswith("compressed"):
+        raise UserError(
+            f"{name} is {kind}, which is not read here; unpack it, or compress it with zstd, gzip "
+            "or xz."
+        )
+    if is_parquet(head):
+        raise UserError(f"{name} is a Parquet file of many documents, not one text.")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{name} is not UTF-8 text (it looks like UTF-16); convert it to UTF-8.")
+    if kind or b"\x00" in head:
+        raise UserError(f"{name} is {kind or 'a binary file'}, not text; leave it out.")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The whole text of a file, decompressed if need be; "-": of standard input.
+
+    Raises UserError if it cannot be read or is not UTF-8 text.
+    """
+    is_input = os.fspath(path) == "-"
+    name = "standard input" if is_input else path
+    try:
+        if is_input:
+            raw: Any = io.BytesIO(sys.stdin.buffer.read())
+            stream = decompressed(io.BufferedReader(raw))
+        else:
+            stream = open_stream(path)
+        with stream:
+            check_is_text(stream, name)
+            return stream.read().decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(f"{name} does not exist") from error
+    except READ_ERRORS as error:
+        raise unreadable(name, error) from error
+
+
+def clean_text(text: str, name: str) -> str:
+    """A text from elsewhere than a file, as if it had been read from one. Raises UserError as
+    `check_unicode` does.
+    """
+    check_unicode(text, name)
+    return text.removeprefix(BYTE_ORDER_MARK)
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raises UserError if a text has a lone surrogate: half of a character, which is also how
+    Python shows bytes of a command line that are not UTF-8. name: what it is, for the message.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} has a lone surrogate ({text[error.start]!r} at character {error.start}), "
+            "which is not Unicode text; give it as UTF-8."
+        ) from error
