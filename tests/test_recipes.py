@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tttjax.config import Config, from_config_dict, load_config, parameter_count, to_flat_dict
-from tttjax.config.files import load_config_dict
+from tttjax.config import Config, load_config, parameter_count, to_flat_dict
 from tttjax.errors import UserError
 from tttjax.flops import train_flops_per_token
 from tttjax.models import build_model
@@ -335,11 +334,9 @@ def test_every_model_can_be_built(word):
         assert size(params.fast) == count["fast"]
 
 
-@pytest.mark.parametrize("word", RECIPES)
-def test_every_recipe_resolves(word):
-    config = resolve(word)
-    assert from_config_dict(load_config_dict(str(EXPERIMENTS / word))) == config
-    assert config.optim.warmup_steps < config.train.steps
+def test_every_recipe_warms_up_before_it_ends():
+    settings = {word: resolve(word) for word in RECIPES}
+    assert not [w for w, c in settings.items() if c.optim.warmup_steps >= c.train.steps]
 
 
 @pytest.mark.parametrize(
