@@ -164,4 +164,4 @@ def test_a_path_is_expanded_once(tmp_path, monkeypatch):
     }.items():
         assert local_path(text) == Path(expected)
         assert local_path(local_path(text)) == Path(expected)
-    assert absolute_path("./x/../y") == str(tmp_path / "y")
+    assert absolute_path("./x/../y") == f"{tmp_path}/x/../y"  # x may be a link

@@ -16,7 +16,7 @@ import tokenizers as hf
 from tttjax import prepare as command
 from tttjax.data import preparation, prepare_pass, writer
 from tttjax.data.preparation import prepare
-from tttjax.data.shards import open_prepared
+from tttjax.data.shards import JOURNAL, open_prepared
 from tttjax.errors import UserError
 from tttjax.locks import FOLDER_LOCK, hold
 from tttjax.sealed import SEAL
@@ -426,6 +426,18 @@ def test_data_older_than_a_setting_are_found_finished(corpus, tmp_path):
     lines = []
     prepare([corpus], tmp_path / "d", num_workers=0, log=lines.append)
     assert any("already prepared" in line for line in lines)
+
+
+def test_journal_of_an_earlier_version_is_not_continued(corpus, tmp_path):
+    out = tmp_path / "d"
+    prepare([corpus], out, num_workers=0)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").unlink()
+    journal = {name: manifest[name] for name in ("settings", "inputs")}
+    (out / JOURNAL).write_text(json.dumps({**journal, "tasks": 1}))  # those had no checksum
+    with pytest.raises(UserError, match="by an earlier version"):
+        prepare([corpus], out, num_workers=0)
+    assert prepare([corpus], out, num_workers=0, overwrite=True).splits
 
 
 def test_parquet_goes_on_after_a_kill(tmp_path, monkeypatch):

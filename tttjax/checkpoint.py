@@ -129,8 +129,8 @@ class Checkpointer:
             "data_state": data_state,
             "extra": extra or {},
             "config": config,
+            "tokenizer": tokenizer,
         }
-        meta["tokenizer"] = tokenizer
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
         items[io.META] = ocp.args.JsonSave(meta)
         try:

@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "more train.accum_steps, mesh.fsdp or inner.trajectory=recompute, the rest with "
                 "fewer tokens or texts at once; `tttjax plan` says what fits."
             )
+        if isinstance(error, RecursionError) and "JSON" in str(error):
+            return _report("A JSON file is nested too deeply to be read; it is damaged.")
         if sentence := _about_a_path(error):
             return _report(sentence)
         raise

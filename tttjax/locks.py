@@ -212,7 +212,12 @@ def _create(path: Path, me: _Holder) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)  # another holder may have removed it again
     try:
         with path.open("xb") as file:
-            file.write(_content(me))
+            try:
+                file.write(_content(me))
+                file.flush()
+            except OSError:  # no space: an empty lock would be waited for
+                path.unlink(missing_ok=True)
+                raise
     except (FileExistsError, FileNotFoundError):
         return False
     return True

@@ -45,4 +45,4 @@ def path_text(value: str | os.PathLike, option: str = "") -> str:
 
 def absolute_path(value: str | os.PathLike, option: str = "") -> str:
     """`local_path`, found from every folder. Symbolic links stay what they are."""
-    return os.path.abspath(local_path(value, option))
+    return str(local_path(value, option).absolute())

@@ -29,7 +29,7 @@ def version_of(text: str | bytes, name: str) -> Any:
 
     Raises ValueError for what is no JSON object, or lacks the name.
     """
-    values = json.loads(text)
+    values = _parse(text)
     if not isinstance(values, dict) or name not in values:
         raise ValueError(f"it has no {name}")
     return values[name]
@@ -42,7 +42,7 @@ def read_object(text: str | bytes, *, is_sealed: bool = False) -> dict[str, Any]
     Raises ValueError for anything else, for numbers that are not finite, and for a checksum that
     differs.
     """
-    values = json.loads(text, parse_constant=_refuse)
+    values = _parse(text, parse_constant=_refuse)
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__} instead of an object")
     if is_sealed and SEAL not in values:
@@ -50,6 +50,13 @@ def read_object(text: str | bytes, *, is_sealed: bool = False) -> dict[str, Any]
     if SEAL in values and values[SEAL] != checksum(values):
         raise ValueError("its checksum differs, so it was changed or cut short")
     return values
+
+
+def _parse(text: str | bytes, **options: Any) -> Any:
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _refuse(name: str) -> None:

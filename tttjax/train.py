@@ -126,7 +126,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
-    with hold_workdir(workdir) as lock, nothing_left_of_a_failed_start(workdir):
+    with hold_workdir(workdir) as lock, nothing_left_of_a_failed_start(workdir, lock):
         check_same_run(workdir, config)
         with contextlib.ExitStack() as closing:
             closing.enter_context(precision.as_configured(config))
@@ -199,19 +199,17 @@ def _set_up(
     logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
     finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
     run = Run(
-        *(
-            config,
-            workdir,
-            lock,
-            trainer,
-            batches,
-            tokenizer,
-            saver,
-            logger,
-            finished,
-            totals,
-            start,
-        )
+        config=config,
+        workdir=workdir,
+        lock=lock,
+        trainer=trainer,
+        batches=batches,
+        tokenizer=tokenizer,
+        saver=saver,
+        logger=logger,
+        finished=finished,
+        totals=totals,
+        start=start,
     )
     return run, state
 

@@ -36,11 +36,12 @@ def hold_workdir(workdir: Path) -> Iterator[Lock]:
             yield lock
         return
     with contextlib.ExitStack() as holding:
-        lock, refusal = Lock(workdir), None
+        lock = Lock(workdir)
+        refusal: Exception | None = None
         if jax.process_index() == 0:
             try:  # JAX has its own handler of SIGTERM here
                 lock = holding.enter_context(hold(workdir, ends_on_sigterm=False))
-            except UserError as error:
+            except (UserError, OSError) as error:  # the others wait to hear of it
                 refusal = error
         is_refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
         if is_refused:
@@ -49,8 +50,11 @@ def hold_workdir(workdir: Path) -> Iterator[Lock]:
 
 
 @contextlib.contextmanager
-def nothing_left_of_a_failed_start(workdir: Path) -> Iterator[None]:
-    """Removes what was made in a new work directory, unless its configuration has been written."""
+def nothing_left_of_a_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
+    """Removes what was made in a new work directory, unless its configuration has been written.
+
+    What another process, which took the lock over, may have made stays.
+    """
     if jax.process_index() != 0 or (workdir / CONFIG).exists():
         yield
         return
@@ -58,7 +62,7 @@ def nothing_left_of_a_failed_start(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (workdir / CONFIG).exists():
+        if not lock.lost.is_set() and not (workdir / CONFIG).exists():
             for name in {path.name for path in workdir.iterdir()} & MADE - before:
                 path = workdir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

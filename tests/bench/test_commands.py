@@ -60,6 +60,8 @@ def test_command_line_prints_table_and_json(capsys):
         (["true"], "", "at least two"),
         (["true", program("import sys; sys.exit('broken')")], "", "exit code 1: broken"),
         (["true", "no-such-program"], "", "cannot be started"),
+        (["true", "echo 'open"], "", "cannot be split"),
+        (["true", ""], "", "is empty"),
         (["true", "true"], "{out}/f.json:s", "no numbers"),
         (["true", "true"], "seconds", "FILE:KEY"),
         ([program(WRITE % 0), "true"], "{out}/f.json:s", "not positive"),

@@ -67,13 +67,14 @@ def bench_commands(
     check_rounds(rounds)
     if len(commands) < 2:
         raise UserError("give at least two commands, each in quotes")
+    split = [_split(command) for command in commands]
     path, _, keys = figures.rpartition(":")
     if figures and not (path and keys):
         raise UserError(f"--figures={figures} must be FILE:KEY,KEY")
     measured: list[list[dict[str, float]]] = [[] for _ in commands]
     for number in range(rounds + 1):
         for i, command in enumerate(commands):
-            values = _run(command, path, keys.split(",") if keys else [])
+            values = _run(command, split[i], path, keys.split(",") if keys else [])
             if number:
                 measured[i].append(values)
             if log:
@@ -100,10 +101,20 @@ def _figure(
     )
 
 
-def _run(command: str, path: str, keys: Sequence[str]) -> dict[str, float]:
+def _split(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"`{command}` cannot be split into words: {error}") from error
+    if not words:
+        raise UserError("a command is empty")
+    return words
+
+
+def _run(command: str, given: Sequence[str], path: str, keys: Sequence[str]) -> dict[str, float]:
     """Runs one command to its end; its figures by name."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as printed:
-        words = [word.replace(OUT, f"{folder}/out") for word in shlex.split(command)]
+        words = [word.replace(OUT, f"{folder}/out") for word in given]
         start = time.perf_counter()
         try:
             process = subprocess.Popen(

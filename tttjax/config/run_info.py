@@ -223,7 +223,8 @@ def possible_places(path: str, workdir: str | Path) -> list[Path]:
 def is_same_place(before: str, now: str, workdir: str | Path) -> bool:
     """Whether two paths in configurations of a run are one, also if all was moved together."""
     places = possible_places(before, workdir)[: 2 if os.path.isabs(before) else 1]
-    return absolute_path(now) in map(absolute_path, places)
+    found = {os.path.normpath(absolute_path(place)) for place in places}
+    return os.path.normpath(absolute_path(now)) in found
 
 
 def _earlier_place(workdir: str | Path) -> str:

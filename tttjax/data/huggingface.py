@@ -57,7 +57,7 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = max(ids.values()) + 1
         self.bos_id: int | None = self._special(path, "bos", bos_id, _BOS_NAMES)
         self.eos_id: int | None = self._special(path, "eos", eos_id, _EOS_NAMES)
-        splits = self._definition.get("pre_tokenizer") is not None
+        splits = _splits(self._definition.get("pre_tokenizer"))
         self.can_be_cut = splits or self._definition["model"].get("type") != "Unigram"
         decoder = self._definition.get("decoder")
         self._byte_level = decoder is not None and _kinds(decoder) <= {"ByteLevel", "Fuse"}
@@ -158,6 +158,17 @@ def _parts(decoder: Any) -> list[dict[str, Any]]:
 
 def _kinds(decoder: Any) -> set[str]:
     return {part["type"] for part in _parts(decoder)}
+
+
+def _splits(pre_tokenizer: Any) -> bool:
+    """Whether it cuts a text into words, whatever else it does."""
+    if not pre_tokenizer:
+        return False
+    if pre_tokenizer["type"] == "Sequence":
+        return any(map(_splits, pre_tokenizer["pretokenizers"]))
+    if pre_tokenizer["type"] == "Metaspace":
+        return pre_tokenizer.get("split", True)
+    return pre_tokenizer["type"] != "ByteLevel" or pre_tokenizer.get("use_regex", True)
 
 
 def _without_bytes(decoder: Any) -> dict[str, Any]:

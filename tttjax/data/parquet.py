@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from tttjax.errors import UserError
+from tttjax.errors import UserError, install_extra
 
 _ROWS = 64  # at once
 _BUFFER = 1 << 20  # bytes read at once, instead of a whole column of a row group
@@ -15,7 +15,7 @@ def check_pyarrow(path: str) -> None:
         import pyarrow.parquet  # noqa: F401 (an extra, needed for such files alone)
     except ImportError as error:
         raise UserError(
-            f"{path} is a Parquet file, and reading it needs pyarrow: pip install pyarrow"
+            f"{path} is a Parquet file, and reading it needs pyarrow: {install_extra('parquet')}"
         ) from error
 
 

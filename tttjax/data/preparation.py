@@ -27,9 +27,9 @@ from tttjax.data.splits import VAL, SplitRule, read_split_manifest
 from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.data.vocabulary import make_tokenizer
 from tttjax.errors import UserError
-from tttjax.locks import FOLDER_LOCK, hold
+from tttjax.locks import FOLDER_LOCK, Lock, hold
 from tttjax.paths import local_path, path_text
-from tttjax.sealed import read_object
+from tttjax.sealed import SEAL, read_object
 
 MOST_WORKERS = 1024
 
@@ -89,12 +89,19 @@ def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite
     if not overwrite and finished.exists() and not _differences(_read_json(finished), request):
         log(f"prepare: {folder} is already prepared with these settings")  # perhaps read-only
         return
-    with hold(folder):
-        _prepare_alone(settings, source, folder, request, num_workers, overwrite, log)
+    with hold(folder) as lock:
+        _prepare_alone(settings, source, folder, request, num_workers, overwrite, log, lock)
 
 
 def _prepare_alone(
-    settings, source: InputSource, folder: Path, request, num_workers, overwrite: bool, log: Log
+    settings,
+    source: InputSource,
+    folder: Path,
+    request,
+    num_workers,
+    overwrite: bool,
+    log: Log,
+    lock: Lock,
 ) -> None:
     place = _place_to_build(folder, request, overwrite)
     existed = place.exists()
@@ -104,7 +111,7 @@ def _prepare_alone(
         return
     if journal is not None:
         try:
-            _write_all(settings, source, place, num_workers, journal, log)
+            _write_all(settings, source, place, num_workers, journal, log, lock)
         except ResumableError:
             raise
         except UserError:
@@ -123,7 +130,14 @@ def _place_to_build(folder: Path, request: dict[str, Any], overwrite: bool) -> P
     started = folder / JOURNAL
     if (folder / MANIFEST).exists() or beside.exists():
         return beside
-    return beside if started.exists() and _differences(_read_json(started), request) else folder
+    if started.exists() and (_differences(_read_json(started), request) or not _is_ours(started)):
+        return beside
+    return folder
+
+
+def _is_ours(journal: Path) -> bool:
+    """Whether this version began it: earlier ones cut their inputs into other tasks."""
+    return SEAL in _read_json(journal)
 
 
 def _beside(folder: Path, state: str) -> Path:
@@ -156,7 +170,9 @@ def _swap(new: Path, folder: Path) -> None:
     old.rmdir()
 
 
-def _write_all(settings, source: InputSource, folder: Path, num_workers, journal, log: Log) -> None:
+def _write_all(
+    settings, source: InputSource, folder: Path, num_workers, journal, log: Log, lock: Lock
+) -> None:
     listed = read_split_manifest(settings.split_manifest) if settings.split_manifest else None
     rule = SplitRule(settings.val_fraction, settings.seed, listed, journal.get("forced", {}))
     if not (folder / TOKENIZER_DIR / CONFIG_FILE).exists():
@@ -168,7 +184,7 @@ def _write_all(settings, source: InputSource, folder: Path, num_workers, journal
             f"The tokenizer {settings.tokenizer} has no EOS; give its id with --eos-id."
         )
     workers = default_workers(source.total_bytes) if num_workers is None else num_workers
-    run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log)
+    run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock)
     splits = run.write()
     if mending := run.mend(splits):
         what = next(iter(mending.get("forced", ["the end of the only document"])))
@@ -176,8 +192,9 @@ def _write_all(settings, source: InputSource, folder: Path, num_workers, journal
         journal = {key: journal[key] for key in ("settings", "inputs")} | mending
         write_json(folder / JOURNAL, journal)
         rule = replace(rule, forced=mending.get("forced", {}))
-        run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log)
+        run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock)
         splits = run.write()
+    lock.check()
     _finish(folder, journal, splits, run, tokenizer, log)
 
 
@@ -196,8 +213,11 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
     if existing.exists():
         found = _read_json(existing)
         differing = _differences(found, request)
-        if not differing:
-            return None if existing is finished else found
+        if not differing and existing is finished:
+            return None
+        if not differing and _is_ours(started):
+            return found
+        differing = differing or "tasks, by an earlier version of tttjax"
         if not replaceable:
             state = "was prepared" if existing is finished else "is half prepared"
             raise UserError(

@@ -88,7 +88,8 @@ class InputSource:
             return InputSource._find_zarr(settings)
         found = list_inputs(settings.inputs, settings.pattern, settings.text_key)
         left_out = _single_documents(settings, found)
-        files = tuple(file for file in found if file not in left_out)
+        leaving = set(left_out)
+        files = tuple(file for file in found if file not in leaving)
         if not files:
             raise _not_lines(left_out[0])
         marks = [[file.id, file.size, file.mtime_ns] for file in files]
@@ -140,10 +141,10 @@ def _hash(value: Any) -> str:
 class PreparePass:
     """One pass over the inputs, from the state in the journal to the last document."""
 
-    def __init__(self, settings, source, folder, rule, tokenizer, workers, journal, log):
+    def __init__(self, settings, source, folder, rule, tokenizer, workers, journal, log, lock):
         self.settings, self.source, self.folder = settings, source, folder
         self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
-        self.journal, self.log = journal, log
+        self.journal, self.log, self.lock = journal, log, lock
         self._tail_of: str = journal.get("tail_of", "")  # the document whose end is held out
         self._tail_at: int = journal.get("tail_at", 0)
         self._position = 0  # in that document
@@ -200,6 +201,7 @@ class PreparePass:
         return self.writers[split]
 
     def _record(self, tasks: int, covered: int) -> None:
+        self.lock.check()
         writers = {split: writer.state() for split, writer in self.writers.items()}
         state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
         write_json(self.folder / JOURNAL, state)

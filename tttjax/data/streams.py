@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,7 +19,7 @@ from tttjax.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
 # What reading a file, or decompressing it, may raise.
-READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _HEAD = 8192  # bytes that are looked at to tell text from other content
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive",

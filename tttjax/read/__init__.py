@@ -18,7 +18,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -32,7 +32,7 @@ from tttjax.generate import add_model_arguments, open_from
 from tttjax.generate.opened import Opened
 from tttjax.inference.session import CHUNKS_AT_ONCE
 from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
-from tttjax.locks import hold
+from tttjax.locks import Lock, hold
 from tttjax.precision import as_configured
 from tttjax.read.log import CsvLog, Row
 from tttjax.read.snapshots import Snapshots
@@ -75,18 +75,19 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     file = one_text(args.text)
     with contextlib.ExitStack() as holding:
+        locks = []
         for path, beside in (
             (args.save_session, True),
             (args.log, True),
             (args.telescope, False),
         ):
             if path:
-                holding.enter_context(hold(path, beside=beside))
+                locks.append(holding.enter_context(hold(path, beside=beside)))
         check_writable(args.save_session)
-        return _run(args, file)
+        return _run(args, file, locks)
 
 
-def _run(args: argparse.Namespace, file: InputFile) -> int:
+def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> int:
     opened = open_from(args, observe=bool(args.telescope))
     if args.telescope and not opened.engine.reader.chunk_size:
         raise UserError(
@@ -101,7 +102,7 @@ def _run(args: argparse.Namespace, file: InputFile) -> int:
         # Of a text that was read to its end, the telescope's summary may still be missing.
         if reading.done < reading.total or args.telescope:
             with StopRequest() as stop:
-                _read(args, opened, reading, stop, sys.stderr)
+                _read(args, opened, reading, locks, stop, sys.stderr)
     tokens, size = reading.session.tokens, path.stat().st_size
     print(f"{path}: {tokens:,} tokens in {size:,} bytes", file=sys.stderr)
     return 0 if reading.done == reading.total else EXIT_STOPPED
@@ -119,6 +120,7 @@ def _read(
     args: argparse.Namespace,
     opened: Opened,
     reading: TextReading,
+    locks: Sequence[Lock],
     stop: StopRequest,
     stream: TextIO,
 ) -> None:
@@ -132,7 +134,7 @@ def _read(
             outputs.append(CsvLog(args.log, reading.learned))
         for output in outputs:
             closing.callback(output.close)
-        saver = _Saver(args, opened, reading, outputs, snapshots)
+        saver = _Saver(args, opened, reading, locks, outputs, snapshots)
         progress = Progress(reading.total - reading.done, stream, title="read")
         recent: deque[Row] = deque(maxlen=CHUNKS_AT_ONCE)
         saver.keep()
@@ -184,14 +186,17 @@ class _Saver:
         args: argparse.Namespace,
         opened: Opened,
         reading: TextReading,
+        locks: Sequence[Lock],
         outputs: Iterable[CsvLog | Telescope],
         snapshots: Snapshots | None,
     ):
         self._args, self._opened, self._reading = args, opened, reading
-        self._outputs, self._snapshots = outputs, snapshots
+        self._locks, self._outputs, self._snapshots = locks, outputs, snapshots
         self._saved = time.monotonic()
 
     def save(self, *, draw: bool = True) -> None:
+        for lock in self._locks:
+            lock.check()
         for output in self._outputs:
             output.sync()
         reading, args = self._reading, self._args

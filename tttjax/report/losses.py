@@ -23,7 +23,7 @@ from tttjax.evaluate.text import Text, open_text
 from tttjax.report.entries import Member, System
 from tttjax.whole_files import whole_file
 
-FORMAT = 1
+FORMAT = 2
 CACHE = "cache"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tttjax.data.documents import list_inputs, pieces_of, read_items
+from tttjax.data.documents import JSON, list_inputs, pieces_of, read_items
 from tttjax.data.shards import PreparedData
 from tttjax.data.tokenizers import Tokenizer
 from tttjax.errors import UserError
@@ -93,7 +93,10 @@ def from_file(path: Path | str, tokenizer: Tokenizer, characters: int) -> Haysta
     Raises UserError if it cannot be read or has no sentence.
     """
     text = ""
-    items = chain.from_iterable(map(read_items, list_inputs([path])))
+    files = [file for file in list_inputs([path]) if file.kind != JSON]  # settings, hardly text
+    if not files:
+        raise UserError(f"{path} is a JSON document, not text or JSON lines; name another.")
+    items = chain.from_iterable(map(read_items, files))
     for piece in chain.from_iterable(map(pieces_of, items)):
         text += piece.text + "\n" * piece.ends
         if len(text) >= characters:
