@@ -1,6 +1,7 @@
 """The command line: help, dispatch, overrides, and what every kind of failure looks like."""
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -193,3 +194,15 @@ def test_the_module_is_the_program():
     )
     assert result.returncode == 2
     assert result.stderr.startswith("error: There is no command 'trian'")
+
+
+def test_reader_that_ends_early_is_no_error():
+    code = (
+        "import sys; from tttjax import cli; cli._dispatch = lambda words: print(flush=True);"
+        "sys.exit(cli.main(['sessions']))"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run([sys.executable, "-uc", code], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (141, b"")

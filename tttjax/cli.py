@@ -3,11 +3,12 @@
 Each command is a module with `add_arguments(parser)` and `run(args) -> int`, imported only when
 it is asked for, so that `tttjax --help` answers at once. Exit codes: 0 done; 1 a check failed or
 a bug (with its traceback); 2 something the user can mend, said in one sentence; 130 interrupted;
-others are a command's own.
+141 nobody reads what is printed; 143 ended by SIGTERM; others are a command's own.
 """
 
 import argparse
 import atexit
+import contextlib
 import errno
 import gc
 import importlib
@@ -26,7 +27,7 @@ from tttjax.errors import UserError, is_out_of_memory
 from tttjax.paths import path_text
 from tttjax.without_tpu import quieten_libtpu
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except UserError as error:
         return _report(str(error))
+    except BrokenPipeError:  # the reader has ended, as `| head` does
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

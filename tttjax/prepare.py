@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-fraction",
         type=float32,
         default=default.val_fraction,
-        help="share of documents held "
-        "out, by a hash of their names: never the same text in both (default %(default)s)",
+        help="share of documents held out, by a hash of their names; a file that is named twice "
+        "counts once (default %(default)s)",
     )
     add(
         "--split-manifest",

@@ -53,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.run or args.text:
         raise UserError("--run and --text are for --rewind=TOKENS: give that too")
+    for path in args.files:
+        check_file(path)
     found = {path: read_about(path) for path in args.files}
     if args.json:
         print(json.dumps({path: _as_json(path, about) for path, about in found.items()}))

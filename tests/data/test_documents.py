@@ -259,7 +259,7 @@ def test_parquet_without_text_is_refused(tmp_path):
 def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match="needs pyarrow: .*parquet"):
+    with pytest.raises(UserError, match=r"needs pyarrow: .*parquet"):
         list_inputs([path])
 
 
@@ -288,3 +288,11 @@ def test_flipped_bytes_of_a_gz_file_are_one_sentence(tmp_path):
         with contextlib.suppress(UserError):  # some bytes are a time, or a name
             texts = [piece.text for piece in read_pieces(*list_inputs([path]))]
             assert texts == ["one line of text\n" * 40]
+
+
+def test_file_named_twice_is_one_document(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "texts" / "a.txt")
+    given = [tmp_path / "texts", tmp_path / "texts" / "a.txt", tmp_path / "link.txt"]
+    assert [file.id for file in list_inputs(given)] == ["texts/a.txt"]

@@ -266,3 +266,25 @@ def test_many_documents_are_not_read_as_one_text(run, tmp_path, capsys):
     code, _, err = words(capsys, *read)
     assert code == 2
     assert "many documents (JSON lines)" in err
+
+
+def test_other_files_are_not_replaced_by_sessions(run, tmp_path, capsys):
+    text = tmp_path / "book.txt"
+    text.write_text(TEXT)
+    for command in (("generate", run, "--prompt=a", "--max-tokens=0"), ("read", run, text)):
+        for path, sentence in ((text, "is not a session"), (tmp_path, "is a folder")):
+            code, _, err = words(capsys, *command, f"--save-session={path}")
+            assert (code, sentence in err) == (2, True)
+    assert text.read_text() == TEXT
+
+
+def test_damaged_arrays_of_a_session_are_told(run, tmp_path, capsys):
+    path = tmp_path / "a.session"
+    words(capsys, "generate", run, "--prompt=a", "--max-tokens=0", f"--save-session={path}")
+    assert words(capsys, "sessions", path)[0] == 0
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    code, out, err = words(capsys, "sessions", path)
+    assert (code, out) == (2, "")
+    assert "the checksum of its arrays differs" in err

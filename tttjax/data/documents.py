@@ -115,9 +115,18 @@ def list_inputs(
             )
     if not files:
         raise UserError("No input was given: name files, folders, or `stdlib`.")
+    files = _once(files)
     if not sum(file.size for file in files):
         raise UserError(f"All input files are empty (the first is {files[0].path}).")
     return files
+
+
+def _once(files: Sequence[InputFile]) -> list[InputFile]:
+    """Each file by the first name that leads to it: under two names it could be in both splits."""
+    by_file: dict[str, InputFile] = {}
+    for file in files:
+        by_file.setdefault(os.path.realpath(file.path), file)
+    return list(by_file.values())
 
 
 def _list_folder(folder: Path, pattern: str, text_key: str) -> list[InputFile]:

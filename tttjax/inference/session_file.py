@@ -325,8 +325,23 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """OSError, with the path, where no session could be written: known before anything is read."""
-    with tempfile.TemporaryFile(dir=local_path(path).absolute().parent):
+    """Known before anything is read: whether a session can be written there.
+
+    Raises UserError for a folder, and for a file that is no session; OSError, with the path, where
+    nothing can be written.
+    """
+    path = local_path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file for the session.")
+    if path.exists():
+        try:
+            read_about(path)
+        except UserError as error:
+            raise UserError(
+                f"{path} exists and is not a session that can be replaced ({error}); name another "
+                "file, or remove it first."
+            ) from error
+    with tempfile.TemporaryFile(dir=path.absolute().parent):
         pass
 
 
