@@ -4,8 +4,11 @@ The compiler spends little on making machine code fast: programs here run for mi
 compile for seconds.
 """
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -22,6 +25,9 @@ if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["TTTJAX_COMPILATION_CACHE"] = "off"  # the user's own stays as it is
+# A process has one place for the code of models that transformers loads, and none of the user's.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 progress.QUIET_SECONDS = 3600.0  # what tests capture does not depend on the machine's speed
 
 
