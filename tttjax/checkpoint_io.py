@@ -5,12 +5,10 @@
 
 import difflib
 import errno
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from etils import epath
 
 from tttjax.errors import UserError
 from tttjax.models import path_filter
+from tttjax.sealed import file_checksums
 from tttjax.types import PyTree
 
 FORMAT = 1
@@ -254,14 +253,7 @@ def checksums(path: epath.Path) -> dict[str, str]:
     """{file's path inside the checkpoint: BLAKE2b} over the files of its items."""
     items = [path / item for item in (*ARRAY_ITEMS, META) if (path / item).exists()]
     files = [file for item in items for file in _files_below(item)]
-
-    def digest(file: epath.Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "blake2b").hexdigest()  # type: ignore[arg-type]
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        names = [file.relative_to(path).as_posix() for file in files]
-        return dict(zip(names, pool.map(digest, files), strict=True))
+    return file_checksums(path, [file.relative_to(path).as_posix() for file in files])
 
 
 def seal_unfinished(folder: epath.Path) -> None:

@@ -6,7 +6,8 @@ its name, and what its user can do about it.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 SEAL = "checksum"
@@ -50,6 +51,17 @@ def read_object(text: str | bytes, *, is_sealed: bool = False) -> dict[str, Any]
     if SEAL in values and values[SEAL] != checksum(values):
         raise ValueError("its checksum differs, so it was changed or cut short")
     return values
+
+
+def file_checksums(folder: Any, names: Sequence[str]) -> dict[str, str]:
+    """BLAKE2b (hex) of files in a folder (a path of pathlib or etils), by their names in it."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def _parse(text: str | bytes, **options: Any) -> Any:

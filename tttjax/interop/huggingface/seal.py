@@ -3,13 +3,11 @@
 Folders without it are models from elsewhere, or older exports, and are read as they are.
 """
 
-import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tttjax.errors import UserError
-from tttjax.sealed import read_object, sealed, version_of
+from tttjax.sealed import file_checksums, read_object, sealed, version_of
 
 EXPORT = "tttjax_export.json"
 FORMAT = 1
@@ -17,7 +15,7 @@ FORMAT = 1
 
 def seal_export(folder: Path) -> None:
     """Writes the checksum of every file in the folder, and in the folders in it."""
-    values = sealed({"format": FORMAT, "files": _checksums(folder, _names(folder))})
+    values = sealed({"format": FORMAT, "files": file_checksums(folder, _names(folder))})
     (folder / EXPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -37,7 +35,7 @@ def check_export(folder: Path) -> None:
         names = sorted(name for name in expected if (folder / name).is_file())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); copy the export again.") from error
-    actual = _checksums(folder, names)
+    actual = file_checksums(folder, names)
     if changed := sorted(name for name in expected if actual.get(name) != expected[name]):
         raise UserError(
             f"{folder} is not as it was exported: {', '.join(changed[:3])} was changed or cut "
@@ -54,14 +52,3 @@ def check_export(folder: Path) -> None:
 def _names(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
-
-
-def _checksums(folder: Path, names: list[str]) -> dict[str, str]:
-    """{name: BLAKE2b} of files."""
-
-    def checksum(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()  # type: ignore[arg-type]
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(zip(names, pool.map(checksum, names), strict=True))
