@@ -16,19 +16,22 @@ from ml_collections import ConfigDict
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments import ablations, compare_small, mid_size, paper, quickstart, toy
-from experiments.results import expected
-from experiments.sizes import full_attention_size
+from experiments import compare_small
 from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
+from tttjax.recipes import ablations, mid_size, paper, quickstart, toy
+from tttjax.recipes.results import expected
+from tttjax.recipes.sizes import full_attention_size
 
 
 def all_recipes() -> dict[str, ConfigDict]:
-    """Every recipe by the word that `--config=experiments/` takes."""
-    found = {f"paper.py:{recipe}": recipe.config() for recipe in paper.recipes()}
-    modules = (ablations, toy, quickstart, mid_size, compare_small)
-    others = {module.__name__.rpartition(".")[2]: module for module in modules}
-    for name, module in others.items():
-        found |= {f"{name}.py:{arg}": module.get_config(arg) for arg in module.recipes()}
+    """Every recipe by the word that `--config` takes."""
+    found = {f"paper:{recipe}": recipe.config() for recipe in paper.recipes()}
+    others = {
+        module.__name__.rpartition(".")[2]: module
+        for module in (ablations, toy, quickstart, mid_size)
+    }
+    for name, module in (others | {"experiments/compare_small.py": compare_small}).items():
+        found |= {f"{name}:{arg}": module.get_config(arg) for arg in module.recipes()}
     return found
 
 
@@ -38,8 +41,12 @@ def dumps() -> dict[str, str]:
     files = {"defaults.txt": "".join(f"{name} = {v!r}\n" for name, v in defaults.items())}
     files["sizes.txt"] = paper.size_table() + "\n"
     for word, config in all_recipes().items():
-        file, _, arg = word.partition(".py:")
-        name = f"paper_{arg.split(',')[0]}.txt" if file == "paper" else f"{file}.txt"
+        file, _, arg = word.removeprefix("experiments/").partition(":")
+        name = (
+            f"paper_{arg.split(',')[0]}.txt"
+            if file == "paper"
+            else f"{file.removesuffix('.py')}.txt"
+        )
         text = _dump(word, from_config_dict(config), defaults)
         files[name] = f"{files[name]}\n{text}" if name in files else text
     return files
@@ -53,7 +60,7 @@ def _dump(word: str, config: Config, defaults: dict) -> str:
         f"parameters: {count['total']:,}; fast MLPs {count['fast']:,}",
         f"tokens: {train.steps * train.batch_size * train.seq_len:,}",
     ]
-    if word.startswith("paper.py:"):
+    if word.startswith("paper:"):
         recipe = paper.parse(word.partition(":")[2])
         ratio = count["non_embedding"] / full_attention_size(recipe.size)
         lines[1] += f"; without embedding {ratio:.3f} of full attention's"

@@ -43,8 +43,8 @@ from experiments.comparison.scales import (
     parameters,
     recipe,
 )
+from tttjax.cli.flag_types import int32
 from tttjax.errors import UserError
-from tttjax.flag_types import int32
 
 EXIT_INTERRUPTED = 75  # as of `tttjax train`: the same command goes on
 USER_ERROR = 2

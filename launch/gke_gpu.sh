@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on GPU hosts of any Kubernetes cluster: prints a Job with one pod per host.
 #
-#   NAME=run125m HOSTS=4 GPUS=8 IMAGE=... CONFIG=experiments/paper.py:125m,ttt_e2e,pretrain \
+#   NAME=run125m HOSTS=4 GPUS=8 IMAGE=... CONFIG=paper:125m,ttt_e2e,pretrain \
 #       WORKDIR=/shared/runs/125m CLAIM=shared launch/gke_gpu.sh --config.mesh.fsdp=8 |
 #       kubectl apply -f -
 #
@@ -20,7 +20,7 @@ set -euo pipefail
 
 : "${NAME:?set NAME to a name for the job}"
 : "${IMAGE:?set IMAGE to a container image with tttjax[cuda]}"
-: "${CONFIG:?set CONFIG to an experiment file, such as experiments/paper.py:125m,ttt_e2e,pretrain}"
+: "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
 : "${WORKDIR:?set WORKDIR to a folder that all pods see}"
 HOSTS="${HOSTS:-1}"
 PORT=8476

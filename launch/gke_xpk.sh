@@ -2,7 +2,7 @@
 # Trains on one or more TPU slices of a GKE cluster, through XPK (github.com/AI-Hypercomputer/xpk).
 #
 #   CLUSTER=mine ZONE=... TPU_TYPE=v5p-64 IMAGE=... NAME=run125m \
-#       CONFIG=experiments/paper.py:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
+#       CONFIG=paper:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
 #       launch/gke_xpk.sh --config.mesh.fsdp=4
 #
 # CLUSTER, ZONE  the cluster, made with `xpk cluster create`                            (required)
@@ -25,7 +25,7 @@ set -euo pipefail
 : "${TPU_TYPE:?set TPU_TYPE to the kind of slice}"
 : "${IMAGE:?set IMAGE to a container image with tttjax[tpu]}"
 : "${NAME:?set NAME to a name for the workload}"
-: "${CONFIG:?set CONFIG to an experiment file, such as experiments/paper.py:125m,ttt_e2e,pretrain}"
+: "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
 : "${WORKDIR:?set WORKDIR to a folder that all hosts see}"
 where=(--cluster "$CLUSTER" --zone "$ZONE")
 [[ -n "${PROJECT:-}" ]] && where+=(--project "$PROJECT")

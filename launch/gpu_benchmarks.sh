@@ -8,7 +8,7 @@
 # paper has a step of 3.4 times full attention's at 8K (H200), and reads a prompt of 128K 2.7 times
 # as fast (H100). What does not fit into the GPU is left blank. Needs tttjax on PATH.
 #
-# TRAIN     arguments of experiments/paper.py for the step (default: 125m,ttt_e2e,pretrain)
+# TRAIN     arguments of the recipe file paper for the step (default: 125m,ttt_e2e,pretrain)
 # BATCH     its sequences (default: 1)
 # PREFILL   size of the models that read (default: 3b)
 # LENGTH    tokens of the prompt (default: 131072)
@@ -24,7 +24,6 @@ fi
 
 OUT="$1"
 shift
-PAPER="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/experiments/paper.py"
 SIZE="${PREFILL:-3b}"
 LIMIT=290 # seconds for each of the two
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
@@ -43,10 +42,10 @@ measure() { # NAME, then the words of a benchmark
 }
 
 failed=0
-measure train_step meta-gradient --config="$PAPER:${TRAIN:-125m,ttt_e2e,pretrain}" \
+measure train_step meta-gradient --config="paper:${TRAIN:-125m,ttt_e2e,pretrain}" \
     --config.train.batch_size="${BATCH:-1}" --config.train.accum_steps=1 "$@" || failed=1
 measure prefill prefill --lengths="${LENGTH:-131072}" \
-    --config="$PAPER:$SIZE,ttt_e2e,pretrain" --config="$PAPER:$SIZE,full,pretrain" "$@" || failed=1
+    --config="paper:$SIZE,ttt_e2e,pretrain" --config="paper:$SIZE,full,pretrain" "$@" || failed=1
 
 python - "$OUT" <<'EOF'
 import json
@@ -61,7 +60,7 @@ for name, key in (("train_step", "step_seconds"), ("prefill", "seconds")):
     print(f"\n{name}")
     for row in rows:
         seconds = "does not fit" if row[key] is None else f"{row[key]:.3f} s"
-        print(f"  {row['name'].rpartition('paper.py:')[2]:24} {seconds}")
+        print(f"  {row['name'].removeprefix('paper:'):24} {seconds}")
     first, last = rows[0][key], rows[-1][key]
     if first and last:
         print(f"  TTT-E2E / full attention: {first / last:.2f}; inverse {last / first:.2f}")

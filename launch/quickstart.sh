@@ -11,7 +11,7 @@
 #
 #   --out DIR         where everything goes (default: quickstart)
 #   --steps N         outer steps of each model, more than the 60 in which the learning rate rises
-#                     (default: see experiments/quickstart.py)
+#                     (default: see tttjax/recipes/quickstart.py)
 #   --tokenizer KIND  sentencepiece, learned from the text, or bytes (default: bytes for texts of
 #                     less than 200,000 bytes, which are too small to learn 1024 pieces from)
 #
@@ -81,7 +81,7 @@ tttjax prepare "$TEXT" --out="$OUT/data" --tokenizer="$TOKENIZER" \
     ${VOCABULARY[@]+"${VOCABULARY[@]}"} --min-document-tokens=513 --val-fraction=0.1
 
 _train() {
-    tttjax train --config="$REPOSITORY/experiments/quickstart.py:$1" --workdir="$OUT/$1" \
+    tttjax train --config="quickstart:$1" --workdir="$OUT/$1" \
         --config.data.sources="$OUT/data" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 }
 _say "2/4 training TTT-E2E: the outer gradient goes through every step of learning while reading"

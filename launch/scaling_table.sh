@@ -8,7 +8,7 @@
 # it: each TPU plan is a compilation. Started again, it goes on with those that are missing; a plan
 # that failed leaves its message in OUT beside them. Needs tttjax with the extra `plan` on PATH.
 #
-# RECIPES   arguments of experiments/paper.py (default: TTT-E2E and full attention, all sizes at 8K,
+# RECIPES   arguments of the recipe file paper (default: TTT-E2E and full attention, all sizes at 8K,
 #           and 3b's extensions to 16K, 32K, 64K and 128K)
 # PODS      topologies (default: 4 chips of v5e, v5p, v6e, H100 and H200)
 # FSDP      chips that weights and optimizer are divided among (default: 4)
@@ -33,19 +33,18 @@ if [[ -z "${RECIPES:-}" ]]; then
         done
     done
 fi
-PAPER="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/experiments/paper.py"
 CHIPS=4
 
 mkdir -p "$OUT"
 kept=()
 for recipe in $RECIPES; do
     batch="$(python -c 'import sys; from tttjax.config import load_config
-print(load_config(sys.argv[1]).train.batch_size)' "$PAPER:$recipe")"
+print(load_config(sys.argv[1]).train.batch_size)' "paper:$recipe")"
     for pod in $PODS; do
         file="$OUT/${recipe//,/-}-${pod//:/-}.json"
         if [[ ! -s "$file" ]]; then
             status=0
-            tttjax plan --config="$PAPER:$recipe" --topology="$pod" --json \
+            tttjax plan --config="paper:$recipe" --topology="$pod" --json \
                 --config.mesh.fsdp="$FSDP" --config.train.accum_steps="$((batch / CHIPS))" \
                 >"$file.tmp" 2>"$file.log" || status=$?
             # 1: the recipe does not fit, which is an answer too.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on many hosts of a Slurm cluster: one process per host, each with all of its GPUs.
 #
-#   CONFIG=experiments/paper.py:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
+#   CONFIG=paper:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
 #       sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config.mesh.fsdp=8
 #
 # CONFIG   experiment file with its argument                                         (required)
@@ -24,7 +24,7 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-: "${CONFIG:?set CONFIG to an experiment file, such as experiments/paper.py:125m,ttt_e2e,pretrain}"
+: "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
 : "${WORKDIR:?set WORKDIR to a folder on a file system that all hosts see}"
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
 # Slurm runs a copy of this script; the checkout is where sbatch was called.

@@ -2,7 +2,7 @@
 # Installs and trains on every host of a Cloud TPU slice, through `gcloud`.
 #
 #   TPU_NAME=mine ZONE=... launch/tpu_vm.sh install
-#   TPU_NAME=mine ZONE=... CONFIG=experiments/paper.py:125m,ttt_e2e,pretrain \
+#   TPU_NAME=mine ZONE=... CONFIG=paper:125m,ttt_e2e,pretrain \
 #       WORKDIR=/shared/runs/125m launch/tpu_vm.sh train --config.mesh.fsdp=4
 #   TPU_NAME=mine ZONE=... launch/tpu_vm.sh log | stop
 #
@@ -41,7 +41,7 @@ install_everywhere() {
 }
 
 train_everywhere() {
-    : "${CONFIG:?set CONFIG to an experiment file, such as experiments/paper.py:125m,ttt_e2e,pretrain}"
+    : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
     : "${WORKDIR:?set WORKDIR to a folder that all hosts see}"
     local command
     command="$(printf '%q ' .venv/bin/tttjax train --distributed "--config=$CONFIG" "--workdir=$WORKDIR" "$@")"

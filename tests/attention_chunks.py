@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax.ops.attention import attend, visible
+from tttjax.ops.attention.attend import attend, visible
 from tttjax.ops.window_attention import Chunk
 
 

@@ -13,7 +13,7 @@ import tempfile
 import jax
 import pytest
 
-from tttjax import progress
+from tttjax.runtime import progress
 
 pytest_plugins = ["tiny_runs"]  # the fixtures `data` and `make_run`
 

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from tttjax.config import Config, from_config_dict
-from tttjax.interop.official import official_shapes
+from tttjax.interop.official.names import official_shapes
 from tttjax.models import build_model
 
 

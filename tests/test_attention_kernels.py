@@ -3,14 +3,14 @@
 import pytest
 from small import small_config
 
-from tttjax.attention_kernels import (
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training.attention_kernels import (
     Choice,
     choose_chunk_kernels,
     choose_kernels,
     describe_kernels,
     platform_of,
 )
-from tttjax.sharding import make_mesh
 
 MODEL = {"embed_dim": 128, "compute_dtype": "bfloat16", "num_layers": 3}
 EVERY = {"mixers": ("full", "window", "local")}

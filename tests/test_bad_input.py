@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tttjax import cli, evaluate
+from tttjax.cli import evaluate, main
 from tttjax.config import load_config
 from tttjax.data.preparation import prepare
 
@@ -43,7 +43,7 @@ def content(folder):
 
 def refused(place, capsys, words, sentence):
     before = content(place), sorted(place.iterdir())
-    assert cli.main(words) == 2
+    assert main.main(words) == 2
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert err.splitlines()[-1:] == errors  # one, after whatever progress was told
@@ -151,7 +151,7 @@ def test_text_that_may_not_be_read(place, capsys, monkeypatch, name):
     with monkeypatch.context() as unreadable:
         unreadable.setattr(Path, "open", refuse)
         words = [*PREPARE, name, "--num-workers=0"]
-        assert cli.main(words) == 2
+        assert main.main(words) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(rf"error: Cannot read {name} \(Permission denied\); mend .*\n", err), err
     assert not Path("new").exists()
@@ -169,6 +169,6 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(place, capsys, monkeyp
 
     with monkeypatch.context() as unreadable:
         unreadable.setattr(os, "scandir", refuse)
-        assert cli.main([*PREPARE, "folder"]) == 2
+        assert main.main([*PREPARE, "folder"]) == 2
     assert "Cannot read folder/closed (Permission denied); mend" in capsys.readouterr().err
     assert not Path("new").exists()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax.batching import over_sequences
+from tttjax.parallel.batching import over_sequences
 
 AXES = ({"weight": None, "rows": 1}, 0)
 

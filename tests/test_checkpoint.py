@@ -17,8 +17,8 @@ import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tttjax import checkpoint, checkpoint_io
 from tttjax.errors import UserError
+from tttjax.training import checkpoint_format, checkpoints
 from tttjax.types import Params
 
 
@@ -63,7 +63,7 @@ def assert_same_bits(a, b):
 def save_steps(path, steps, keep=5):
     """Saves one state per step under path/checkpoints and returns them by step."""
     states = {n: make_state(mesh(4, 2), seed=n) for n in steps}
-    saver = checkpoint.Checkpointer(path / "checkpoints", keep=keep)
+    saver = checkpoints.Checkpointer(path / "checkpoints", keep=keep)
     for n, state in states.items():
         saver.save(n, state, data_state={"next": n}, extra={"tokens": 10 * n}, config={"a": {}})
     saver.close()
@@ -71,7 +71,7 @@ def save_steps(path, steps, keep=5):
 
 
 def restore(path, target):
-    saver = checkpoint.Checkpointer(path / "checkpoints", keep=5)
+    saver = checkpoints.Checkpointer(path / "checkpoints", keep=5)
     try:
         return saver.restore(target)
     finally:
@@ -100,7 +100,7 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     states = save_steps(Path("run"), [1])
     assert_same_bits(restore(Path("run"), abstract(states[1])).state, states[1])
-    assert checkpoint.find_checkpoint("run") == tmp_path / "run" / "checkpoints" / "1"
+    assert checkpoints.find_checkpoint("run") == tmp_path / "run" / "checkpoints" / "1"
 
 
 def test_empty_directory_has_nothing_to_restore(tmp_path):
@@ -110,14 +110,14 @@ def test_empty_directory_has_nothing_to_restore(tmp_path):
 def test_saving_is_safe_when_the_next_step_donates_the_state(tmp_path):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     state = {"params": {"w": jnp.zeros((256, 256))}, "step": jnp.int32(0)}
-    saver = checkpoint.Checkpointer(tmp_path / "checkpoints", keep=9)
+    saver = checkpoints.Checkpointer(tmp_path / "checkpoints", keep=9)
     for n in range(1, 6):
         state = step(state)
         saver.save(n, state)
     saver.close()
     for n in range(1, 6):
-        w = checkpoint_io.read_item(
-            checkpoint.epath.Path(tmp_path) / "checkpoints" / str(n) / "params",
+        w = checkpoint_format.read_item(
+            checkpoints.epath.Path(tmp_path) / "checkpoints" / str(n) / "params",
             abstract(state)["params"],
         )["w"]
         np.testing.assert_array_equal(w, np.full((256, 256), n))
@@ -245,16 +245,16 @@ def test_weights_only_from_a_work_directory_or_one_checkpoint(tmp_path):
         (tmp_path / "checkpoints", 2),
         (tmp_path / "checkpoints/1", 1),
     ]:
-        assert_same_bits(checkpoint.restore_params(path, target), states[step]["params"])
-    assert checkpoint.load_config(tmp_path) == {"a": {}}
+        assert_same_bits(checkpoints.restore_params(path, target), states[step]["params"])
+    assert checkpoints.load_config(tmp_path) == {"a": {}}
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoint.restore_params(tmp_path / "nowhere", target)
+        checkpoints.restore_params(tmp_path / "nowhere", target)
 
 
 def test_weights_only_passes_over_a_damaged_checkpoint_without_renaming(tmp_path, capfd):
     states = save_steps(tmp_path, [1, 2])
     flip_a_bit(tmp_path)
-    got = checkpoint.restore_params(tmp_path, abstract(states[1])["params"])
+    got = checkpoints.restore_params(tmp_path, abstract(states[1])["params"])
     assert_same_bits(got, states[1]["params"])
     assert "is damaged" in capfd.readouterr().err
     assert (tmp_path / "checkpoints" / "2").exists()
@@ -266,18 +266,18 @@ def test_partial_loading_only_on_request(tmp_path):
     extra = jax.device_put(jnp.full((3,), 7.0), NamedSharding(mesh(4, 2), PartitionSpec()))
     target = target.replace(fast={**target.fast, "new": {"scale": extra}})
     with pytest.raises(UserError, match="missing fast/new/scale"):
-        checkpoint.restore_params(tmp_path, target)
-    got = checkpoint.restore_params(tmp_path, target, allow_missing=("fast/**",))
+        checkpoints.restore_params(tmp_path, target)
+    got = checkpoints.restore_params(tmp_path, target, allow_missing=("fast/**",))
     np.testing.assert_array_equal(got.fast["new"]["scale"], extra)
     assert_same_bits(got.slow, saved.slow)
 
     without = abstract(saved)
     del without.slow["norm"]
     with pytest.raises(UserError, match="unexpected slow/norm/scale"):
-        checkpoint.restore_params(tmp_path, without)
+        checkpoints.restore_params(tmp_path, without)
     with pytest.raises(UserError, match="unexpected slow/norm/scale"):
-        checkpoint.restore_params(tmp_path, without, allow_unexpected=("slow/*",))
-    got = checkpoint.restore_params(tmp_path, without, allow_unexpected=("slow/norm/*",))
+        checkpoints.restore_params(tmp_path, without, allow_unexpected=("slow/*",))
+    got = checkpoints.restore_params(tmp_path, without, allow_unexpected=("slow/norm/*",))
     assert list(got.slow) == ["embedding"]
 
 
@@ -316,7 +316,7 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
 
 def test_writes_that_go_on_after_a_failure_leave_nothing(tmp_path):
     """As when one write of a save fails while its others are still running."""
-    half_written = tmp_path / f"2{checkpoint_io.TMP_MARK}"
+    half_written = tmp_path / f"2{checkpoint_format.TMP_MARK}"
     stop = time.monotonic() + 0.3
 
     def write_on():
@@ -328,5 +328,5 @@ def test_writes_that_go_on_after_a_failure_leave_nothing(tmp_path):
     (tmp_path / "1").mkdir()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(write_on)
-        checkpoint_io.remove_unfinished(epath.Path(tmp_path), quiet_s=0.2)
+        checkpoint_format.remove_unfinished(epath.Path(tmp_path), quiet_s=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from tttjax import cli
+from tttjax.cli import main
 from tttjax.config import load_config
 from tttjax.errors import UserError
 
@@ -27,7 +27,7 @@ def command(monkeypatch):
 
         module.add_arguments, module.run = add_arguments, run
         monkeypatch.setitem(sys.modules, "greet_for_test", module)
-        monkeypatch.setitem(cli.COMMANDS, "greet", cli.Command("greet_for_test", "greet"))
+        monkeypatch.setitem(main.COMMANDS, "greet", main.Command("greet_for_test", "greet"))
 
     return install
 
@@ -40,26 +40,27 @@ def fails_with(error):
 
 
 def test_help_answers_without_jax():
-    code = "import sys; from tttjax import cli; print(cli.main(['--help']), 'jax' in sys.modules)"
+    code = "import sys; from tttjax.cli.main import main; "
+    code += "print(main(['--help']), 'jax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "0 False", result.stderr
-    for name in cli.COMMANDS:
+    for name in main.COMMANDS:
         assert f"\n    {name}" in result.stdout
 
 
 def test_no_argument_is_a_call_for_help(capsys):
-    assert cli.main([]) == 0
+    assert main.main([]) == 0
     assert "the usual order" in capsys.readouterr().out
 
 
 def test_version(capsys):
-    assert cli.main(["--version"]) == 0
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("tttjax ")
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
-    assert cli.main([name, "--help"]) == 0
+    assert main.main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: tttjax {name}")
     assert len(out.splitlines()) > 5
@@ -67,7 +68,7 @@ def test_every_command_explains_itself(name, capsys):
 
 def test_a_command_gets_its_arguments_and_its_code_is_returned(command):
     command(lambda args: 7 if args.name == "Ada" and args.overrides == [] else 0)
-    assert cli.main(["greet", "--name=Ada"]) == 7
+    assert main.main(["greet", "--name=Ada"]) == 7
 
 
 def test_overrides_reach_the_command_in_order(command, tmp_path):
@@ -76,7 +77,7 @@ def test_overrides_reach_the_command_in_order(command, tmp_path):
     found = []
     command(lambda args: found.append(load_config(args.config, args.overrides)) or 0)
     words = ["--config.train.steps=5", "--config.optim.peak_lr", "1e-4", "--config.train.steps=6"]
-    assert cli.main(["greet", f"--config={file}", "--name", "x", *words]) == 0
+    assert main.main(["greet", f"--config={file}", "--name", "x", *words]) == 0
     assert (found[0].train.steps, found[0].optim.peak_lr) == (6, 1e-4)
 
 
@@ -96,7 +97,7 @@ def test_overrides_reach_the_command_in_order(command, tmp_path):
 )
 def test_a_wrong_command_line_is_one_sentence(command, arguments, sentence, capsys):
     command(lambda args: 0)
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     with pytest.raises(AssertionError, match=sentence):
@@ -105,13 +106,13 @@ def test_a_wrong_command_line_is_one_sentence(command, arguments, sentence, caps
 
 def test_a_user_error_is_printed_without_traceback(command, capsys):
     command(fails_with(UserError("The file x is empty.")))
-    assert cli.main(["greet", "--name=x"]) == 2
+    assert main.main(["greet", "--name=x"]) == 2
     assert capsys.readouterr().err == "error: The file x is empty.\n"
 
 
 def test_an_interrupt_has_its_own_code(command, capsys):
     command(fails_with(KeyboardInterrupt()))
-    assert cli.main(["greet", "--name=x"]) == 130
+    assert main.main(["greet", "--name=x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -125,7 +126,7 @@ def test_an_interrupt_has_its_own_code(command, capsys):
 )
 def test_a_full_disk_is_one_sentence(command, error, capsys):
     command(fails_with(error))
-    assert cli.main(["greet", "--name=x"]) == 2
+    assert main.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: No space is left")
     assert err.count("\n") == 1
@@ -134,14 +135,14 @@ def test_a_full_disk_is_one_sentence(command, error, capsys):
 def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes.\nAllocator:\n  much more"
     command(fails_with(RuntimeError(message)))
-    assert cli.main(["greet", "--name=x"]) == 2
+    assert main.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: The device's memory is too small")
     assert "Out of memory allocating 999 bytes)" in err
     assert err.count("\n") == 1
     command(fails_with(RuntimeError("something else, not RESOURCE_EXHAUSTED")))
     with pytest.raises(RuntimeError):
-        cli.main(["greet", "--name=x"])
+        main.main(["greet", "--name=x"])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
 )
 def test_a_path_that_the_system_refuses_is_one_sentence(command, code, sentence, capsys):
     command(fails_with(OSError(code, "refused", "/there")))
-    assert cli.main(["greet", "--name=x"]) == 2
+    assert main.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.match(f"error: {sentence}.*; .*\\.$", err)
@@ -168,7 +169,7 @@ def test_a_path_that_the_system_refuses_is_one_sentence(command, code, sentence,
 def test_another_system_error_keeps_its_traceback(command, error):
     command(fails_with(error))
     with pytest.raises(OSError):  # noqa: PT011 (the very error)
-        cli.main(["greet", "--name=x"])
+        main.main(["greet", "--name=x"])
 
 
 def test_a_full_disk_is_recognised_below_another_error(command):
@@ -179,13 +180,13 @@ def test_a_full_disk_is_recognised_below_another_error(command):
             raise ValueError("saving failed") from error
 
     command(run)
-    assert cli.main(["greet", "--name=x"]) == 2
+    assert main.main(["greet", "--name=x"]) == 2
 
 
 def test_a_bug_keeps_its_traceback(command):
     command(fails_with(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.main(["greet", "--name=x"])
+        main.main(["greet", "--name=x"])
 
 
 def test_the_module_is_the_program():
@@ -198,7 +199,8 @@ def test_the_module_is_the_program():
 
 def test_reader_that_ends_early_is_no_error():
     code = (
-        "import sys; from tttjax import cli; cli._dispatch = lambda words: print(flush=True);"
+        "import sys; from tttjax.cli import main as cli;"
+        "cli._dispatch = lambda words: print(flush=True);"
         "sys.exit(cli.main(['sessions']))"
     )
     reading, writing = os.pipe()

@@ -20,13 +20,13 @@ from experiments.comparison import adopt, summary, text  # noqa: E402
 from experiments.comparison.plan import Plan, Task, rates_to_try, read_losses  # noqa: E402
 from experiments.comparison.runner import Stop, run_tasks  # noqa: E402
 from experiments.comparison.scales import SCALES, SYSTEMS, parameters, recipe  # noqa: E402
-from tttjax import checkpoint  # noqa: E402
 from tttjax.config import Config, from_config_dict, load_config, read_config  # noqa: E402
 from tttjax.data.documents import list_inputs  # noqa: E402
 from tttjax.errors import UserError  # noqa: E402
-from tttjax.meta import make_inner_loop, make_outer_loss  # noqa: E402
 from tttjax.models import build_model  # noqa: E402
-from tttjax.train import train  # noqa: E402
+from tttjax.training import checkpoints  # noqa: E402
+from tttjax.training.loop import train  # noqa: E402
+from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss  # noqa: E402
 
 SCRIPT = ROOT / "experiments" / "compare_small.py"
 
@@ -276,7 +276,7 @@ def test_full_attention_handed_on_as_a_hybrid_is_the_same_within_a_window(tmp_pa
 
     model = build_model(hybrid.model, hybrid.inner)
     template = model.abstract_params()
-    params = checkpoint.restore_params(tmp_path / "hybrid", template)
+    params = checkpoints.restore_params(tmp_path / "hybrid", template)
     assert loss(hybrid, params) == pytest.approx(float(loss(full, state.params)), rel=1e-6)
 
 

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from tttjax import cli, compilation_cache
-from tttjax.compilation_cache import enable_compilation_cache, last_seconds, note_seconds
+from tttjax.cli import main
+from tttjax.runtime import compilation_cache
+from tttjax.runtime.compilation_cache import enable_compilation_cache, last_seconds, note_seconds
 
 PROGRAM = """
 from tttjax.compilation_cache import enable_compilation_cache
@@ -91,7 +92,7 @@ def test_user_without_a_home_has_no_cache(no_jax, monkeypatch):
 def test_place_elsewhere_is_refused(no_jax, monkeypatch, value):
     monkeypatch.chdir(no_jax)
     monkeypatch.setenv(compilation_cache.VARIABLE, value)
-    assert cli.main(["--version"]) == cli.USER_ERROR
+    assert main.main(["--version"]) == main.USER_ERROR
     assert not list(no_jax.iterdir())
 
 

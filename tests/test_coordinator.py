@@ -7,8 +7,9 @@ import threading
 
 import pytest
 
-from tttjax import cli, coordinator, run_control
+from tttjax.cli import main
 from tttjax.errors import UserError
+from tttjax.parallel import coordinator, distributed
 
 
 @pytest.fixture
@@ -54,28 +55,28 @@ def test_other_addresses_are_refused_by_train(address, tmp_path, capsys):
     config.write_text("from tttjax.config import default_config as get_config\n")
     words = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     flags = [f"--coordinator={address}", "--process-id=0", "--process-count=1"]
-    assert cli.main([*words, *flags]) == 2
+    assert main.main([*words, *flags]) == 2
     assert "must be HOST:PORT" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_process_0_says_that_its_port_is_taken(taken):
     with pytest.raises(UserError, match=f"port {taken} .* is taken by another program"):
-        run_control.start_distributed(f"localhost:{taken}", 0, 2)
+        distributed.start_distributed(f"localhost:{taken}", 0, 2)
     coordinator.check_port(free_port())
 
 
 def test_a_process_id_beyond_the_count_is_refused():
     with pytest.raises(UserError, match="--process-id=2 must be from 0 to 1"):
-        run_control.start_distributed("localhost:1234", 2, 2)
+        distributed.start_distributed("localhost:1234", 2, 2)
 
 
 def test_others_say_that_nobody_answers(monkeypatch, capsys):
-    monkeypatch.setattr(run_control, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.5)
     monkeypatch.setattr(coordinator, "FIRST_WORD", 0.1)
     port = free_port()
     with pytest.raises(UserError, match=f"nothing answered at --coordinator=localhost:{port} "):
-        run_control.start_distributed(f"localhost:{port}", 1, 2)
+        distributed.start_distributed(f"localhost:{port}", 1, 2)
     assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
 
 
@@ -110,7 +111,7 @@ def test_processes_that_never_join_end_the_program(monkeypatch, capsys):
 
 def test_lm_eval_without_the_harness_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "tttjax.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "tttjax.evaluation.lm_eval", raising=False)
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("tttjax.lm_eval", run_name="__main__")
     assert stop.value.code == 2

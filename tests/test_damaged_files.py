@@ -17,21 +17,22 @@ from etils import epath
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from tttjax import checkpoint, export
-from tttjax.checkpoint_io import checksums
 from tttjax.config import config_fingerprint, read_config, to_dict, write_run_info
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
-from tttjax.data.tokenizers import ByteTokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer
 from tttjax.errors import UserError
-from tttjax.evaluate.run_tokenizer import run_tokenizer
-from tttjax.evaluate.runs import RunSpec, open_run, weights_template
-from tttjax.generate.opened import open_model
-from tttjax.importing.huggingface import open_huggingface
 from tttjax.inference.session_file import load_session, save_session
+from tttjax.interop.huggingface import export
+from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.interop.huggingface.seal import EXPORT
+from tttjax.io.sealed import SEAL
 from tttjax.models import build_model
-from tttjax.sealed import SEAL
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.load import open_model
+from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.training import checkpoints
+from tttjax.training.checkpoint_format import checksums
 
 REFUSED, EARLIER, SAME, OTHER = "refused", "earlier", "same", "other"
 
@@ -218,8 +219,8 @@ def run(make_run, tmp_path_factory):
     write_run_info(folder, config)
     ByteTokenizer().save(folder / TOKENIZER_DIR)
     model = build_model(config.model, config.inner)
-    params = checkpoint.restore_params(template, weights_template(model, make_mesh()))
-    saver = checkpoint.Checkpointer(folder / checkpoint.DIRECTORY)
+    params = checkpoints.restore_params(template, weights_template(model, make_mesh()))
+    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
     for step in (2, 3):
         state = {"params": jax.tree.map(lambda x, k=step: x * k, params), "step": np.int32(step)}
         saver.save(step, state, config=to_dict(config), tokenizer=ByteTokenizer().fingerprint())
@@ -284,10 +285,10 @@ def test_an_edited_configuration_is_refused_with_its_fields(run, tmp_path):
 def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     config = read_config(run)
     model = build_model(config.model, config.inner)
-    params = checkpoint.restore_params(run, weights_template(model, make_mesh()))
+    params = checkpoints.restore_params(run, weights_template(model, make_mesh()))
     bad = jax.tree.map(lambda x: x * np.nan, params)
     write_run_info(tmp_path, config)
-    saver = checkpoint.Checkpointer(tmp_path / checkpoint.DIRECTORY)
+    saver = checkpoints.Checkpointer(tmp_path / checkpoints.DIRECTORY)
     saver.save(3, {"params": bad})
     saver.close()
     found = open_run(RunSpec(tmp_path))

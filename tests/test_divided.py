@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tttjax.divided import Divided, gathered
-from tttjax.sharding import make_mesh
+from tttjax.parallel.fsdp import Divided, gathered
+from tttjax.parallel.mesh import make_mesh
 
 
 def on_two(function, weight, x, dtype):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tttjax import cli
+from tttjax.cli import main
 
 VERSION_0_1_0 = Path(__file__).parent / "fixtures" / "version_0_1_0"
 EXPECTED = json.loads((VERSION_0_1_0 / "expected.json").read_text())
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_run_evaluates_as_before(folder):
-    assert cli.main(["evaluate", "run", "--out=results"]) == 0
+    assert main.main(["evaluate", "run", "--out=results"]) == 0
     series = json.loads((folder / "results" / "results.json").read_text())["series"]
     loss = {
         f"{one['mode']} {length}": found["all"]["nats_per_token"]["mean"]
@@ -36,7 +36,7 @@ def test_run_evaluates_as_before(folder):
 
 def test_session_generates_as_before(folder, capsys):
     words = ["--session=book.session", "--prompt= the", "--temperature=0", "--max-tokens=8"]
-    assert cli.main(["generate", "run", "--json", *words]) == 0
+    assert main.main(["generate", "run", "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)[0]
     assert found["tokens"] == EXPECTED["generated"]["tokens"]
     assert found["logprobs"] == pytest.approx(EXPECTED["generated"]["logprobs"], rel=1e-4)
@@ -44,22 +44,22 @@ def test_session_generates_as_before(folder, capsys):
 
 def test_run_resumes_with_the_same_losses(folder):
     words = ["--config=recipe.py", "--workdir=run", "--config.mesh.tensor=2"]  # of eight devices
-    assert cli.main(["train", *words]) == 0
+    assert main.main(["train", *words]) == 0
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()[-2:]
     for line, expected in zip(lines, EXPECTED["resumed"], strict=True):
         assert {k: json.loads(line)[k] for k in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_data_set_is_whole(folder):
-    assert cli.main(["prepare", "--check=data"]) == 0
+    assert main.main(["prepare", "--check=data"]) == 0
 
 
 def test_export_imports_and_generates_alike(folder, capsys):
-    assert cli.main(["import", "export", "--workdir=imported"]) == 0
+    assert main.main(["import", "export", "--workdir=imported"]) == 0
     words = ["--prompt=the ", "--temperature=0", "--max-tokens=4", "--json"]
     written = []
     for name in ("run", "imported"):
         capsys.readouterr()
-        assert cli.main(["generate", name, *words]) == 0
+        assert main.main(["generate", name, *words]) == 0
         written.append(json.loads(capsys.readouterr().out)[0]["tokens"])
     assert written[0] == written[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_runs import prepare_texts
-from tttjax import checkpoint, cli
+from tttjax.cli import main
 from tttjax.config import (
     Config,
     DataConfig,
@@ -26,20 +26,23 @@ from tttjax.config import (
 from tttjax.data.held_out import eval_sequences
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
-from tttjax.evaluate import Learning, RunSpec, compare, evaluate, run_of_params, write_results
-from tttjax.evaluate.results import Comparison, Series
-from tttjax.evaluate.statistics import (
+from tttjax.evaluation.compare import compare, evaluate
+from tttjax.evaluation.files import write_results
+from tttjax.evaluation.results import Comparison, Series
+from tttjax.evaluation.statistics import (
     Sums,
     doubling_windows,
     position_bins,
     ratio_of_sums,
     sum_by_document,
 )
-from tttjax.evaluate.tables import align, fit, sentence, show, table
-from tttjax.evaluate.text import Text
-from tttjax.meta import make_inner_loop, make_reader
+from tttjax.evaluation.tables import align, fit, sentence, show, table
+from tttjax.evaluation.text import Text
 from tttjax.models import build_model
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.run import Learning, RunSpec, run_of_params
+from tttjax.training import checkpoints
+from tttjax.ttt.outer_loss import make_inner_loop, make_reader
 from tttjax.types import Batch
 
 WINDOW, CHUNK, LONGEST = 16, 8, 64
@@ -434,7 +437,7 @@ def workdir(config, params, tmp_path_factory):
     """A finished run of 3 steps."""
     folder = tmp_path_factory.mktemp("runs") / "ttt"
     write_run_info(folder, config)
-    saver = checkpoint.Checkpointer(folder / checkpoint.DIRECTORY)
+    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
     saver.save(3, {"params": params, "step": jnp.int32(3)})
     saver.close()
     return folder
@@ -442,7 +445,7 @@ def workdir(config, params, tmp_path_factory):
 
 def test_the_command_evaluates_a_work_directory(workdir, comparison, capsys):
     words = ["--context-lengths=64", "--modes=on", "--bins=4", "--names=first"]
-    assert cli.main(["evaluate", str(workdir), *words]) == 0
+    assert main.main(["evaluate", str(workdir), *words]) == 0
     out, err = capsys.readouterr()
     assert "first after 3 steps: 576 target tokens of 5 held-out documents" in out
     assert "evaluate 100%" in err
@@ -473,7 +476,7 @@ def test_the_command_evaluates_a_work_directory(workdir, comparison, capsys):
     ],
 )
 def test_what_cannot_be_evaluated_is_one_sentence(workdir, words, sentence, tmp_path, capsys):
-    assert cli.main(["evaluate", str(workdir), f"--out={tmp_path / 'out'}", *words]) == 2
+    assert main.main(["evaluate", str(workdir), f"--out={tmp_path / 'out'}", *words]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     with pytest.raises(AssertionError, match=sentence):
@@ -482,7 +485,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(workdir, words, sentence, tmp_
 
 
 def test_no_checkpoint_is_one_sentence(tmp_path, capsys):
-    assert cli.main(["evaluate", str(tmp_path)]) == 2
+    assert main.main(["evaluate", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
@@ -525,6 +528,6 @@ def test_weights_of_another_architecture_are_refused(workdir, config, data, tmp_
     bigger = dataclasses.replace(config.model, mlp_dim=32)
     folder = tmp_path / "run"
     write_run_info(folder, dataclasses.replace(config, model=bigger))
-    (folder / checkpoint.DIRECTORY).symlink_to(workdir / checkpoint.DIRECTORY)
+    (folder / checkpoints.DIRECTORY).symlink_to(workdir / checkpoints.DIRECTORY)
     with pytest.raises(UserError, match="does not fit this model"):
         compare([RunSpec(folder)], data=data)

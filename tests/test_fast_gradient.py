@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small import random_batch, shaken, small_config, worst
 
-from tttjax.meta import make_inner_loop, make_outer_loss
 from tttjax.models import Cut, build_model
+from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 CASES = {
     "clip active": {"inner": {"clip": 0.1}},

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tttjax import cli
+from tttjax.cli import main
 
 BAD = ("nan", "inf", "-inf", "1e39", "-1e39", "1e400", "", "x", "1.5.0", "0x10", "\uff11", "1__0")
 TOO_LARGE = ("-2147483649", "4294967296", "9223372036854775808", "1.5")
@@ -16,8 +16,8 @@ GOOD = ("0", "1", "-1", "1e3", "1_000", "2147483647", "4294967295", "0.5", "3.4e
 
 def number_flags():
     """(words before, flag, its type) of every flag that refuses `x`."""
-    for name, command in cli.COMMANDS.items():
-        _, parser = cli._build_parser(name)
+    for name, command in main.COMMANDS.items():
+        _, parser = main._build_parser(name)
         importlib.import_module(command.module).add_arguments(parser)
         parsers = [((name,), parser)]
         for words, parser in parsers:
@@ -37,7 +37,7 @@ IDS = [" ".join((*words, flag)) for words, flag, _ in FLAGS]
 
 def test_there_are_flags_of_all_commands_with_numbers():
     commands = {words[0] for words, _, _ in FLAGS}
-    assert commands == set(cli.COMMANDS) - {"import", "export", "verify"}
+    assert commands == set(main.COMMANDS) - {"import", "export", "verify"}
     assert len(FLAGS) > 60
 
 
@@ -47,7 +47,7 @@ def test_numbers_that_32_bits_do_not_hold_are_refused(words, flag, kind, capsys)
     for text in (*BAD, *(TOO_LARGE if whole else TOO_SMALL)):
         if several and not text:
             continue  # an empty list, which means the default
-        assert cli.main([*words, f"{flag}={text}"]) == 2, text
+        assert main.main([*words, f"{flag}={text}"]) == 2, text
         err = capsys.readouterr().err
         assert err.startswith(f"error: argument {flag}: {text!r} must be a"), err
         assert err.count("\n") == 1

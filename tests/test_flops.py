@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from tttjax import flops
 from tttjax.config import InnerConfig, ModelConfig
+from tttjax.planning import flops
 
 MODEL = ModelConfig(
     vocab_size=64,

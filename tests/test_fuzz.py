@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from fuzz_lines import REFUSED, WORKS, lines
 
-from tttjax import cli, train
+from tttjax.cli import main
 from tttjax.config import load_config
 from tttjax.config.schema import all_fields
-from tttjax.meta import learns, make_inner_loop, make_outer_loss
+from tttjax.training import loop
+from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
 from tttjax.types import Batch
 
 TINY = Path(__file__).parent / "training" / "tiny_run.py"
@@ -39,7 +40,7 @@ def place(tmp_path, monkeypatch, data):
 def call(place, monkeypatch, capsys):
     """call(line) -> (exit code, what stderr says); accepted lines are traced, not compiled."""
     traced, trainers = set(), {}
-    make_trainer, per_token = train.make_trainer, train.flops.train_flops_per_token
+    make_trainer, per_token = loop.make_trainer, loop.flops.train_flops_per_token
 
     def make(config, mesh):
         key = config.model, config.inner, config.optim, config.train.steps, config.train.accum_steps
@@ -49,7 +50,7 @@ def call(place, monkeypatch, capsys):
             trainers[key, mesh] = dataclasses.replace(trainer, init_state=lambda seed: state)
         return trainers[key, mesh]
 
-    def loop(run, state, last):
+    def first_step(run, state, last):
         config = run.config
         key = config.model, config.inner, config.train.seq_len
         if key not in traced:
@@ -61,15 +62,15 @@ def call(place, monkeypatch, capsys):
             jax.eval_shape(loss, state.params, batch, jnp.float32(1))
         return state, run.start
 
-    monkeypatch.setattr(train, "make_trainer", make)
-    monkeypatch.setattr(train, "_loop", loop)
-    monkeypatch.setattr(train.flops, "device_peak", lambda: None)
-    monkeypatch.setattr(train.flops, "train_flops_per_token", functools.cache(per_token))
+    monkeypatch.setattr(loop, "make_trainer", make)
+    monkeypatch.setattr(loop, "_loop", first_step)
+    monkeypatch.setattr(loop.flops, "device_peak", lambda: None)
+    monkeypatch.setattr(loop.flops, "train_flops_per_token", functools.cache(per_token))
 
     def run(line):
         shutil.rmtree("run", ignore_errors=True)
         try:
-            code = cli.main([*START, *SMALL, *line])
+            code = main.main([*START, *SMALL, *line])
         except Exception as error:
             raise AssertionError(f"{line} ended in {type(error).__name__}: {error}") from error
         return code, capsys.readouterr().err
@@ -132,7 +133,7 @@ def test_a_run_at_its_limits_takes_a_step(place):
     words += [f"--config.optim.warmup_steps={most - 1}", f"--config.inner.lr_warmup_steps={most}"]
     words += ["--config.optim.weight_decay=1.2e-38", "--config.inner.clip=3.4e38"]
     words += ["--config.train.log_every=2147483647", "--config.train.keep_checkpoints=2147483647"]
-    assert cli.main([*START, "--stop-after=1", "--config.model.num_layers=1", *words]) == 75
+    assert main.main([*START, "--stop-after=1", "--config.model.num_layers=1", *words]) == 75
     (record,) = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(record["loss"])
     assert record["nonfinite"] == 0

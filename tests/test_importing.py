@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 from official_files import official_arrays, official_config, write_official
 
-from tttjax import checkpoint, cli
+from tttjax.cli import main
 from tttjax.config import read_config
-from tttjax.data.tokenizers import ByteTokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer, load_tokenizer
 from tttjax.errors import UserError
-from tttjax.evaluate.runs import RunSpec, open_run, weights_template
-from tttjax.importing import import_run, open_official, transfer
-from tttjax.interop import adopt, official
-from tttjax.interop.origin import ORIGIN
-from tttjax.locks import hold
+from tttjax.interop import transfer
+from tttjax.interop.official.import_ import open_official
+from tttjax.interop.official.names import ENDS, from_official
+from tttjax.interop.transfer import import_run
+from tttjax.io.locks import hold
 from tttjax.models import build_model
-from tttjax.sharding import make_mesh
-from tttjax.train_step import make_trainer
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs import write_run
+from tttjax.runs.origin import ORIGIN
+from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.training import checkpoints
+from tttjax.training.step import make_trainer
 
 CONFIG = official_config()
 OVERRIDES = (
@@ -38,7 +42,7 @@ def imported(step, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     ByteTokenizer().save(folder / "bytes")
     words = ["import", str(step.parent), "--workdir", str(folder / "run")]
-    assert cli.main([*words, f"--tokenizer={folder / 'bytes'}", *OVERRIDES]) == 0
+    assert main.main([*words, f"--tokenizer={folder / 'bytes'}", *OVERRIDES]) == 0
     return folder / "run"
 
 
@@ -48,7 +52,7 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
     model = build_model(run.config.model, run.config.inner)
     assert run.config.model == official_config(rope_theta=1e4).model
     params = run.weights(weights_template(model, make_mesh()))
-    wanted = official.from_official(official_arrays(CONFIG), model)
+    wanted = from_official(official_arrays(CONFIG), model)
     for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(got, want)
     origin = json.loads((imported / ORIGIN).read_text())
@@ -64,7 +68,7 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
 
 def test_the_command_says_what_it_found_assumed_and_compared(step, tmp_path, capsys):
     words = ["import", str(step), "--workdir", str(tmp_path / "run"), *OVERRIDES]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     said = capsys.readouterr().out
     assert "official TTT-E2E checkpoint, step 3, 20 arrays" in said
     assert "4 blocks of width 8, 2 heads, MLPs of 12, fast MLPs in the last 2" in said
@@ -76,14 +80,14 @@ def test_the_command_says_what_it_found_assumed_and_compared(step, tmp_path, cap
 
 def test_it_generates(imported, capsys):
     words = ["generate", str(imported), "--prompt=abc", "--max-tokens=2", "--json"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert len(json.loads(capsys.readouterr().out)[0]["tokens"]) == 2
 
 
 def test_it_can_be_extended_and_not_resumed(imported):
     trainer = make_trainer(read_config(imported), make_mesh())
-    checkpoint.restore_params(imported, trainer.abstract_state.params)
-    saver = checkpoint.Checkpointer(imported / checkpoint.DIRECTORY)
+    checkpoints.restore_params(imported, trainer.abstract_state.params)
+    saver = checkpoints.Checkpointer(imported / checkpoints.DIRECTORY)
     with pytest.raises(UserError, match=rf"weights alone.*train.init_from={imported}$"):
         saver.restore(trainer.abstract_state)
     saver.close()
@@ -103,7 +107,7 @@ def test_a_configuration_file_must_fit(step, tmp_path, capsys):
     source = open_official(str(step), config=str(file), say=lambda line: None)
     assert source.config.model == CONFIG.model
     words = ["import", str(step), f"--workdir={tmp_path / 'run'}", f"--config={file}"]
-    assert cli.main([*words, "--config.model.mlp_dim=10", "--config.model.post_norm=false"]) == 2
+    assert main.main([*words, "--config.model.mlp_dim=10", "--config.model.post_norm=false"]) == 2
     err = capsys.readouterr().err
     assert "feed_forward.w1.weight has shape (4, 8, 12), not (4, 8, 10)" in err
     assert "unexpected language_model.model.h.blocks.ffn_post_norm.weight" in err
@@ -128,7 +132,7 @@ def test_what_cannot_be_imported_is_one_sentence(source, sentence, tmp_path, cap
     (tmp_path / "begun" / "4.orbax-checkpoint-tmp-0").mkdir(parents=True)
     before = sorted(tmp_path.iterdir())
     path = source if "://" in source else str(tmp_path / source)
-    assert cli.main(["import", path, f"--workdir={tmp_path / 'new'}"]) == 2
+    assert main.main(["import", path, f"--workdir={tmp_path / 'new'}"]) == 2
     err = capsys.readouterr().err
     with pytest.raises(AssertionError, match=sentence):
         raise AssertionError(err)
@@ -143,14 +147,14 @@ def test_what_cannot_be_imported_is_one_sentence(source, sentence, tmp_path, cap
 def test_a_work_directory_in_use_is_refused(step, workdir, sentence, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    assert cli.main(["import", str(step), f"--workdir={tmp_path / workdir}"]) == 2
+    assert main.main(["import", str(step), f"--workdir={tmp_path / workdir}"]) == 2
     assert sentence in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 
 def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
     arrays = official_arrays(CONFIG)
-    arrays[official.ENDS["final_norm/weight"]][:] = np.nan
+    arrays[ENDS["final_norm/weight"]][:] = np.nan
     path = write_official(tmp_path / "official", arrays)
     source = open_official(str(path), overrides=OVERRIDES, say=lambda line: None)
     with pytest.raises(UserError, match="are not finite"):
@@ -160,14 +164,14 @@ def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
 
 def test_a_second_import_to_one_place_is_refused(step, tmp_path, capsys):
     with hold(tmp_path / "run", beside=True):
-        assert cli.main(["import", str(step), f"--workdir={tmp_path / 'run'}"]) == 2
+        assert main.main(["import", str(step), f"--workdir={tmp_path / 'run'}"]) == 2
     assert "run is being written by another command" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
 def test_weights_that_are_no_floats_are_refused(tmp_path):
     arrays = official_arrays(CONFIG)
-    name = official.ENDS["final_norm/weight"]
+    name = ENDS["final_norm/weight"]
     arrays[name] = arrays[name].astype(np.int32)
     path = write_official(tmp_path / "official", arrays)
     with pytest.raises(UserError, match=f"{name} holds int32, not floating-point numbers"):
@@ -178,7 +182,7 @@ def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):
     """Another model's weights, put where those that were read should be."""
 
     def wrong(folder, config, params, **rest):
-        adopt.write_run(folder, config, jax.tree.map(lambda x: 2 * x, params), **rest)
+        write_run.write_run(folder, config, jax.tree.map(lambda x: 2 * x, params), **rest)
 
     monkeypatch.setattr(transfer, "write_run", wrong)
     source = open_official(str(step), overrides=OVERRIDES, say=lambda line: None)

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax import inner_loop
-from tttjax.update_rules import RULES, make_rule
-from tttjax.update_rules.rules import global_norm
+from tttjax.ttt import inner_loop
+from tttjax.ttt.update_rules import RULES, global_norm, make_rule
 
 pytestmark = pytest.mark.usefixtures("x64")
 CHUNKS, ROWS = 4, 3

@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-JOB = {"CONFIG": "experiments/paper.py:125m,ttt_e2e,pretrain", "WORKDIR": "/shared/my runs/a"}
+JOB = {"CONFIG": "paper:125m,ttt_e2e,pretrain", "WORKDIR": "/shared/my runs/a"}
 PLACE = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "v5p-8", "IMAGE": "i", "NAME": "run"}
 TPU = {"TPU_NAME": "t", "ZONE": "z"}
 
@@ -88,7 +88,7 @@ def test_slurm_starts_one_process_per_host_and_requeues(shell, tmp_path, code, r
     assert result.returncode == code, result.stderr
     assert result.stdout.splitlines()[0] == (
         "[train][--coordinator][node1:20007][--process-count][2][--process-id][1]"
-        "[--config=experiments/paper.py:125m,ttt_e2e,pretrain][--workdir=/shared/my runs/a]"
+        "[--config=paper:125m,ttt_e2e,pretrain][--workdir=/shared/my runs/a]"
         "[--config.mesh.fsdp=8]"
     )
     assert result.stdout.splitlines()[1] == "local "
@@ -156,7 +156,7 @@ def test_the_gpu_job_is_valid_yaml(shell):
         "--coordinator=run-0.run:8476",
         "--process-count=4",
         "--process-id=$(JOB_COMPLETION_INDEX)",
-        "--config=experiments/paper.py:125m,ttt_e2e,pretrain",
+        "--config=paper:125m,ttt_e2e,pretrain",
         "--workdir=/shared/my runs/a",
         "--config.data.sources=it's",
     ]
@@ -227,7 +227,7 @@ LONG = ["--min-document-tokens=513", "--val-fraction=0.1"]
 def test_quickstart_prepares_trains_both_and_compares(quickstart):
     result = quickstart()
     assert result.returncode == 0, result.stderr
-    experiment = f"--config={ROOT}/experiments/quickstart.py"
+    experiment = "--config=quickstart"
     data = "--config.data.sources=quickstart/data"
     assert called(result) == [
         ["prepare", "stdlib", "--out=quickstart/data", *LEARNED, *LONG],

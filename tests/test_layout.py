@@ -1,124 +1,64 @@
-"""Imports point downward, flax.nnx stays in models, and the core neither prints nor parses."""
+"""Imports point downward, flax.nnx stays in models, and only the command line parses or prints."""
 
 import ast
 from pathlib import Path
 
-from tttjax.config import schema
-from tttjax.update_rules import rules
-
 ROOT = Path(__file__).parents[1] / "tttjax"
 
-# From the bottom up; a module imports from its own layer and those below.
-LAYERS = (
-    {"errors", "types", "chips", "progress"},
-    {"limits", "memory", "without_tpu", "paths"},
-    {"locks", "compilation_cache"},
-    {"whole_files", "sealed", "batching", "flag_types", "coordinator"},
-    {"config"},
-    {"ops", "divided"},
-    {"update_rules"},
-    {"inner_loop"},
-    {"models"},
-    {"history", "chunk_step", "fast_layers"},
-    {"fast_gradient"},
-    {"meta"},
-    {"optim", "sharding", "flops", "checkpoint", "checkpoint_io", "data", "interop", "precision"},
-    {"metrics", "run_control", "inference"},
-    {"attention_kernels", "workdir"},
-    {"train_step"},
-    {"starting_weights"},
-    {"prepare", "train", "evaluate", "verify", "bench", "plan"},
-    {"report", "generate", "importing", "export"},
-    {"read", "sessions", "lm_eval"},
-    {"cli"},
-    {"__main__"},
+# From the ground up. A module imports from its own rank and those below; the longest prefix counts.
+RANKS = (
+    ("types", "errors", "io", "runtime"),
+    ("config",),
+    ("parallel.kernel_mesh", "parallel.fsdp", "parallel.batching"),
+    ("ops",),
+    ("models",),
+    ("ttt",),
+    ("data", "parallel", "planning.flops", "planning.accelerators"),
+    ("training", "inference"),
+    ("runs",),
+    ("evaluation", "interop", "planning", "verification", "benchmarks", "recipes"),
+    ("cli",),
+    ("lm_eval", "__main__"),
 )
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-CORE = (
-    *("batching", "ops", "divided", "update_rules", "inner_loop", "models"),
-    *("history", "chunk_step", "fast_gradient", "meta", "train_step"),
-)
-COMMANDS = (
-    *("prepare", "train", "evaluate", "verify", "bench", "plan", "report"),
-    *("generate", "read", "sessions", "importing", "export", "cli", "flag_types"),
-)
-
-# What exports carry is run by transformers, and never imported here.
-FILES = {
-    path: ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(ROOT.rglob("*.py"))
-    if path != ROOT / "__init__.py" and path.parent.name != "exported_code"
-}
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
-def module_of(path: Path) -> str:
-    """The name under tttjax/ that a file belongs to: `ops` for ops/rope.py."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def modules() -> dict[str, ast.Module]:
+    """Syntax trees by dotted name below tttjax; what exports carry is never imported here."""
+    paths = [path for path in ROOT.rglob("*.py") if path.parent.name != "exported_code"]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): ast.parse(p.read_text()) for name, p in names.items()}
 
 
-def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, those of functions and type checking included."""
+def imported(tree: ast.Module) -> set[str]:
     found = set()
-    for node in ast.walk(FILES[path]):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} imports relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def own_imports(path: Path) -> set[str]:
-    """Names under tttjax/ that a file imports from."""
-    parts = [name.split(".") for name in imports(path)]
-    return {words[1] for words in parts if words[0] == "tttjax" and len(words) > 1}
-
-
-def test_every_module_has_a_rank():
-    assert {module_of(path) for path in FILES} == set(RANK)
+def rank_of(name: str) -> int:
+    parts = name.split(".")
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next(RANK[prefix] for prefix in prefixes if prefix in RANK)
 
 
 def test_imports_point_downward():
     upward = [
-        f"{path.relative_to(ROOT)} imports {name}"
-        for path in FILES
-        for name in own_imports(path)
-        if RANK.get(name, 0) > RANK[module_of(path)]
+        f"{name} imports {target}"
+        for name, tree in modules().items()
+        if name != "__init__"
+        for target in imported(tree)
+        if target.startswith("tttjax.") and not target.endswith("__version__")
+        if rank_of(target.removeprefix("tttjax.")) > rank_of(name)
     ]
     assert not upward
 
 
-def test_flax_nnx_stays_in_models():
-    users = {
-        module_of(path)
-        for path in FILES
-        if any(name.startswith(("flax.nnx", "flax.linen")) for name in imports(path))
-    }
-    assert users == {"models"}
-
-
-def test_operations_and_models_know_no_configuration():
-    below = ("ops", "update_rules", "inner_loop", "models", "meta")
-    assert not [p for p in FILES if module_of(p) in below and "config" in own_imports(p)]
-
-
-def test_the_core_does_not_print():
-    calls = [
-        (path, node.func)
-        for path, tree in FILES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-    ]
-    printers = {module_of(p) for p, f in calls if isinstance(f, ast.Name) and f.id == "print"}
-    assert "cli" in printers
-    assert not printers & set(CORE)
-
-
-def test_only_commands_parse_flags():
-    parsers = {"argparse", "absl.flags", "sys.argv"}
-    assert {module_of(path) for path in FILES if parsers & imports(path)} <= set(COMMANDS)
-
-
-def test_the_configuration_offers_the_rules_that_there_are():
-    """It lists them again, because reading a configuration must not import JAX."""
-    assert schema.RULES == rules.RULES
+def test_only_models_import_nnx():
+    assert {
+        name.split(".")[0] for name, tree in modules().items() if "flax.nnx" in imported(tree)
+    } <= {"models"}

@@ -15,9 +15,9 @@ import lm_eval  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from tttjax.data.tokenizers import ByteTokenizer  # noqa: E402
+from tttjax.data.tokenizers.base import ByteTokenizer  # noqa: E402
 from tttjax.errors import UserError  # noqa: E402
-from tttjax.lm_eval import TTTJaxLM, _shared, _wishes  # noqa: E402
+from tttjax.evaluation.lm_eval import TTTJaxLM, _shared, _wishes  # noqa: E402
 
 CONTEXTS = ("the sea was calm", "the sea was rough, and", "a")
 

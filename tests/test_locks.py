@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from tttjax import locks
 from tttjax.errors import UserError
-from tttjax.locks import FOLDER_LOCK, hold
+from tttjax.io import locks
+from tttjax.io.locks import FOLDER_LOCK, hold
 
 QUICK = {"beat_s": 0.02, "watch_s": 0.3}
 HOLDER = """

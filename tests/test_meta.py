@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from reference import Shape, sequence
 from small import random_batch, shaken, small_config, worst
 
-from tttjax.meta import exact_chunks, inner_lr, learns, make_inner_loop, make_outer_loss
 from tttjax.models import build_model
+from tttjax.ttt.outer_loss import exact_chunks, inner_lr, learns, make_inner_loop, make_outer_loss
 from tttjax.types import Batch, Params
 
 pytestmark = pytest.mark.usefixtures("x64")

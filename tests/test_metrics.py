@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax import flops, metrics
 from tttjax.errors import UserError
-from tttjax.metrics import LateMetrics, MetricLogger, Throughput
+from tttjax.planning import flops
+from tttjax.training import metrics
+from tttjax.training.metrics import LateMetrics, MetricLogger
+from tttjax.training.progress import Throughput
 
 RATES = Throughput(tokens_per_step=100, flops_per_token=1e6, peak=flops.Peak(1e9, "test"))
 

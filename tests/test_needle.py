@@ -11,20 +11,26 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tttjax import cli
-from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer
+from tttjax.cli import main
+from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer
+from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tttjax.errors import UserError
-from tttjax.evaluate import Learning, RunSpec, open_run
-from tttjax.evaluate.needle import NeedleResults, NeedleSettings, haystack, sentence, table
-from tttjax.evaluate.needle.asked import ask_all
-from tttjax.evaluate.needle.asking import MORE_TOKENS, Answer, EngineAsker, Likelihood
-from tttjax.evaluate.needle.haystack import Haystack
-from tttjax.evaluate.needle.prompts import INTRODUCTION, TASKS, Place, check_tokenizer, make_prompt
-from tttjax.evaluate.needle.results import Series, difference, mean, wilson
-from tttjax.evaluate.runs import ways_to_read
-from tttjax.ops.attention import Sight, visible
-from tttjax.sharding import make_mesh
+from tttjax.evaluation.needle import haystack
+from tttjax.evaluation.needle.haystack import Haystack
+from tttjax.evaluation.needle.model import MORE_TOKENS, Answer, EngineAsker, Likelihood
+from tttjax.evaluation.needle.prompts import (
+    INTRODUCTION,
+    TASKS,
+    Place,
+    check_tokenizer,
+    make_prompt,
+)
+from tttjax.evaluation.needle.results import NeedleResults, Series, difference, mean, wilson
+from tttjax.evaluation.needle.runner import NeedleSettings, ask_all
+from tttjax.evaluation.needle.tables import sentence, table
+from tttjax.ops.attention.attend import Sight, visible
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.run import Learning, RunSpec, open_run, ways_to_read
 
 STORY = (
     "A heron stood in the shallows, and no fish came near it! Who would wait so long? Not the fox. "
@@ -357,7 +363,7 @@ def rows_of(path):
 def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys):
     words = ["--context-lengths=300,330", "--needle-depths=0,100", "--needle-samples=2"]
     words += ["--needle-tasks=passkey,number", "--batch-size=1", f"--out={tmp_path / 'out'}"]
-    assert cli.main(["evaluate", str(workdir), "--needle", *words]) == 0
+    assert main.main(["evaluate", str(workdir), "--needle", *words]) == 0
     out, err = capsys.readouterr()
     assert "S-NIAH-1 (pass-key), hidden in repeated noise." in out
     assert "S-NIAH-2 (number), hidden in the split val of" in out
@@ -403,7 +409,7 @@ def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys)
 )
 def test_what_cannot_be_asked_is_one_sentence(workdir, words, said, tmp_path, capsys):
     words = ["--context-lengths=400", *words, f"--out={tmp_path / 'out'}"]
-    assert cli.main(["evaluate", str(workdir), "--needle", *words]) == 2
+    assert main.main(["evaluate", str(workdir), "--needle", *words]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert said in err
@@ -411,14 +417,14 @@ def test_what_cannot_be_asked_is_one_sentence(workdir, words, said, tmp_path, ca
 
 
 def test_needle_options_alone_are_refused(workdir, capsys):
-    assert cli.main(["evaluate", str(workdir), "--needle-samples=3"]) == 2
+    assert main.main(["evaluate", str(workdir), "--needle-samples=3"]) == 2
     assert "--needle-samples is an option of needle tests: give --needle too" in (
         capsys.readouterr().err
     )
 
 
 def test_without_text_the_haystack_is_noise_and_said_to_be(workdir, tmp_path):
-    from tttjax.evaluate.needle.asked import _haystacks
+    from tttjax.evaluation.needle.runner import _haystacks
 
     run = open_run(RunSpec(workdir))
     gone = dataclasses.replace(run.config.data, sources=(str(tmp_path / "gone"),))

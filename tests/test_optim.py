@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from tttjax import optim
 from tttjax.errors import UserError
+from tttjax.training.optimizer import make_optimizer, make_schedule
 from tttjax.types import Params
 
 
@@ -30,7 +30,7 @@ class Cfg:
 
 
 def rates(cfg, total, steps):
-    schedule = optim.make_schedule(cfg, total)
+    schedule = make_schedule(cfg, total)
     return [float(schedule(n)) for n in steps]
 
 
@@ -61,7 +61,7 @@ def test_zero_peak_is_zero_throughout():
 
 def test_warmup_as_long_as_the_run_is_refused():
     with pytest.raises(UserError, match=r"warmup_steps=10 .* step 10"):
-        optim.make_schedule(Cfg(warmup_steps=10), 10)
+        make_schedule(Cfg(warmup_steps=10), 10)
 
 
 def adamw_by_hand(params, grads, cfg, lrs, clip):
@@ -90,7 +90,7 @@ def test_three_steps_by_hand(clip):
     lrs = [0.02, 0.04, 0.06]
     want = adamw_by_hand(start, grads, cfg, lrs, clip)
 
-    tx = optim.make_optimizer(cfg, 10)
+    tx = make_optimizer(cfg, 10)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
     state = tx.init(params)
     for g in grads:
@@ -106,7 +106,7 @@ def test_clip_leaves_smaller_norms_exactly_and_zero_switches_it_off():
     sgd_like = {"eps": 1e30, "b1": 0.0, "b2": 0.0, "weight_decay": 0.0, "init_lr": 0.1}
 
     def direction(clip):
-        tx = optim.make_optimizer(Cfg(clip=clip, warmup_steps=0, **sgd_like), 10)
+        tx = make_optimizer(Cfg(clip=clip, warmup_steps=0, **sgd_like), 10)
         updates, _ = tx.update(grads, tx.init(grads), grads)
         return np.asarray(updates["a"])
 
@@ -125,7 +125,7 @@ def test_decay_can_spare_embeddings():
 
     def change(**kw):
         cfg = Cfg(weight_decay=0.5, warmup_steps=0, **kw)
-        tx = optim.make_optimizer(cfg, 10)
+        tx = make_optimizer(cfg, 10)
         updates, _ = tx.update(zero, tx.init(params), params)
         return jax.tree.map(lambda u: round(float(u[0]), 6), updates)
 
@@ -139,7 +139,7 @@ def test_decay_can_spare_embeddings():
 
 def test_moments_are_float32_for_bfloat16_parameters():
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    tx = optim.make_optimizer(Cfg(weight_decay=0.1, clip=1.0), 10)
+    tx = make_optimizer(Cfg(weight_decay=0.1, clip=1.0), 10)
     state = tx.init(params)
     updates, state = tx.update({"w": jnp.full(3, 1e-3, jnp.bfloat16)}, state, params)
     floats = [x.dtype for x in jax.tree.leaves((state, updates)) if x.ndim]

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tttjax import checkpoint, cli
+from tttjax.cli import main
 from tttjax.config import load_config
 from tttjax.config.fields import field_info
 from tttjax.config.schema import all_fields
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
-from tttjax.evaluate import RunSpec, open_run
 from tttjax.inference.session_file import read_about
-from tttjax.paths import absolute_path, local_path
-from tttjax.train import train
-from tttjax.whole_files import check_vacant, write_files
+from tttjax.io.atomic import check_vacant, write_files
+from tttjax.io.paths import absolute_path, local_path
+from tttjax.runs.run import RunSpec, open_run
+from tttjax.training import checkpoints
+from tttjax.training.loop import train
 
 TINY = Path(__file__).parent / "training" / "tiny_run.py"
 # Arguments and fields of free text that is no path. Whatever is in neither list nor choices is one.
@@ -48,10 +49,10 @@ def is_text(action):
 
 
 def all_arguments():
-    for name, command in cli.COMMANDS.items():
+    for name, command in main.COMMANDS.items():
         parser = argparse.ArgumentParser()
         importlib.import_module(command.module).add_arguments(parser)
-        cli._take_paths(parser)
+        main._take_paths(parser)
         for words, action, needed in arguments(parser, name):
             label = f"{words} {(action.option_strings or [action.dest])[0]}"
             if label not in TEXTS:
@@ -80,7 +81,7 @@ def test_no_argument_takes_a_bucket_for_a_folder(
         others = [given(a, "unused") for a in needed]
         if words == "plan" and action.dest == "config":
             others.append("--topology=cpu:1")
-        assert cli.main([*words.split(), *others, given(action, value)]) == 2
+        assert main.main([*words.split(), *others, given(action, value)]) == 2
         error = capsys.readouterr().err
         assert sentence in error
         assert value in error
@@ -125,7 +126,7 @@ def test_every_field_that_is_a_path_is_declared_so(tmp_path, monkeypatch):
         lambda path: prepare([TINY], "out", tokenizer=path, num_workers=0),
         lambda path: open_prepared(path),
         lambda path: open_run(RunSpec(path)),
-        lambda path: checkpoint.find_checkpoint(path),
+        lambda path: checkpoints.find_checkpoint(path),
         lambda path: read_about(path),
         lambda path: check_vacant(path, "--to"),
         lambda path: write_files(path, {}),
@@ -145,8 +146,8 @@ def test_the_home_folder_is_one_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "t.txt").write_text("good " * 100)
-    assert cli.main(["prepare", "~/t.txt", "--out=~/data", "--num-workers=0"]) == 0
-    assert cli.main(["prepare", "--check=~/data"]) == 0
+    assert main.main(["prepare", "~/t.txt", "--out=~/data", "--num-workers=0"]) == 0
+    assert main.main(["prepare", "--check=~/data"]) == 0
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["data", "t.txt"]
     assert not any((tmp_path / "work").iterdir())
 

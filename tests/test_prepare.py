@@ -13,13 +13,13 @@ import pyarrow.parquet
 import pytest
 import tokenizers as hf
 
-from tttjax import prepare as command
+from tttjax.cli import prepare as command
 from tttjax.data import preparation, prepare_pass, writer
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import JOURNAL, open_prepared
 from tttjax.errors import UserError
-from tttjax.locks import FOLDER_LOCK, hold
-from tttjax.sealed import SEAL
+from tttjax.io.locks import FOLDER_LOCK, hold
+from tttjax.io.sealed import SEAL
 
 
 def write_corpus(folder, sizes, seed=0):

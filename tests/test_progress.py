@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tttjax import progress
-from tttjax.evaluate.progress import Progress
+from tttjax.evaluation.progress import Progress
+from tttjax.runtime import progress
 
 
 @pytest.fixture

@@ -11,16 +11,15 @@ import pytest
 
 from tttjax.config import Config, load_config, parameter_count, to_flat_dict
 from tttjax.errors import UserError
-from tttjax.flops import train_flops_per_token
 from tttjax.models import build_model
+from tttjax.planning.flops import train_flops_per_token
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ROOT / "experiments"
 GOLDEN = Path(__file__).parent / "golden_configs"
 
 
 def _recipe_words() -> list[str]:
-    """Every recipe of the golden dump, as `paper.py:125m,full,pretrain`."""
+    """Every recipe of the golden dump, as `paper:125m,full,pretrain`."""
     texts = [path.read_text() for path in sorted(GOLDEN.glob("*.txt"))]
     return [word for text in texts for word in re.findall(r"^\[(.+)\]$", text, re.MULTILINE)]
 
@@ -35,7 +34,7 @@ SYSTEMS = (
 
 @functools.cache
 def resolve(word: str) -> Config:
-    return load_config(str(EXPERIMENTS / word))
+    return load_config(word)
 
 
 def tokens(word: str) -> int:
@@ -59,23 +58,23 @@ def test_the_dump_is_current(monkeypatch):
     ("size", "billions"), [*zip(SIZES, (2.5, 7.1, 15.2, 26.2, 54.5), strict=True)]
 )
 def test_pretraining_budgets_are_the_papers(size, system, billions):
-    pretraining = tokens(f"paper.py:{size},{system},pretrain")
+    pretraining = tokens(f"paper:{size},{system},pretrain")
     assert pretraining / 1e9 == pytest.approx(billions, abs=0.05)
     for context in ("8k", "16k", "32k", "64k", "128k"):
-        share = tokens(f"paper.py:{size},{system},extend,{context}") / pretraining
+        share = tokens(f"paper:{size},{system},extend,{context}") / pretraining
         assert share == pytest.approx(0.05, rel=0.002)
 
 
 def test_the_large_run_has_164_billion_tokens():
-    assert tokens("paper.py:3b,ttt_e2e,pretrain,3x") / 1e9 == pytest.approx(163.6, abs=0.05)
-    assert tokens("paper.py:3b,ttt_e2e,extend,128k,3x") / 1e9 == pytest.approx(3 * 2.73, abs=0.02)
+    assert tokens("paper:3b,ttt_e2e,pretrain,3x") / 1e9 == pytest.approx(163.6, abs=0.05)
+    assert tokens("paper:3b,ttt_e2e,extend,128k,3x") / 1e9 == pytest.approx(3 * 2.73, abs=0.02)
 
 
 @pytest.mark.parametrize(
     ("word", "values"),
     [
         (
-            "paper.py:125m,ttt_e2e,pretrain",
+            "paper:125m,ttt_e2e,pretrain",
             {
                 "train.steps": 4800,
                 "train.batch_size": 64,
@@ -93,7 +92,7 @@ def test_the_large_run_has_164_billion_tokens():
             },
         ),
         (
-            "paper.py:3b,ttt_e2e,extend,128k",
+            "paper:3b,ttt_e2e,extend,128k",
             {
                 "train.steps": 1300,
                 "train.batch_size": 16,
@@ -106,13 +105,13 @@ def test_the_large_run_has_164_billion_tokens():
                 "model.rope_theta": 5e5,
             },
         ),
-        ("paper.py:3b,full,extend,32k", {"train.batch_size": 64, "model.rope_theta": 2e6}),
-        ("paper.py:760m,full,extend,128k", {"train.batch_size": 8, "model.rope_theta": 1e7}),
-        ("paper.py:760m,window,extend,128k", {"model.rope_theta": 5e5, "model.window_size": 8192}),
-        ("paper.py:760m,hybrid,extend,16k", {"model.rope_theta": 1e6}),
-        ("paper.py:3b,full,extend,128k,3x", {"train.init_from": "runs/3b-full-pretrain-3x"}),
+        ("paper:3b,full,extend,32k", {"train.batch_size": 64, "model.rope_theta": 2e6}),
+        ("paper:760m,full,extend,128k", {"train.batch_size": 8, "model.rope_theta": 1e7}),
+        ("paper:760m,window,extend,128k", {"model.rope_theta": 5e5, "model.window_size": 8192}),
+        ("paper:760m,hybrid,extend,16k", {"model.rope_theta": 1e6}),
+        ("paper:3b,full,extend,128k,3x", {"train.init_from": "runs/3b-full-pretrain-3x"}),
         (
-            "paper.py:760m,mamba2,extend,128k",
+            "paper:760m,mamba2,extend,128k",
             {
                 "model.mixers": ["mamba2+window"],
                 "model.mamba_expand": 2,
@@ -126,7 +125,7 @@ def test_the_large_run_has_164_billion_tokens():
             },
         ),
         (
-            "paper.py:1b,gated_deltanet,pretrain",  # as published: 6 heads of 256, values of 512
+            "paper:1b,gated_deltanet,pretrain",  # as published: 6 heads of 256, values of 512
             {
                 "model.mixers": ["gated_deltanet+window"],
                 "model.delta_heads": 6,
@@ -137,7 +136,7 @@ def test_the_large_run_has_164_billion_tokens():
             },
         ),
         (
-            "paper.py:760m,ttt_kvb,pretrain",
+            "paper:760m,ttt_kvb,pretrain",
             {
                 "model.mixers": ["window+ttt_mlp"],
                 "model.ttt_heads": 24,
@@ -147,7 +146,7 @@ def test_the_large_run_has_164_billion_tokens():
             },
         ),
         (
-            "paper.py:350m,ttt_linear,pretrain",
+            "paper:350m,ttt_linear,pretrain",
             {
                 "model.mixers": ["ttt_linear"],
                 "model.ttt_chunk": 16,
@@ -157,14 +156,14 @@ def test_the_large_run_has_164_billion_tokens():
                 "model.post_norm": False,
             },
         ),
-        ("ablations.py:window,2k,gated_deltanet", {"model.window_size": 2048}),
+        ("ablations:window,2k,gated_deltanet", {"model.window_size": 2048}),
         (
-            "ablations.py:chunk,4k,ttt_kvb",
+            "ablations:chunk,4k,ttt_kvb",
             {"model.ttt_chunk": 4096, "inner.chunk_size": 1024, "model.window_size": 8192},
         ),
-        ("ablations.py:path,key_output", {"model.ttt_output": "key", "model.ttt_heads": 24}),
+        ("ablations:path,key_output", {"model.ttt_output": "key", "model.ttt_heads": 24}),
         (
-            "ablations.py:path,end_loss",
+            "ablations:path,end_loss",
             {
                 "model.mixers": ["window"],
                 "model.suffix_layers": 24,
@@ -174,11 +173,11 @@ def test_the_large_run_has_164_billion_tokens():
                 "inner.chunk_size": 1024,
             },
         ),
-        ("ablations.py:layers,6", {"model.mlp_dim": 3328}),
-        ("ablations.py:layers,6,extend,32k", {"train.batch_size": 64, "train.steps": 362}),
-        ("ablations.py:rule,muon", {"inner.rule": "muon"}),
-        ("toy.py:e2e,16", {"inner.chunk_size": 16, "optim.peak_lr": 5e-3}),
-        ("toy.py:full", {"optim.peak_lr": 3e-3, "model.mixers": ["full"]}),
+        ("ablations:layers,6", {"model.mlp_dim": 3328}),
+        ("ablations:layers,6,extend,32k", {"train.batch_size": 64, "train.steps": 362}),
+        ("ablations:rule,muon", {"inner.rule": "muon"}),
+        ("toy:e2e,16", {"inner.chunk_size": 16, "optim.peak_lr": 5e-3}),
+        ("toy:full", {"optim.peak_lr": 3e-3, "model.mixers": ["full"]}),
     ],
 )
 def test_recipes_have_the_published_values(word, values):
@@ -193,13 +192,13 @@ def non_embedding(word: str) -> int:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_is_as_large_as_full_attention(size, system):
-    count = non_embedding(f"paper.py:{size},{system},pretrain")
-    assert count == pytest.approx(non_embedding(f"paper.py:{size},full,pretrain"), rel=0.02)
+    count = non_embedding(f"paper:{size},{system},pretrain")
+    assert count == pytest.approx(non_embedding(f"paper:{size},full,pretrain"), rel=0.02)
 
 
 def test_the_table_of_sizes_has_every_system(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from experiments.paper import size_table
+    from tttjax.recipes.paper import size_table
 
     head, *rows = size_table().splitlines()
     assert head.split() == ["system", *SIZES]
@@ -209,13 +208,13 @@ def test_the_table_of_sizes_has_every_system(monkeypatch):
 
 @pytest.mark.parametrize("step", ["window", "ttt_kvb", "key_output", "end_loss", "ttt_e2e"])
 def test_the_path_to_ttt_e2e_keeps_the_parameters(step):
-    full = non_embedding("paper.py:760m,full,pretrain")
-    assert non_embedding(f"ablations.py:path,{step}") == pytest.approx(full, rel=0.02)
+    full = non_embedding("paper:760m,full,pretrain")
+    assert non_embedding(f"ablations:path,{step}") == pytest.approx(full, rel=0.02)
 
 
 def test_the_path_says_what_to_expect_of_each_step(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from experiments import ablations
+    from tttjax.recipes import ablations
 
     for step, loss in ablations.PATH.items():
         assert re.search(rf"^  {step} .* {loss:.3f} \[P\]$", ablations.__doc__, re.MULTILINE)
@@ -223,8 +222,8 @@ def test_the_path_says_what_to_expect_of_each_step(monkeypatch):
 
 def test_the_path_has_the_papers_recipes_on_it():
     for step in ("window", "ttt_kvb", "ttt_e2e"):
-        same = resolve(f"paper.py:760m,{step},pretrain")
-        assert resolve(f"ablations.py:path,{step}") == same
+        same = resolve(f"paper:760m,{step},pretrain")
+        assert resolve(f"ablations:path,{step}") == same
 
 
 def _state_in_millions(word: str) -> float:
@@ -251,24 +250,22 @@ def _state_in_millions(word: str) -> float:
     ],
 )
 def test_states_are_as_large_as_the_baselines_say(system, millions):
-    assert _state_in_millions(f"paper.py:760m,{system},pretrain") == pytest.approx(
-        millions, abs=0.05
-    )
+    assert _state_in_millions(f"paper:760m,{system},pretrain") == pytest.approx(millions, abs=0.05)
 
 
 def test_multi_head_fast_mlps_are_the_papers_state():
     """18M in units of 2^20 at 760M; their biases are 1% more."""
-    count = parameter_count(resolve("ablations.py:path,end_loss").model)
+    count = parameter_count(resolve("ablations:path,end_loss").model)
     assert count["fast"] / 2**20 == pytest.approx(18, rel=0.012)
 
 
 def test_training_costs_at_3b_are_the_papers(monkeypatch):
     """To the rounding of its figures for attention; see baselines.py for the recurrent systems."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from experiments.results import TRAIN_FLOPS_3B
+    from tttjax.recipes.results import TRAIN_FLOPS_3B
 
     def cost(system: str, stage: str) -> float:
-        config = resolve(f"paper.py:3b,{system},{stage}")
+        config = resolve(f"paper:3b,{system},{stage}")
         return train_flops_per_token(config.model, config.inner, config.train.seq_len) / 1e10
 
     for system, published in TRAIN_FLOPS_3B.items():
@@ -283,20 +280,20 @@ def test_training_costs_at_3b_are_the_papers(monkeypatch):
 
 
 def test_a_hybrid_has_one_full_layer_in_six():
-    model = build_model(*_model_of("paper.py:760m,hybrid,pretrain"))
+    model = build_model(*_model_of("paper:760m,hybrid,pretrain"))
     assert [i for i, kind in enumerate(model.kinds) if kind == "full"] == [5, 11, 17, 23]
 
 
 @pytest.mark.parametrize("number", [1, 3, 12])
 def test_ablations_over_layers_keep_the_parameters(number):
-    total = parameter_count(resolve("paper.py:760m,ttt_e2e,pretrain").model)["total"]
-    count = parameter_count(resolve(f"ablations.py:layers,{number}").model)["total"]
+    total = parameter_count(resolve("paper:760m,ttt_e2e,pretrain").model)["total"]
+    count = parameter_count(resolve(f"ablations:layers,{number}").model)["total"]
     assert count == pytest.approx(total, rel=0.005)
 
 
 def test_the_quickstarts_control_is_equally_large():
     counts = [
-        parameter_count(resolve(f"quickstart.py:{system}").model)["total"]
+        parameter_count(resolve(f"quickstart:{system}").model)["total"]
         for system in ("ttt_e2e", "window")
     ]
     assert counts[0] == pytest.approx(counts[1], rel=0.005)
@@ -342,23 +339,23 @@ def test_every_recipe_warms_up_before_it_ends():
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("paper.py", "needs SIZE,SYSTEM"),
-        ("paper.py:125m", "needs SIZE,SYSTEM"),
-        ("paper.py:125M,full,pretrain", "'125M' is not one of.*Did you mean '125m'"),
-        ("paper.py:125m,mamba,pretrain", "'mamba' is not one of.*Did you mean 'mamba2'"),
-        ("ablations.py:path,e2e", "The step 'e2e' is not one of window, ttt_kvb"),
-        ("ablations.py:window,2k,ttt_kvb", "The system 'ttt_kvb' is not one of ttt_e2e, window"),
-        ("ablations.py:chunk,2k,window", "The system 'window' is not one of ttt_e2e, ttt_kvb"),
-        ("paper.py:125m,swa,pretrain", "The system 'swa' is not one of"),
-        ("paper.py:125m,full,extended,8k", "The stage 'extended' is not.*Did you mean 'extend'"),
-        ("paper.py:125m,full,extend", "The context length '' is not one of 8k"),
-        ("paper.py:125m,full,extend,8k,9x", "ends with '9x'"),
-        ("paper.py:125m,full,pretrain,2x,8k", "ends with '2x,8k'"),
-        ("ablations.py", "The ablation '' is not one of path, window"),
-        ("ablations.py:window", "too many or too few parts"),
-        ("ablations.py:rule,lion", "The rule 'lion' is not one of"),
-        ("toy.py:e2e,2", "The toy 'e2e,2' is not one of"),
-        ("quickstart.py:full", "The system 'full' is not one of ttt_e2e, window"),
+        ("paper", "needs SIZE,SYSTEM"),
+        ("paper:125m", "needs SIZE,SYSTEM"),
+        ("paper:125M,full,pretrain", "'125M' is not one of.*Did you mean '125m'"),
+        ("paper:125m,mamba,pretrain", "'mamba' is not one of.*Did you mean 'mamba2'"),
+        ("ablations:path,e2e", "The step 'e2e' is not one of window, ttt_kvb"),
+        ("ablations:window,2k,ttt_kvb", "The system 'ttt_kvb' is not one of ttt_e2e, window"),
+        ("ablations:chunk,2k,window", "The system 'window' is not one of ttt_e2e, ttt_kvb"),
+        ("paper:125m,swa,pretrain", "The system 'swa' is not one of"),
+        ("paper:125m,full,extended,8k", "The stage 'extended' is not.*Did you mean 'extend'"),
+        ("paper:125m,full,extend", "The context length '' is not one of 8k"),
+        ("paper:125m,full,extend,8k,9x", "ends with '9x'"),
+        ("paper:125m,full,pretrain,2x,8k", "ends with '2x,8k'"),
+        ("ablations", "The ablation '' is not one of path, window"),
+        ("ablations:window", "too many or too few parts"),
+        ("ablations:rule,lion", "The rule 'lion' is not one of"),
+        ("toy:e2e,2", "The toy 'e2e,2' is not one of"),
+        ("quickstart:full", "The system 'full' is not one of ttt_e2e, window"),
     ],
 )
 def test_a_recipe_that_does_not_exist_says_so(word, sentence):
@@ -368,10 +365,10 @@ def test_a_recipe_that_does_not_exist_says_so(word, sentence):
 
 def test_a_description_gives_command_cost_and_expectation(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from experiments.paper import describe
+    from tttjax.recipes.paper import describe
 
     text = describe("3b,ttt_e2e,extend,128k,3x")
-    assert "--config=experiments/paper.py:3b,ttt_e2e,extend,128k,3x" in text
+    assert "--config=paper:3b,ttt_e2e,extend,128k,3x" in text
     assert "8.18B tokens" in text
     assert "2.249 [V]" in text
     text = describe("760m,gated_deltanet,pretrain")

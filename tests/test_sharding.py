@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.sharding import place_devices
+from tttjax.parallel.mesh import place_devices
 
 
 @dataclass(frozen=True)

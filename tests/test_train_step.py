@@ -7,11 +7,11 @@ import optax
 import pytest
 from small import random_batch, small_config, worst
 
-from tttjax.meta import make_inner_loop, make_outer_loss
 from tttjax.models import build_model
-from tttjax.optim import make_optimizer
-from tttjax.sharding import make_mesh
-from tttjax.train_step import make_trainer
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training.optimizer import make_optimizer
+from tttjax.training.step import make_trainer
+from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.whole_files import check_vacant, whole_file, whole_folder, write_files, write_text
+from tttjax.io.atomic import check_vacant, whole_file, whole_folder, write_files, write_text
 
 
 def test_a_file_is_replaced_only_when_all_is_written(tmp_path):

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from tttjax import cli, without_tpu
+from tttjax.cli import main
+from tttjax.runtime import libtpu
 
 
 @pytest.fixture
@@ -13,15 +14,15 @@ def machine(monkeypatch):
 
     def set_up(*, libtpu, devices=()):
         monkeypatch.setattr(
-            without_tpu.importlib.util, "find_spec", lambda name: object() if libtpu else None
+            libtpu.importlib.util, "find_spec", lambda name: object() if libtpu else None
         )
         found = {"/dev/accel*": "/dev/accel0", "/dev/vfio/[0-9]*": "/dev/vfio/0"}
         monkeypatch.setattr(
-            without_tpu.glob,
+            libtpu.glob,
             "glob",
             lambda pattern: [found[pattern]] if found[pattern] in devices else [],
         )
-        for variable in without_tpu.ENVIRONMENT:
+        for variable in libtpu.ENVIRONMENT:
             monkeypatch.setenv(variable, "")  # restored afterwards
             monkeypatch.delenv(variable)
 
@@ -29,24 +30,24 @@ def machine(monkeypatch):
 
 
 def told():
-    return {name: os.environ.get(name) for name in without_tpu.ENVIRONMENT}
+    return {name: os.environ.get(name) for name in libtpu.ENVIRONMENT}
 
 
 def test_commands_tell_libtpu_that_there_is_no_tpu(machine, capsys):
     machine(libtpu=True)
     os.environ["TPU_WORKER_ID"] = "3"  # of the user, who knows better
-    assert cli.main(["--version"]) == 0
-    assert told() == {**without_tpu.ENVIRONMENT, "TPU_WORKER_ID": "3"}
+    assert main.main(["--version"]) == 0
+    assert told() == {**libtpu.ENVIRONMENT, "TPU_WORKER_ID": "3"}
 
 
 @pytest.mark.parametrize("devices", [["/dev/accel0"], ["/dev/vfio/0"]])
 def test_a_machine_with_a_tpu_is_left_alone(machine, devices):
     machine(libtpu=True, devices=devices)
-    without_tpu.quieten_libtpu()
+    libtpu.quieten_libtpu()
     assert set(told().values()) == {None}
 
 
 def test_nothing_is_set_without_libtpu(machine):
     machine(libtpu=False)
-    without_tpu.quieten_libtpu()
+    libtpu.quieten_libtpu()
     assert set(told().values()) == {None}

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax import checkpoint
 from tttjax.config import (
     Config,
     DataConfig,
@@ -17,6 +16,7 @@ from tttjax.config import (
 )
 from tttjax.data.preparation import prepare
 from tttjax.models import build_model
+from tttjax.training import checkpoints
 
 WINDOW, CHUNK, STEPS = 8, 8, 3
 LENGTHS = (8, 32)
@@ -66,7 +66,7 @@ def make_run(data, tmp_path_factory):
             lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)),
             build_model(config.model, config.inner).abstract_params(),
         )
-        saver = checkpoint.Checkpointer(workdir / checkpoint.DIRECTORY)
+        saver = checkpoints.Checkpointer(workdir / checkpoints.DIRECTORY)
         saver.save(step, {"params": params, "step": jnp.int32(step)}, tokenizer=tokenizer)
         saver.close()
         record = '{"step": %d, "loss": 1.0, "time": {"seconds": 2.0, "tokens_per_second": 32.0}}\n'

@@ -2,6 +2,6 @@
 
 import sys
 
-from tttjax.cli import main
+from tttjax.cli.main import main
 
 sys.exit(main())

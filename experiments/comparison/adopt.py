@@ -16,11 +16,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tttjax import checkpoint, checkpoint_io
 from tttjax.config import Config, load_config, read_config, write_run_info
 from tttjax.models import build_model, relayout
-from tttjax.sharding import make_mesh
-from tttjax.train_step import make_trainer
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training.step import make_trainer
 
 
 def adopt(source: Path, target: Path, config: Config) -> None:
@@ -31,20 +31,20 @@ def adopt(source: Path, target: Path, config: Config) -> None:
     its_config = read_config(source)
     assert its_config is not None, f"{source} has no configuration"
     old, new = (build_model(c.model, c.inner) for c in (its_config, config))
-    found = checkpoint.find_checkpoint(source)
+    found = checkpoints.find_checkpoint(source)
     trainer = make_trainer(its_config, make_mesh())
-    params = checkpoint.restore_params(str(source), trainer.abstract_state.params)
+    params = checkpoints.restore_params(str(source), trainer.abstract_state.params)
     other = make_trainer(config, make_mesh())
     state = other.start_from(relayout(params, old, new))
     temporary = target.with_name(f".{target.name}.adopting")
     shutil.rmtree(temporary, ignore_errors=True)
     write_run_info(temporary, config, with_devices=True)
-    saver = checkpoint.Checkpointer(temporary / checkpoint.DIRECTORY)
+    saver = checkpoints.Checkpointer(temporary / checkpoints.DIRECTORY)
     saver.save(
         int(found.name),
         state,
         data_state=None,
-        tokenizer=checkpoint_io.read_meta(found).get("tokenizer", ""),
+        tokenizer=checkpoint_format.read_meta(found).get("tokenizer", ""),
     )
     saver.wait()
     saver.close()

@@ -11,9 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.baselines import BASELINES
-from experiments.sizes import choose
 from tttjax.config import default_config, from_config_dict, match_parameters, parameter_count
+from tttjax.recipes.baselines import BASELINES
+from tttjax.recipes.sizes import choose
 
 HYBRID = ("window", "window", "window", "full")
 # Of two systems with one pretraining, only contexts beyond the window tell them apart.

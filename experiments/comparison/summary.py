@@ -9,8 +9,10 @@ from experiments.comparison.scales import (
     SYSTEMS,
     parameters,
 )
-from tttjax.evaluate import Learning
-from tttjax.report import Entry, Report, make_report
+from tttjax.evaluation.report.entries import Entry
+from tttjax.evaluation.report.make import make_report
+from tttjax.evaluation.report.results import Report
+from tttjax.runs.run import Learning
 
 
 def write_report(plan: Plan, *, command: str, progress: TextIO | None = None) -> Report:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tttjax.data.documents import JSON, TEXT, InputFile, Line, list_inputs, pieces_of, read_items
+from tttjax.data.preparation import prepare
 from tttjax.data.shards import PreparedData
 from tttjax.data.splits import SplitRule
 from tttjax.errors import UserError
-from tttjax.prepare import prepare
 
 HELD_OUT = 0.15  # share of the documents in each of val and test
 BYTES_VOCABULARY = 264  # a vocabulary of this size is that of the tokenizer `bytes`

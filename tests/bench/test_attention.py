@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from tttjax.bench import attention
-from tttjax.bench.attention import Sizes, bench_attention
-from tttjax.cli import main
+from tttjax.benchmarks import attention
+from tttjax.benchmarks.attention import Sizes, bench_attention
+from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 SMALL = Sizes(heads=2, head_dim=8, chunk=8, window=16, seq_len=32)

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tttjax import cli
-from tttjax.bench.commands import bench_commands
+from tttjax.benchmarks.commands import bench_commands
+from tttjax.cli import main
 from tttjax.errors import UserError
 
 
@@ -48,9 +48,9 @@ def test_busy_command_has_more_processor_time():
 
 def test_command_line_prints_table_and_json(capsys):
     words = ["bench", "commands", program("pass"), program("1"), "--rounds=1"]
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     assert "peak_bytes" in capsys.readouterr().out
-    assert cli.main([*words, "--json"]) == 0
+    assert main.main([*words, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 6
 
 

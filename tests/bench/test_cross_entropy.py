@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tttjax.bench.cross_entropy import Sizes, bench_cross_entropy
-from tttjax.cli import main
+from tttjax.benchmarks.cross_entropy import Sizes, bench_cross_entropy
+from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 

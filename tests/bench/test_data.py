@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tttjax import bench
-from tttjax.bench import data as bench_module
+from tttjax.benchmarks import data as bench_module
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 

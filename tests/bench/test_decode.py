@@ -5,8 +5,8 @@ import json
 import pytest
 from small import small_config
 
-from tttjax.bench.decode import bench_decode
-from tttjax.cli import main
+from tttjax.benchmarks.decode import bench_decode
+from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
@@ -25,7 +25,7 @@ def test_every_place_and_batch_is_measured():
 
 def test_command_line(capsys):
     small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
-    words = ["bench", "decode", "--config=experiments/mid_size.py:full", "--rounds=1"]
+    words = ["bench", "decode", "--config=mid_size:full", "--rounds=1"]
     words += [f"--config.model.{field}" for field in small]
     assert main([*words, "--read=4", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)

@@ -3,8 +3,8 @@
 import pytest
 from small import small_config
 
-from tttjax.bench.meta_gradient import bench_meta_gradient, variants
-from tttjax.cli import main
+from tttjax.benchmarks.meta_gradient import bench_meta_gradient, variants
+from tttjax.cli.main import main
 from tttjax.config import parameter_count
 from tttjax.errors import UserError
 
@@ -42,6 +42,6 @@ def test_the_four_steps_are_measured():
 def test_a_configuration_without_fast_mlps_is_refused(capsys):
     with pytest.raises(UserError, match=r"model.fast_mlp = False"):
         variants(small_config(model={"fast_mlp": False, "suffix_layers": 0}))
-    words = ["bench", "meta-gradient", "--config=experiments/mid_size.py:full"]
+    words = ["bench", "meta-gradient", "--config=mid_size:full"]
     assert main(words) == 2
     assert "model.fast_mlp = False" in capsys.readouterr().err

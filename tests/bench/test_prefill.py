@@ -5,9 +5,9 @@ import json
 import pytest
 from small import small_config
 
-from tttjax.bench import prefill
-from tttjax.bench.prefill import bench_prefill
-from tttjax.cli import main
+from tttjax.benchmarks import prefill
+from tttjax.benchmarks.prefill import bench_prefill
+from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
@@ -45,8 +45,8 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, capsys)
     whole = prefill._compile
     monkeypatch.setattr(prefill, "_compile", compile_some)
     small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=0", "vocab_size=32"]
-    words = ["bench", "prefill", "--config=experiments/mid_size.py:w*", "--rounds=1"]
-    words += ["--config=experiments/mid_size.py:full", "--lengths=5,9"]
+    words = ["bench", "prefill", "--config=mid_size:w*", "--rounds=1"]
+    words += ["--config=mid_size:full", "--lengths=5,9"]
     words += [f"--config.model.{field}" for field in small]
     assert main(words) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -80,7 +80,7 @@ def test_sizes_below_one_are_refused():
 
 def test_command_line(capsys):
     small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
-    words = ["bench", "prefill", "--config=experiments/mid_size.py:window", "--rounds=1"]
+    words = ["bench", "prefill", "--config=mid_size:window", "--rounds=1"]
     words += [f"--config.model.{field}" for field in small]
     assert main([*words, "--lengths=5,9", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)

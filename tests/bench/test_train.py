@@ -5,9 +5,9 @@ import json
 import pytest
 from small import small_config
 
-from tttjax.bench import train as bench_module
-from tttjax.bench.train import bench_train
-from tttjax.cli import main
+from tttjax.benchmarks import train as bench_module
+from tttjax.benchmarks.train import bench_train
+from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_rounds_below_one_are_refused():
 
 
 def test_command_line(capsys):
-    spec = "experiments/mid_size.py:window"
+    spec = "mid_size:window"
     small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
     overrides = [f"--config.model.{field}" for field in small]
     overrides += ["--config.train.seq_len=512", "--config.train.batch_size=8"]

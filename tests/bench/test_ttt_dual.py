@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tttjax.bench.ttt_dual import Sizes, bench_ttt_dual
-from tttjax.cli import main
+from tttjax.benchmarks.ttt_dual import Sizes, bench_ttt_dual
+from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 

@@ -10,9 +10,9 @@ import sentencepiece
 import tokenizers as hf
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from tttjax.data.huggingface import HuggingFaceTokenizer
-from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from tttjax.data.tokenizers import ByteTokenizer, Tokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 SCRIPTS = {
     "Latin": "The cat's  naïve café,\n\n\tsat on 12345678 mats. ",

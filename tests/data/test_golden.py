@@ -8,9 +8,9 @@ import pytest
 import zarr
 from grain.experimental import index_shuffle
 
-from tttjax.data.golden import check_zarr_case
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
+from tttjax.verification.golden_data import check_zarr_case
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "e2e" / "zarr"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tttjax.data.shards import MANIFEST, check_sums, open_prepared, read_manifest
-from tttjax.data.tokenizers import ByteTokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer
 from tttjax.errors import UserError
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.families import FAMILIES, LOSSLESS, PREFIXED, SCRIPTS, family
-from tttjax.data.tokenizers import UNKNOWN, TextStream, is_lossless
+from tttjax.data.tokenizers.base import UNKNOWN, TextStream, is_lossless
 
 TEXT = "".join(SCRIPTS.values())
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from tttjax.data.huggingface import HuggingFaceTokenizer
-from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tttjax.data.stretches import encode_text
-from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer, load_tokenizer
+from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tttjax.errors import UserError
 
 AWKWARD = [

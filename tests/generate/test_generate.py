@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-import tttjax.generate
-import tttjax.read.text
-from tttjax.cli import main
+import tttjax.cli.generate
+import tttjax.runs.long_text
+from tttjax.cli.main import main
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
-from tttjax.generate.opened import open_model
 from tttjax.inference.engine import Engine
-from tttjax.read.text import one_text
+from tttjax.runs.load import open_model
+from tttjax.runs.long_text import one_text
 
 TEXT = "the cat sat on the mat. " * 12
 
@@ -204,9 +204,9 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         raise UserError("noted")
 
     opened = open_model(run)
-    monkeypatch.setattr(tttjax.generate, "open_from", lambda *_, **__: opened)
+    monkeypatch.setattr(tttjax.cli.generate, "open_from", lambda *_, **__: opened)
     monkeypatch.setattr(
-        tttjax.generate, "_write_all", lambda _, __, ___, prompts, ____: note(0, 0, prompts[0])
+        tttjax.cli.generate, "_write_all", lambda _, __, ___, prompts, ____: note(0, 0, prompts[0])
     )
     monkeypatch.setattr(Engine, "read", note)
     for option in (
@@ -222,7 +222,7 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         256,
         *(
             int(t)
-            for part in tttjax.read.text._tokens(opened.tokenizer, one_text(path))
+            for part in tttjax.runs.long_text._tokens(opened.tokenizer, one_text(path))
             for t in part
         ),
     ]

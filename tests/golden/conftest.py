@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from tttjax.interop import golden, official
+from tttjax.interop.official.names import to_official
+from tttjax.verification import golden
 
 CASE = {
     "case": "tiny",
@@ -84,7 +85,7 @@ def compute(case):
     (value, reading), grads = loss(params, golden.load_batch(arrays), jnp.asarray(1))
     optimizer, schedule = golden.outer_optimizer(case)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    final = official.to_official(optax.apply_updates(params, updates), setting.model)
+    final = to_official(optax.apply_updates(params, updates), setting.model)
     arrays |= {
         "loss": value,
         "chunk_loss": reading.chunk_loss_N,
@@ -95,7 +96,7 @@ def compute(case):
         "traj/step_index": np.asarray([1]),
     }
     for name, tree in (("params", params), ("grads", grads)):
-        arrays |= {f"{name}/{k}": x for k, x in official.to_official(tree, setting.model).items()}
+        arrays |= {f"{name}/{k}": x for k, x in to_official(tree, setting.model).items()}
     return {k: np.asarray(x) for k, x in {**arrays, **with_prefix("final_params", final)}.items()}
 
 

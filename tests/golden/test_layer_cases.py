@@ -11,8 +11,8 @@ import layer_loops as loops
 import numpy as np
 import pytest
 
-from tttjax.cli import main
-from tttjax.verify import verify
+from tttjax.cli.main import main
+from tttjax.verification.verify import verify
 
 TOKENS = 7
 VOCAB = 5

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tttjax import cli
+from tttjax.cli import main
 from tttjax.errors import UserError
-from tttjax.evaluate.runs import RunSpec, open_run, weights_template
-from tttjax.interop import golden, official
-from tttjax.interop.official_checkpoint import load_official_checkpoint
+from tttjax.interop.official.checkpoint import load_official_checkpoint
+from tttjax.interop.official.names import to_official
 from tttjax.models import build_model
-from tttjax.sharding import make_mesh
-from tttjax.verify import verify
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.verification import golden
+from tttjax.verification.verify import verify
 
 FOLDER = Path(
     os.environ.get("TTTJAX_GOLDEN", Path(__file__).parents[3] / "shared" / "golden" / "e2e")
@@ -120,10 +121,10 @@ def test_an_official_checkpoint_by_its_parent_folder_and_its_step(tmp_path):
 def test_an_official_checkpoint_as_a_run(tmp_path):
     source = FOLDER / "checkpoint" / "01_e2e_basic_params"
     words = ["import", str(source), f"--workdir={tmp_path / 'run'}"]
-    assert cli.main([*words, "--config.model.compute_dtype=float32"]) == 0
+    assert main.main([*words, "--config.model.compute_dtype=float32"]) == 0
     run = open_run(RunSpec(tmp_path / "run"))
     model = build_model(run.config.model, run.config.inner)
-    named = official.to_official(run.weights(weights_template(model, make_mesh())), model)
+    named = to_official(run.weights(weights_template(model, make_mesh())), model)
     wanted = golden.under(golden.load_arrays(FOLDER / "01_e2e_basic.npz"), "params/")
     assert named.keys() == wanted.keys()
     for name, array in wanted.items():

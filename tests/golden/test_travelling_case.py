@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tttjax.verify import verify
+from tttjax.verification.verify import verify
 
 CASES = Path(__file__).parent / "cases"
 

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from tttjax.cli import main
+from tttjax.cli.main import main
 from tttjax.errors import UserError
-from tttjax.update_rules import rules
-from tttjax.verify import rows, verify
-from tttjax.verify.command import find_entries, format_table
+from tttjax.ttt import update_rules
+from tttjax.verification import rows
+from tttjax.verification.verify import find_entries, format_table, verify
 
 
 def failed(found):
@@ -94,7 +94,7 @@ def test_a_mistake_in_the_code_does_not_pass(write_case, monkeypatch):
             return {k: _clip_leaves(v, max_norm) for k, v in tree.items()}
         return tree * jnp.minimum(1.0, max_norm / jnp.linalg.norm(tree))
 
-    monkeypatch.setattr(rules, "clip_by_global_norm", clip_each)
+    monkeypatch.setattr(update_rules, "clip_by_global_norm", clip_each)
     assert "token_nll" in failed(verify(write_case()))
 
 

@@ -10,10 +10,10 @@ import pytest
 import tttjax.inference.engine
 from tests.small import shaken, small_config, worst
 from tttjax.inference.engine import Engine
-from tttjax.inference.reading import make_reader
+from tttjax.inference.prefill import make_reader
 from tttjax.inference.session import pieces
-from tttjax.meta import make_inner_loop
 from tttjax.models import build_model
+from tttjax.ttt.outer_loss import make_inner_loop
 
 LENGTH = 22
 SYSTEMS = {

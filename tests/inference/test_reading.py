@@ -9,10 +9,18 @@ import pytest
 
 from tests.small import shaken, small_config, worst
 from tttjax.config import Config
-from tttjax.inference import divide, extend, logits, make_reader, prefill, read_chunks, start
-from tttjax.meta import make_inner_loop
-from tttjax.meta import make_reader as make_training_reader
+from tttjax.inference.prefill import (
+    divide,
+    extend,
+    logits,
+    make_reader,
+    prefill,
+    read_chunks,
+    start,
+)
 from tttjax.models import build_model
+from tttjax.ttt.outer_loss import make_inner_loop
+from tttjax.ttt.outer_loss import make_reader as make_training_reader
 from tttjax.types import Batch
 
 LENGTH = 16

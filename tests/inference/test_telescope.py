@@ -9,12 +9,12 @@ import pytest
 
 from tests.inference.test_reading import LENGTH, setting
 from tests.small import worst
-from tttjax import inner_loop
-from tttjax.fast_layers import fast_layers, norms, squares
-from tttjax.inference import read_chunks, start
 from tttjax.inference.engine import Engine
-from tttjax.inference.telescope import observe_chunks, start_norms
-from tttjax.meta import make_chunk_loss
+from tttjax.inference.prefill import read_chunks, start
+from tttjax.inference.update_trace import observe_chunks, start_norms
+from tttjax.ttt import inner_loop
+from tttjax.ttt.layer_norms import fast_layers, norms, squares
+from tttjax.ttt.outer_loss import make_chunk_loss
 
 SYSTEMS: dict[str, dict] = {
     "three layers in stacks, clipped": {

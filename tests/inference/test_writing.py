@@ -8,10 +8,10 @@ import pytest
 from tests.data.families import SCRIPTS
 from tests.inference.test_engine import make_engine
 from tests.small import worst
-from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer
 from tttjax.errors import UserError
+from tttjax.inference.generator import Request, Transcript, Writer
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.writing import Request, Transcript, Writer
 
 
 class Letters(IdsTokenizer):

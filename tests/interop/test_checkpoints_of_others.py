@@ -8,20 +8,21 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from tttjax import cli
+from tttjax.cli import main
 from tttjax.config import read_config
-from tttjax.data.huggingface import HuggingFaceTokenizer
-from tttjax.data.tokenizers import load_tokenizer
+from tttjax.data.tokenizers.base import load_tokenizer
+from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from tttjax.errors import UserError
-from tttjax.evaluate.runs import RunSpec, open_run, weights_template
-from tttjax.generate.opened import open_model
-from tttjax.importing import huggingface, open_huggingface
+from tttjax.inference.generator import Request, Writer
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.writing import Request, Writer
+from tttjax.interop.huggingface import import_ as huggingface
 from tttjax.interop.huggingface import tensor_places
 from tttjax.interop.huggingface.files import INDEX, SINGLE
+from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.models import build_model
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.load import open_model
+from tttjax.runs.run import RunSpec, open_run, weights_template
 
 WORDS = ("<unk>", "<s>", "</s>", *map(chr, range(97, 126)))
 CONFIG = {
@@ -148,14 +149,14 @@ def test_every_end_token_stops_a_generation(folder, tmp_path, without_transforme
     only_five(folder)
     edit(folder, "config.json", eos_token_id=[2, 5])
     run, out = tmp_path / "run", tmp_path / "out"
-    assert cli.main(["import", str(folder), f"--workdir={run}"]) == 0
+    assert main.main(["import", str(folder), f"--workdir={run}"]) == 0
     opened = open_model(run)
     session, _ = opened.engine.read(opened.engine.start(), np.array([1, 4]))
     request = Request(session, Sampling(temperature=0), max_tokens=8)
     (piece,) = Writer(opened.engine, opened.tokenizer, [request])
     assert (piece.token, piece.finished, piece.text) == (5, "eos", "")
 
-    assert cli.main(["export", str(run), f"--to={out}", "--own-code"]) == 0
+    assert main.main(["export", str(run), f"--to={out}", "--own-code"]) == 0
     for name in ("config.json", "generation_config.json"):
         assert json.loads((out / name).read_text())["eos_token_id"] == [2, 5]
     assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
@@ -170,7 +171,7 @@ def test_every_end_token_stops_a_generation(folder, tmp_path, without_transforme
 
 def test_a_head_that_differs_is_imported_untied(folder, tmp_path, capsys):
     edit(folder, "config.json", tie_word_embeddings=True)
-    assert cli.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 0
     assert "imported untied" in capsys.readouterr().out
     assert not read_config(tmp_path / "run").model.tie_embeddings
     run = open_run(RunSpec(tmp_path / "run"))
@@ -200,7 +201,7 @@ KINDS |= {"I8": 8, "U8": 8, "I32": 32, "I64": 64, "BOOL": 8, "C64": 64}
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_no_floats_are_refused(kind, folder, capsys):
     recast(folder, "model.layers.0.mlp.up_proj.weight", kind, KINDS[kind])
-    assert cli.main(["import", str(folder), f"--workdir={folder.parent / 'run'}"]) == 2
+    assert main.main(["import", str(folder), f"--workdir={folder.parent / 'run'}"]) == 2
     error = capsys.readouterr().err
     assert f"up_proj.weight in {folder} is stored as {kind}" in error
     assert error.count("\n") == 1

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tttjax import export as exporting
-from tttjax.cli import main
+from tttjax.cli.main import main
 from tttjax.errors import UserError
-from tttjax.generate.opened import open_model
+from tttjax.inference.generator import Request, Writer
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.writing import Request, Writer
+from tttjax.interop.huggingface import export as exporting
 from tttjax.interop.huggingface import names
 from tttjax.interop.huggingface.compare import their_logits
-from tttjax.locks import hold
+from tttjax.io.locks import hold
+from tttjax.runs.load import open_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

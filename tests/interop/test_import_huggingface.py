@@ -13,19 +13,21 @@ from flax.traverse_util import flatten_dict
 from official_files import official_config
 from safetensors.numpy import load_file, save_file
 
-from tttjax import cli
+from tttjax.cli import main
 from tttjax.config import read_config
-from tttjax.data.tokenizers import load_tokenizer
+from tttjax.data.tokenizers.base import load_tokenizer
 from tttjax.errors import UserError
-from tttjax.evaluate.runs import RunSpec, open_run, weights_template
-from tttjax.importing import huggingface, import_run, open_huggingface
+from tttjax.interop.huggingface import import_ as huggingface
 from tttjax.interop.huggingface import tensor_places
 from tttjax.interop.huggingface.architectures import config_json, learning_json
 from tttjax.interop.huggingface.files import write_tensors
+from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.interop.streaming import assemble
+from tttjax.interop.transfer import import_run
 from tttjax.models import build_model, combine
-from tttjax.sharding import make_mesh
-from tttjax.train_step import make_trainer
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.training.step import make_trainer
 from tttjax.types import Batch
 
 torch = pytest.importorskip("torch")
@@ -99,7 +101,7 @@ def test_logits_are_those_of_transformers(family, tmp_path, capsys):
     folder = save_model(tmp_path / "hf", family, **CASES[family])
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (family == "qwen3")
     (folder / "tokenizer.json").write_text(words_of(["<unk>", "<s>", "</s>", "a", "b"]))
-    assert cli.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 0
     said = capsys.readouterr().out
     compared = next(line for line in said.splitlines() if "compared with transformers" in line)
     assert float(compared.split("at most ")[1].split()[0]) < 1e-4
@@ -142,7 +144,7 @@ def test_fast_mlps_change_nothing_until_they_learn(llama, tmp_path):
 def test_a_window_and_another_base_may_be_asked_for(llama, tmp_path, capsys):
     more = ["--config.model.mixers=window", "--config.model.window_size=8"]
     words = ["import", str(llama), f"--workdir={tmp_path / 'run'}", *FAST, *more]
-    assert cli.main([*words, "--config.model.rope_theta=2e6"]) == 0
+    assert main.main([*words, "--config.model.rope_theta=2e6"]) == 0
     said = capsys.readouterr().out
     assert "compared with transformers" in said
     config = read_config(tmp_path / "run")
@@ -211,7 +213,7 @@ def reshape(folder):
 def test_bad_sources_are_one_sentence(llama, harm, sentence, tmp_path, capsys):
     folder = shutil.copytree(llama, tmp_path / "hf")
     harm(folder)
-    assert cli.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 2
+    assert main.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
     with pytest.raises(AssertionError, match=sentence):
         raise AssertionError(err)

@@ -15,20 +15,19 @@ from official_files import official_arrays, official_config, write_official
 
 from tttjax.config import from_config_dict, load_config
 from tttjax.errors import UserError
-from tttjax.evaluate.runs import weights_template
-from tttjax.interop import official
-from tttjax.interop.official_checkpoint import (
+from tttjax.interop.official.checkpoint import (
     Place,
     load_official_checkpoint,
     looks_official,
     open_official_checkpoint,
 )
-from tttjax.interop.official_config import deduce_config
+from tttjax.interop.official.config import deduce_config
+from tttjax.interop.official.names import ENDS, check_arrays, from_official, official_shapes, pieces
 from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import build_model
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.runs.run import weights_template
 
-PAPER = Path(__file__).parents[2] / "experiments" / "paper.py"
 CONFIG = official_config()
 
 
@@ -76,8 +75,8 @@ def test_pieces_make_the_weights_on_any_mesh(step, arrays, mesh):
     model = build_model(CONFIG.model, CONFIG.inner)
     found = open_official_checkpoint(step)
     wanted = template(CONFIG, **mesh)
-    params = assemble(wanted, official.pieces(found.arrays, model), model)
-    assert_same(params, official.from_official(arrays, model))
+    params = assemble(wanted, pieces(found.arrays, model), model)
+    assert_same(params, from_official(arrays, model))
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
 
 
@@ -85,11 +84,11 @@ def test_one_piece_lies_in_memory_at_a_time(step):
     model = build_model(CONFIG.model, CONFIG.inner)
     found = open_official_checkpoint(step)
     rows = max(array.nbytes // array.shape[0] for array in found.arrays.values() if array.shape[1:])
-    largest = max(rows, found.arrays[official.ENDS["embedding"]].nbytes)
+    largest = max(rows, found.arrays[ENDS["embedding"]].nbytes)
 
     def watched():
         last = None
-        for piece in official.pieces(found.arrays, model):
+        for piece in pieces(found.arrays, model):
             assert piece.array.nbytes <= largest
             if last is not None:
                 assert last() is None, "the piece before is still there"
@@ -130,9 +129,7 @@ def test_memory_is_the_target_and_little_more(tmp_path):
     one = template(config, devices=jax.devices()[:1])
     sizes = [array.nbytes for array in found.arrays.values()]
     kept = []
-    peak = peak_while(
-        lambda: kept.append(assemble(one, official.pieces(found.arrays, model), model))
-    )
+    peak = peak_while(lambda: kept.append(assemble(one, pieces(found.arrays, model), model)))
     programs = 48 * 2**20  # that are compiled, and what threads keep
     assert peak < sum(sizes) + 2 * max(sizes) + programs
     assert sum(sizes) > 2 * max(sizes) + programs  # so that all of it twice would be noticed
@@ -140,11 +137,11 @@ def test_memory_is_the_target_and_little_more(tmp_path):
 
 def test_a_configuration_is_told_from_the_arrays_of_every_released_size():
     for size in ("125m", "1b", "3b"):
-        recipe = load_config(f"{PAPER}:{size},ttt_e2e,pretrain")
+        recipe = load_config(f"paper:{size},ttt_e2e,pretrain")
         model = build_model(recipe.model, recipe.inner)
         stored = {
             name: jax.ShapeDtypeStruct(shape, np.float32)
-            for name, shape in official.official_shapes(model).items()
+            for name, shape in official_shapes(model).items()
         }
         values, assumed = deduce_config(stored)
         config = from_config_dict(values)
@@ -159,7 +156,7 @@ def test_other_configurations_are_told_as_far_as_arrays_tell():
         config = official_config(**model)
         stored = official_arrays(config)
         told = from_config_dict(deduce_config(stored)[0])
-        official.check_arrays(stored, build_model(told.model, told.inner))
+        check_arrays(stored, build_model(told.model, told.inner))
         assert told.model.mixers == (("window",) if told.model.fast_mlp else ("full",))
     del stored["language_model.model.h.blocks.seq_modeling_block.q_norm.weight"]
     with pytest.raises(UserError, match=r"q_norm.*is absent; give its configuration"):
@@ -168,10 +165,10 @@ def test_other_configurations_are_told_as_far_as_arrays_tell():
 
 def test_names_and_shapes_are_compared_in_one_sentence(arrays):
     model = build_model(CONFIG.model, CONFIG.inner)
-    wrong = {**arrays, "more": np.zeros(3), official.ENDS["final_norm/weight"]: np.zeros(5)}
-    del wrong[official.ENDS["embedding"]]
+    wrong = {**arrays, "more": np.zeros(3), ENDS["final_norm/weight"]: np.zeros(5)}
+    del wrong[ENDS["embedding"]]
     with pytest.raises(UserError) as caught:
-        official.check_arrays(wrong, model)
+        check_arrays(wrong, model)
     for words in ("missing language_model.model.wte", "unexpected more", "shape (5,), not (8,)"):
         assert words in str(caught.value)
 
@@ -216,7 +213,7 @@ def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
 def test_a_checkpoint_in_a_folder_with_an_odd_name(step, arrays, tmp_path):
     odd = shutil.copytree(step, tmp_path / "a b%20#c?" / "3")
     found = open_official_checkpoint(odd)
-    name = official.ENDS["embedding"]
+    name = ENDS["embedding"]
     np.testing.assert_array_equal(found.arrays[name].read(), arrays[name])
 
 

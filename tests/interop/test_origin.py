@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tttjax import export as exporting
-from tttjax.interop import origin
-from tttjax.interop.origin import ORIGIN, find_origin, huggingface_terms
+from tttjax.interop.huggingface import export as exporting
+from tttjax.runs import origin
+from tttjax.runs.origin import ORIGIN, find_origin, huggingface_terms
 
 CARDS = {
     "---\nlanguage: en\nlicense: llama3.2\n---\n# A model\n": "llama3.2",

@@ -5,9 +5,9 @@ import json
 import pytest
 import tokenizers
 
-from tttjax.data.huggingface import HuggingFaceTokenizer
-from tttjax.data.sentencepiece import SentencePieceTokenizer, train_sentencepiece
-from tttjax.data.tokenizers import ByteTokenizer, IdsTokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer, load_tokenizer
+from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
+from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tttjax.interop.huggingface.tokenizer_files import ASIDE, SAMPLE, write_tokenizer
 
 TEXTS = [SAMPLE, "for i in range(10):\n    print(i, '\u2581')\n" * 20]

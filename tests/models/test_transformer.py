@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 from small import random_batch, shaken, small_config, worst
 
 from tttjax.errors import UserError
-from tttjax.meta import make_inner_loop, make_reader
 from tttjax.models import build_model, combine, path_filter, relayout
+from tttjax.ttt.outer_loss import make_inner_loop, make_reader
 
 pytestmark = pytest.mark.usefixtures("x64")
 PATTERNS = {

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from tttjax.config import load_config
-from tttjax.run_control import start_distributed
-from tttjax.train import train
+from tttjax.parallel.distributed import start_distributed
+from tttjax.training.loop import train
 
 TINY = Path(__file__).parents[1] / "training" / "tiny_run.py"
 

@@ -9,8 +9,8 @@ import pytest
 from small import random_batch, small_config, worst
 
 from tttjax.errors import UserError
-from tttjax.sharding import make_mesh, spec
-from tttjax.train_step import make_trainer
+from tttjax.parallel.mesh import make_mesh, spec
+from tttjax.training.step import make_trainer
 
 pytestmark = pytest.mark.usefixtures("x64")
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tttjax.metrics import loss_stream
-from tttjax.prepare import prepare
+from tttjax.data.preparation import prepare
+from tttjax.training.metrics import loss_stream
 
 PROGRAM = Path(__file__).parent / "one_of_two.py"
 SECONDS = 150

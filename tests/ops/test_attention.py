@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax.ops.attention import Sight, attend, attend_sequence, visible
+from tttjax.ops.attention.attend import Sight, attend, attend_sequence, visible
 
 pytestmark = pytest.mark.usefixtures("x64")
 

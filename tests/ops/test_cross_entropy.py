@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tttjax.errors import UserError
-from tttjax.ops.cross_entropy import (
+from tttjax.ops.cross_entropy.nll import (
     blocked_nll,
     blocked_nll_pair,
     blocked_nll_twice,

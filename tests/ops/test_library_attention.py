@@ -9,14 +9,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small import random_batch, small_config, worst
 
-from tttjax.meta import make_inner_loop, make_outer_loss
 from tttjax.models import build_model
-from tttjax.ops import library_attention
-from tttjax.ops.attention import Sight, attend, visible
-from tttjax.ops.library_attention import attend_whole, why_not
-from tttjax.ops.splash import _WindowMask, splash_attention, tile_of
-from tttjax.plan.count import count
-from tttjax.sharding import make_mesh, manual_axes
+from tttjax.ops.attention import library
+from tttjax.ops.attention.attend import Sight, attend, visible
+from tttjax.ops.attention.library import attend_whole, why_not
+from tttjax.ops.attention.splash import _WindowMask, splash_attention, tile_of
+from tttjax.parallel.mesh import make_mesh, manual_axes
+from tttjax.planning.count import count
+from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 BF16 = jax.ShapeDtypeStruct((256, 2, 8), jnp.bfloat16)
 QUERIES = jax.ShapeDtypeStruct((256, 4, 8), jnp.bfloat16)  # that share the heads of BF16
@@ -28,7 +28,7 @@ def everywhere(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(library_attention, "why_not_here", lambda *_: "")
+    monkeypatch.setattr(library, "why_not_here", lambda *_: "")
 
 
 def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
@@ -112,7 +112,7 @@ def test_reasons(platform, shape, dtype, sight, says):
 
 
 def test_a_machine_without_cudnn_says_so():
-    assert library_attention.why_not_here("cuda", BF16) == "cuDNN is not detected"
+    assert library.why_not_here("cuda", BF16) == "cuDNN is not detected"
 
 
 def test_the_platform_that_is_lowered_for_decides(everywhere):
@@ -207,9 +207,9 @@ def test_training_differentiates_it_once(monkeypatch, inner):
         return q, None
 
     once.defvjp(forward, lambda window, _, bar: (bar, bar, bar))
-    monkeypatch.setattr(library_attention, "FORMS", {"cpu": once})
-    monkeypatch.setattr(library_attention, "why_not", lambda p, q, sight: "local" * sight.block)
-    monkeypatch.setattr(library_attention, "why_not_here", lambda *_: "")
+    monkeypatch.setattr(library, "FORMS", {"cpu": once})
+    monkeypatch.setattr(library, "why_not", lambda p, q, sight: "local" * sight.block)
+    monkeypatch.setattr(library, "why_not_here", lambda *_: "")
     layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
     config = small_config(model={**layers, "remat": "block"}, inner=inner)
     model = build_model(config.model, config.inner)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax.ops.cross_entropy import masked_mean, token_nll, token_nll_in_blocks
+from tttjax.ops.cross_entropy.nll import masked_mean, token_nll, token_nll_in_blocks
 from tttjax.ops.norms import layer_norm, rms_norm
 from tttjax.ops.rope import frequencies, rotate
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.attention_chunks import dense, random_chunk
-from tttjax.ops.attention import Sight
+from tttjax.ops.attention.attend import Sight
 from tttjax.ops.window_attention import (
     Chunk,
     Tiling,

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 from tests.attention_chunks import dense, random_chunk
 from tttjax.config import MeshConfig
 from tttjax.errors import UserError
-from tttjax.ops.attention import Sight
+from tttjax.ops.attention.attend import Sight
 from tttjax.ops.window_attention import (
     Chunk,
     Tiling,
@@ -22,8 +22,8 @@ from tttjax.ops.window_attention import (
     window_attention_twice,
     window_attention_why_not,
 )
-from tttjax.plan.topologies import open_mesh, parse_topology
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.planning.topologies import open_mesh, parse_topology
 
 BLOCKS = Tiling(16, 16)
 REAL = {"queries": 1024, "past": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}

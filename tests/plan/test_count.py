@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tttjax.ops.attention import Sight
+from tttjax.ops.attention.attend import Sight
 from tttjax.ops.window_attention import window_attention
-from tttjax.plan.count import Count, Transfer, count
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.planning.count import Count, Transfer, count
 
 X = jnp.ones((3, 5))
 W = jnp.ones((5, 5))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tttjax.plan.count import Transfer
-from tttjax.plan.hlo import collectives
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.planning.count import Transfer
+from tttjax.planning.hlo import collectives
 
 # ruff: noqa: E501
 TEXT = """\

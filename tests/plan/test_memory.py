@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tttjax.plan.memory import bytes_per_device, estimate_temporary, saved_bytes
-from tttjax.sharding import make_mesh
+from tttjax.parallel.mesh import make_mesh
+from tttjax.planning.memory import bytes_per_device, estimate_temporary, saved_bytes
 
 KiB = 2**10
 X = jnp.ones((16, 16))  # 1 KiB

@@ -7,14 +7,15 @@ import json
 import pytest
 from small import small_config
 
-from tttjax import cli, flops
-from tttjax.plan.bounds import make_bounds, wire_bytes
-from tttjax.plan.count import Transfer
-from tttjax.plan.make import make_plan
-from tttjax.plan.memory import Memory
-from tttjax.plan.program import _out_of_memory, trace
-from tttjax.plan.show import duration, markdown, show
-from tttjax.plan.topologies import parse_topology
+from tttjax.cli import main
+from tttjax.planning import flops
+from tttjax.planning.bounds import make_bounds, wire_bytes
+from tttjax.planning.count import Transfer
+from tttjax.planning.make import make_plan
+from tttjax.planning.memory import Memory
+from tttjax.planning.program import _out_of_memory, trace
+from tttjax.planning.show import duration, markdown, show
+from tttjax.planning.topologies import parse_topology
 
 GIB = 2**30
 CONFIG = """\
@@ -126,7 +127,7 @@ def test_the_length_of_a_short_run_is_no_fraction_of_a_day():
 
 def test_json_and_table(file, capsys, tmp_path):
     words = [f"--config={file}", "--config.model.num_layers=1", "--topology=gpu:h100:2"]
-    assert cli.main(["plan", *words, "--json"]) == 0
+    assert main.main(["plan", *words, "--json"]) == 0
     text = capsys.readouterr().out
     plan = json.loads(text)
     assert (plan["fits"], plan["memory"]["source"], plan["chips"]) == (True, "estimate", 2)
@@ -134,11 +135,11 @@ def test_json_and_table(file, capsys, tmp_path):
     assert plan["cost"]["chip_hours"] == pytest.approx(2 * 24 * plan["cost"]["days"])
     kept = tmp_path / "kept.json"
     kept.write_text(text)
-    assert cli.main(["plan", f"--table={tmp_path}/*.json"]) == 0
+    assert main.main(["plan", f"--table={tmp_path}/*.json"]) == 0
     assert capsys.readouterr().out == markdown([plan]) + "\n"
     assert "gpu:h100:2" in markdown([plan]).splitlines()[2]
     kept.write_text("{}")
-    assert cli.main(["plan", f"--table={kept}"]) == cli.USER_ERROR
+    assert main.main(["plan", f"--table={kept}"]) == main.USER_ERROR
     assert "is not a plan" in capsys.readouterr().err
 
 
@@ -169,7 +170,7 @@ def test_what_does_not_fit_comes_with_what_does():
     ],
 )
 def test_errors(file, capsys, words, says):
-    assert cli.main(["plan", f"--config={file}", *words]) == cli.USER_ERROR
+    assert main.main(["plan", f"--config={file}", *words]) == main.USER_ERROR
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from small import small_config
 
-from tttjax.plan.memory import Memory
-from tttjax.plan.propose import candidates, find_fitting, predict
+from tttjax.planning.memory import Memory
+from tttjax.planning.propose import candidates, find_fitting, predict
 
 DEVICES = 8
 

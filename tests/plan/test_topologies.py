@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from tttjax.chips import CHIPS, peaks
 from tttjax.config import MeshConfig
 from tttjax.errors import UserError
-from tttjax.plan.topologies import CONSOLE, TPUS, open_mesh, parse_topology
+from tttjax.planning.accelerators import CHIPS, peaks
+from tttjax.planning.topologies import CONSOLE, TPUS, open_mesh, parse_topology
 
 
 @pytest.mark.parametrize(

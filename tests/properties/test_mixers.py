@@ -11,7 +11,7 @@ from small import small_config, worst
 from tttjax.config.model import MIXERS as KINDS
 from tttjax.models import build_model
 from tttjax.models.block import Block
-from tttjax.models.functional import Stack
+from tttjax.models.stacking import Stack
 
 # name: (kind, fields of the model's configuration)
 MIXERS = {

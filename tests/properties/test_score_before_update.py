@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from small import random_batch, shaken, small_config
 
-from tttjax.meta import make_inner_loop, make_reader
 from tttjax.models import build_model
+from tttjax.ttt.outer_loss import make_inner_loop, make_reader
 
 pytestmark = pytest.mark.usefixtures("x64")
 CHUNK, LENGTH = 4, 12

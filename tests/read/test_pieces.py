@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from tttjax.read.plot import draw
-from tttjax.read.snapshots import Snapshots
-from tttjax.read.telescope import MOST_BINS, Bins
-from tttjax.read.text import _stretches
+from tttjax.evaluation.update_trace import MOST_BINS, Bins
+from tttjax.evaluation.update_trace_plot import draw
+from tttjax.runs.long_text import _stretches
+from tttjax.runs.snapshots import Snapshots
 
 
 @pytest.mark.parametrize("first", [0, 3, 8, 11, 29])

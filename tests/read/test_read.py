@@ -8,13 +8,13 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
-import tttjax.generate
-import tttjax.read
-import tttjax.sessions
-from tttjax.cli import main
+import tttjax.cli.generate
+import tttjax.cli.read
+import tttjax.cli.sessions
+from tttjax.cli.main import main
 from tttjax.inference.session_file import read_about
-from tttjax.locks import hold
-from tttjax.read.snapshots import kept
+from tttjax.io.locks import hold
+from tttjax.runs.snapshots import kept
 
 TEXT = "the cat sat on the mat. " * 19  # 7 stretches of 64 bytes, and a bit
 KEEP = ("--keep-every=64", "--keep-most=3")
@@ -45,7 +45,7 @@ def run(make_run):
 def open_once():
     """As `open_from`, but models of the same options are the same, and compiled once."""
     opened = functools.cache(
-        lambda workdir, learn, observe: tttjax.generate.open_model(
+        lambda workdir, learn, observe: tttjax.cli.generate.open_model(
             workdir, mode="off" if learn == "none" else "", observe=observe
         )
     )
@@ -55,11 +55,11 @@ def open_once():
 @pytest.fixture
 def call(monkeypatch, capsys, open_once):
     """call(words..., stop=None) -> (exit code, stdout, stderr)."""
-    for module in (tttjax.generate, tttjax.read, tttjax.sessions):
+    for module in (tttjax.cli.generate, tttjax.cli.read, tttjax.cli.sessions):
         monkeypatch.setattr(module, "open_from", open_once)
 
     def call(*words, stop=None):
-        monkeypatch.setattr(tttjax.read, "StopRequest", lambda: StopAfter(stop))
+        monkeypatch.setattr(tttjax.cli.read, "StopRequest", lambda: StopAfter(stop))
         code = main([str(word) for word in words])
         out, err = capsys.readouterr()
         return code, out, err
@@ -79,7 +79,7 @@ def whole(run, text, tmp_path_factory, open_once):
     """A folder with what a reading without stops leaves."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tttjax.read, "open_from", open_once)
+        patch.setattr(tttjax.cli.read, "open_from", open_once)
         assert main(["read", run, str(text), *outputs(folder)]) == 0
     return folder
 

@@ -12,7 +12,8 @@ def runs(make_run):
 
 @pytest.fixture(scope="session")
 def report_and_folder(runs, tmp_path_factory):
-    from tttjax.report import Entry, make_report
+    from tttjax.evaluation.report.entries import Entry
+    from tttjax.evaluation.report.make import make_report
 
     out = tmp_path_factory.mktemp("out") / "report"
     entries = [Entry("full", runs[0]), Entry("full", runs[1]), Entry("ttt", runs[2])]

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.evaluate import Learning
-from tttjax.report import Entry
-from tttjax.report.entries import choose_baseline, open_systems, parse_entry
+from tttjax.evaluation.report.entries import Entry, choose_baseline, open_systems, parse_entry
+from tttjax.runs.run import Learning
 
 
 @pytest.mark.parametrize(

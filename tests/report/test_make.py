@@ -10,14 +10,17 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tttjax import cli
+from tttjax.cli import main
 from tttjax.config import read_config
 from tttjax.errors import UserError
-from tttjax.evaluate import RunSpec, compare
-from tttjax.flops import train_flops_per_token
-from tttjax.report import Entry, losses, make_report
-from tttjax.report.files import COLUMNS, to_markdown
-from tttjax.report.tables import sections
+from tttjax.evaluation.compare import compare
+from tttjax.evaluation.report import losses
+from tttjax.evaluation.report.entries import Entry
+from tttjax.evaluation.report.files import COLUMNS, to_markdown
+from tttjax.evaluation.report.make import make_report
+from tttjax.evaluation.report.tables import sections
+from tttjax.planning.flops import train_flops_per_token
+from tttjax.runs.run import RunSpec
 
 LENGTHS, STEPS, WINDOW = (8, 32), 3, 8  # of the runs in tiny_runs.py
 PLOTS = (
@@ -163,7 +166,7 @@ def no_computing(monkeypatch):
 def test_the_command_makes_it_again_from_what_was_kept(report, folder, runs, no_computing, capsys):
     before = (folder / "report.csv").read_text()
     words = [f"full={runs[0]}", f"full={runs[1]}", f"ttt={runs[2]}:on", f"--out={folder}"]
-    assert cli.main(["report", *words, "--title=Two & more"]) == 0
+    assert main.main(["report", *words, "--title=Two & more"]) == 0
     out = capsys.readouterr().out
     assert all(sentence in out for sentence in report.summary)
     assert str(folder / "report.html") in out
@@ -235,7 +238,7 @@ def test_what_cannot_be_compared_is_one_sentence(runs, make_run, tmp_path, capsy
         ([f"again={runs[0]}"], "given twice, as again and as full"),
         ([f"new={tmp_path}"], "holds no checkpoint"),
     ):
-        assert cli.main(["report", *more, *words]) == 2
+        assert main.main(["report", *more, *words]) == 2
         err = capsys.readouterr().err
         assert sentence in err
         assert err.count("\n") == 1

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from tttjax.evaluate.statistics import Sums
-from tttjax.report.statistics import (
+from tttjax.evaluation.report.statistics import (
     Value,
     by_position,
     change_with_context,
@@ -13,6 +12,7 @@ from tttjax.report.statistics import (
     difference_by_position,
     loss,
 )
+from tttjax.evaluation.statistics import Sums
 
 DOCUMENTS, LENGTH = 5, 6
 rng = np.random.default_rng(0)

@@ -6,11 +6,11 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from tttjax.evaluate.statistics import Sums
-from tttjax.report.plots import PLOTS, images
-from tttjax.report.results import Report, RunFacts, SystemResult
-from tttjax.report.summary import summarise
-from tttjax.report.tables import about_errors, sections
+from tttjax.evaluation.report.plots import PLOTS, images
+from tttjax.evaluation.report.results import Report, RunFacts, SystemResult
+from tttjax.evaluation.report.summary import summarise
+from tttjax.evaluation.report.tables import about_errors, sections
+from tttjax.evaluation.statistics import Sums
 
 DOCUMENTS, TOKENS, WINDOW = 6, 64, 16
 LENGTHS = (16, 64)

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tttjax.config import load_config
-from tttjax.prepare import prepare
+from tttjax.data.preparation import prepare
 
 TINY = Path(__file__).parent / "tiny_run.py"
 

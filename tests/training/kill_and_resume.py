@@ -22,9 +22,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tttjax import checkpoint, checkpoint_io
-from tttjax.metrics import loss_stream, read_records
-from tttjax.prepare import prepare
+from tttjax.data.preparation import prepare
+from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training.metrics import loss_stream, read_records
 
 TINY = Path(__file__).parent / "tiny_run.py"
 
@@ -68,9 +68,9 @@ def kill_often(workdir: Path, data: Path, options: argparse.Namespace, whole: fl
         time.sleep(delay)
         process.kill()
         code = process.wait()
-        folder = workdir / checkpoint.DIRECTORY
-        saved = [path.name for path in checkpoint_io.completed(checkpoint.epath.Path(folder))]
-        torn = checkpoint_io.unfinished_steps(checkpoint.epath.Path(folder))
+        folder = workdir / checkpoints.DIRECTORY
+        saved = [path.name for path in checkpoint_format.completed(checkpoints.epath.Path(folder))]
+        torn = checkpoint_format.unfinished_steps(checkpoints.epath.Path(folder))
         print(
             f"kill {number:2}: exit code {code}, {len(read_records(workdir))} steps recorded, "
             f"checkpoints {', '.join(saved) or 'none'}"
@@ -83,13 +83,15 @@ def train_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint by name."""
     arrays = {}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for item in checkpoint_io.ARRAY_ITEMS:
-        path = checkpoint.find_checkpoint(workdir) / item
+    for item in checkpoint_format.ARRAY_ITEMS:
+        path = checkpoints.find_checkpoint(workdir) / item
         saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
         template = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved
         )
-        arrays |= checkpoint_io.named_leaves({item: checkpoint_io.read_item(path, template)})
+        arrays |= checkpoint_format.named_leaves(
+            {item: checkpoint_format.read_item(path, template)}
+        )
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.metrics import loss_stream, read_records
-from tttjax.train import train
+from tttjax.training.loop import train
+from tttjax.training.metrics import loss_stream, read_records
 
 TINY = Path(__file__).parent / "tiny_run.py"
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small import random_batch, shaken, small_config, worst
 
-from tttjax import checkpoint
 from tttjax.errors import UserError
 from tttjax.models import build_model, fast_mlps
-from tttjax.sharding import make_mesh
-from tttjax.starting_weights import starting_weights
-from tttjax.train_step import make_trainer
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training import checkpoints
+from tttjax.training.step import make_trainer
+from tttjax.training.warm_start import starting_weights
 
 SIZES = {"num_layers": 3, "num_kv_heads": 1, "post_norm": False}
 STATIC = {**SIZES, "suffix_layers": 0, "fast_mlp": False}
@@ -30,7 +30,7 @@ def save(folder, sizes):
     config = small_config(model=sizes)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    saver = checkpoint.Checkpointer(folder / checkpoint.DIRECTORY)
+    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
     saver.save(1, {"params": params}, config=dataclasses.asdict(config))
     saver.close()
     return folder, model, params

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tttjax import locks
-from tttjax import train as train_module
-from tttjax.cli import main
+from tttjax.cli.main import main
 from tttjax.config import read_config
 from tttjax.config.run_info import CONFIG, ENVIRONMENT
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
-from tttjax.evaluate import RunSpec, open_run
-from tttjax.evaluate.text import _open_data
-from tttjax.locks import FOLDER_LOCK, Lock, hold
-from tttjax.train import train
+from tttjax.evaluation.text import _open_data
+from tttjax.io import locks
+from tttjax.io.locks import FOLDER_LOCK, Lock, hold
+from tttjax.runs.run import RunSpec, open_run
+from tttjax.training import loop as train_module
+from tttjax.training.loop import train
 
 TINY = Path(__file__).parent / "tiny_run.py"
 SHORT = ("train.steps=4", "optim.warmup_steps=1")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tttjax import checkpoint
-from tttjax.data.tokenizers import keep_tokenizer, load_tokenizer
+from tttjax.data.preparation import prepare
+from tttjax.data.tokenizers.base import keep_tokenizer, load_tokenizer
 from tttjax.errors import UserError
-from tttjax.evaluate import RunSpec, compare, open_run
-from tttjax.evaluate.run_tokenizer import run_tokenizer
-from tttjax.prepare import prepare
-from tttjax.train import open_batches, train
+from tttjax.evaluation.compare import compare
+from tttjax.runs.run import RunSpec, open_run
+from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.training import checkpoints
+from tttjax.training.loop import open_batches, train
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_evaluation_believes_the_weights_and_not_the_folder(replaced):
 def test_weights_of_batches_from_elsewhere_fit_any_data(replaced, tiny, data, tmp_path):
     config = tiny("model.vocab_size=400")
     train(config, tmp_path / "first", batches=open_batches(config)[0], stop_after=1)
-    assert checkpoint.load_tokenizer_fingerprint(tmp_path / "first") == ""
+    assert checkpoints.load_tokenizer_fingerprint(tmp_path / "first") == ""
     kept = tmp_path / "first" / "tokenizer"
     assert not kept.exists()
     train(config, tmp_path / "first", stop_after=1)  # as after a version that kept none
@@ -84,4 +85,4 @@ def test_weights_of_batches_from_elsewhere_fit_any_data(replaced, tiny, data, tm
     origin = f"train.init_from={tmp_path / 'first'}"
     extended = tiny(f"data.sources={replaced[2]}", "model.vocab_size=400", origin)
     assert train(extended, tmp_path / "second", stop_after=1).step == 1
-    assert len(checkpoint.load_tokenizer_fingerprint(tmp_path / "second")) > 12
+    assert len(checkpoints.load_tokenizer_fingerprint(tmp_path / "second")) > 12

@@ -17,12 +17,12 @@ import jax
 import numpy as np
 import pytest
 
-from tttjax import run_control
-from tttjax import train as train_module
-from tttjax.cli import main
+from tttjax.cli.main import main
 from tttjax.errors import UserError
-from tttjax.metrics import read_records
-from tttjax.train import train
+from tttjax.training import loop as train_module
+from tttjax.training import records
+from tttjax.training.loop import train
+from tttjax.training.metrics import read_records
 from tttjax.types import Batch
 
 TINY = Path(__file__).parent / "tiny_run.py"
@@ -152,7 +152,7 @@ def test_a_mesh_that_does_not_fit_writes_nothing(tiny, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_handlers_are_restored(number):
     before = signal.getsignal(number)
-    with run_control.StopRequest() as stop:
+    with records.StopRequest() as stop:
         assert not stop.after(1)
         os.kill(os.getpid(), number)
         assert stop.after(2)
@@ -174,7 +174,7 @@ def test_a_signal_is_answered_while_the_interpreter_waits(monkeypatch):
             time.sleep(0.01)
 
     thread = threading.Thread(target=interrupt)
-    with run_control.StopRequest() as stop:
+    with records.StopRequest() as stop:
         thread.start()
         working.set()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # as long as compiling, and as deaf
@@ -185,7 +185,7 @@ def test_a_signal_is_answered_while_the_interpreter_waits(monkeypatch):
 
 
 def test_a_second_interrupt_ends_at_once():
-    with run_control.StopRequest():
+    with records.StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -195,7 +195,7 @@ def test_stop_requests_work_outside_the_main_thread():
     answers = []
 
     def ask():
-        with run_control.StopRequest() as stop:
+        with records.StopRequest() as stop:
             answers.append(stop.after(1))
 
     thread = threading.Thread(target=ask)
@@ -208,10 +208,10 @@ def test_batch_fingerprints_tell_batches_apart():
     tokens = np.arange(6, dtype=np.int32).reshape(2, 3)
     batch = Batch(inputs=tokens, targets=tokens + 1, mask=np.ones((2, 3), bool))
     other = batch.replace(mask=~batch.mask)
-    assert run_control.batch_fingerprint(batch) == run_control.batch_fingerprint(batch)
-    assert run_control.batch_fingerprint(batch) != run_control.batch_fingerprint(other)
+    assert records.batch_fingerprint(batch) == records.batch_fingerprint(batch)
+    assert records.batch_fingerprint(batch) != records.batch_fingerprint(other)
 
 
 def test_distributed_flags_come_together():
     with pytest.raises(UserError, match="--process-id, --process-count is missing"):
-        run_control.start_distributed("localhost:1234")
+        records.start_distributed("localhost:1234")

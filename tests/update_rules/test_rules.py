@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from tttjax.update_rules import RULES, make_rule
-from tttjax.update_rules.rules import (
+from tttjax.ttt.update_rules import (
+    RULES,
     clip_by_global_norm,
     global_norm,
+    make_rule,
     normalize_by_global_norm,
 )
 

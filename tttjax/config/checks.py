@@ -6,9 +6,9 @@ is allowed.
 
 import dataclasses
 
+from tttjax.config.limits import INT_MAX
 from tttjax.config.schema import Config, InnerConfig, MeshConfig, ModelConfig
 from tttjax.errors import UserError
-from tttjax.limits import INT_MAX
 
 
 def has_fast_weights(model: ModelConfig, inner: InnerConfig) -> bool:

@@ -18,15 +18,17 @@ from tttjax.config.build import from_config_dict
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.config.values import nearest, parse_value
 from tttjax.errors import UserError
-from tttjax.paths import local_path
+from tttjax.io.paths import local_path
 
 OVERRIDE_PREFIX = "--config."
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of an experiment file with overrides.
 
-    spec: `path/file.py` or `path/file.py:arg`, where `arg` is handed to its `get_config`.
+    spec: `path/file.py`, or the name of a recipe file of tttjax/recipes, as `quickstart`; then
+        perhaps `:arg`, which is handed to its `get_config`.
     overrides: `--config.train.steps=100` (the prefix may be left out), applied in order.
     Raises UserError for anything wrong with file, argument or override.
     """
@@ -53,20 +55,30 @@ def load_config_dict(spec: str) -> ConfigDict:
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
-    """`file.py:arg` as path and argument (None if absent)."""
+    """`file.py:arg` or `name:arg` as path and argument (None if absent)."""
     match = re.fullmatch(r"(.+?\.py)(?::(.*))?", spec)
     if match is None:
-        raise UserError(
-            f"--config={spec} must name a Python file, as in experiments/quickstart.py."
-        )
+        name, colon, arg = spec.partition(":")
+        if name not in recipe_names():
+            raise UserError(
+                f"--config={spec} must name a Python file, or one of the recipes "
+                f"{', '.join(recipe_names())}.{nearest(name, recipe_names())}"
+            )
+        return RECIPES / f"{name}.py", arg if colon else None
     path = local_path(match[1], "--config")
     if not path.is_file():
         siblings = [str(file) for file in sorted(path.parent.glob("*.py"))]
         raise UserError(
-            f"There is no experiment file {path}; give the path of one, such as those in "
-            f"experiments/.{nearest(str(path), siblings)}"
+            f"There is no experiment file {path}; give the path of one, or one of the recipes "
+            f"{', '.join(recipe_names())}.{nearest(str(path), siblings)}"
         )
     return path, match[2]
+
+
+def recipe_names() -> list[str]:
+    """The recipe files of tttjax/recipes that `--config=NAME:arg` reaches by name."""
+    files = sorted(RECIPES.glob("*.py"))
+    return [file.stem for file in files if "\ndef get_config(" in file.read_text("utf-8")]
 
 
 def matching_specs(spec: str) -> list[str]:
@@ -84,7 +96,7 @@ def matching_specs(spec: str) -> list[str]:
     found = [word for word in known if fnmatch.fnmatchcase(word, arg)]
     if not found:
         raise UserError(f"{arg!r} fits no recipe of {path}; there are {', '.join(known[:10])} ...")
-    return [f"{path}:{word}" for word in found]
+    return [f"{spec.removesuffix(arg)}{word}" for word in found]
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
@@ -122,7 +134,13 @@ def _call(get_config: Callable[..., Any], path: Path, arg: str | None) -> Any:
 
 @contextlib.contextmanager
 def _importable_from(folder: Path) -> Iterator[None]:
-    """Lets files of experiments/ import each other, `from experiments.sizes import ...`."""
+    """Lets files of one folder import each other, `from experiments.sizes import ...`.
+
+    A folder inside a package needs nothing, and its modules must not be found as top-level ones.
+    """
+    if (folder / "__init__.py").exists():
+        yield
+        return
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -12,7 +12,7 @@ MIXERS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. The two papers' sizes are in `experiments/sizes.py`."""
+    """The network. The two papers' sizes are in `tttjax/recipes/sizes.py`."""
 
     vocab_size: int = declare(
         32000, "Entries of the vocabulary; at least that of the tokenizer.", minimum=1

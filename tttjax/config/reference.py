@@ -32,7 +32,7 @@ def get_config(arg: str | None = None):
 Choose the file, its argument, and any field on the command line; the last word wins:
 
 ```
-tttjax train --config=experiments/paper.py:125m,ttt_e2e,pretrain --workdir=runs/125m \\
+tttjax train --config=paper:125m,ttt_e2e,pretrain --workdir=runs/125m \\
     --config.data.sources=data/dclm,data/books --config.train.steps=4800 --config.model.remat=none
 ```
 

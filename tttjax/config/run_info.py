@@ -20,8 +20,8 @@ from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
 from tttjax.config.fields import field_info, unset_additions
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
-from tttjax.paths import absolute_path
-from tttjax.whole_files import whole_file
+from tttjax.io.atomic import whole_file
+from tttjax.io.paths import absolute_path
 
 FORMAT = 1  # of a work directory's files; config.json carries it
 CONFIG = "config.json"

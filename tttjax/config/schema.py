@@ -10,8 +10,8 @@ import functools
 from dataclasses import dataclass
 
 from tttjax.config.fields import declare
+from tttjax.config.limits import SEED_MAX
 from tttjax.config.model import ModelConfig
-from tttjax.limits import SEED_MAX
 
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any, get_args, get_origin
 
 from tttjax.config.fields import field_info
+from tttjax.config.limits import FLOAT_WORDS, INT_MAX, INT_WORDS, fits_float, read_number
 from tttjax.config.schema import all_fields
 from tttjax.errors import UserError
-from tttjax.limits import FLOAT_WORDS, INT_MAX, INT_WORDS, fits_float, read_number
-from tttjax.paths import path_text
+from tttjax.io.paths import path_text
 
 _WORDS = {int: INT_WORDS, float: FLOAT_WORDS, bool: "true or false", str: "a string"}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

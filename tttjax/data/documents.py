@@ -25,7 +25,7 @@ from tttjax.data.streams import (
     unreadable,
 )
 from tttjax.errors import UserError
-from tttjax.paths import local_path
+from tttjax.io.paths import local_path
 
 STDLIB = "stdlib"
 TEXT_SUFFIXES = frozenset(

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tttjax.data.documents import InputFile, Item, item_size, pieces_of, read_items
 from tttjax.data.stretches import encode_piece
-from tttjax.data.tokenizers import Tokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.data.writer import EncodedPiece
 from tttjax.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.sealed import read_object, version_of
+from tttjax.io.sealed import read_object, version_of
 
 VERSION, UNSEALED_VERSION = 2, 1
 PARTS = ("tokens", "documents", "names")

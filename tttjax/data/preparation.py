@@ -24,12 +24,12 @@ from tttjax.data.prepare_pass import (
 )
 from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
 from tttjax.data.splits import VAL, SplitRule, read_split_manifest
-from tttjax.data.tokenizers import CONFIG_FILE, Tokenizer, load_tokenizer
-from tttjax.data.vocabulary import make_tokenizer
+from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
+from tttjax.data.tokenizers.vocabulary import make_tokenizer
 from tttjax.errors import UserError
-from tttjax.locks import FOLDER_LOCK, Lock, hold
-from tttjax.paths import local_path, path_text
-from tttjax.sealed import SEAL, read_object
+from tttjax.io.locks import FOLDER_LOCK, Lock, hold
+from tttjax.io.paths import local_path, path_text
+from tttjax.io.sealed import SEAL, read_object
 
 MOST_WORKERS = 1024
 

@@ -23,8 +23,8 @@ from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.writer import EncodedPiece, SplitWriter
 from tttjax.errors import UserError
-from tttjax.sealed import sealed
-from tttjax.whole_files import whole_file
+from tttjax.io.atomic import whole_file
+from tttjax.io.sealed import sealed
 
 LARGEST_VOCABULARY = 1 << 24  # training stalls for ever not far below 2**31
 JOURNAL_SECONDS = 5.0

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from tttjax.data.manifest import PARTS, parse_manifest
-from tttjax.data.tokenizers import Tokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.errors import UserError
-from tttjax.paths import local_path
+from tttjax.io.paths import local_path
 
 MANIFEST = "manifest.json"
 JOURNAL = "prepare.journal"

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tttjax.data.documents import MARGIN, Piece
-from tttjax.data.tokenizers import Tokenizer
+from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 
 STRETCH = 1 << 16  # characters

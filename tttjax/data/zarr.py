@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore
 
 from tttjax.data.encode import Task
-from tttjax.data.tokenizers import Tokenizer
+from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.data.writer import EncodedPiece
 from tttjax.errors import UserError
 

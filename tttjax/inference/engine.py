@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax.chunk_step import Records
 from tttjax.errors import UserError
-from tttjax.inference.decoding import Writing, axes, close_context, open_context, write
-from tttjax.inference.reading import (
+from tttjax.inference.decode import Writing, axes, close_context, open_context, write
+from tttjax.inference.prefill import (
     Context,
     Reader,
     Weights,
@@ -34,7 +33,8 @@ from tttjax.inference.reading import (
     start,
 )
 from tttjax.inference.session import NO_MARKS, NO_TOKENS, Session, Unread
-from tttjax.memory import device_memory
+from tttjax.runtime.memory import device_memory
+from tttjax.ttt.chunk import Records
 from tttjax.types import Array, Params, PyTree
 
 STATIC_ROOM = 128

@@ -10,8 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from tttjax.config.limits import FLOAT_MAX, FLOAT_WORDS, INT_MAX, fits_float
 from tttjax.errors import UserError
-from tttjax.limits import FLOAT_MAX, FLOAT_WORDS, INT_MAX, fits_float
 from tttjax.types import Array
 
 LIMITS: dict[str, tuple[float, float]] = {

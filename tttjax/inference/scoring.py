@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tttjax.inference.engine import Engine
-from tttjax.inference.reading import Context, Weights, extend, logits
+from tttjax.inference.prefill import Context, Weights, extend, logits
 from tttjax.inference.session import Session, pieces
 from tttjax.types import Array
 

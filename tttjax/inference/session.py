@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tttjax.chunk_step import Records
-from tttjax.inference.reading import Context
+from tttjax.inference.prefill import Context
+from tttjax.ttt.chunk import Records
 from tttjax.types import Array
 
 CHUNKS_AT_ONCE = 8

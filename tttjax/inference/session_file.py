@@ -33,9 +33,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tttjax.config import Config
 from tttjax.config.fields import unset_additions
 from tttjax.errors import UserError
-from tttjax.fast_layers import fast_layers, norms_above
 from tttjax.inference.engine import Engine, Session
-from tttjax.inference.reading import Context
+from tttjax.inference.prefill import Context
 from tttjax.inference.session_header import (
     FORMAT,
     PRECISIONS,
@@ -46,9 +45,10 @@ from tttjax.inference.session_header import (
     not_finite,
     parse_about,
 )
-from tttjax.paths import local_path
+from tttjax.io.atomic import whole_file
+from tttjax.io.paths import local_path
+from tttjax.ttt.layer_norms import fast_layers, norms_above
 from tttjax.types import Array, Params, PyTree
-from tttjax.whole_files import whole_file
 
 SAMPLE = 4096  # entries of each weight that the fingerprint is over
 LOSSES = 256  # of the last chunks, that are kept

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.sealed import SEAL, read_object, sealed, version_of
+from tttjax.io.sealed import SEAL, read_object, sealed, version_of
 
 FORMAT = "tttjax-session-3"
 UNSEALED = "tttjax-session-2"  # without checksums; still read

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
-from tttjax.ops.attention import Sight, attend, attend_one, visible
-from tttjax.ops.library_attention import attend_whole
+from tttjax.ops.attention.attend import Sight, attend, attend_one, visible
+from tttjax.ops.attention.library import attend_whole
 from tttjax.ops.rope import rotate
 from tttjax.ops.window_attention import window_attention, window_attention_twice
 from tttjax.types import Array

@@ -18,7 +18,7 @@ from tttjax.models.layers import (
 )
 from tttjax.models.mamba2 import Mamba2
 from tttjax.models.ttt_layer import TTTLayer
-from tttjax.ops.attention import Sight
+from tttjax.ops.attention.attend import Sight
 from tttjax.types import Array
 
 BlockState = dict[str, dict[str, Array]] | None  # by the name of the branch that keeps it

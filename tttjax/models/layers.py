@@ -1,7 +1,7 @@
 """Weights and the layers made of them.
 
 A weight is declared once: shape, initialiser, and `axes`, one logical name per dimension, which
-`tttjax.sharding` maps to the device mesh. Its type says which loop owns it: `FastWeight` is
+`tttjax.parallel.mesh` maps to the device mesh. Its type says which loop owns it: `FastWeight` is
 rewritten by the inner loop while reading, `nnx.Param` only by the outer optimizer.
 """
 

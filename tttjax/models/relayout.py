@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tttjax.models.functional import combine, partition
+from tttjax.models.stacking import combine, partition
 from tttjax.models.transformer import PARTS, Transformer
 from tttjax.types import Array, Params
 

@@ -21,7 +21,8 @@ from flax.traverse_util import unflatten_dict
 
 from tttjax.errors import UserError
 from tttjax.models.block import Block, BlockShape
-from tttjax.models.functional import (
+from tttjax.models.layers import RMSNorm, normal_weight
+from tttjax.models.stacking import (
     Stack,
     combine,
     declared_axes,
@@ -31,9 +32,8 @@ from tttjax.models.functional import (
     path_filter,
     run_stage,
 )
-from tttjax.models.layers import RMSNorm, normal_weight
 from tttjax.models.ttt_layer import TTTLayer
-from tttjax.ops.cross_entropy import token_nll, token_nll_in_blocks
+from tttjax.ops.cross_entropy.nll import token_nll, token_nll_in_blocks
 from tttjax.ops.norms import rms_norm
 from tttjax.types import Array, Params, PyTree
 

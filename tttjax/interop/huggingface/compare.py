@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax import inner_loop
-from tttjax.data.tokenizers import Tokenizer
+from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
-from tttjax.meta import InnerLoop, split_chunks
 from tttjax.models import Transformer, advance, combine
-from tttjax.ops.cross_entropy import masked_mean
+from tttjax.ops.cross_entropy.nll import masked_mean
+from tttjax.ttt import inner_loop
+from tttjax.ttt.outer_loss import InnerLoop, split_chunks
 from tttjax.types import Array, Params
 
 PLACES = 64  # of a chunk, or of a text that is not learned from, whose logits are compared

@@ -6,10 +6,10 @@ What ours cannot compute exactly is refused, never left out.
 from collections.abc import Mapping
 from typing import Any
 
+from tttjax.config.limits import INT_MAX
 from tttjax.config.values import nearest
 from tttjax.errors import UserError
 from tttjax.interop.huggingface.names import families
-from tttjax.limits import INT_MAX
 
 OWN = "tttjax"
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "window"}

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from tttjax.errors import UserError
 from tttjax.interop.huggingface.names import TensorPlace
-from tttjax.whole_files import whole_file
+from tttjax.io.atomic import whole_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

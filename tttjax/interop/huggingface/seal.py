@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tttjax.errors import UserError
-from tttjax.sealed import file_checksums, read_object, sealed, version_of
+from tttjax.io.sealed import file_checksums, read_object, sealed, version_of
 
 EXPORT = "tttjax_export.json"
 FORMAT = 1

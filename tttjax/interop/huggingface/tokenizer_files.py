@@ -13,8 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from tttjax.data.sentencepiece import SentencePieceTokenizer
-from tttjax.data.tokenizers import Tokenizer
+from tttjax.data.tokenizers.base import Tokenizer
+from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 ASIDE = "tttjax_tokenizer"  # where a tokenizer lies that transformers cannot load exactly

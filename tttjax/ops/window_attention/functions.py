@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from tttjax.ops.attention import MASKED_SCORE
+from tttjax.ops.attention.attend import MASKED_SCORE
 from tttjax.ops.window_attention.tiles import Side, View, by_keys, by_queries, cut
 from tttjax.types import Array
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from tttjax.ops.attention import Sight
+from tttjax.ops.attention.attend import Sight
 from tttjax.ops.window_attention import select
 from tttjax.ops.window_attention.functions import Chunk
 from tttjax.ops.window_attention.tiles import AUTO, Tiling
@@ -30,7 +30,7 @@ def window_attention(
     Any leading dimensions are sequences that stand at the same `position` (tokens before the
     chunk; int, may be traced). Keys are in the order of the sequence; of the past, only those count
     that exist (the last `position`) and that `sight` lets a query see. The same numbers as
-    `tttjax.ops.attention.attend` over both groups of keys, in memory linear in C + W.
+    `tttjax.ops.attention.attend.attend` over both groups of keys, in memory linear in C + W.
 
     Reverse mode, once. Past keys and values that are not differentiated cost nothing.
     kernel: "auto", "xla" or "pallas" (see `select`).

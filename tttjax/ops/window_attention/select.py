@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.errors import UserError
-from tttjax.ops.attention import Sight
-from tttjax.ops.kernel_mesh import over_heads, why_not_divided
+from tttjax.ops.attention.attend import Sight
 from tttjax.ops.window_attention import functions, kernels
 from tttjax.ops.window_attention.functions import Chunk, Statistics
 from tttjax.ops.window_attention.tiles import AUTO, Tiling, View, tiling_of
+from tttjax.parallel.kernel_mesh import over_heads, why_not_divided
 from tttjax.types import Array
 
 KERNELS = ("auto", "xla", "pallas")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from tttjax.ops.attention import Sight, visible
+from tttjax.ops.attention.attend import Sight, visible
 from tttjax.types import Array
 
 # Scores of one block over all heads and sequences. On a CPU they should stay in its caches

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from tttjax.ops.attention import MASKED_SCORE
+from tttjax.ops.attention.attend import MASKED_SCORE
 from tttjax.types import Array
 
 FLOOR = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from tttjax.ops.window_attention.functions import Chunk, Statistics
 from tttjax.ops.window_attention.kernels import blocks
 from tttjax.ops.window_attention.kernels.blocks import Keys, wide
-from tttjax.ops.window_attention.kernels.machines import tiling_for
-from tttjax.ops.window_attention.kernels.walks import Group, Walk, by_keys, by_queries
+from tttjax.ops.window_attention.kernels.grids import Group, Walk, by_keys, by_queries
+from tttjax.ops.window_attention.kernels.platforms import tiling_for
 from tttjax.ops.window_attention.tiles import View
 from tttjax.types import Array
 

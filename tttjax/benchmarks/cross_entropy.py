@@ -1,0 +1,141 @@
+"""Cross-entropy in every implementation: time and temporary memory."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tttjax.benchmarks.timing import median_seconds, quotient, temporary_bytes
+from tttjax.errors import UserError
+from tttjax.ops.cross_entropy.nll import (
+    blocked_nll,
+    blocked_nll_twice,
+    blocked_nll_with_slope,
+    token_nll,
+)
+from tttjax.types import Array
+
+TASKS = ("forward", "gradient", "second")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class CrossEntropyBenchmark:
+    """What one form costs in one task. form: "dense", "blocked", or "known" (task "second" only).
+
+    speedup: the dense form's median over this one's; None where the device's memory is too small.
+    Memory: what the compiled program holds at its peak besides arguments and results, by the
+    compiler's own account; None where it gives none.
+    """
+
+    task: str
+    form: str
+    seconds: float | None
+    speedup: float | None
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is measured: rows (tokens) of h, and the largest block of logits.
+
+    rows_block, vocab_block: as in `blocked_nll`; vocab_block 0 is the whole vocabulary.
+    """
+
+    rows: int = 1024
+    embed_dim: int = 256
+    vocab: int = 32768
+    rows_block: int = 256
+    vocab_block: int = 0
+    dtype: str = "float32"
+
+
+def bench_cross_entropy(sizes: Sizes | None = None, rounds: int = 5) -> list[CrossEntropyBenchmark]:
+    """Measures the forms against each other, task by task.
+
+    Raises UserError for a size below one and for an unknown dtype.
+    """
+    sizes = sizes or Sizes()
+    counts = {name: value for name, value in asdict(sizes).items() if name != "dtype"}
+    for name, value in (("rounds", rounds), *counts.items()):
+        if value < (0 if name == "vocab_block" else 1):
+            raise UserError(f"{name}={value} must be at least 1.")
+    if sizes.dtype not in DTYPES:
+        raise UserError(f"dtype={sizes.dtype!r} must be one of {', '.join(DTYPES)}.")
+    arguments = _arguments(sizes)
+    programs: dict[tuple[str, str], Any] = {}
+    for key, function in _functions(sizes).items():
+        programs[key] = jax.jit(function).lower(arguments).compile()
+    runs = {key: partial(program, arguments) for key, program in programs.items()}
+    medians = median_seconds(runs, rounds)
+    return [
+        CrossEntropyBenchmark(
+            task=task,
+            form=form,
+            seconds=medians.get((task, form)),
+            speedup=quotient(medians.get((task, "dense")), medians.get((task, form))),
+            memory_bytes=temporary_bytes(programs[task, form]),
+        )
+        for task, form in programs
+    ]
+
+
+def _arguments(sizes: Sizes) -> dict[str, Any]:
+    """Random tokens and a head whose logits spread by about one; the slope of each loss."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (sizes.rows, sizes.embed_dim)
+    h_TD, h_dot_TD = (jax.random.normal(key, shape, sizes.dtype) for key in keys[:2])
+    head_DV = jax.random.normal(keys[2], (sizes.embed_dim, sizes.vocab), sizes.dtype)
+    head_DV = head_DV * sizes.embed_dim**-0.5
+    target_T = jax.random.randint(keys[3], (sizes.rows,), 0, sizes.vocab)
+    known = blocked_nll_with_slope(h_TD, head_DV, target_T, **_blocks(sizes))[1]
+    tokens = {"h": h_TD, "h_dot": h_dot_TD, "head": head_DV}
+    return {**tokens, "target": target_T, "known": known}
+
+
+def _blocks(sizes: Sizes) -> dict[str, Any]:
+    return {"rows_block": sizes.rows_block, "vocab_block": sizes.vocab_block or None}
+
+
+def _functions(sizes: Sizes) -> dict[tuple[str, str], Callable[[dict[str, Any]], Any]]:
+    blocks = _blocks(sizes)
+
+    def dense(x, h_TD, head_DV):
+        return token_nll(h_TD, head_DV, x["target"])
+
+    def blocked(x, h_TD, head_DV):
+        return blocked_nll(h_TD, head_DV, x["target"], **blocks)
+
+    def twice(x, h_TD, head_DV):
+        return blocked_nll_twice(h_TD, head_DV, x["target"], **blocks)
+
+    def known(x, h_TD, head_DV):
+        return blocked_nll_twice(h_TD, head_DV, x["target"], x["known"], **blocks)
+
+    functions: dict[tuple[str, str], Callable[[dict[str, Any]], Any]] = {}
+    for form, nll in (("dense", dense), ("blocked", blocked)):
+        functions["forward", form] = _forward(nll)
+        functions["gradient", form] = _gradient(nll)
+    for form, nll in (("dense", dense), ("blocked", twice), ("known", known)):
+        functions["second", form] = _second(nll)
+    return {key: functions[key] for task in TASKS for key in functions if key[0] == task}
+
+
+def _forward(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
+    return lambda x: jnp.mean(nll(x, x["h"], x["head"]))
+
+
+def _gradient(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
+    loss = lambda h_TD, head_DV, x: jnp.mean(nll(x, h_TD, head_DV))  # noqa: E731
+    return lambda x: jax.value_and_grad(loss, (0, 1))(x["h"], x["head"], x)
+
+
+def _second(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
+    def both(h_TD, h_dot_TD, head_DV, x):
+        loss = lambda h_TD: jnp.mean(nll(x, h_TD, head_DV))  # noqa: E731
+        return sum(jax.jvp(loss, (h_TD,), (h_dot_TD,)))
+
+    return lambda x: jax.grad(both, (0, 1, 2))(x["h"], x["h_dot"], x["head"], x)

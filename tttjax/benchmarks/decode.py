@@ -1,0 +1,147 @@
+"""Decoding: time per token by the length of the context and the batch size."""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from tttjax.benchmarks.timing import check_rounds
+from tttjax.config import Config
+from tttjax.errors import UserError
+from tttjax.inference.engine import Engine, Group
+from tttjax.inference.prefill import make_reader
+from tttjax.inference.session import Session
+from tttjax.models import build_model
+from tttjax.parallel.precision import as_configured
+from tttjax.ttt.outer_loss import make_inner_loop
+
+STATIC_STRETCH = 128  # tokens of a round where there are no chunks
+
+
+@dataclass(frozen=True)
+class DecodeBenchmark:
+    """What writing costs one system. read: tokens before. batch: requests that go on together.
+
+    step_seconds: median, of a token for every request. token_seconds: the same with the updates'
+    time spread over the tokens of their chunk. tokens_per_second: of all requests, updates
+    included. ratio: token_seconds to those with the fewest tokens read.
+    """
+
+    name: str
+    read: int
+    batch: int
+    step_seconds: float
+    token_seconds: float
+    tokens_per_second: float
+    ratio: float
+
+
+@dataclass
+class _Entry:
+    name: str
+    config: Config
+    read: int
+    batch: int
+    group: Group
+    chunk: int
+    steps: list[float]
+    rounds: list[float]
+
+
+def bench_decode(
+    configs: Sequence[tuple[str, Config]],
+    read: Sequence[int],
+    batches: Sequence[int] = (1,),
+    rounds: int = 5,
+) -> list[DecodeBenchmark]:
+    """Measures the named configurations after so many tokens read, in batches of so many requests.
+
+    Raises UserError for a size below one.
+    """
+    check_rounds(rounds)
+    for name, values in (("read", read), ("batch", batches)):
+        if min(values, default=0) < 1:
+            raise UserError(f"{name}={list(values)} must be numbers of at least 1.")
+    entries = [
+        _Entry(name, config, length, batch, engine.together([session] * batch), chunk, [], [])
+        for name, config in configs
+        for length, engine, session, chunk in _read(config, sorted(read), rounds)
+        for batch in batches
+    ]
+    for _ in range(rounds + 1):  # the first one compiles, and warms caches
+        for entry in entries:
+            with as_configured(entry.config):
+                _round(entry)
+    return [_result(entry, entries) for entry in entries]
+
+
+def _read(
+    config: Config, lengths: Sequence[int], rounds: int
+) -> Iterator[tuple[int, Engine, Session, int]]:
+    """(tokens read, the engine, the session that has read them, tokens of a round)."""
+    with as_configured(config):
+        model = build_model(config.model, config.inner)
+        reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr)
+        chunk = reader.chunk_size or STATIC_STRETCH
+        params = jax.jit(model.init)(jax.random.key(0))
+
+        def start(length: int) -> tuple[Engine, Session]:
+            engine = Engine(reader, params, max_length=length + chunk * (rounds + 1))
+            return engine, engine.start()
+
+        engine, session = start(lengths[0])
+        for length in lengths:
+            # What a token costs full attention is decided by the room that there is.
+            if engine.has_whole:
+                engine, session = start(length)
+            session, _ = engine.read(session, _random(config, length - session.tokens))
+            yield length, engine, session, chunk
+
+
+def _random(config: Config, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(config.model.vocab_size, size=length, dtype=np.int32)
+
+
+def _round(entry: _Entry) -> None:
+    """A chunk's tokens for every request, and so one update of each."""
+    seconds = []
+    for token in _random(entry.config, entry.chunk).tolist():
+        start = time.perf_counter()
+        entry.group.step([token] * entry.batch)
+        jax.block_until_ready(entry.group.logit_RV)
+        seconds.append(time.perf_counter() - start)
+    entry.steps.append(statistics.median(seconds))
+    entry.rounds.append(sum(seconds) / len(seconds))
+
+
+def _token_seconds(entry: _Entry) -> float:
+    return statistics.median(entry.rounds[1:])
+
+
+def _result(entry: _Entry, entries: Sequence[_Entry]) -> DecodeBenchmark:
+    alike = [e for e in entries if (e.name, e.batch) == (entry.name, entry.batch)]
+    shortest = min(alike, key=lambda e: e.read)
+    seconds = _token_seconds(entry)
+    return DecodeBenchmark(
+        name=entry.name,
+        read=entry.read,
+        batch=entry.batch,
+        step_seconds=statistics.median(entry.steps[1:]),
+        token_seconds=seconds,
+        tokens_per_second=entry.batch / seconds,
+        ratio=seconds / _token_seconds(shortest),
+    )
+
+
+def _table(results: Sequence[DecodeBenchmark]) -> str:
+    width = max(len(result.name) for result in results)
+    lines = [f"{'':{width}}  batch     read    step ms   token ms   tokens/s  to the shortest"]
+    for r in results:
+        lines.append(
+            f"{r.name:{width}}  {r.batch:5}  {r.read:7}  {1e3 * r.step_seconds:9.3f}  "
+            f"{1e3 * r.token_seconds:9.3f}  {r.tokens_per_second:9,.1f}  {r.ratio:15.2f}"
+        )
+    return "\n".join(lines)

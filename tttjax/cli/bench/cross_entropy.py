@@ -1,0 +1,44 @@
+"""Time and memory of cross-entropy with all logits in memory against the blocked form.
+
+  tttjax bench cross-entropy --rows=1024 --vocab=32768 --rows-block=256
+
+Measured is the loss alone, as three tasks: its value; value and gradient for h and head; and what
+the meta-gradient asks of it, the gradient for h, its direction and the head of loss + derivative of
+the loss along a direction of h. In that task `blocked` starts from nothing; `known` is handed the
+slope that the forward loop leaves. All programs are compiled first, then run in turn, round after
+round, so that a busy machine slows all alike; times are medians.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from tttjax.benchmarks.cross_entropy import DTYPES, Sizes, bench_cross_entropy
+from tttjax.benchmarks.timing import cell, mebibytes
+from tttjax.cli.bench.options import add_sizes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax bench cross-entropy`."""
+    texts = {
+        "rows": "tokens",
+        "embed_dim": "width of h",
+        "vocab": "columns of the head",
+        "rows_block": "tokens of a block of logits",
+        "vocab_block": "columns of a block of logits; 0: all",
+    }
+    add_sizes(parser, Sizes(), texts, DTYPES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax bench cross-entropy` from parsed arguments; the exit code."""
+    sizes = Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
+    results = bench_cross_entropy(sizes, args.rounds)
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+        return 0
+    print("task      form           ms  speedup       MiB")
+    for r in results:
+        times = f"{cell(r.seconds, '8.1f', 1e3)}  {cell(r.speedup, '7.2f')}"
+        print(f"{r.task:8}  {r.form:7}  {times}  {mebibytes(r.memory_bytes, 1):>8}")
+    return 0

@@ -1,0 +1,234 @@
+"""Read a prompt, learn from it, and write on: text from a trained model, with sessions to keep.
+
+examples:
+  tttjax generate runs/first --prompt "def main(" --max-tokens=100
+      reads, learns from what it reads (and writes), writes
+  tttjax generate runs/first --prompt-file=book.txt --save-session=book.session --max-tokens=0
+      reads alone, and keeps everything that was read in one file
+  tttjax generate runs/first --session=book.session --prompt " The end of the story:" --samples=3
+      goes on from there, three times; book.session stays as it is
+  tttjax generate runs/first --prompts=questions.jsonl --max-tokens=40 > answers.jsonl
+      many prompts in one run, sixteen at a time
+
+A session file is as large after a page as after a library (but for full attention). It goes on as
+if it had never been closed, with the model that wrote it and no other; `tttjax sessions FILE` says
+what is in one. docs/generation.md has the rest.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tttjax.cli.flag_types import float32, int32, uint32
+from tttjax.cli.model_arguments import add_model_arguments, open_from
+from tttjax.data.streams import check_unicode, clean_text, read_text
+from tttjax.errors import UserError
+from tttjax.inference.engine import Session
+from tttjax.inference.generator import Request, Writer, WrittenToken
+from tttjax.inference.sampling import Sampling
+from tttjax.inference.session_file import (
+    PRECISIONS,
+    check_stored,
+    check_writable,
+    save_session,
+)
+from tttjax.io.locks import hold
+from tttjax.parallel.precision import as_configured
+from tttjax.runs.generation import as_json, read_prompts, write_all
+from tttjax.runs.load import Opened, encode_prompt, start_session
+from tttjax.runtime import progress
+from tttjax.runtime.memory import device_memory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax generate`."""
+    add = parser.add_argument
+    add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to read first")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file; -: stdin")
+    prompt.add_argument(
+        "--prompts", metavar="FILE.jsonl", help="many: a JSON string a line; prints JSON lines"
+    )
+    add("--batch", type=int32, default=16, help="texts of --prompts at once (default %(default)s)")
+    add(
+        "--max-tokens",
+        type=int32,
+        default=128,
+        metavar="N",
+        help="to write (default %(default)s)",
+    )
+    add("--samples", type=int32, default=1, metavar="N", help="texts to write (default 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    add("--seed", type=uint32, default=0, help="of the first text; the others count on")
+    add("--json", action="store_true", help="print texts, tokens and log-probabilities as JSON")
+    sampling = parser.add_argument_group("sampling")
+    for field in dataclasses.fields(Sampling):
+        sampling.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=int32 if field.type is int else float32,
+            default=field.default,
+            help="(default %(default)s)",
+        )
+    sessions = parser.add_argument_group("sessions")
+    add = sessions.add_argument
+    add("--session", metavar="FILE", help="go on from this one")
+    add("--save-session", metavar="FILE", help="keep what was read, and the first text written")
+    add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
+    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax generate` from parsed arguments; the exit code."""
+    _check(args)
+    if not args.save_session:
+        return _run(args)
+    with hold(args.save_session, beside=True):
+        check_writable(args.save_session)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
+    with progress.doing(f"opening {args.workdir}"):
+        opened = open_from(args)
+    _check_samples(args.samples, opened)
+    with as_configured(opened.config):
+        session = start_session(opened, args.session)
+        texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
+        prompts = [encode_prompt(opened, text, is_first=not args.session) for text in texts]
+        for prompt_T in prompts:
+            opened.engine.check(prompt_T, session.tokens + args.max_tokens)
+        if args.prompts:
+            _write_all(args, opened, session, prompts, sampling)
+            return 0
+        (prompt_T,) = prompts
+        with progress.doing("reading the prompt (programs are compiled at their first use)"):
+            session, _ = opened.engine.read(session, prompt_T)
+        if args.max_tokens:
+            session = _write(args, opened, session, texts[0], prompt_T, sampling)
+        if args.save_session:
+            about = save_session(
+                args.save_session,
+                opened.engine,
+                session,
+                model=opened.model,
+                tokenizer=opened.tokenizer_mark,
+                precision=args.session_precision,
+                rank=args.session_rank,
+            )
+            size = Path(args.save_session).stat().st_size
+            lost = f", {about.lost:.2%} of the changes lost" if about.lost else ""
+            print(
+                f"{args.save_session}: {about.tokens:,} tokens in {size:,} bytes{lost}",
+                file=sys.stderr,
+            )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, low in (
+        ("samples", 1),
+        ("batch", 1),
+        ("max_tokens", 0),
+        ("seed", 0),
+        ("max_length", 0),
+    ):
+        value = getattr(args, name)
+        if value < low:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
+    check_stored(args.session_precision, args.session_rank)
+    if not args.save_session and args.session_precision != "float32":
+        raise UserError("--session-precision says how --save-session is stored: give that too.")
+    if args.seed + args.samples > 2**32:
+        raise UserError(f"--seed={args.seed} must be below {2**32 - args.samples + 1}.")
+    if not args.max_tokens and not args.save_session:
+        raise UserError("--max-tokens=0 writes nothing: give --save-session to keep what is read.")
+    if args.save_session and (args.samples > 1 or args.prompts):
+        raise UserError(
+            "--save-session keeps one text, so it does not go with --samples or --prompts."
+        )
+    if "" in args.stop:
+        raise UserError("--stop is empty, and would end every text at once.")
+    for stop in args.stop:
+        check_unicode(stop, "--stop")
+
+
+def _check_samples(samples: int, opened: Opened) -> None:
+    """UserError where not even the logits of all samples, and what occurred, have room."""
+    size, limit = samples * opened.config.model.vocab_size * (4 + 1), device_memory()
+    if size > limit:
+        raise UserError(
+            f"--samples={samples} texts at once need {size / 1e9:,.1f} GB for their logits alone, "
+            f"and the device has {limit / 1e9:,.1f} GB: write fewer, with several values of --seed."
+        )
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file:
+        return read_text(args.prompt_file)
+    return clean_text(args.prompt or "", "--prompt")
+
+
+def _write_all(
+    args: argparse.Namespace,
+    opened: Opened,
+    session: Session,
+    prompts: Sequence[np.ndarray],
+    sampling: Sampling,
+) -> None:
+    """Prints a JSON line for every text."""
+    requests = [
+        (sampling, args.max_tokens, tuple(args.stop), args.seed + i) for i in range(args.samples)
+    ]
+    learn = args.learn == "all"
+    for text in write_all(opened, session, prompts, requests, batch=args.batch, learn=learn):
+        print(json.dumps(text, ensure_ascii=False), flush=True)
+
+
+def _dim(text: str) -> str:
+    """Fainter than what follows, on a terminal that can."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[2m{text}\x1b[0m"
+
+
+def _write(
+    args: argparse.Namespace,
+    opened: Opened,
+    session: Session,
+    prompt: str,
+    prompt_T: np.ndarray,
+    sampling: Sampling,
+) -> Session:
+    """Writes and prints, on a terminal after the prompt; the session after the first text."""
+    requests = [
+        Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
+        for i in range(args.samples)
+    ]
+    writer = Writer(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
+    pieces: list[list[WrittenToken]] = [[] for _ in requests]
+    streams = args.samples == 1 and not args.json
+    on_terminal = streams and sys.stdout.isatty()
+    with progress.doing("writing (programs are compiled at their first use)"):
+        for piece in writer:
+            if on_terminal and not any(pieces):  # the first may have waited for a compilation
+                print(_dim(prompt), end="")
+                progress.now("")  # a line about the time would end up amid the text
+            pieces[piece.request].append(piece)
+            if streams:
+                print(piece.text, end="", flush=True)
+    if streams:
+        print()
+    elif args.json:
+        print(json.dumps([as_json(text) for text in pieces], ensure_ascii=False))
+    else:
+        for i, text in enumerate(pieces):
+            print(f"--- {i + 1} (seed {args.seed + i})\n{''.join(p.text for p in text)}")
+    return writer.sessions[0]

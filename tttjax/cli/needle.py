@@ -1,0 +1,112 @@
+"""The part of `tttjax evaluate` that asks for needles."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tttjax.cli.flag_types import float32, int32, list_of
+from tttjax.config.values import check_value
+from tttjax.errors import UserError
+from tttjax.evaluation.files import check_writable
+from tttjax.evaluation.needle.files import write_needle
+from tttjax.evaluation.needle.prompts import TASKS
+from tttjax.evaluation.needle.runner import NeedleSettings, needle_tests
+from tttjax.evaluation.needle.tables import sentence, table
+from tttjax.runs.run import Learning, Run
+
+# Options of the one kind of evaluation, and of the other.
+NEEDLE_OPTIONS = ("needle_tasks", "needle_depths", "needle_samples", "needle_text", "tokenizer")
+LOSS_OPTIONS = ("num_sequences", "bins", "log_x")
+
+
+def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of needle tests."""
+    group = parser.add_argument_group(
+        "needle tests",
+        "RULER's single-needle tasks, at each of --context-lengths (tokens of the prompt)",
+    )
+    add = group.add_argument
+    add("--needle", action="store_true", help="ask for needles instead of measuring the loss")
+    add(
+        "--needle-tasks",
+        type=list_of(str),
+        metavar="a,b",
+        help=f"of {', '.join(TASKS)} (default: all)",
+    )
+    add(
+        "--needle-depths",
+        type=list_of(float32),
+        metavar="P,P",
+        help="where needles are hidden, in %% of the haystack (default: 0,25,50,75,100)",
+    )
+    add(
+        "--needle-samples",
+        type=int32,
+        metavar="N",
+        help="prompts of each task, length and depth (default: 10)",
+    )
+    add(
+        "--needle-text",
+        metavar="FILE",
+        help="text to hide needles in, of the tasks number and uuid (default: held-out text)",
+    )
+    add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it (default: own)")
+
+
+def check_needle_arguments(args: argparse.Namespace) -> None:
+    """UserError for options of the kind of evaluation that was not asked for."""
+    others = LOSS_OPTIONS if args.needle else NEEDLE_OPTIONS
+    for name in others:
+        if getattr(args, name) not in (None, False):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} says nothing of needle tests: leave it out, or --needle"
+                if args.needle
+                else f"{flag} is an option of needle tests: give --needle too"
+            )
+
+
+def run_needle(args: argparse.Namespace, runs: Sequence[Run], learning: Learning, out: Path) -> int:
+    """`tttjax evaluate --needle`; the exit code."""
+    settings = _settings(args, runs)
+    if jax.process_index() == 0:
+        check_writable(out)
+    results = needle_tests(
+        runs,
+        settings,
+        modes=args.modes,
+        window=args.window,
+        learning=learning,
+        progress=sys.stderr,
+    )
+    if jax.process_index() == 0:
+        paths = write_needle(results, out)
+        print(f"{table(results)}\n\n{sentence(results)}\n")
+        print("\n".join(str(path) for path in paths.values()))
+    return 0
+
+
+def _settings(args: argparse.Namespace, runs: Sequence[Run]) -> NeedleSettings:
+    defaults = runs[0].config.eval
+    window = max(run.window for run in runs) or runs[0].config.model.window_size
+    lengths = args.context_lengths or defaults.context_lengths
+    lengths = tuple(sorted(set(lengths or (window * n for n in (1, 2, 4, 8)))))
+    given: dict[str, Any] = {"tasks": args.needle_tasks, "samples": args.needle_samples}
+    if args.needle_depths is not None:
+        given["depths"] = tuple(depth / 100 for depth in args.needle_depths)
+    for name in ("batch_size", "seed"):
+        value = getattr(args, name)
+        given[name] = getattr(defaults, name) if value is None else value
+        check_value(f"eval.{name}", given[name])
+    return NeedleSettings(
+        lengths=lengths,
+        text=args.needle_text,
+        data=args.data,
+        split=args.split,
+        tokenizer=args.tokenizer,
+        **{name: value for name, value in given.items() if value is not None},
+    )

@@ -1,0 +1,227 @@
+"""Read a text of any length into a session file, learning from it on the way.
+
+examples:
+  tttjax read runs/first book.txt --save-session=book.session
+  tttjax generate runs/first --session=book.session --prompt "In the end,"
+  tttjax read runs/first book.txt --save-session=book.session --telescope=book.telescope
+      also shows what every update did: loss before and after it, gradient norms, drift by layer
+  tttjax read runs/first book.txt --save-session=book.session --keep-every=100000
+      keeps sessions on the way, to go back to: `tttjax sessions book.session --rewind=TOKENS`
+
+Memory stays the same however long the text is, and so does the file. It is saved every minute and
+when reading is stopped (Ctrl-C, SIGTERM); the same command goes on from there. With --log, the loss
+of every chunk before learning from it goes to a CSV file.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from tttjax.cli.flag_types import int32
+from tttjax.cli.model_arguments import add_model_arguments, open_from
+from tttjax.data.documents import InputFile
+from tttjax.errors import UserError
+from tttjax.evaluation.progress import Progress
+from tttjax.evaluation.update_trace import Telescope
+from tttjax.inference.session import CHUNKS_AT_ONCE
+from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
+from tttjax.io.locks import Lock, hold
+from tttjax.parallel.precision import as_configured
+from tttjax.runs.load import Opened
+from tttjax.runs.long_text import TextReading, advance, begin, go_on, one_text, save, stretch
+from tttjax.runs.reading_log import CsvLog, Row
+from tttjax.runs.snapshots import Snapshots
+from tttjax.training.stopping import StopRequest
+
+EXIT_STOPPED = 75  # saved; the same command goes on
+SAVE_EVERY = 60.0  # seconds
+MOST_KEPT = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax read`."""
+    add = parser.add_argument
+    add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
+    add("text", metavar="FILE", help="text to read: UTF-8, also .gz, .xz, .zst")
+    add("--save-session", required=True, metavar="FILE", help="where everything read is kept")
+    add("--session", metavar="FILE", help="go on from this one (default: begin anew)")
+    add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
+    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
+    add("--log", metavar="FILE.csv", help="loss and gradient norm of every chunk")
+    add("--telescope", metavar="DIR", help="what every update did, as JSON and as a plot")
+    kept = parser.add_argument_group("sessions on the way, in FILE.kept/")
+    add = kept.add_argument
+    add("--keep-every", type=int32, default=0, metavar="TOKENS", help="how often; 0: none")
+    add(
+        "--keep-most",
+        type=int32,
+        default=MOST_KEPT,
+        metavar="N",
+        help="at most so many: when there would be more, every other one goes, and from then on "
+        "they stand twice as far apart (default %(default)s)",
+    )
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`tttjax read` from parsed arguments; the exit code."""
+    _check(args)
+    file = one_text(args.text)
+    with contextlib.ExitStack() as holding:
+        locks = []
+        for path, beside in (
+            (args.save_session, True),
+            (args.log, True),
+            (args.telescope, False),
+        ):
+            if path:
+                locks.append(holding.enter_context(hold(path, beside=beside)))
+        check_writable(args.save_session)
+        return _run(args, file, locks)
+
+
+def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> int:
+    opened = open_from(args, observe=bool(args.telescope))
+    if args.telescope and not opened.engine.reader.chunk_size:
+        raise UserError(
+            f"--telescope shows updates, and {args.workdir} makes none: it has no fast weights, or "
+            "--learn=none or --mode=off keeps them as they are"
+        )
+    with as_configured(opened.config):
+        path = Path(args.save_session)
+        has_begun = path.exists()
+        reading = go_on(opened, file, path) if has_begun else begin(opened, file, args.session)
+        opened.engine.check((), reading.session.tokens + reading.total - reading.done)
+        # Of a text that was read to its end, the telescope's summary may still be missing.
+        if reading.done < reading.total or args.telescope:
+            with StopRequest() as stop:
+                _read(args, opened, reading, locks, stop, sys.stderr)
+    tokens, size = reading.session.tokens, path.stat().st_size
+    print(f"{path}: {tokens:,} tokens in {size:,} bytes", file=sys.stderr)
+    return 0 if reading.done == reading.total else EXIT_STOPPED
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_stored(args.session_precision, args.session_rank)
+    for name, low in (("keep_every", 0), ("keep_most", 2)):
+        value = getattr(args, name)
+        if value < low:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
+
+
+def _read(
+    args: argparse.Namespace,
+    opened: Opened,
+    reading: TextReading,
+    locks: Sequence[Lock],
+    stop: StopRequest,
+    stream: TextIO,
+) -> None:
+    """Reads on, to the end or until it is to stop."""
+    with contextlib.ExitStack() as closing:
+        outputs: list[CsvLog | Telescope] = []
+        snapshots = _snapshots(args, opened)
+        if args.telescope:
+            outputs.append(Telescope(args.telescope, opened, reading))
+        if args.log:
+            outputs.append(CsvLog(args.log, reading.learned))
+        for output in outputs:
+            closing.callback(output.close)
+        saver = _Saver(args, opened, reading, locks, outputs, snapshots)
+        progress = Progress(reading.total - reading.done, stream, title="read")
+        recent: deque[Row] = deque(maxlen=CHUNKS_AT_ONCE)
+        saver.keep()
+        before = reading.done
+        for number, rows in enumerate(advance(opened, reading)):
+            for output in outputs:
+                output.add(rows)
+            recent.extend(rows)
+            progress.what = _recently(recent, opened.engine.reader.clip) or reading.file.id
+            progress.add(reading.done - before)
+            before = reading.done
+            if stop.after(number):
+                break
+            saver.step()
+        progress.close()
+        saver.save()
+
+
+def _snapshots(args: argparse.Namespace, opened: Opened) -> Snapshots | None:
+    if not args.keep_every:
+        return None
+    size = stretch(opened)
+    every = -(-args.keep_every // size)
+    snapshots = Snapshots(Path(args.save_session), every, args.keep_most, size)
+    snapshots.check()
+    return snapshots
+
+
+def _recently(rows: Iterable[Row], clip: float) -> str:
+    """For the progress line: the means of the last chunks."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    text = f"loss {np.mean([row.loss for row in rows]):.4f}"
+    after = [row.loss_after for row in rows if row.loss_after is not None]
+    norms = np.array([row.grad_norm for row in rows])
+    text += f" -> {np.mean(after):.4f}" if after else f"  gradient {norms.mean():.3g}"
+    return text + (f"  clipped {np.mean(norms >= clip):.0%}" if clip else "")
+
+
+class _Saver:
+    """Saves a reading: lines that lead to a session first, then it, then its copy to go back to.
+
+    So reading goes on from a session as if it had not been stopped, wherever it was.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        opened: Opened,
+        reading: TextReading,
+        locks: Sequence[Lock],
+        outputs: Iterable[CsvLog | Telescope],
+        snapshots: Snapshots | None,
+    ):
+        self._args, self._opened, self._reading = args, opened, reading
+        self._locks, self._outputs, self._snapshots = locks, outputs, snapshots
+        self._saved = time.monotonic()
+
+    def save(self, *, draw: bool = True) -> None:
+        for lock in self._locks:
+            lock.check()
+        for output in self._outputs:
+            output.sync()
+        reading, args = self._reading, self._args
+        # Smaller only at the end: reading must go on from what it stopped at.
+        stored = (args.session_precision, args.session_rank)
+        is_last = reading.done == reading.total
+        save(args.save_session, self._opened, reading, *(stored if is_last else ()))
+        for output in self._outputs:
+            if draw and isinstance(output, Telescope):
+                output.finish()
+        self._saved = time.monotonic()
+
+    def step(self) -> None:
+        """After a stretch: keeps or saves if it is time."""
+        if self.keep():
+            return
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self.save()
+
+    def keep(self) -> bool:
+        """Saves and keeps a copy, if one is due here."""
+        reading = self._reading
+        is_due = self._snapshots and self._snapshots.is_due(reading.done)
+        if not self._snapshots or not is_due or reading.done == reading.total:
+            return False
+        self.save(draw=False)
+        self._snapshots.keep()
+        return True

@@ -1,0 +1,203 @@
+"""Hugging Face `tokenizer.json` files, read with the `tokenizers` library."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from tttjax.data.tokenizers.base import (
+    UNKNOWN,
+    as_text,
+    decode_tokens,
+    hash_definition,
+    is_lossless,
+    read_model,
+    save_definition,
+)
+from tttjax.errors import UserError
+
+_MODEL_FILE = "tokenizer.json"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how vocabularies with byte fallback write a byte
+# The last of each list also serves models that mark only the border between documents.
+_BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
+_EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`. BOS and EOS are found among its special tokens unless given by id.
+
+    eos_ids: every token that ends a text, where a model has several.
+    """
+
+    kind = "huggingface"
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+    ):
+        self._model = read_model(path, "tokenizer file")
+        try:
+            self._definition = json.loads(self._model)
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._model.decode("utf-8"))
+        except Exception as error:  # `tokenizers` raises plain Exception for a bad definition
+            raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # A special token's name written in the text is text, not the special token.
+        self._tokenizer.encode_special_tokens = True
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(ids.values()) + 1
+        self.bos_id: int | None = self._special(path, "bos", bos_id, _BOS_NAMES)
+        self.eos_id: int | None = self._special(path, "eos", eos_id, _EOS_NAMES)
+        splits = _splits(self._definition.get("pre_tokenizer"))
+        self.can_be_cut = splits or self._definition["model"].get("type") != "Unigram"
+        decoder = self._definition.get("decoder")
+        self._byte_level = decoder is not None and _kinds(decoder) <= {"ByteLevel", "Fuse"}
+        self._by_pair = bool(_kinds(decoder) & {"BPEDecoder", "CTC"})
+        self._decoder = _without_bytes(decoder) if "ByteFallback" in _kinds(decoder) else decoder
+        self._join = _joining(self._decoder)
+        self._added = {added["id"]: added for added in self._definition.get("added_tokens", [])}
+        self._known: dict[tuple[int, int | None], bytes] = {}
+        first = () if self.eos_id is None else (self.eos_id,)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*first, *eos_ids)))
+        for token in self.eos_ids:
+            self._special(path, "eos", token, ())
+        self.lossless = is_lossless(self)
+
+    def _special(self, path, role: str, given: int | None, names: Sequence[str]) -> int | None:
+        if given is not None:
+            if not 0 <= given < self.vocab_size:
+                raise UserError(
+                    f"the {role.upper()} id {given} is outside the vocabulary of {path} (0 to "
+                    f"{self.vocab_size - 1})."
+                )
+            return given
+        found = [self._tokenizer.token_to_id(name) for name in names]
+        found = [token for token in found if token is not None]
+        if not found and role == "bos":
+            raise UserError(
+                f"{path} has no token that is known to begin a document ({', '.join(names)}); "
+                "give its id with --bos-id."
+            )
+        return found[0] if found else None
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        encoding = self._tokenizer.encode(as_text(text), add_special_tokens=False)
+        return np.array(encoding.ids, np.int32)
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        return decode_tokens(self, tokens)
+
+    def bytes_after(self, token: int, previous: int | None) -> bytes | None:
+        if token == self.bos_id or token in self.eos_ids:
+            return None
+        if previous is not None and not self._by_pair:
+            previous = UNKNOWN
+        key = token, previous
+        if key not in self._known:
+            self._known[key] = self._bytes_of(*key)
+        return self._known[key]
+
+    def _bytes_of(self, token: int, previous: int | None) -> bytes:
+        text = self._tokenizer.id_to_token(token)
+        if text is None:  # a gap in the vocabulary
+            return b""
+        if self._byte_level:
+            return _bytes_written(text) if token not in self._added else text.encode("utf-8")
+        if self._decoder is not self._definition.get("decoder") and _BYTE.fullmatch(text):
+            return bytes((int(text[3:5], 16),))
+        if previous is None:
+            return self._join([text]).encode("utf-8")
+        # What comes after other text: the difference that it makes.
+        before = ["a"]
+        if previous != UNKNOWN:
+            before.append(self._tokenizer.id_to_token(previous) or "")
+        return self._join([*before, text]).removeprefix(self._join(before)).encode("utf-8")
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if not self._added.get(i, {}).get("special"):
+                counts[i] = len(self.bytes_after(i, UNKNOWN) or b"")
+        return counts
+
+    def _config(self) -> dict[str, Any]:
+        # Without an entry for a single one: older fingerprints stay valid.
+        several = {"eos_ids": list(self.eos_ids)} if len(self.eos_ids) > 1 else {}
+        return {
+            "kind": self.kind,
+            "file": _MODEL_FILE,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            **several,
+        }
+
+    def fingerprint(self) -> str:
+        return hash_definition(self._config(), self._model)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        save_definition(directory, self._config(), self._model)
+
+
+def _parts(decoder: Any) -> list[dict[str, Any]]:
+    """The steps of a decoder's definition."""
+    if not decoder:
+        return []
+    if decoder["type"] == "Sequence":
+        return [part for step in decoder["decoders"] for part in _parts(step)]
+    return [decoder]
+
+
+def _kinds(decoder: Any) -> set[str]:
+    return {part["type"] for part in _parts(decoder)}
+
+
+def _splits(pre_tokenizer: Any) -> bool:
+    """Whether it cuts a text into words, whatever else it does."""
+    if not pre_tokenizer:
+        return False
+    if pre_tokenizer["type"] == "Sequence":
+        return any(map(_splits, pre_tokenizer["pretokenizers"]))
+    if pre_tokenizer["type"] == "Metaspace":
+        return pre_tokenizer.get("split", True)
+    return pre_tokenizer["type"] != "ByteLevel" or pre_tokenizer.get("use_regex", True)
+
+
+def _without_bytes(decoder: Any) -> dict[str, Any]:
+    parts = [part for part in _parts(decoder) if part["type"] != "ByteFallback"]
+    return {"type": "Sequence", "decoders": parts}
+
+
+def _joining(decoder: Any) -> Callable[[list[str]], str]:
+    """The text of tokens by such a decoder."""
+    if not decoder:
+        return " ".join
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    definition = {"version": "1.0", "added_tokens": [], "model": model, "decoder": decoder}
+    return tokenizers.Tokenizer.from_str(json.dumps(definition)).decoder.decode
+
+
+def _bytes_written(token: str) -> bytes:
+    """Those for which a byte-level vocabulary writes one character each."""
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, token))
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Printable bytes of Latin-1 stand for themselves, the others for U+0100 and on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

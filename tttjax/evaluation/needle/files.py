@@ -1,0 +1,171 @@
+"""Needle tests on disk: needle.json, two CSV tables, and a heat map of every task."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tttjax.evaluation.files import to_csv
+from tttjax.evaluation.needle import plots
+from tttjax.evaluation.needle.results import (
+    MEASURES,
+    REGIONS,
+    Group,
+    NeedleResults,
+    Sample,
+    difference,
+    mean,
+    wilson,
+)
+from tttjax.evaluation.needle.tables import sentence, table
+from tttjax.evaluation.statistics import Estimate
+from tttjax.io.atomic import write_files, write_text
+
+FORMAT = 1
+WHERE = ("length", "depth", "distance", "distance_stop", "region")
+
+
+def write_needle(results: NeedleResults, out: str | os.PathLike) -> dict[str, Path]:
+    """Writes everything under `out`, each file whole or not at all; returns their paths by name."""
+    writers: dict[str, Callable[[Path], None]] = {
+        "needle.json": lambda path: write_text(path, to_json(results)),
+        "needle.csv": lambda path: write_text(path, to_csv(*_groups(results))),
+        "needle_samples.csv": lambda path: write_text(path, to_csv(*_samples(results))),
+    }
+    for task in results.tasks:
+        writers[f"needle_{task}.png"] = partial(_save, results, task)
+    return write_files(out, writers)
+
+
+def _save(results: NeedleResults, task: str, path: Path) -> None:
+    plots.heat_maps(results, task).savefig(path, format="png")
+
+
+def to_json(results: NeedleResults) -> str:
+    """Everything but the single answers, as JSON; what is not known is null."""
+    return json.dumps(to_dict(results), indent=1, allow_nan=False) + "\n"
+
+
+def to_dict(results: NeedleResults) -> dict[str, Any]:
+    """The results as plain values. The keys are described in docs/evaluation.md."""
+    return {
+        "format": FORMAT,
+        "window": results.window,
+        "context_lengths": list(results.lengths),
+        "depths": list(results.depths),
+        "samples": results.samples,
+        "seed": results.seed,
+        "haystacks": results.haystacks,
+        "notes": list(results.notes),
+        "runs": list(results.runs),
+        "series": [
+            {
+                "label": series.label,
+                "run": series.run,
+                "mode": series.mode,
+                "inner": series.inner,
+                "seconds": round(series.seconds, 3),
+                "tasks": {
+                    task: [_group(group) for group in results.groups(series, task)]
+                    for task in results.tasks
+                },
+            }
+            for series in results.series
+        ],
+        "differences": list(_differences(results)),
+        "table": table(results),
+        "sentence": sentence(results),
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    found: dict[str, Any] = {"by": group.by, **group.where, "needles": len(group.samples)}
+    low, high = wilson(group.correct, len(group.samples))
+    found |= {"found": group.correct, "found_low": _number(low), "found_high": _number(high)}
+    for name in MEASURES:
+        if group.samples:
+            found[name] = _estimate(mean(group.samples, name))
+    return found
+
+
+def _differences(results: NeedleResults) -> Iterator[dict[str, Any]]:
+    for a, b in results.pairs():
+        for task in results.tasks:
+            for region in REGIONS:
+                ours, theirs = (series.of(task=task, region=region) for series in (a, b))
+                if ours:
+                    yield {
+                        "a": a.label,
+                        "b": b.label,
+                        "task": task,
+                        "region": region,
+                        "needles": len(ours),
+                        **{
+                            name: _estimate(difference(ours, theirs, name))
+                            for name in ("correct", "recall", "gain", "logprob")
+                        },
+                    }
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"mean": _number(estimate.mean), "stderr": _number(estimate.stderr)}
+
+
+def _number(value: Any) -> float | None:
+    return float(f"{float(value):.7g}") if math.isfinite(float(value)) else None
+
+
+Rows = Iterator[Sequence[Any]]
+
+
+def _groups(results: NeedleResults) -> tuple[Sequence[str], Rows]:
+    """A row for everything that is averaged."""
+    measures = [word for name in MEASURES for word in (name, f"{name}_stderr")]
+    head = (
+        *("run", "mode", "label", "task", "by", *WHERE),
+        *("needles", "found", "found_low", "found_high", *measures),
+    )
+
+    def rows() -> Rows:
+        for series in results.series:
+            for task in results.tasks:
+                for group in results.groups(series, task):
+                    if not group.samples:
+                        continue
+                    values = _group(group)
+                    pairs = (values[name].values() for name in MEASURES)
+                    yield (
+                        *(series.run, series.mode, series.label, task, group.by),
+                        *(group.where.get(name, "") for name in WHERE),
+                        *(values[n] for n in ("needles", "found", "found_low", "found_high")),
+                        *(value for pair in pairs for value in pair),
+                    )
+
+    return head, rows()
+
+
+def _samples(results: NeedleResults) -> tuple[Sequence[str], Rows]:
+    """A row for every answer."""
+    head = (
+        *("run", "mode", "label", "task", "length", "depth", "number", "distance", "region"),
+        *("value", "written", *MEASURES),
+    )
+
+    def rows() -> Rows:
+        for series in results.series:
+            for sample in series.samples:
+                yield (
+                    *(series.run, series.mode, series.label, *_place(sample)),
+                    *(sample.distance, sample.region, sample.value, sample.answer.text),
+                    *(_number(measure(sample)) for measure in MEASURES.values()),
+                )
+
+    return head, rows()
+
+
+def _place(sample: Sample) -> tuple[Any, ...]:
+    place = sample.place
+    return place.task.name, place.length, place.depth, place.number

@@ -1,0 +1,144 @@
+"""What training cost: FLOPs by formula, seconds as measured, back to the first random weights."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from tttjax.config import Config, InnerConfig, ModelConfig, read_config
+from tttjax.config.run_info import CONFIG, possible_places
+from tttjax.errors import UserError
+from tttjax.evaluation.report.entries import Member, shown_path
+from tttjax.evaluation.report.results import RunFacts
+from tttjax.planning.flops import train_flops_per_token
+from tttjax.runs.run import Run
+from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training.metrics import read_records
+
+SLOW = 20.0  # times the median
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a run, or of a chain of runs. seconds: None where no record is left."""
+
+    tokens: int
+    flops: float
+    seconds: float | None
+
+    def __add__(self, other: "Cost") -> "Cost":
+        both = self.seconds is not None and other.seconds is not None
+        seconds = self.seconds + other.seconds if both else None  # type: ignore[operator]
+        return Cost(self.tokens + other.tokens, self.flops + other.flops, seconds)
+
+
+def run_facts(member: Member) -> RunFacts:
+    """How far a member's run got, and what it cost with those that it was started from."""
+    run = member.run
+    steps = run.config.train.steps
+    cost, complete = _with_ancestors(run.config, Path(run.source), run.step, frozenset())
+    rates = [record["time"]["tokens_per_second"] for record in _records(Path(run.source), run.step)]
+    return RunFacts(
+        workdir=shown_path(run.source),
+        seed=member.seed,
+        context=member.context,
+        step=run.step,
+        steps=steps,
+        tokens=cost.tokens,
+        flops=cost.flops,
+        known_from_start=complete,
+        seconds=cost.seconds,
+        tokens_per_second=statistics.median(rates) if rates else None,
+    )
+
+
+def warn_unfinished(label: str, run: Run) -> str:
+    """A sentence if the run stopped before its last step; else empty."""
+    steps = run.config.train.steps
+    if run.step is None or run.step >= steps:
+        return ""
+    return (
+        f"{label}: the run {shown_path(run.source)} stopped at step {run.step} of {steps}; it is "
+        "compared as it is."
+    )
+
+
+def _with_ancestors(
+    config: Config, source: Path, step: int | None, seen: frozenset[Path]
+) -> tuple[Cost, bool]:
+    """(cost, whether every run it goes back to was found)."""
+    train = config.train
+    tokens = (train.steps if step is None else step) * train.batch_size * train.seq_len
+    flops = tokens * _flops_per_token(config.model, config.inner, train.seq_len)
+    records = _records(source, step)
+    seconds = _time([record["time"]["seconds"] for record in records])
+    cost = Cost(tokens, flops, seconds)
+    if not train.init_from:
+        return cost, True
+    places = possible_places(train.init_from, workdir_of(source))
+    origin = next((place for place in places if place.exists()), places[0])
+    if origin.resolve() in seen:
+        return cost, False
+    its_config, its_step = read_config(workdir_of(origin)), _step(origin)
+    if its_config is None or its_step is None:
+        return cost, False
+    before, complete = _with_ancestors(its_config, origin, its_step, seen | {origin.resolve()})
+    return before + cost, complete
+
+
+def _time(seconds: list[float]) -> float | None:
+    """Of all steps together. One that took very long was compiled, or slept through with the
+    machine, and counts as the median."""
+    if not seconds:
+        return None
+    usual = statistics.median(seconds)
+    return sum(usual if s > SLOW * usual else s for s in seconds)
+
+
+@cache
+def _flops_per_token(model: ModelConfig, inner: InnerConfig, seq_len: int) -> float:
+    """Counting takes the model's shapes, and a moment; runs of one shape share it."""
+    return train_flops_per_token(model, inner, seq_len)
+
+
+def _step(source: Path) -> int | None:
+    """The step of a checkpoint, or of a work directory's newest; None if there is none.
+
+    Nothing is read, so it may be damaged: the weights that came from it are elsewhere by now.
+    """
+    folder = epath.Path(source)
+    if not (folder / checkpoint_format.META).exists():
+        found = checkpoint_format.completed(folder / checkpoints.DIRECTORY)
+        folder = found[-1] if found else folder
+    return int(folder.name) if folder.name.isdigit() else None
+
+
+def workdir_of(source: Path) -> Path:
+    """The work directory that a checkpoint lies in; `source` itself if it is one."""
+    folders = (source, *source.absolute().parents[:2])
+    return next((folder for folder in folders if (folder / CONFIG).exists()), source)
+
+
+def _records(source: Path, step: int | None) -> list[dict[str, Any]]:
+    """The run's metrics up to the step, one record for each step.
+
+    Raises UserError for records that are damaged.
+    """
+    records = read_records(workdir_of(source))
+    for record in records:
+        times = record.get("time")
+        names = ("seconds", "tokens_per_second")
+        if not isinstance(times, dict) or not all(_is_positive(times.get(n)) for n in names):
+            raise UserError(
+                f"the record of step {record['step']} in the metrics of {workdir_of(source)} has "
+                "no valid times; restore metrics.jsonl from a copy, or remove the line"
+            )
+    return [record for record in records if step is None or record["step"] <= step]
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

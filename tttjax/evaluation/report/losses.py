@@ -1,0 +1,155 @@
+"""Losses of every system at every context length, kept in a folder so that none is read twice."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import numpy as np
+
+from tttjax.config import EvalConfig, config_fingerprint
+from tttjax.data.held_out import HeldOut
+from tttjax.data.shards import PreparedData
+from tttjax.evaluation.compare import compare
+from tttjax.evaluation.report.entries import Member, System
+from tttjax.evaluation.statistics import Sums
+from tttjax.evaluation.text import Text, open_text
+from tttjax.io.atomic import whole_file
+from tttjax.training import checkpoint_format
+
+FORMAT = 2
+CACHE = "cache"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The held-out tokens that all systems read, and where what they lost on them is kept."""
+
+    data: PreparedData | Path | str
+    split: str
+    settings: EvalConfig
+    lengths: tuple[int, ...]
+    window: int
+    held_out: HeldOut
+    text: Text
+    cache: Path
+    progress: TextIO | None
+
+    def read(self, systems: Sequence[System]) -> dict[str, dict[int, tuple[Sums, ...]]]:
+        """By label and context length, the losses of each seed's run."""
+        plan = [
+            (system, length, member)
+            for system in systems
+            for length in self.lengths
+            for member in system.at(length)
+        ]
+        found: dict[str, dict[int, tuple[Sums, ...]]] = {system.label: {} for system in systems}
+        for i, (system, length, member) in enumerate(plan):
+            path = self._path(member, length)
+            sums = load(path) if path.exists() else None
+            if sums is None:
+                self._say(f"report: {i + 1} of {len(plan)}, {_name(member)} at {length:,} tokens")
+                sums = self._evaluate(member, length)
+                if jax.process_index() == 0:
+                    save(path, sums)
+            of_system = found[system.label]
+            of_system[length] = (*of_system.get(length, ()), sums)
+        return found
+
+    def _evaluate(self, member: Member, length: int) -> Sums:
+        comparison = compare(
+            [member.run],
+            data=self.data,
+            split=self.split,
+            settings=dataclasses.replace(self.settings, context_lengths=(length,)),
+            window=self.window,
+            longest=max(self.lengths),
+            learning=member.learning,
+            progress=self.progress,
+        )
+        (series,) = comparison.series
+        return series.contexts[length]
+
+    def _path(self, member: Member, length: int) -> Path:
+        """A name made of everything that the numbers depend on, batch size and devices left out."""
+        assert member.run.folder is not None  # runs of a report come from disk
+        facts = {
+            "format": FORMAT,
+            "run": str(Path(member.run.source).resolve()),
+            "configuration": config_fingerprint(member.config),
+            "step": member.run.step,
+            "saved": os.stat(member.run.folder / checkpoint_format.META).st_mtime_ns,
+            "mode": member.mode,
+            "learning": {**vars(member.learning), "inner": dict(member.learning.inner)},
+            "length": length,
+            "tokens": self._tokens(),
+        }
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        return self.cache / f"losses-{name}.npz"
+
+    def _tokens(self) -> str:
+        hashed = hashlib.sha256(np.ascontiguousarray(self.held_out.tokens).tobytes())
+        hashed.update(np.ascontiguousarray(self.held_out.document).tobytes())
+        return f"{self.text.fingerprint} {hashed.hexdigest()}"
+
+    def _say(self, line: str) -> None:
+        if self.progress is not None and jax.process_index() == 0:
+            self.progress.write(line + "\n")
+            self.progress.flush()
+
+
+def open_reader(
+    systems: Sequence[System],
+    data: PreparedData | Path | str | None,
+    split: str,
+    settings: EvalConfig,
+    window: int,
+    out: Path,
+    progress: TextIO | None,
+) -> Reader:
+    """Chooses the held-out tokens. UserError if one of the runs has another tokenizer.
+
+    The first system's first run says which data and split, where they are not given.
+    """
+    runs = [member.run for system in systems for member in system.members]
+    lengths = settings.context_lengths
+    held_out, text = open_text(runs, data, split, settings, max(lengths))
+    return Reader(
+        data=data if isinstance(data, PreparedData) else Path(text.folder),
+        split=text.split,
+        settings=settings,
+        lengths=lengths,
+        window=window,
+        held_out=held_out,
+        text=text,
+        cache=out / CACHE,
+        progress=progress,
+    )
+
+
+def save(path: Path, sums: Sums) -> None:
+    """Writes sums under a name of their own, whole or not at all."""
+    arrays = {f.name: getattr(sums, f.name) for f in dataclasses.fields(sums)}
+    known = {name: value for name, value in arrays.items() if value is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **known)
+
+
+def load(path: Path) -> Sums | None:
+    """What `save` wrote; None if it cannot be read, so that it is computed again."""
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return Sums(arrays["loss_DL"], arrays["count_DL"], arrays.get("bytes_DL"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _name(member: Member) -> str:
+    return f"{member.run.name} (seed {member.seed})"

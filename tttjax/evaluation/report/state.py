@@ -1,0 +1,35 @@
+"""How much has to be kept of a sequence that was read, to read on from there."""
+
+import math
+from typing import Any
+
+import jax
+
+from tttjax.config import InnerConfig
+from tttjax.evaluation.report.entries import Member
+from tttjax.models import Transformer
+from tttjax.parallel.precision import as_configured
+from tttjax.runs.run import reading_model
+from tttjax.ttt.outer_loss import make_inner_loop
+
+
+def state_bytes(member: Member, length: int) -> int:
+    """Bytes that one sequence of `length` tokens leaves for the next token.
+
+    What the mixers carry (keys and values, recurrent states), and where it learns its own fast
+    weights with the state of their update rule. Weights that all sequences share are not counted.
+    """
+    with as_configured(member.config):
+        model, inner = reading_model(member.run, member.mode, member.learning)
+        shapes = [jax.eval_shape(lambda: model.init_state(length))]
+        if member.mode != "off":
+            shapes.append(jax.eval_shape(lambda: _fast_state(model, inner)))
+    leaves = jax.tree.leaves(shapes)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _fast_state(model: Transformer, inner: InnerConfig) -> tuple[Any, Any]:
+    loop = make_inner_loop(inner)
+    fast = model.init(jax.random.key(0)).fast
+    fast = jax.tree.map(lambda w: w.astype(loop.fast_dtype), fast)
+    return fast, loop.rule.init(fast)

@@ -1,0 +1,141 @@
+"""The held-out tokens that are evaluated on, and what is known of them beside their losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tttjax.config import EvalConfig
+from tttjax.config.run_info import possible_places
+from tttjax.data.held_out import HeldOut, eval_sequences
+from tttjax.data.shards import MANIFEST, PreparedData, open_prepared, read_manifest
+from tttjax.errors import UserError
+from tttjax.evaluation.statistics import Sums, sum_by_document
+from tttjax.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is known of the target tokens beside their losses."""
+
+    folder: str
+    split: str
+    fingerprint: str
+    lossless: bool
+    mask_NT: np.ndarray
+    bytes_NT: np.ndarray | None
+    document_N: np.ndarray
+
+    def sums(self, nll_NT: np.ndarray, length: int) -> Sums:
+        """Losses of a context length by document and position."""
+        stop = nll_NT.shape[1]
+
+        def add(x_NT: np.ndarray) -> np.ndarray:
+            return sum_by_document(x_NT[:, :stop], self.document_N, length)
+
+        bytes_DL = None if self.bytes_NT is None else add(self.bytes_NT)
+        return Sums(add(np.where(self.mask_NT[:, :stop], nll_NT, 0)), add(self.mask_NT), bytes_DL)
+
+    def describe(self, held_out: HeldOut) -> dict:
+        return {
+            "data": self.folder,
+            "split": self.split,
+            "tokenizer_fingerprint": self.fingerprint,
+            "bytes_are_exact": self.lossless,
+            "sequences": len(held_out),
+            "documents": len(np.unique(self.document_N)),
+            "tokens": int(self.mask_NT.sum()),
+        }
+
+
+def open_text(
+    runs: Sequence[Run],
+    data: PreparedData | Path | str | None,
+    split: str,
+    settings: EvalConfig,
+    longest: int,
+) -> tuple[HeldOut, Text]:
+    data = _open_data(runs, data)
+    for run in runs:
+        _check_tokenizer(run, data)
+    split = split or runs[0].config.data.val_split
+    held_out = _sequences(data, split, settings, longest)
+    batch = held_out.batch()
+    table_V = data.tokenizer.token_bytes()
+    text = Text(
+        folder=str(data.folder),
+        split=split,
+        fingerprint=data.fingerprint,
+        lossless=data.tokenizer.lossless,
+        mask_NT=np.asarray(batch.mask),
+        bytes_NT=held_out.target_bytes(table_V) if table_V.any() else None,
+        document_N=held_out.document,
+    )
+    return held_out, text
+
+
+def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> PreparedData:
+    if isinstance(data, PreparedData):
+        return data
+    if data is not None:
+        return open_prepared(data)
+    sources = runs[0].config.data.sources
+    if len(sources) != 1:
+        have = f"was trained on {len(sources)} ({', '.join(sources)})" if sources else "names none"
+        raise UserError(
+            f"which data set to evaluate on is not clear: the run {runs[0].name} {have}; say "
+            "--data=DIR"
+        )
+    if not Path(sources[0]).exists():
+        raise UserError(
+            f"the data of the run {runs[0].name} are not there (tried "
+            f"{', '.join(map(str, _tried(runs[0], sources[0])))}); say where they are with "
+            "--data=DIR"
+        )
+    return open_prepared(sources[0])
+
+
+def _tried(run: Run, source: str) -> list[Path]:
+    return possible_places(source, run.home) if run.home else [Path(source)]
+
+
+def _check_tokenizer(run: Run, data: PreparedData) -> None:
+    """Refuses data of another tokenizer than the run's, where that is known."""
+    for trained in _fingerprints(run):
+        if trained != data.fingerprint:
+            raise UserError(
+                f"the data in {data.folder} were made by another tokenizer (fingerprint "
+                f"{data.fingerprint[:12]}) than those of the run {run.name} ({trained[:12]}); "
+                "prepare them with the run's tokenizer, or evaluate the run alone and compare bits "
+                "per byte"
+            )
+    if data.tokenizer.vocab_size > run.config.model.vocab_size:
+        raise UserError(
+            f"the vocabulary of {data.folder}, {data.tokenizer.vocab_size} tokens, is larger than "
+            f"that of the run {run.name}, {run.config.model.vocab_size}; evaluate on data that "
+            "were prepared with its tokenizer"
+        )
+
+
+def _fingerprints(run: Run) -> list[str]:
+    """Of the run's tokenizer: as saved with its weights; else of its data that are there."""
+    if run.tokenizer:
+        return [run.tokenizer]
+    folders = [Path(source) for source in run.config.data.sources]
+    found = [read_manifest(folder) for folder in folders if (folder / MANIFEST).exists()]
+    return [manifest["tokenizer"]["fingerprint"] for manifest in found]
+
+
+def _sequences(data: PreparedData, split: str, settings: EvalConfig, longest: int) -> HeldOut:
+    starts, stops = data.split(split).document_bounds()
+    available = int((stops - starts).max()) - 1
+    if available < longest:
+        raise UserError(
+            f"no document in the split {split!r} of {data.folder} is long enough for a context of "
+            f"{longest} tokens; the longest that fits is {available}: choose shorter "
+            "--context-lengths, or prepare longer documents"
+        )
+    return eval_sequences(
+        data, length=longest, num=settings.num_sequences, split=split, seed=settings.seed
+    )

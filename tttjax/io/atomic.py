@@ -1,0 +1,97 @@
+"""Files and folders that are there whole or not at all, whatever interrupts their writing."""
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from tttjax.errors import UserError
+from tttjax.io.locks import hold
+from tttjax.io.paths import local_path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """The path of a file to write, which replaces `path` once it is written and on the disk.
+
+    If anything goes wrong it is removed, and what stands at `path` stays. It carries the process's
+    number, so that two writers of one file do not mix: the last to finish has it. Its permissions
+    are those that the umask leaves, also from libraries that write files for their owner alone.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    mode = _usual_mode(temporary)
+    try:
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _usual_mode(path: Path) -> int:
+    """Permissions of a new file at `path`: the umask can be read only by changing it for all."""
+    path.unlink(missing_ok=True)
+    path.touch(exist_ok=False)
+    try:
+        return path.stat().st_mode & 0o777
+    finally:
+        path.unlink()
+
+
+def write_files(
+    out: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]
+) -> dict[str, Path]:
+    """Has each file under `out` written whole or not at all; returns their paths by name."""
+    folder = local_path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in writers}
+    for name, write in writers.items():
+        with whole_file(paths[name]) as temporary:
+            write(temporary)
+    return paths
+
+
+def write_text(path: Path, text: str) -> None:
+    """`Path.write_text`, in UTF-8 whatever the machine's default."""
+    path.write_text(text, encoding="utf-8")
+
+
+def check_vacant(path: str | os.PathLike, option: str) -> Path:
+    """UserError, with the option's name, unless a folder can be made there: empty, or not yet."""
+    path = local_path(path, option)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{option}={path} cannot be a folder, because {above} is a file.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{option}={path} exists and is a file; name a new folder.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{option}={path} exists and is not empty; name a new folder.")
+    return path
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
+    """A temporary folder beside `path`, which gets its name if nothing goes wrong; else it goes.
+
+    Raises UserError as `check_vacant` does, also if the name was taken meanwhile, and while another
+    process is making the same folder.
+    """
+    path = check_vacant(path, option).absolute()  # also of ".", which has no name
+    with hold(path, beside=True):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # A name of its own, because transformers keeps the code of a folder by the folder's name.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.replace(temporary, check_vacant(path, option))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

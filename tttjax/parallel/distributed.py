@@ -1,0 +1,71 @@
+"""Joining a run of several processes."""
+
+import jax
+
+from tttjax.errors import UserError
+from tttjax.parallel.coordinator import (
+    await_coordinator,
+    check_port,
+    saying_that_it_waits,
+    split_address,
+)
+
+JOIN_SECONDS = 300  # that processes wait for each other at the start
+_LATE = (
+    "the other processes of the run did not join in time: check that every one was started, with "
+    "the same --coordinator and --process-count and a --process-id of its own"
+)
+
+
+def start_distributed(
+    coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None
+) -> None:
+    """Joins this process to a multi-process run; call it before JAX touches a device.
+
+    Without arguments, a cluster that JAX knows (TPU pod, Slurm, Open MPI, Kubernetes) tells them.
+
+    Raises:
+      UserError: only some of the three are given, the address is none, its port is taken, nobody
+        answers there, or the cluster cannot be joined. Where others do not join in time the process
+        ends with one sentence and exit code 2.
+    """
+    given = {
+        "--coordinator": coordinator,
+        "--process-id": process_id,
+        "--process-count": process_count,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(
+            f"a multi-process run needs {', '.join(given)} together; {', '.join(missing)} is "
+            "missing (or leave out all three where the cluster tells them)"
+        )
+    if coordinator is not None and process_id is not None and process_count is not None:
+        _check_address(coordinator, process_id, process_count)
+    try:
+        with saying_that_it_waits("the other processes of the run", JOIN_SECONDS, _LATE):
+            jax.distributed.initialize(
+                *(coordinator, process_count, process_id),
+                initialization_timeout=2 * JOIN_SECONDS,  # it must not be the first to give up
+            )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"joining the multi-process run failed ({str(error).splitlines()[0]}): check that "
+            "--coordinator=HOST:PORT is process 0's address, that every process is started, and "
+            "that each has its own --process-id below --process-count"
+        ) from error
+
+
+def _check_address(coordinator: str, process_id: int, process_count: int) -> None:
+    """UserError for what would end or hang JAX's runtime; waits until process 0 is there."""
+    if not 0 <= process_id < process_count:
+        raise UserError(
+            f"--process-id={process_id} must be from 0 to {process_count - 1}, below "
+            f"--process-count={process_count}"
+        )
+    host, port = split_address(coordinator)
+    if process_id == 0:
+        check_port(port)
+        return
+    with saying_that_it_waits(f"process 0 at {coordinator}", JOIN_SECONDS):
+        await_coordinator(host, port, JOIN_SECONDS)

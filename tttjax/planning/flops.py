@@ -1,0 +1,290 @@
+"""Model FLOPs of a train step by formula, and the peak rates that they are compared with.
+
+Counted are matrix products (2 FLOPs per multiply-add) that the mathematics needs: nothing that is
+recomputed to save memory, no norms, softmaxes or optimizer, and for recurrent mixers the products
+of the recurrence token by token, not those of the chunk-parallel form that is run. Per token, with
+s(T) the mean number of keys that a query sees,
+
+    linear maps       F = 2 x entries of the matrix
+    convolutions      F = 2 x entries of the kernel: one of its taps per channel and token
+    attention         F = 4 H K s(T)        scores and mixed values
+    Mamba-2           F = 4 H P N           x B^T into the state, the state times C
+    Gated DeltaNet    F = 6 H K V           the state times k, the write, the state times q
+    TTT layer         F = 2 E for the inner model on the key, E its matrices' entries,
+                        + 2 E for its gradient in them, and 2 x entries of w2 back through w2,
+                        + 2 E for reading the query (not with ttt_output = "key")
+    head              F = 2 D V
+
+Training without an inner loop costs 3 F: the forward pass, and twice that backward, once for the
+inputs and once for the weights. With an inner loop, the suffix (head included) also takes an inner
+backward pass B for each chunk, towards the fast weights only:
+
+    above the lowest fast weight:  2 x entries of every matrix (gradients of activations)
+                                   4 H K s(T) + 4 H K s(C)  for attention: earlier chunks' keys
+                                   and values are constants of the inner step
+                                   2 F  for the recurrence of a recurrent mixer
+    of each fast matrix:           2 x entries (its own gradient)
+
+The exact meta-gradient is the derivative of forward pass and inner backward pass alike, and both
+are products of two things that depend on the weights, so each costs 3 times itself:
+
+    3 F_prefix + 3 (F_suffix + F_head) + 3 B (n - 1) / n
+
+for n chunks; the last chunk's update reaches no loss. An update that the outer gradient treats as
+a constant (first order; truncated, before the last m chunks) costs B once instead of 3 times.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from tttjax.models import Transformer, build_model, combine
+from tttjax.planning.accelerators import peaks
+
+if TYPE_CHECKING:
+    from tttjax.config import InnerConfig, ModelConfig
+
+# Matched by the start of `device_kind`, the longest first.
+PEAKS = peaks()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One residual branch (or the head) of the model: FLOPs of one token's forward pass.
+
+    linear: its matrices and convolutions. fast: those of them that are fast. out: its last matrix
+    alone. scores: attention over all keys. own_scores: attention over keys of the query's chunk.
+    recurrence: what a recurrent mixer does to its state.
+    """
+
+    linear: float
+    fast: float = 0.0
+    out: float = 0.0
+    scores: float = 0.0
+    own_scores: float = 0.0
+    recurrence: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.linear + self.scores + self.recurrence
+
+    @property
+    def backward_of_mixing(self) -> float:
+        """Of the inner backward pass: what it does beside the matrices."""
+        return self.scores + self.own_scores + 2 * self.recurrence
+
+
+def mean_keys(length: int, window: int) -> float:
+    """Mean over queries t = 0 .. length-1 of min(t + 1, window)."""
+    full = min(length, window)
+    return (full * (full + 1) / 2 + (length - full) * window) / length
+
+
+def _parts(
+    model: "ModelConfig", inner: "InnerConfig", seq_len: int
+) -> tuple[list[Part], list[Part]]:
+    """Branches of the prefix, and of the suffix with the head, in the order they run."""
+    network = build_model(model, inner)
+    entries = _Entries(network)
+    prefix: list[Part] = []
+    suffix: list[Part] = []
+    for (stack, _), kinds in zip(network.block_paths(), network.kinds, strict=True):
+        parts = suffix if stack.startswith("suffix") else prefix
+        if model.pre_conv:
+            parts.append(entries.part(f"{stack}/pre_conv"))
+        mixers = [kind for kind in kinds.split("+") if kind != "none"]
+        for i, kind in enumerate(mixers):
+            path = f"{stack}/mixer{i + 1 if i else ''}"
+            parts.append(entries.part(path, out="wo", **_mixing(kind, model, inner, seq_len)))
+        for branch in ("fast_mlp", "mlp"):
+            parts.append(entries.part(f"{stack}/{branch}", out="w2"))
+    head = 2.0 * model.embed_dim * model.vocab_size
+    suffix.append(Part(linear=head, fast=head * ("head" in network.fast_paths)))
+    return prefix, suffix
+
+
+class _Entries:
+    """FLOPs of a token through the weights below a path of stacked blocks."""
+
+    def __init__(self, network: Transformer):
+        params, axes = network.abstract_params(), network.axes()
+        shapes = flatten_dict(combine(params.slow, params.fast), sep="/")
+        names = flatten_dict(combine(axes.slow, axes.fast), sep="/")
+        self.fast_paths = network.fast_paths
+        self.flops = {
+            path: 2.0 * math.prod(shape.shape[1:])
+            for path, shape in shapes.items()
+            if path.startswith(("prefix/", "suffix/")) and _multiplies_tokens(path, names[path])
+        }
+
+    def part(self, path: str, out: str = "", **mixing: float) -> Part:
+        """The branch at `path`, all zeros if the block has none; out: its last matrix's name."""
+        linear = {p: n for p, n in self.flops.items() if p.startswith(f"{path}/")}
+        return Part(
+            linear=sum(linear.values()),
+            fast=sum(n for p, n in linear.items() if p in self.fast_paths),
+            out=linear.get(f"{path}/{out}", 0.0),
+            **mixing,
+        )
+
+
+def _multiplies_tokens(path: str, axes: tuple[str, ...]) -> bool:
+    """Whether a stacked weight is a matrix or a kernel that every token goes through.
+
+    Not: norms, biases, and the start of a TTT layer's inner weights, which belong to its state.
+    """
+    if "/fast_mlp/" in path and "heads" in axes:
+        return "head_dim" in axes and "hidden" in axes
+    return len(axes) > 2 and ("embed" in axes or "taps" in axes)
+
+
+def _mixing(
+    kind: str, model: "ModelConfig", inner: "InnerConfig", seq_len: int
+) -> dict[str, float]:
+    """Of a mixer's Part, what is not in its matrices: how tokens reach each other."""
+    if kind in RECURRENCES:
+        return {"recurrence": RECURRENCES[kind](model)}
+    chunk = inner.chunk_size
+    sight = {"full": seq_len, "window": model.window_size, "local": chunk}[kind]
+    per_key = 4 * model.num_heads * model.head_size
+    return {
+        "scores": per_key * mean_keys(chunk if kind == "local" else seq_len, sight),
+        "own_scores": per_key * mean_keys(chunk, sight),
+    }
+
+
+def _mamba2(model: "ModelConfig") -> float:
+    return 4.0 * model.mamba_heads * model.mamba_head_dim * model.mamba_state
+
+
+def _gated_deltanet(model: "ModelConfig") -> float:
+    _, value_heads, key_dim, value_dim = model.delta_sizes
+    return 6.0 * value_heads * key_dim * value_dim
+
+
+def _ttt_linear(model: "ModelConfig") -> float:
+    entries = model.embed_dim * (model.embed_dim // model.ttt_num_heads)
+    return _ttt(model, entries)
+
+
+def _ttt_mlp(model: "ModelConfig") -> float:
+    w2 = 4 * model.embed_dim * (model.embed_dim // model.ttt_num_heads)
+    return _ttt(model, 2 * w2) + 2.0 * w2
+
+
+def _ttt(model: "ModelConfig", entries: int) -> float:
+    """Key and gradient, and the query where it is read."""
+    return 2.0 * entries * (2 + (model.ttt_output == "query"))
+
+
+RECURRENCES: dict[str, Callable[["ModelConfig"], float]] = {
+    "mamba2": _mamba2,
+    "gated_deltanet": _gated_deltanet,
+    "ttt_linear": _ttt_linear,
+    "ttt_mlp": _ttt_mlp,
+}
+
+
+def _forward(parts: list[Part]) -> float:
+    return sum(part.forward for part in parts)
+
+
+def _inner_backward(parts: list[Part]) -> float:
+    """B of the module's docstring: the gradient of a chunk's loss in the fast weights."""
+    lowest = next((i for i, part in enumerate(parts) if part.fast), None)
+    if lowest is None:
+        return 0.0
+    total = parts[lowest].fast + parts[lowest].out + parts[lowest].backward_of_mixing
+    for part in parts[lowest + 1 :]:
+        total += part.fast + part.linear + part.backward_of_mixing
+    return total
+
+
+def forward_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> float:
+    """Model FLOPs per token of one forward pass over sequences of `seq_len` tokens."""
+    prefix, suffix = _parts(model, inner, seq_len)
+    return _forward(prefix) + _forward(suffix)
+
+
+@dataclass(frozen=True)
+class TrainFlops:
+    """Model FLOPs per token of a train step by part; the module's docstring has the terms.
+
+    prefix, suffix: forward, the head with the suffix. inner_backward: the gradients that the
+    updates are made of. outer: everything else, which is the backward pass of these three.
+    """
+
+    prefix: float
+    suffix: float
+    inner_backward: float
+    outer: float
+
+    @property
+    def total(self) -> float:
+        return self.prefix + self.suffix + self.inner_backward + self.outer
+
+
+def train_flops_by_part(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> TrainFlops:
+    """What `train_flops_per_token` is made of."""
+    prefix_parts, suffix_parts = _parts(model, inner, seq_len)
+    prefix, suffix = _forward(prefix_parts), _forward(suffix_parts)
+    learning = exact = 0.0  # the inner backward pass of chunks whose update is used; derived
+    if inner.meta_gradient != "none":
+        chunks = seq_len // inner.chunk_size
+        useful = chunks - 1
+        derived = {
+            "exact": useful,
+            "truncated": max(0, min(inner.truncate_chunks, chunks) - 1),
+            "first_order": 0,
+        }[inner.meta_gradient]
+        backward = _inner_backward(suffix_parts) / chunks
+        learning, exact = backward * useful, backward * derived
+    return TrainFlops(prefix, suffix, learning, 2 * (prefix + suffix) + 2 * exact)
+
+
+def train_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> float:
+    """Model FLOPs per token of a train step, inner and second-order terms counted."""
+    return train_flops_by_part(model, inner, seq_len).total
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of all devices of the run together, and where the figure comes from."""
+
+    flops_per_second: float
+    source: str
+
+
+def device_peak(devices: list[jax.Device] | None = None) -> Peak | None:
+    """The peak that MFU refers to; None for an accelerator that is not in the table.
+
+    On CPU it is the float32 rate of a matrix product, measured here and now in a fraction of a
+    second: not the processor's peak, but what XLA reaches on it at best.
+    """
+    devices = devices or jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        return Peak(_measured_matmul_rate() * jax.process_count(), "matrix product measured here")
+    known = [name for name in PEAKS if kind.startswith(name)]
+    if not known:
+        return None
+    name = max(known, key=len)
+    return Peak(PEAKS[name] * len(devices), f"bfloat16 peak of {name}")
+
+
+def _measured_matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+    x = jax.device_put(np.ones((size, size), np.float32), jax.local_devices()[0])
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,84 @@
+"""Compiled programs are kept between starts: JAX's persistent cache, in one folder of this user.
+
+TTTJAX_COMPILATION_CACHE names another folder, or is `off`. JAX_COMPILATION_CACHE_DIR and the other
+variables of JAX, where they are set, win. Programs for CPUs are machine code, so each kind of
+processor has a folder of its own.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+from tttjax.io.paths import local_path
+
+VARIABLE = "TTTJAX_COMPILATION_CACHE"
+MAX_BYTES = 2 << 30  # the least recently used programs are removed beyond this
+MIN_SECONDS = 0.3  # programs that compile faster are not kept
+
+
+def enable_compilation_cache() -> Path | None:
+    """Has JAX keep compiled programs; the folder, or None if there is none.
+
+    To be called before JAX is imported: it reads the environment then. A folder that cannot be
+    written to leaves the cache off. Raises UserError if the variable names a bucket or a URL.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or "jax" in sys.modules:
+        return None
+    chosen = os.environ.get(VARIABLE, "")
+    if chosen.lower() in ("off", "0", "false", "no"):
+        return None
+    try:
+        folder = (local_path(chosen, VARIABLE) if chosen else _default()) / _machine()
+        # Machine code that is run when it is read back: no other user may put any there.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAX_BYTES))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(MIN_SECONDS))
+    return folder
+
+
+def _default() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tttjax" / "compiled"
+
+
+def _machine() -> str:
+    """The architecture and a hash of the processor's features."""
+    features = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        named = ("flags", "Features", "model name")
+        features = "\n".join(dict.fromkeys(line for line in lines if line.startswith(named)))
+    digest = hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
+    return f"{platform.machine()}-{digest}"
+
+
+def last_seconds(program: str) -> float | None:
+    """How long the first step of this program took the last time; None where that is not known."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return float(json.loads(_note(program).read_text(encoding="utf-8")))
+    return None
+
+
+def note_seconds(program: str, seconds: float) -> None:
+    """Remembers it for `last_seconds`, where there is a cache."""
+    with contextlib.suppress(OSError):
+        path = _note(program)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(round(seconds, 1)), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _note(program: str) -> Path:
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not folder:
+        raise OSError("there is no cache")
+    name = hashlib.blake2b(program.encode(), digest_size=8).hexdigest()
+    return Path(folder) / f"{name}.seconds"

@@ -1,0 +1,105 @@
+"""Which kernel computes attention on a platform, and why.
+
+`ops.library_attention` chooses it for whole sequences when a program is lowered, and
+`ops.window_attention` for the chunks that are learned from. Here it is told in advance, and an
+error is raised where the configuration insists on a library's kernel that cannot be had.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tttjax.config import Config
+from tttjax.errors import UserError
+from tttjax.models import Cut, build_model
+from tttjax.models.block import attention_sights
+from tttjax.ops.attention.library import KERNELS, why_not, why_not_here
+from tttjax.ops.window_attention import window_attention_why_not
+from tttjax.ttt.outer_loss import learns
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of one kind of attention. why: it is XLA's form; empty if it is a kernel."""
+
+    kernel: str
+    why: str = ""
+
+
+def platform_of(mesh: Mesh) -> str:
+    """The platform that programs on this mesh are lowered for: "cuda", "tpu", "cpu"."""
+    device = mesh.devices.flat[0]
+    return "cuda" if device.device_kind.startswith("NVIDIA") else device.platform
+
+
+def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[str, Choice]:
+    """By kind of attention that the configuration has; of sequences of `train.seq_len` tokens.
+
+    here: whether this machine makes the programs, so that it must have the library.
+    Raises UserError where `model.attention_kernel` insists on the library and it does not apply.
+    """
+    model = config.model
+    shape = build_model(model, config.inner).shape
+    q_THK = jax.ShapeDtypeStruct(
+        (config.train.seq_len, shape.num_heads, shape.head_dim), model.compute_dtype
+    )
+    found = {}
+    for kind, sight in attention_sights(shape).items():
+        if kind not in model.mixer_kinds:
+            continue
+        why = why_not(platform, q_THK, sight)
+        if not why and here:
+            why = why_not_here(platform, q_THK, shape.kv_heads)
+        if why and model.attention_kernel == "library":
+            raise UserError(
+                f'model.attention_kernel = "library" cannot be had for {kind} attention: {why}; '
+                'choose "auto" to have XLA there.'
+            )
+        if model.attention_kernel == "xla":
+            why = 'model.attention_kernel = "xla"'
+        found[kind] = Choice("XLA", why) if why else Choice(KERNELS[platform])
+    return found
+
+
+def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
+    """By kind of attention that training reads with chunk by chunk, over a window of the past.
+
+    Empty where nothing learns, and for the reference form, which has all scores in memory.
+    """
+    model = build_model(config.model, config.inner)
+    if config.inner.form != "fast" or not learns(model, config.inner.meta_gradient):
+        return {}
+    kinds = Cut(model).mixers_above
+    shape, chunk = model.shape, config.inner.chunk_size
+    found = {}
+    for kind, sight in attention_sights(shape).items():
+        reach = [size for size in sight if size]
+        if not reach or kind not in kinds:
+            continue
+        why = window_attention_why_not(
+            *(platform, (chunk, shape.num_heads, shape.head_dim), min(reach)),
+            jnp.dtype(config.model.compute_dtype),
+            kv_heads=shape.kv_heads,
+            kernel="xla" if config.model.attention_kernel == "xla" else "auto",
+        )
+        found[kind] = Choice("XLA", why) if why else Choice("Pallas")
+    return found
+
+
+def describe_kernels(config: Config, platform: str, *, here: bool = True) -> str:
+    """What both of the above say, in one line; empty where there is no attention."""
+    parts = {
+        "whole sequences": choose_kernels(config, platform, here=here),
+        "chunks": choose_chunk_kernels(config, platform),
+    }
+    told = [f"over {what}: {_told(choices)}" for what, choices in parts.items() if choices]
+    return f"attention {'; '.join(told)}" if told else ""
+
+
+def _told(choices: dict[str, Choice]) -> str:
+    return ", ".join(
+        f"{kind} by {choice.kernel}" + (f" ({choice.why})" if choice.why else "")
+        for kind, choice in choices.items()
+    )

@@ -1,0 +1,398 @@
+"""The training loop: opens everything a run needs, steps, records, saves, resumes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from tttjax.config import (
+    Config,
+    check_memory,
+    check_mesh,
+    check_same_run,
+    check_weights_config,
+    config_fingerprint,
+    with_absolute_paths,
+    write_run_info,
+)
+from tttjax.data.pipeline import StreamOptions, make_train_stream
+from tttjax.data.shards import TOKENIZER_DIR, open_prepared
+from tttjax.data.tokenizers.base import keep_tokenizer
+from tttjax.errors import UserError
+from tttjax.io.atomic import whole_file
+from tttjax.io.locks import Lock
+from tttjax.io.paths import local_path
+from tttjax.parallel import precision
+from tttjax.parallel.mesh import make_mesh
+from tttjax.planning import flops
+from tttjax.runtime import compilation_cache, progress
+from tttjax.runtime.memory import device_memory, host_memory
+from tttjax.training import checkpoints, metrics
+from tttjax.training.attention_kernels import describe_kernels, platform_of
+from tttjax.training.profiler import Profiler
+from tttjax.training.records import FinishedSteps, Totals
+from tttjax.training.step import Trainer, TrainState, make_trainer
+from tttjax.training.stopping import StopRequest
+from tttjax.training.warm_start import starting_weights
+from tttjax.training.workdir import hold_workdir, nothing_left_of_a_failed_start
+from tttjax.types import Batch
+
+
+class BatchStream(Protocol):
+    """What training reads: this process's part of every batch, from any step on."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run went. Seconds are of this start; `train_seconds` of all starts together.
+
+    step: updates done in all. first_step_seconds: the first step of this start, compilation
+    included; step_seconds: median of the others (None if there were none). interrupted: asked to
+    stop before the last step; saved, and to be continued.
+    """
+
+    step: int
+    loss: float | None
+    interrupted: bool
+    state: TrainState
+    setup_seconds: float
+    first_step_seconds: float | None
+    step_seconds: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+    mfu_refers_to: str | None
+    train_seconds: float
+    skipped_steps: int
+    peak_memory_bytes: int
+    peak_memory_of: str
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the state, as `summary.json` has it; not finite: "nan", "inf"."""
+        return {
+            field.name: metrics.json_safe(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "state"
+        }
+
+
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    stop_after: int | None = None,
+    batches: BatchStream | None = None,
+) -> TrainResult:
+    """Trains up to step `config.train.steps`, from the newest checkpoint in `workdir` if any.
+
+    Arguments:
+      stop_after: save and return after this step, as if interrupted there.
+      batches: instead of the prepared data sets of `config.data`.
+
+    Raises:
+      UserError: anything wrong with configuration, data, mesh, work directory or checkpoints; no
+        space left; loss or gradient not finite for too long; another process trains in `workdir`.
+    """
+    started = time.perf_counter()
+    workdir, config = local_path(workdir, "--workdir"), with_absolute_paths(config)
+    if stop_after is not None and stop_after < 1:
+        raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
+    metrics.check_wandb(config.train.wandb_project)
+    with hold_workdir(workdir) as lock, nothing_left_of_a_failed_start(workdir, lock):
+        check_same_run(workdir, config)
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(precision.as_configured(config))
+            run, state = _set_up(config, workdir, lock, batches, closing)
+            setup_seconds = time.perf_counter() - started
+            last = min(config.train.steps, stop_after or config.train.steps)
+            state, step = _loop(run, state, last)
+            result = _result(run, state, step, setup_seconds)
+            run.logger.say(_conclude(result))
+        if jax.process_index() == 0 and step == config.train.steps:
+            with progress.doing("drawing the loss curve"):
+                _write_results(run, result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that the loop works with.
+
+    tokenizer: fingerprint of the one that made the data ("" for batches from elsewhere). start:
+    steps that earlier starts have done.
+    """
+
+    config: Config
+    workdir: Path
+    lock: Lock
+    trainer: Trainer
+    batches: BatchStream
+    tokenizer: str
+    saver: checkpoints.Checkpointer
+    logger: metrics.MetricLogger
+    finished: FinishedSteps
+    totals: Totals
+    start: int
+
+
+def _set_up(
+    config: Config,
+    workdir: Path,
+    lock: Lock,
+    batches: BatchStream | None,
+    closing: contextlib.ExitStack,
+) -> tuple[Run, TrainState]:
+    """Opens all that training needs, to be closed by `closing`, and the state to go on from."""
+    settings = config.train
+    batches, tokenizer = (batches, "") if batches else open_batches(config)
+    closing.callback(batches.close)
+    mesh = _make_mesh(config)
+    kernels = describe_kernels(config, platform_of(mesh))
+    trainer = make_trainer(config, mesh)
+    saver = checkpoints.Checkpointer(
+        workdir / checkpoints.DIRECTORY, keep=settings.keep_checkpoints
+    )
+    closing.callback(saver.close)
+    state, start, totals = _first_state(config, trainer, saver, batches, tokenizer)
+    if tokenizer and jax.process_index() == 0:
+        keep_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
+    logger = metrics.MetricLogger(
+        workdir,
+        metrics.Throughput(
+            settings.batch_size * settings.seq_len,
+            flops.train_flops_per_token(config.model, config.inner, settings.seq_len),
+            flops.device_peak(),
+        ),
+        total_steps=settings.steps,
+        log_every=settings.log_every,
+        start_step=start,
+        wandb_project=settings.wandb_project,
+        config=dataclasses.asdict(config),
+    )
+    closing.callback(logger.close)
+    logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
+    finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
+    run = Run(
+        config=config,
+        workdir=workdir,
+        lock=lock,
+        trainer=trainer,
+        batches=batches,
+        tokenizer=tokenizer,
+        saver=saver,
+        logger=logger,
+        finished=finished,
+        totals=totals,
+        start=start,
+    )
+    return run, state
+
+
+def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
+    """Steps start + 1 to `last`, or until asked to stop; saved at the end. (state, steps done)."""
+    settings, finished, late = run.config.train, run.finished, metrics.LateMetrics()
+    step = run.start
+    with contextlib.ExitStack() as closing:
+        stop = closing.enter_context(StopRequest())
+        profiler = Profiler(settings.profile_steps, run.workdir / "profile")
+        closing.callback(profiler.close)
+        finished.start_clock()
+        for step in range(run.start + 1, last + 1):
+            profiler.before(step)
+            waiting_since = time.perf_counter()
+            data_state, batch = run.batches.get_state(), next(run.batches)
+            on_device = run.trainer.put_batch(batch)
+            waited = time.perf_counter() - waiting_since
+            with _compiling(run) if step == run.start + 1 else contextlib.nullcontext():
+                state, values = run.trainer.step(state, on_device)
+            finished.add(late.swap(step, values, (waited, batch, data_state)))
+            profiler.after(step, values)
+            asked_to_stop = stop.after(step)
+            if step == run.start + 1:  # it was compiled first, so its time is told apart
+                with progress.doing("the first step"):
+                    first = late.flush()
+                try:
+                    finished.add(first)
+                finally:  # also where it was not finite, and one such step is too many
+                    _write_start(run)
+                    finished.start_clock()
+            run.lock.check()
+            if step % settings.checkpoint_every == 0 or step == last or asked_to_stop:
+                # Records go to disk before the checkpoint that they lead to.
+                finished.add(late.flush())
+                _save(run, step, state)
+            if asked_to_stop:
+                break
+        with progress.doing("saving the last checkpoint"):
+            run.saver.wait()
+        if run.start >= last:  # nothing was left to do
+            _write_start(run)
+    return state, step
+
+
+@contextlib.contextmanager
+def _compiling(run: Run) -> Iterator[None]:
+    """The first step's call: tracing and compiling, or reading what was compiled before."""
+    program = f"{config_fingerprint(run.config)} {dict(run.trainer.mesh.shape)} {jax.__version__}"
+    started = time.perf_counter()
+    with progress.doing("compiling the train step", compilation_cache.last_seconds(program)):
+        yield
+    compilation_cache.note_seconds(program, time.perf_counter() - started)
+
+
+def _write_start(run: Run) -> None:
+    """What makes the work directory this run's, once it has done a step."""
+    if jax.process_index() == 0:
+        write_run_info(run.workdir, run.config, with_devices=True)
+
+
+def _save(run: Run, step: int, state: TrainState) -> None:
+    with progress.doing(f"saving the checkpoint of step {step}"):
+        run.logger.sync()
+        run.saver.save(
+            step,
+            state,
+            data_state=run.batches.get_state(),
+            extra=dataclasses.asdict(run.totals),
+            config=dataclasses.asdict(run.config),
+            tokenizer=run.tokenizer,
+        )
+    run.finished.start_clock()
+
+
+def _result(run: Run, state: TrainState, step: int, setup_seconds: float) -> TrainResult:
+    memory, memory_of = metrics.peak_memory()
+    peak = run.logger.throughput.peak
+    return TrainResult(
+        step=step,
+        loss=run.finished.loss,
+        interrupted=step < run.config.train.steps,
+        state=state,
+        setup_seconds=setup_seconds,
+        first_step_seconds=run.finished.first_seconds,
+        **run.finished.steady_rates(),
+        mfu_refers_to=peak.source if peak else None,
+        train_seconds=run.totals.seconds,
+        skipped_steps=int(state.skipped),
+        peak_memory_bytes=memory,
+        peak_memory_of=memory_of,
+    )
+
+
+def open_batches(config: Config) -> tuple[BatchStream, str]:
+    """The training batches of `config.data`, and the fingerprint of their tokenizer.
+
+    Raises:
+      UserError: data missing, damaged or too short, or with more tokens than model.vocab_size.
+    """
+    data, settings = config.data, config.train
+    opened = [open_prepared(path) for path in data.sources]
+    for source in opened:
+        if source.tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of "
+                f"{source.folder}, {source.tokenizer.vocab_size}: set model.vocab_size to that"
+            )
+    options = StreamOptions(
+        seq_len=settings.seq_len,
+        batch_size=settings.batch_size,
+        seed=data.seed,
+        shuffle=data.shuffle,
+        layout=data.layout,
+        weights=data.weights,
+    )
+    stream = make_train_stream(
+        opened,
+        options,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        prefetch=data.prefetch,
+    )
+    return stream, opened[0].fingerprint
+
+
+def _make_mesh(config: Config) -> jax.sharding.Mesh:
+    mesh = check_mesh(config, jax.device_count(), jax.process_count())
+    check_memory(config, mesh, device_memory(), host_memory(), jax.process_count())
+    return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+
+
+def _first_state(
+    config: Config,
+    trainer: Trainer,
+    saver: checkpoints.Checkpointer,
+    batches: BatchStream,
+    tokenizer: str,
+) -> tuple[TrainState, int, Totals]:
+    """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
+    restored = saver.restore(trainer.abstract_state)
+    if restored is not None:
+        check_weights_config(restored.config, config, str(saver.directory / str(restored.step)))
+        _check_tokenizer(config, tokenizer, restored.tokenizer, str(saver.directory))
+        batches.set_state(restored.data_state)
+        return restored.state, restored.step, Totals(**restored.extra)
+    if origin := config.train.init_from:
+        known = checkpoints.load_tokenizer_fingerprint(origin)
+        _check_tokenizer(config, tokenizer, known, origin)
+        weights = starting_weights(origin, trainer, config.train.seed)
+        return trainer.start_from(weights), 0, Totals()
+    return trainer.init_state(config.train.seed), 0, Totals()
+
+
+def _check_tokenizer(config: Config, of_data: str, of_weights: str, where: str) -> None:
+    """UserError if weights learned another tokenizer's tokens; what is not known passes."""
+    if of_data and of_weights and of_data != of_weights:
+        raise UserError(
+            f"the data in {', '.join(config.data.sources)} were made by another tokenizer "
+            f"(fingerprint {of_data[:12]}) than those that the weights in {where} were trained "
+            f"with ({of_weights[:12]}); prepare the data with that one (`tttjax prepare "
+            "--tokenizer=DIR`, DIR being the prepared data of that training)"
+        )
+
+
+def _describe(config: Config, trainer: Trainer, start: int) -> str:
+    """The line before the first step."""
+    count = {
+        part: sum(x.size for x in jax.tree.leaves(getattr(trainer.abstract_state.params, part)))
+        for part in ("slow", "fast")
+    }
+    mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
+    origin = f" from {config.train.init_from}" if config.train.init_from else ""
+    begin = f"continuing after step {start} of" if start else f"training{origin} for"
+    return (
+        f"{begin} {config.train.steps} steps of {config.train.batch_size} x "
+        f"{config.train.seq_len} tokens; {sum(count.values()):,} parameters, "
+        f"{count['fast']:,} of them fast; {jax.device_count()} {jax.default_backend()} devices "
+        f"({mesh})"
+    )
+
+
+def _conclude(result: TrainResult) -> str:
+    how = "stopped, saved, to be continued by the same command," if result.interrupted else "done"
+    loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
+    speed = (
+        "" if result.step_seconds is None else f"; {result.step_seconds:.3f} s per step (median)"
+    )
+    return f"{how} at step {result.step}{loss}{speed}"
+
+
+def _write_results(run: Run, result: TrainResult) -> None:
+    path = run.workdir / "summary.json"
+    if result.step == run.start and path.exists():
+        return  # nothing was left to do, so the earlier start's figures stand
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
+    metrics.write_loss_curve(run.workdir)
+
+
+# The command -------------------------------------------------------------------------------------

@@ -1,0 +1,32 @@
+"""Profiler traces of chosen training steps."""
+
+from pathlib import Path
+
+import jax
+
+from tttjax.types import PyTree
+
+
+class Profiler:
+    """Traces steps `first` to `last` into `folder` (readable by TensorBoard and Perfetto)."""
+
+    def __init__(self, steps: tuple[int, ...], folder: Path):
+        self._first, self._last = steps or (0, 0)
+        self._folder = folder
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if step == self._first and self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, result: PyTree) -> None:
+        """`result`: arrays of the step, waited for so that the trace holds all of its work."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False

@@ -1,0 +1,97 @@
+"""Training speed and the progress line: tokens/s, MFU, input wait, ETA."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from tttjax.planning.flops import Peak
+from tttjax.runtime import progress
+
+
+@dataclass
+class Throughput:
+    """Turns durations of steps into the rates that a record's "time" holds.
+
+    flops_per_token: model FLOPs (see `flops`). peak: what MFU refers to, or None.
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    peak: Peak | None
+
+    def rates(self, seconds: float, input_seconds: float, steps: int = 1) -> dict[str, Any]:
+        """Rates over `steps` steps that took `seconds`, of which the host waited for input."""
+        tokens_per_second = steps * self.tokens_per_step / seconds
+        rates: dict[str, Any] = {
+            "seconds": seconds / steps,
+            "tokens_per_second": tokens_per_second,
+            "input_share": input_seconds / seconds,
+        }
+        if self.peak is not None:
+            achieved = self.flops_per_token * tokens_per_second
+            rates["mfu"] = achieved / self.peak.flops_per_second
+        return rates
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _count(value: float) -> str:
+    for limit, divisor, unit in ((1e4, 1, ""), (1e7, 1e3, "k"), (1e10, 1e6, "M")):
+        if value < limit:
+            return f"{value / divisor:.{0 if divisor == 1 else 1}f}{unit}"
+    return f"{value / 1e9:.1f}G"
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; a line every `log_every` steps elsewhere."""
+
+    def __init__(self, total_steps: int, log_every: int, stream: TextIO | None = None):
+        self.total_steps, self.log_every = total_steps, log_every
+        self._stream = stream or sys.stdout
+        self._terminal = self._stream.isatty()
+        self._open_line = False
+
+    def show(
+        self, step: int, loss: float, rates: dict[str, Any], skipped: int = 0, steady: bool = True
+    ) -> None:
+        """Shows a finished step; `rates` as from `Throughput.rates`, `skipped` of the whole run.
+
+        steady: False for a step that was compiled first, which says nothing of the others.
+        """
+        last = step == self.total_steps
+        if not (self._terminal or last or step % self.log_every == 0):
+            return
+        width = len(str(self.total_steps))
+        mfu = f"  mfu {rates['mfu']:.1%}" if "mfu" in rates else ""
+        lost = f"skipped {skipped}  " if skipped else ""
+        text = f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {lost}" + (
+            f"{_count(rates['tokens_per_second'])} tok/s{mfu}  "
+            f"input {rates['input_share']:.0%}  "
+            f"eta {_duration((self.total_steps - step) * rates['seconds'])}"
+            if steady
+            else f"compiled and done in {rates['seconds']:.1f} s"
+        )
+        if self._terminal:
+            self._stream.write(f"\r\x1b[K{text}")
+            self._open_line = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+        # A slow step is told on a terminal; a file gets the lines that `log_every` asks for.
+        progress.now(text if self._terminal else "")
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        self.end()
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        """Ends a line left open on a terminal."""
+        if self._open_line:
+            self._stream.write("\n")
+            self._open_line = False

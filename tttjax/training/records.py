@@ -1,0 +1,113 @@
+"""Around the training loop: several processes, requests to stop, the profiler, what went wrong."""
+
+import hashlib
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tttjax.errors import UserError
+from tttjax.io.atomic import whole_file
+from tttjax.training.metrics import MetricLogger, json_safe
+from tttjax.types import Batch
+
+
+@dataclass
+class Totals:
+    """What a run has used over all its starts; kept in its checkpoints."""
+
+    seconds: float = 0.0
+
+
+class FinishedSteps:
+    """Takes the steps that the device has finished: records and times them, watches for NaN."""
+
+    def __init__(self, workdir: Path, nonfinite_limit: int, logger: MetricLogger, totals: Totals):
+        self._workdir, self._limit, self._logger = workdir, nonfinite_limit, logger
+        self._totals = totals
+        self._seconds: list[float] = []
+        self._last = time.perf_counter()
+        self.loss: float | None = None
+        self.first_seconds: float | None = None
+
+    def start_clock(self) -> None:
+        """The next step begins now: time spent saving is no step's."""
+        self._last = time.perf_counter()
+
+    def add(self, finished: tuple[int, dict[str, Any], Any] | None) -> None:
+        """Takes what `LateMetrics` gave back.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        if finished is None:
+            return
+        step, values, (waited, batch, data_state) = finished
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._totals.seconds += seconds
+        steady = self.first_seconds is not None
+        self._logger.log(step, values, seconds, waited, steady=steady)
+        self.loss = values["loss"]
+        if steady:
+            self._seconds.append(seconds)
+        else:
+            self.first_seconds = seconds
+            self._logger.say(f"first step after {seconds:.1f} s, compilation included")
+        if values["nonfinite"]:
+            self._logger.say(f"step {step}: loss or gradient not finite, skipped")
+            if values["skipped_in_row"] >= self._limit:
+                refuse_nonfinite(self._workdir, step, values, batch, data_state)
+
+    def steady_rates(self) -> dict[str, float | None]:
+        """step_seconds, tokens_per_second and mfu of the median step after the first."""
+        if not self._seconds:
+            return {"step_seconds": None, "tokens_per_second": None, "mfu": None}
+        median = statistics.median(self._seconds)
+        rates = self._logger.throughput.rates(median, 0.0)
+        return {
+            "step_seconds": median,
+            "tokens_per_second": rates["tokens_per_second"],
+            "mfu": rates.get("mfu"),
+        }
+
+
+def batch_fingerprint(batch: Batch) -> str:
+    """A hash of this process's part of a batch, to find it again."""
+    digest = hashlib.blake2b(digest_size=8)
+    for array in (batch.inputs, batch.targets, batch.mask):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def refuse_nonfinite(
+    workdir: Path, step: int, values: dict[str, Any], batch: Batch, data_state: Any
+) -> None:
+    """Ends a run whose last steps were all skipped: tells what it saw, and writes it down.
+
+    Raises:
+      UserError: always; `nonfinite.json` in the work directory holds the details.
+    """
+    norms = {name: value for name, value in values.items() if "norm" in name or name == "loss"}
+    fingerprint = batch_fingerprint(batch)
+    report = {
+        "step": step,
+        "batch": {"fingerprint": fingerprint, "data_state": data_state},
+        "values": {name: json_safe(value) for name, value in values.items()},
+    }
+    path = workdir / "nonfinite.json"
+    if jax.process_index() == 0:
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    shown = ", ".join(f"{name}={value:.4g}" for name, value in norms.items())
+    raise UserError(
+        f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row; the last "
+        f"was step {step}, batch {fingerprint}, with {shown}. Lower "
+        "optim.peak_lr or inner.lr, or clip; details are in "
+        f"{path}, and the checkpoints hold the weights from before"
+    )

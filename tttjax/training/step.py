@@ -1,0 +1,282 @@
+"""One jitted, sharded step of the outer loop.
+
+The batch is divided over the mesh axes `data` and `fsdp` with shard_map: every device reads its
+own sequences from start to end, backward pass included, and gradients are reduced once, never per
+chunk. (Left to the partitioner, that reduction would land inside the backward scan.) What `fsdp`
+divides is gathered here, or row by row in the loop over blocks. The axis `tensor` stays with the
+partitioner.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tttjax.config import Config
+from tttjax.models import Transformer, build_model
+from tttjax.parallel.fsdp import gathered
+from tttjax.parallel.mesh import (
+    as_divided,
+    batch_axes,
+    batch_sharding,
+    like_params,
+    manual,
+    manual_axes,
+    param_shardings,
+    param_specs,
+    reduce_mean,
+    spec,
+)
+from tttjax.training.optimizer import make_optimizer, make_schedule
+from tttjax.ttt.layer_norms import fast_layers
+from tttjax.ttt.outer_loss import (
+    InnerLoop,
+    Reading,
+    inner_lr,
+    learns,
+    make_inner_loop,
+    make_outer_loss,
+)
+from tttjax.types import Array, Batch, Params, PyTree
+
+Metrics = dict[str, Array]
+PARTS = ("embedding", "prefix", "suffix", "head", "final_norm")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes. A checkpoint holds this and the data iterator's state."""
+
+    step: Array  # int32: batches seen, those of skipped steps included
+    params: Params
+    opt_state: PyTree
+    skipped: Array  # int32: steps skipped because loss or gradient was not finite
+    skipped_in_row: Array  # int32: how many of them were the latest ones
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The compiled pieces of training for one configuration and mesh."""
+
+    mesh: Mesh
+    model: Transformer
+    abstract_state: TrainState  # ShapeDtypeStruct with shardings
+    init_state: Callable[[int], TrainState]  # by seed
+    start_from: Callable[[Params], TrainState]  # given weights, everything else fresh
+    step: jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics); the state is donated
+
+    def put_batch(self, batch: Batch) -> Batch:
+        """This process's sequences as its part of the global batch on the devices."""
+        place = partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
+        return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+
+
+def gathered_late(learn: bool) -> tuple[str, ...]:
+    """The parts of the slow weights whose blocks run once over a sequence.
+
+    With `mesh.gather` "block" each of their rows is gathered as it is reached. What the loop over
+    chunks reads is made whole before, or it would be gathered once per chunk.
+    """
+    return ("prefix",) if learn else ("prefix", "suffix")
+
+
+def make_gradient(
+    model: Transformer,
+    inner: InnerLoop,
+    mesh: Mesh,
+    *,
+    learn: bool,
+    accum_steps: int = 1,
+    gather: str = "block",
+) -> Callable[[Params, Batch, Array], tuple[Params, Metrics]]:
+    """gradient(params, batch, inner_lr) -> (outer gradient, metrics), averaged over the batch.
+
+    The batch is read in `accum_steps` parts, one after the other, to save memory. gather: when the
+    weights that the axis `fsdp` divides are made whole (`MeshConfig.gather`).
+    """
+    outer_loss = make_outer_loss(model, inner, learn=learn)
+    specs = param_specs(mesh, model.axes())
+    axes = batch_axes(mesh)
+
+    def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, Reading]:
+        late = gathered_late(learn)
+        slow = {part: w if part in late else gathered(w) for part, w in params.slow.items()}
+        return outer_loss(Params(slow=slow, fast=gathered(params.fast)), batch, lr)
+
+    def of_part(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        (_, reading), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, lr)
+        return grads, _reading_metrics(model, inner, reading, learn)
+
+    of_batch = _in_parts(of_part, accum_steps)
+
+    def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        def ready(shards: Params) -> Params:
+            params = jax.tree.map(as_divided, shards, specs)
+            return gathered(params) if gather == "step" else params
+
+        params, back = jax.vjp(ready, shards)
+        grads, metrics = of_batch(params, batch, lr)
+        (grads,) = back(grads)  # summed over fsdp here, if that is not done yet
+        grads = jax.tree.map(partial(reduce_mean, axes=axes), grads, specs)
+        return grads, jax.lax.pmean(metrics, axes)
+
+    if mesh.size == 1:
+        return of_batch
+    manual_specs = jax.tree.map(manual, specs)
+    return jax.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(manual_specs, spec(mesh, ["batch"]), PartitionSpec()),
+        out_specs=(manual_specs, PartitionSpec()),
+        axis_names=manual_axes(mesh),
+        check_vma=False,
+    )
+
+
+def _in_parts(of_part: Callable, parts: int) -> Callable:
+    """of_part(params, batch, lr) of parts of the batch, one after the other, averaged."""
+    if parts == 1:
+        return of_part
+
+    def of_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+        def add(total, row):
+            return jax.tree.map(jnp.add, total, of_part(params, row, lr)), None
+
+        first = jax.tree.map(lambda x: x[0], rows)
+        shape = jax.eval_shape(of_part, params, first, lr)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        total, _ = jax.lax.scan(add, zero, rows)
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return of_batch
+
+
+def _reading_metrics(
+    model: Transformer, inner: InnerLoop, reading: Reading, learn: bool
+) -> Metrics:
+    """What reading a batch showed, as means over its sequences."""
+    metrics = {
+        "loss": jnp.mean(reading.loss),
+        "inner_grad_norm": jnp.mean(reading.grad_norm_N),
+        "fast_drift": jnp.mean(reading.drift),
+        "inner_clip_rate": jnp.mean(reading.grad_norm_N >= (inner.clip or jnp.inf)),
+        "first_chunk_loss": jnp.mean(reading.chunk_loss_N[:, 0]),
+        "last_chunk_loss": jnp.mean(reading.chunk_loss_N[:, -1]),
+    }
+    if learn:
+        drift_L = jnp.mean(reading.layer_drift_L, axis=0)
+        names = fast_layers(model)
+        metrics |= {f"fast_drift_{name}": drift_L[i] for i, name in enumerate(names)}
+    return metrics
+
+
+def norms_by_part(grads: Params) -> Metrics:
+    """Gradient norms: of everything, of slow and fast weights, and by part of the model."""
+    norms = {"": grads, "_slow": grads.slow, "_fast": grads.fast}
+    norms |= {f"_{part}": grads.slow[part] for part in PARTS if part in grads.slow}
+    return {f"grad_norm{name}": optax.tree.norm(tree) for name, tree in norms.items()}
+
+
+def make_trainer(config: Config, mesh: Mesh) -> Trainer:
+    """Model, optimizer and one outer step for a configuration on a mesh.
+
+    A step whose loss or gradient is not finite changes neither weights nor optimizer; it is counted
+    in `skipped`, and metrics["nonfinite"] says so.
+
+    Raises UserError if the mesh does not fit the model.
+    """
+    model = build_model(config.model, config.inner)
+    inner = make_inner_loop(config.inner)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    schedule = make_schedule(config.optim, config.train.steps)
+    gradient = make_gradient(
+        model,
+        inner,
+        mesh,
+        learn=learns(model, config.inner.meta_gradient),
+        accum_steps=config.train.accum_steps,
+        gather=config.mesh.gather,
+    )
+    inner_lr_at = partial(
+        inner_lr,
+        lr=config.inner.lr,
+        lr_init=config.inner.lr_init,
+        warmup_steps=config.inner.lr_warmup_steps,
+    )
+
+    def start_from(params: Params) -> TrainState:
+        def zero():
+            return jnp.zeros((), jnp.int32)
+
+        return TrainState(zero(), params, optimizer.init(params), zero(), zero())
+
+    def init_state(seed: Array) -> TrainState:
+        return start_from(model.init(jax.random.key(seed)))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        updates_done = state.step - state.skipped  # both learning rates count these
+        lr_inner = jnp.asarray(inner_lr_at(updates_done), jnp.float32)
+        grads, metrics = gradient(state.params, batch, lr_inner)
+        metrics |= norms_by_part(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def if_finite(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=if_finite(params, state.params),
+            opt_state=if_finite(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        metrics |= {
+            "inner_lr": lr_inner,
+            "lr": jnp.asarray(schedule(updates_done), jnp.float32),
+            "param_norm": optax.tree.norm(new_state.params),
+            "nonfinite": ~finite,
+            "skipped": new_state.skipped,
+            "skipped_in_row": new_state.skipped_in_row,
+            "tokens": jnp.asarray(batch.inputs.size, jnp.int32),
+        }
+        return new_state, metrics
+
+    abstract, shardings = _abstract_state(mesh, model, start_from)
+    scalar = NamedSharding(mesh, PartitionSpec())
+    init = jax.jit(init_state, out_shardings=shardings)
+    return Trainer(
+        mesh=mesh,
+        model=model,
+        abstract_state=abstract,
+        init_state=lambda seed: init(np.uint32(seed)),  # as int32 it would end at 2**31
+        start_from=jax.jit(start_from, out_shardings=shardings, donate_argnums=0),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, scalar),
+            donate_argnums=0,
+        ),
+    )
+
+
+def _abstract_state(mesh: Mesh, model: Transformer, start_from) -> tuple[TrainState, TrainState]:
+    """(shapes with shardings, shardings) of the training state."""
+    params = model.abstract_params()
+    of_params = param_shardings(mesh, model.axes(), params)
+    abstract = jax.eval_shape(start_from, params)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = like_params(abstract, params, of_params, replicated)
+    with_shardings = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    return with_shardings, shardings

@@ -1,0 +1,230 @@
+"""The outer loss: the mean of the losses that the inner loop meets, and how far it is derived.
+
+    loss(theta, W0) = mean over sequences of mean over chunks of loss_i(W_{i-1})     (eq. 6)
+
+with W_i from `inner_loop.adapt`. The outer gradient is plain `jax.grad` of this function, through
+every update, the clip's norm, the cached keys and values, and the prefix: this file is the
+definition of the method. `fast_gradient` has a loop with the same numbers and a derivative of its
+own, which training uses (`InnerLoop.form`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from tttjax.models import Cut, Transformer, advance, combine
+from tttjax.ops.cross_entropy.nll import masked_mean
+from tttjax.parallel.batching import over_sequences
+from tttjax.ttt import inner_loop
+from tttjax.ttt.chunk import Chunks, Learner
+from tttjax.ttt.layer_norms import norms, squares
+from tttjax.ttt.meta_gradient import Loop, make_loop
+from tttjax.ttt.update_rules import global_norm, make_rule
+from tttjax.types import Array, Batch, Params, PyTree
+
+LOGIT_ROWS = 1024  # rows of logits in memory at a time
+
+
+class Reading(NamedTuple):
+    """What reading one sequence showed. N chunks, T tokens; [B, ...] of a batch."""
+
+    loss: Array  # mean of chunk_loss_N
+    chunk_loss_N: Array
+    token_nll_T: Array  # not masked
+    grad_norm_N: Array  # inner gradient norms before the rule; zeros without learning
+    fast: PyTree  # the fast weights after the last update
+    drift: Array  # ||W_n - W0||
+    layer_drift_L: Array  # the same by layer (`fast_layers`)
+
+
+class InnerLoop(NamedTuple):
+    """The choices of the inner loop, as values (from `InnerConfig` by `make_inner_loop`)."""
+
+    chunk_size: int
+    rule: optax.GradientTransformation
+    clip: float  # the norm to which the rule clips (0: it does not)
+    fast_dtype: jnp.dtype
+    exact_chunks: int | None  # the outer gradient goes through so many of the last updates
+    remat: bool
+    form: str = "fast"  # of the outer gradient; "reference": plain jax.grad
+    trajectory: str = "rewind"  # of the fast weights, in the fast form
+
+
+def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
+    """How many of the last updates the outer gradient goes through; None for all."""
+    return {"exact": None, "truncated": truncate_chunks, "first_order": 0, "none": 0}[meta_gradient]
+
+
+def make_inner_loop(inner) -> InnerLoop:
+    """The inner loop of an `InnerConfig`."""
+    rule = make_rule(
+        inner.rule,
+        clip=inner.clip,
+        momentum=inner.momentum,
+        b1=inner.b1,
+        b2=inner.b2,
+        eps=inner.eps,
+    )
+    return InnerLoop(
+        chunk_size=inner.chunk_size,
+        rule=rule,
+        clip=inner.clip,
+        fast_dtype=jnp.dtype(inner.fast_dtype),
+        exact_chunks=exact_chunks(inner.meta_gradient, inner.truncate_chunks),
+        remat=inner.remat,
+        form=inner.form,
+        trajectory=inner.trajectory,
+    )
+
+
+def inner_lr(step: Array | int, *, lr: float, lr_init: float, warmup_steps: int) -> Array | float:
+    """Learning rate of the inner loop at outer step 0, 1, ...: linear from lr_init to lr.
+
+    Step 0 already takes the first part of the way; without warm-up it is lr.
+    """
+    if warmup_steps == 0:
+        return lr
+    return lr_init + (lr - lr_init) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+
+def split_chunks(x_T: Array, chunk_size: int) -> Array:
+    """[T, ...] -> [N, C, ...]."""
+    return x_T.reshape((-1, chunk_size, *x_T.shape[1:]))
+
+
+def _reading(
+    model: Transformer, chunk_loss_N, nll_T, grad_norm_N, fast: PyTree, fast_start: PyTree
+) -> Reading:
+    moved = jax.tree.map(jnp.subtract, fast, fast_start)
+    drift, by_layer = global_norm(moved), norms(model, squares(moved))
+    loss = jnp.mean(chunk_loss_N)
+    return Reading(loss, chunk_loss_N, nll_T, grad_norm_N, fast, drift, by_layer)
+
+
+def read_static(
+    model: Transformer, params: Params, inputs_T: Array, targets_T: Array, mask_T: Array, chunk: int
+) -> Reading:
+    """One sequence read without learning: a single pass over all tokens.
+
+    The loss is the mean of the means over chunks of `chunk` tokens, as with learning.
+    """
+    weights = combine(params.slow, params.fast)
+    x_TD = model.embed(params.slow, inputs_T)
+    for part in ("prefix", "suffix"):
+        x_TD, _ = model.run_part(part, weights, None, x_TD)
+    nll_T = model.nll(weights, x_TD, targets_T, block=LOGIT_ROWS)
+    chunk_loss_N = masked_mean(split_chunks(nll_T, chunk), split_chunks(mask_T, chunk))
+    nothing_N = jnp.zeros_like(chunk_loss_N)
+    return _reading(model, chunk_loss_N, nll_T, nothing_N, params.fast, params.fast)
+
+
+def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
+    """The inner loss of one chunk as a function of the fast weights.
+
+    A chunk is (x_CD, targets_C, mask_C): prefix outputs, targets and what counts.
+    """
+
+    def chunk_loss(fast, state, chunk):
+        x_CD, target_C, mask_C = chunk
+        weights = combine(slow, fast)
+        x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
+        nll_C = model.nll(weights, x_CD, target_C, block=LOGIT_ROWS)
+        state = advance(state, x_CD.shape[0])
+        return masked_mean(nll_C, mask_C), (state, jnp.any(mask_C), nll_C)
+
+    return chunk_loss
+
+
+def read_learning(
+    model: Transformer,
+    inner: InnerLoop,
+    params: Params,
+    inputs_T: Array,
+    targets_T: Array,
+    mask_T: Array,
+    lr: Array | float,
+) -> Reading:
+    """One sequence read with learning: the prefix once over all tokens, then chunk by chunk."""
+    length = inputs_T.shape[0]
+    weights = combine(params.slow, params.fast)
+    x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, inputs_T))
+    fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
+    end, records = inner_loop.adapt(
+        make_chunk_loss(model, params.slow),
+        inner.rule,
+        lr,
+        inner_loop.start(inner.rule, fast, model.init_state(length, parts=["suffix"])),
+        tuple(split_chunks(x, inner.chunk_size) for x in (x_TD, targets_T, mask_T)),
+        exact_chunks=inner.exact_chunks,
+        remat=inner.remat,
+    )
+    nll_T = records.aux.reshape(-1)
+    return _reading(model, records.loss, nll_T, records.grad_norm, end.fast, fast)
+
+
+def read_learning_fast(
+    model: Transformer, inner: InnerLoop, params: Params, batch: Batch, lr: Array | float
+) -> Reading:
+    """`read_learning` of B sequences, [B, ...], with the fast form of the gradient."""
+    cut = Cut(model)
+    loop = Loop(Learner(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
+    start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
+    x_BTD = over_sequences(partial(cut.below, params.slow))(batch.inputs)
+
+    def by_chunk(x_BT: Array) -> Array:
+        x_BNC = jax.vmap(partial(split_chunks, chunk_size=inner.chunk_size))(x_BT)
+        return jnp.swapaxes(x_BNC, 0, 1)
+
+    records, fast = make_loop(loop)(
+        cut.above(params.slow),
+        cut.above(start),
+        Chunks(by_chunk(x_BTD), by_chunk(batch.targets), by_chunk(batch.mask)),
+        jnp.asarray(lr),
+    )
+    loss_BN, nll_BNC, norm_BN = (jnp.swapaxes(x, 0, 1) for x in records)
+    nll_BT = nll_BNC.reshape(batch.inputs.shape)
+    reading = jax.vmap(partial(_reading, model), in_axes=(0, 0, 0, 0, None))
+    return reading(loss_BN, nll_BT, norm_BN, jax.vmap(cut.join)(fast), start)
+
+
+def make_reader(
+    model: Transformer, inner: InnerLoop, *, learn: bool
+) -> Callable[[Params, Batch, Array | float], Reading]:
+    """reader(params, batch, inner_lr) -> Reading of every sequence, stacked [B, ...].
+
+    learn: False reads without updates (TTT off, and every model without fast weights).
+    """
+    if learn and inner.form == "fast":
+        return partial(read_learning_fast, model, inner)
+
+    def read_one(params: Params, one: Batch, lr: Array | float) -> Reading:
+        if not learn:
+            return read_static(model, params, one.inputs, one.targets, one.mask, inner.chunk_size)
+        return read_learning(model, inner, params, one.inputs, one.targets, one.mask, lr)
+
+    return over_sequences(read_one, in_axes=(None, 0, None))
+
+
+def learns(model: Transformer, meta_gradient: str) -> bool:
+    """Whether training reads with learning: there are fast weights, and the loss follows them."""
+    return bool(model.fast_paths) and meta_gradient != "none"
+
+
+def make_outer_loss(
+    model: Transformer, inner: InnerLoop, *, learn: bool
+) -> Callable[[Params, Batch, Array | float], tuple[Array, Reading]]:
+    """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, Reading [B, ...])."""
+    reader = make_reader(model, inner, learn=learn)
+
+    def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, Reading]:
+        chex.assert_rank(batch.inputs, 2)  # [B, T]: without a batch, the sequence would be one
+        chex.assert_equal_shape([batch.inputs, batch.targets, batch.mask])
+        reading = reader(params, batch, lr)
+        return jnp.mean(reading.loss), reading
+
+    return outer_loss

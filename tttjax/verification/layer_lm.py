@@ -1,0 +1,224 @@
+"""The language models of the `layers` family: our Transformer, and its weights from theirs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from tttjax.config import InnerConfig, ModelConfig
+from tttjax.errors import UserError
+from tttjax.models import Transformer, build_model
+from tttjax.types import Array, Params, PyTree
+from tttjax.verification import layer_weights as lw
+from tttjax.verification.layer_format import Fields, Stored
+
+TTT_EPS = 1e-6  # of every layer norm in the reference's TTT layers
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a reference calls its parameters. zero_centred: norm weights are stored minus 1.
+
+    transposed: matrices are stored (out, in). mlp: gate, up and down projection.
+    """
+
+    embedding: str
+    block: str
+    mixer: str
+    mixer_norm: str
+    final_norm: str
+    head: str
+    mlp_norm: str = ""
+    mlp: tuple[str, str, str] = ("", "", "")
+    transposed: bool = True
+    zero_centred: bool = False
+
+
+TTT_NAMES = Names(
+    embedding="model.wte.embedding",
+    block="model.h.{}.",
+    mixer="seq_modeling_block.",
+    mixer_norm="seq_norm.kernel",
+    final_norm="model.ln_f.kernel",
+    head="lm_head.kernel",
+    mlp_norm="ffn_norm.kernel",
+    mlp=("feed_forward.w1.kernel", "feed_forward.w3.kernel", "feed_forward.w2.kernel"),
+    transposed=False,
+)
+MAMBA2_NAMES = Names(
+    embedding="backbone.embeddings.weight",
+    block="backbone.layers.{}.",
+    mixer="mixer.",
+    mixer_norm="norm.weight",
+    final_norm="backbone.norm_f.weight",
+    head="lm_head.weight",
+)
+DELTA_NAMES = {
+    zero_centred: Names(
+        embedding="model.embed_tokens.weight",
+        block="model.layers.{}.",
+        mixer="linear_attn.",
+        mixer_norm="input_layernorm.weight",
+        final_norm="model.norm.weight",
+        head="lm_head.weight",
+        mlp_norm="post_attention_layernorm.weight",
+        mlp=("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"),
+        zero_centred=zero_centred,
+    )
+    for zero_centred in (False, True)
+}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model of the reference: our config of it, and where its weights come from."""
+
+    config: ModelConfig
+    names: Names
+    mixer: Callable[[Stored], lw.Weights]
+
+    @property
+    def transformer(self) -> Transformer:
+        model = build_model(self.config, InnerConfig())
+        # The reference's TTT layers have an epsilon of their own, whatever that of the blocks is.
+        ttt = replace(model.shape.ttt, norm_eps=TTT_EPS)
+        return replace(model, shape=replace(model.shape, ttt=ttt))
+
+    def params(self, take: Stored) -> Params:
+        """The reference's parameters as those of `transformer`."""
+        c, names = self.config, self.names
+        blocks = [self._block(take.below(names.block.format(i))) for i in range(c.num_layers)]
+        slow: dict[str, Any] = {
+            "embedding": take(names.embedding, c.vocab_size, c.embed_dim),
+            "final_norm": self._norm(take, names.final_norm),
+            "prefix": {"stage0": {"block0": _stack(blocks)}},
+        }
+        if not c.tie_embeddings:
+            slow["head"] = self._matrix(take, names.head, c.embed_dim, c.vocab_size)
+        return Params(slow=slow, fast={})
+
+    def _block(self, take: Stored) -> PyTree:
+        c, names = self.config, self.names
+        weights: dict[str, Any] = {
+            "mixer_norm": self._norm(take, names.mixer_norm),
+            "mixer": self.mixer(take.below(names.mixer)),
+        }
+        if c.pre_conv:
+            kernel = take("conv.conv1.kernel", c.conv_size, 1, c.embed_dim)
+            weights["pre_conv"] = {
+                "norm": self._norm(take, "conv.conv_norm.kernel"),
+                "kernel": kernel[:, 0],
+                "bias": take("conv.conv1.bias", c.embed_dim),
+            }
+        if c.mlp_dim:
+            gate, up, down = names.mlp
+            weights["mlp_norm"] = self._norm(take, names.mlp_norm)
+            weights["mlp"] = {
+                "w1": self._matrix(take, gate, c.embed_dim, c.mlp_dim),
+                "w3": self._matrix(take, up, c.embed_dim, c.mlp_dim),
+                "w2": self._matrix(take, down, c.mlp_dim, c.embed_dim),
+            }
+        return weights
+
+    def _norm(self, take: Stored, name: str) -> PyTree:
+        weight = take(name, self.config.embed_dim)
+        return {"weight": weight + 1 if self.names.zero_centred else weight}
+
+    def _matrix(self, take: Stored, name: str, rows: int, columns: int) -> Array:
+        if self.names.transposed:
+            return take(name, columns, rows).T
+        return take(name, rows, columns)
+
+
+def _stack(trees: Sequence[PyTree]) -> PyTree:
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: _stack([tree[name] for tree in trees]) for name in first}
+    return jnp.stack(trees)
+
+
+def _config(fields: Fields, mixer: str, dtype: str, **settings: Any) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=fields.whole("vocab_size"),
+        num_layers=fields.whole("num_layers"),
+        tie_embeddings=fields.flag("tie", False),
+        mixers=(mixer,),
+        pre_norm=True,
+        post_norm=False,
+        qk_norm=False,
+        param_dtype=dtype,
+        compute_dtype=dtype,
+        remat="none",
+        **settings,
+    )
+
+
+def mamba2_model(fields: Fields, dtype: str) -> LanguageModel:
+    s = lw.Mamba2Sizes.read(fields)
+    eps = fields.number("eps", 1e-5)
+    config = _config(
+        fields,
+        "mamba2",
+        dtype,
+        embed_dim=s.D,
+        mlp_dim=0,
+        norm_eps=eps,
+        mixer_norm_eps=eps,
+        conv_size=s.J,
+        scan_chunk=fields.whole("chunk_size", 64),
+        mamba_expand=s.expand,
+        mamba_head_dim=s.P,
+        mamba_state=s.N,
+        mamba_groups=s.G,
+        mamba_dt_limits=fields.limits("time_step_limit"),
+    )
+    return LanguageModel(config, MAMBA2_NAMES, lambda take: lw.mamba2(s, take))
+
+
+def delta_model(fields: Fields, dtype: str, fused: bool) -> LanguageModel:
+    """fused: Qwen3-Next's parameters, else those of flash-linear-attention."""
+    s = lw.DeltaSizes.read(fields)
+    eps = fields.number("eps", 1e-6 if fused else 1e-5)
+    config = _config(
+        fields,
+        "gated_deltanet",
+        dtype,
+        embed_dim=s.D,
+        mlp_dim=fields.whole("intermediate_size"),
+        norm_eps=eps if fused else fields.number("lm_eps", 1e-6),
+        mixer_norm_eps=eps,
+        conv_size=s.J,
+        scan_chunk=fields.whole("chunk_size", 64),
+        delta_heads=s.G,
+        delta_value_heads=s.H,
+        delta_key_dim=s.K,
+        delta_value_dim=s.V,
+        delta_negative=fields.flag("allow_neg_eigval", False),
+    )
+    convert = lw.delta_fused if fused else lw.delta_separate
+    return LanguageModel(config, DELTA_NAMES[fused], lambda take: convert(s, take))
+
+
+def ttt_model(fields: Fields, dtype: str, inner: str, plain: bool, form: str) -> LanguageModel:
+    s = lw.TTTSizes.read(fields, inner, plain)
+    lr = fields.number("ttt_base_lr")
+    if lr <= 0:
+        raise UserError(f"unsupported setting: config.ttt_base_lr = {lr}, not above 0")
+    config = _config(
+        fields,
+        f"ttt_{inner}",
+        dtype,
+        embed_dim=s.D,
+        mlp_dim=fields.whole("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        pre_conv=fields.flag("pre_conv", False),
+        conv_size=s.J,
+        ttt_heads=s.H,
+        ttt_chunk=s.C,
+        ttt_lr=lr,
+        ttt_rope_theta=fields.number("rope_theta", 10000.0),
+        ttt_backbone="plain" if plain else "mamba",
+        ttt_form=form,
+    )
+    return LanguageModel(config, TTT_NAMES, lambda take: lw.ttt(s, take))

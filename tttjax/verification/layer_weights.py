@@ -1,0 +1,228 @@
+"""Parameters of the reference layers turned into the weights of our mixers, and nothing computed.
+
+Every function takes the sizes of a layer and its reference parameters and returns the mixer's own
+weights by name. They only transpose, split and reshape: `jax.grad` through them gives gradients
+with respect to the reference's parameters. Letters: D width, H heads, J convolution taps.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from tttjax.errors import UserError
+from tttjax.types import Array
+from tttjax.verification.layer_format import Fields, Stored
+
+Weights = dict[str, Array]
+
+
+def _split(array: Array, sizes: tuple[int, ...], axis: int = 0) -> list[Array]:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return jnp.split(array, ends, axis=axis)
+
+
+def _linear(weight_OD: Array, *heads: int) -> Array:
+    """A weight stored (out, in) as [in, *heads]."""
+    return weight_OD.T.reshape(weight_OD.shape[1], *heads)
+
+
+@dataclass(frozen=True)
+class Mamba2Sizes:
+    """P: channels of a head; G groups of B and C; N state size."""
+
+    D: int
+    H: int
+    P: int
+    G: int
+    N: int
+    J: int
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads together."""
+        return self.H * self.P
+
+    @property
+    def expand(self) -> int:
+        return self.inner // self.D
+
+    @classmethod
+    def read(cls, config: Fields) -> "Mamba2Sizes":
+        sizes = cls(
+            D=config.whole("hidden_size"),
+            H=config.whole("num_heads"),
+            P=config.whole("head_dim"),
+            G=config.whole("n_groups", 1),
+            N=config.whole("state_size"),
+            J=config.whole("conv_kernel"),
+        )
+        inner = sizes.inner
+        if inner % sizes.D:
+            raise UserError(
+                f"unsupported setting: num_heads x head_dim = {inner} is no whole multiple of "
+                f"hidden_size {sizes.D}"
+            )
+        config.require("expand", (sizes.expand,), sizes.expand)
+        if sizes.H % sizes.G:
+            raise UserError(f"config.n_groups = {sizes.G} does not divide num_heads {sizes.H}")
+        return sizes
+
+
+def mamba2(s: Mamba2Sizes, take: Stored) -> Weights:
+    inner, group = s.inner, s.G * s.N
+    rows = _split(
+        take("in_proj.weight", 2 * inner + 2 * group + s.H, s.D), (inner, inner, group, group, s.H)
+    )
+    heads, groups = (s.H, s.P), (s.G, s.N)
+    channels = inner + 2 * group
+    taps_JC = take("conv1d.weight", channels, 1, s.J)[:, 0].T
+    conv_x, conv_b, conv_c = _split(taps_JC, (inner, group, group), axis=1)
+    bias_x, bias_b, bias_c = _split(take("conv1d.bias", channels), (inner, group, group))
+    return {
+        "wz": _linear(rows[0], *heads),
+        "wx": _linear(rows[1], *heads),
+        "wb": _linear(rows[2], *groups),
+        "wc": _linear(rows[3], *groups),
+        "wdt": _linear(rows[4], s.H),
+        "conv_x": conv_x.reshape(s.J, *heads),
+        "conv_b": conv_b.reshape(s.J, *groups),
+        "conv_c": conv_c.reshape(s.J, *groups),
+        "conv_x_bias": bias_x.reshape(heads),
+        "conv_b_bias": bias_b.reshape(groups),
+        "conv_c_bias": bias_c.reshape(groups),
+        "dt_bias": take("dt_bias", s.H),
+        "a_log": take("A_log", s.H),
+        "skip": take("D", s.H),
+        "norm": take("norm.weight", inner).reshape(heads),
+        "wo": take("out_proj.weight", s.D, inner).T.reshape(*heads, s.D),
+    }
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """G key heads of K, H value heads of V; each key head serves H / G value heads."""
+
+    D: int
+    G: int
+    H: int
+    K: int
+    V: int
+    J: int
+
+    @classmethod
+    def read(cls, config: Fields) -> "DeltaSizes":
+        sizes = cls(
+            D=config.whole("hidden_size"),
+            G=config.whole("num_k_heads"),
+            H=config.whole("num_v_heads"),
+            K=config.whole("head_k_dim"),
+            V=config.whole("head_v_dim"),
+            J=config.whole("conv_kernel"),
+        )
+        if sizes.H % sizes.G:
+            raise UserError(f"config.num_k_heads = {sizes.G} does not divide num_v_heads {sizes.H}")
+        return sizes
+
+
+def _delta_common(s: DeltaSizes, take: Stored, norm: str, out: str) -> Weights:
+    keys, values = s.G * s.K, s.H * s.V
+    taps_JC = take("conv1d.weight", 2 * keys + values, 1, s.J)[:, 0].T
+    conv_q, conv_k, conv_v = _split(taps_JC, (keys, keys, values), axis=1)
+    return {
+        "conv_q": conv_q.reshape(s.J, s.G, s.K),
+        "conv_k": conv_k.reshape(s.J, s.G, s.K),
+        "conv_v": conv_v.reshape(s.J, s.H, s.V),
+        "a_log": take("A_log", s.H),
+        "dt_bias": take("dt_bias", s.H),
+        "norm": take(norm, s.V),
+        "wo": take(out, s.D, values).T.reshape(s.H, s.V, s.D),
+    }
+
+
+def delta_separate(s: DeltaSizes, take: Stored) -> Weights:
+    """Gated DeltaNet with one projection for each of q, k, v, the gate z, b and a."""
+    return {
+        "wq": _linear(take("q_proj.weight", s.G * s.K, s.D), s.G, s.K),
+        "wk": _linear(take("k_proj.weight", s.G * s.K, s.D), s.G, s.K),
+        "wv": _linear(take("v_proj.weight", s.H * s.V, s.D), s.H, s.V),
+        "wz": _linear(take("g_proj.weight", s.H * s.V, s.D), s.H, s.V),
+        "wb": _linear(take("b_proj.weight", s.H, s.D), s.H),
+        "wa": _linear(take("a_proj.weight", s.H, s.D), s.H),
+        **_delta_common(s, take, "o_norm.weight", "o_proj.weight"),
+    }
+
+
+def delta_fused(s: DeltaSizes, take: Stored) -> Weights:
+    """Gated DeltaNet with fused projections, whose rows are grouped by key head."""
+    shared = s.H // s.G
+    parts = (s.K, s.K, shared * s.V, shared * s.V)
+    qkvz = take("in_proj_qkvz.weight", s.G * sum(parts), s.D).reshape(s.G, sum(parts), s.D)
+    q_GKD, k_GKD, v_GRD, z_GRD = _split(qkvz, parts, axis=1)
+    ba = take("in_proj_ba.weight", 2 * s.H, s.D).reshape(s.G, 2 * shared, s.D)
+    b_GRD, a_GRD = _split(ba, (shared, shared), axis=1)
+    return {
+        "wq": _linear(q_GKD.reshape(-1, s.D), s.G, s.K),
+        "wk": _linear(k_GKD.reshape(-1, s.D), s.G, s.K),
+        "wv": _linear(v_GRD.reshape(-1, s.D), s.H, s.V),
+        "wz": _linear(z_GRD.reshape(-1, s.D), s.H, s.V),
+        "wb": _linear(b_GRD.reshape(-1, s.D), s.H),
+        "wa": _linear(a_GRD.reshape(-1, s.D), s.H),
+        **_delta_common(s, take, "norm.weight", "out_proj.weight"),
+    }
+
+
+@dataclass(frozen=True)
+class TTTSizes:
+    """K: channels of a head; C: tokens of a mini-batch. inner: "linear" or "mlp" (F = 4K wide).
+
+    plain: q, k, v projections of their own, no convolutions and no gate.
+    """
+
+    D: int
+    H: int
+    K: int
+    C: int
+    J: int
+    inner: str
+    plain: bool
+
+    @classmethod
+    def read(cls, config: Fields, inner: str, plain: bool) -> "TTTSizes":
+        D, H = config.whole("hidden_size"), config.whole("num_heads")
+        if D % H:
+            raise UserError(f"config.num_heads = {H} does not divide hidden_size {D}")
+        config.require("head_dim", (D // H,), D // H)
+        if (D // H) % 2:
+            raise UserError(f"head_dim {D // H} is odd; RoPE needs pairs")
+        C = config.whole("mini_batch_size")
+        return cls(D, H, D // H, C, config.whole("conv_width", 4), inner, plain)
+
+
+def ttt(s: TTTSizes, take: Stored) -> Weights:
+    heads = s.H, s.K
+    first = s.K if s.inner == "linear" else 4 * s.K
+    weights = {
+        "wq": take("wq.kernel", s.D, s.D).reshape(s.D, *heads),
+        "wv": take("wv.kernel", s.D, s.D).reshape(s.D, *heads),
+        "wo": take("wo.kernel", s.D, s.D).reshape(*heads, s.D),
+        "wlr": take("learnable_ttt_lr.kernel", s.H, s.D, 1)[..., 0].T,
+        "lr_bias": take("learnable_ttt_lr.bias", s.H, 1)[:, 0],
+        "token_idx": take("learnable_token_idx", s.C),
+        "norm_scale": take("ttt_norm.scale", *heads),
+        "norm_bias": take("ttt_norm.bias", *heads),
+        "w1": take("ttt_dense_0", s.H, s.K, first),
+        "b1": take("ttt_bias_0", s.H, 1, first)[:, 0],
+        "post_norm_scale": take("post_norm.scale", s.D).reshape(heads),
+        "post_norm_bias": take("post_norm.bias", s.D).reshape(heads),
+    }
+    if s.inner == "mlp":
+        weights["w2"] = take("ttt_dense_1", s.H, first, s.K)
+        weights["b2"] = take("ttt_bias_1", s.H, 1, s.K)[:, 0]
+    if s.plain:
+        weights["wk"] = take("wk.kernel", s.D, s.D).reshape(s.D, *heads)
+        return weights
+    weights["wg"] = take("wg.kernel", s.D, s.D).reshape(s.D, *heads)
+    for name in ("conv_q", "conv_k"):
+        weights[name] = take(f"{name}.kernel", s.J, 1, s.D).reshape(s.J, *heads)
+        weights[f"{name}_bias"] = take(f"{name}.bias", s.D).reshape(heads)
+    return weights
