@@ -14,7 +14,7 @@ from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
 from tttjax.inference.session_file import read_about
-from tttjax.io.atomic import check_vacant, write_files
+from tttjax.io.atomic import require_empty_dir, write_files
 from tttjax.io.paths import absolute_path, local_path
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import checkpoints
@@ -128,7 +128,7 @@ def test_every_field_that_is_a_path_is_declared_so(tmp_path, monkeypatch):
         lambda path: open_run(RunSpec(path)),
         lambda path: checkpoints.find_checkpoint(path),
         lambda path: read_about(path),
-        lambda path: check_vacant(path, "--to"),
+        lambda path: require_empty_dir(path, "--to"),
         lambda path: write_files(path, {}),
     ],
 )

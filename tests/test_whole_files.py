@@ -5,17 +5,17 @@ import os
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.io.atomic import check_vacant, whole_file, whole_folder, write_files, write_text
+from tttjax.io.atomic import atomic_folder, atomic_write, require_empty_dir, write_files, write_text
 
 
 def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
     path = tmp_path / "a.txt"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("first")
         assert not path.exists()
 
     def interrupted():
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("sec")
             raise KeyboardInterrupt
 
@@ -31,7 +31,7 @@ def test_permissions_are_those_of_the_umask(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         for private in (0o600, 0o666):
-            with whole_file(tmp_path / "a") as temporary:
+            with atomic_write(tmp_path / "a") as temporary:
                 temporary.write_text("")
                 temporary.chmod(private)
             assert (tmp_path / "a").stat().st_mode & 0o777 == mode
@@ -42,10 +42,10 @@ def test_permissions_are_those_of_the_umask(tmp_path, umask, mode):
 
 def test_two_writers_of_a_file_do_not_mix(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    with whole_file(path) as slow:
+    with atomic_write(path) as slow:
         slow.write_text("the first")
         monkeypatch.setattr(os, "getpid", lambda: 0)  # another process
-        with whole_file(path) as quick:
+        with atomic_write(path) as quick:
             quick.write_text("the second")
         assert path.read_text() == "the second"
     assert path.read_text() == "the first"
@@ -68,7 +68,7 @@ def test_files_that_were_written_before_one_fails_stay(tmp_path):
 
 def test_a_folder_appears_with_everything_in_it(tmp_path):
     def broken_off(path):
-        with whole_folder(path, "--to") as temporary:
+        with atomic_folder(path, "--to") as temporary:
             (temporary / "a").write_text("half")
             raise OSError("full")
 
@@ -78,7 +78,7 @@ def test_a_folder_appears_with_everything_in_it(tmp_path):
             broken_off(path)
         assert not list(path.glob("*"))
         assert not list(path.parent.glob(".*"))
-        with whole_folder(path, "--to") as temporary:
+        with atomic_folder(path, "--to") as temporary:
             (temporary / "a").write_text("whole")
         assert (path / "a").read_text() == "whole"
 
@@ -86,10 +86,10 @@ def test_a_folder_appears_with_everything_in_it(tmp_path):
 def test_one_process_at_a_time_makes_a_folder(tmp_path):
     (tmp_path / ".a.1.tmp").mkdir()  # of one that was killed
     (tmp_path / ".a.1.tmp" / "half").write_text("")
-    with whole_folder(tmp_path / "a", "--to"):
+    with atomic_folder(tmp_path / "a", "--to"):
         with pytest.raises(UserError, match="is being written"):
-            whole_folder(tmp_path / "a", "--to").__enter__()
-        with whole_folder(tmp_path / "b", "--to"):
+            atomic_folder(tmp_path / "a", "--to").__enter__()
+        with atomic_folder(tmp_path / "b", "--to"):
             pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     assert not any((tmp_path / "a").iterdir())
@@ -99,7 +99,7 @@ def test_a_name_that_was_taken_meanwhile_is_not_touched(tmp_path):
     path = tmp_path / "a"
 
     def late():
-        with whole_folder(path, "--to"):
+        with atomic_folder(path, "--to"):
             path.mkdir()
             (path / "b").write_text("another's")
 
@@ -112,6 +112,6 @@ def test_a_folder_that_is_in_use_is_refused_with_the_option(tmp_path):
     (tmp_path / "file").write_text("")
     for path, sentence in ((tmp_path, "not empty"), (tmp_path / "file", "is a file")):
         with pytest.raises(UserError, match=f"--to=.*{sentence}"):
-            check_vacant(path, "--to")
+            require_empty_dir(path, "--to")
     with pytest.raises(UserError, match="cannot be a folder"):
-        check_vacant(tmp_path / "file" / "below", "--to")
+        require_empty_dir(tmp_path / "file" / "below", "--to")

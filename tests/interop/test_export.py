@@ -231,9 +231,9 @@ def test_a_static_model_may_learn_too(make_run, tmp_path, capsys):
 def test_a_folder_that_is_in_use_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="exists"):
-        exporting.check_vacant(tmp_path, "--to")
+        exporting.require_empty_dir(tmp_path, "--to")
     with pytest.raises(UserError, match="exists"):
-        exporting.check_vacant(tmp_path / "file", "--to")
+        exporting.require_empty_dir(tmp_path / "file", "--to")
     for size in ("five", "0", "5TB"):
         with pytest.raises(UserError, match="is no size"):
             exporting.parse_size(size)

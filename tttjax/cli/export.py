@@ -21,7 +21,7 @@ import sys
 
 from tttjax.interop.huggingface.export import DTYPES, Deviation, parse_size, plan, write
 from tttjax.interop.streaming import return_freed_memory
-from tttjax.io.atomic import check_vacant
+from tttjax.io.atomic import require_empty_dir
 from tttjax.runs.run import (
     MODES,
 )
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax export` from parsed arguments; the exit code, 1 for an export that deviates."""
     return_freed_memory()
-    target, limit = check_vacant(args.to, "--to"), parse_size(args.max_shard_size)
+    target, limit = require_empty_dir(args.to, "--to"), parse_size(args.max_shard_size)
     export = plan(
         args.workdir,
         dtype=args.dtype,

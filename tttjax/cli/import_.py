@@ -36,7 +36,7 @@ from tttjax.interop.official.checkpoint import looks_official
 from tttjax.interop.official.import_ import open_official
 from tttjax.interop.source import Reference, Say, Source
 from tttjax.interop.transfer import import_run
-from tttjax.io.atomic import check_vacant
+from tttjax.io.atomic import require_empty_dir
 from tttjax.io.paths import local_path
 from tttjax.training import checkpoints
 
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax import` from parsed arguments; the exit code."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of its own steps otherwise
-    check_vacant(args.workdir, "--workdir")  # before anything is asked of a network
+    require_empty_dir(args.workdir, "--workdir")  # before anything is asked of a network
     source = open_source(args)
     import_run(source, args.workdir)
     print(f"licence of the weights: {source.origin['license']}. {source.origin['terms']}")

@@ -12,7 +12,7 @@ import jax
 
 import tttjax
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.verification.rows import Row
 from tttjax.verification.verify import _check, find_entries, format_table
 
@@ -64,7 +64,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
     content = {**content, "rows": [plain(row) for row in content["rows"]]}
     try:
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error

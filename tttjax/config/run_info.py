@@ -20,7 +20,7 @@ from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
 from tttjax.config.fields import field_info, unset_additions
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.io.paths import absolute_path
 
 FORMAT = 1  # of a work directory's files; config.json carries it
@@ -250,7 +250,7 @@ def _read_json(path: Path, kind: type = object) -> Any:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -23,7 +23,7 @@ from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.writer import EncodedPiece, SplitWriter
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.io.sealed import sealed
 
 LARGEST_VOCABULARY = 1 << 24  # training stalls for ever not far below 2**31
@@ -303,5 +303,5 @@ class _Progress:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the object with its checksum, whole or not at all."""
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(sealed(content), file, indent=1)

@@ -20,7 +20,7 @@ import numpy as np
 from tttjax.errors import UserError
 from tttjax.evaluation.update_trace_plot import draw
 from tttjax.inference.update_trace import start_norms
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.runs.load import Opened
 from tttjax.runs.long_text import TextReading
 from tttjax.runs.reading_log import Row
@@ -75,7 +75,7 @@ class Telescope:
         self._last: Mapping[str, Any] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / CHUNKS
-        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for line, values in _earlier(path, reading.learned):
                 file.write(line)
                 self._note(values)
@@ -131,13 +131,13 @@ class Telescope:
         self._write_summary()
         if self._bins.count:
             figure = draw(self._about, self._bins.means())
-            with whole_file(self._folder / PLOT) as temporary:
+            with atomic_write(self._folder / PLOT) as temporary:
                 figure.savefig(temporary, format="png")
 
     def _write_summary(self) -> None:
         values = {**self._about, **self._means()}
         text = json.dumps(values, indent=1, allow_nan=False) + "\n"
-        with whole_file(self._folder / SUMMARY) as temporary:
+        with atomic_write(self._folder / SUMMARY) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def _means(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from tttjax.inference.session_header import (
     not_finite,
     parse_about,
 )
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.io.paths import local_path
 from tttjax.ttt.layer_norms import fast_layers, norms_above
 from tttjax.types import Array, Params, PyTree
@@ -347,7 +347,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 def _write(path: Path, host: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         safetensors.numpy.save_file(dict(host), temporary, metadata)
 
 

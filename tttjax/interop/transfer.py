@@ -14,7 +14,7 @@ from tttjax.errors import UserError, install_extra
 from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference
 from tttjax.interop.source import Reference, Say, Source
 from tttjax.interop.streaming import assemble, return_freed_memory
-from tttjax.io.atomic import whole_folder
+from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
@@ -43,7 +43,7 @@ def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviati
     """
     config = with_absolute_paths(source.config)
     model = build_model(config.model, config.inner)
-    with whole_folder(workdir, "--workdir") as folder, as_configured(config):
+    with atomic_folder(workdir, "--workdir") as folder, as_configured(config):
         # First, so that it has left memory before ours is there.
         theirs = _reference_logits(source.reference, say)
         template = weights_template(model, _make_mesh(config))

@@ -13,7 +13,7 @@ from tttjax.io.paths import local_path
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """The path of a file to write, which replaces `path` once it is written and on the disk.
 
     If anything goes wrong it is removed, and what stands at `path` stays. It carries the process's
@@ -52,7 +52,7 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in writers}
     for name, write in writers.items():
-        with whole_file(paths[name]) as temporary:
+        with atomic_write(paths[name]) as temporary:
             write(temporary)
     return paths
 
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def check_vacant(path: str | os.PathLike, option: str) -> Path:
+def require_empty_dir(path: str | os.PathLike, option: str) -> Path:
     """UserError, with the option's name, unless a folder can be made there: empty, or not yet."""
     path = local_path(path, option)
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -76,13 +76,13 @@ def check_vacant(path: str | os.PathLike, option: str) -> Path:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
     """A temporary folder beside `path`, which gets its name if nothing goes wrong; else it goes.
 
-    Raises UserError as `check_vacant` does, also if the name was taken meanwhile, and while another
+    Raises UserError as `require_empty_dir` does, also if the name was taken meanwhile, and while another
     process is making the same folder.
     """
-    path = check_vacant(path, option).absolute()  # also of ".", which has no name
+    path = require_empty_dir(path, option).absolute()  # also of ".", which has no name
     with hold(path, beside=True):
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of one that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -91,7 +91,7 @@ def whole_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            os.replace(temporary, check_vacant(path, option))
+            os.replace(temporary, require_empty_dir(path, option))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

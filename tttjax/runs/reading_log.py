@@ -10,7 +10,7 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.inference.update_trace import Observations
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.ttt.chunk import Records
 
 HEAD = ("tokens", "loss", "grad_norm")  # read by the end of the chunk, nats per token, its norm
@@ -46,7 +46,7 @@ class CsvLog:
         path = Path(path)
         rows = [HEAD, *_earlier(path, done)]
         with (
-            whole_file(path) as temporary,
+            atomic_write(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             csv.writer(file).writerows(rows)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tttjax.errors import UserError
 from tttjax.inference.session_file import About, read_about
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 
 SUFFIX = ".session"
 
@@ -76,7 +76,7 @@ def kept(session: str | os.PathLike) -> dict[Path, About]:
 def copy(source: Path, target: Path) -> None:
     """Copies a file; what stands at `target` is never a part of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(target) as temporary:
+    with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)
 
 

@@ -25,7 +25,7 @@ from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers.base import keep_tokenizer
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
 from tttjax.io.paths import local_path
 from tttjax.parallel import precision
@@ -390,7 +390,7 @@ def _write_results(run: Run, result: TrainResult) -> None:
     path = run.workdir / "summary.json"
     if result.step == run.start and path.exists():
         return  # nothing was left to do, so the earlier start's figures stand
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
     metrics.write_loss_curve(run.workdir)
 

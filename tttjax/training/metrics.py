@@ -21,7 +21,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.training.progress import Progress, Throughput
 
 JSONL = "metrics.jsonl"
@@ -97,7 +97,7 @@ def _cut_after(path: Path, step: int) -> None:
     """Rewrites the file with the complete records up to `step` only."""
     if not path.exists():
         return
-    with whole_file(path) as temporary, temporary.open("w") as file:
+    with atomic_write(path) as temporary, temporary.open("w") as file:
         for record in _complete_records(path):
             if record["step"] <= step:
                 file.write(json.dumps(record) + "\n")
@@ -282,6 +282,6 @@ def write_loss_curve(workdir: str | os.PathLike) -> Path:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     path = Path(workdir) / "loss.png"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.training.metrics import MetricLogger, json_safe
 from tttjax.types import Batch
 
@@ -102,7 +102,7 @@ def refuse_nonfinite(
     }
     path = workdir / "nonfinite.json"
     if jax.process_index() == 0:
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     shown = ", ".join(f"{name}={value:.4g}" for name, value in norms.items())
     raise UserError(

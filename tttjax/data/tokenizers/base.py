@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.io.sealed import read_object
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -108,7 +108,7 @@ def save_definition(directory: str | os.PathLike, config: dict[str, Any], model:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 

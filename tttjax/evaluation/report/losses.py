@@ -20,7 +20,7 @@ from tttjax.evaluation.compare import compare
 from tttjax.evaluation.report.entries import Member, System
 from tttjax.evaluation.statistics import Sums
 from tttjax.evaluation.text import Text, open_text
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 from tttjax.training import checkpoint_format
 
 FORMAT = 2
@@ -138,7 +138,7 @@ def save(path: Path, sums: Sums) -> None:
     arrays = {f.name: getattr(sums, f.name) for f in dataclasses.fields(sums)}
     known = {name: value for name, value in arrays.items() if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **known)
 
 

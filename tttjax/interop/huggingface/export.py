@@ -21,7 +21,7 @@ from tttjax.interop.huggingface.seal import seal_export
 from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, write_tokenizer
 from tttjax.interop.official.checkpoint import StoredArray, open_item
 from tttjax.interop.streaming import assemble
-from tttjax.io.atomic import whole_folder
+from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
@@ -118,7 +118,7 @@ def write(export: Export, target: Path, *, limit: int, say: Say = lambda line: N
 
     limit: bytes of a file. Raises Deviation if logits differ, and leaves nothing then.
     """
-    with whole_folder(target, "--to") as folder, as_configured(export.run.config):
+    with atomic_folder(target, "--to") as folder, as_configured(export.run.config):
         total = write_tensors(
             folder, _by_stack(export.places), _reader(export), dtype=export.dtype, limit=limit
         )

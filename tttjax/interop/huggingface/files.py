@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from tttjax.errors import UserError
 from tttjax.interop.huggingface.names import TensorPlace
-from tttjax.io.atomic import whole_file
+from tttjax.io.atomic import atomic_write
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -65,7 +65,7 @@ def write_tensors(
                     "--dtype=float32, or another checkpoint"
                 )
             tensors[place.name] = np.ascontiguousarray(theirs)
-        with whole_file(folder / name) as temporary:  # for its permissions
+        with atomic_write(folder / name) as temporary:  # for its permissions
             safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
