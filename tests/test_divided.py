@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tttjax.parallel.fsdp import Divided, gathered
+from tttjax.parallel.fsdp import ShardedParam, all_gather_params
 from tttjax.parallel.mesh import make_mesh
 
 
@@ -23,7 +23,7 @@ def on_two(function, weight, x, dtype):
         check_vma=False,
     )
     def run(shard, x):
-        return function(gathered({"w": Divided(shard, "fsdp", -1, dtype)})["w"], x)
+        return function(all_gather_params({"w": ShardedParam(shard, "fsdp", -1, dtype)})["w"], x)
 
     return run(weight, x)
 
@@ -61,4 +61,4 @@ def test_gradients_are_summed_in_the_dtype_of_the_shard():
 
 
 def test_other_leaves_stay_as_they_are():
-    assert gathered({"a": 1, "b": [2.0]}) == {"a": 1, "b": [2.0]}
+    assert all_gather_params({"a": 1, "b": [2.0]}) == {"a": 1, "b": [2.0]}

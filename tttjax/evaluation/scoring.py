@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.data.held_out import HeldOut
 from tttjax.models import Transformer
-from tttjax.parallel.fsdp import gathered
+from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     BATCH_AXES,
     as_divided,
@@ -51,7 +51,7 @@ def _scorer(
 
     def of_shard(params_shard: Params, batch: Batch, lr: Array) -> Array:
         params = jax.tree.map(as_divided, params_shard, specs)
-        return of_batch(gathered(params), batch, lr)
+        return of_batch(all_gather_params(params), batch, lr)
 
     score: Callable[[Params, Batch, Array], Array] = of_batch
     if mesh.size > 1:

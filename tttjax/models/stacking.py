@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.models.layers import FastWeight
-from tttjax.parallel.fsdp import gathered, is_divided
+from tttjax.parallel.fsdp import all_gather_params, is_sharded
 from tttjax.types import Array, Params, PyTree
 
 UNROLL_UP_TO = 2  # a loop over so few blocks costs more than it saves, above all inside another
@@ -63,7 +63,7 @@ class Stack:
             leaf = flat.get(path)
             if leaf is None or not variable.get_metadata().get("is_factor"):
                 continue
-            if is_divided(leaf):
+            if is_sharded(leaf):
                 flat[path] = replace(leaf, dtype=dtype)
             elif arrays:
                 flat[path] = leaf.astype(dtype)
@@ -95,7 +95,7 @@ def run_stage(
 
     def one_row(x_TD, row):
         row_weights, row_state = row
-        row_weights = gathered(row_weights)
+        row_weights = all_gather_params(row_weights)
         new_state = {}
         for name, stack in stacks.items():
             block_state = row_state and row_state[name]

@@ -1,6 +1,6 @@
 """Weights that are divided among devices until the moment they are used.
 
-Inside shard_map a device has its part of a weight. `gathered` makes it whole; its derivative takes
+Inside shard_map a device has its part of a weight. `all_gather_params` makes it whole; its derivative takes
 the gradient apart again. Called within the loop over blocks, it leaves no more than one block's
 weights whole at a time.
 """
@@ -20,7 +20,7 @@ from tttjax.types import Array, PyTree
     meta_fields=["axis", "from_end", "dtype"],
 )
 @dataclass(frozen=True)
-class Divided:
+class ShardedParam:
     """This device's part of a weight, or of a stack of them.
 
     axis: of the mesh. from_end: the dimension that it divides, counted from the last, -1, so that
@@ -33,23 +33,23 @@ class Divided:
     dtype: jnp.dtype | None = None
 
 
-def is_divided(leaf: PyTree) -> bool:
-    return isinstance(leaf, Divided)
+def is_sharded(leaf: PyTree) -> bool:
+    return isinstance(leaf, ShardedParam)
 
 
-def gathered(tree: PyTree) -> PyTree:
-    """Every `Divided` weight whole, on all devices of its axis. Others stay as they are.
+def all_gather_params(tree: PyTree) -> PyTree:
+    """Every `ShardedParam` weight whole, on all devices of its axis. Others stay as they are.
 
     The derivative sums over the axis, in the shard's dtype, and leaves each device its part.
     """
 
     def whole(leaf):
-        if not is_divided(leaf):
+        if not is_sharded(leaf):
             return leaf
         dimension = leaf.shard.ndim + leaf.from_end
         return _gather(leaf.axis, dimension, leaf.dtype or leaf.shard.dtype, leaf.shard)
 
-    return jax.tree.map(whole, tree, is_leaf=is_divided)
+    return jax.tree.map(whole, tree, is_leaf=is_sharded)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -16,7 +16,7 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tttjax.errors import UserError
-from tttjax.parallel.fsdp import Divided
+from tttjax.parallel.fsdp import ShardedParam
 from tttjax.types import Array, Params, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -184,11 +184,11 @@ def manual(partition: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(entry if entry in BATCH_AXES else None for entry in partition))
 
 
-def as_divided(weight: Array, partition: PartitionSpec) -> Array | Divided:
-    """A shard as a leaf that `gathered` makes whole; as it is if fsdp does not divide it."""
+def as_divided(weight: Array, partition: PartitionSpec) -> Array | ShardedParam:
+    """A shard as a leaf that `all_gather_params` makes whole; as it is if fsdp does not divide it."""
     if "fsdp" not in partition:
         return weight
-    return Divided(weight, "fsdp", tuple(partition).index("fsdp") - weight.ndim)
+    return ShardedParam(weight, "fsdp", tuple(partition).index("fsdp") - weight.ndim)
 
 
 def reduce_mean(gradient: Array, partition: PartitionSpec, axes: tuple[str, ...]) -> Array:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.config import Config
 from tttjax.models import Transformer, build_model
-from tttjax.parallel.fsdp import gathered
+from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     as_divided,
     batch_axes,
@@ -106,8 +106,10 @@ def make_gradient(
 
     def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, Reading]:
         late = gathered_late(learn)
-        slow = {part: w if part in late else gathered(w) for part, w in params.slow.items()}
-        return outer_loss(Params(slow=slow, fast=gathered(params.fast)), batch, lr)
+        slow = {
+            part: w if part in late else all_gather_params(w) for part, w in params.slow.items()
+        }
+        return outer_loss(Params(slow=slow, fast=all_gather_params(params.fast)), batch, lr)
 
     def of_part(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         (_, reading), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, lr)
@@ -118,7 +120,7 @@ def make_gradient(
     def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         def ready(shards: Params) -> Params:
             params = jax.tree.map(as_divided, shards, specs)
-            return gathered(params) if gather == "step" else params
+            return all_gather_params(params) if gather == "step" else params
 
         params, back = jax.vjp(ready, shards)
         grads, metrics = of_batch(params, batch, lr)
