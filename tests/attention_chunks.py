@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tttjax.ops.attention.attend import attend, visible
+from tttjax.ops.attention.attend import attend, mask_fn
 from tttjax.ops.window_attention import Chunk
 
 
@@ -21,11 +21,11 @@ def random_chunk(
     return Chunk(normal(queries, heads), *keys)
 
 
-def dense(chunk, position, sight):
+def dense(chunk, position, attention_mask):
     """The definition, for each sequence; what is before the sequence's start has a position < 0."""
     past, queries = chunk.k_past.shape[-3], chunk.q.shape[-3]
     key_S = position - past + jnp.arange(past + queries)
-    seen_TS = visible(key_S[past:], key_S, sight)
+    seen_TS = mask_fn(key_S[past:], key_S, attention_mask)
 
     def one(x):
         k, v = jnp.concatenate((x.k_past, x.k_own)), jnp.concatenate((x.v_past, x.v_own))

@@ -28,7 +28,7 @@ from tttjax.evaluation.needle.prompts import (
 from tttjax.evaluation.needle.results import NeedleResults, Series, difference, mean, wilson
 from tttjax.evaluation.needle.runner import NeedleSettings, ask_all
 from tttjax.evaluation.needle.tables import sentence, table
-from tttjax.ops.attention.attend import Sight, visible
+from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import Learning, RunSpec, open_run, ways_to_read
 
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_prompts_in_any_order(tokenizers):
 
 @pytest.mark.parametrize("window", [0, 100, 300, 690, 800])
 def test_regions_are_what_the_attention_mask_says(tokenizers, window):
-    sight, found = Sight(window=window), set()
+    attention_mask, found = AttentionMask(window=window), set()
     for depth in np.linspace(0, 1, 9):
         hay = haystack.noise(tokenizers["bytes"])
         prompt = make_prompt(Place(TASKS["passkey"], 700, float(depth), 0), hay, seed=0)
@@ -126,10 +126,10 @@ def test_regions_are_what_the_attention_mask_says(tokenizers, window):
         end = len(prompt.token_T) + len(prompt.answer_A) - 1
         answering_T = np.arange(len(prompt.token_T) - 1, end)
         asking_T = np.arange(prompt.question, end)
-        if np.all(visible(answering_T, needle_S, sight)):
+        if np.all(mask_fn(answering_T, needle_S, attention_mask)):
             expected = "inside"
         else:
-            expected = "edge" if np.any(visible(asking_T, needle_S, sight)) else "outside"
+            expected = "edge" if np.any(mask_fn(asking_T, needle_S, attention_mask)) else "outside"
         assert prompt.region(window) == expected
         found.add(expected)
     assert window != 300 or found == {"inside", "edge", "outside"}

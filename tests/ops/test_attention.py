@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax.ops.attention.attend import Sight, attend, attend_sequence, visible
+from tttjax.ops.attention.attend import AttentionMask, attend, attend_sequence, mask_fn
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def by_hand(q, k, v, sight):
+def by_hand(q, k, v, attention_mask):
     """Loops over queries and heads; the keys of each are listed one by one."""
     out, shared = np.zeros_like(q), q.shape[1] // k.shape[1]
     for t in range(len(q)):
         seen = [
             s
             for s in range(t + 1)
-            if (not sight.window or s > t - sight.window)
-            and (not sight.block or s // sight.block == t // sight.block)
+            if (not attention_mask.window or s > t - attention_mask.window)
+            and (not attention_mask.block or s // attention_mask.block == t // attention_mask.block)
         ]
         for h in range(q.shape[1]):
             g = h // shared
@@ -52,22 +52,24 @@ CASES = [
 
 @pytest.mark.parametrize(("length", "window", "block", "query_block"), CASES)
 def test_blocks_equal_the_definition(length, window, block, query_block):
-    sight = Sight(window=window, block=block)
+    attention_mask = AttentionMask(window=window, block=block)
     grouped = length % 2 == 1
     q, k, v = qkv(length, heads=(4, 2, 2) if grouped else (2, 2, 2))
     weight = np.random.default_rng(1).normal(size=q.shape)
     position = jnp.arange(length)
 
     def in_blocks(q, k, v):
-        return attend_sequence(q, k, v, sight, query_block)
+        return attend_sequence(q, k, v, attention_mask, query_block)
 
     def dense(q, k, v):
-        return attend(q, k, v, visible(position, position, sight))
+        return attend(q, k, v, mask_fn(position, position, attention_mask))
 
     def value_and_gradient(f):
         return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2)))
 
-    np.testing.assert_allclose(jax.jit(in_blocks)(q, k, v), by_hand(q, k, v, sight), atol=1e-12)
+    np.testing.assert_allclose(
+        jax.jit(in_blocks)(q, k, v), by_hand(q, k, v, attention_mask), atol=1e-12
+    )
     loss, grads = value_and_gradient(in_blocks)(q, k, v)
     expected, expected_grads = value_and_gradient(dense)(q, k, v)
     assert float(loss) == pytest.approx(float(expected), abs=1e-11)
@@ -76,10 +78,10 @@ def test_blocks_equal_the_definition(length, window, block, query_block):
 
 
 def test_visible_as_a_literal_matrix():
-    seen = visible(jnp.arange(4), jnp.arange(-1, 4), Sight(window=2))
+    seen = mask_fn(jnp.arange(4), jnp.arange(-1, 4), AttentionMask(window=2))
     wanted = ["01000", "01100", "00110", "00011"]
     assert ["".join(str(int(x)) for x in row) for row in seen] == wanted
-    blocks = visible(jnp.arange(5), jnp.arange(5), Sight(block=2))
+    blocks = mask_fn(jnp.arange(5), jnp.arange(5), AttentionMask(block=2))
     wanted = ["10000", "11000", "00100", "00110", "00001"]
     assert ["".join(str(int(x)) for x in row) for row in blocks] == wanted
 
@@ -101,6 +103,6 @@ def test_softmax_is_float32_under_bfloat16():
     q = k = jnp.zeros((length, 1, 2), jnp.bfloat16)
     v = jnp.ones((length, 1, 2), jnp.bfloat16)
     position = jnp.arange(length)
-    out = attend(q, k, v, visible(position, position, Sight()))
+    out = attend(q, k, v, mask_fn(position, position, AttentionMask()))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1.0, atol=0.01)

@@ -11,7 +11,7 @@ from small import random_batch, small_config, worst
 
 from tttjax.models import build_model
 from tttjax.ops.attention import library
-from tttjax.ops.attention.attend import Sight, attend, visible
+from tttjax.ops.attention.attend import AttentionMask, attend, mask_fn
 from tttjax.ops.attention.library import attend_whole, why_not
 from tttjax.ops.attention.splash import _WindowMask, splash_attention, tile_of
 from tttjax.parallel.mesh import make_mesh, manual_axes
@@ -38,7 +38,10 @@ def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, _):
             attention = partial(
-                attend_whole, sight=Sight(window=window), query_block=64, kernel=kernel
+                attend_whole,
+                attention_mask=AttentionMask(window=window),
+                query_block=64,
+                kernel=kernel,
             )
             return x + jax.vmap(attention)(x, k, v), None
 
@@ -57,7 +60,7 @@ def test_splash_attention_equals_the_definition(length, window, kv_heads):
     heads = 4, kv_heads, kv_heads, 4
     q, k, v, weight = (rng.normal(size=(length, h, 8)).astype(np.float32) for h in heads)
     position = jnp.arange(length)
-    seen = visible(position, position, Sight(window=window))
+    seen = mask_fn(position, position, AttentionMask(window=window))
 
     def value_and_gradient(attention):
         def loss(q, k, v):
@@ -75,7 +78,7 @@ def test_splash_attention_equals_the_definition(length, window, kv_heads):
 @pytest.mark.parametrize("window", [0, 1, 127, 128, 129, 300, 511])
 def test_tiles_of_the_mask(window):
     position = np.arange(512)
-    seen = np.asarray(visible(position, position, Sight(window=window)))
+    seen = np.asarray(mask_fn(position, position, AttentionMask(window=window)))
     mask = _WindowMask(512, window)
     for row in range(0, 512, 128):
         for col in range(0, 512, 128):
@@ -91,22 +94,34 @@ def test_tiles_are_large_with_little_padding():
 
 
 @pytest.mark.parametrize(
-    ("platform", "shape", "dtype", "sight", "says"),
+    ("platform", "shape", "dtype", "attention_mask", "says"),
     [
-        ("cuda", (128, 2, 64), "bfloat16", Sight(), ""),
-        ("cuda", (128, 2, 64), "float16", Sight(window=3), ""),
-        ("tpu", (128, 2, 64), "bfloat16", Sight(window=3), ""),
-        ("cpu", (128, 2, 64), "bfloat16", Sight(), "there is no library kernel for cpu"),
-        ("cuda", (128, 2, 64), "float32", Sight(), "in bfloat16 or float16, not in float32"),
-        ("tpu", (128, 2, 64), "float16", Sight(), "in bfloat16, not in float16"),
-        ("tpu", (128, 2, 64), "bfloat16", Sight(4, 4), "splash attention has no attention within"),
-        ("cuda", (128, 2, 60), "bfloat16", Sight(), "a multiple of 8, not of 60"),
-        ("tpu", (128, 2, 264), "bfloat16", Sight(), "at most 256 entries"),
-        ("tpu", (127, 2, 64), "bfloat16", Sight(), "at least 128 tokens, not of 127"),
+        ("cuda", (128, 2, 64), "bfloat16", AttentionMask(), ""),
+        ("cuda", (128, 2, 64), "float16", AttentionMask(window=3), ""),
+        ("tpu", (128, 2, 64), "bfloat16", AttentionMask(window=3), ""),
+        ("cpu", (128, 2, 64), "bfloat16", AttentionMask(), "there is no library kernel for cpu"),
+        (
+            "cuda",
+            (128, 2, 64),
+            "float32",
+            AttentionMask(),
+            "in bfloat16 or float16, not in float32",
+        ),
+        ("tpu", (128, 2, 64), "float16", AttentionMask(), "in bfloat16, not in float16"),
+        (
+            "tpu",
+            (128, 2, 64),
+            "bfloat16",
+            AttentionMask(4, 4),
+            "splash attention has no attention within",
+        ),
+        ("cuda", (128, 2, 60), "bfloat16", AttentionMask(), "a multiple of 8, not of 60"),
+        ("tpu", (128, 2, 264), "bfloat16", AttentionMask(), "at most 256 entries"),
+        ("tpu", (127, 2, 64), "bfloat16", AttentionMask(), "at least 128 tokens, not of 127"),
     ],
 )
-def test_reasons(platform, shape, dtype, sight, says):
-    reason = why_not(platform, jax.ShapeDtypeStruct(shape, dtype), sight)
+def test_reasons(platform, shape, dtype, attention_mask, says):
+    reason = why_not(platform, jax.ShapeDtypeStruct(shape, dtype), attention_mask)
     assert says in reason
     assert bool(reason) == bool(says)
 
@@ -136,7 +151,7 @@ def test_on_a_mesh_every_device_runs_the_kernel_on_its_own_heads(everywhere, sha
 
     def gradient(q):
         def loss(q):
-            return jnp.sum(jax.vmap(lambda q: attend_whole(q, q, q, Sight(), 64))(q))
+            return jnp.sum(jax.vmap(lambda q: attend_whole(q, q, q, AttentionMask(), 64))(q))
 
         return jax.grad(loss)(q)
 
@@ -168,7 +183,10 @@ def test_flops_are_those_of_xla(everywhere):
         def loss(q, k, v):
             def layer(x, _):
                 attention = partial(
-                    attend_whole, sight=Sight(window=30), query_block=64, kernel=kernel
+                    attend_whole,
+                    attention_mask=AttentionMask(window=30),
+                    query_block=64,
+                    kernel=kernel,
                 )
                 return x + jax.vmap(attention)(x, k, v), None
 
@@ -208,7 +226,9 @@ def test_training_differentiates_it_once(monkeypatch, inner):
 
     once.defvjp(forward, lambda window, _, bar: (bar, bar, bar))
     monkeypatch.setattr(library, "FORMS", {"cpu": once})
-    monkeypatch.setattr(library, "why_not", lambda p, q, sight: "local" * sight.block)
+    monkeypatch.setattr(
+        library, "why_not", lambda p, q, attention_mask: "local" * attention_mask.block
+    )
     monkeypatch.setattr(library, "why_not_here", lambda *_: "")
     layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
     config = small_config(model={**layers, "remat": "block"}, inner=inner)

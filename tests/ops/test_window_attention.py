@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.attention_chunks import dense, random_chunk
-from tttjax.ops.attention.attend import Sight
+from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import (
     Chunk,
     Tiling,
@@ -55,7 +55,7 @@ def test_value_gradient_and_gradient_of_a_tangent(name):
     kv_heads = 1 if name in SHARED else HEADS
     x, dot = (random_chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((past, 0)))
     weight = random_chunk(queries, 0, seed=2)
-    sight = Sight(window, block)
+    attention_mask = AttentionMask(window, block)
 
     def scalars(once, twice):
         def first(x, position):
@@ -77,15 +77,19 @@ def test_value_gradient_and_gradient_of_a_tangent(name):
         return jax.jit(all_of_them)
 
     got = scalars(
-        lambda x, position: window_attention(*x, position, sight, Tiling(*tiling)),
-        lambda x, position: window_attention_twice(*x, position, sight, Tiling(*tiling)),
+        lambda x, position: window_attention(*x, position, attention_mask, Tiling(*tiling)),
+        lambda x, position: window_attention_twice(*x, position, attention_mask, Tiling(*tiling)),
     )
-    wanted = scalars(*2 * [lambda x, position: dense(x, position, sight)])
+    wanted = scalars(*2 * [lambda x, position: dense(x, position, attention_mask)])
     for position in positions:
         close(got(position), wanted(position), 2e-12)
 
 
-SIGHT, TILING, POSITION = Sight(window=5), Tiling(3, 2), 3  # two slots of the past are empty
+SIGHT, TILING, POSITION = (
+    AttentionMask(window=5),
+    Tiling(3, 2),
+    3,
+)  # two slots of the past are empty
 
 
 def small_losses():
@@ -170,9 +174,13 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
         out, back = jax.vjp(pair, x, along)
         return out, back((o_bar, o_dot_bar))
 
-    sight = Sight(window=24)
-    exact, rough = (derivatives(d, lambda x: dense(x, 10, sight)) for d in (float, jnp.bfloat16))
-    got = derivatives(jnp.bfloat16, lambda x: window_attention_twice(*x, 10, sight, Tiling(8, 8)))
+    attention_mask = AttentionMask(window=24)
+    exact, rough = (
+        derivatives(d, lambda x: dense(x, 10, attention_mask)) for d in (float, jnp.bfloat16)
+    )
+    got = derivatives(
+        jnp.bfloat16, lambda x: window_attention_twice(*x, 10, attention_mask, Tiling(8, 8))
+    )
     for ours, theirs, true in zip(*map(jax.tree.leaves, (got, rough, exact)), strict=True):
         assert ours.dtype == jnp.bfloat16
         scale = np.linalg.norm(true)
@@ -190,7 +198,7 @@ def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
 
         def pair_and_back(x, dot, position):
             def pair(x, dot):
-                return window_attention_pair(x, dot, position, Sight(past), Tiling(64, 64))
+                return window_attention_pair(x, dot, position, AttentionMask(past), Tiling(64, 64))
 
             out, back = jax.vjp(pair, x, dot)
             return out, back(out)

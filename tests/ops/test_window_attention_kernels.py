@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 from tests.attention_chunks import dense, random_chunk
 from tttjax.config import MeshConfig
 from tttjax.errors import UserError
-from tttjax.ops.attention.attend import Sight
+from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import (
     Chunk,
     Tiling,
@@ -71,38 +71,42 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_interpreted_kernels_are_the_definition_differentiated(case):
     queries, past, kv_heads, window, block, past_moves, positions = case
-    sight = Sight(window, block)
+    attention_mask = AttentionMask(window, block)
     with jax.enable_x64(True):
-        against_the_definition((queries, past), kv_heads, sight, past_moves, positions)
+        against_the_definition((queries, past), kv_heads, attention_mask, past_moves, positions)
 
 
-def against_the_definition(lengths, kv_heads, sight, past_moves, positions):
+def against_the_definition(lengths, kv_heads, attention_mask, past_moves, positions):
     x, dot = (random_chunk(*lengths, seed, kv_heads=kv_heads) for seed in range(2))
     weight = random_chunk(*lengths, seed=2)
     own = partial(everything, weight=weight, past_moves=past_moves)
     got = own(
-        lambda x, position: window_attention(*x, position, sight, BLOCKS, "pallas"),
-        lambda x, position: window_attention_twice(*x, position, sight, BLOCKS, "pallas"),
+        lambda x, position: window_attention(*x, position, attention_mask, BLOCKS, "pallas"),
+        lambda x, position: window_attention_twice(*x, position, attention_mask, BLOCKS, "pallas"),
     )
-    wanted = own(*2 * [lambda x, position: dense(x, position, sight)])
+    wanted = own(*2 * [lambda x, position: dense(x, position, attention_mask)])
     for position in positions:
         found, true = got(x, dot, position), wanted(x, dot, position)
         jax.tree.map(partial(np.testing.assert_allclose, atol=2e-12, rtol=1e-11), found, true)
 
 
-def pair_and_back(x, dot, position, bar, *, sight, kernel, tiling=BLOCKS):
+def pair_and_back(x, dot, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
     """(o, o_dot) and the cotangents of everything, o's and o_dot's being `bar`."""
     pair = partial(
-        window_attention_pair, position=position, sight=sight, tiling=tiling, kernel=kernel
+        window_attention_pair,
+        position=position,
+        attention_mask=attention_mask,
+        tiling=tiling,
+        kernel=kernel,
     )
     out, back = jax.vjp(pair, x, dot)
     return out, back((bar, bar))
 
 
-def once_and_back(x, position, bar, *, sight, kernel, tiling=BLOCKS):
+def once_and_back(x, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
     def once(q, k_own, v_own):
         own = x._replace(q=q, k_own=k_own, v_own=v_own)
-        return window_attention(*own, position, sight, tiling, kernel)
+        return window_attention(*own, position, attention_mask, tiling, kernel)
 
     out, back = jax.vjp(once, x.q, x.k_own, x.v_own)
     return out, back(bar)
@@ -112,7 +116,7 @@ def test_bfloat16_as_in_xla():
     """The same roundings of the same sums in another order."""
     x, dot, bar = (random_chunk(32, 40, seed, dtype=jnp.bfloat16) for seed in range(3))
     dot = dot._replace(k_past=None, v_past=None)
-    run = partial(pair_and_back, x, dot, 25, bar.q, sight=Sight(40))
+    run = partial(pair_and_back, x, dot, 25, bar.q, attention_mask=AttentionMask(40))
     found, wanted = (jax.jit(partial(run, kernel=kernel))() for kernel in ("pallas", "xla"))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert ours.dtype == jnp.bfloat16
@@ -123,7 +127,7 @@ def test_bfloat16_as_in_xla():
 def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner():
     x, dot, bar = (random_chunk(16, 32, seed, heads=4, dtype=np.float32) for seed in range(3))
     dot = dot._replace(k_past=None, v_past=None)
-    run = partial(pair_and_back, sight=Sight(32), kernel="pallas")
+    run = partial(pair_and_back, attention_mask=AttentionMask(32), kernel="pallas")
     plain = jax.jit(run)(x, dot, 20, bar.q)
     mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
     of_batch = PartitionSpec("data")
@@ -186,7 +190,7 @@ def test_reasons(platform, shape, past, dtype, kernel, reason):
 
 def test_a_kernel_that_there_is_not():
     with pytest.raises(UserError, match="'cudnn': choose among auto, xla, pallas"):
-        window_attention(*random_chunk(4, 5, dtype=np.float32), 3, Sight(5), kernel="cudnn")
+        window_attention(*random_chunk(4, 5, dtype=np.float32), 3, AttentionMask(5), kernel="cudnn")
 
 
 def programs(placed=None, *, queries, past, heads, dim, dtype):
@@ -194,7 +198,7 @@ def programs(placed=None, *, queries, past, heads, dim, dtype):
     array = partial(jax.ShapeDtypeStruct, sharding=placed)
     q, before = (array((1, length, heads, dim), dtype) for length in (queries, past))
     position, x = array((), jnp.int32), Chunk(q, before, before, q, q)
-    own = {"sight": Sight(past), "tiling": Tiling()}
+    own = {"attention_mask": AttentionMask(past), "tiling": Tiling()}
     yield partial(once_and_back, **own), (x, position, q)
     dot = x._replace(k_past=None, v_past=None)
     yield partial(pair_and_back, **own), (x, dot, position, q)

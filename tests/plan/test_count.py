@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tttjax.ops.attention.attend import Sight
+from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import window_attention
 from tttjax.parallel.mesh import make_mesh
 from tttjax.planning.count import Count, Transfer, count
@@ -189,7 +189,7 @@ def test_loops_inside_a_choice_by_platform_are_followed():
     def gradients(*chunk):
         def step(_, i):
             def loss(q):
-                out = window_attention(q, *chunk[1:], 1024 * i, Sight(window=2048))
+                out = window_attention(q, *chunk[1:], 1024 * i, AttentionMask(window=2048))
                 return jnp.sum(out.astype(jnp.float32))
 
             return None, jax.grad(loss)(chunk[0])

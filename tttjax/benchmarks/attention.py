@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tttjax.benchmarks.timing import check_rounds, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
-from tttjax.ops.attention.attend import Sight, attend, attend_sequence, visible
+from tttjax.ops.attention.attend import AttentionMask, attend, attend_sequence, mask_fn
 from tttjax.ops.attention.library import attend_whole, why_not_here
 from tttjax.ops.attention.library import why_not as why_no_library
 from tttjax.ops.window_attention import window_attention, window_attention_twice
@@ -105,25 +105,26 @@ def absent(sizes: Sizes) -> dict[str, str]:
     whole = jax.ShapeDtypeStruct(sequence, dtype)
     reasons = {
         "pallas": why_no_kernel(platform, chunk, sizes.window, dtype),
-        "library": why_no_library(platform, whole, Sight()) or why_not_here(platform, whole),
+        "library": why_no_library(platform, whole, AttentionMask())
+        or why_not_here(platform, whole),
     }
     return {form: reason for form, reason in reasons.items() if reason}
 
 
 def _chunk_tasks(sizes: Sizes) -> Iterator[Task]:
-    window, sight = sizes.window, Sight(window=sizes.window)
+    window, attention_mask = sizes.window, AttentionMask(window=sizes.window)
     arguments = _random(sizes, (sizes.chunk, window, window, sizes.chunk, sizes.chunk))
     tangents = tuple(jnp.roll(x, 1, axis=1) for x in arguments)
     position = jnp.asarray(window, jnp.int32)
 
     def dense(q, k_past, v_past, k_own, v_own):
         place_S = jnp.arange(window + sizes.chunk)
-        seen_TS = visible(place_S[window:], place_S, sight)
+        seen_TS = mask_fn(place_S[window:], place_S, attention_mask)
         k, v = (jnp.concatenate(x, axis=1) for x in ((k_past, k_own), (v_past, v_own)))
         return jax.vmap(partial(attend, seen_TS=seen_TS))(q, k, v)
 
     def blocked(attention, kernel):
-        return lambda *chunk: attention(*chunk, position, sight, kernel=kernel)
+        return lambda *chunk: attention(*chunk, position, attention_mask, kernel=kernel)
 
     kernels = ["xla"] if "pallas" in absent(sizes) else ["xla", "pallas"]
     yield "chunk gradient", "dense", _gradient_of_own(dense), arguments
@@ -171,15 +172,15 @@ def _gradient_of_pair(attention: Callable) -> Callable:
 
 def _sequence_tasks(sizes: Sizes) -> Iterator[Task]:
     arguments = _random(sizes, (sizes.seq_len,) * 3)
-    for task, sight in (
-        ("sequence, full", Sight()),
-        ("sequence, window", Sight(window=sizes.window)),
+    for task, attention_mask in (
+        ("sequence, full", AttentionMask()),
+        ("sequence, window", AttentionMask(window=sizes.window)),
     ):
         forms: dict[str, Callable] = {"xla": attend_sequence}
         if "library" not in absent(sizes):
             forms["library"] = attend_whole
         for form, attention in forms.items():
-            one = partial(attention, sight=sight, query_block=QUERY_BLOCK)
+            one = partial(attention, attention_mask=attention_mask, query_block=QUERY_BLOCK)
 
             def loss(q, k, v, one=one):
                 return jnp.sum(jnp.sin(jax.vmap(one)(q, k, v).astype(jnp.float32)))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
-from tttjax.ops.attention.attend import Sight, attend, attend_one, visible
+from tttjax.ops.attention.attend import AttentionMask, attend, attend_one, mask_fn
 from tttjax.ops.attention.library import attend_whole
 from tttjax.ops.rope import rotate
 from tttjax.ops.window_attention import window_attention, window_attention_twice
@@ -26,7 +26,7 @@ State = Kept | None
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with QK-norm before RoPE; what it sees is said by `sight`.
+    """Multi-head attention with QK-norm before RoPE; what it sees is said by `attention_mask`.
 
     kv_heads: heads of keys and values (G), a divisor of num_heads; only these are kept.
     form: of attention with a state. "dense": all scores in memory, any derivative. "once", "twice":
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
         *,
         kv_heads: int,
-        sight: Sight,
+        attention_mask: AttentionMask,
         rope_theta: float,
         rope_scaling: tuple[float, ...],
         qk_norm: bool,
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
         self.wo = weight((num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
         self.q_norm = head_norm() if qk_norm else Identity()
         self.k_norm = head_norm() if qk_norm else Identity()
-        self.sight = sight
+        self.attention_mask = attention_mask
         self.turn = partial(rotate, theta=rope_theta, scaling=rope_scaling)
         self.query_block = query_block
         self.form = form
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
     @property
     def memory(self) -> int:
         """Keys that have to be kept for the tokens to come; 0 where all of them must be."""
-        reach = [size for size in self.sight if size]
+        reach = [size for size in self.attention_mask if size]
         return min(reach) if reach else 0
 
     @property
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
             q_THK, turned_TGK = (self.turn(x, position_T) for x in (q_THK, k_TGK))
             new_state = state and self._kept(state, k_TGK if self.memory else turned_TGK, v_TGK)
             y_THK = attend_whole(
-                q_THK, turned_TGK, v_TGK, self.sight, self.query_block, self.kernel
+                q_THK, turned_TGK, v_TGK, self.attention_mask, self.query_block, self.kernel
             )
             state = new_state
         elif self.form == "one":
@@ -147,14 +147,14 @@ class Attention(nnx.Module):
         q_THK, k_TGK, k_past = turn(q_THK, window), turn(k_TGK, window), turn(state["k"], 0)
         if self.form == "dense":
             true_S = slot_S - window + position  # negative: a slot that no token has filled yet
-            seen_TS = visible(true_S[window:], true_S, self.sight)
+            seen_TS = mask_fn(true_S[window:], true_S, self.attention_mask)
             k_SGK = jnp.concatenate((k_past, k_TGK))
             v_SGK = jnp.concatenate((state["v"], v_TGK))
             return attend(q_THK, k_SGK, v_SGK, seen_TS), new_state
         attend_blocks = {"once": window_attention, "twice": window_attention_twice}[self.form]
         kernel = "xla" if self.kernel == "xla" else "auto"
         y_THK = attend_blocks(
-            q_THK, k_past, state["v"], k_TGK, v_TGK, position, self.sight, kernel=kernel
+            q_THK, k_past, state["v"], k_TGK, v_TGK, position, self.attention_mask, kernel=kernel
         )
         return y_THK, new_state
 
@@ -169,7 +169,7 @@ class Attention(nnx.Module):
 
         def block(rows):
             q_QHK, query_Q = rows
-            return attend(q_QHK, k_SGK, v_SGK, visible(query_Q, key_S, self.sight))
+            return attend(q_QHK, k_SGK, v_SGK, mask_fn(query_Q, key_S, self.attention_mask))
 
         rows = q_THK, query_T
         count = length // self.query_block
@@ -239,7 +239,7 @@ class Attention(nnx.Module):
         slot = position - state["first"] + self.memory if self.memory else position
         q_1HK, turned_1GK = self.turn(q_1HK, slot[None]), self.turn(k_1GK, slot[None])
         key_S = jnp.arange(state["k"].shape[1]) + (position - slot)
-        seen_S = visible(position[None], key_S, self.sight)[0] & (key_S < position)
+        seen_S = mask_fn(position[None], key_S, self.attention_mask)[0] & (key_S < position)
         y_HK = attend_one(q_1HK[0], state["k"], state["v"], turned_1GK[0], v_1GK[0], seen_S)
         row = {"k": turned_1GK, "v": v_1GK} | ({"new": k_1GK} if self.memory else {})
         return y_HK[None], {name: one.swapaxes(0, 1) for name, one in row.items()}

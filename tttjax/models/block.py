@@ -18,7 +18,7 @@ from tttjax.models.layers import (
 )
 from tttjax.models.mamba2 import Mamba2
 from tttjax.models.ttt_layer import TTTLayer
-from tttjax.ops.attention.attend import Sight
+from tttjax.ops.attention.attend import AttentionMask
 from tttjax.types import Array
 
 BlockState = dict[str, dict[str, Array]] | None  # by the name of the branch that keeps it
@@ -98,12 +98,12 @@ class BlockShape:
     ttt: TTTShape
 
 
-def attention_sights(shape: BlockShape) -> dict[str, Sight]:
+def attention_masks(shape: BlockShape) -> dict[str, AttentionMask]:
     """What a query sees, by kind of attention."""
     return {
-        "full": Sight(),
-        "window": Sight(window=shape.window_size),
-        "local": Sight(window=shape.window_size, block=shape.local_size),
+        "full": AttentionMask(),
+        "window": AttentionMask(window=shape.window_size),
+        "local": AttentionMask(window=shape.window_size, block=shape.local_size),
     }
 
 
@@ -137,7 +137,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
             norm_eps=shape.ttt.norm_eps,
             **common,
         )
-    sights = attention_sights(shape)
+    sights = attention_masks(shape)
     if kind not in sights:
         raise ValueError(f"unknown mixer {kind!r}")
     return Attention(
@@ -146,7 +146,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
         shape.head_dim,
         rngs,
         kv_heads=shape.kv_heads,
-        sight=sights[kind],
+        attention_mask=sights[kind],
         rope_theta=shape.rope_theta,
         rope_scaling=shape.rope_scaling,
         qk_norm=shape.qk_norm,

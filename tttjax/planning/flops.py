@@ -151,11 +151,11 @@ def _mixing(
     if kind in RECURRENCES:
         return {"recurrence": RECURRENCES[kind](model)}
     chunk = inner.chunk_size
-    sight = {"full": seq_len, "window": model.window_size, "local": chunk}[kind]
+    attention_mask = {"full": seq_len, "window": model.window_size, "local": chunk}[kind]
     per_key = 4 * model.num_heads * model.head_size
     return {
-        "scores": per_key * mean_keys(chunk if kind == "local" else seq_len, sight),
-        "own_scores": per_key * mean_keys(chunk, sight),
+        "scores": per_key * mean_keys(chunk if kind == "local" else seq_len, attention_mask),
+        "own_scores": per_key * mean_keys(chunk, attention_mask),
     }
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.models import Cut, build_model
-from tttjax.models.block import attention_sights
+from tttjax.models.block import attention_masks
 from tttjax.ops.attention.library import KERNELS, why_not, why_not_here
 from tttjax.ops.window_attention import window_attention_why_not
 from tttjax.ttt.outer_loss import learns
@@ -46,10 +46,10 @@ def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[
         (config.train.seq_len, shape.num_heads, shape.head_dim), model.compute_dtype
     )
     found = {}
-    for kind, sight in attention_sights(shape).items():
+    for kind, attention_mask in attention_masks(shape).items():
         if kind not in model.mixer_kinds:
             continue
-        why = why_not(platform, q_THK, sight)
+        why = why_not(platform, q_THK, attention_mask)
         if not why and here:
             why = why_not_here(platform, q_THK, shape.kv_heads)
         if why and model.attention_kernel == "library":
@@ -74,8 +74,8 @@ def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
     kinds = Cut(model).mixers_above
     shape, chunk = model.shape, config.inner.chunk_size
     found = {}
-    for kind, sight in attention_sights(shape).items():
-        reach = [size for size in sight if size]
+    for kind, attention_mask in attention_masks(shape).items():
+        reach = [size for size in attention_mask if size]
         if not reach or kind not in kinds:
             continue
         why = window_attention_why_not(

@@ -1,6 +1,6 @@
 """Causal attention of one sequence: full, over a window, or within blocks.
 
-What a query may see is a function of the two positions alone (`visible`), so one definition serves
+What a query may see is a function of the two positions alone (`mask_fn`), so one definition serves
 the whole sequence at once, a chunk with the keys of its past, and a single decoded token. `attend`
 is that definition with all scores in memory; `attend_sequence` gives the same numbers over a long
 sequence in blocks of queries, so that memory grows with T x (window + block) and not with T x T.
@@ -19,7 +19,7 @@ SCORES_AT_ONCE = 2**28  # entries, over all heads: a gigabyte in float32
 FULL_SEGMENTS = 4  # full attention skips the upper triangle in this many steps
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which of the past a query sees: itself and everything before it, then narrowed.
 
     window: at most this many keys, the query's own included (0: no limit).
@@ -30,17 +30,17 @@ class Sight(NamedTuple):
     block: int = 0
 
 
-def visible(query_T: Array, key_S: Array, sight: Sight) -> Array:
+def mask_fn(query_T: Array, key_S: Array, attention_mask: AttentionMask) -> Array:
     """bool [T, S]: may the query at position query_T[t] see the key at position key_S[s]?
 
     Negative key positions mark slots that hold no token; nobody sees them.
     """
     query, key = query_T[:, None], key_S[None, :]
     seen = (key <= query) & (key >= 0)
-    if sight.window:
-        seen &= key > query - sight.window
-    if sight.block:
-        seen &= key // sight.block == query // sight.block
+    if attention_mask.window:
+        seen &= key > query - attention_mask.window
+    if attention_mask.block:
+        seen &= key // attention_mask.block == query // attention_mask.block
     return seen
 
 
@@ -91,23 +91,23 @@ def attend_one(
 
 
 def attend_sequence(
-    q_THK: Array, k_TGK: Array, v_TGK: Array, sight: Sight, query_block: int
+    q_THK: Array, k_TGK: Array, v_TGK: Array, attention_mask: AttentionMask, query_block: int
 ) -> Array:
     """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
 
-    Equal to `attend` with `visible(arange(T), arange(T), sight)`, in blocks of `query_block`
+    Equal to `attend` with `mask_fn(arange(T), arange(T), attention_mask)`, in blocks of `query_block`
     queries (fewer where there are very many keys) whose scores are computed again in the backward
     pass.
     """
     length, heads, _ = q_THK.shape
-    reach = min(size for size in (*sight, length) if size)
+    reach = min(size for size in (*attention_mask, length) if size)
     query_block = min(query_block, max(128, SCORES_AT_ONCE // (heads * reach)))
     if length <= 2 * query_block:
         position_T = jnp.arange(length)
-        return attend(q_THK, k_TGK, v_TGK, visible(position_T, position_T, sight))
+        return attend(q_THK, k_TGK, v_TGK, mask_fn(position_T, position_T, attention_mask))
     if reach + query_block < length:
-        return _attend_near(q_THK, k_TGK, v_TGK, sight, reach, query_block)
-    return _attend_far(q_THK, k_TGK, v_TGK, sight, query_block)
+        return _attend_near(q_THK, k_TGK, v_TGK, attention_mask, reach, query_block)
+    return _attend_far(q_THK, k_TGK, v_TGK, attention_mask, query_block)
 
 
 def _pad_front_and_back(x_THK: Array, front: int, back: int) -> Array:
@@ -120,7 +120,9 @@ def _map_blocks(block_fn, starts: Array) -> Array:
     return out.reshape((-1, *out.shape[2:]))
 
 
-def _attend_near(q_THK, k_TGK, v_TGK, sight: Sight, reach: int, query_block: int) -> Array:
+def _attend_near(
+    q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, reach: int, query_block: int
+) -> Array:
     """Each block of queries with the `reach` keys before it: the far past is never touched."""
     length = q_THK.shape[0]
     back = -length % query_block
@@ -136,13 +138,13 @@ def _attend_near(q_THK, k_TGK, v_TGK, sight: Sight, reach: int, query_block: int
             slice_of(q_THK, slice_size=query_block),
             slice_of(k_SGK, slice_size=reach + query_block),
             slice_of(v_SGK, slice_size=reach + query_block),
-            visible(query_T, key_S, sight),
+            mask_fn(query_T, key_S, attention_mask),
         )
 
     return _map_blocks(block, jnp.arange(0, length + back, query_block))[:length]
 
 
-def _attend_far(q_THK, k_TGK, v_TGK, sight: Sight, query_block: int) -> Array:
+def _attend_far(q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, query_block: int) -> Array:
     """Blocks of queries against all keys up to the end of their quarter of the sequence."""
     length = q_THK.shape[0]
     segment = -(-length // (FULL_SEGMENTS * query_block)) * query_block
@@ -156,7 +158,7 @@ def _attend_far(q_THK, k_TGK, v_TGK, sight: Sight, query_block: int) -> Array:
         def block(start, keys=keys, values=values, key_S=key_S):
             q_block = jax.lax.dynamic_slice_in_dim(q_THK, start, query_block)
             query_T = start + jnp.arange(query_block)
-            return attend(q_block, keys, values, visible(query_T, key_S, sight))
+            return attend(q_block, keys, values, mask_fn(query_T, key_S, attention_mask))
 
         outputs.append(_map_blocks(block, jnp.arange(first, last, query_block)))
     return jnp.concatenate(outputs)[:length]

@@ -14,7 +14,7 @@ from functools import partial
 
 import jax
 
-from tttjax.ops.attention.attend import Sight, attend_sequence
+from tttjax.ops.attention.attend import AttentionMask, attend_sequence
 from tttjax.parallel.kernel_mesh import over_heads, why_not_divided
 from tttjax.types import Array
 
@@ -25,7 +25,12 @@ LEAST_LENGTH = 128  # one tile of splash attention; nowhere is there much to gai
 
 
 def attend_whole(
-    q_THK: Array, k_TGK: Array, v_TGK: Array, sight: Sight, query_block: int, kernel: str = "auto"
+    q_THK: Array,
+    k_TGK: Array,
+    v_TGK: Array,
+    attention_mask: AttentionMask,
+    query_block: int,
+    kernel: str = "auto",
 ) -> Array:
     """Causal attention of a whole sequence to itself, [T, H, K]; see `attend_sequence`.
 
@@ -35,23 +40,23 @@ def attend_whole(
     over several devices without shard_map has to ask for "xla".
     The result can be differentiated in reverse mode, once.
     """
-    in_xla = partial(attend_sequence, sight=sight, query_block=query_block)
+    in_xla = partial(attend_sequence, attention_mask=attention_mask, query_block=query_block)
     shape = jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype)
     kv_heads = k_TGK.shape[1]
-    window = sight.window if sight.window < q_THK.shape[0] else 0
+    window = attention_mask.window if attention_mask.window < q_THK.shape[0] else 0
     if kernel == "xla" or why_not_divided(kv_heads):
         return in_xla(q_THK, k_TGK, v_TGK)
     forms = {
         platform: over_heads(partial(form, window=window))
         for platform, form in FORMS.items()
-        if not (why_not(platform, shape, sight) or why_not_here(platform, shape, kv_heads))
+        if not (why_not(platform, shape, attention_mask) or why_not_here(platform, shape, kv_heads))
     }
     if not forms:
         return in_xla(q_THK, k_TGK, v_TGK)
     return jax.lax.platform_dependent(q_THK, k_TGK, v_TGK, default=in_xla, **forms)
 
 
-def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, sight: Sight) -> str:
+def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, attention_mask: AttentionMask) -> str:
     """Why the library's kernel does not apply on a platform; empty if it does.
 
     platform: "cuda", "tpu", "cpu", ... q_THK: shape and dtype of the queries.
@@ -62,7 +67,7 @@ def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, sight: Sight) -> str:
     length, _, head_dim = q_THK.shape
     if q_THK.dtype.name not in DTYPES[platform]:
         return f"{name} computes in {' or '.join(DTYPES[platform])}, not in {q_THK.dtype.name}"
-    if sight.block:
+    if attention_mask.block:
         return f"{name} has no attention within blocks"
     if head_dim % 8 or head_dim > MOST_HEAD_DIM:
         return (

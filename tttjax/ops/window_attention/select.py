@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.errors import UserError
-from tttjax.ops.attention.attend import Sight
+from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import functions, kernels
 from tttjax.ops.window_attention.functions import Chunk, Statistics
 from tttjax.ops.window_attention.tiles import AUTO, Tiling, View, tiling_of
@@ -73,10 +73,10 @@ def why_not(
 
 
 def forward(
-    chunk: Chunk, position: Array, sight: Sight, tiling: Tiling, kernel: str
+    chunk: Chunk, position: Array, attention_mask: AttentionMask, tiling: Tiling, kernel: str
 ) -> tuple[Array, Array]:
     """`functions.forward` in the chosen form."""
-    return _run("forward", chunk, (chunk,), position, sight, tiling, kernel)
+    return _run("forward", chunk, (chunk,), position, attention_mask, tiling, kernel)
 
 
 def backward(
@@ -85,21 +85,26 @@ def backward(
     logsumexp_HC: Array,
     o_bar: Array,
     position: Array,
-    sight: Sight,
+    attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
     past: bool,
 ) -> Chunk:
     """`functions.backward` in the chosen form."""
     arrays = chunk, o, logsumexp_HC, o_bar
-    return _run("backward", chunk, arrays, position, sight, tiling, kernel, past=past)
+    return _run("backward", chunk, arrays, position, attention_mask, tiling, kernel, past=past)
 
 
 def pair_forward(
-    chunk: Chunk, dot: Chunk, position: Array, sight: Sight, tiling: Tiling, kernel: str
+    chunk: Chunk,
+    dot: Chunk,
+    position: Array,
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
 ) -> tuple[Array, Array, Statistics]:
     """`functions.pair_forward` in the chosen form."""
-    return _run("pair_forward", chunk, (chunk, dot), position, sight, tiling, kernel)
+    return _run("pair_forward", chunk, (chunk, dot), position, attention_mask, tiling, kernel)
 
 
 def pair_backward(
@@ -109,13 +114,13 @@ def pair_backward(
     o_bar: Array,
     o_dot_bar: Array,
     position: Array,
-    sight: Sight,
+    attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
 ) -> tuple[Chunk, Chunk]:
     """`functions.pair_backward` in the chosen form."""
     arrays = chunk, dot, outputs, o_bar, o_dot_bar
-    return _run("pair_backward", chunk, arrays, position, sight, tiling, kernel)
+    return _run("pair_backward", chunk, arrays, position, attention_mask, tiling, kernel)
 
 
 def _run(
@@ -123,7 +128,7 @@ def _run(
     chunk: Chunk,
     arrays: tuple[Any, ...],
     position: Array,
-    sight: Sight,
+    attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
     **static: bool,
@@ -132,7 +137,7 @@ def _run(
 
     def bind(form: str, blocks: Tiling, platform: str) -> Callable:
         def call(position: Array, *arrays: Any) -> Any:
-            view = View(position, chunk.q.shape[-3], sight, blocks)
+            view = View(position, chunk.q.shape[-3], attention_mask, blocks)
             if form == "xla":
                 return getattr(functions, name)(*arrays, view=view, **static)
             heads, kv_heads = chunk.q.shape[-2], chunk.k_own.shape[-2]

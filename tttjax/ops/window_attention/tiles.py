@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from tttjax.ops.attention.attend import Sight, visible
+from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.types import Array
 
 # Scores of one block over all heads and sequences. On a CPU they should stay in its caches
@@ -40,7 +40,7 @@ class View(NamedTuple):
 
     position: Array
     length: int
-    sight: Sight
+    attention_mask: AttentionMask
     tiling: Tiling
 
 
@@ -134,29 +134,33 @@ def _seen(view: View, rows: Piece, first: int, cols: Piece) -> Array:
     """bool [Q, S]: what queries `rows` see of keys `cols`, each key in one piece only."""
     query = rows.start + jnp.arange(rows.size)
     key = cols.start + jnp.arange(cols.size)
-    seen = visible(view.position + query, view.position + first + key, view.sight)
+    seen = mask_fn(view.position + query, view.position + first + key, view.attention_mask)
     return seen & (key >= cols.fresh)
 
 
 def first_seen(view: View, query: Array | int) -> Array:
     """Where the first key stands that this query sees, if there were keys everywhere."""
-    position, _, sight, _ = view
+    position, _, attention_mask, _ = view
     place = -position
-    if sight.window:
-        place = jnp.maximum(place, query - sight.window + 1)
-    if sight.block:
-        place = jnp.maximum(place, (position + query) // sight.block * sight.block - position)
+    if attention_mask.window:
+        place = jnp.maximum(place, query - attention_mask.window + 1)
+    if attention_mask.block:
+        place = jnp.maximum(
+            place, (position + query) // attention_mask.block * attention_mask.block - position
+        )
     return place
 
 
 def seen_until(view: View, key: Array | int) -> Array | int:
     """The first query after this key that no longer sees it (`length`: all do)."""
-    position, length, sight, _ = view
+    position, length, attention_mask, _ = view
     stop: Array | int = length
-    if sight.window:
-        stop = jnp.minimum(stop, key + sight.window)
-    if sight.block:
-        stop = jnp.minimum(stop, ((position + key) // sight.block + 1) * sight.block - position)
+    if attention_mask.window:
+        stop = jnp.minimum(stop, key + attention_mask.window)
+    if attention_mask.block:
+        stop = jnp.minimum(
+            stop, ((position + key) // attention_mask.block + 1) * attention_mask.block - position
+        )
     return stop
 
 
