@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small import random_batch, shaken, small_config, worst
 
-from tttjax.models import Cut, build_model
+from tttjax.models import SplitModel, build_model
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 CASES = {
@@ -176,7 +176,7 @@ def test_in_float32():
 
 def test_the_mixers_below_the_lowest_fast_weight_run_in_parallel():
     lifted = {
-        name: Cut(build_model(config.model, config.inner)).lifts_mixers
+        name: SplitModel(build_model(config.model, config.inner)).first_mixers_are_parallel
         for name, config in {
             "fast MLPs": small_config(),
             "fast attention": small_config(inner={"fast_paths": ("suffix/**/mixer/wq",)}),

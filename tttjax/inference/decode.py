@@ -44,7 +44,7 @@ def write(
     def one(writing: Writing, token: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
         upper = combine(weights.upper, writing.fast)
         halves = writing.below, writing.above
-        x_D, new = cut.read_one(weights.lower, upper, halves, token)
+        x_D, new = cut.decode_one(weights.lower, upper, halves, token)
         h_1D = cut.model.final_norm(upper, x_D[None])
         return cut.model.logits(upper, h_1D)[0], new
 

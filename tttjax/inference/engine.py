@@ -101,7 +101,7 @@ class Engine:
     def has_whole(self) -> bool:
         """Whether something keeps all tokens, and so has room for `max_length` of them only."""
         cut = self.reader.learner.cut
-        return "whole" in jax.tree.leaves((cut.keeps(), cut.keeps_below()))
+        return "whole" in jax.tree.leaves((cut.keeps(), cut.parallel_kinds()))
 
     def start(self) -> Session:
         """A session of which nothing has been read."""
@@ -235,7 +235,10 @@ class Group:
             past = session.now._replace(fast=None)
             cut = self._engine.reader.learner.cut
             past = past._replace(
-                below={**past.below, "blocks": _windows(cut.keeps_below(), past.below["blocks"])},
+                below={
+                    **past.below,
+                    "blocks": _windows(cut.parallel_kinds(), past.below["blocks"]),
+                },
                 above={**past.above, "blocks": _windows(cut.keeps(), past.above["blocks"])},
             )
         return replace(session, learned=past, now=past, logit_V=None)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.models import Cut, Transformer, combine
+from tttjax.models import SplitModel, Transformer, combine
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt.chunk import STATE_AXES, Chunks, Learner, Records, learn, loss_and_gradient
 from tttjax.ttt.outer_loss import LOGIT_ROWS, InnerLoop, split_chunks
@@ -44,8 +44,8 @@ class Weights(NamedTuple):
 class Context(NamedTuple):
     """What B sequences have left behind; arrays are [B, ...] but for the positions.
 
-    below, above: states of the two halves of the model (`Cut`). fast: the weights, as
-    `Cut.above` lays them out.
+    below, above: states of the two halves of the model (`SplitModel`). fast: the weights, as
+    `SplitModel.above` lays them out.
     """
 
     below: PyTree
@@ -58,7 +58,7 @@ def make_reader(model: Transformer, inner: InnerLoop, lr: float, *, learn: bool 
     """A reader with a configuration's inner loop; a model without fast weights does not learn."""
     learns = learn and bool(model.fast_paths)
     return Reader(
-        Learner(Cut(model), inner.rule, LOGIT_ROWS),
+        Learner(SplitModel(model), inner.rule, LOGIT_ROWS),
         inner.chunk_size if learns else 0,
         lr,
         inner.fast_dtype,
@@ -85,7 +85,7 @@ def start(reader: Reader, params: Params, batch: int, max_length: int) -> Contex
 
     fast = jax.tree.map(lambda w: w.astype(reader.fast_dtype), cut.above(params.fast))
     return Context(
-        below=state(cut.init_below(max_length)),
+        below=state(cut.init_parallel(max_length)),
         above=state(cut.init_state(max_length)),
         fast=spread(fast),
         rule_state=spread(learner.rule.init(fast)),
@@ -129,7 +129,7 @@ def whole_chunks(
     at_start: bool,
 ) -> tuple[Chunks, PyTree]:
     """What the upper half of the model reads of N whole chunks, and the lower half's new state."""
-    x_BTD, below = _read_below(reader, weights, context, token_BT, at_start)
+    x_BTD, below = _extend_parallel(reader, weights, context, token_BT, at_start)
     target_BT = jnp.concatenate((token_BT[:, 1:], next_B[:, None]), axis=1)
 
     def by_chunk(x_BT: Array) -> Array:
@@ -166,7 +166,7 @@ def extend(
 ) -> tuple[Context, Array]:
     """Reads T tokens without learning; the hidden states after the last norm, [B, T, D]."""
     cut = reader.learner.cut
-    x_BTD, below = _read_below(reader, weights, context, token_BT, at_start)
+    x_BTD, below = _extend_parallel(reader, weights, context, token_BT, at_start)
     form = _form(token_BT.shape[1], at_start)
 
     def run(fast: PyTree, state: PyTree, x_TD: Array) -> tuple[Array, PyTree]:
@@ -216,13 +216,13 @@ def _form(length: int, at_start: bool) -> str:
     return "dense" if length == 1 else "once"
 
 
-def _read_below(
+def _extend_parallel(
     reader: Reader, weights: Weights, context: Context, token_BT: Array, at_start: bool
 ) -> tuple[Array, PyTree]:
     cut, form = reader.learner.cut, _form(token_BT.shape[1], at_start)
 
     def run(state: PyTree, token_T: Array) -> tuple[Array, PyTree]:
-        return cut.read_below(weights.lower, state, token_T, form)
+        return cut.extend_parallel(weights.lower, state, token_T, form)
 
     run_all = over_sequences(run, in_axes=(STATE_AXES, 0), out_axes=(0, STATE_AXES))
     return run_all(context.below, token_BT)

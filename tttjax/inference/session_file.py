@@ -47,7 +47,7 @@ from tttjax.inference.session_header import (
 )
 from tttjax.io.atomic import atomic_write
 from tttjax.io.paths import local_path
-from tttjax.ttt.layer_norms import fast_layers, norms_above
+from tttjax.ttt.layer_norms import fast_layers, sequential_norms
 from tttjax.types import Array, Params, PyTree
 
 SAMPLE = 4096  # entries of each weight that the fingerprint is over
@@ -205,7 +205,7 @@ HALVES = ("below", "above")
 def _kinds(engine: Engine) -> dict[str, list[str]]:
     """How the arrays of both halves' states grow, in the order of their leaves."""
     cut = engine.reader.learner.cut
-    kinds = {"below": cut.keeps_below(), "above": cut.keeps()}
+    kinds = {"below": cut.parallel_kinds(), "above": cut.keeps()}
     return {half: jax.tree.leaves(kinds[half]) for half in HALVES}
 
 
@@ -300,7 +300,7 @@ def _layers(engine: Engine, fast: PyTree, start: PyTree) -> dict[str, list[float
     if not names:
         return {}
     moved = jax.tree.map(lambda a, b: (a - b)[0], fast, start)
-    sizes = [norms_above(cut, tree) for tree in (moved, jax.tree.map(lambda w: w[0], start))]
+    sizes = [sequential_norms(cut, tree) for tree in (moved, jax.tree.map(lambda w: w[0], start))]
     rows = np.stack(sizes, axis=1).tolist()
     return {name: [float(f"{x:.7g}") for x in row] for name, row in zip(names, rows, strict=True)}
 

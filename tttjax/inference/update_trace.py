@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tttjax.inference.engine import Engine
 from tttjax.inference.prefill import Context, Reader, Weights, learn_from, whole_chunks
 from tttjax.ttt.chunk import Chunks, batch_loss
-from tttjax.ttt.layer_norms import norms_above
+from tttjax.ttt.layer_norms import sequential_norms
 from tttjax.types import Array, PyTree
 
 
@@ -48,7 +48,7 @@ def observe_chunks(
     zero = jax.tree.map(lambda w: w[0], fast_start)
     chunks, below = whole_chunks(reader, weights, context, token_BT, next_B, counted_BT, at_start)
 
-    by_layer = partial(norms_above, learner.cut)
+    by_layer = partial(sequential_norms, learner.cut)
 
     def moved(fast: PyTree) -> Array:
         return by_layer(jax.tree.map(jnp.subtract, fast, zero))
@@ -69,7 +69,7 @@ def observe_chunks(
 def start_norms(engine: Engine) -> Array:
     """||W0|| by layer, [L]."""
     fast = jax.tree.map(lambda w: w[0], engine.start().learned.fast)
-    return norms_above(engine.reader.learner.cut, fast)
+    return sequential_norms(engine.reader.learner.cut, fast)
 
 
 class ObservingEngine(Engine):

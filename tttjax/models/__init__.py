@@ -2,12 +2,12 @@
 
 from tttjax.models.build import build_model
 from tttjax.models.relayout import fast_mlps, relayout
-from tttjax.models.split_model import Cut
+from tttjax.models.split_model import SplitModel
 from tttjax.models.stacking import combine, partition, path_filter
 from tttjax.models.transformer import Transformer, advance
 
 __all__ = [
-    "Cut",
+    "SplitModel",
     "Transformer",
     "advance",
     "build_model",

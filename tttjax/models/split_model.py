@@ -20,7 +20,7 @@ from tttjax.types import Array, PyTree
 
 MIXING = ("mixer", "pre_conv")  # how the names begin of a block's weights before its MLPs
 ATTENTION_FORMS = ("dense", "once", "twice", "start", "one")
-Halves = tuple[PyTree, PyTree]  # the states of the lower and of the upper half
+PartStates = tuple[PyTree, PyTree]  # the states of the lower and of the upper half
 FIRST = "first"  # the segment of the first row of stage 0, where that is apart from the others
 
 
@@ -34,7 +34,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Cut:
+class SplitModel:
     """The two halves of `model` as pure functions, and the layout of weights for the upper one.
 
     In that layout the blocks' weights lie by segment: `above(tree)["suffix"][segment][block]`.
@@ -43,7 +43,7 @@ class Cut:
     model: Transformer
 
     @cached_property
-    def lifts_mixers(self) -> bool:
+    def first_mixers_are_parallel(self) -> bool:
         """Whether the mixers of the first suffix block run below."""
         first = "suffix/stage0/block0/"
         if first.rstrip("/") not in self.model.stacks or not self._first_block.keeps():
@@ -66,9 +66,9 @@ class Cut:
             for form in ATTENTION_FORMS
         }
 
-    def _lifted(self, form: str) -> dict[str, Stack]:
+    def _first_mixers(self, form: str) -> dict[str, Stack]:
         """The first suffix block without its MLPs, if its mixers run below."""
-        if not self.lifts_mixers:
+        if not self.first_mixers_are_parallel:
             return {}
         kind = self.model.stages["suffix"][0].kinds[0]
         without_mlp = dataclasses.replace(self._shape(form), mlp_dim=0)
@@ -92,7 +92,7 @@ class Cut:
 
         for i, stage in enumerate(model.stages["suffix"]):
             rows = slice(0, stage.repeats)
-            if i == 0 and self.lifts_mixers:
+            if i == 0 and self.first_mixers_are_parallel:
                 first = {f"block{j}": stack(kind, 1) for j, kind in enumerate(stage.kinds)}
                 only_mlps = dataclasses.replace(shape, pre_conv=False)
                 first["block0"] = stack("none", 1, only_mlps)
@@ -105,7 +105,7 @@ class Cut:
         return found
 
     @property
-    def mixers_above(self) -> frozenset[str]:
+    def sequential_mixers(self) -> frozenset[str]:
         """Kinds of mixers that read chunk by chunk, joined ones taken apart."""
         kinds = {
             str(stack.arguments[0])
@@ -132,9 +132,9 @@ class Cut:
         return {**ends, "suffix": suffix}
 
     def lower(self, slow: PyTree) -> PyTree:
-        """The part of the slow weights that `below` and `read_below` read."""
+        """The part of the slow weights that `below` and `extend_parallel` read."""
         kept = {name: w for name, w in slow.items() if name in ("embedding", "prefix")}
-        if self.lifts_mixers:
+        if self.first_mixers_are_parallel:
             first = slow["suffix"]["stage0"]["block0"]
             kept["suffix"] = {"stage0": {"block0": _first_row_of_mixers(first)}}
         return kept
@@ -156,20 +156,20 @@ class Cut:
 
     def below(self, slow: PyTree, token_T: Array) -> Array:
         """What enters the upper half, for all tokens of a sequence at once, [T, D]."""
-        return self._run_below(slow, None, token_T, "dense", self.model.remat)[0]
+        return self._run_parallel(slow, None, token_T, "dense", self.model.remat)[0]
 
-    def read_below(
+    def extend_parallel(
         self, slow: PyTree, state: PyTree, token_T: Array, form: str = "dense"
     ) -> tuple[Array, PyTree]:
         """`below` for T further tokens of a sequence, and the new state.
 
-        state: of `init_below`. form: of attention; "start" where nothing has been read yet.
+        state: of `init_parallel`. form: of attention; "start" where nothing has been read yet.
         """
-        x_TD, blocks = self._run_below(slow, state, token_T, form, remat=False)
+        x_TD, blocks = self._run_parallel(slow, state, token_T, form, remat=False)
         return x_TD, advance({**state, "blocks": blocks}, token_T.shape[0])
 
-    def _run_below(self, slow, state: PyTree | None, token_T, form: str, remat: bool):
-        model, lifted = self._models[form], self._lifted(form)
+    def _run_parallel(self, slow, state: PyTree | None, token_T, form: str, remat: bool):
+        model, lifted = self._models[form], self._first_mixers(form)
         x_TD = model.embed(slow, token_T)
         x_TD, after = model.run_part("prefix", slow, state, x_TD, remat=remat)
         blocks = after and dict(after["blocks"])
@@ -184,11 +184,11 @@ class Cut:
             blocks = blocks and {**blocks, "lifted": now}
         return x_TD, blocks
 
-    def init_below(self, max_length: int) -> PyTree:
+    def init_parallel(self, max_length: int) -> PyTree:
         """The lower half's state of a sequence of which nothing has been read."""
         dtype = self.model.compute_dtype
         blocks = self.model.init_state(max_length, parts=["prefix"])["blocks"]
-        lifted = self._lifted("dense").items()
+        lifted = self._first_mixers("dense").items()
         blocks["lifted"] = {k: empty_state(stack, max_length, dtype) for k, stack in lifted}
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
@@ -205,14 +205,16 @@ class Cut:
 
     def keeps(self) -> PyTree:
         """How each array of the state grows (`Block.keeps`), in the structure of its `blocks`."""
-        return _kinds(self._stacks_above, jax.eval_shape(lambda: self.init_state(1))["blocks"])
+        return _kinds(self._sequential_stacks, jax.eval_shape(lambda: self.init_state(1))["blocks"])
 
-    def keeps_below(self) -> PyTree:
+    def parallel_kinds(self) -> PyTree:
         """The same for the lower half."""
-        return _kinds(self._stacks_below, jax.eval_shape(lambda: self.init_below(1))["blocks"])
+        return _kinds(
+            self._parallel_stacks, jax.eval_shape(lambda: self.init_parallel(1))["blocks"]
+        )
 
     @cached_property
-    def _stacks_below(self) -> PyTree:
+    def _parallel_stacks(self) -> PyTree:
         """The lower half's stacks, in the structure of its state."""
         stages = {
             f"stage{i}": {
@@ -221,10 +223,10 @@ class Cut:
             }
             for i, stage in enumerate(self.model.stages["prefix"])
         }
-        return {"prefix": stages, "lifted": self._lifted("dense")}
+        return {"prefix": stages, "lifted": self._first_mixers("dense")}
 
     @cached_property
-    def _stacks_above(self) -> PyTree:
+    def _sequential_stacks(self) -> PyTree:
         return {name: segment.stacks for name, segment in self.segments.items()}
 
     def run(
@@ -249,7 +251,7 @@ class Cut:
 
     # --- writing, a token at a time -------------------------------------------------------------
 
-    def opened(self, past: Halves, now: Halves, pending: Array, room: int) -> Halves:
+    def opened(self, past: PartStates, now: PartStates, pending: Array, room: int) -> PartStates:
         """The states of both halves for writing up to `room` tokens after `past`.
 
         now: `past` after `pending` more tokens.
@@ -262,7 +264,7 @@ class Cut:
 
         return self._both(half, past, now)
 
-    def closed(self, past: Halves, states: Halves, pending: Array) -> Halves:
+    def closed(self, past: PartStates, states: PartStates, pending: Array) -> PartStates:
         """The states for reading on, from those for writing, `pending` tokens after `past`."""
 
         def half(stacks: PyTree, past: PyTree, state: PyTree) -> PyTree:
@@ -271,19 +273,19 @@ class Cut:
 
         return self._both(half, past, states)
 
-    def read_one(
-        self, lower: PyTree, upper: PyTree, states: Halves, token: Array
-    ) -> tuple[Array, Halves]:
+    def decode_one(
+        self, lower: PyTree, upper: PyTree, states: PartStates, token: Array
+    ) -> tuple[Array, PartStates]:
         """(what the last block gives for one token [D], what is to be `committed` for it).
 
         lower, upper: the halves' weights, the upper one's of slow and fast together.
         """
-        x_1D, below = self.read_below(lower, states[0], token[None], "one")
+        x_1D, below = self.extend_parallel(lower, states[0], token[None], "one")
         x_1D, above = self.run(upper, states[1], x_1D, "one")
         return x_1D[0], (below, above)
 
-    def committed(self, states: Halves, new: Halves) -> Halves:
-        """The states of R sequences for writing, after `read_one` of each.
+    def committed(self, states: PartStates, new: PartStates) -> PartStates:
+        """The states of R sequences for writing, after `decode_one` of each.
 
         Positions are [R], what blocks keep is [L, R, ...], with L layers of a stack.
         """
@@ -295,9 +297,9 @@ class Cut:
 
         return self._both(half, states, new)
 
-    def _both(self, half: Callable[..., PyTree], *states: Halves) -> Halves:
+    def _both(self, half: Callable[..., PyTree], *states: PartStates) -> PartStates:
         below, above = zip(*states, strict=True)
-        return half(self._stacks_below, *below), half(self._stacks_above, *above)
+        return half(self._parallel_stacks, *below), half(self._sequential_stacks, *above)
 
 
 def _of_blocks(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.models import Cut, build_model
+from tttjax.models import SplitModel, build_model
 from tttjax.models.block import attention_masks
 from tttjax.ops.attention.library import KERNELS, why_not, why_not_here
 from tttjax.ops.window_attention import window_attention_why_not
@@ -71,7 +71,7 @@ def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
     model = build_model(config.model, config.inner)
     if config.inner.form != "fast" or not learns(model, config.inner.meta_gradient):
         return {}
-    kinds = Cut(model).mixers_above
+    kinds = SplitModel(model).sequential_mixers
     shape, chunk = model.shape, config.inner.chunk_size
     found = {}
     for kind, attention_mask in attention_masks(shape).items():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tttjax.models import Cut, combine
+from tttjax.models import SplitModel, combine
 from tttjax.ops.cross_entropy.nll import (
     blocked_nll_twice,
     blocked_nll_with_slope,
@@ -34,7 +34,7 @@ class Learner(NamedTuple):
     logit_rows: rows of logits in memory at a time.
     """
 
-    cut: Cut
+    cut: SplitModel
     rule: optax.GradientTransformation
     logit_rows: int
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.models import Cut
+from tttjax.models import SplitModel
 from tttjax.types import Array, PyTree
 
 ROWS = 2  # the axis of a buffer along which tokens lie: [B, blocks, rows, ...]
@@ -29,7 +29,7 @@ class Past(NamedTuple):
 class History:
     """How the leaves of the upper half's state are kept, and views of them. Holds no arrays."""
 
-    def __init__(self, cut: Cut, chunks: int, chunk_size: int, batch: int):
+    def __init__(self, cut: SplitModel, chunks: int, chunk_size: int, batch: int):
         shapes = jax.eval_shape(lambda: cut.init_state(chunks * chunk_size))["blocks"]
         self.leaves, self.tree = jax.tree.flatten(shapes)
         self.kinds = tuple(jax.tree.leaves(cut.keeps()))
@@ -54,7 +54,7 @@ class History:
         )
 
     def state(self, past: Past, i: Array) -> PyTree:
-        """The state before chunk i, as `Cut.run` takes it."""
+        """The state before chunk i, as `SplitModel.run` takes it."""
         first = i * self.chunk_size
 
         def view(kind, leaf, kept, carried):

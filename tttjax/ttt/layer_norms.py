@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tttjax.models import Cut, Transformer
+from tttjax.models import SplitModel, Transformer
 from tttjax.types import Array, PyTree
 
 
@@ -28,7 +28,7 @@ def fast_layers(model: Transformer) -> dict[str, tuple[str, int | None]]:
 def squares(tree: PyTree) -> PyTree:
     """Sums of squares of fast weights: of each row of the blocks' stacks, and of all else whole.
 
-    In float32 at least; of a tree laid out as `Params.fast` or as `Cut.above`.
+    In float32 at least; of a tree laid out as `Params.fast` or as `SplitModel.above`.
     """
 
     def of_leaf(path, leaf: Array) -> Array:
@@ -56,6 +56,6 @@ def norms(model: Transformer, square: PyTree) -> Array:
     return jnp.sqrt(jnp.where(square_L == 0, 1.0, square_L)) * (square_L != 0)
 
 
-def norms_above(cut: Cut, tree: PyTree) -> Array:
-    """`norms` of a tree as `Cut.above` lays it out."""
+def sequential_norms(cut: SplitModel, tree: PyTree) -> Array:
+    """`norms` of a tree as `SplitModel.above` lays it out."""
     return norms(cut.model, cut.join(squares(tree)))

@@ -67,7 +67,7 @@ class _Saved(NamedTuple):
 def make_loop(loop: Loop) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Records, PyTree]]:
     """read(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
-    slow, fast: by segment (`Cut.above`), without a batch; fast in the dtype that it keeps. The
+    slow, fast: by segment (`SplitModel.above`), without a batch; fast in the dtype that it keeps. The
     derivative is exact in slow, fast, x and lr, by the losses, the NLL and the last fast weights.
     `grad_norm_NB` has none.
     """

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tttjax.models import Cut, Transformer, advance, combine
+from tttjax.models import SplitModel, Transformer, advance, combine
 from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt import inner_loop
@@ -171,7 +171,7 @@ def read_learning_fast(
     model: Transformer, inner: InnerLoop, params: Params, batch: Batch, lr: Array | float
 ) -> Reading:
     """`read_learning` of B sequences, [B, ...], with the fast form of the gradient."""
-    cut = Cut(model)
+    cut = SplitModel(model)
     loop = Loop(Learner(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
     start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
     x_BTD = over_sequences(partial(cut.below, params.slow))(batch.inputs)
