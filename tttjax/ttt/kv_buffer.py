@@ -16,7 +16,7 @@ from tttjax.types import Array, PyTree
 ROWS = 2  # the axis of a buffer along which tokens lie: [B, blocks, rows, ...]
 
 
-class Past(NamedTuple):
+class BufferState(NamedTuple):
     """Leaves of the state in order: `kept` by place (windows, whole pasts), `carried` otherwise.
 
     A leaf that belongs to the other list is None.
@@ -26,7 +26,7 @@ class Past(NamedTuple):
     carried: tuple[Array | None, ...]
 
 
-class History:
+class KVBuffer:
     """How the leaves of the upper half's state are kept, and views of them. Holds no arrays."""
 
     def __init__(self, cut: SplitModel, chunks: int, chunk_size: int, batch: int):
@@ -35,7 +35,7 @@ class History:
         self.kinds = tuple(jax.tree.leaves(cut.keeps()))
         self.chunks, self.chunk_size, self.batch = chunks, chunk_size, batch
 
-    def start(self) -> Past:
+    def start(self) -> BufferState:
         """Nothing has been read: zeros."""
 
         def zeros(leaf, kind):
@@ -46,14 +46,14 @@ class History:
 
         return self._divide(list(map(zeros, self.leaves, self.kinds)))
 
-    def _divide(self, leaves) -> Past:
+    def _divide(self, leaves) -> BufferState:
         is_carried = [kind == "carried" for kind in self.kinds]
-        return Past(
+        return BufferState(
             tuple(None if c else x for x, c in zip(leaves, is_carried, strict=True)),
             tuple(x if c else None for x, c in zip(leaves, is_carried, strict=True)),
         )
 
-    def state(self, past: Past, i: Array) -> PyTree:
+    def state(self, past: BufferState, i: Array) -> PyTree:
         """The state before chunk i, as `SplitModel.run` takes it."""
         first = i * self.chunk_size
 
@@ -66,7 +66,7 @@ class History:
         blocks = jax.tree.unflatten(self.tree, views)
         return {"position": first.astype(jnp.int32), "blocks": blocks}
 
-    def write(self, past: Past, state: PyTree, i: Array) -> Past:
+    def write(self, past: BufferState, state: PyTree, i: Array) -> BufferState:
         """`past` with what chunk i added; state: that after the chunk."""
 
         def one(kind, leaf, kept, new):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from tttjax.ops.cross_entropy.nll import Slope
 from tttjax.ttt.chunk import Chunks, Learner, Records, batch_loss, learn, loss_and_gradient
-from tttjax.ttt.kv_buffer import History, Past
+from tttjax.ttt.kv_buffer import BufferState, KVBuffer
 from tttjax.types import Array, PyTree
 
 
@@ -44,7 +44,7 @@ class Loop(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """What a chunk is read with, beside its inputs and what `History` keeps."""
+    """What a chunk is read with, beside its inputs and what `KVBuffer` keeps."""
 
     fast: PyTree  # W_{i-1}
     rule_state: PyTree
@@ -52,7 +52,7 @@ class _Start(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs of a chunk, beside its inputs and what `History` keeps."""
+    """What the backward pass needs of a chunk, beside its inputs and what `KVBuffer` keeps."""
 
     fast: PyTree  # W_{i-1}; None if it is rewound
     rule_state: PyTree
@@ -85,9 +85,9 @@ def make_loop(loop: Loop) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Rec
     return read
 
 
-def _history(loop: Loop, chunks: Chunks) -> History:
+def _history(loop: Loop, chunks: Chunks) -> KVBuffer:
     number, batch, size = chunks.target_NBC.shape
-    return History(loop.learner.cut, number, size, batch)
+    return KVBuffer(loop.learner.cut, number, size, batch)
 
 
 def _exact_from(loop: Loop, chunks: int) -> int:
@@ -114,11 +114,11 @@ def _joined(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _read(loop: Loop, history: History, slow, lr, start: _Start, kept, row):
+def _read(loop: Loop, history: KVBuffer, slow, lr, start: _Start, kept, row):
     """One chunk: (its records, what to save of it, fast, rule state, the model's state after)."""
     i, chunk = row
     fast, rule_state, carried = start
-    state = history.state(Past(kept, carried), i)
+    state = history.state(BufferState(kept, carried), i)
     (loss_B, (state, nll_BC, slope)), g = loss_and_gradient(loop.learner, slow, fast, state, chunk)
     new_fast, new_rule_state, norm_B = learn(loop.learner, fast, rule_state, g, chunk, lr)
     stored = fast if loop.trajectory == "store" else None
@@ -157,7 +157,7 @@ def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
     return (records, fast_end), (saved, past.kept)
 
 
-def _read_again(loop: Loop, history: History, slow, lr, start: _Start, kept, rows):
+def _read_again(loop: Loop, history: KVBuffer, slow, lr, start: _Start, kept, rows):
     """(fast weights after a segment, what the backward pass needs of its chunks [n, ...])."""
 
     def step(start, row):
@@ -173,7 +173,7 @@ class _Cotangents(NamedTuple):
 
     fast: PyTree
     rule_state: list[Array]  # of its `_numbers`
-    past: list[Array]  # as `History.zero_cotangent`
+    past: list[Array]  # as `KVBuffer.zero_cotangent`
     slow: PyTree
     lr: Array
 
@@ -188,7 +188,7 @@ def _backward(loop: Loop, residuals, cotangents):
         fast, bar = carry
         i, chunk, records_bar_i, saved = row
         fast, bar, v = _through_update(loop, fast, bar, saved, chunk, lr, is_exact)
-        state = history.state(Past(kept, saved.carried), i)
+        state = history.state(BufferState(kept, saved.carried), i)
 
         outer = records_bar_i, bar.past, v
         slow_bar, fast_bar, blocks_bar, x_bar = _share(
@@ -249,7 +249,7 @@ def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
     return carry, jnp.concatenate(parts)
 
 
-def _share(loop: Loop, history: History, slow, fast, state, chunk: Chunks, slope, outer):
+def _share(loop: Loop, history: KVBuffer, slow, fast, state, chunk: Chunks, slope, outer):
     """The gradient of S, a chunk's share, in (slow, fast, the state's blocks, x).
 
     outer: the cotangents of its records and of the past after it, and v (None: the update is a
