@@ -42,7 +42,7 @@ from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import Learning, RunSpec, run_of_params
 from tttjax.training import checkpoints
-from tttjax.ttt.outer_loss import make_inner_loop, make_reader
+from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 from tttjax.types import Batch
 
 WINDOW, CHUNK, LONGEST = 16, 8, 64
@@ -117,7 +117,7 @@ def series_of(comparison, label):
 def nll_by_hand(config, params, data, length, learn):
     """[(document, NLL of the counted targets)] of every stretch, read alone."""
     model, inner = build_model(config.model, config.inner), make_inner_loop(config.inner)
-    read = jax.jit(make_reader(model, inner, learn=learn), static_argnums=2)
+    read = jax.jit(make_forward(model, inner, learn=learn), static_argnums=2)
     held_out = eval_sequences(data, length=LONGEST, num=9, seed=config.eval.seed)
     found = []
     for tokens, document in zip(held_out.tokens, held_out.document, strict=True):

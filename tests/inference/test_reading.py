@@ -13,14 +13,14 @@ from tttjax.inference.prefill import (
     divide,
     extend,
     logits,
-    make_reader,
+    make_forward,
     prefill,
     read_chunks,
     start,
 )
 from tttjax.models import build_model
+from tttjax.ttt.outer_loss import make_forward as make_training_reader
 from tttjax.ttt.outer_loss import make_inner_loop
-from tttjax.ttt.outer_loss import make_reader as make_training_reader
 from tttjax.types import Batch
 
 LENGTH = 16
@@ -41,7 +41,7 @@ def setting(sections: dict, learn: bool = True):
     config = small_config(**sections)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr, learn=learn)
+    reader = make_forward(model, make_inner_loop(config.inner), config.inner.lr, learn=learn)
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH + 1))
     return config, model, params, reader, divide(reader, params), token
 

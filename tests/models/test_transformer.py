@@ -12,7 +12,7 @@ from small import random_batch, shaken, small_config, worst
 
 from tttjax.errors import UserError
 from tttjax.models import build_model, combine, path_filter, relayout
-from tttjax.ttt.outer_loss import make_inner_loop, make_reader
+from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = pytest.mark.usefixtures("x64")
 PATTERNS = {
@@ -116,7 +116,7 @@ def test_full_attention_in_the_suffix_sees_the_whole_past():
     config = small_config(model={"mixers": ("full",), "suffix_layers": 2})
     model = build_model(config.model, config.inner)
     params = model.init(jax.random.key(0))
-    read = jax.jit(make_reader(model, make_inner_loop(config.inner), learn=True))
+    read = jax.jit(make_forward(model, make_inner_loop(config.inner), learn=True))
     batch = random_batch(config)
     inputs = batch.inputs.copy()
     inputs[:, 0] = (inputs[:, 0] + 1) % 11
@@ -202,7 +202,7 @@ def test_under_bfloat16_losses_and_fast_weights_are_float32():
     model = build_model(config.model, config.inner)
     params, batch = model.init(jax.random.key(0)), random_batch(config)
     inner = make_inner_loop(config.inner)
-    reading = jax.jit(make_reader(model, inner, learn=True))(params, batch, 1.0)
+    reading = jax.jit(make_forward(model, inner, learn=True))(params, batch, 1.0)
     assert {x.dtype for x in jax.tree.leaves(reading.fast)} == {jnp.dtype("float32")}
     assert reading.token_nll_T.dtype == reading.chunk_loss_N.dtype == jnp.float32
     nll = np.asarray(reading.token_nll_T)

@@ -6,7 +6,7 @@ import pytest
 from small import random_batch, shaken, small_config
 
 from tttjax.models import build_model
-from tttjax.ttt.outer_loss import make_inner_loop, make_reader
+from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = pytest.mark.usefixtures("x64")
 CHUNK, LENGTH = 4, 12
@@ -18,7 +18,7 @@ def read(x64):
     config = small_config(model={"num_layers": 3, "suffix_layers": 2})
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = jax.jit(make_reader(model, make_inner_loop(config.inner), learn=True))
+    reader = jax.jit(make_forward(model, make_inner_loop(config.inner), learn=True))
     return lambda batch, lr: reader(params, batch, lr)
 
 

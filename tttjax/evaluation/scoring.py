@@ -21,7 +21,7 @@ from tttjax.parallel.mesh import (
     spec,
 )
 from tttjax.runs.run import Way
-from tttjax.ttt.outer_loss import InnerLoop, make_reader
+from tttjax.ttt.outer_loss import InnerLoop, make_forward
 from tttjax.types import Array, Batch, Params
 
 
@@ -43,7 +43,7 @@ def make_scorer(way: Way) -> Callable[[Params, Batch, float], Array]:
 def _scorer(
     model: Transformer, inner: InnerLoop, learn: bool, mesh: Mesh
 ) -> Callable[[Params, Batch, float], Array]:
-    read = make_reader(model, inner, learn=learn)
+    read = make_forward(model, inner, learn=learn)
     specs = param_specs(mesh, model.axes())
 
     def of_batch(params: Params, batch: Batch, lr: Array) -> Array:

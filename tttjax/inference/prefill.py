@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from tttjax.models import SplitModel, Transformer, combine
 from tttjax.parallel.batching import over_sequences
-from tttjax.ttt.chunk import STATE_AXES, Chunks, Learner, Records, learn, loss_and_gradient
+from tttjax.ttt.chunk import STATE_AXES, ChunkModel, Chunks, Records, learn, loss_and_gradient
 from tttjax.ttt.outer_loss import LOGIT_ROWS, InnerLoop, split_chunks
 from tttjax.types import Array, Params, PyTree
 
@@ -27,7 +27,7 @@ class Reader(NamedTuple):
     clip: the norm to which the rule clips gradients (0: it does not).
     """
 
-    learner: Learner
+    learner: ChunkModel
     chunk_size: int
     lr: float
     fast_dtype: jnp.dtype
@@ -58,7 +58,7 @@ def make_reader(model: Transformer, inner: InnerLoop, lr: float, *, learn: bool 
     """A reader with a configuration's inner loop; a model without fast weights does not learn."""
     learns = learn and bool(model.fast_paths)
     return Reader(
-        Learner(SplitModel(model), inner.rule, LOGIT_ROWS),
+        ChunkModel(SplitModel(model), inner.rule, LOGIT_ROWS),
         inner.chunk_size if learns else 0,
         lr,
         inner.fast_dtype,

@@ -36,8 +36,8 @@ from tttjax.parallel.mesh import (
 from tttjax.training.optimizer import make_optimizer, make_schedule
 from tttjax.ttt.layer_norms import fast_layers
 from tttjax.ttt.outer_loss import (
+    ForwardOutput,
     InnerLoop,
-    Reading,
     inner_lr,
     learns,
     make_inner_loop,
@@ -104,7 +104,7 @@ def make_gradient(
     specs = param_specs(mesh, model.axes())
     axes = batch_axes(mesh)
 
-    def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, Reading]:
+    def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, ForwardOutput]:
         late = gathered_late(learn)
         slow = {
             part: w if part in late else all_gather_params(w) for part, w in params.slow.items()
@@ -162,7 +162,7 @@ def _in_parts(of_part: Callable, parts: int) -> Callable:
 
 
 def _reading_metrics(
-    model: Transformer, inner: InnerLoop, reading: Reading, learn: bool
+    model: Transformer, inner: InnerLoop, reading: ForwardOutput, learn: bool
 ) -> Metrics:
     """What reading a batch showed, as means over its sequences."""
     metrics = {

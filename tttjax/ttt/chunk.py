@@ -28,7 +28,7 @@ LOGIT_COLUMNS = 2**14  # of the vocabulary at a time, where it is not divided am
 STATE_AXES = {"position": None, "blocks": 0}  # sequences that are read together stand together
 
 
-class Learner(NamedTuple):
+class ChunkModel(NamedTuple):
     """Who reads: a model in two halves, and the rule by which its fast weights change.
 
     logit_rows: rows of logits in memory at a time.
@@ -55,7 +55,7 @@ class Records(NamedTuple):
     grad_norm_NB: Array
 
 
-def batch_loss(learner: Learner, slow, fast, state, chunk: Chunks, form: str, slope=None):
+def batch_loss(learner: ChunkModel, slow, fast, state, chunk: Chunks, form: str, slope=None):
     """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
 
     form: "once" for jax.grad alone, "twice" for jax.grad of jax.jvp. slope: what an earlier call
@@ -97,7 +97,7 @@ def _columns(vocab: int) -> int | None:
     return -(-vocab // -(-vocab // LOGIT_COLUMNS))
 
 
-def loss_and_gradient(learner: Learner, slow, fast, state, chunk: Chunks):
+def loss_and_gradient(learner: ChunkModel, slow, fast, state, chunk: Chunks):
     """(what `batch_loss` gives, the gradient of each sequence's own loss [B, ...])."""
 
     def total(fast):
@@ -108,7 +108,7 @@ def loss_and_gradient(learner: Learner, slow, fast, state, chunk: Chunks):
     return out, g
 
 
-def learn(learner: Learner, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False):
+def learn(learner: ChunkModel, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False):
     """`inner_loop.update` of B sequences: (fast, rule_state, norm of g [B])."""
 
     def one(fast, rule_state, g, mask_C):

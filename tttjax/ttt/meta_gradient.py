@@ -1,4 +1,4 @@
-"""The fast form of reading with learning: the numbers of `meta.read_learning`, its own derivative.
+"""The fast form of reading with learning: the numbers of `meta.forward_ttt`, its own derivative.
 
 What is below the lowest fast weight runs once over the sequence, with ordinary reverse mode. The
 loop above it carries a derivative of its own, for a whole batch of sequences. Forwards, per chunk,
@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.ops.cross_entropy.nll import Slope
-from tttjax.ttt.chunk import Chunks, Learner, Records, batch_loss, learn, loss_and_gradient
+from tttjax.ttt.chunk import ChunkModel, Chunks, Records, batch_loss, learn, loss_and_gradient
 from tttjax.ttt.kv_buffer import BufferState, KVBuffer
 from tttjax.types import Array, PyTree
 
 
-class Loop(NamedTuple):
+class LoopConfig(NamedTuple):
     """The choices of the loop, as values.
 
     exact_chunks: as of `inner_loop.adapt`. trajectory: how the backward pass comes by W_{i-1}.
@@ -38,7 +38,7 @@ class Loop(NamedTuple):
     "recompute": the gradients are made again, segment by segment, from the weights at its start.
     """
 
-    learner: Learner
+    learner: ChunkModel
     exact_chunks: int | None
     trajectory: str
 
@@ -64,7 +64,9 @@ class _Saved(NamedTuple):
 # --- the loop ---------------------------------------------------------------------------------
 
 
-def make_loop(loop: Loop) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Records, PyTree]]:
+def make_loop(
+    loop: LoopConfig,
+) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Records, PyTree]]:
     """read(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
     slow, fast: by segment (`SplitModel.above`), without a batch; fast in the dtype that it keeps. The
@@ -85,17 +87,17 @@ def make_loop(loop: Loop) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Rec
     return read
 
 
-def _history(loop: Loop, chunks: Chunks) -> KVBuffer:
+def _history(loop: LoopConfig, chunks: Chunks) -> KVBuffer:
     number, batch, size = chunks.target_NBC.shape
     return KVBuffer(loop.learner.cut, number, size, batch)
 
 
-def _exact_from(loop: Loop, chunks: int) -> int:
+def _exact_from(loop: LoopConfig, chunks: int) -> int:
     """The first chunk whose update the derivative goes through."""
     return 0 if loop.exact_chunks is None else max(chunks - loop.exact_chunks, 0)
 
 
-def _segment(loop: Loop, chunks: int) -> int:
+def _segment(loop: LoopConfig, chunks: int) -> int:
     """Chunks from one kept start to the next, so that starts and segments together are few.
 
     A divisor, also of the part of the sequence whose updates are constants.
@@ -114,7 +116,7 @@ def _joined(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _read(loop: Loop, history: KVBuffer, slow, lr, start: _Start, kept, row):
+def _read(loop: LoopConfig, history: KVBuffer, slow, lr, start: _Start, kept, row):
     """One chunk: (its records, what to save of it, fast, rule state, the model's state after)."""
     i, chunk = row
     fast, rule_state, carried = start
@@ -126,7 +128,7 @@ def _read(loop: Loop, history: KVBuffer, slow, lr, start: _Start, kept, row):
     return Records(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
 
 
-def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
+def _forward(loop: LoopConfig, slow, fast, chunks: Chunks, lr):
     """((records, fast_end), what the backward pass needs: (saved, kept past)).
 
     saved: _Saved [N, ...], or with "recompute" the _Start of every segment.
@@ -157,7 +159,7 @@ def _forward(loop: Loop, slow, fast, chunks: Chunks, lr):
     return (records, fast_end), (saved, past.kept)
 
 
-def _read_again(loop: Loop, history: KVBuffer, slow, lr, start: _Start, kept, rows):
+def _read_again(loop: LoopConfig, history: KVBuffer, slow, lr, start: _Start, kept, rows):
     """(fast weights after a segment, what the backward pass needs of its chunks [n, ...])."""
 
     def step(start, row):
@@ -178,7 +180,7 @@ class _Cotangents(NamedTuple):
     lr: Array
 
 
-def _backward(loop: Loop, residuals, cotangents):
+def _backward(loop: LoopConfig, residuals, cotangents):
     slow, fast_end, chunks, lr, saved, kept = residuals
     records_bar, fast_bar = cotangents
     history = _history(loop, chunks)
@@ -249,7 +251,7 @@ def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
     return carry, jnp.concatenate(parts)
 
 
-def _share(loop: Loop, history: KVBuffer, slow, fast, state, chunk: Chunks, slope, outer):
+def _share(loop: LoopConfig, history: KVBuffer, slow, fast, state, chunk: Chunks, slope, outer):
     """The gradient of S, a chunk's share, in (slow, fast, the state's blocks, x).
 
     outer: the cotangents of its records and of the past after it, and v (None: the update is a
@@ -278,7 +280,7 @@ def _share(loop: Loop, history: KVBuffer, slow, fast, state, chunk: Chunks, slop
     return jax.grad(total, argnums=(0, 1, 2, 3))(slow, fast, state["blocks"], chunk.x_NBCD)
 
 
-def _through_update(loop: Loop, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):
+def _through_update(loop: LoopConfig, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):
     """(W_{i-1}, the cotangents before the update, the part of them that meets g_i: v or None)."""
     leaves, tree = jax.tree.flatten(saved.rule_state)
 

@@ -21,16 +21,16 @@ from tttjax.models import SplitModel, Transformer, advance, combine
 from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt import inner_loop
-from tttjax.ttt.chunk import Chunks, Learner
+from tttjax.ttt.chunk import ChunkModel, Chunks
 from tttjax.ttt.layer_norms import norms, squares
-from tttjax.ttt.meta_gradient import Loop, make_loop
+from tttjax.ttt.meta_gradient import LoopConfig, make_loop
 from tttjax.ttt.update_rules import global_norm, make_rule
 from tttjax.types import Array, Batch, Params, PyTree
 
 LOGIT_ROWS = 1024  # rows of logits in memory at a time
 
 
-class Reading(NamedTuple):
+class ForwardOutput(NamedTuple):
     """What reading one sequence showed. N chunks, T tokens; [B, ...] of a batch."""
 
     loss: Array  # mean of chunk_loss_N
@@ -99,16 +99,16 @@ def split_chunks(x_T: Array, chunk_size: int) -> Array:
 
 def _reading(
     model: Transformer, chunk_loss_N, nll_T, grad_norm_N, fast: PyTree, fast_start: PyTree
-) -> Reading:
+) -> ForwardOutput:
     moved = jax.tree.map(jnp.subtract, fast, fast_start)
     drift, by_layer = global_norm(moved), norms(model, squares(moved))
     loss = jnp.mean(chunk_loss_N)
-    return Reading(loss, chunk_loss_N, nll_T, grad_norm_N, fast, drift, by_layer)
+    return ForwardOutput(loss, chunk_loss_N, nll_T, grad_norm_N, fast, drift, by_layer)
 
 
-def read_static(
+def forward_static(
     model: Transformer, params: Params, inputs_T: Array, targets_T: Array, mask_T: Array, chunk: int
-) -> Reading:
+) -> ForwardOutput:
     """One sequence read without learning: a single pass over all tokens.
 
     The loss is the mean of the means over chunks of `chunk` tokens, as with learning.
@@ -140,7 +140,7 @@ def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
     return chunk_loss
 
 
-def read_learning(
+def forward_ttt(
     model: Transformer,
     inner: InnerLoop,
     params: Params,
@@ -148,7 +148,7 @@ def read_learning(
     targets_T: Array,
     mask_T: Array,
     lr: Array | float,
-) -> Reading:
+) -> ForwardOutput:
     """One sequence read with learning: the prefix once over all tokens, then chunk by chunk."""
     length = inputs_T.shape[0]
     weights = combine(params.slow, params.fast)
@@ -167,12 +167,12 @@ def read_learning(
     return _reading(model, records.loss, nll_T, records.grad_norm, end.fast, fast)
 
 
-def read_learning_fast(
+def forward_ttt_fast(
     model: Transformer, inner: InnerLoop, params: Params, batch: Batch, lr: Array | float
-) -> Reading:
-    """`read_learning` of B sequences, [B, ...], with the fast form of the gradient."""
+) -> ForwardOutput:
+    """`forward_ttt` of B sequences, [B, ...], with the fast form of the gradient."""
     cut = SplitModel(model)
-    loop = Loop(Learner(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
+    loop = LoopConfig(ChunkModel(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
     start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
     x_BTD = over_sequences(partial(cut.below, params.slow))(batch.inputs)
 
@@ -192,20 +192,22 @@ def read_learning_fast(
     return reading(loss_BN, nll_BT, norm_BN, jax.vmap(cut.join)(fast), start)
 
 
-def make_reader(
+def make_forward(
     model: Transformer, inner: InnerLoop, *, learn: bool
-) -> Callable[[Params, Batch, Array | float], Reading]:
+) -> Callable[[Params, Batch, Array | float], ForwardOutput]:
     """reader(params, batch, inner_lr) -> Reading of every sequence, stacked [B, ...].
 
     learn: False reads without updates (TTT off, and every model without fast weights).
     """
     if learn and inner.form == "fast":
-        return partial(read_learning_fast, model, inner)
+        return partial(forward_ttt_fast, model, inner)
 
-    def read_one(params: Params, one: Batch, lr: Array | float) -> Reading:
+    def read_one(params: Params, one: Batch, lr: Array | float) -> ForwardOutput:
         if not learn:
-            return read_static(model, params, one.inputs, one.targets, one.mask, inner.chunk_size)
-        return read_learning(model, inner, params, one.inputs, one.targets, one.mask, lr)
+            return forward_static(
+                model, params, one.inputs, one.targets, one.mask, inner.chunk_size
+            )
+        return forward_ttt(model, inner, params, one.inputs, one.targets, one.mask, lr)
 
     return over_sequences(read_one, in_axes=(None, 0, None))
 
@@ -217,11 +219,11 @@ def learns(model: Transformer, meta_gradient: str) -> bool:
 
 def make_outer_loss(
     model: Transformer, inner: InnerLoop, *, learn: bool
-) -> Callable[[Params, Batch, Array | float], tuple[Array, Reading]]:
+) -> Callable[[Params, Batch, Array | float], tuple[Array, ForwardOutput]]:
     """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, Reading [B, ...])."""
-    reader = make_reader(model, inner, learn=learn)
+    reader = make_forward(model, inner, learn=learn)
 
-    def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, Reading]:
+    def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, ForwardOutput]:
         chex.assert_rank(batch.inputs, 2)  # [B, T]: without a batch, the sequence would be one
         chex.assert_equal_shape([batch.inputs, batch.targets, batch.mask])
         reading = reader(params, batch, lr)
