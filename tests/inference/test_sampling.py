@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.inference.sampling import Sampling, choose, narrow, penalise, stack
+from tttjax.inference.sampling import Sampling, choose, filter_logits, penalise, stack
 
 P = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
 LOGITS = jnp.log(jnp.asarray(P))[jnp.array([2, 0, 4, 1, 3])]  # 0.15, 0.5, 0.04, 0.25, 0.06
@@ -14,7 +14,7 @@ LOGITS = jnp.log(jnp.asarray(P))[jnp.array([2, 0, 4, 1, 3])]  # 0.15, 0.5, 0.04,
 
 def kept(**wish) -> list[int]:
     (row,) = [jax.tree.map(lambda x: x[0], stack([Sampling(**wish)]))]
-    return np.flatnonzero(np.isfinite(narrow(LOGITS, row))).tolist()
+    return np.flatnonzero(np.isfinite(filter_logits(LOGITS, row))).tolist()
 
 
 @pytest.mark.parametrize(

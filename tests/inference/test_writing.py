@@ -10,7 +10,7 @@ from tests.inference.test_engine import make_engine
 from tests.small import worst
 from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer
 from tttjax.errors import UserError
-from tttjax.inference.generator import Request, Transcript, Writer
+from tttjax.inference.generator import Generator, Request, Transcript
 from tttjax.inference.sampling import Sampling
 
 
@@ -47,10 +47,10 @@ def requests(engine, token, number, **options):
 def test_alone_or_with_others_the_same_is_written():
     engine, token = make_engine("ttt_e2e")
     wanted = requests(engine, token, 3)
-    together = Writer(engine, Letters(), wanted)
+    together = Generator(engine, Letters(), wanted)
     pieces = list(together)
     for r, request in enumerate(wanted):
-        alone = Writer(engine, Letters(), [request])
+        alone = Generator(engine, Letters(), [request])
         mine = [piece for piece in pieces if piece.request == r]
         assert [p.token for p in mine] == [p.token for p in alone]
         assert mine[-1].finished in ("length", "eos")
@@ -69,7 +69,7 @@ def test_what_is_written_need_not_be_learned():
     engine, token = make_engine("ttt_e2e")
     (request,) = requests(engine, token, 1, max_tokens=9)
     for learn in (True, False):
-        writer = Writer(engine, Letters(), [request], learn=learn)
+        writer = Generator(engine, Letters(), [request], learn=learn)
         assert len(list(writer)) == 9
         (session,) = writer.sessions
         assert len(session.pending) == 4
@@ -111,13 +111,13 @@ def test_a_text_goes_on_from_what_was_read(name):
     session, _ = engine.read(engine.start(), token[0, :3])
     for prompt in (token[0, :3], ()):  # given, and known from the session alone
         request = Request(session, max_tokens=3, prompt=prompt)
-        pieces = list(Writer(engine, numbers, [request]))
+        pieces = list(Generator(engine, numbers, [request]))
         assert "".join(p.text for p in pieces) == "".join(f" {p.token}" for p in pieces)
         # A stop string may begin with that blank.
-        (piece,) = Writer(engine, numbers, [replace(request, stop=(" ",))])
+        (piece,) = Generator(engine, numbers, [replace(request, stop=(" ",))])
         assert (piece.text, piece.finished) == ("", "stop")
     session, _ = engine.read(engine.start(), np.zeros(1, np.int32))
-    first = next(iter(Writer(engine, Numbers(), [Request(session, prompt=(0,))])))
+    first = next(iter(Generator(engine, Numbers(), [Request(session, prompt=(0,))])))
     assert first.text == str(first.token)
 
 
@@ -145,7 +145,7 @@ def test_stop_strings_are_found_in_every_script():
 def test_impossible_requests_are_refused():
     engine, token = make_engine("static")
     with pytest.raises(UserError, match="a prompt needs at least one token"):
-        Writer(engine, Letters(), [Request(engine.start())])
+        Generator(engine, Letters(), [Request(engine.start())])
     (request,) = requests(engine, token, 1, max_tokens=0)
     with pytest.raises(UserError, match="max_tokens=0"):
-        Writer(engine, Letters(), [request])
+        Generator(engine, Letters(), [request])

@@ -13,7 +13,7 @@ from tttjax.config import read_config
 from tttjax.data.tokenizers.base import load_tokenizer
 from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from tttjax.errors import UserError
-from tttjax.inference.generator import Request, Writer
+from tttjax.inference.generator import Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.interop.huggingface import import_ as huggingface
 from tttjax.interop.huggingface import tensor_places
@@ -153,7 +153,7 @@ def test_every_end_token_stops_a_generation(folder, tmp_path, without_transforme
     opened = open_model(run)
     session, _ = opened.engine.read(opened.engine.start(), np.array([1, 4]))
     request = Request(session, Sampling(temperature=0), max_tokens=8)
-    (piece,) = Writer(opened.engine, opened.tokenizer, [request])
+    (piece,) = Generator(opened.engine, opened.tokenizer, [request])
     assert (piece.token, piece.finished, piece.text) == (5, "eos", "")
 
     assert main.main(["export", str(run), f"--to={out}", "--own-code"]) == 0

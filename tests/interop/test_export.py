@@ -9,7 +9,7 @@ import pytest
 
 from tttjax.cli.main import main
 from tttjax.errors import UserError
-from tttjax.inference.generator import Request, Writer
+from tttjax.inference.generator import Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.interop.huggingface import export as exporting
 from tttjax.interop.huggingface import names
@@ -134,7 +134,7 @@ def test_greedy_writing_learns_as_it_goes(opened, model):
     ids = tokens(17)
     session, _ = opened.engine.read(opened.engine.start(), ids)
     request = Request(session, Sampling(temperature=0), max_tokens=24)
-    ours = [piece.token for piece in Writer(opened.engine, opened.tokenizer, [request])]
+    ours = [piece.token for piece in Generator(opened.engine, opened.tokenizer, [request])]
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
     batch = torch.from_numpy(ids[None])
     theirs = model.generate(batch, **options)[0, 17:].tolist()

@@ -30,7 +30,7 @@ from tttjax.cli.model_arguments import add_model_arguments, open_from
 from tttjax.data.streams import check_unicode, clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.inference.engine import Session
-from tttjax.inference.generator import Request, Writer, WrittenToken
+from tttjax.inference.generator import GeneratedToken, Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.session_file import (
     PRECISIONS,
@@ -212,8 +212,8 @@ def _write(
         Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
         for i in range(args.samples)
     ]
-    writer = Writer(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
-    pieces: list[list[WrittenToken]] = [[] for _ in requests]
+    writer = Generator(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
+    pieces: list[list[GeneratedToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
     on_terminal = streams and sys.stdout.isatty()
     with progress.doing("writing (programs are compiled at their first use)"):

@@ -22,7 +22,7 @@ from tttjax.config.limits import INT_MAX, read_number
 from tttjax.data.streams import check_unicode
 from tttjax.errors import UserError, install_extra
 from tttjax.inference.engine import Engine
-from tttjax.inference.generator import Request, Writer
+from tttjax.inference.generator import Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, Scorer, score_together
 from tttjax.inference.session import Session
@@ -228,7 +228,7 @@ class TTTJaxLM(TemplateLM):
                     Request(session, prompt=context, seed=seeds[i], **wishes[i])
                     for i, session, context in zip(places, sessions, part, strict=True)
                 ]
-                writer = Writer(self._engine, self._opened.tokenizer, asked, learn=self._learn)
+                writer = Generator(self._engine, self._opened.tokenizer, asked, learn=self._learn)
                 for piece in writer:
                     answers[places[piece.request]] += piece.text
                 for i in places:

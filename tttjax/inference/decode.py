@@ -18,7 +18,7 @@ from tttjax.types import Array, PyTree
 HALF_AXES = {"position": 0, "blocks": 1}
 
 
-class Writing(NamedTuple):
+class DecodeState(NamedTuple):
     """Contexts that are open for writing: of one sequence, or of R with another axis (`axes`)."""
 
     below: PyTree
@@ -26,22 +26,24 @@ class Writing(NamedTuple):
     fast: PyTree
 
 
-def open_context(reader: Reader, past: Context, now: Context, pending: Array, room: int) -> Writing:
+def to_decode_state(
+    reader: Reader, past: Context, now: Context, pending: Array, room: int
+) -> DecodeState:
     """For up to `room` tokens after `past`; `now` is `past` after `pending` of them.
 
     Contexts are of one sequence, [1, ...]; of `past`, states alone are looked at.
     """
     halves = reader.learner.cut.opened(_halves(past), _halves(now), pending, room)
-    return Writing(*halves, _one(now.fast))
+    return DecodeState(*halves, _one(now.fast))
 
 
 def write(
-    reader: Reader, weights: Weights, writing: Writing, token_R: Array
-) -> tuple[Writing, Array]:
+    reader: Reader, weights: Weights, writing: DecodeState, token_R: Array
+) -> tuple[DecodeState, Array]:
     """R contexts after a token each, and the logits [R, V] of the next, in float32 at least."""
     cut = reader.learner.cut
 
-    def one(writing: Writing, token: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
+    def one(writing: DecodeState, token: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
         upper = combine(weights.upper, writing.fast)
         halves = writing.below, writing.above
         x_D, new = cut.decode_one(weights.lower, upper, halves, token)
@@ -51,17 +53,19 @@ def write(
     every = over_sequences(one, in_axes=(axes(writing), 0), out_axes=(0, (HALF_AXES, HALF_AXES)))
     logit_RV, new = every(writing, token_R)
     halves = cut.committed((writing.below, writing.above), new)
-    return Writing(*halves, writing.fast), logit_RV
+    return DecodeState(*halves, writing.fast), logit_RV
 
 
-def close_context(reader: Reader, past: Context, writing: Writing, pending: Array) -> Context:
+def from_decode_state(
+    reader: Reader, past: Context, writing: DecodeState, pending: Array
+) -> Context:
     """The context for reading on, `pending` tokens after `past`."""
     states = writing.below, writing.above
     below, above = reader.learner.cut.closed(_halves(past), states, pending)
     return Context(_batch(below), _batch(above), _expand(writing.fast), past.rule_state)
 
 
-def axes(writing: Writing) -> Writing:
+def axes(writing: DecodeState) -> DecodeState:
     """Where many of them have their axis: after that of the layers, over which the model loops."""
 
     def half(state: PyTree) -> PyTree:
@@ -71,7 +75,7 @@ def axes(writing: Writing) -> Writing:
         name: _ones(tree) if name == "suffix" else jax.tree.map(lambda _: 0, tree)
         for name, tree in writing.fast.items()
     }
-    return Writing(half(writing.below), half(writing.above), fast)
+    return DecodeState(half(writing.below), half(writing.above), fast)
 
 
 def _ones(tree: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.inference.decode import Writing, axes, close_context, open_context, write
+from tttjax.inference.decode import DecodeState, axes, from_decode_state, to_decode_state, write
 from tttjax.inference.prefill import (
     Context,
     Reader,
@@ -71,11 +71,11 @@ class Engine:
 
     @cached_property
     def _open(self):
-        return jax.jit(partial(open_context, self.reader, room=self.room))
+        return jax.jit(partial(to_decode_state, self.reader, room=self.room))
 
     @cached_property
     def _close(self):
-        return jax.jit(partial(close_context, self.reader))
+        return jax.jit(partial(from_decode_state, self.reader))
 
     @property
     def room(self) -> int:
@@ -243,7 +243,7 @@ class Group:
             )
         return replace(session, learned=past, now=past, logit_V=None)
 
-    def _opened(self, session: Session) -> Writing:
+    def _opened(self, session: Session) -> DecodeState:
         past = session.learned if self._engine.reader.chunk_size else session.now
         return self._engine._open(past, session.now, len(session.pending))
 
@@ -362,18 +362,18 @@ def _known(logit_V: Array | None) -> Array:
     return logit_V
 
 
-def _stack(writings: Sequence[Writing]) -> Writing:
+def _stack(writings: Sequence[DecodeState]) -> DecodeState:
     where = axes(writings[0])
     return jax.tree.map(lambda axis, *leaves: jnp.stack(leaves, axis), where, *writings)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(stacked: Writing, one: Writing, r: Array) -> Writing:
+def _put(stacked: DecodeState, one: DecodeState, r: Array) -> DecodeState:
     put = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, y, axis: put(x, y, r, axis), stacked, one, axes(one))
 
 
 @jax.jit
-def _take(stacked: Writing, r: Array) -> Writing:
+def _take(stacked: DecodeState, r: Array) -> DecodeState:
     take = partial(jax.lax.dynamic_index_in_dim, keepdims=False)
     return jax.tree.map(lambda x, axis: take(x, r, axis), stacked, axes(stacked))

@@ -12,7 +12,7 @@ import numpy as np
 from tttjax.data.tokenizers.base import UNKNOWN, TextStream, Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
-from tttjax.inference.sampling import Sampling, Wishes, choose, stack
+from tttjax.inference.sampling import Sampling, SamplingParams, choose, stack
 from tttjax.types import Array
 
 CONTEXT = 8  # tokens before the text, of which the last may have begun a character
@@ -35,7 +35,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class WrittenToken:
+class GeneratedToken:
     """A token that was written. request: its place in the list. logprob: by the model itself.
 
     text: what can be shown now; a character or a stop string that may be on its way is held back.
@@ -98,7 +98,7 @@ def _before(request: Request, tokenizer: Tokenizer) -> list[int]:
 
 
 @partial(jax.jit, donate_argnums=2)
-def _draw(seed_R: Array, place_R: Array, seen_RV: Array, logit_RV: Array, wishes: Wishes):
+def _draw(seed_R: Array, place_R: Array, seen_RV: Array, logit_RV: Array, wishes: SamplingParams):
     """(tokens [R], log-probabilities [R], what has occurred with them in it)."""
 
     def one(seed, place, seen_V, logit_V, wish):
@@ -109,7 +109,7 @@ def _draw(seed_R: Array, place_R: Array, seen_RV: Array, logit_RV: Array, wishes
     return jax.vmap(one)(seed_R, place_R, seen_RV, logit_RV, wishes)
 
 
-class Writer:
+class Generator:
     """Requests that are written together; iterate over it, then ask for the sessions.
 
     A request's text depends on its own seed and session alone, not on those beside it.
@@ -140,7 +140,7 @@ class Writer:
         self._learn = learn
         self.sessions: list[Session] = [request.session for request in requests]
 
-    def __iter__(self) -> Iterator[WrittenToken]:
+    def __iter__(self) -> Iterator[GeneratedToken]:
         transcripts = [
             Transcript(self._tokenizer, r.stop, _before(r, self._tokenizer)) for r in self._requests
         ]
@@ -172,15 +172,15 @@ class Writer:
 
     def _piece(
         self, r: int, token: int, logprob: float, number: int, text: Transcript
-    ) -> WrittenToken:
+    ) -> GeneratedToken:
         if token in self._tokenizer.eos_ids:
-            return WrittenToken(r, token, logprob, text.rest(), "eos")
+            return GeneratedToken(r, token, logprob, text.rest(), "eos")
         shown, stopped = text.add(token)
         if stopped:
-            return WrittenToken(r, token, logprob, shown, "stop")
+            return GeneratedToken(r, token, logprob, shown, "stop")
         if number == self._requests[r].max_tokens:
-            return WrittenToken(r, token, logprob, shown + text.rest(), "length")
-        return WrittenToken(r, token, logprob, shown)
+            return GeneratedToken(r, token, logprob, shown + text.rest(), "length")
+        return GeneratedToken(r, token, logprob, shown)
 
 
 class _Draws:

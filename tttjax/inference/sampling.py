@@ -55,7 +55,7 @@ class Sampling:
 
 
 @flax.struct.dataclass
-class Wishes:
+class SamplingParams:
     """`Sampling` of R requests, an array [R] of each field."""
 
     temperature: Array
@@ -65,13 +65,13 @@ class Wishes:
     repetition_penalty: Array
 
 
-def stack(wishes: list[Sampling]) -> Wishes:
+def stack(wishes: list[Sampling]) -> SamplingParams:
     """The wishes of several requests together."""
     columns: dict[str, Any] = {
         field.name: jnp.asarray([getattr(wish, field.name) for wish in wishes])
         for field in fields(Sampling)
     }
-    return Wishes(**columns)
+    return SamplingParams(**columns)
 
 
 def penalise(logit_V: Array, has_occurred_V: Array, penalty: Array) -> Array:
@@ -82,7 +82,7 @@ def penalise(logit_V: Array, has_occurred_V: Array, penalty: Array) -> Array:
     return jnp.where(has_occurred_V, lower_V, logit_V)
 
 
-def narrow(logit_V: Array, wish: Wishes) -> Array:
+def filter_logits(logit_V: Array, wish: SamplingParams) -> Array:
     """Logits with those of tokens that top-k, top-p or min-p leave out at -inf.
 
     At least the likeliest stays. Of equally likely ones at the edge, all stay.
@@ -98,12 +98,16 @@ def narrow(logit_V: Array, wish: Wishes) -> Array:
     return jnp.where(logit_V >= lowest, logit_V, -jnp.inf)
 
 
-def choose(key: Array, logit_V: Array, has_occurred_V: Array, wish: Wishes) -> tuple[Array, Array]:
+def choose(
+    key: Array, logit_V: Array, has_occurred_V: Array, wish: SamplingParams
+) -> tuple[Array, Array]:
     """(token, its log-probability by the model itself: before anything was changed)."""
     penalised_V = penalise(logit_V, has_occurred_V, wish.repetition_penalty)
     likeliest = jnp.argmax(penalised_V)
     warm = jnp.where(wish.temperature > 0, wish.temperature, 1)
     # From the likeliest, so that no temperature, however low, makes it infinite.
-    drawn = jax.random.categorical(key, narrow((penalised_V - penalised_V[likeliest]) / warm, wish))
+    drawn = jax.random.categorical(
+        key, filter_logits((penalised_V - penalised_V[likeliest]) / warm, wish)
+    )
     token = jnp.where(wish.temperature > 0, drawn, likeliest)
     return token, jax.nn.log_softmax(logit_V)[token]

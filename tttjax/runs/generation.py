@@ -9,7 +9,7 @@ import numpy as np
 from tttjax.data.streams import clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.inference.engine import Session
-from tttjax.inference.generator import Request, Writer, WrittenToken
+from tttjax.inference.generator import GeneratedToken, Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.runs.load import Opened
 
@@ -64,15 +64,15 @@ def write_all(
             for (begun, _), prompt_T in zip(read, part, strict=True)
             for request in requests
         ]
-        pieces: list[list[WrittenToken]] = [[] for _ in asked]
-        for piece in Writer(opened.engine, opened.tokenizer, asked, learn=learn):
+        pieces: list[list[GeneratedToken]] = [[] for _ in asked]
+        for piece in Generator(opened.engine, opened.tokenizer, asked, learn=learn):
             pieces[piece.request].append(piece)
         for i, text in enumerate(pieces):
             prompt, sample = divmod(i, len(requests))
             yield {"prompt": first + prompt, "sample": sample, **as_json(text)}
 
 
-def as_json(pieces: Sequence[WrittenToken]) -> dict[str, Any]:
+def as_json(pieces: Sequence[GeneratedToken]) -> dict[str, Any]:
     """A text that was written: itself, its tokens, their log-probabilities, and why it ended."""
     return {
         "text": "".join(piece.text for piece in pieces),

@@ -8,7 +8,7 @@ import numpy as np
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.evaluation.needle.prompts import Prompt
 from tttjax.inference.engine import Engine
-from tttjax.inference.generator import Request, Writer
+from tttjax.inference.generator import Generator, Request
 from tttjax.inference.prefill import make_reader
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, score_together
@@ -89,6 +89,6 @@ class EngineAsker:
             for session, answer_A in zip(sessions, answers, strict=True)
         ]
         texts = [""] * len(requests)
-        for piece in Writer(self._engine, self._tokenizer, requests):
+        for piece in Generator(self._engine, self._tokenizer, requests):
             texts[piece.request] += piece.text
         return texts
