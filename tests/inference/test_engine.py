@@ -79,7 +79,9 @@ def test_any_way_of_reading_gives_the_same(x64, name):
     assert worst(split.learned, whole[0].learned) < 1e-11
 
     # Two sequences that stand at different places, a token at a time.
-    group = engine.together([engine.read(engine.start(), token[r, : 3 + 2 * r])[0] for r in (0, 1)])
+    group = engine.start_batch(
+        [engine.read(engine.start(), token[r, : 3 + 2 * r])[0] for r in (0, 1)]
+    )
     for i in range(LENGTH - 3):
         group.step([int(token[0, 3 + i]), int(token[1, min(5 + i, LENGTH - 1)])])
         if i == LENGTH - 6:
@@ -97,7 +99,7 @@ def test_without_learning_a_group_goes_on_beyond_its_room(x64, monkeypatch, name
     monkeypatch.setattr(tttjax.inference.engine, "STATIC_ROOM", 3)
     engine = Engine(learning.reader._replace(chunk_size=0), learning._params, max_length=64)
     begun, _ = learning.read(learning.start(), token[0, :7])
-    group = engine.together([begun])
+    group = engine.start_batch([begun])
     for t in token[0, 7:18]:
         group.step([int(t)])
     found, (expected, _) = group.session(0), engine.read(begun, token[0, 7:18])
@@ -123,14 +125,14 @@ def test_texts_of_any_lengths_are_read_together(x64, monkeypatch, name):
 
     alone = [engine.read(s, text) for s, text in zip(sessions, texts, strict=True)]
     monkeypatch.setitem(vars(engine), "_read_chunks", counting)
-    together = engine.read_together(sessions, texts)
+    start_batch = engine.read_batch(sessions, texts)
     assert max(batches) == 2  # those that stand at the same place
-    for (found, seen), (expected, seen_alone) in zip(together, alone, strict=True):
+    for (found, seen), (expected, seen_alone) in zip(start_batch, alone, strict=True):
         check_same(found, expected)
         assert len(seen) == len(seen_alone)
         if seen:
             assert worst(seen, seen_alone) < 1e-11
-    assert together[3][0].logit_V is None
+    assert start_batch[3][0].logit_V is None
 
 
 def test_learning_happens_once_a_chunk_and_its_last_target_are_known(x64):

@@ -65,8 +65,8 @@ def test_what_is_not_to_be_learned_from_changes_the_scores_after_it(x64):
         np.testing.assert_allclose(
             Scorer(engine).score(session, text, learn=learn)[1].nll_T, nll, atol=1e-10
         )
-        (together,) = score_together(engine, [session], [text], learn=learn)
-        np.testing.assert_allclose(together.nll_T, nll, atol=1e-10)
+        (start_batch,) = score_together(engine, [session], [text], learn=learn)
+        np.testing.assert_allclose(start_batch.nll_T, nll, atol=1e-10)
     assert np.abs(nll - by_hand(engine, session, text)[1])[2:].max() > 1e-6
 
 

@@ -20,7 +20,7 @@ def same(a, b) -> bool:
 def session_of(engine, token, length=11):
     """Half read at once, half token by token, as generation leaves it."""
     session, _ = engine.read(engine.start(), token[0, : length - 5])
-    group = engine.together([session])
+    group = engine.start_batch([session])
     for t in token[0, length - 5 : length]:
         group.step([int(t)])
     return group.session(0)
@@ -35,7 +35,7 @@ def test_going_on_from_a_file_is_going_on_bit_for_bit(tmp_path, name):
     assert read_about(tmp_path / "s") == about
     loaded, _ = load_session(tmp_path / "s", engine, model=MODEL)
     assert loaded.tokens == session.tokens
-    groups = [engine.together([s]) for s in (session, loaded)]
+    groups = [engine.start_batch([s]) for s in (session, loaded)]
     for t in token[0, 11:17]:
         for group in groups:
             group.step([int(t)])

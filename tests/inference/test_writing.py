@@ -47,8 +47,8 @@ def requests(engine, token, number, **options):
 def test_alone_or_with_others_the_same_is_written():
     engine, token = make_engine("ttt_e2e")
     wanted = requests(engine, token, 3)
-    together = Generator(engine, Letters(), wanted)
-    pieces = list(together)
+    start_batch = Generator(engine, Letters(), wanted)
+    pieces = list(start_batch)
     for r, request in enumerate(wanted):
         alone = Generator(engine, Letters(), [request])
         mine = [piece for piece in pieces if piece.request == r]
@@ -58,7 +58,7 @@ def test_alone_or_with_others_the_same_is_written():
         text = "".join(piece.text for piece in mine)
         assert text == Letters().decode([piece.token for piece in mine])
         # The session has read all that was written.
-        session = together.sessions[r]
+        session = start_batch.sessions[r]
         assert session.tokens == request.session.tokens + len(mine)
         read, _ = engine.read(request.session, np.array([p.token for p in mine]))
         assert worst(session.learned.fast, read.learned.fast) < 1e-5

@@ -11,7 +11,7 @@ import numpy as np
 from tttjax.benchmarks.timing import check_rounds
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.inference.engine import Engine, Group
+from tttjax.inference.engine import DecodeBatch, Engine
 from tttjax.inference.prefill import make_reader
 from tttjax.inference.session import Session
 from tttjax.models import build_model
@@ -45,7 +45,7 @@ class _Entry:
     config: Config
     read: int
     batch: int
-    group: Group
+    group: DecodeBatch
     chunk: int
     steps: list[float]
     rounds: list[float]
@@ -66,7 +66,7 @@ def bench_decode(
         if min(values, default=0) < 1:
             raise UserError(f"{name}={list(values)} must be numbers of at least 1.")
     entries = [
-        _Entry(name, config, length, batch, engine.together([session] * batch), chunk, [], [])
+        _Entry(name, config, length, batch, engine.start_batch([session] * batch), chunk, [], [])
         for name, config in configs
         for length, engine, session, chunk in _read(config, sorted(read), rounds)
         for batch in batches

@@ -63,7 +63,7 @@ class InputFile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextSpan:
     """Some text of a document; most documents are one piece.
 
     before, after: the last and the first `MARGIN` characters of the pieces beside it.
@@ -87,7 +87,7 @@ class Line:
     key: str
 
 
-Item = InputFile | Piece | Line
+Item = InputFile | TextSpan | Line
 
 
 def list_inputs(
@@ -225,7 +225,7 @@ def read_items(file: InputFile) -> Iterator[Item]:
         yield file
 
 
-def read_pieces(file: InputFile) -> Iterator[Piece]:
+def read_pieces(file: InputFile) -> Iterator[TextSpan]:
     """The document of a text file, cut about every 4 MiB.
 
     Raises UserError if it is not UTF-8 text or its compression is damaged.
@@ -242,7 +242,7 @@ def read_pieces(file: InputFile) -> Iterator[Piece]:
                 if len(held) >= max(_BLOCK // 4, 4 * MARGIN):
                     cut = len(held) - MARGIN
                     after = held[cut:]
-                    yield Piece(file.id, held[:cut], begins, False, before, after)
+                    yield TextSpan(file.id, held[:cut], begins, False, before, after)
                     before, held, begins = held[cut - MARGIN : cut], after, False
         held += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
@@ -252,7 +252,7 @@ def read_pieces(file: InputFile) -> Iterator[Piece]:
         ) from error
     except READ_ERRORS as error:
         raise unreadable(file.path, error) from error
-    yield Piece(file.id, held, begins, ends=True, before=before)
+    yield TextSpan(file.id, held, begins, ends=True, before=before)
 
 
 def _read_lines(file: InputFile) -> Iterator[Line]:
@@ -266,24 +266,24 @@ def _read_lines(file: InputFile) -> Iterator[Line]:
         raise unreadable(file.path, error) from error
 
 
-def _read_rows(file: InputFile) -> Iterator[Piece]:
+def _read_rows(file: InputFile) -> Iterator[TextSpan]:
     for number, text in read_column(file.path, file.text_key):
-        yield Piece(f"{file.id}:{number}", clean_text(text, f"{file.path}, row {number},"))
+        yield TextSpan(f"{file.id}:{number}", clean_text(text, f"{file.path}, row {number},"))
 
 
-def pieces_of(item: Item) -> Iterator[Piece]:
+def pieces_of(item: Item) -> Iterator[TextSpan]:
     """The text of an item. Raises UserError for what is not text or not JSON."""
-    if isinstance(item, Piece):
+    if isinstance(item, TextSpan):
         yield item
     elif isinstance(item, InputFile):
         yield from read_pieces(item)
     else:
         where = f"{item.path}, line {item.document.rpartition(':')[2]}"
-        yield Piece(item.document, json_lines.text_of(item.raw, item.key, where))
+        yield TextSpan(item.document, json_lines.text_of(item.raw, item.key, where))
 
 
 def item_size(item: Item) -> int:
     """Roughly how many bytes of text an item has, to group items into tasks of like size."""
     if isinstance(item, InputFile):
         return item.size * (4 if item.compressed else 1)
-    return len(item.text) if isinstance(item, Piece) else len(item.raw)
+    return len(item.text) if isinstance(item, TextSpan) else len(item.raw)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tttjax.data.documents import MARGIN, Piece
+from tttjax.data.documents import MARGIN, TextSpan
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 
@@ -41,7 +41,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return tokenizer.encode(text) if tokens is None else tokens
 
 
-def encode_piece(tokenizer: Tokenizer, piece: Piece) -> tuple[np.ndarray, int]:
+def encode_piece(tokenizer: Tokenizer, piece: TextSpan) -> tuple[np.ndarray, int]:
     """(int32 [N] tokens of a piece of a document, UTF-8 bytes of the text that they are of).
 
     The tokens of all pieces, one after the other, are those of the document: a piece begins and

@@ -258,7 +258,7 @@ class TTTJaxLM(TemplateLM):
         begun, _ = self._engine.read(self._engine.start(), np.asarray(shared, np.int32))
         for part in _parts(contexts, self._size):
             rests = [np.asarray(context[len(shared) :], np.int32) for context in part]
-            read = self._engine.read_together([begun] * len(part), rests)
+            read = self._engine.read_batch([begun] * len(part), rests)
             yield part, [session for session, _ in read]
 
 

@@ -107,8 +107,8 @@ def fit(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) + 3 for column in zip(head, *rows, strict=True)]
     tables = [[0]]
     for column, width in enumerate(widths[1:], start=1):
-        together = sum(widths[other] for other in tables[-1]) + 1
-        if len(tables[-1]) > 1 and together + width > WIDTH:
+        start_batch = sum(widths[other] for other in tables[-1]) + 1
+        if len(tables[-1]) > 1 and start_batch + width > WIDTH:
             tables.append([0])
         tables[-1].append(column)
 

@@ -32,7 +32,7 @@ from tttjax.inference.prefill import (
     read_chunks,
     start,
 )
-from tttjax.inference.session import NO_MARKS, NO_TOKENS, Session, Unread
+from tttjax.inference.session import NO_MARKS, NO_TOKENS, PrefillRequest, Session
 from tttjax.runtime.memory import device_memory
 from tttjax.ttt.chunk import Records
 from tttjax.types import Array, Params, PyTree
@@ -130,10 +130,10 @@ class Engine:
         learn: False reads these tokens without making them targets, also later.
         Raises UserError for tokens that the model does not have, or has no room for.
         """
-        (found,) = self.read_together([session], [token_T], learn=learn)
+        (found,) = self.read_batch([session], [token_T], learn=learn)
         return found
 
-    def read_together(
+    def read_batch(
         self, sessions: Sequence[Session], texts: Sequence[np.ndarray], *, learn: bool = True
     ) -> list[tuple[Session, list[Records]]]:
         """`read` of each session's own tokens, of any lengths."""
@@ -141,13 +141,13 @@ class Engine:
             self.check(token_T, session.tokens)
         size = self.reader.chunk_size
         readings = [
-            Unread.of(session, token_T.astype(np.int32), learn, size)
+            PrefillRequest.of(session, token_T.astype(np.int32), learn, size)
             for session, token_T in zip(sessions, texts, strict=True)
         ]
         self._finish(readings)
         return [(reading.session, reading.seen) for reading in readings]
 
-    def _finish(self, readings: Sequence["Unread"]) -> None:
+    def _finish(self, readings: Sequence["PrefillRequest"]) -> None:
         """Reads all pieces; those furthest behind first, so that the others' company grows."""
         while left := [reading for reading in readings if reading.pieces]:
             place = min(reading.place for reading in left)
@@ -159,7 +159,7 @@ class Engine:
             for reading in batch:
                 del reading.pieces[0]
 
-    def _learn(self, batch: Sequence["Unread"], length: int) -> None:
+    def _learn(self, batch: Sequence["PrefillRequest"], length: int) -> None:
         """Reads whole chunks, from `learned`."""
         taken = [reading.take(length) for reading in batch]
         context, found = self._read_chunks(
@@ -182,7 +182,7 @@ class Engine:
             reading.session = Session(one, one, NO_TOKENS, NO_MARKS, tokens, None)
             reading.seen.append(jax.tree.map(lambda x, i=i: x[:, i : i + 1], found))
 
-    def _extend_all(self, batch: Sequence["Unread"], length: int) -> None:
+    def _extend_all(self, batch: Sequence["PrefillRequest"], length: int) -> None:
         """Reads tokens of a chunk that is not full yet, from `now`."""
         taken = [reading.take(length) for reading in batch]
         now, logit_BV = self._extend(
@@ -206,12 +206,12 @@ class Engine:
 
     # --- writing --------------------------------------------------------------------------------
 
-    def together(self, sessions: Sequence[Session]) -> "Group":
+    def start_batch(self, sessions: Sequence[Session]) -> "DecodeBatch":
         """The sessions as a group that goes on a token at a time."""
-        return Group(self, sessions)
+        return DecodeBatch(self, sessions)
 
 
-class Group:
+class DecodeBatch:
     """Sessions that go on together, open for writing; their contexts are in one array each.
 
     Of each is kept beside: its tokens and marks, and the context that it was opened after, which is
@@ -279,7 +279,7 @@ class Group:
         for r in full:
             beside, new = self._beside[r], np.array([tokens[r]], np.int32)
             session = replace(beside, learned=self._learned(r))
-            reading = Unread.of(session, new, learn, size)
+            reading = PrefillRequest.of(session, new, learn, size)
             reading.pieces = [piece for piece in reading.pieces if piece.chunks]
             readings.append(reading)
         self._engine._finish(readings)

@@ -147,7 +147,7 @@ class Generator:
         active = list(range(len(self._requests)))
         draws: _Draws | None = None
         while active:
-            group = self._engine.together([self.sessions[r] for r in active])
+            group = self._engine.start_batch([self.sessions[r] for r in active])
             draws = draws or _Draws(self._requests, self._tokenizer, group.logit_RV.shape[1])
             at_work = set(active)
             # The group shrinks by halves, so that few sizes are compiled.

@@ -59,7 +59,7 @@ def score_together(
         return [Score.join([]) for _ in texts]
     count = len(sessions)
     size = 1 << (count - 1).bit_length()
-    group = engine.together([*sessions, *[sessions[-1]] * (size - count)])
+    group = engine.start_batch([*sessions, *[sessions[-1]] * (size - count)])
     lengths = [len(token_T) for token_T in texts] + [0] * (size - count)
     token_RT = np.zeros((size, max(lengths)), np.int32)
     for row, token_T in zip(token_RT, texts, strict=False):

@@ -46,7 +46,7 @@ def pieces(length: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PrefillBucket:
     """tokens: how many. chunks: whether they are whole chunks, to learn from."""
 
     tokens: int
@@ -54,17 +54,17 @@ class Piece:
 
 
 @dataclass
-class Unread:
+class PrefillRequest:
     """A session and the tokens that it has still to read, in `pieces`; seen: of chunks, so far."""
 
     session: Session
     token_T: np.ndarray
     counted_T: np.ndarray
-    pieces: list[Piece]
+    pieces: list[PrefillBucket]
     seen: list[Records] = field(default_factory=list)
 
     @classmethod
-    def of(cls, session: Session, token_T: np.ndarray, learn: bool, size: int) -> "Unread":
+    def of(cls, session: Session, token_T: np.ndarray, learn: bool, size: int) -> "PrefillRequest":
         """New tokens for a session; `pending` ones too, if their chunk becomes full."""
         counted_T = np.full(len(token_T), learn)
         known = len(session.pending) + len(token_T)
@@ -79,8 +79,10 @@ class Unread:
                 tokens=session.tokens - len(session.pending),
             )
         many, few = divmod(chunks, CHUNKS_AT_ONCE)
-        whole = [Piece(CHUNKS_AT_ONCE * size, True)] * many + [Piece(size, True)] * few
-        rest = [Piece(length, False) for length in pieces(len(token_T) - chunks * size)]
+        whole = [PrefillBucket(CHUNKS_AT_ONCE * size, True)] * many + [
+            PrefillBucket(size, True)
+        ] * few
+        rest = [PrefillBucket(length, False) for length in pieces(len(token_T) - chunks * size)]
         return cls(session, token_T, counted_T, whole + rest)
 
     @property

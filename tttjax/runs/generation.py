@@ -58,7 +58,7 @@ def write_all(
     size = max(1, batch // len(requests))
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
-        read = opened.engine.read_together([session] * len(part), part)
+        read = opened.engine.read_batch([session] * len(part), part)
         asked = [
             Request(begun, *request, prompt_T)
             for (begun, _), prompt_T in zip(read, part, strict=True)

@@ -23,7 +23,7 @@ _BLANK = "\u2581"  # how SentencePiece writes a blank inside its pieces
 _MODEL_FILE = "sentencepiece.model"
 
 
-class Piece(NamedTuple):
+class VocabPiece(NamedTuple):
     """An entry of a vocabulary. kind: "text", "byte", or "special", which no text becomes."""
 
     text: str
@@ -99,7 +99,7 @@ class SentencePieceTokenizer:
                 return not self._processor.decode([token]).startswith(" ")
         return False
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[VocabPiece]:
         """The vocabulary, in the order of its ids."""
         pieces = self._processor
 
@@ -110,7 +110,7 @@ class SentencePieceTokenizer:
             return "special" if special else "text"
 
         ids = range(self.vocab_size)
-        return [Piece(pieces.id_to_piece(i), pieces.get_score(i), kind(i)) for i in ids]
+        return [VocabPiece(pieces.id_to_piece(i), pieces.get_score(i), kind(i)) for i in ids]
 
     def token_bytes(self) -> np.ndarray:
         pieces = self._processor

@@ -13,9 +13,9 @@ from tttjax.evaluation.needle import plots
 from tttjax.evaluation.needle.results import (
     MEASURES,
     REGIONS,
-    Group,
     NeedleResults,
     Sample,
+    SampleGroup,
     difference,
     mean,
     wilson,
@@ -81,7 +81,7 @@ def to_dict(results: NeedleResults) -> dict[str, Any]:
     }
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: SampleGroup) -> dict[str, Any]:
     found: dict[str, Any] = {"by": group.by, **group.where, "needles": len(group.samples)}
     low, high = wilson(group.correct, len(group.samples))
     found |= {"found": group.correct, "found_low": _number(low), "found_high": _number(high)}

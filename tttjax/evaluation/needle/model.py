@@ -81,7 +81,7 @@ class EngineAsker:
         ]
 
     def _read(self, sessions: Sequence[Session], texts: Sequence[np.ndarray]) -> list[Session]:
-        return [session for session, _ in self._engine.read_together(sessions, texts)]
+        return [session for session, _ in self._engine.read_batch(sessions, texts)]
 
     def _write(self, sessions: Sequence[Session], answers: Sequence[np.ndarray]) -> list[str]:
         requests = [

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tttjax.evaluation.needle.prompts import TASKS
-from tttjax.evaluation.needle.results import Group, NeedleResults, mean
+from tttjax.evaluation.needle.results import NeedleResults, SampleGroup, mean
 from tttjax.evaluation.plots import DPI
 
 
@@ -46,15 +46,15 @@ def heat_maps(results: NeedleResults, task: str) -> Figure:
     return figure
 
 
-def _cells(results: NeedleResults, task: str, series) -> list[Group]:
+def _cells(results: NeedleResults, task: str, series) -> list[SampleGroup]:
     return [group for group in results.groups(series, task) if group.by == "cell"]
 
 
-def _cell(group: Group, measure: str) -> float:
+def _cell(group: SampleGroup, measure: str) -> float:
     return float(mean(group.samples, measure).mean)
 
 
-def _draw(axes: Axes, results: NeedleResults, cells: list[Group], measure: str, look: dict):
+def _draw(axes: Axes, results: NeedleResults, cells: list[SampleGroup], measure: str, look: dict):
     shape = len(results.lengths), len(results.depths)
     values_LD = np.array([_cell(group, measure) for group in cells]).reshape(shape)
     image = axes.imshow(values_LD.T, aspect="auto", **look)

@@ -108,7 +108,7 @@ def _has(sample: Sample, name: str, value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Group:
+class SampleGroup:
     """Samples that are reported together. by: what they share; where: its values."""
 
     by: str
@@ -149,20 +149,20 @@ class NeedleResults:
             edges.append(2 * edges[-1])
         return list(pairwise(edges))
 
-    def groups(self, series: Series, task: str) -> Iterator[Group]:
+    def groups(self, series: Series, task: str) -> Iterator[SampleGroup]:
         """What is reported of a task: by length, by length and depth, by distance, by region."""
         samples = series.of(task=task)
         for length in self.lengths:
-            yield Group("length", {"length": length}, series.of(task=task, length=length))
+            yield SampleGroup("length", {"length": length}, series.of(task=task, length=length))
         for length in self.lengths:
             for depth in self.depths:
                 where = {"length": length, "depth": depth}
-                yield Group("cell", where, series.of(task=task, **where))
+                yield SampleGroup("cell", where, series.of(task=task, **where))
         for first, stop in self.distances():
             near = [sample for sample in samples if first <= sample.distance < stop]
-            yield Group("distance", {"distance": first, "distance_stop": stop}, near)
+            yield SampleGroup("distance", {"distance": first, "distance_stop": stop}, near)
         for region in REGIONS:
-            yield Group("region", {"region": region}, series.of(task=task, region=region))
+            yield SampleGroup("region", {"region": region}, series.of(task=task, region=region))
 
     def pairs(self) -> list[tuple[Series, Series]]:
         """(a, b) of the same run, of which a learns and b does not."""

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from tttjax.evaluation.needle.prompts import TASKS
 from tttjax.evaluation.needle.results import (
     REGIONS,
-    Group,
     NeedleResults,
     Sample,
+    SampleGroup,
     Series,
     difference,
     mean,
@@ -73,7 +73,7 @@ def _by(
     return fit([name, *map(_column, found[0])], rows)
 
 
-def _column(group: Group) -> str:
+def _column(group: SampleGroup) -> str:
     if group.by == "length":
         return f"{group.where['length']} tokens"
     return f"{group.where['distance']}-{group.where['distance_stop'] - 1}"

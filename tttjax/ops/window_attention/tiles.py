@@ -57,7 +57,7 @@ class Side(NamedTuple):
     v_dot: Array | None
 
 
-class Piece(NamedTuple):
+class Tile(NamedTuple):
     """Entries [start, start + size); those below `fresh` were in the piece before.
 
     So it is where a length is no multiple of the block: the last piece begins earlier.
@@ -88,20 +88,20 @@ def _fit(length: int, most: int) -> int:
     return next((size for size in range(most, most // 2, -1) if length % size == 0), most)
 
 
-def cut(x: Array, piece: Piece, axis: int) -> Array:
+def cut(x: Array, piece: Tile, axis: int) -> Array:
     """The piece's entries of x."""
     if piece.size == x.shape[axis]:
         return x
     return lax.dynamic_slice_in_dim(x, piece.start, piece.size, axis)
 
 
-def cut_side(side: Side, cols: Piece) -> Side:
+def cut_side(side: Side, cols: Tile) -> Side:
     """The piece's keys and values, and their tangents if there are any."""
     k_dot, v_dot = (None if x is None else cut(x, cols, -3) for x in (side.k_dot, side.v_dot))
     return Side(side.first, cut(side.k, cols, -3), cut(side.v, cols, -3), k_dot, v_dot)
 
 
-def _put(x: Array, update: Array, piece: Piece, axis: int) -> Array:
+def _put(x: Array, update: Array, piece: Tile, axis: int) -> Array:
     """x with the piece's entries replaced."""
     update = update.astype(x.dtype)
     if piece.size == x.shape[axis]:
@@ -109,7 +109,7 @@ def _put(x: Array, update: Array, piece: Piece, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(x, update, piece.start, axis)
 
 
-def _add(x: Array, update: Array, piece: Piece, axis: int) -> Array:
+def _add(x: Array, update: Array, piece: Tile, axis: int) -> Array:
     """x with something added to the piece's entries."""
     return _put(x, cut(x, piece, axis) + update.astype(x.dtype), piece, axis)
 
@@ -119,18 +119,18 @@ def _pieces(low, high, length: int, size: int, body: Callable, carry: Any) -> An
     if length == 0:
         return carry
     if size >= length:
-        return body(Piece(0, 0, length), carry)
+        return body(Tile(0, 0, length), carry)
     low, high = jnp.maximum(low, 0), jnp.minimum(high, length)
     stop = -(-high // size)
     first = jnp.where(low < high, low // size, stop)
 
     def numbered(n, carry):
-        return body(Piece(jnp.minimum(n * size, length - size), n * size, size), carry)
+        return body(Tile(jnp.minimum(n * size, length - size), n * size, size), carry)
 
     return lax.fori_loop(first, stop, numbered, carry)
 
 
-def _seen(view: View, rows: Piece, first: int, cols: Piece) -> Array:
+def _seen(view: View, rows: Tile, first: int, cols: Tile) -> Array:
     """bool [Q, S]: what queries `rows` see of keys `cols`, each key in one piece only."""
     query = rows.start + jnp.arange(rows.size)
     key = cols.start + jnp.arange(cols.size)

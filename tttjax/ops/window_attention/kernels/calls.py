@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from tttjax.ops.window_attention.functions import Chunk, Statistics
 from tttjax.ops.window_attention.kernels import blocks
 from tttjax.ops.window_attention.kernels.blocks import Keys, wide
-from tttjax.ops.window_attention.kernels.grids import Group, Walk, by_keys, by_queries
+from tttjax.ops.window_attention.kernels.grids import KeyBlocks, Walk, by_keys, by_queries
 from tttjax.ops.window_attention.kernels.platforms import tiling_for
 from tttjax.ops.window_attention.tiles import View
 from tttjax.types import Array
@@ -41,7 +41,7 @@ class _Layout:
         x = x.reshape(-1, *x.shape[-2:])
         return jnp.pad(x, ((0, 0), (0, 0), (0, more) if back else (more, 0))) if more else x
 
-    def groups(self, chunk: Chunk, dot: Chunk | None = None) -> tuple[Group | None, Group]:
+    def groups(self, chunk: Chunk, dot: Chunk | None = None) -> tuple[KeyBlocks | None, KeyBlocks]:
         """(past, own) keys; None: there is no past."""
         dot = dot or Chunk(None, None, None, None, None)
         own = Keys(chunk.k_own, chunk.v_own, dot.k_own, dot.v_own)
@@ -50,10 +50,10 @@ class _Layout:
         past = Keys(chunk.k_past, chunk.v_past, dot.k_past, dot.v_past)
         return self._group(past, 0), self._group(own, 1)
 
-    def _group(self, keys: Keys, side: int) -> Group:
+    def _group(self, keys: Keys, side: int) -> KeyBlocks:
         size, back = self.key_sizes[side], side == 1
         flat = jax.tree.map(lambda x: self._flat(_tokens_last(x), back, size), keys)
-        return Group(0 if back else -flat.k.shape[-1], size, flat)
+        return KeyBlocks(0 if back else -flat.k.shape[-1], size, flat)
 
     def out(self, rows: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         """A result per query."""
@@ -218,7 +218,7 @@ def pair_backward(
     return Chunk(q_bar, *bars), Chunk(q_dot_bar, *dot_bars)
 
 
-def _present(groups: tuple[Group | None, Group]) -> tuple[Group, ...]:
+def _present(groups: tuple[KeyBlocks | None, KeyBlocks]) -> tuple[KeyBlocks, ...]:
     return tuple(group for group in groups if group is not None)
 
 

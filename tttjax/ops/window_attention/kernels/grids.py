@@ -35,7 +35,7 @@ class Walk(NamedTuple):
     width: int
 
 
-class Group(NamedTuple):
+class KeyBlocks(NamedTuple):
     """Keys of the past or of the chunk, [N, K, S]. first: the place of the first. size: of a block
     of them, a divisor of S."""
 
@@ -47,7 +47,7 @@ class Group(NamedTuple):
 def by_queries(
     walk: Walk,
     rows: tuple[Array, ...],
-    groups: tuple[Group, ...],
+    groups: tuple[KeyBlocks, ...],
     outs: tuple[jax.ShapeDtypeStruct, ...],
     start: Callable,
     step: Callable,
@@ -97,7 +97,7 @@ def by_queries(
 
 
 def by_keys(
-    walk: Walk, rows: tuple[Array, ...], group: Group, outs: int, step: Callable
+    walk: Walk, rows: tuple[Array, ...], group: KeyBlocks, outs: int, step: Callable
 ) -> list[Array]:
     """`outs` sums over queries for each key, [N, K, S].
 
