@@ -17,11 +17,11 @@ from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_s
 from tttjax.errors import UserError
 from tttjax.evaluation.needle import haystack
 from tttjax.evaluation.needle.haystack import Haystack
-from tttjax.evaluation.needle.model import MORE_TOKENS, Answer, EngineAsker, Likelihood
+from tttjax.evaluation.needle.model import MORE_TOKENS, Answer, EngineModel, Likelihood
 from tttjax.evaluation.needle.prompts import (
     INTRODUCTION,
     TASKS,
-    Place,
+    PromptSpec,
     check_tokenizer,
     make_prompt,
 )
@@ -30,7 +30,7 @@ from tttjax.evaluation.needle.runner import NeedleSettings, ask_all
 from tttjax.evaluation.needle.tables import sentence, table
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import Learning, RunSpec, open_run, ways_to_read
+from tttjax.runs.run import Learning, RunSpec, iter_eval_setups, open_run
 
 STORY = (
     "A heron stood in the shallows, and no fish came near it! Who would wait so long? Not the fox. "
@@ -64,7 +64,7 @@ def test_prompts_are_exact_to_the_token(tokenizers, kind, task):
     for length in (420, 911):
         starts = []
         for depth in DEPTHS:
-            prompt = make_prompt(Place(TASKS[task], length, depth, 0), hay, seed=3)
+            prompt = make_prompt(PromptSpec(TASKS[task], length, depth, 0), hay, seed=3)
             assert len(prompt.token_T) == len(prompt.control_T) == length
             assert prompt.token_T[0] == tokenizer.bos_id
             start, stop = prompt.needle
@@ -121,7 +121,7 @@ def test_regions_are_what_the_attention_mask_says(tokenizers, window):
     attention_mask, found = AttentionMask(window=window), set()
     for depth in np.linspace(0, 1, 9):
         hay = haystack.noise(tokenizers["bytes"])
-        prompt = make_prompt(Place(TASKS["passkey"], 700, float(depth), 0), hay, seed=0)
+        prompt = make_prompt(PromptSpec(TASKS["passkey"], 700, float(depth), 0), hay, seed=0)
         needle_S = np.arange(*prompt.needle)
         end = len(prompt.token_T) + len(prompt.answer_A) - 1
         answering_T = np.arange(len(prompt.token_T) - 1, end)
@@ -146,9 +146,9 @@ def test_text_that_is_given_is_cut_into_short_sentences():
 def test_too_short_a_context_is_refused_by_its_need(tokenizers, task):
     hay = haystack.noise(tokenizers["bytes"])
     with pytest.raises(UserError, match=rf"100 tokens is too short for the task {task}") as caught:
-        make_prompt(Place(TASKS[task], 100, 0.5, 0), hay, seed=0)
+        make_prompt(PromptSpec(TASKS[task], 100, 0.5, 0), hay, seed=0)
     least = int(str(caught.value).split()[-1])
-    assert len(make_prompt(Place(TASKS[task], least, 0.5, 0), hay, seed=0).token_T) == least
+    assert len(make_prompt(PromptSpec(TASKS[task], least, 0.5, 0), hay, seed=0).token_T) == least
 
 
 def test_tokenizers_that_cannot_tell_an_answer_are_refused(monkeypatch):
@@ -320,10 +320,10 @@ def test_the_engine_is_asked_for_what_is_reported(workdir, tokenizers):
     """Against reading prompt and value token by token, without sharing and without company."""
     run, tokenizer = open_run(RunSpec(workdir)), tokenizers["bytes"]
     hay = haystack.noise(tokenizer)
-    prompts = [make_prompt(Place(TASKS["passkey"], 300, d, 0), hay, 0) for d in (0.1, 0.7)]
+    prompts = [make_prompt(PromptSpec(TASKS["passkey"], 300, d, 0), hay, 0) for d in (0.1, 0.7)]
     mesh = make_mesh(devices=jax.devices()[:1])
-    (way,) = next(ways_to_read(run, ["on"], Learning(), mesh))
-    asker = EngineAsker(way, tokenizer, 300)
+    (way,) = next(iter_eval_setups(run, ["on"], Learning(), mesh))
+    asker = EngineModel(way, tokenizer, 300)
     answers, engine = asker(prompts), asker._engine  # its functions are compiled already
 
     def follow(token_T, answer_A):

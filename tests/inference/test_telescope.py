@@ -11,7 +11,7 @@ from tests.inference.test_reading import LENGTH, setting
 from tests.small import worst
 from tttjax.inference.engine import Engine
 from tttjax.inference.prefill import read_chunks, start
-from tttjax.inference.update_trace import observe_chunks, start_norms
+from tttjax.inference.update_trace import start_norms, trace_chunks
 from tttjax.ttt import inner_loop
 from tttjax.ttt.layer_norms import fast_layers, norms, squares
 from tttjax.ttt.outer_loss import make_chunk_loss
@@ -81,7 +81,7 @@ def test_what_is_shown_is_what_a_plain_loop_finds(x64, name):
     config, model, params, reader, weights, token = setting(SYSTEMS[name])
     assert fast_layers(model) == PLACES[name]
     context = start(reader, params, 2, LENGTH)
-    look = jax.jit(partial(observe_chunks, reader, at_start=True))
+    look = jax.jit(partial(trace_chunks, reader, at_start=True))
     first = jax.tree.map(lambda w: w[:1], context.fast)
     _, seen = look(first, weights, context, token[:, :-1], token[:, -1])
     before, after, grad, drift = plain(
@@ -101,7 +101,7 @@ def test_looking_changes_nothing(x64):
     _, _, params, reader, weights, token = setting({})
     read = start(reader, params, 2, LENGTH), token[:, :-1], token[:, -1]
     context, records = jax.jit(partial(read_chunks, reader, at_start=True))(weights, *read)
-    look = jax.jit(partial(observe_chunks, reader, at_start=True))
+    look = jax.jit(partial(trace_chunks, reader, at_start=True))
     seen_context, seen = look(jax.tree.map(lambda w: w[:1], read[0].fast), weights, *read)
     assert worst(seen_context, context) < 1e-12
     for name in records._fields:

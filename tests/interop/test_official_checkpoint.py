@@ -16,7 +16,7 @@ from official_files import official_arrays, official_config, write_official
 from tttjax.config import from_config_dict, load_config
 from tttjax.errors import UserError
 from tttjax.interop.official.checkpoint import (
-    Place,
+    StorePath,
     load_official_checkpoint,
     looks_official,
     open_official_checkpoint,
@@ -174,7 +174,7 @@ def test_names_and_shapes_are_compared_in_one_sentence(arrays):
 
 
 def test_the_forms_of_paths():
-    place = Place.of("gs://bucket/a/b/", "mine")
+    place = StorePath.of("gs://bucket/a/b/", "mine")
     assert str(place / "4") == "gs://bucket/a/b/4"
     assert (place / "4").name == "4"
     spec = {
@@ -189,12 +189,12 @@ def test_the_forms_of_paths():
     url = tensorstore.Spec(spec).kvstore.url
     assert url == "gs://bucket/a/b/4/model_weights/|ocdbt:x.weight/"
     assert place.kvstore["gcs_user_project"] == {"project_id": "mine"}
-    assert "gcs_user_project" not in Place.of("gs://bucket").kvstore
-    assert Place.of("gs://bucket").kvstore["path"] == ""
-    assert str(Place.of("gs://bucket") / "4") == "gs://bucket/4"
-    assert Place.of("/a b/c%20d").kvstore == {"driver": "file", "path": "/a b/c%20d/"}
+    assert "gcs_user_project" not in StorePath.of("gs://bucket").kvstore
+    assert StorePath.of("gs://bucket").kvstore["path"] == ""
+    assert str(StorePath.of("gs://bucket") / "4") == "gs://bucket/4"
+    assert StorePath.of("/a b/c%20d").kvstore == {"driver": "file", "path": "/a b/c%20d/"}
     with pytest.raises(UserError, match="s3://b/a is neither a folder nor a path like gs://"):
-        Place.of("s3://b/a")
+        StorePath.of("s3://b/a")
 
 
 def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):

@@ -29,7 +29,7 @@ from tttjax.cli.model_arguments import add_model_arguments, open_from
 from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluation.progress import Progress
-from tttjax.evaluation.update_trace import Telescope
+from tttjax.evaluation.update_trace import UpdateTraceWriter
 from tttjax.inference.session import CHUNKS_AT_ONCE
 from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
 from tttjax.io.locks import Lock, hold
@@ -126,10 +126,10 @@ def _read(
 ) -> None:
     """Reads on, to the end or until it is to stop."""
     with contextlib.ExitStack() as closing:
-        outputs: list[CsvLog | Telescope] = []
+        outputs: list[CsvLog | UpdateTraceWriter] = []
         snapshots = _snapshots(args, opened)
         if args.telescope:
-            outputs.append(Telescope(args.telescope, opened, reading))
+            outputs.append(UpdateTraceWriter(args.telescope, opened, reading))
         if args.log:
             outputs.append(CsvLog(args.log, reading.learned))
         for output in outputs:
@@ -187,7 +187,7 @@ class _Saver:
         opened: Opened,
         reading: TextReading,
         locks: Sequence[Lock],
-        outputs: Iterable[CsvLog | Telescope],
+        outputs: Iterable[CsvLog | UpdateTraceWriter],
         snapshots: Snapshots | None,
     ):
         self._args, self._opened, self._reading = args, opened, reading
@@ -205,7 +205,7 @@ class _Saver:
         is_last = reading.done == reading.total
         save(args.save_session, self._opened, reading, *(stored if is_last else ()))
         for output in self._outputs:
-            if draw and isinstance(output, Telescope):
+            if draw and isinstance(output, UpdateTraceWriter):
                 output.finish()
         self._saved = time.monotonic()
 

@@ -19,17 +19,17 @@ from tttjax.evaluation.scoring import make_scorer, token_losses
 from tttjax.evaluation.text import Text, open_text
 from tttjax.parallel import precision
 from tttjax.runs.run import (
+    EvalSetup,
     Learning,
     Run,
     RunSpec,
-    Way,
     choose_modes,
     inner_config,
+    iter_eval_setups,
     learning_rates,
     make_run_mesh,
     open_run,
     run_of_params,
-    ways_to_read,
 )
 from tttjax.types import Params
 
@@ -79,7 +79,9 @@ def compare(
     series: list[Series] = []
     for run, its_modes in zip(opened, chosen, strict=True):
         with precision.as_configured(run.config):
-            for ways in ways_to_read(run, its_modes, learning, mesh or make_run_mesh(run.config)):
+            for ways in iter_eval_setups(
+                run, its_modes, learning, mesh or make_run_mesh(run.config)
+            ):
                 series += _read(run, ways, text, held_out, lengths, settings.batch_size, bar)
     bar.close()
     comparison = Comparison(
@@ -156,7 +158,7 @@ def context_lengths(
 
 def _read(
     run: Run,
-    ways: Sequence[Way],
+    ways: Sequence[EvalSetup],
     text: Text,
     held_out: HeldOut,
     lengths: Sequence[int],

@@ -20,12 +20,12 @@ from tttjax.parallel.mesh import (
     param_specs,
     spec,
 )
-from tttjax.runs.run import Way
+from tttjax.runs.run import EvalSetup
 from tttjax.ttt.outer_loss import InnerLoop, make_forward
 from tttjax.types import Array, Batch, Params
 
 
-def make_scorer(way: Way) -> Callable[[Params, Batch, float], Array]:
+def make_scorer(way: EvalSetup) -> Callable[[Params, Batch, float], Array]:
     """scorer(params, batch, lr) -> NLL of every target in float32 or wider, [B, T], not masked.
 
     Compiled once per shape of the batch, also for several ways that differ in their weights alone
@@ -90,7 +90,7 @@ def padded_batches(sequences: HeldOut, size: int) -> Iterator[tuple[Batch, int]]
 
 
 def token_losses(
-    way: Way,
+    way: EvalSetup,
     scorer: Callable[[Params, Batch, float], Array],
     held_out: HeldOut,
     length: int,

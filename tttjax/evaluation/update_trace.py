@@ -60,7 +60,7 @@ class Bins:
         return self._sums.sum(axis=0) / max(self.count, 1)
 
 
-class Telescope:
+class UpdateTraceWriter:
     """Files in a folder that follow a reading.
 
     Raises UserError for a folder that is a file, or holds what another model or text showed.

@@ -1,6 +1,6 @@
 """Reading with a look at every update: the loss before and after it, gradients, drift by layer.
 
-`observe_chunks` reads like `reading.read_chunks` and shows more, for one more forward pass of every
+`trace_chunks` reads like `reading.read_chunks` and shows more, for one more forward pass of every
 chunk through the upper half of the model. Ordinary reading knows nothing of it; as two programs
 they may round differently.
 """
@@ -18,7 +18,7 @@ from tttjax.ttt.layer_norms import sequential_norms
 from tttjax.types import Array, PyTree
 
 
-class Observations(NamedTuple):
+class UpdateTrace(NamedTuple):
     """What N chunks showed, in L layers (`fast_layers`); the first three as in `Records`."""
 
     loss_NB: Array
@@ -29,7 +29,7 @@ class Observations(NamedTuple):
     drift_NBL: Array  # ||W_i - W0||
 
 
-def observe_chunks(
+def trace_chunks(
     reader: Reader,
     fast_start: PyTree,
     weights: Weights,
@@ -39,7 +39,7 @@ def observe_chunks(
     counted_BT: Array | None = None,
     *,
     at_start: bool = False,
-) -> tuple[Context, Observations]:
+) -> tuple[Context, UpdateTrace]:
     """`read_chunks`, and what its updates did.
 
     fast_start: W0 of one sequence, [1, ...], as `start` lays it out.
@@ -59,7 +59,7 @@ def observe_chunks(
         _, fast, _ = carry
         loss_after_B, _ = batch_loss(learner, weights.upper, fast, above_before, chunk, "once")
         shown = loss_after_B, jax.vmap(by_layer)(g), jax.vmap(moved)(fast)
-        return carry, Observations(*records, *shown)
+        return carry, UpdateTrace(*records, *shown)
 
     carry = context.above, context.fast, context.rule_state
     (above, fast, rule_state), seen = jax.lax.scan(step, carry, chunks)
@@ -72,10 +72,10 @@ def start_norms(engine: Engine) -> Array:
     return sequential_norms(engine.reader.learner.cut, fast)
 
 
-class ObservingEngine(Engine):
-    """An engine whose `read` gives `Observations` of what it learns from, not `Records`."""
+class TracingEngine(Engine):
+    """An engine whose `read` gives `UpdateTrace` of what it learns from, not `Records`."""
 
     @cached_property
     def _read_chunks(self):
-        run = jax.jit(partial(observe_chunks, self.reader), static_argnames="at_start")
+        run = jax.jit(partial(trace_chunks, self.reader), static_argnames="at_start")
         return partial(run, self._fresh.fast)

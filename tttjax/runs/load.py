@@ -16,10 +16,10 @@ from tttjax.inference.session_file import (
     fingerprint,
     load_session,
 )
-from tttjax.inference.update_trace import ObservingEngine
+from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.run import Learning, RunSpec, choose_modes, open_run, ways_to_read
+from tttjax.runs.run import Learning, RunSpec, choose_modes, iter_eval_setups, open_run
 from tttjax.runs.tokenizer import run_tokenizer
 
 
@@ -58,10 +58,10 @@ def open_model(
     texts = run_tokenizer(found, tokenizer)
     mesh = make_mesh(devices=jax.devices()[:1])
     with as_configured(found.config):
-        way = next(ways_to_read(found, modes[:1], learning or Learning(), mesh))[0]
+        way = next(iter_eval_setups(found, modes[:1], learning or Learning(), mesh))[0]
         reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
         room = max_length or 8 * found.config.train.seq_len
-        engine = (ObservingEngine if observe else Engine)(reader, way.params, room)
+        engine = (TracingEngine if observe else Engine)(reader, way.params, room)
         mark = fingerprint(found.config, way.params)
     return Opened(found.config, engine, texts, mark, texts.fingerprint())
 

@@ -15,7 +15,7 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.session import CHUNKS_AT_ONCE, Session
 from tttjax.inference.session_file import LOSSES, About, read_about, save_session
-from tttjax.inference.update_trace import ObservingEngine
+from tttjax.inference.update_trace import TracingEngine
 from tttjax.runs.load import Opened, start_session
 from tttjax.runs.reading_log import Row, rows_of
 
@@ -189,7 +189,7 @@ def save(
     rank: int = 0,
 ) -> About:
     """Writes the session file of a reading."""
-    looked = {"telescope": True} if isinstance(opened.engine, ObservingEngine) else {}
+    looked = {"telescope": True} if isinstance(opened.engine, TracingEngine) else {}
     return save_session(
         path,
         opened.engine,

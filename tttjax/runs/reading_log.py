@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.inference.update_trace import Observations
+from tttjax.inference.update_trace import UpdateTrace
 from tttjax.io.atomic import atomic_write
 from tttjax.ttt.chunk import Records
 
@@ -27,12 +27,12 @@ class Row(NamedTuple):
     layer_drift: Sequence[float] = ()
 
 
-def rows_of(seen: Sequence[Records | Observations], end: int, chunk: int) -> list[Row]:
+def rows_of(seen: Sequence[Records | UpdateTrace], end: int, chunk: int) -> list[Row]:
     """The chunks of one sequence, the last of which ends after `end` tokens."""
     columns: list[tuple[Any, ...]] = []
     for found in seen:
         arrays = [found.loss_NB, found.grad_norm_NB]
-        if isinstance(found, Observations):
+        if isinstance(found, UpdateTrace):
             arrays += [found.loss_after_NB, found.grad_norm_NBL, found.drift_NBL]
         columns += zip(*(np.asarray(x)[:, 0].tolist() for x in arrays), strict=True)
     first = end - len(columns) * chunk

@@ -34,7 +34,7 @@ from tttjax.types import Params, PyTree
 
 
 @dataclass(frozen=True)
-class Way:
+class EvalSetup:
     """One way of reading: with these weights on this mesh, learning at rate `lr` or not at all."""
 
     mode: str
@@ -261,9 +261,9 @@ def learning_rates(run: Run, mode: str, learning: Learning) -> tuple[float, ...]
     return (inner_config(run, learning).lr if mode != "off" else 0.0,)
 
 
-def ways_to_read(
+def iter_eval_setups(
     run: Run, modes: Sequence[str], learning: Learning, mesh: Mesh
-) -> Iterator[tuple[Way, ...]]:
+) -> Iterator[tuple[EvalSetup, ...]]:
     """Reads the run's weights and gives, for each mode, its ways of reading (one per rate)."""
     model = build_model(run.config.model, run.config.inner)
     params = run.weights(weights_template(model, mesh))
@@ -274,7 +274,7 @@ def ways_to_read(
             its_params = _relayout(params, model, its_model, mesh)
         rates = learning_rates(run, mode, learning)
         yield tuple(
-            Way(
+            EvalSetup(
                 mode=mode,
                 label=_label(run, mode, lr if len(rates) > 1 else None),
                 model=its_model,

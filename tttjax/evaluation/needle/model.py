@@ -13,7 +13,7 @@ from tttjax.inference.prefill import make_reader
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, score_together
 from tttjax.inference.session import Session
-from tttjax.runs.run import Way
+from tttjax.runs.run import EvalSetup
 
 MORE_TOKENS = 16  # that are written beyond as many as the value has
 LONGEST_VALUE = 64  # tokens; a UUID has 36 characters
@@ -48,13 +48,13 @@ class Answer:
     decoy: Likelihood
 
 
-Asker = Callable[[Sequence[Prompt]], list[Answer]]
+NeedleModel = Callable[[Sequence[Prompt]], list[Answer]]
 
 
-class EngineAsker:
+class EngineModel:
     """Asks a way of reading, several prompts at a time."""
 
-    def __init__(self, way: Way, tokenizer: Tokenizer, longest: int):
+    def __init__(self, way: EvalSetup, tokenizer: Tokenizer, longest: int):
         """longest: tokens of a prompt, for which full attention needs room."""
         reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
         self._engine = Engine(reader, way.params, longest + LONGEST_VALUE + MORE_TOKENS)

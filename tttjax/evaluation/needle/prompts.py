@@ -55,7 +55,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class PromptSpec:
     """Which prompt: fully determines it, together with seed, haystack and tokenizer.
 
     length: tokens of the prompt. depth: part of the haystack before the needle, from 0 to 1.
@@ -77,7 +77,7 @@ class Prompt:
     same way, that occurs nowhere.
     """
 
-    place: Place
+    place: PromptSpec
     token_T: np.ndarray
     control_T: np.ndarray
     needle: tuple[int, int]
@@ -104,7 +104,7 @@ class Prompt:
         return "outside" if self.needle[1] - 1 <= self.question - window else "edge"
 
 
-def make_prompt(place: Place, haystack: Haystack, seed: int) -> Prompt:
+def make_prompt(place: PromptSpec, haystack: Haystack, seed: int) -> Prompt:
     """The prompt of a place: the same whenever it is made, and whatever others there are.
 
     Raises UserError if the length leaves no room for a haystack.
@@ -175,7 +175,7 @@ def _unfaithful(tokenizer: Tokenizer, text: str) -> UserError:
     )
 
 
-def _generator(place: Place, seed: int) -> np.random.Generator:
+def _generator(place: PromptSpec, seed: int) -> np.random.Generator:
     name = zlib.crc32(place.task.name.encode())
     return np.random.default_rng([seed, name, place.length, round(1e6 * place.depth), place.number])
 

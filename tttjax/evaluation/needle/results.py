@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tttjax.evaluation.needle.model import Answer
-from tttjax.evaluation.needle.prompts import Place, Prompt
+from tttjax.evaluation.needle.prompts import Prompt, PromptSpec
 from tttjax.evaluation.statistics import Estimate
 
 REGIONS = ("inside", "edge", "outside")
@@ -19,7 +19,7 @@ REGIONS = ("inside", "edge", "outside")
 class Sample:
     """One prompt and what was answered. See `Prompt.region` for region."""
 
-    place: Place
+    place: PromptSpec
     distance: int
     region: str
     value: str

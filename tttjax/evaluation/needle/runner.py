@@ -14,22 +14,22 @@ from tttjax.errors import UserError
 from tttjax.evaluation.compare import LEARNING_COST, check_names
 from tttjax.evaluation.needle import haystack as haystacks
 from tttjax.evaluation.needle.haystack import Haystack
-from tttjax.evaluation.needle.model import Asker, EngineAsker
-from tttjax.evaluation.needle.prompts import TASKS, Place, Task, check_tokenizer, make_prompt
+from tttjax.evaluation.needle.model import EngineModel, NeedleModel
+from tttjax.evaluation.needle.prompts import TASKS, PromptSpec, Task, check_tokenizer, make_prompt
 from tttjax.evaluation.needle.results import NeedleResults, Sample, Series
 from tttjax.evaluation.progress import Progress
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import (
+    EvalSetup,
     Learning,
     Run,
     RunSpec,
-    Way,
     choose_modes,
     inner_config,
+    iter_eval_setups,
     learning_rates,
     open_run,
-    ways_to_read,
 )
 from tttjax.runs.tokenizer import run_tokenizer
 
@@ -67,10 +67,10 @@ class NeedleSettings:
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[PromptSpec]:
         """Every prompt; those of one length stand together."""
         return [
-            Place(TASKS[task], length, depth, number)
+            PromptSpec(TASKS[task], length, depth, number)
             for length in self.lengths
             for task in self.tasks
             for depth in self.depths
@@ -120,7 +120,7 @@ def needle_tests(
     mesh = make_mesh(devices=jax.local_devices()[:1])
     for run, its_modes, tokenizer, its in zip(opened, chosen, texts, found, strict=True):
         with precision.as_configured(run.config):
-            for ways in ways_to_read(run, its_modes, learning, mesh):
+            for ways in iter_eval_setups(run, its_modes, learning, mesh):
                 for way in ways:
                     bar.doing(way.label, LEARNING_COST if way.learn else 1)
                     series.append(_ask(run, way, tokenizer, its.by_task, settings, window, bar.add))
@@ -143,7 +143,7 @@ def needle_tests(
 
 
 def ask_all(
-    ask: Asker,
+    ask: NeedleModel,
     settings: NeedleSettings,
     by_task: Mapping[str, Haystack],
     window: int,
@@ -169,7 +169,7 @@ def ask_all(
 
 def _ask(
     run: Run,
-    way: Way,
+    way: EvalSetup,
     tokenizer: Tokenizer,
     by_task: Mapping[str, Haystack],
     settings: NeedleSettings,
@@ -177,7 +177,7 @@ def _ask(
     on_tokens: Callable[[int], None],
 ) -> Series:
     started = time.perf_counter()
-    asker = EngineAsker(way, tokenizer, max(settings.lengths))
+    asker = EngineModel(way, tokenizer, max(settings.lengths))
     samples = ask_all(asker, settings, by_task, window, on_tokens)
     inner = {
         "rule": way.rule,

@@ -14,7 +14,7 @@ from tttjax.interop.huggingface.configs import (
 from tttjax.interop.huggingface.names import (
     EMBEDDING,
     HEAD,
-    TensorPlace,
+    TensorSlot,
     check_names,
     families,
     pieces,
@@ -25,7 +25,7 @@ from tttjax.interop.huggingface.names import (
 __all__ = [
     "EMBEDDING",
     "HEAD",
-    "TensorPlace",
+    "TensorSlot",
     "check_names",
     "config_from_huggingface",
     "families",

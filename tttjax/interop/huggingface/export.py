@@ -16,7 +16,7 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.interop.huggingface import architectures, compare
 from tttjax.interop.huggingface.files import TensorFiles, write_tensors
-from tttjax.interop.huggingface.names import TensorPlace, check_names, pieces, tensor_places
+from tttjax.interop.huggingface.names import TensorSlot, check_names, pieces, tensor_places
 from tttjax.interop.huggingface.seal import seal_export
 from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, write_tokenizer
 from tttjax.interop.official.checkpoint import StoredArray, open_item
@@ -31,9 +31,9 @@ from tttjax.runs.run import (
     Run,
     RunSpec,
     choose_modes,
+    iter_eval_setups,
     open_run,
     reading_model,
-    ways_to_read,
 )
 from tttjax.runs.tokenizer import run_tokenizer
 from tttjax.types import Params
@@ -58,7 +58,7 @@ class Export:
     mode: str
     model: Transformer
     family: str
-    places: list[TensorPlace]
+    places: list[TensorSlot]
     dtype: str
     learns: bool
     tokenizer: Tokenizer | None
@@ -133,20 +133,20 @@ def write(export: Export, target: Path, *, limit: int, say: Say = lambda line: N
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _by_stack(places: list[TensorPlace]) -> list[TensorPlace]:
+def _by_stack(places: list[TensorSlot]) -> list[TensorSlot]:
     """The rows of a stack of blocks one after the other, as they are stored."""
     order = {path: i for i, path in enumerate(dict.fromkeys(place.path for place in places))}
     return sorted(places, key=lambda place: order[place.path])
 
 
-def _reader(export: Export) -> Callable[[TensorPlace], np.ndarray]:
+def _reader(export: Export) -> Callable[[TensorSlot], np.ndarray]:
     """Reads our weight at a place out of the checkpoint; of a stack, one row."""
     assert export.run.folder is not None
     arrays: dict[str, StoredArray] = open_item(export.run.folder / "params")
     fast = export.model.fast_paths
     opened: dict[str, Callable[[int], np.ndarray]] = {}
 
-    def read(place: TensorPlace) -> np.ndarray:
+    def read(place: TensorSlot) -> np.ndarray:
         part = "fast" if place.path in fast else "slow"
         array = arrays[".".join((part, *place.path.split("/")))]
         if place.row is None:
@@ -281,7 +281,9 @@ def _sample(export: Export) -> np.ndarray:
 def _logits(export: Export, found: Run, token_T: np.ndarray) -> np.ndarray:
     size = compare.sample_chunk(found.config.inner.chunk_size)
     mesh = make_mesh(devices=jax.devices()[:1])
-    way = next(ways_to_read(found, (export.mode,), Learning(inner={"chunk_size": size}), mesh))[0]
+    way = next(iter_eval_setups(found, (export.mode,), Learning(inner={"chunk_size": size}), mesh))[
+        0
+    ]
     return compare.our_logits(way.model, way.inner, way.lr, way.params, token_T, learn=way.learn)
 
 

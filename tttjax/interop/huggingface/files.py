@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from tttjax.errors import UserError
-from tttjax.interop.huggingface.names import TensorPlace
+from tttjax.interop.huggingface.names import TensorSlot
 from tttjax.io.atomic import atomic_write
 
 INDEX = "model.safetensors.index.json"
@@ -19,11 +19,9 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # by an index of 
 FLOATS = ("F64", "F32", "F16", "BF16")  # what NumPy, with JAX's types, has numbers for
 
 
-def plan_shards(
-    places: Sequence[TensorPlace], item_size: int, limit: int
-) -> list[list[TensorPlace]]:
+def plan_shards(places: Sequence[TensorSlot], item_size: int, limit: int) -> list[list[TensorSlot]]:
     """The tensors in order, cut into shards of at most `limit` bytes, but for a larger tensor."""
-    shards: list[list[TensorPlace]] = [[]]
+    shards: list[list[TensorSlot]] = [[]]
     size = 0
     for place in places:
         bytes_ = int(np.prod(place.shape)) * item_size
@@ -37,8 +35,8 @@ def plan_shards(
 
 def write_tensors(
     folder: Path,
-    places: Sequence[TensorPlace],
-    read: Callable[[TensorPlace], np.ndarray],
+    places: Sequence[TensorSlot],
+    read: Callable[[TensorSlot], np.ndarray],
     *,
     dtype: str,
     limit: int,

@@ -77,7 +77,7 @@ def _to_pairs(x_K: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorSlot:
     """A tensor there and the weight here that it is: `path`, and the row in a stack of blocks.
 
     shape: there. our_shape: of the row here.
@@ -191,7 +191,7 @@ def abstract_weights(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict(combine(params.slow, params.fast), sep="/")
 
 
-def tensor_places(model: Transformer, family: str) -> list[TensorPlace]:
+def tensor_places(model: Transformer, family: str) -> list[TensorSlot]:
     """Every tensor that the family has of this model: the ends, then block by block.
 
     Raises UserError for an unknown family.
@@ -200,9 +200,9 @@ def tensor_places(model: Transformer, family: str) -> list[TensorPlace]:
         raise UserError(f"the family {family!r} is unknown; there are {', '.join(BLOCK_TABLES)}")
     weights = abstract_weights(model)
 
-    def place(name: str, path: str, row: int | None, conversion: Conversion) -> TensorPlace:
+    def place(name: str, path: str, row: int | None, conversion: Conversion) -> TensorSlot:
         shape = weights[path].shape if row is None else weights[path].shape[1:]
-        return TensorPlace(name, conversion.their_shape(shape), path, row, shape, conversion)
+        return TensorSlot(name, conversion.their_shape(shape), path, row, shape, conversion)
 
     found = [place(name, path, None, how) for path, name, how in _ends(model, family)]
     for layer, (stack, row) in enumerate(model.block_paths()):
@@ -213,12 +213,12 @@ def tensor_places(model: Transformer, family: str) -> list[TensorPlace]:
     return found
 
 
-def unplaced(model: Transformer, places: Iterable[TensorPlace]) -> list[str]:
+def unplaced(model: Transformer, places: Iterable[TensorSlot]) -> list[str]:
     """Paths of our weights that no tensor is: those a family does not know."""
     return sorted(abstract_weights(model).keys() - {place.path for place in places})
 
 
-def check_names(names: Iterable[str], places: Iterable[TensorPlace], where: str) -> None:
+def check_names(names: Iterable[str], places: Iterable[TensorSlot], where: str) -> None:
     """UserError, naming them, if tensors are missing or left over.
 
     Buffers of rotary frequencies, and a head that is tied anyway, are no weights; that such a head
@@ -236,13 +236,13 @@ def check_names(names: Iterable[str], places: Iterable[TensorPlace], where: str)
 
 
 def pieces(
-    places: Iterable[TensorPlace], read: Callable[[str], np.ndarray]
+    places: Iterable[TensorSlot], read: Callable[[str], np.ndarray]
 ) -> Iterator[WeightPiece]:
     """Our weights, row by row, out of tensors that are read one by one (`read(name)`).
 
     Raises UserError for a tensor of another shape, and for two that are one weight and differ.
     """
-    first: dict[tuple[str, int | None], TensorPlace] = {}
+    first: dict[tuple[str, int | None], TensorSlot] = {}
     for place in places:
         ours = place.to_ours(read(place.name))
         before = first.setdefault((place.path, place.row), place)
@@ -252,7 +252,7 @@ def pieces(
             _check_same(place, ours, before.to_ours(read(before.name)))
 
 
-def _check_same(place: TensorPlace, ours: np.ndarray, other: np.ndarray) -> None:
+def _check_same(place: TensorSlot, ours: np.ndarray, other: np.ndarray) -> None:
     # Rounded apart, perhaps to bfloat16, or to float16 near 0: nothing else may differ.
     if not np.allclose(ours.astype(np.float32), other.astype(np.float32), rtol=2**-7, atol=1e-5):
         raise UserError(f"{place.name} is not the same weight as the tied {place.path}")

@@ -89,7 +89,7 @@ def open_official_checkpoint(source: str | Path, project: str = "") -> OpenedChe
     Cloud, that pays for requests to buckets whose owner does not.
     Raises UserError if there is no such checkpoint, it is not complete, or cannot be read.
     """
-    place = Place.of(source, project)
+    place = StorePath.of(source, project)
     with _blamed_on(place):
         place, item, step = _find(place)
         return OpenedCheckpoint(str(place), step, _open_item(item))
@@ -101,7 +101,7 @@ def load_official_checkpoint(source: str | Path) -> OfficialCheckpoint:
     source: as for `open_official_checkpoint`. Raises UserError as it does.
     """
     found = open_official_checkpoint(source)
-    place = Place.of(found.source)
+    place = StorePath.of(found.source)
 
     def read(arrays: dict[str, StoredArray]) -> dict[str, np.ndarray]:
         return {name: array.read() for name, array in arrays.items()}
@@ -122,7 +122,7 @@ def load_official_checkpoint(source: str | Path) -> OfficialCheckpoint:
 
 
 @dataclass(frozen=True)
-class Place:
+class StorePath:
     """A folder of this machine (bucket empty), or of a bucket of Google Cloud Storage."""
 
     path: str
@@ -130,7 +130,7 @@ class Place:
     project: str = ""
 
     @classmethod
-    def of(cls, source: str | Path, project: str = "") -> "Place":
+    def of(cls, source: str | Path, project: str = "") -> "StorePath":
         """UserError for a URL of another kind."""
         text = str(source)
         if "://" not in text:
@@ -140,8 +140,8 @@ class Place:
             raise UserError(f"{text} is neither a folder nor a path like gs://BUCKET/FOLDER.")
         return cls(match[2], match[1], project)
 
-    def __truediv__(self, name: str) -> "Place":
-        return Place(f"{self.path}/{name}".lstrip("/" if self.bucket else ""), *self._rest())
+    def __truediv__(self, name: str) -> "StorePath":
+        return StorePath(f"{self.path}/{name}".lstrip("/" if self.bucket else ""), *self._rest())
 
     def __str__(self) -> str:
         return f"gs://{self.bucket}/{self.path}" if self.bucket else self.path
@@ -185,7 +185,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def _blamed_on(place: Place | str) -> Iterator[None]:
+def _blamed_on(place: StorePath | str) -> Iterator[None]:
     """Turns a failure to read a folder, or an array in it, into one sentence."""
     try:
         yield
@@ -201,7 +201,7 @@ def _blamed_on(place: Place | str) -> Iterator[None]:
 
 def looks_official(source: str | Path) -> bool:
     """Whether a folder is a checkpoint, or holds some, complete or not."""
-    place = Place.of(source)
+    place = StorePath.of(source)
     names = place.children()
     inside = [name for step in names if step.isdigit() for name in (place / step).children()]
     return (
@@ -211,10 +211,10 @@ def looks_official(source: str | Path) -> bool:
     )
 
 
-def _find(place: Place) -> tuple[Place, Place, int]:
+def _find(place: StorePath) -> tuple[StorePath, StorePath, int]:
     """(folder of the step, folder of its weights, number of the step)."""
     if place.name == WEIGHTS and place.read(METADATA) is not None:
-        above = Place(place.path.rpartition("/")[0], place.bucket, place.project)
+        above = StorePath(place.path.rpartition("/")[0], place.bucket, place.project)
         return above, place, _number(above)
     step = _newest_step(place)
     names = step.children()
@@ -228,7 +228,7 @@ def _find(place: Place) -> tuple[Place, Place, int]:
     return step, step / WEIGHTS, _number(step)
 
 
-def _newest_step(place: Place) -> Place:
+def _newest_step(place: StorePath) -> StorePath:
     """The newest step in a folder; the folder itself if it has none."""
     names = place.children()
     if any(name.startswith(WEIGHTS) for name in names):
@@ -238,18 +238,18 @@ def _newest_step(place: Place) -> Place:
     return place / (steps or unfinished)[-1] if steps or unfinished else place
 
 
-def _number(place: Place) -> int:
+def _number(place: StorePath) -> int:
     return int(place.name) if place.name.isdigit() else 0
 
 
-def _unfinished(place: Place) -> UserError:
+def _unfinished(place: StorePath) -> UserError:
     return UserError(
         f"the checkpoint {place} is still being written, or its writing was broken off; wait until "
         "it is complete, or take another one."
     )
 
 
-def _open_item(item: Place) -> dict[str, StoredArray]:
+def _open_item(item: StorePath) -> dict[str, StoredArray]:
     """The arrays of an item by dotted name. Nodes that are stored as None are left out."""
     metadata, names = item.read(METADATA), item.children()
     in_one_store = "manifest.ocdbt" in names  # else every array has a folder of its own
@@ -282,6 +282,6 @@ def open_item(folder: str | Path) -> dict[str, StoredArray]:
 
     Raises UserError if they cannot be.
     """
-    place = Place.of(folder)
+    place = StorePath.of(folder)
     with _blamed_on(place):
         return _open_item(place)

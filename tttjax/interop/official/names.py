@@ -43,7 +43,7 @@ OF_FAST_MLP = {
 }
 
 
-class Place(NamedTuple):
+class TensorName(NamedTuple):
     """Where one array of one block (or an end) lies here and there."""
 
     path: str
@@ -52,10 +52,10 @@ class Place(NamedTuple):
     official_row: int | None
 
 
-def places(model: Transformer) -> list[Place]:
+def places(model: Transformer) -> list[TensorName]:
     """Every weight of the model, block by block, with its official name and row."""
     paths = flatten_dict(combine(*_slow_fast(model)), sep="/")
-    found = [Place(path, None, name, None) for path, name in ENDS.items() if path in paths]
+    found = [TensorName(path, None, name, None) for path, name in ENDS.items() if path in paths]
     first_of_suffix = model.num_layers - model.suffix_layers
     for layer, (stack, row) in enumerate(model.block_paths()):
         for of, prefix, official_row in (
@@ -63,7 +63,7 @@ def places(model: Transformer) -> list[Place]:
             (OF_FAST_MLP, PRIME, layer - first_of_suffix),
         ):
             found += [
-                Place(f"{stack}/{name}", row, prefix + official, official_row)
+                TensorName(f"{stack}/{name}", row, prefix + official, official_row)
                 for name, official in of.items()
                 if f"{stack}/{name}" in paths
             ]
@@ -191,7 +191,7 @@ def pieces(arrays: Mapping[str, Any], model: Transformer) -> Iterator[WeightPiec
 
     Of an array in which blocks are stacked, one row is read at a time.
     """
-    by_name: dict[str, list[Place]] = {}
+    by_name: dict[str, list[TensorName]] = {}
     for place in places(model):
         by_name.setdefault(place.official, []).append(place)
     for name, its in by_name.items():
