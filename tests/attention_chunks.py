@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tttjax.ops.attention.attend import attend, mask_fn
-from tttjax.ops.window_attention import Chunk
+from tttjax.ops.window_attention import QKV
 
 
 def random_chunk(
     queries, past, seed=0, dtype=np.float64, *, heads=2, kv_heads=None, dim=3, batch=2
-) -> Chunk:
+) -> QKV:
     """Queries with their own keys and values, and those of the tokens before them."""
     rng = np.random.default_rng(seed)
 
@@ -18,7 +18,7 @@ def random_chunk(
         return jnp.asarray(rng.normal(size=(batch, length, heads, dim)), dtype)
 
     keys = (normal(x, kv_heads or heads) for x in (past, past, queries, queries))
-    return Chunk(normal(queries, heads), *keys)
+    return QKV(normal(queries, heads), *keys)
 
 
 def dense(chunk, position, attention_mask):

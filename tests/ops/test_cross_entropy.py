@@ -13,9 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy.nll import (
     blocked_nll,
+    blocked_nll_jvp,
     blocked_nll_pair,
-    blocked_nll_twice,
-    blocked_nll_with_slope,
+    blocked_nll_with_residuals,
     token_nll,
 )
 
@@ -84,7 +84,7 @@ def test_pair_and_its_gradient(arrays, blocks, moving):
 def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, known):
     """Along weights below h alone; then along the head too, which the pair must notice."""
     h, head, target, h_dot, head_dot, a, _ = arrays
-    slope = blocked_nll_with_slope(h, head, target, **blocks)[1] if known else None
+    slope = blocked_nll_with_residuals(h, head, target, **blocks)[1] if known else None
 
     def outer(nll, directions):
         def chunk_loss(h, head, *moving):
@@ -98,7 +98,7 @@ def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, known):
         return jax.jit(jax.grad(of, (0, 1)))(h, head)
 
     def blocked(h, head):
-        return blocked_nll_twice(h, head, target, slope, **blocks)
+        return blocked_nll_jvp(h, head, target, slope, **blocks)
 
     for directions in ((h_dot,), (h_dot, head_dot)):
         wanted = outer(lambda h, head: token_nll(h, head, target), directions)
@@ -156,7 +156,7 @@ def test_extreme_logits_are_finite_and_exact(arrays, blocks):
     def of(nll, h, head, h_dot):
         return jax.value_and_grad(meta, (1, 2, 3))(nll, h, head, h_dot)
 
-    got = of(lambda h, head: blocked_nll_twice(h, head, target, **blocks), *narrow)
+    got = of(lambda h, head: blocked_nll_jvp(h, head, target, **blocks), *narrow)
     wanted = of(lambda h, head: token_nll(h, head, target), h, head, h_dot)
     assert float(jnp.max(jnp.abs(h @ head))) > 1e4
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -213,9 +213,9 @@ def test_products_are_as_few_as_the_docstrings_say(blocks):
     assert products(jax.value_and_grad(nll, (0, 1)), h, head) == 4
 
     def pair(h, head, h_dot, known):
-        return meta(lambda *x: blocked_nll_twice(*x, target, known, **blocks), h, head, h_dot)
+        return meta(lambda *x: blocked_nll_jvp(*x, target, known, **blocks), h, head, h_dot)
 
-    known = blocked_nll_with_slope(h, head, target, **blocks)[1]
+    known = blocked_nll_with_residuals(h, head, target, **blocks)[1]
     assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, None) == 7
     assert products(pair, h, head, h, known) == 0
     assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, known) == 5
@@ -239,7 +239,7 @@ def test_memory_has_a_bound(blocks):
         return jnp.mean(blocked_nll(h, head, target, **blocks))
 
     def second(h, head, h_dot):
-        return meta(lambda *x: blocked_nll_twice(*x, target, **blocks), h, head, h_dot)
+        return meta(lambda *x: blocked_nll_jvp(*x, target, **blocks), h, head, h_dot)
 
     def reverse(h, head, h_dot):
         return jnp.vdot(jax.grad(first)(h, head), h_dot)
@@ -265,7 +265,7 @@ def test_a_divided_vocabulary_is_not_gathered():
     ]
 
     def of(h, head, h_dot, target):
-        twice = lambda *x: blocked_nll_twice(*x, target, rows_block=6)  # noqa: E731
+        twice = lambda *x: blocked_nll_jvp(*x, target, rows_block=6)  # noqa: E731
         second = partial(meta, twice)
         return jax.value_and_grad(second, (0, 1, 2))(h, head, h_dot)
 
@@ -307,7 +307,7 @@ def test_what_is_not_differentiable_says_so(arrays):
     with pytest.raises(TypeError, match=r"jvp.*custom_vjp"):
         jax.jvp(jax.grad(loss), (h,), (h_dot,))
     with pytest.raises(ValueError, match="reverse-mode"):
-        jax.grad(lambda h: jnp.sum(blocked_nll_twice(h, head, target)))(h)
+        jax.grad(lambda h: jnp.sum(blocked_nll_jvp(h, head, target)))(h)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from small import random_batch, small_config, worst
 from tttjax.models import build_model
 from tttjax.ops.attention import library
 from tttjax.ops.attention.attend import AttentionMask, attend, mask_fn
-from tttjax.ops.attention.library import attend_whole, why_not
+from tttjax.ops.attention.library import attend_whole, unsupported_reason
 from tttjax.ops.attention.splash import _WindowMask, splash_attention, tile_of
 from tttjax.parallel.mesh import make_mesh, manual_axes
 from tttjax.planning.count import count
@@ -28,7 +28,7 @@ def everywhere(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(library, "why_not_here", lambda *_: "")
+    monkeypatch.setattr(library, "unsupported_reason_here", lambda *_: "")
 
 
 def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
@@ -121,13 +121,13 @@ def test_tiles_are_large_with_little_padding():
     ],
 )
 def test_reasons(platform, shape, dtype, attention_mask, says):
-    reason = why_not(platform, jax.ShapeDtypeStruct(shape, dtype), attention_mask)
+    reason = unsupported_reason(platform, jax.ShapeDtypeStruct(shape, dtype), attention_mask)
     assert says in reason
     assert bool(reason) == bool(says)
 
 
 def test_a_machine_without_cudnn_says_so():
-    assert library.why_not_here("cuda", BF16) == "cuDNN is not detected"
+    assert library.unsupported_reason_here("cuda", BF16) == "cuDNN is not detected"
 
 
 def test_the_platform_that_is_lowered_for_decides(everywhere):
@@ -227,9 +227,9 @@ def test_training_differentiates_it_once(monkeypatch, inner):
     once.defvjp(forward, lambda window, _, bar: (bar, bar, bar))
     monkeypatch.setattr(library, "FORMS", {"cpu": once})
     monkeypatch.setattr(
-        library, "why_not", lambda p, q, attention_mask: "local" * attention_mask.block
+        library, "unsupported_reason", lambda p, q, attention_mask: "local" * attention_mask.block
     )
-    monkeypatch.setattr(library, "why_not_here", lambda *_: "")
+    monkeypatch.setattr(library, "unsupported_reason_here", lambda *_: "")
     layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
     config = small_config(model={**layers, "remat": "block"}, inner=inner)
     model = build_model(config.model, config.inner)

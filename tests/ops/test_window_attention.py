@@ -8,11 +8,11 @@ import pytest
 from tests.attention_chunks import dense, random_chunk
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import (
-    Chunk,
+    QKV,
     Tiling,
     window_attention,
+    window_attention_jvp,
     window_attention_pair,
-    window_attention_twice,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -78,7 +78,7 @@ def test_value_gradient_and_gradient_of_a_tangent(name):
 
     got = scalars(
         lambda x, position: window_attention(*x, position, attention_mask, Tiling(*tiling)),
-        lambda x, position: window_attention_twice(*x, position, attention_mask, Tiling(*tiling)),
+        lambda x, position: window_attention_jvp(*x, position, attention_mask, Tiling(*tiling)),
     )
     wanted = scalars(*2 * [lambda x, position: dense(x, position, attention_mask)])
     for position in positions:
@@ -101,7 +101,7 @@ def small_losses():
 
     return (
         lambda x: loss(window_attention(*x, POSITION, SIGHT, TILING)),
-        lambda x: loss(window_attention_twice(*x, POSITION, SIGHT, TILING)),
+        lambda x: loss(window_attention_jvp(*x, POSITION, SIGHT, TILING)),
         lambda x: loss(dense(x, POSITION, SIGHT)),
     )
 
@@ -159,7 +159,7 @@ def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimen
 def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
     """A constant in k's tangent moves all scores alike and must not drown the rest."""
     wide, dot = random_chunk(16, 24), random_chunk(16, 0, seed=3)
-    dot = Chunk(dot.q, None, None, dot.k_own + 30.0, dot.v_own)
+    dot = QKV(dot.q, None, None, dot.k_own + 30.0, dot.v_own)
     bars = random_chunk(16, 0, seed=4)
 
     def derivatives(dtype, attention):
@@ -179,7 +179,7 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
         derivatives(d, lambda x: dense(x, 10, attention_mask)) for d in (float, jnp.bfloat16)
     )
     got = derivatives(
-        jnp.bfloat16, lambda x: window_attention_twice(*x, 10, attention_mask, Tiling(8, 8))
+        jnp.bfloat16, lambda x: window_attention_jvp(*x, 10, attention_mask, Tiling(8, 8))
     )
     for ours, theirs, true in zip(*map(jax.tree.leaves, (got, rough, exact)), strict=True):
         assert ours.dtype == jnp.bfloat16

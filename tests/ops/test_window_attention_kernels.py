@@ -15,12 +15,12 @@ from tttjax.config import MeshConfig
 from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import (
-    Chunk,
+    QKV,
     Tiling,
     window_attention,
+    window_attention_jvp,
     window_attention_pair,
-    window_attention_twice,
-    window_attention_why_not,
+    window_attention_unsupported_reason,
 )
 from tttjax.parallel.mesh import make_mesh
 from tttjax.planning.topologies import open_mesh, parse_topology
@@ -82,7 +82,7 @@ def against_the_definition(lengths, kv_heads, attention_mask, past_moves, positi
     own = partial(everything, weight=weight, past_moves=past_moves)
     got = own(
         lambda x, position: window_attention(*x, position, attention_mask, BLOCKS, "pallas"),
-        lambda x, position: window_attention_twice(*x, position, attention_mask, BLOCKS, "pallas"),
+        lambda x, position: window_attention_jvp(*x, position, attention_mask, BLOCKS, "pallas"),
     )
     wanted = own(*2 * [lambda x, position: dense(x, position, attention_mask)])
     for position in positions:
@@ -133,7 +133,9 @@ def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner(
     of_batch = PartitionSpec("data")
 
     def on_shard(x, dot, position, bar):
-        ask = partial(window_attention_why_not, "cpu", x.q.shape, 32, x.q.dtype, kernel="pallas")
+        ask = partial(
+            window_attention_unsupported_reason, "cpu", x.q.shape, 32, x.q.dtype, kernel="pallas"
+        )
         assert ask(kv_heads=2) == ""
         assert "do not divide 1 heads" in ask(kv_heads=1)
         return jax.vmap(run, in_axes=(0, 0, None, 0))(x, dot, position, bar)
@@ -151,7 +153,7 @@ def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner(
 
 
 def test_what_a_mesh_does_not_allow():
-    ask = partial(window_attention_why_not, "tpu", past=8192, dtype=jnp.bfloat16)
+    ask = partial(window_attention_unsupported_reason, "tpu", past=8192, dtype=jnp.bfloat16)
     mesh = make_mesh(1, 1, 8)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert "cannot divide a kernel" in ask(shape=(1024, 12, 64))
@@ -184,7 +186,9 @@ def test_what_a_mesh_does_not_allow():
     ],
 )
 def test_reasons(platform, shape, past, dtype, kernel, reason):
-    found = window_attention_why_not(platform, shape, past, jnp.dtype(dtype), kernel=kernel)
+    found = window_attention_unsupported_reason(
+        platform, shape, past, jnp.dtype(dtype), kernel=kernel
+    )
     assert re.search(reason, found)
 
 
@@ -197,7 +201,7 @@ def programs(placed=None, *, queries, past, heads, dim, dtype):
     """(function of `kernel`, its arguments' shapes) of the inner step, and of the pair."""
     array = partial(jax.ShapeDtypeStruct, sharding=placed)
     q, before = (array((1, length, heads, dim), dtype) for length in (queries, past))
-    position, x = array((), jnp.int32), Chunk(q, before, before, q, q)
+    position, x = array((), jnp.int32), QKV(q, before, before, q, q)
     own = {"attention_mask": AttentionMask(past), "tiling": Tiling()}
     yield partial(once_and_back, **own), (x, position, q)
     dot = x._replace(k_past=None, v_past=None)

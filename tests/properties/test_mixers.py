@@ -231,7 +231,7 @@ def test_factors_are_read_in_the_compute_dtype_anyway(name):
     kind, changes = MIXERS[name]
     block = block_of(kind, **changes)
     weights = weights_of(block, dtype=jnp.float32)
-    narrow = block.narrowed(weights, jnp.dtype(jnp.bfloat16), arrays=True)
+    narrow = block.cast_params(weights, jnp.dtype(jnp.bfloat16), arrays=True)
     matrices = [w for w in jax.tree.leaves(narrow) if w.ndim > 1 and w.dtype == jnp.bfloat16]
     assert len(matrices) >= 4  # into the heads, and out of them
 

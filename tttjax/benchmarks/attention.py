@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from tttjax.benchmarks.timing import check_rounds, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_sequence, mask_fn
-from tttjax.ops.attention.library import attend_whole, why_not_here
-from tttjax.ops.attention.library import why_not as why_no_library
-from tttjax.ops.window_attention import window_attention, window_attention_twice
-from tttjax.ops.window_attention.select import why_not as why_no_kernel
+from tttjax.ops.attention.library import attend_whole, unsupported_reason_here
+from tttjax.ops.attention.library import unsupported_reason as library_unsupported_reason
+from tttjax.ops.window_attention import window_attention, window_attention_jvp
+from tttjax.ops.window_attention.select import unsupported_reason as kernel_unsupported_reason
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training.attention_kernels import platform_of
 from tttjax.types import Array
@@ -104,9 +104,9 @@ def absent(sizes: Sizes) -> dict[str, str]:
     chunk, sequence = (sizes.batch, sizes.chunk, *heads), (sizes.seq_len, *heads)
     whole = jax.ShapeDtypeStruct(sequence, dtype)
     reasons = {
-        "pallas": why_no_kernel(platform, chunk, sizes.window, dtype),
-        "library": why_no_library(platform, whole, AttentionMask())
-        or why_not_here(platform, whole),
+        "pallas": kernel_unsupported_reason(platform, chunk, sizes.window, dtype),
+        "library": library_unsupported_reason(platform, whole, AttentionMask())
+        or unsupported_reason_here(platform, whole),
     }
     return {form: reason for form, reason in reasons.items() if reason}
 
@@ -137,7 +137,7 @@ def _chunk_tasks(sizes: Sizes) -> Iterator[Task]:
         )
     yield "chunk pair", "dense", _gradient_of_pair(dense), (arguments, tangents)
     for kernel in kernels:
-        function = _gradient_of_pair(blocked(window_attention_twice, kernel))
+        function = _gradient_of_pair(blocked(window_attention_jvp, kernel))
         yield "chunk pair", kernel, function, (arguments, tangents)
 
 

@@ -12,8 +12,8 @@ from tttjax.benchmarks.timing import median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy.nll import (
     blocked_nll,
-    blocked_nll_twice,
-    blocked_nll_with_slope,
+    blocked_nll_jvp,
+    blocked_nll_with_residuals,
     token_nll,
 )
 from tttjax.types import Array
@@ -91,7 +91,7 @@ def _arguments(sizes: Sizes) -> dict[str, Any]:
     head_DV = jax.random.normal(keys[2], (sizes.embed_dim, sizes.vocab), sizes.dtype)
     head_DV = head_DV * sizes.embed_dim**-0.5
     target_T = jax.random.randint(keys[3], (sizes.rows,), 0, sizes.vocab)
-    known = blocked_nll_with_slope(h_TD, head_DV, target_T, **_blocks(sizes))[1]
+    known = blocked_nll_with_residuals(h_TD, head_DV, target_T, **_blocks(sizes))[1]
     tokens = {"h": h_TD, "h_dot": h_dot_TD, "head": head_DV}
     return {**tokens, "target": target_T, "known": known}
 
@@ -110,10 +110,10 @@ def _functions(sizes: Sizes) -> dict[tuple[str, str], Callable[[dict[str, Any]],
         return blocked_nll(h_TD, head_DV, x["target"], **blocks)
 
     def twice(x, h_TD, head_DV):
-        return blocked_nll_twice(h_TD, head_DV, x["target"], **blocks)
+        return blocked_nll_jvp(h_TD, head_DV, x["target"], **blocks)
 
     def known(x, h_TD, head_DV):
-        return blocked_nll_twice(h_TD, head_DV, x["target"], x["known"], **blocks)
+        return blocked_nll_jvp(h_TD, head_DV, x["target"], x["known"], **blocks)
 
     functions: dict[tuple[str, str], Callable[[dict[str, Any]], Any]] = {}
     for form, nll in (("dense", dense), ("blocked", blocked)):

@@ -18,7 +18,7 @@ from tttjax.models.layers import Identity, RMSNorm, normal_weight
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_one, mask_fn
 from tttjax.ops.attention.library import attend_whole
 from tttjax.ops.rope import rotate
-from tttjax.ops.window_attention import window_attention, window_attention_twice
+from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.types import Array
 
 Kept = dict[str, Array]
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         kernel: str = "auto",
     ):
         def weight(shape, axes):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         def head_norm():
             return RMSNorm(head_dim, "head_dim", eps=norm_eps, dtype=dtype)
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         self.q_norm = head_norm() if qk_norm else Identity()
         self.k_norm = head_norm() if qk_norm else Identity()
         self.attention_mask = attention_mask
-        self.turn = partial(rotate, theta=rope_theta, scaling=rope_scaling)
+        self.apply_rope = partial(rotate, theta=rope_theta, scaling=rope_scaling)
         self.query_block = query_block
         self.form = form
         self.kernel = kernel
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         v_TGK = project(self.wv)
         if state is None or self.form == "start":
             position_T = jnp.arange(x_TD.shape[0])
-            q_THK, turned_TGK = (self.turn(x, position_T) for x in (q_THK, k_TGK))
+            q_THK, turned_TGK = (self.apply_rope(x, position_T) for x in (q_THK, k_TGK))
             new_state = state and self._kept(state, k_TGK if self.memory else turned_TGK, v_TGK)
             y_THK = attend_whole(
                 q_THK, turned_TGK, v_TGK, self.attention_mask, self.query_block, self.kernel
@@ -135,8 +135,8 @@ class Attention(nnx.Module):
         window, length = self.memory, q_THK.shape[0]
         slot_S = jnp.arange(window + length)
 
-        def turn(x_THK, first):
-            return self.turn(x_THK, slot_S[first : first + x_THK.shape[0]])
+        def apply_rope(x_THK, first):
+            return self.apply_rope(x_THK, slot_S[first : first + x_THK.shape[0]])
 
         new_state = {"k": k_TGK, "v": v_TGK}
         if self.form != "twice":
@@ -144,14 +144,18 @@ class Attention(nnx.Module):
                 name: jnp.concatenate((state[name], new))[length:]
                 for name, new in new_state.items()
             }
-        q_THK, k_TGK, k_past = turn(q_THK, window), turn(k_TGK, window), turn(state["k"], 0)
+        q_THK, k_TGK, k_past = (
+            apply_rope(q_THK, window),
+            apply_rope(k_TGK, window),
+            apply_rope(state["k"], 0),
+        )
         if self.form == "dense":
             true_S = slot_S - window + position  # negative: a slot that no token has filled yet
             seen_TS = mask_fn(true_S[window:], true_S, self.attention_mask)
             k_SGK = jnp.concatenate((k_past, k_TGK))
             v_SGK = jnp.concatenate((state["v"], v_TGK))
             return attend(q_THK, k_SGK, v_SGK, seen_TS), new_state
-        attend_blocks = {"once": window_attention, "twice": window_attention_twice}[self.form]
+        attend_blocks = {"once": window_attention, "twice": window_attention_jvp}[self.form]
         kernel = "xla" if self.kernel == "xla" else "auto"
         y_THK = attend_blocks(
             q_THK, k_past, state["v"], k_TGK, v_TGK, position, self.attention_mask, kernel=kernel
@@ -162,7 +166,7 @@ class Attention(nnx.Module):
         """Keys are all that were ever read, each at its own position in a buffer."""
         write, length = jax.lax.dynamic_update_slice_in_dim, q_THK.shape[0]
         query_T = position + jnp.arange(length)
-        q_THK, k_TGK = self.turn(q_THK, query_T), self.turn(k_TGK, query_T)
+        q_THK, k_TGK = self.apply_rope(q_THK, query_T), self.apply_rope(k_TGK, query_T)
         k_SGK = write(state["k"], k_TGK, position, axis=0)
         v_SGK = write(state["v"], v_TGK, position, axis=0)
         key_S = jnp.arange(k_SGK.shape[0])
@@ -199,7 +203,7 @@ class Attention(nnx.Module):
             return jax.lax.dynamic_slice_in_dim(rows, room + self.memory - pending, room)
 
         k_SGK, v_SGK = (jnp.concatenate((past[name], added(name))) for name in ("k", "v"))
-        turned_SGK = self.turn(k_SGK, jnp.arange(k_SGK.shape[0]))
+        turned_SGK = self.apply_rope(k_SGK, jnp.arange(k_SGK.shape[0]))
         rows = {"k": turned_SGK, "v": v_SGK, "new": added("k")}
         return {name: kept.swapaxes(0, 1) for name, kept in rows.items()} | {"first": first}
 
@@ -237,7 +241,7 @@ class Attention(nnx.Module):
     def _attend_one(self, q_1HK, k_1GK, v_1GK, state, position):
         """A single token; the state that is returned is its row alone, to be committed."""
         slot = position - state["first"] + self.memory if self.memory else position
-        q_1HK, turned_1GK = self.turn(q_1HK, slot[None]), self.turn(k_1GK, slot[None])
+        q_1HK, turned_1GK = self.apply_rope(q_1HK, slot[None]), self.apply_rope(k_1GK, slot[None])
         key_S = jnp.arange(state["k"].shape[1]) + (position - slot)
         seen_S = mask_fn(position[None], key_S, self.attention_mask)[0] & (key_S < position)
         y_HK = attend_one(q_1HK[0], state["k"], state["v"], turned_1GK[0], v_1GK[0], seen_S)

@@ -56,7 +56,7 @@ class GatedDeltaNet(nnx.Module):
             )
 
         def matrix(shape, axes):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         def into(*heads):
             axes = ("embed", "heads", "head_dim")[: 1 + len(heads)]

@@ -28,14 +28,14 @@ def normal_weight(
     std: float,
     dtype: jnp.dtype,
     kind: type[nnx.Param] = nnx.Param,
-    is_factor: bool = False,
+    cast_to_compute: bool = False,
 ) -> nnx.Param:
     """A weight drawn from N(0, std^2): neither truncated nor scaled with depth, as officially.
 
-    is_factor: it is only ever multiplied with, in the dtype of the other factor.
+    cast_to_compute: it is only ever multiplied with, in the dtype of the other factor.
     """
     value = std * jax.random.normal(rngs.params(), shape, dtype)
-    return kind(value, axes=axes, is_factor=is_factor)
+    return kind(value, axes=axes, cast_to_compute=cast_to_compute)
 
 
 class RMSNorm(nnx.Module):
@@ -74,7 +74,9 @@ class SwiGLU(nnx.Module):
         kind: type[nnx.Param] = nnx.Param,
     ):
         def weight(shape, axes, std):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind, is_factor=True)
+            return normal_weight(
+                rngs, shape, axes, std=std, dtype=dtype, kind=kind, cast_to_compute=True
+            )
 
         self.w1 = weight((embed_dim, mlp_dim), ("embed", "mlp"), std)
         self.w3 = weight((embed_dim, mlp_dim), ("embed", "mlp"), std)
@@ -113,7 +115,9 @@ class MultiHeadMLP(nnx.Module):
         entries = embed_dim // num_heads
 
         def weight(shape, axes, std):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, kind=kind, is_factor=True)
+            return normal_weight(
+                rngs, shape, axes, std=std, dtype=dtype, kind=kind, cast_to_compute=True
+            )
 
         def bias(shape, axes):
             return kind(jnp.zeros(shape, dtype), axes=axes)

@@ -51,7 +51,7 @@ class Mamba2(nnx.Module):
         _check_limits(dt_limits)
 
         def weight(shape, axes):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         per_head = (heads, head_dim), ("heads", "head_dim")
         per_group = (groups, state_size), ("kv_groups", "state")

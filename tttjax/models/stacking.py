@@ -53,7 +53,7 @@ class Stack:
         """One copy without values, to ask it for sizes; not to be changed."""
         return _abstract(self.make, self.arguments)
 
-    def narrowed(self, weights: PyTree, dtype: jnp.dtype, *, arrays: bool) -> PyTree:
+    def cast_params(self, weights: PyTree, dtype: jnp.dtype, *, arrays: bool) -> PyTree:
         """Weights of all copies, those that are only multiplied with in `dtype`.
 
         arrays: False leaves those as they are that are not still to be gathered.
@@ -61,7 +61,7 @@ class Stack:
         flat = flatten_dict(weights)
         for path, variable in self.variables().items():
             leaf = flat.get(path)
-            if leaf is None or not variable.get_metadata().get("is_factor"):
+            if leaf is None or not variable.get_metadata().get("cast_to_compute"):
                 continue
             if is_sharded(leaf):
                 flat[path] = replace(leaf, dtype=dtype)
@@ -103,7 +103,7 @@ def run_stage(
         return x_TD, row_state and new_state
 
     weights = {
-        name: stack.narrowed(weights[name], x_TD.dtype, arrays=cast and not remat)
+        name: stack.cast_params(weights[name], x_TD.dtype, arrays=cast and not remat)
         for name, stack in stacks.items()
     }
     if remat:

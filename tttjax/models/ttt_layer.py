@@ -77,7 +77,7 @@ class TTTLayer(nnx.Module):
         self.base_lr, self.rope_theta, self.norm_eps = base_lr, rope_theta, norm_eps
 
         def matrix(shape, axes):
-            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, is_factor=True)
+            return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         def inner_matrix(shape, axes):  # learns while it reads, in float32 at least
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype)

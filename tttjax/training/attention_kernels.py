@@ -15,8 +15,8 @@ from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.models import SplitModel, build_model
 from tttjax.models.block import attention_masks
-from tttjax.ops.attention.library import KERNELS, why_not, why_not_here
-from tttjax.ops.window_attention import window_attention_why_not
+from tttjax.ops.attention.library import KERNELS, unsupported_reason, unsupported_reason_here
+from tttjax.ops.window_attention import window_attention_unsupported_reason
 from tttjax.ttt.outer_loss import learns
 
 
@@ -49,9 +49,9 @@ def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[
     for kind, attention_mask in attention_masks(shape).items():
         if kind not in model.mixer_kinds:
             continue
-        why = why_not(platform, q_THK, attention_mask)
+        why = unsupported_reason(platform, q_THK, attention_mask)
         if not why and here:
-            why = why_not_here(platform, q_THK, shape.kv_heads)
+            why = unsupported_reason_here(platform, q_THK, shape.kv_heads)
         if why and model.attention_kernel == "library":
             raise UserError(
                 f'model.attention_kernel = "library" cannot be had for {kind} attention: {why}; '
@@ -78,7 +78,7 @@ def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
         reach = [size for size in attention_mask if size]
         if not reach or kind not in kinds:
             continue
-        why = window_attention_why_not(
+        why = window_attention_unsupported_reason(
             *(platform, (chunk, shape.num_heads, shape.head_dim), min(reach)),
             jnp.dtype(config.model.compute_dtype),
             kv_heads=shape.kv_heads,

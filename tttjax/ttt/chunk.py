@@ -14,8 +14,8 @@ import optax
 
 from tttjax.models import SplitModel, combine
 from tttjax.ops.cross_entropy.nll import (
-    blocked_nll_twice,
-    blocked_nll_with_slope,
+    blocked_nll_jvp,
+    blocked_nll_with_residuals,
     masked_mean,
     token_nll_in_blocks,
 )
@@ -59,7 +59,7 @@ def batch_loss(learner: ChunkModel, slow, fast, state, chunk: Chunks, form: str,
     """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
 
     form: "once" for jax.grad alone, "twice" for jax.grad of jax.jvp. slope: what an earlier call
-    with the same weights and inputs has returned (`ops.cross_entropy.Slope`).
+    with the same weights and inputs has returned (`ops.cross_entropy.CEResiduals`).
     """
     model, cut = learner.cut.model, learner.cut
 
@@ -81,9 +81,9 @@ def batch_loss(learner: ChunkModel, slow, fast, state, chunk: Chunks, form: str,
         sizes: dict[str, Any] = {"rows_block": learner.logit_rows}
         sizes["vocab_block"] = _columns(head_DV.shape[1])
         if form == "twice":
-            nll_BC = blocked_nll_twice(*read, slope, **sizes)
+            nll_BC = blocked_nll_jvp(*read, slope, **sizes)
         else:
-            nll_BC, slope = blocked_nll_with_slope(*read, **sizes)
+            nll_BC, slope = blocked_nll_with_residuals(*read, **sizes)
     return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, slope)
 
 

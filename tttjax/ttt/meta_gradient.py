@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.ops.cross_entropy.nll import Slope
+from tttjax.ops.cross_entropy.nll import CEResiduals
 from tttjax.ttt.chunk import ChunkModel, Chunks, Records, batch_loss, learn, loss_and_gradient
 from tttjax.ttt.kv_buffer import BufferState, KVBuffer
 from tttjax.types import Array, PyTree
@@ -58,7 +58,7 @@ class _Saved(NamedTuple):
     rule_state: PyTree
     g: PyTree
     carried: tuple[Array | None, ...]
-    slope: Slope | None  # of the losses, in the last hidden states; None with a fast head
+    slope: CEResiduals | None  # of the losses, in the last hidden states; None with a fast head
 
 
 # --- the loop ---------------------------------------------------------------------------------

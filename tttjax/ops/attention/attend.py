@@ -20,7 +20,7 @@ FULL_SEGMENTS = 4  # full attention skips the upper triangle in this many steps
 
 
 class AttentionMask(NamedTuple):
-    """Which of the past a query sees: itself and everything before it, then narrowed.
+    """Which of the past a query sees: itself and everything before it, then cast_params.
 
     window: at most this many keys, the query's own included (0: no limit).
     block: only keys of the query's own block of this many positions (0: no blocks).

@@ -49,14 +49,19 @@ def attend_whole(
     forms = {
         platform: over_heads(partial(form, window=window))
         for platform, form in FORMS.items()
-        if not (why_not(platform, shape, attention_mask) or why_not_here(platform, shape, kv_heads))
+        if not (
+            unsupported_reason(platform, shape, attention_mask)
+            or unsupported_reason_here(platform, shape, kv_heads)
+        )
     }
     if not forms:
         return in_xla(q_THK, k_TGK, v_TGK)
     return jax.lax.platform_dependent(q_THK, k_TGK, v_TGK, default=in_xla, **forms)
 
 
-def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, attention_mask: AttentionMask) -> str:
+def unsupported_reason(
+    platform: str, q_THK: jax.ShapeDtypeStruct, attention_mask: AttentionMask
+) -> str:
     """Why the library's kernel does not apply on a platform; empty if it does.
 
     platform: "cuda", "tpu", "cpu", ... q_THK: shape and dtype of the queries.
@@ -79,7 +84,7 @@ def why_not(platform: str, q_THK: jax.ShapeDtypeStruct, attention_mask: Attentio
     return ""
 
 
-def why_not_here(platform: str, q_THK: jax.ShapeDtypeStruct, kv_heads: int = 0) -> str:
+def unsupported_reason_here(platform: str, q_THK: jax.ShapeDtypeStruct, kv_heads: int = 0) -> str:
     """Why this machine cannot make programs with a kernel that would apply; empty if it can.
 
     kv_heads: heads of keys and values; 0: as many as of queries. A program is traced with the

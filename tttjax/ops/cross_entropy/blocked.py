@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     vocab: int | None
 
 
-class Slope(NamedTuple):
+class CEResiduals(NamedTuple):
     """What one pass over the logits leaves: all that tangents and gradients need later.
 
     nll_T: the losses. top_T, log_sum_T: largest logit, and log Σ exp(z - top); apart, because their
@@ -219,7 +219,12 @@ def _online(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, slope:
 
 
 def head_tangent(
-    blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, known: Slope, head_dot_DV: Array
+    blocks: Blocks,
+    h_TD: Array,
+    head_DV: Array,
+    target_T: Array,
+    known: CEResiduals,
+    head_dot_DV: Array,
 ) -> Array:
     """The part ⟨q, Ẇ^T h⟩ of nll_dot [T]: 2 products."""
     narrow, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
@@ -282,7 +287,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, known: Slope,
+    blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, known: CEResiduals,
     tangent: Tangent | None, a_T: Array | None, b_T: Array | None, wanted: Wanted,
 ) -> Gradients:  # fmt: skip
     """One pass over the blocks for cotangents a of nll and b of nll_dot (None: zero).

@@ -2,7 +2,7 @@
 
 `token_nll` is the definition. `blocked_nll` and its kin have the same values without ever holding
 the logits of a sequence, and derivatives of their own: `blocked_nll` for a value and its gradient,
-`blocked_nll_pair` for a value with its tangent and the gradient of both, `blocked_nll_twice` for
+`blocked_nll_pair` for a value with its tangent and the gradient of both, `blocked_nll_jvp` for
 jax.jvp, which ends in the pair.
 """
 
@@ -15,8 +15,8 @@ from jax.custom_derivatives import SymbolicZero
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy.blocked import (
     Blocks,
+    CEResiduals,
     Gradients,
-    Slope,
     Tangent,
     Wanted,
     gradients,
@@ -79,21 +79,21 @@ def blocked_nll(
 
     Products of [T, D] with [D, V]: 1; with the gradient of h 2 (none in the backward pass); with
     the head's too 4. Reverse mode, twice: grad of grad is blocked as well. For jax.jvp, and grad of
-    it, `blocked_nll_twice`. Prefer a batch in h to vmap: vmap sums the head's gradient last.
+    it, `blocked_nll_jvp`. Prefer a batch in h to vmap: vmap sums the head's gradient last.
     """
     flat = _flat(rows_block, vocab_block, h_TD, head_DV, target_T)
     return _nll(*flat).reshape(target_T.shape)
 
 
-def blocked_nll_with_slope(
+def blocked_nll_with_residuals(
     h_TD: Array,
     head_DV: Array,
     target_T: Array,
     *,
     rows_block: int = ROWS,
     vocab_block: int | None = None,
-) -> tuple[Array, Slope]:
-    """(`blocked_nll`, the `Slope` that spares `blocked_nll_pair` its first pass): 2 products."""
+) -> tuple[Array, CEResiduals]:
+    """(`blocked_nll`, the `CEResiduals` that spares `blocked_nll_pair` its first pass): 2 products."""
     flat = _flat(rows_block, vocab_block, h_TD, head_DV, target_T)
     slope = _with_slope(*flat)
     return slope.nll_T.reshape(target_T.shape), _reshape(slope, target_T.shape)
@@ -105,7 +105,7 @@ def blocked_nll_pair(
     target_T: Array,
     h_dot_TD: Array,
     head_dot_DV: Array | None = None,
-    known: Slope | None = None,
+    known: CEResiduals | None = None,
     *,
     rows_block: int = ROWS,
     vocab_block: int | None = None,
@@ -113,7 +113,7 @@ def blocked_nll_pair(
     """(`blocked_nll`, its derivative along h_dot and head_dot), differentiable in reverse mode.
 
     head_dot None is a head that does not move, and costs nothing. known: the slope at these very
-    h, head and targets, from `blocked_nll_with_slope`; a constant to the derivative.
+    h, head and targets, from `blocked_nll_with_residuals`; a constant to the derivative.
 
     Products of [T, D] with [D, V]: forward 2, or none with `known`; backward, in one pass, 5 for
     the cotangents of h, h_dot and head together. So gradient, tangent and the tangent's gradient
@@ -131,11 +131,11 @@ def blocked_nll_pair(
     return nll_T.reshape(target_T.shape), nll_dot_T.reshape(target_T.shape)
 
 
-def blocked_nll_twice(
+def blocked_nll_jvp(
     h_TD: Array,
     head_DV: Array,
     target_T: Array,
-    known: Slope | None = None,
+    known: CEResiduals | None = None,
     *,
     rows_block: int = ROWS,
     vocab_block: int | None = None,
@@ -165,10 +165,10 @@ def _flat(
     return Blocks(rows_block, vocab_block), h_TD, head_DV, target_T.reshape(-1)
 
 
-def _reshape(slope: Slope, shape: tuple[int, ...]) -> Slope:
+def _reshape(slope: CEResiduals, shape: tuple[int, ...]) -> CEResiduals:
     nll_T, top_T, log_sum_T = (x.reshape(shape) for x in slope[:3])
     slope_TD = slope.slope_TD.reshape(*shape, slope.slope_TD.shape[-1])
-    return Slope(nll_T, top_T, log_sum_T, slope_TD)
+    return CEResiduals(nll_T, top_T, log_sum_T, slope_TD)
 
 
 # --- derivative rules; h [T, D], targets [T], known a Slope -------------------------------------
@@ -201,7 +201,7 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 def _with_slope(blocks, h, head, target):
     """The Slope. Its derivative, for the slope's cotangent u: u is a direction of h, as
     ⟨u, slope⟩ is the tangent of nll along u."""
-    return Slope(*values(blocks, h, head, target, slope=True))
+    return CEResiduals(*values(blocks, h, head, target, slope=True))
 
 
 def _with_slope_forward(blocks, h, head, target):

@@ -8,7 +8,7 @@ differentiated once; the meta-gradient needs, of the attention inside the inner 
 
 Four functions do this in blocks, for XLA in `functions` and as Pallas kernels in `kernels`;
 `select` says which of the two runs. `rules` makes three entry points of them: `window_attention`
-for (a), `window_attention_pair` for (b), and `window_attention_twice`, whose `jax.jvp` is the pair.
+for (a), `window_attention_pair` for (b), and `window_attention_jvp`, whose `jax.jvp` is the pair.
 
 The mathematics, for one head and one query, with s its scores over the keys j (scale included), P
 their softmax over visible keys, a dot for tangents, and a bar for cotangents:
@@ -41,20 +41,22 @@ Everything that sums over all keys (logsumexp, m, e . o, f . o, f . o.) is known
 forward pass, so one pass over blocks of P gives all cotangents; past keys have k. = v. = 0.
 """
 
-from tttjax.ops.window_attention.functions import Chunk
+from tttjax.ops.window_attention.functions import QKV
 from tttjax.ops.window_attention.rules import (
     window_attention,
+    window_attention_jvp,
     window_attention_pair,
-    window_attention_twice,
 )
-from tttjax.ops.window_attention.select import why_not as window_attention_why_not
+from tttjax.ops.window_attention.select import (
+    unsupported_reason as window_attention_unsupported_reason,
+)
 from tttjax.ops.window_attention.tiles import Tiling
 
 __all__ = [
-    "Chunk",
+    "QKV",
     "Tiling",
     "window_attention",
     "window_attention_pair",
-    "window_attention_twice",
-    "window_attention_why_not",
+    "window_attention_jvp",
+    "window_attention_unsupported_reason",
 ]

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from tttjax.ops.attention.attend import MASKED_SCORE
-from tttjax.ops.window_attention.tiles import Side, View, by_keys, by_queries, cut
+from tttjax.ops.window_attention.tiles import ChunkGeometry, KVGroup, by_keys, by_queries, cut
 from tttjax.types import Array
 
 FLOOR = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0
 
 
-class Chunk(NamedTuple):
+class QKV(NamedTuple):
     """What attention reads, or tangents or cotangents of it (None: there is none).
 
     q: [..., C, H, K], a chunk of queries. k_own, v_own: [..., C, G, K], their keys and values, of
@@ -42,7 +42,7 @@ class Statistics(NamedTuple):
     mean_dot: Array
 
 
-def forward(chunk: Chunk, view: View) -> tuple[Array, Array]:
+def forward(chunk: QKV, view: ChunkGeometry) -> tuple[Array, Array]:
     """o [..., C, H, K] in the dtype of v, and the scores' logsumexp [..., H, C]."""
     q_HCK, wide = _heads_first(chunk.q), _wide(chunk)
 
@@ -68,8 +68,8 @@ def forward(chunk: Chunk, view: View) -> tuple[Array, Array]:
 
 
 def backward(
-    chunk: Chunk, o: Array, logsumexp_HC: Array, o_bar: Array, view: View, past: bool
-) -> Chunk:
+    chunk: QKV, o: Array, logsumexp_HC: Array, o_bar: Array, view: ChunkGeometry, past: bool
+) -> QKV:
     """Cotangents of the chunk from that of o; of past keys and values only if `past`."""
     wide, scale = _wide(chunk), _scale(chunk)
     q_HCK, bar_HCK = _heads_first(chunk.q), _heads_first(o_bar)
@@ -90,10 +90,10 @@ def backward(
     to_keys = past_zeros, _zeros(chunk.k_own, chunk.v_own)
     (q_bar,), (past_bar, own_bar) = by_keys(view, _sides(chunk), step, nothing, to_keys)
     q_bar = _heads_first(q_bar).astype(chunk.q.dtype)
-    return Chunk(q_bar, *(past_bar or (None, None)), *own_bar)
+    return QKV(q_bar, *(past_bar or (None, None)), *own_bar)
 
 
-def pair_forward(chunk: Chunk, dot: Chunk, view: View) -> tuple[Array, Array, Statistics]:
+def pair_forward(chunk: QKV, dot: QKV, view: ChunkGeometry) -> tuple[Array, Array, Statistics]:
     """o, its tangent along `dot` (both [..., C, H, K]), and what the backward pass needs.
 
     The scores' tangents are counted from their mean so far, which moves as blocks are added: a
@@ -133,13 +133,13 @@ def pair_forward(chunk: Chunk, dot: Chunk, view: View) -> tuple[Array, Array, St
 
 
 def pair_backward(
-    chunk: Chunk,
-    dot: Chunk,
+    chunk: QKV,
+    dot: QKV,
     outputs: tuple[Array, Array, Statistics],
     o_bar: Array,
     o_dot_bar: Array,
-    view: View,
-) -> tuple[Chunk, Chunk]:
+    view: ChunkGeometry,
+) -> tuple[QKV, QKV]:
     """Cotangents of the chunk and of its tangents, from those of o and of o's tangent.
 
     outputs: what `pair_forward` gave. Where `dot` has no tangent there is no cotangent of it.
@@ -176,14 +176,14 @@ def pair_backward(
     to_rows, (past, own) = by_keys(view, sides, step, (nothing, nothing), to_keys)
     q_bar, q_dot_bar = (_heads_first(x).astype(chunk.q.dtype) for x in to_rows)
     past_dot = past[2:] or (None, None)
-    return Chunk(q_bar, *past[:2], *own[:2]), Chunk(q_dot_bar, *past_dot, *own[2:])
+    return QKV(q_bar, *past[:2], *own[:2]), QKV(q_dot_bar, *past_dot, *own[2:])
 
 
-def _wide(chunk: Chunk) -> jnp.dtype:
+def _wide(chunk: QKV) -> jnp.dtype:
     return jnp.promote_types(chunk.q.dtype, jnp.float32)
 
 
-def _scale(chunk: Chunk) -> float:
+def _scale(chunk: QKV) -> float:
     return chunk.q.shape[-1] ** -0.5
 
 
@@ -196,12 +196,12 @@ def _zeros(*arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.zeros_like(x) for x in arrays)
 
 
-def _sides(chunk: Chunk, dot: Chunk | None = None) -> tuple[Side, Side]:
+def _sides(chunk: QKV, dot: QKV | None = None) -> tuple[KVGroup, KVGroup]:
     """Past and own keys; a tangent of k without one of v, or the reverse, is not provided for."""
-    dot = dot or Chunk(None, None, None, None, None)
+    dot = dot or QKV(None, None, None, None, None)
     return (
-        Side(-chunk.k_past.shape[-3], chunk.k_past, chunk.v_past, dot.k_past, dot.v_past),
-        Side(0, chunk.k_own, chunk.v_own, dot.k_own, dot.v_own),
+        KVGroup(-chunk.k_past.shape[-3], chunk.k_past, chunk.v_past, dot.k_past, dot.v_past),
+        KVGroup(0, chunk.k_own, chunk.v_own, dot.k_own, dot.v_own),
     )
 
 
@@ -239,12 +239,12 @@ def _dot(x: Array, y: Array, wide: jnp.dtype) -> Array:
     return jnp.einsum("...chk,...chk->...hc", x, y, preferred_element_type=wide)
 
 
-def _scores(q: Array, keys: Side, seen: Array, wide: jnp.dtype) -> Array:
+def _scores(q: Array, keys: KVGroup, seen: Array, wide: jnp.dtype) -> Array:
     score = _product(q, keys.k, wide) * q.shape[-1] ** -0.5
     return jnp.where(seen, score, MASKED_SCORE)
 
 
-def _score_tangents(q: Array, q_dot: Array, keys: Side, wide: jnp.dtype) -> Array:
+def _score_tangents(q: Array, q_dot: Array, keys: KVGroup, wide: jnp.dtype) -> Array:
     score_dot = _product(q_dot, keys.k, wide)
     if keys.k_dot is not None:
         score_dot += _product(q, keys.k_dot, wide)

@@ -9,7 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import select
-from tttjax.ops.window_attention.functions import Chunk
+from tttjax.ops.window_attention.functions import QKV
 from tttjax.ops.window_attention.tiles import AUTO, Tiling
 from tttjax.types import Array
 
@@ -35,11 +35,11 @@ def window_attention(
     Reverse mode, once. Past keys and values that are not differentiated cost nothing.
     kernel: "auto", "xla" or "pallas" (see `select`).
     """
-    chunk = Chunk(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
+    chunk = QKV(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
     return _once(*chunk, position, attention_mask, tiling, kernel)
 
 
-def window_attention_twice(
+def window_attention_jvp(
     q_CHK: Array,
     k_past_WHK: Array,
     v_past_WHK: Array,
@@ -55,13 +55,13 @@ def window_attention_twice(
     Not for `jax.grad` of itself: only what its tangent rule calls, `window_attention_pair`, can be
     differentiated in reverse. Past keys and values without a tangent cost nothing for one.
     """
-    chunk = Chunk(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
+    chunk = QKV(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
     return _twice(*chunk, position, attention_mask, tiling, kernel)
 
 
 def window_attention_pair(
-    chunk: Chunk,
-    dot: Chunk,
+    chunk: QKV,
+    dot: QKV,
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling = AUTO,
@@ -76,13 +76,13 @@ def window_attention_pair(
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _once(q, k_past, v_past, k_own, v_own, position, attention_mask, tiling, kernel):
-    chunk = Chunk(q, k_past, v_past, k_own, v_own)
+    chunk = QKV(q, k_past, v_past, k_own, v_own)
     return select.forward(chunk, position, attention_mask, tiling, kernel)[0]
 
 
 def _once_forward(q, k_past, v_past, k_own, v_own, position, attention_mask, tiling, kernel):
     arguments = q, k_past, v_past, k_own, v_own
-    chunk = Chunk(*(x.value for x in arguments))
+    chunk = QKV(*(x.value for x in arguments))
     o, logsumexp = select.forward(chunk, position.value, attention_mask, tiling, kernel)
     # Told by its structure, since a residual's value is unknown while the program is written.
     past = () if k_past.perturbed or v_past.perturbed else None
@@ -102,17 +102,17 @@ _once.defvjp(_once_forward, _once_backward, symbolic_zeros=True)
 
 @partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
 def _twice(q, k_past, v_past, k_own, v_own, position, attention_mask, tiling, kernel):
-    chunk = Chunk(q, k_past, v_past, k_own, v_own)
+    chunk = QKV(q, k_past, v_past, k_own, v_own)
     return select.forward(chunk, position, attention_mask, tiling, kernel)[0]
 
 
 def _twice_tangent(attention_mask, tiling, kernel, primals, tangents):
     *chunk, position = primals
-    dot = Chunk(*tangents[:-1])
+    dot = QKV(*tangents[:-1])
     if isinstance(dot.k_past, SymbolicZero) and isinstance(dot.v_past, SymbolicZero):
         dot = dot._replace(k_past=None, v_past=None)
     dot = jax.tree.map(_solid, dot, is_leaf=_is_zero)
-    return _pair(Chunk(*chunk), dot, position, attention_mask, tiling, kernel)
+    return _pair(QKV(*chunk), dot, position, attention_mask, tiling, kernel)
 
 
 _twice.defjvp(_twice_tangent, symbolic_zeros=True)

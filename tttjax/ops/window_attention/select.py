@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import functions, kernels
-from tttjax.ops.window_attention.functions import Chunk, Statistics
-from tttjax.ops.window_attention.tiles import AUTO, Tiling, View, tiling_of
+from tttjax.ops.window_attention.functions import QKV, Statistics
+from tttjax.ops.window_attention.tiles import AUTO, ChunkGeometry, Tiling, tiling_of
 from tttjax.parallel.kernel_mesh import over_heads, why_not_divided
 from tttjax.types import Array
 
@@ -39,7 +39,7 @@ LEAST_KEYS = 256  # "auto" leaves fewer to XLA
 Form = tuple[str, Tiling]  # "xla" or "pallas", and blocks (of the kernels: as asked)
 
 
-def why_not(
+def unsupported_reason(
     platform: str,
     shape: tuple[int, ...],
     past: int,
@@ -60,7 +60,7 @@ def why_not(
         raise UserError(f"attention kernel {kernel!r}: choose among {', '.join(KERNELS)}.")
     if kernel == "xla":
         return "XLA's form was asked for"
-    if reason := why_not_divided(kv_heads or shape[-2]) or kernels.why_not(
+    if reason := why_not_divided(kv_heads or shape[-2]) or kernels.unsupported_reason(
         platform, shape, past, dtype, tiling
     ):
         return reason
@@ -73,14 +73,14 @@ def why_not(
 
 
 def forward(
-    chunk: Chunk, position: Array, attention_mask: AttentionMask, tiling: Tiling, kernel: str
+    chunk: QKV, position: Array, attention_mask: AttentionMask, tiling: Tiling, kernel: str
 ) -> tuple[Array, Array]:
     """`functions.forward` in the chosen form."""
     return _run("forward", chunk, (chunk,), position, attention_mask, tiling, kernel)
 
 
 def backward(
-    chunk: Chunk,
+    chunk: QKV,
     o: Array,
     logsumexp_HC: Array,
     o_bar: Array,
@@ -89,15 +89,15 @@ def backward(
     tiling: Tiling,
     kernel: str,
     past: bool,
-) -> Chunk:
+) -> QKV:
     """`functions.backward` in the chosen form."""
     arrays = chunk, o, logsumexp_HC, o_bar
     return _run("backward", chunk, arrays, position, attention_mask, tiling, kernel, past=past)
 
 
 def pair_forward(
-    chunk: Chunk,
-    dot: Chunk,
+    chunk: QKV,
+    dot: QKV,
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling,
@@ -108,8 +108,8 @@ def pair_forward(
 
 
 def pair_backward(
-    chunk: Chunk,
-    dot: Chunk,
+    chunk: QKV,
+    dot: QKV,
     outputs: tuple[Array, Array, Statistics],
     o_bar: Array,
     o_dot_bar: Array,
@@ -117,7 +117,7 @@ def pair_backward(
     attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
-) -> tuple[Chunk, Chunk]:
+) -> tuple[QKV, QKV]:
     """`functions.pair_backward` in the chosen form."""
     arrays = chunk, dot, outputs, o_bar, o_dot_bar
     return _run("pair_backward", chunk, arrays, position, attention_mask, tiling, kernel)
@@ -125,7 +125,7 @@ def pair_backward(
 
 def _run(
     name: str,
-    chunk: Chunk,
+    chunk: QKV,
     arrays: tuple[Any, ...],
     position: Array,
     attention_mask: AttentionMask,
@@ -137,7 +137,7 @@ def _run(
 
     def bind(form: str, blocks: Tiling, platform: str) -> Callable:
         def call(position: Array, *arrays: Any) -> Any:
-            view = View(position, chunk.q.shape[-3], attention_mask, blocks)
+            view = ChunkGeometry(position, chunk.q.shape[-3], attention_mask, blocks)
             if form == "xla":
                 return getattr(functions, name)(*arrays, view=view, **static)
             heads, kv_heads = chunk.q.shape[-2], chunk.k_own.shape[-2]
@@ -165,11 +165,11 @@ def _in_chunks(change: Callable[[Array], Array], tree: Any) -> Any:
     """A tree with the keys and values of all chunks in it changed, where there are any."""
 
     def one(node: Any) -> Any:
-        if not isinstance(node, Chunk):
+        if not isinstance(node, QKV):
             return node
-        return Chunk(node.q, *(x if x is None else change(x) for x in node[1:]))
+        return QKV(node.q, *(x if x is None else change(x) for x in node[1:]))
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Chunk))
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QKV))
 
 
 def _spread(x: Array, times: int) -> Array:
@@ -186,9 +186,9 @@ def _gathered(bar: Array, times: int) -> Array:
     return jnp.sum(shared, axis=-2, dtype=wide).astype(bar.dtype)
 
 
-def _form(platform: str, chunk: Chunk, tiling: Tiling, kernel: str) -> Form:
+def _form(platform: str, chunk: QKV, tiling: Tiling, kernel: str) -> Form:
     past = chunk.k_past.shape[-3]
-    reason = why_not(
+    reason = unsupported_reason(
         *(platform, chunk.q.shape, past, chunk.q.dtype),
         kv_heads=chunk.k_own.shape[-2],
         kernel=kernel,
@@ -197,6 +197,6 @@ def _form(platform: str, chunk: Chunk, tiling: Tiling, kernel: str) -> Form:
     return _xla(chunk, tiling, platform) if reason else ("pallas", tiling)
 
 
-def _xla(chunk: Chunk, tiling: Tiling, platform: str) -> Form:
+def _xla(chunk: QKV, tiling: Tiling, platform: str) -> Form:
     keys = max(chunk.q.shape[-3], chunk.k_past.shape[-3])
     return "xla", tiling_of(chunk.q.shape, keys, tiling, platform)

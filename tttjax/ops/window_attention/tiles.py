@@ -32,7 +32,7 @@ class Tiling(NamedTuple):
 AUTO = Tiling()
 
 
-class View(NamedTuple):
+class ChunkGeometry(NamedTuple):
     """Where the chunk stands (tokens before it), how long it is, and what its queries see.
 
     tiling: with both sizes given (`tiling_of`).
@@ -44,7 +44,7 @@ class View(NamedTuple):
     tiling: Tiling
 
 
-class Side(NamedTuple):
+class KVGroup(NamedTuple):
     """One of the two groups of keys, [..., S, H, K], with their tangents (None: constants).
 
     first: where its first key stands, counted from the chunk's first query (-W or 0).
@@ -95,10 +95,10 @@ def cut(x: Array, piece: Tile, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(x, piece.start, piece.size, axis)
 
 
-def cut_side(side: Side, cols: Tile) -> Side:
+def cut_side(side: KVGroup, cols: Tile) -> KVGroup:
     """The piece's keys and values, and their tangents if there are any."""
     k_dot, v_dot = (None if x is None else cut(x, cols, -3) for x in (side.k_dot, side.v_dot))
-    return Side(side.first, cut(side.k, cols, -3), cut(side.v, cols, -3), k_dot, v_dot)
+    return KVGroup(side.first, cut(side.k, cols, -3), cut(side.v, cols, -3), k_dot, v_dot)
 
 
 def _put(x: Array, update: Array, piece: Tile, axis: int) -> Array:
@@ -130,7 +130,7 @@ def _pieces(low, high, length: int, size: int, body: Callable, carry: Any) -> An
     return lax.fori_loop(first, stop, numbered, carry)
 
 
-def _seen(view: View, rows: Tile, first: int, cols: Tile) -> Array:
+def _seen(view: ChunkGeometry, rows: Tile, first: int, cols: Tile) -> Array:
     """bool [Q, S]: what queries `rows` see of keys `cols`, each key in one piece only."""
     query = rows.start + jnp.arange(rows.size)
     key = cols.start + jnp.arange(cols.size)
@@ -138,7 +138,7 @@ def _seen(view: View, rows: Tile, first: int, cols: Tile) -> Array:
     return seen & (key >= cols.fresh)
 
 
-def first_seen(view: View, query: Array | int) -> Array:
+def first_seen(view: ChunkGeometry, query: Array | int) -> Array:
     """Where the first key stands that this query sees, if there were keys everywhere."""
     position, _, attention_mask, _ = view
     place = -position
@@ -151,7 +151,7 @@ def first_seen(view: View, query: Array | int) -> Array:
     return place
 
 
-def seen_until(view: View, key: Array | int) -> Array | int:
+def seen_until(view: ChunkGeometry, key: Array | int) -> Array | int:
     """The first query after this key that no longer sees it (`length`: all do)."""
     position, length, attention_mask, _ = view
     stop: Array | int = length
@@ -165,7 +165,12 @@ def seen_until(view: View, key: Array | int) -> Array | int:
 
 
 def by_queries(
-    view: View, sides: Sequence[Side], start: Callable, step: Callable, finish: Callable, out: Any
+    view: ChunkGeometry,
+    sides: Sequence[KVGroup],
+    start: Callable,
+    step: Callable,
+    finish: Callable,
+    out: Any,
 ) -> Any:
     """Results per query, from one block of queries after the other.
 
@@ -194,7 +199,11 @@ def by_queries(
 
 
 def by_keys(
-    view: View, sides: Sequence[Side], step: Callable, to_rows: tuple, to_keys: Sequence[tuple]
+    view: ChunkGeometry,
+    sides: Sequence[KVGroup],
+    step: Callable,
+    to_rows: tuple,
+    to_keys: Sequence[tuple],
 ) -> tuple[tuple, list[tuple]]:
     """Sums over keys for the queries, and over queries for the keys, each block visited once.
 
@@ -210,7 +219,7 @@ def by_keys(
 
 
 def _by_keys_of(
-    side: Side, view: View, step: Callable, to_rows: tuple, out: tuple
+    side: KVGroup, view: ChunkGeometry, step: Callable, to_rows: tuple, out: tuple
 ) -> tuple[tuple, tuple]:
     """`by_keys` for one side: a block of keys stays while all queries that see it pass by."""
     length = side.k.shape[-3]

@@ -16,6 +16,6 @@ from tttjax.ops.window_attention.kernels.calls import (
     pair_backward,
     pair_forward,
 )
-from tttjax.ops.window_attention.kernels.platforms import why_not
+from tttjax.ops.window_attention.kernels.platforms import unsupported_reason
 
-__all__ = ["backward", "forward", "pair_backward", "pair_forward", "why_not"]
+__all__ = ["backward", "forward", "pair_backward", "pair_forward", "unsupported_reason"]

@@ -5,19 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tttjax.ops.window_attention.functions import Chunk, Statistics
+from tttjax.ops.window_attention.functions import QKV, Statistics
 from tttjax.ops.window_attention.kernels import blocks
 from tttjax.ops.window_attention.kernels.blocks import Keys, wide
 from tttjax.ops.window_attention.kernels.grids import KeyBlocks, Walk, by_keys, by_queries
 from tttjax.ops.window_attention.kernels.platforms import tiling_for
-from tttjax.ops.window_attention.tiles import View
+from tttjax.ops.window_attention.tiles import ChunkGeometry
 from tttjax.types import Array
 
 
 class _Layout:
     """Between arrays as the model has them and as kernels do, for one chunk."""
 
-    def __init__(self, chunk: Chunk, view: View, platform: str, pair: bool = False):
+    def __init__(self, chunk: QKV, view: ChunkGeometry, platform: str, pair: bool = False):
         *self.lead, self.length, self.heads, self.head_size = chunk.q.shape
         self.past = chunk.k_past.shape[-3]
         width = self.head_size * chunk.q.dtype.itemsize
@@ -41,9 +41,9 @@ class _Layout:
         x = x.reshape(-1, *x.shape[-2:])
         return jnp.pad(x, ((0, 0), (0, 0), (0, more) if back else (more, 0))) if more else x
 
-    def groups(self, chunk: Chunk, dot: Chunk | None = None) -> tuple[KeyBlocks | None, KeyBlocks]:
+    def groups(self, chunk: QKV, dot: QKV | None = None) -> tuple[KeyBlocks | None, KeyBlocks]:
         """(past, own) keys; None: there is no past."""
-        dot = dot or Chunk(None, None, None, None, None)
+        dot = dot or QKV(None, None, None, None, None)
         own = Keys(chunk.k_own, chunk.v_own, dot.k_own, dot.v_own)
         if not self.past:
             return None, self._group(own, 1)
@@ -77,7 +77,7 @@ class _Layout:
         return _tokens_first(x.reshape(*self.lead, self.heads, *x.shape[1:]))
 
 
-def forward(chunk: Chunk, view: View, platform: str) -> tuple[Array, Array]:
+def forward(chunk: QKV, view: ChunkGeometry, platform: str) -> tuple[Array, Array]:
     """o and the scores' logsumexp."""
     layout = _Layout(chunk, view, platform)
     o, logsumexp = by_queries(
@@ -93,14 +93,14 @@ def forward(chunk: Chunk, view: View, platform: str) -> tuple[Array, Array]:
 
 
 def backward(
-    chunk: Chunk,
+    chunk: QKV,
     o: Array,
     logsumexp_HC: Array,
     o_bar: Array,
-    view: View,
+    view: ChunkGeometry,
     past: bool,
     platform: str,
-) -> Chunk:
+) -> QKV:
     """Cotangents of the chunk from that of o; of past keys and values only if `past`."""
     layout = _Layout(chunk, view, platform)
     rows = layout.rows(chunk.q, o_bar, logsumexp_HC, _dot(o_bar, o, layout.wide))
@@ -131,11 +131,11 @@ def backward(
         else:
             found = by_keys(layout.walk, rows, group, 2, for_keys)
             sides += [layout.of_keys(x, side) for x in found]
-    return Chunk(layout.of_queries(q_bar), *sides)
+    return QKV(layout.of_queries(q_bar), *sides)
 
 
 def pair_forward(
-    chunk: Chunk, dot: Chunk, view: View, platform: str
+    chunk: QKV, dot: QKV, view: ChunkGeometry, platform: str
 ) -> tuple[Array, Array, Statistics]:
     """o, its tangent along `dot`, and what the backward pass needs."""
     layout = _Layout(chunk, view, platform, pair=True)
@@ -155,14 +155,14 @@ def pair_forward(
 
 
 def pair_backward(
-    chunk: Chunk,
-    dot: Chunk,
+    chunk: QKV,
+    dot: QKV,
     outputs: tuple[Array, Array, Statistics],
     o_bar: Array,
     o_dot_bar: Array,
-    view: View,
+    view: ChunkGeometry,
     platform: str,
-) -> tuple[Chunk, Chunk]:
+) -> tuple[QKV, QKV]:
     """Cotangents of the chunk and of its tangents, from those of o and of o's tangent."""
     layout = _Layout(chunk, view, platform, pair=True)
     o, o_dot, statistics = outputs
@@ -215,7 +215,7 @@ def pair_backward(
         bars += found[:2]
         dot_bars += found[2:] or (None, None)
     q_bar, q_dot_bar = map(layout.of_queries, q_bars)
-    return Chunk(q_bar, *bars), Chunk(q_dot_bar, *dot_bars)
+    return QKV(q_bar, *bars), QKV(q_dot_bar, *dot_bars)
 
 
 def _present(groups: tuple[KeyBlocks | None, KeyBlocks]) -> tuple[KeyBlocks, ...]:

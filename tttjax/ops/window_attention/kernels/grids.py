@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from tttjax.ops.window_attention.kernels.blocks import Keys, wide
 from tttjax.ops.window_attention.kernels.platforms import ZERO, call_options, position_spec
-from tttjax.ops.window_attention.tiles import View, first_seen, seen_until
+from tttjax.ops.window_attention.tiles import ChunkGeometry, first_seen, seen_until
 from tttjax.types import Array
 
 
@@ -29,7 +29,7 @@ class Walk(NamedTuple):
     width: bytes of a head's part of a token.
     """
 
-    view: View
+    view: ChunkGeometry
     past: int
     platform: str
     width: int
@@ -162,12 +162,14 @@ def _blocks(low: Array, high: Array, size: int) -> tuple[Array, Array]:
     return jnp.minimum(lax.div(low, jnp.int32(size)), stop), stop
 
 
-def _lowest(view: View, past: int, query: Array | int) -> Array:
+def _lowest(view: ChunkGeometry, past: int, query: Array | int) -> Array:
     """The place of the first key that this query (or any after it) sees."""
     return jnp.maximum(first_seen(view, query), jnp.int32(-past))
 
 
-def _seen(view: View, past: int, query: Array, queries: int, key: Array, keys: int) -> Array:
+def _seen(
+    view: ChunkGeometry, past: int, query: Array, queries: int, key: Array, keys: int
+) -> Array:
     """bool [S, Q], for blocks that begin at these places."""
     query_1Q = query + lax.broadcasted_iota(jnp.int32, (1, queries), 1)
     key_S1 = key + lax.broadcasted_iota(jnp.int32, (keys, 1), 0)

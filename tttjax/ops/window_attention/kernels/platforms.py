@@ -78,7 +78,7 @@ def _size(platform: str, length: int, most: int) -> int:
     return -(-size // unit) * unit
 
 
-def why_not(
+def unsupported_reason(
     platform: str, shape: tuple[int, ...], past: int, dtype: jnp.dtype, tiling: Tiling = AUTO
 ) -> str:
     """Why the kernels do not apply on this platform; "" where they do.
