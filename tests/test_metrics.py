@@ -14,7 +14,7 @@ import pytest
 from tttjax.errors import UserError
 from tttjax.planning import flops
 from tttjax.training import metrics
-from tttjax.training.metrics import LateMetrics, MetricLogger
+from tttjax.training.metrics import AsyncMetrics, MetricLogger
 from tttjax.training.progress import Throughput
 
 RATES = Throughput(tokens_per_step=100, flops_per_token=1e6, peak=flops.Peak(1e9, "test"))
@@ -30,7 +30,7 @@ def log_steps(log, first, last):
 
 
 def test_metrics_are_read_one_step_late():
-    late = LateMetrics()
+    late = AsyncMetrics()
     assert late.swap(1, {"loss": jnp.float32(3.5)}, "a") is None
     assert late.swap(2, {"loss": jnp.float32(2.5)}, "b") == (1, {"loss": 3.5}, "a")
     assert late.flush() == (2, {"loss": 2.5}, "b")
@@ -41,7 +41,7 @@ def test_late_metrics_never_read_the_step_just_dispatched(monkeypatch):
     fetched = []
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(float(x["loss"])) or get(x))
-    late = LateMetrics()
+    late = AsyncMetrics()
     for step in range(1, 4):
         late.swap(step, {"loss": jnp.float32(step)})
         assert fetched == [float(n) for n in range(1, step)]
@@ -58,7 +58,9 @@ def test_records_hold_exact_values_and_rates(tmp_path):
     assert record["time"]["mfu"] == pytest.approx(200 * 1e6 / 1e9)
     assert record["time"]["input_share"] == pytest.approx(0.2)
     assert record["time"]["memory_bytes"] > 1e6
-    assert metrics.loss_stream(tmp_path) == [{"step": 1, "loss": loss, "nonfinite": False}]
+    assert metrics.deterministic_records(tmp_path) == [
+        {"step": 1, "loss": loss, "nonfinite": False}
+    ]
 
 
 def test_resuming_cuts_later_records_and_repairs_a_torn_line(tmp_path):
@@ -74,7 +76,9 @@ def test_resuming_cuts_later_records_and_repairs_a_torn_line(tmp_path):
     log = logger(tmp_path / "cut", start=4)
     log_steps(log, 5, 8)
     log.close()
-    assert metrics.loss_stream(tmp_path / "cut") == metrics.loss_stream(tmp_path / "whole")
+    assert metrics.deterministic_records(tmp_path / "cut") == metrics.deterministic_records(
+        tmp_path / "whole"
+    )
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_more_keys(tmp_path):
@@ -86,7 +90,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_more_keys(tmp_path):
     log.close()
     before = [{"step": step, "loss": 1 / step, "skipped": 0} for step in (1, 2)]
     added = {"step": 3, "loss": 0.25, "first_chunk_loss": 0.5}
-    assert metrics.loss_stream(tmp_path) == [*before, added]
+    assert metrics.deterministic_records(tmp_path) == [*before, added]
 
 
 def test_non_finite_values_stay_valid_json(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tttjax.data.preparation import prepare
-from tttjax.training.metrics import loss_stream
+from tttjax.training.metrics import deterministic_records
 
 PROGRAM = Path(__file__).parent / "one_of_two.py"
 SECONDS = 150
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 def test_two_processes_compute_what_one_does(folder):
     run_all(folder, 1)
     logs = run_all(folder, 2)
-    one, two = (loss_stream(folder / f"of_{count}") for count in (1, 2))
+    one, two = (deterministic_records(folder / f"of_{count}") for count in (1, 2))
     assert [record["step"] for record in two] == [1, 2, 3, 4, 5]
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from tttjax.data.preparation import prepare
 from tttjax.training import checkpoint_format, checkpoints
-from tttjax.training.metrics import loss_stream, read_records
+from tttjax.training.metrics import deterministic_records, read_records
 
 TINY = Path(__file__).parent / "tiny_run.py"
 
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kill_often(root / "killed", root / "data", options, seconds)
         finish(root / "killed", start(root / "killed", root / "data", options))
 
-        streams = loss_stream(root / "whole"), loss_stream(root / "killed")
+        streams = deterministic_records(root / "whole"), deterministic_records(root / "killed")
         equal = streams[0] == streams[1] and len(streams[0]) == options.steps
         states = same_state(root / "whole", root / "killed")
         log = (root / "killed.log").read_text()

@@ -14,7 +14,7 @@ import pytest
 
 from tttjax.errors import UserError
 from tttjax.training.loop import train
-from tttjax.training.metrics import loss_stream, read_records
+from tttjax.training.metrics import deterministic_records, read_records
 
 TINY = Path(__file__).parent / "tiny_run.py"
 
@@ -28,7 +28,7 @@ def whole(tiny, tmp_path_factory):
 
 def assert_same_run(workdir, result, whole):
     whole_dir, whole_result = whole
-    assert loss_stream(workdir) == loss_stream(whole_dir)
+    assert deterministic_records(workdir) == deterministic_records(whole_dir)
     a, b = jax.tree.leaves(result.state), jax.tree.leaves(whole_result.state)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -78,7 +78,7 @@ def test_resumes_on_another_mesh_and_with_other_logging(tiny, whole, tmp_path):
     train(tiny(), tmp_path, stop_after=4)
     changed = ("mesh.fsdp=2", "mesh.tensor=2", "train.log_every=1", "train.checkpoint_every=100")
     last = train(tiny(*changed), tmp_path)
-    got, want = ([r["loss"] for r in loss_stream(d)] for d in (tmp_path, whole[0]))
+    got, want = ([r["loss"] for r in deterministic_records(d)] for d in (tmp_path, whole[0]))
     assert got[:4] == want[:4]
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert last.step == 12
@@ -130,7 +130,7 @@ def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path, compiled)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err[-2000:]
     assert "to be continued" in out
-    stopped = len(loss_stream(tmp_path))
+    stopped = len(deterministic_records(tmp_path))
     steps = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert steps == [str(stopped)]
 
@@ -138,4 +138,4 @@ def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path, compiled)
     cfg = tiny(f"train.steps={stopped + 2}", *many[1:])
     train(cfg, tmp_path)
     train(cfg, tmp_path / "whole")
-    assert loss_stream(tmp_path) == loss_stream(tmp_path / "whole")
+    assert deterministic_records(tmp_path) == deterministic_records(tmp_path / "whole")

@@ -81,7 +81,7 @@ def test_nothing_retraces(finished):
 
 
 def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys):
-    bad = ("optim.peak_lr=1e30", "optim.weight_decay=0.0", "train.nonfinite_limit=3")
+    bad = ("optim.peak_lr=1e30", "optim.weight_decay=0.0", "train.max_skipped_steps=3")
     with pytest.raises(UserError, match=r"3 steps in a row.*batch [0-9a-f]{16}.*grad_norm="):
         train(tiny(*bad), tmp_path)
     text = (tmp_path / "nonfinite.json").read_text()

@@ -12,9 +12,9 @@ class FieldInfo:
     doc: its meaning. choices: the allowed strings (of each entry, for a tuple). joined: whether
     several of them may be joined by `+`. minimum, maximum, above, below: numeric limits (inclusive,
     inclusive, exclusive, exclusive) of the value or of each entry; integers have a maximum even
-    where none is given, INT_MAX. may_change: whether a resumed run may use another value than the
+    where none is given, INT_MAX. mutable_on_resume: whether a resumed run may use another value than the
     work directory's first run. path: of this machine; `~` is expanded, and runs record where it
-    leads from every folder. added_later: whether there may be
+    leads from every folder. omit_default_in_hash: whether there may be
     runs from before there was this field; its default is what they did (`unset_additions`).
     """
 
@@ -25,9 +25,9 @@ class FieldInfo:
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
-    may_change: bool = False
+    mutable_on_resume: bool = False
     path: bool = False
-    added_later: bool = False
+    omit_default_in_hash: bool = False
 
 
 def declare(default: Any, doc: str, **limits: Any) -> Any:
@@ -48,5 +48,5 @@ def unset_additions(section: Any) -> set[str]:
     return {
         field.name
         for field in dataclasses.fields(section)
-        if field_info(field).added_later and getattr(section, field.name) == field.default
+        if field_info(field).omit_default_in_hash and getattr(section, field.name) == field.default
     }

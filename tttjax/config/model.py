@@ -28,7 +28,7 @@ class ModelConfig:
         "Heads of keys and values (G), a divisor of num_heads: each serves num_heads / G query "
         "heads, and windows, caches and sessions keep these alone; 0: num_heads.",
         minimum=0,
-        added_later=True,
+        omit_default_in_hash=True,
     )
     mlp_dim: int = declare(
         512,
@@ -66,7 +66,7 @@ class ModelConfig:
         "How the fast MLP's last matrix starts. normal: as every matrix. zero: at 0, so that a "
         "pretrained model that is given fast MLPs computes what it did until they have learned.",
         choices=("normal", "zero"),
-        added_later=True,
+        omit_default_in_hash=True,
     )
     tie_embeddings: bool = declare(True, "Whether logits use the embedding table.")
     rope_theta: float = declare(500000.0, "Base of the rotary position embedding.", minimum=1)
@@ -76,7 +76,7 @@ class ModelConfig:
         "on. Empty: not at all. One number: all are divided by it. Four: as in Llama 3.1, factor, "
         "low_freq_factor, high_freq_factor and original_max_position_embeddings.",
         above=0,
-        added_later=True,
+        omit_default_in_hash=True,
     )
     norm_eps: float = declare(
         1e-6, "Epsilon of every norm but the gated ones, inside the root.", above=0
@@ -100,7 +100,7 @@ class ModelConfig:
         "block",
         "What the backward pass recomputes. block: each block's activations. none: nothing.",
         choices=("none", "block"),
-        may_change=True,
+        mutable_on_resume=True,
     )
     attention_kernel: str = declare(
         "auto",
@@ -109,7 +109,7 @@ class ModelConfig:
         "which and why. xla: XLA alone. library: as auto, but training is refused where the "
         "library's kernel does not apply to attention over a whole sequence.",
         choices=("auto", "xla", "library"),
-        may_change=True,
+        mutable_on_resume=True,
     )
     pre_conv: bool = declare(
         False,
@@ -126,7 +126,7 @@ class ModelConfig:
         64,
         "Tokens that mamba2 and gated_deltanet compute in parallel at a time; changes no number.",
         minimum=1,
-        may_change=True,
+        mutable_on_resume=True,
     )
     mamba_expand: int = declare(2, "Width of mamba2's heads together / embed_dim.", minimum=1)
     mamba_head_dim: int = declare(64, "Entries of one head of mamba2 (P).", minimum=1)
@@ -173,7 +173,7 @@ class ModelConfig:
         "How a mini-batch is computed. dual: by matrix products, no weights of single tokens. "
         "primal: by each token's weights. The same numbers.",
         choices=("dual", "primal"),
-        may_change=True,
+        mutable_on_resume=True,
     )
     ttt_output: str = declare(
         "query",

@@ -99,7 +99,7 @@ def _row(field: dataclasses.Field) -> str:
     info = field_info(field)
     default = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
     notes = [info.doc, *_limits(info)]
-    if info.may_change:
+    if info.mutable_on_resume:
         notes.append("*May change.*")
     return f"| `{field.name}` | {_type_name(field)} | `{default}` | {' '.join(notes)} |"
 

@@ -40,7 +40,9 @@ def fixed_values(config: Config) -> dict[str, Any]:
     """
     fields = all_fields()
     values = to_flat_dict(config)
-    fixed = {name: v for name, v in values.items() if not field_info(fields[name]).may_change}
+    fixed = {
+        name: v for name, v in values.items() if not field_info(fields[name]).mutable_on_resume
+    }
     if config.optim.decay_steps:
         del fixed["train.steps"]
     return fixed

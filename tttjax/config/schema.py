@@ -69,7 +69,7 @@ class InnerConfig:
         "How the outer gradient is computed. fast: by a derivative of its own for the loop over "
         "chunks. reference: by plain jax.grad, the definition. The same numbers, to rounding.",
         choices=GRADIENT_FORMS,
-        may_change=True,
+        mutable_on_resume=True,
     )
     trajectory: str = declare(
         "rewind",
@@ -78,13 +78,13 @@ class InnerConfig:
         "recompute: only those before every sqrt(N)th of N chunks are kept, and all chunks are "
         "read once more to undo their updates; for long sequences.",
         choices=TRAJECTORIES,
-        may_change=True,
+        mutable_on_resume=True,
     )
     remat: bool = declare(
         True,
         "Whether the backward pass of the reference form recomputes each chunk's activations; the "
         "fast form always does.",
-        may_change=True,
+        mutable_on_resume=True,
     )
     fast_dtype: str = declare(
         "float32", "Type of the fast weights while reading.", choices=("float32", "float64")
@@ -125,31 +125,39 @@ class TrainConfig:
     batch_size: int = declare(8, "Sequences per step, over all devices and processes.", minimum=1)
     seq_len: int = declare(2048, "Tokens of a sequence (T), a multiple of chunk_size.", minimum=1)
     accum_steps: int = declare(
-        1, "Micro-batches a batch is cut into to save memory.", minimum=1, may_change=True
+        1, "Micro-batches a batch is cut into to save memory.", minimum=1, mutable_on_resume=True
     )
     seed: int = declare(0, "Seed of the initial parameters.", minimum=0, maximum=SEED_MAX)
-    log_every: int = declare(10, "Steps between progress lines.", minimum=1, may_change=True)
+    log_every: int = declare(10, "Steps between progress lines.", minimum=1, mutable_on_resume=True)
     checkpoint_every: int = declare(
-        100, "Steps between checkpoints; the last step is always saved.", minimum=1, may_change=True
+        100,
+        "Steps between checkpoints; the last step is always saved.",
+        minimum=1,
+        mutable_on_resume=True,
     )
-    keep_checkpoints: int = declare(2, "Newest checkpoints kept.", minimum=1, may_change=True)
+    keep_checkpoints: int = declare(
+        2, "Newest checkpoints kept.", minimum=1, mutable_on_resume=True
+    )
     init_from: str = declare(
         "",
         "Work directory or checkpoint whose weights the run starts from, as the extension stage "
         "does; empty: random.",
         path=True,
     )
-    nonfinite_limit: int = declare(
+    max_skipped_steps: int = declare(
         10,
         "Steps in a row skipped for a loss or gradient that is not finite before training stops.",
         minimum=1,
-        may_change=True,
+        mutable_on_resume=True,
     )
     profile_steps: tuple[int, ...] = declare(
-        (), "First and last step of a profiler trace; empty: none.", minimum=1, may_change=True
+        (),
+        "First and last step of a profiler trace; empty: none.",
+        minimum=1,
+        mutable_on_resume=True,
     )
     wandb_project: str = declare(
-        "", "Weights & Biases project to log to as well; empty: none.", may_change=True
+        "", "Weights & Biases project to log to as well; empty: none.", mutable_on_resume=True
     )
 
 
@@ -173,8 +181,10 @@ class DataConfig:
     )
     seed: int = declare(0, "Seed of the order of sequences.", minimum=0, maximum=SEED_MAX)
     shuffle: bool = declare(True, "Whether the order of sequences is shuffled.")
-    prefetch: int = declare(4, "Batches made ready ahead of time.", minimum=0, may_change=True)
-    val_split: str = declare("val", "Split that evaluation reads.", may_change=True)
+    prefetch: int = declare(
+        4, "Batches made ready ahead of time.", minimum=0, mutable_on_resume=True
+    )
+    val_split: str = declare("val", "Split that evaluation reads.", mutable_on_resume=True)
 
 
 @dataclass(frozen=True)
@@ -185,16 +195,19 @@ class MeshConfig:
         -1,
         "Devices among which sequences are divided; -1: all the rest.",
         minimum=-1,
-        may_change=True,
+        mutable_on_resume=True,
     )
     fsdp: int = declare(
         1,
         "Devices among which sequences, parameters and optimizer state are divided.",
         minimum=1,
-        may_change=True,
+        mutable_on_resume=True,
     )
     tensor: int = declare(
-        1, "Devices among which heads and MLP entries are divided.", minimum=1, may_change=True
+        1,
+        "Devices among which heads and MLP entries are divided.",
+        minimum=1,
+        mutable_on_resume=True,
     )
     gather: str = declare(
         "block",
@@ -205,7 +218,7 @@ class MeshConfig:
         "pass, in the compute dtype). step: all once a step, and the whole gradient is held to its "
         "end: more memory, less to send.",
         choices=GATHERS,
-        may_change=True,
+        mutable_on_resume=True,
     )
 
 
@@ -214,19 +227,24 @@ class EvalConfig:
     """What `tttjax evaluate` measures."""
 
     context_lengths: tuple[int, ...] = declare(
-        (), "Context lengths in tokens; empty: 1, 2, 4 and 8 windows.", minimum=1, may_change=True
+        (),
+        "Context lengths in tokens; empty: 1, 2, 4 and 8 windows.",
+        minimum=1,
+        mutable_on_resume=True,
     )
-    num_sequences: int = declare(32, "Held-out sequences per length.", minimum=1, may_change=True)
-    batch_size: int = declare(4, "Sequences evaluated at once.", minimum=1, may_change=True)
+    num_sequences: int = declare(
+        32, "Held-out sequences per length.", minimum=1, mutable_on_resume=True
+    )
+    batch_size: int = declare(4, "Sequences evaluated at once.", minimum=1, mutable_on_resume=True)
     bins: int = declare(
         32,
         "Bins of the table of loss by token position.",
         minimum=1,
         maximum=100_000,
-        may_change=True,
+        mutable_on_resume=True,
     )
     seed: int = declare(
-        0, "Seed of the choice of sequences.", minimum=0, maximum=SEED_MAX, may_change=True
+        0, "Seed of the choice of sequences.", minimum=0, maximum=SEED_MAX, mutable_on_resume=True
     )
 
 

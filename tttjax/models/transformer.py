@@ -77,7 +77,7 @@ def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-class Ends(nnx.Module):
+class EmbedAndHead(nnx.Module):
     """What stands before the first block and after the last: embedding, final norm, head."""
 
     def __init__(self, vocab_size: int, tied: bool, shape: BlockShape, rngs: nnx.Rngs):
@@ -144,7 +144,7 @@ class Transformer:
 
     @cached_property
     def _ends(self) -> Stack:
-        return Stack(Ends, 1, (self.vocab_size, self.tied, self.shape))
+        return Stack(EmbedAndHead, 1, (self.vocab_size, self.tied, self.shape))
 
     def block_paths(self) -> list[tuple[str, int]]:
         """(path of the stack, row in it) of every block, first to last."""

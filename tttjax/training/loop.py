@@ -36,7 +36,7 @@ from tttjax.runtime.memory import device_memory, host_memory
 from tttjax.training import checkpoints, metrics
 from tttjax.training.attention_kernels import describe_kernels, platform_of
 from tttjax.training.profiler import Profiler
-from tttjax.training.records import FinishedSteps, Totals
+from tttjax.training.records import StepRecorder, Totals
 from tttjax.training.step import Trainer, TrainState, make_trainer
 from tttjax.training.stopping import StopRequest
 from tttjax.training.warm_start import starting_weights
@@ -140,7 +140,7 @@ class Run:
     tokenizer: str
     saver: checkpoints.Checkpointer
     logger: metrics.MetricLogger
-    finished: FinishedSteps
+    finished: StepRecorder
     totals: Totals
     start: int
 
@@ -181,7 +181,7 @@ def _set_up(
     )
     closing.callback(logger.close)
     logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
-    finished = FinishedSteps(workdir, settings.nonfinite_limit, logger, totals)
+    finished = StepRecorder(workdir, settings.max_skipped_steps, logger, totals)
     run = Run(
         config=config,
         workdir=workdir,
@@ -200,7 +200,7 @@ def _set_up(
 
 def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
     """Steps start + 1 to `last`, or until asked to stop; saved at the end. (state, steps done)."""
-    settings, finished, late = run.config.train, run.finished, metrics.LateMetrics()
+    settings, finished, late = run.config.train, run.finished, metrics.AsyncMetrics()
     step = run.start
     with contextlib.ExitStack() as closing:
         stop = closing.enter_context(StopRequest())

@@ -27,7 +27,7 @@ from tttjax.training.progress import Progress, Throughput
 JSONL = "metrics.jsonl"
 
 
-class LateMetrics:
+class AsyncMetrics:
     """Holds the device metrics of a step until the next step has been dispatched.
 
     So the host never waits for a step whose successor is not yet queued on the device.
@@ -88,7 +88,7 @@ def _complete_records(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def loss_stream(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def deterministic_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The records without "time": equal for two runs that computed the same numbers."""
     return [{k: v for k, v in record.items() if k != "time"} for record in read_records(workdir)]
 
@@ -220,7 +220,7 @@ class MetricLogger:
 
         Arguments:
           step: number of updates done with it, 1, 2, ...
-          values: host numbers, as `LateMetrics` gives them; they must hold "loss".
+          values: host numbers, as `AsyncMetrics` gives them; they must hold "loss".
           seconds: wall-clock time of this step; input_seconds: of it, waiting for a batch.
           steady: False for a step that was compiled first; it stays out of the averages.
         """

@@ -24,11 +24,11 @@ class Totals:
     seconds: float = 0.0
 
 
-class FinishedSteps:
+class StepRecorder:
     """Takes the steps that the device has finished: records and times them, watches for NaN."""
 
-    def __init__(self, workdir: Path, nonfinite_limit: int, logger: MetricLogger, totals: Totals):
-        self._workdir, self._limit, self._logger = workdir, nonfinite_limit, logger
+    def __init__(self, workdir: Path, max_skipped_steps: int, logger: MetricLogger, totals: Totals):
+        self._workdir, self._limit, self._logger = workdir, max_skipped_steps, logger
         self._totals = totals
         self._seconds: list[float] = []
         self._last = time.perf_counter()
@@ -40,7 +40,7 @@ class FinishedSteps:
         self._last = time.perf_counter()
 
     def add(self, finished: tuple[int, dict[str, Any], Any] | None) -> None:
-        """Takes what `LateMetrics` gave back.
+        """Takes what `AsyncMetrics` gave back.
 
         Raises:
           UserError: too many steps in a row were not finite.
