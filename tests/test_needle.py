@@ -25,7 +25,7 @@ from tttjax.evaluation.needle.prompts import (
     check_tokenizer,
     make_prompt,
 )
-from tttjax.evaluation.needle.results import NeedleResults, Series, difference, mean, wilson
+from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, difference, mean, wilson
 from tttjax.evaluation.needle.runner import NeedleSettings, ask_all
 from tttjax.evaluation.needle.tables import sentence, table
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
@@ -267,7 +267,9 @@ def test_tables_count_what_was_found(tokenizers):
     learns = {"rule": "sgd", "lr": 1.0, "clip": 1.0, "chunk_size": 8}
     readers = {"on": lambda p: oracle(decode(p.token_T)), "off": lambda p: "nothing"}
     series = [
-        Series("run", mode, f"run, TTT {mode}", inner, ask_with(tokenizers, ask_text(read)), 1.0)
+        NeedleSeries(
+            "run", mode, f"run, TTT {mode}", inner, ask_with(tokenizers, ask_text(read)), 1.0
+        )
         for (mode, read), inner in zip(readers.items(), (learns, None), strict=True)
     ]
     results = NeedleResults(

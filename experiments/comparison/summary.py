@@ -9,7 +9,7 @@ from experiments.comparison.scales import (
     SYSTEMS,
     parameters,
 )
-from tttjax.evaluation.report.entries import Entry
+from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.results import Report
 from tttjax.runs.run import Learning
@@ -32,16 +32,16 @@ def write_report(plan: Plan, *, command: str, progress: TextIO | None = None) ->
     )
 
 
-def entries(plan: Plan) -> list[Entry]:
+def entries(plan: Plan) -> list[ReportEntry]:
     """Every system's run for every context and seed, dynamic evaluation before TTT-E2E."""
     rule, rate = best_dynamic(plan)
     learning = Learning(
         inner={"rule": rule}, dynamic_lrs=(rate,), dynamic_layers=plan.scale.suffix_layers
     )
 
-    def of(label: str, system: str, **options) -> list[Entry]:
+    def of(label: str, system: str, **options) -> list[ReportEntry]:
         return [
-            Entry(
+            ReportEntry(
                 label,
                 plan.workdir(plan.run(system, windows, seed)),
                 context=plan.scale.window * windows,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tttjax.benchmarks import attention
-from tttjax.benchmarks.attention import Sizes, bench_attention
+from tttjax.benchmarks.attention import AttentionSizes, bench_attention
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
-SMALL = Sizes(heads=2, head_dim=8, chunk=8, window=16, seq_len=32)
+SMALL = AttentionSizes(heads=2, head_dim=8, chunk=8, window=16, seq_len=32)
 
 
 def test_forms_of_a_task_give_the_same_results():
@@ -52,4 +52,4 @@ def test_command_line(capsys):
     assert main([*words, "--heads=0"]) == 2
     assert "heads=0 must be at least 1" in capsys.readouterr().err
     with pytest.raises(UserError, match="dtype='int8'"):
-        bench_attention(Sizes(dtype="int8"))
+        bench_attention(AttentionSizes(dtype="int8"))

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from tttjax.benchmarks.cross_entropy import Sizes, bench_cross_entropy
+from tttjax.benchmarks.cross_entropy import CrossEntropySizes, bench_cross_entropy
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
 def test_the_blocked_form_holds_no_logits():
-    sizes = Sizes(rows=64, embed_dim=4, vocab=512, rows_block=8)
+    sizes = CrossEntropySizes(rows=64, embed_dim=4, vocab=512, rows_block=8)
     results = {(r.task, r.form): r for r in bench_cross_entropy(sizes, rounds=1)}
     assert set(results) == {
         *((task, form) for task in ("forward", "gradient") for form in ("dense", "blocked")),
@@ -26,9 +26,12 @@ def test_the_blocked_form_holds_no_logits():
     ("arguments", "message"),
     [
         ({"rounds": 0}, "rounds=0 must be at least 1"),
-        ({"sizes": Sizes(rows_block=0)}, "rows_block=0 must be at least 1"),
-        ({"sizes": Sizes(vocab_block=-1)}, "vocab_block=-1 must be at least"),
-        ({"sizes": Sizes(dtype="int8")}, "dtype='int8' must be one of float32, bfloat16"),
+        ({"sizes": CrossEntropySizes(rows_block=0)}, "rows_block=0 must be at least 1"),
+        ({"sizes": CrossEntropySizes(vocab_block=-1)}, "vocab_block=-1 must be at least"),
+        (
+            {"sizes": CrossEntropySizes(dtype="int8")},
+            "dtype='int8' must be one of float32, bfloat16",
+        ),
     ],
 )
 def test_sizes_and_dtypes_without_sense_are_refused(arguments, message):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from tttjax.benchmarks.ttt_dual import Sizes, bench_ttt_dual
+from tttjax.benchmarks.ttt_dual import DualSizes, bench_ttt_dual
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
 def test_the_dual_form_holds_no_weights_of_tokens():
-    results = bench_ttt_dual([32], Sizes(heads=1, head_dim=16, chunk=16), rounds=1)
+    results = bench_ttt_dual([32], DualSizes(heads=1, head_dim=16, chunk=16), rounds=1)
     kinds = [(result.inner, result.task) for result in results]
     assert kinds == [(i, t) for i in ("linear", "mlp") for t in ("forward", "gradient")]
     for result in results:
@@ -24,7 +24,7 @@ def test_the_dual_form_holds_no_weights_of_tokens():
     ("arguments", "message"),
     [
         ({"rounds": 0}, "rounds=0 must be at least 1"),
-        ({"sizes": Sizes(heads=0)}, "heads=0 must be at least 1"),
+        ({"sizes": DualSizes(heads=0)}, "heads=0 must be at least 1"),
         ({"seq_lens": [16, 0]}, r"seq_len=\[16, 0\] must be lengths"),
     ],
 )

@@ -198,7 +198,10 @@ def test_tolerances_are_tighter_in_float64():
 
 def test_the_table_is_aligned():
     table = format_table(
-        [rows.Row("a", "loss", 1e-7, 1e-5, True), rows.Row("b", "x", None, None, False, "why")]
+        [
+            rows.VerifyRow("a", "loss", 1e-7, 1e-5, True),
+            rows.VerifyRow("b", "x", None, None, False, "why"),
+        ]
     )
     assert table[1].index("ok") == table[2].index("FAIL")
     assert table[2].endswith("why")

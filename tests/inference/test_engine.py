@@ -10,7 +10,7 @@ import pytest
 import tttjax.inference.engine
 from tests.small import shaken, small_config, worst
 from tttjax.inference.engine import Engine
-from tttjax.inference.prefill import make_reader
+from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session import pieces
 from tttjax.models import build_model
 from tttjax.ttt.outer_loss import make_inner_loop
@@ -44,7 +44,7 @@ def _make_engine(name: str, x64: bool):
     config = small_config(**SYSTEMS[name])
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr)
+    reader = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH))
     return Engine(reader, params, max_length=64), token.astype(np.int32)
 

@@ -13,7 +13,7 @@ from tttjax.inference.prefill import (
     divide,
     extend,
     logits,
-    make_forward,
+    make_inference_model,
     prefill,
     read_chunks,
     start,
@@ -41,7 +41,9 @@ def setting(sections: dict, learn: bool = True):
     config = small_config(**sections)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = make_forward(model, make_inner_loop(config.inner), config.inner.lr, learn=learn)
+    reader = make_inference_model(
+        model, make_inner_loop(config.inner), config.inner.lr, learn=learn
+    )
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH + 1))
     return config, model, params, reader, divide(reader, params), token
 

@@ -62,7 +62,7 @@ def plain(config, model, params, rule, token_T, places):
             rule, config.inner.lr, progress.fast, progress.rule_state, g, jnp.array(True)
         )
         again, _ = chunk_loss(fast, progress.state, chunk)
-        return inner_loop.Progress(fast, rule_state, state), g, loss, again
+        return inner_loop.ReadState(fast, rule_state, state), g, loss, again
 
     x_TD, _ = model.run_part("prefix", params.slow, None, model.embed(params.slow, token_T[:-1]))
     progress = inner_loop.start(rule, params.fast, model.init_state(LENGTH, parts=["suffix"]))

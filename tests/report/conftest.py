@@ -12,9 +12,13 @@ def runs(make_run):
 
 @pytest.fixture(scope="session")
 def report_and_folder(runs, tmp_path_factory):
-    from tttjax.evaluation.report.entries import Entry
+    from tttjax.evaluation.report.entries import ReportEntry
     from tttjax.evaluation.report.make import make_report
 
     out = tmp_path_factory.mktemp("out") / "report"
-    entries = [Entry("full", runs[0]), Entry("full", runs[1]), Entry("ttt", runs[2])]
+    entries = [
+        ReportEntry("full", runs[0]),
+        ReportEntry("full", runs[1]),
+        ReportEntry("ttt", runs[2]),
+    ]
     return make_report(entries, out, notes="With `--scale cpu`:\n\n```\ncommand <x>\n```"), out

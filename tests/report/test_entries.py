@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.evaluation.report.entries import Entry, choose_baseline, open_systems, parse_entry
+from tttjax.evaluation.report.entries import ReportEntry, choose_baseline, open_systems, parse_entry
 from tttjax.runs.run import Learning
 
 
@@ -19,13 +19,13 @@ from tttjax.runs.run import Learning
     ],
 )
 def test_a_run_is_named_on_the_command_line(text, label, folder, mode):
-    assert parse_entry(text) == Entry(label, Path(folder), mode)
+    assert parse_entry(text) == ReportEntry(label, Path(folder), mode)
 
 
 def test_a_folder_may_have_any_name(tmp_path):
     odd = tmp_path / "a=b:c"
     odd.mkdir()
-    assert parse_entry(str(odd)) == Entry("a=b:c", odd)
+    assert parse_entry(str(odd)) == ReportEntry("a=b:c", odd)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,8 @@ def short(make_run):
 
 def test_seeds_and_contexts_are_grouped_by_label(runs, short):
     extended, single = open_systems(
-        [Entry("full", workdir) for workdir in reversed(short)] + [Entry("ttt", runs[2])]
+        [ReportEntry("full", workdir) for workdir in reversed(short)]
+        + [ReportEntry("ttt", runs[2])]
     )
     assert extended.contexts == (8, 16)
     assert [member.seed for member in extended.at(8)] == [0, 1]
@@ -59,12 +60,18 @@ def test_seeds_and_contexts_are_grouped_by_label(runs, short):
 
 
 def test_an_entry_may_say_what_its_run_stands_for(short):
-    (system,) = open_systems([Entry("a", short[0], context=64, seed=5), Entry("a", short[1])])
+    (system,) = open_systems(
+        [ReportEntry("a", short[0], context=64, seed=5), ReportEntry("a", short[1])]
+    )
     assert [(m.seed, m.context) for m in system.at(64)] == [(5, 64)]
 
 
 def test_the_baseline_is_full_attention_unless_named(runs):
-    entries = [Entry("ttt", runs[2]), Entry("dynamic", runs[0], "dynamic"), Entry("full", runs[0])]
+    entries = [
+        ReportEntry("ttt", runs[2]),
+        ReportEntry("dynamic", runs[0], "dynamic"),
+        ReportEntry("full", runs[0]),
+    ]
     systems = open_systems(entries)
     assert choose_baseline(systems).label == "full"
     assert choose_baseline(systems, "ttt").label == "ttt"
@@ -78,12 +85,15 @@ def test_runs_that_do_not_fit_together_are_refused(runs, tmp_path):
     several = Learning(dynamic_lrs=(0.1, 1.0))
     for entries, sentence in (
         ([], "nothing to report on"),
-        ([Entry("a", tmp_path)], "holds no checkpoint"),
-        ([Entry("a", full), Entry("a", full)], "a has two runs with context 32 and seed 0"),
-        ([Entry("a", full), Entry("b", full)], "given twice, as a and as b"),
-        ([Entry("a", full), Entry("a", ttt, seed=1)], "different modes \\(off, on\\)"),
-        ([Entry("a", ttt, "dynamic")], "mode dynamic does not fit the run a"),
-        ([Entry("a", other, "dynamic", learning=several)], "a has several dynamic_lrs"),
+        ([ReportEntry("a", tmp_path)], "holds no checkpoint"),
+        (
+            [ReportEntry("a", full), ReportEntry("a", full)],
+            "a has two runs with context 32 and seed 0",
+        ),
+        ([ReportEntry("a", full), ReportEntry("b", full)], "given twice, as a and as b"),
+        ([ReportEntry("a", full), ReportEntry("a", ttt, seed=1)], "different modes \\(off, on\\)"),
+        ([ReportEntry("a", ttt, "dynamic")], "mode dynamic does not fit the run a"),
+        ([ReportEntry("a", other, "dynamic", learning=several)], "a has several dynamic_lrs"),
     ):
         with pytest.raises(UserError, match=sentence):
             open_systems(entries)

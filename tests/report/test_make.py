@@ -15,7 +15,7 @@ from tttjax.config import read_config
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.evaluation.report import losses
-from tttjax.evaluation.report.entries import Entry
+from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.files import COLUMNS, to_markdown
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.tables import sections
@@ -181,14 +181,17 @@ def test_an_interrupted_report_goes_on_where_it_stopped(folder, runs, no_computi
     content = kept[0].read_bytes()
     kept[0].write_bytes(content[:50])
     with pytest.raises(pytest.fail.Exception, match="it reads"):
-        make_report([Entry("full", runs[0]), Entry("full", runs[1]), Entry("t", runs[2])], folder)
+        make_report(
+            [ReportEntry("full", runs[0]), ReportEntry("full", runs[1]), ReportEntry("t", runs[2])],
+            folder,
+        )
     kept[0].write_bytes(content)
 
 
 def test_other_settings_are_not_taken_from_what_was_kept(folder, runs, no_computing):
     for options in ({"num_sequences": 4}, {"lengths": (8, 16)}):
         with pytest.raises(pytest.fail.Exception, match="it reads"):
-            make_report([Entry("full", runs[0])], folder, **options)
+            make_report([ReportEntry("full", runs[0])], folder, **options)
 
 
 # A run for every context -------------------------------------------------------------------------
@@ -200,7 +203,7 @@ def test_runs_of_several_contexts_are_read_at_their_own(make_run, tmp_path):
     first = make_run("first", seq_len=8, step=2, mixers=mixers)
     longer = make_run("longer", seq_len=16, init_from=first, mixers=mixers)
     lost = make_run("lost", seq_len=16, init_from=tmp_path / "gone", seed=1, mixers=mixers)
-    entries = [Entry("full", first), Entry("full", longer), Entry("full", lost)]
+    entries = [ReportEntry("full", first), ReportEntry("full", longer), ReportEntry("full", lost)]
     report = make_report(entries, tmp_path / "out")
     (full,) = report.systems
     assert report.lengths == (8, 16)
@@ -250,11 +253,11 @@ def test_a_baseline_without_a_run_at_any_length_is_refused(make_run, tmp_path):
     with pytest.raises(
         UserError, match="full has no run for any of the contexts 32, only for 8, 1"
     ):
-        make_report([Entry("full", run) for run in runs], tmp_path / "out", lengths=(32,))
+        make_report([ReportEntry("full", run) for run in runs], tmp_path / "out", lengths=(32,))
 
 
 def test_another_tokenizer_is_refused(make_run, runs, tmp_path):
     other = make_run("other", tokenizer="0123456789abcdef", mixers=("window",))
     sentence = r"another tokenizer .* than those of the run other \(0123456789ab\)"
     with pytest.raises(UserError, match=sentence):
-        make_report([Entry("full", runs[0]), Entry("other", other)], tmp_path / "out")
+        make_report([ReportEntry("full", runs[0]), ReportEntry("other", other)], tmp_path / "out")

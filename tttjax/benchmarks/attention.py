@@ -40,7 +40,7 @@ class AttentionBenchmark:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AttentionSizes:
     """Of what is measured; the chunk is the last of a window that is full."""
 
     batch: int = 1
@@ -52,12 +52,14 @@ class Sizes:
     dtype: str = "float32"
 
 
-def bench_attention(sizes: Sizes | None = None, rounds: int = 5) -> list[AttentionBenchmark]:
+def bench_attention(
+    sizes: AttentionSizes | None = None, rounds: int = 5
+) -> list[AttentionBenchmark]:
     """Measures all forms of all tasks that apply here.
 
     Raises UserError for a size below one and for an unknown dtype.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or AttentionSizes()
     check_rounds(rounds)
     for name, value in asdict(sizes).items():
         if name != "dtype" and value < 1:
@@ -87,7 +89,7 @@ def bench_attention(sizes: Sizes | None = None, rounds: int = 5) -> list[Attenti
 Task = tuple[str, str, Callable, tuple]  # name, form, function, its arguments
 
 
-def _random(sizes: Sizes, lengths: tuple[int, ...]) -> tuple[Array, ...]:
+def _random(sizes: AttentionSizes, lengths: tuple[int, ...]) -> tuple[Array, ...]:
     keys = jax.random.split(jax.random.key(0), len(lengths))
     per_token = (sizes.heads, sizes.head_dim)
     return tuple(
@@ -96,7 +98,7 @@ def _random(sizes: Sizes, lengths: tuple[int, ...]) -> tuple[Array, ...]:
     )
 
 
-def absent(sizes: Sizes) -> dict[str, str]:
+def absent(sizes: AttentionSizes) -> dict[str, str]:
     """The forms that are not measured, and why."""
     platform = platform_of(make_mesh(devices=jax.devices()[:1]))
     heads = sizes.heads, sizes.head_dim
@@ -111,7 +113,7 @@ def absent(sizes: Sizes) -> dict[str, str]:
     return {form: reason for form, reason in reasons.items() if reason}
 
 
-def _chunk_tasks(sizes: Sizes) -> Iterator[Task]:
+def _chunk_tasks(sizes: AttentionSizes) -> Iterator[Task]:
     window, attention_mask = sizes.window, AttentionMask(window=sizes.window)
     arguments = _random(sizes, (sizes.chunk, window, window, sizes.chunk, sizes.chunk))
     tangents = tuple(jnp.roll(x, 1, axis=1) for x in arguments)
@@ -170,7 +172,7 @@ def _gradient_of_pair(attention: Callable) -> Callable:
     return jax.grad(scalar)
 
 
-def _sequence_tasks(sizes: Sizes) -> Iterator[Task]:
+def _sequence_tasks(sizes: AttentionSizes) -> Iterator[Task]:
     arguments = _random(sizes, (sizes.seq_len,) * 3)
     for task, attention_mask in (
         ("sequence, full", AttentionMask()),

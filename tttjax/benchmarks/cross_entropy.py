@@ -39,7 +39,7 @@ class CrossEntropyBenchmark:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CrossEntropySizes:
     """Of what is measured: rows (tokens) of h, and the largest block of logits.
 
     rows_block, vocab_block: as in `blocked_nll`; vocab_block 0 is the whole vocabulary.
@@ -53,12 +53,14 @@ class Sizes:
     dtype: str = "float32"
 
 
-def bench_cross_entropy(sizes: Sizes | None = None, rounds: int = 5) -> list[CrossEntropyBenchmark]:
+def bench_cross_entropy(
+    sizes: CrossEntropySizes | None = None, rounds: int = 5
+) -> list[CrossEntropyBenchmark]:
     """Measures the forms against each other, task by task.
 
     Raises UserError for a size below one and for an unknown dtype.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or CrossEntropySizes()
     counts = {name: value for name, value in asdict(sizes).items() if name != "dtype"}
     for name, value in (("rounds", rounds), *counts.items()):
         if value < (0 if name == "vocab_block" else 1):
@@ -83,7 +85,7 @@ def bench_cross_entropy(sizes: Sizes | None = None, rounds: int = 5) -> list[Cro
     ]
 
 
-def _arguments(sizes: Sizes) -> dict[str, Any]:
+def _arguments(sizes: CrossEntropySizes) -> dict[str, Any]:
     """Random tokens and a head whose logits spread by about one; the slope of each loss."""
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (sizes.rows, sizes.embed_dim)
@@ -96,11 +98,11 @@ def _arguments(sizes: Sizes) -> dict[str, Any]:
     return {**tokens, "target": target_T, "known": known}
 
 
-def _blocks(sizes: Sizes) -> dict[str, Any]:
+def _blocks(sizes: CrossEntropySizes) -> dict[str, Any]:
     return {"rows_block": sizes.rows_block, "vocab_block": sizes.vocab_block or None}
 
 
-def _functions(sizes: Sizes) -> dict[tuple[str, str], Callable[[dict[str, Any]], Any]]:
+def _functions(sizes: CrossEntropySizes) -> dict[tuple[str, str], Callable[[dict[str, Any]], Any]]:
     blocks = _blocks(sizes)
 
     def dense(x, h_TD, head_DV):

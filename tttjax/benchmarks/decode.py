@@ -12,7 +12,7 @@ from tttjax.benchmarks.timing import check_rounds
 from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.inference.engine import DecodeBatch, Engine
-from tttjax.inference.prefill import make_reader
+from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session import Session
 from tttjax.models import build_model
 from tttjax.parallel.precision import as_configured
@@ -40,7 +40,7 @@ class DecodeBenchmark:
 
 
 @dataclass
-class _Entry:
+class _DecodeEntry:
     name: str
     config: Config
     read: int
@@ -66,7 +66,9 @@ def bench_decode(
         if min(values, default=0) < 1:
             raise UserError(f"{name}={list(values)} must be numbers of at least 1.")
     entries = [
-        _Entry(name, config, length, batch, engine.start_batch([session] * batch), chunk, [], [])
+        _DecodeEntry(
+            name, config, length, batch, engine.start_batch([session] * batch), chunk, [], []
+        )
         for name, config in configs
         for length, engine, session, chunk in _read(config, sorted(read), rounds)
         for batch in batches
@@ -84,7 +86,7 @@ def _read(
     """(tokens read, the engine, the session that has read them, tokens of a round)."""
     with as_configured(config):
         model = build_model(config.model, config.inner)
-        reader = make_reader(model, make_inner_loop(config.inner), config.inner.lr)
+        reader = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
         chunk = reader.chunk_size or STATIC_STRETCH
         params = jax.jit(model.init)(jax.random.key(0))
 
@@ -105,7 +107,7 @@ def _random(config: Config, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(config.model.vocab_size, size=length, dtype=np.int32)
 
 
-def _round(entry: _Entry) -> None:
+def _round(entry: _DecodeEntry) -> None:
     """A chunk's tokens for every request, and so one update of each."""
     seconds = []
     for token in _random(entry.config, entry.chunk).tolist():
@@ -117,11 +119,11 @@ def _round(entry: _Entry) -> None:
     entry.rounds.append(sum(seconds) / len(seconds))
 
 
-def _token_seconds(entry: _Entry) -> float:
+def _token_seconds(entry: _DecodeEntry) -> float:
     return statistics.median(entry.rounds[1:])
 
 
-def _result(entry: _Entry, entries: Sequence[_Entry]) -> DecodeBenchmark:
+def _result(entry: _DecodeEntry, entries: Sequence[_DecodeEntry]) -> DecodeBenchmark:
     alike = [e for e in entries if (e.name, e.batch) == (entry.name, entry.batch)]
     shortest = min(alike, key=lambda e: e.read)
     seconds = _token_seconds(entry)

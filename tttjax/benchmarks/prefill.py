@@ -19,7 +19,7 @@ from tttjax.benchmarks.timing import (
 )
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.inference.prefill import divide, make_reader, prefill, start
+from tttjax.inference.prefill import divide, make_inference_model, prefill, start
 from tttjax.models import build_model
 from tttjax.parallel.precision import as_configured
 from tttjax.ttt.outer_loss import make_inner_loop
@@ -83,7 +83,7 @@ def bench_prefill(
 
 def _reader(config: Config):
     model = build_model(config.model, config.inner)
-    return model, make_reader(model, make_inner_loop(config.inner), config.inner.lr)
+    return model, make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
 
 
 def _compile(config: Config, length: int, batch: int) -> tuple[Any, tuple]:

@@ -52,7 +52,7 @@ class TrainBenchmark:
 
 
 @dataclass
-class _Entry:
+class _TrainEntry:
     name: str
     config: Config
     step: jax.stages.Compiled | None  # None: too large for the device
@@ -93,14 +93,14 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
     ]
 
 
-def _step(entry: _Entry) -> Any:
+def _step(entry: _TrainEntry) -> Any:
     assert entry.step
     with as_configured(entry.config):
         entry.state, metrics = entry.step(entry.state, entry.batch)
     return entry.state, metrics
 
 
-def _prepare(name: str, config: Config) -> _Entry:
+def _prepare(name: str, config: Config) -> _TrainEntry:
     mesh = check_mesh(config, jax.device_count())
     trainer = make_trainer(config, make_mesh(mesh.data, mesh.fsdp, mesh.tensor))
     shape = (config.train.batch_size, config.train.seq_len)
@@ -111,7 +111,7 @@ def _prepare(name: str, config: Config) -> _Entry:
     traced = trainer.step.trace(trainer.abstract_state, batch)
     compiled = if_it_fits(traced.lower().compile)
     compile_seconds = time.perf_counter() - start
-    return _Entry(
+    return _TrainEntry(
         name,
         config,
         compiled,

@@ -37,7 +37,7 @@ class DualBenchmark:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DualSizes:
     """Of the inner loop that is measured; chunk: tokens of a mini-batch."""
 
     batch: int = 1
@@ -47,13 +47,13 @@ class Sizes:
 
 
 def bench_ttt_dual(
-    seq_lens: Sequence[int] = (2048,), sizes: Sizes | None = None, rounds: int = 5
+    seq_lens: Sequence[int] = (2048,), sizes: DualSizes | None = None, rounds: int = 5
 ) -> list[DualBenchmark]:
     """Measures both forms against each other, for each length, inner model and task, in float32.
 
     Raises UserError for a size below one.
     """
-    sizes = sizes or Sizes()
+    sizes = sizes or DualSizes()
     for name, value in (("rounds", rounds), *asdict(sizes).items()):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1.")
@@ -62,7 +62,7 @@ def bench_ttt_dual(
     return [result for length in seq_lens for result in _bench_length(length, sizes, rounds)]
 
 
-def _bench_length(length: int, sizes: Sizes, rounds: int) -> list[DualBenchmark]:
+def _bench_length(length: int, sizes: DualSizes, rounds: int) -> list[DualBenchmark]:
     arguments = {inner: _arguments(inner, length, sizes) for inner in INNER_MODELS}
     programs: dict[tuple[str, str, str], Any] = {}
     for inner in INNER_MODELS:
@@ -90,7 +90,7 @@ def _bench_length(length: int, sizes: Sizes, rounds: int) -> list[DualBenchmark]
     ]
 
 
-def _arguments(inner: str, length: int, sizes: Sizes) -> dict[str, Any]:
+def _arguments(inner: str, length: int, sizes: DualSizes) -> dict[str, Any]:
     """Random tokens [B, T, H, K] and an inner model as it is before training."""
     tokens = (sizes.batch, length, sizes.heads, sizes.head_dim)
     hidden = sizes.head_dim * (4 if inner == "mlp" else 1)
@@ -109,14 +109,14 @@ def _arguments(inner: str, length: int, sizes: Sizes) -> dict[str, Any]:
     return {"tokens": (q, k, v, lam), "weights": weights}
 
 
-def _task(task: str, form: str, sizes: Sizes) -> Callable[[dict[str, Any]], Any]:
+def _task(task: str, form: str, sizes: DualSizes) -> Callable[[dict[str, Any]], Any]:
     forward = partial(_read, form=form, sizes=sizes)
     if task == "forward":
         return forward
     return jax.value_and_grad(lambda arguments: jnp.mean(jnp.square(forward(arguments))))
 
 
-def _read(arguments: dict[str, Any], form: str, sizes: Sizes) -> Array:
+def _read(arguments: dict[str, Any], form: str, sizes: DualSizes) -> Array:
     base_lr = 0.1 if "w2" in arguments["weights"] else 1.0  # as in the paper
     rate_C = learning_rates(base_lr, sizes.head_dim, jnp.zeros(sizes.chunk))
     per_head = (sizes.heads, sizes.head_dim)

@@ -34,7 +34,7 @@ from tttjax.interop.huggingface import supported
 from tttjax.interop.huggingface.import_ import looks_like_huggingface, open_huggingface
 from tttjax.interop.official.checkpoint import looks_official
 from tttjax.interop.official.import_ import open_official
-from tttjax.interop.source import Reference, Say, Source
+from tttjax.interop.source import ImportSource, Reference, Say
 from tttjax.interop.transfer import import_run
 from tttjax.io.atomic import require_empty_dir
 from tttjax.io.paths import local_path
@@ -42,7 +42,7 @@ from tttjax.training import checkpoints
 
 __all__ = [
     "Reference",
-    "Source",
+    "ImportSource",
     "add_arguments",
     "import_run",
     "open_huggingface",
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_source(args: argparse.Namespace, say: Say = print) -> Source:
+def open_source(args: argparse.Namespace, say: Say = print) -> ImportSource:
     """What the arguments of the command name. UserError for what cannot be imported."""
     if args.config:
         split_spec(args.config)  # refused before a network is asked

@@ -36,7 +36,7 @@ from tttjax.io.locks import Lock, hold
 from tttjax.parallel.precision import as_configured
 from tttjax.runs.load import Opened
 from tttjax.runs.long_text import TextReading, advance, begin, go_on, one_text, save, stretch
-from tttjax.runs.reading_log import CsvLog, Row
+from tttjax.runs.reading_log import ChunkRow, CsvLog
 from tttjax.runs.snapshots import Snapshots
 from tttjax.training.stopping import StopRequest
 
@@ -136,7 +136,7 @@ def _read(
             closing.callback(output.close)
         saver = _Saver(args, opened, reading, locks, outputs, snapshots)
         progress = Progress(reading.total - reading.done, stream, title="read")
-        recent: deque[Row] = deque(maxlen=CHUNKS_AT_ONCE)
+        recent: deque[ChunkRow] = deque(maxlen=CHUNKS_AT_ONCE)
         saver.keep()
         before = reading.done
         for number, rows in enumerate(advance(opened, reading)):
@@ -163,7 +163,7 @@ def _snapshots(args: argparse.Namespace, opened: Opened) -> Snapshots | None:
     return snapshots
 
 
-def _recently(rows: Iterable[Row], clip: float) -> str:
+def _recently(rows: Iterable[ChunkRow], clip: float) -> str:
     """For the progress line: the means of the last chunks."""
     rows = list(rows)
     if not rows:

@@ -23,13 +23,13 @@ import jax
 
 from tttjax.cli.flag_types import float32, int32, list_of
 from tttjax.errors import UserError
-from tttjax.evaluation.report.entries import DYNAMIC, Entry, parse_entry
+from tttjax.evaluation.report.entries import DYNAMIC, ReportEntry, parse_entry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.results import Report, SystemResult
 from tttjax.runs.run import Learning
 from tttjax.ttt.update_rules import RULES
 
-__all__ = ["Entry", "Report", "SystemResult", "add_arguments", "make_report", "run"]
+__all__ = ["ReportEntry", "Report", "SystemResult", "add_arguments", "make_report", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--title", default="", help="the report's title")
 
 
-def _with_learning(entries: Sequence[Entry], args: argparse.Namespace) -> list[Entry]:
+def _with_learning(entries: Sequence[ReportEntry], args: argparse.Namespace) -> list[ReportEntry]:
     """Those in the mode dynamic learn as the options say. UserError if there is none."""
     learning = Learning(
         inner={"rule": args.inner_rule} if args.inner_rule else {},

@@ -13,7 +13,7 @@ import jax
 import tttjax
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
-from tttjax.verification.rows import Row
+from tttjax.verification.rows import VerifyRow
 from tttjax.verification.verify import _check, find_entries, format_table
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    def plain(row: Row) -> dict[str, Any]:
+    def plain(row: VerifyRow) -> dict[str, Any]:
         fields = dataclasses.asdict(row)
         finite = row.deviation is None or math.isfinite(row.deviation)
         return fields if finite else {**fields, "deviation": str(row.deviation)}

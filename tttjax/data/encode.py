@@ -31,14 +31,14 @@ class ResumableError(UserError):
 
 
 @dataclass(frozen=True)
-class Task:
+class EncodeTask:
     """A unit of work. `size`: about how many bytes of input it covers."""
 
     items: tuple[Item, ...]
     size: int
 
 
-def make_tasks(files: Sequence[InputFile]) -> Iterator[Task]:
+def make_tasks(files: Sequence[InputFile]) -> Iterator[EncodeTask]:
     """Groups the documents of `files`, in order, into tasks of about one MiB of text."""
     items: list[Item] = []
     size = 0
@@ -47,13 +47,13 @@ def make_tasks(files: Sequence[InputFile]) -> Iterator[Task]:
             items.append(item)
             size += item_size(item)
             if size >= _TASK_BYTES:
-                yield Task(tuple(items), size)
+                yield EncodeTask(tuple(items), size)
                 items, size = [], 0
     if items:
-        yield Task(tuple(items), size)
+        yield EncodeTask(tuple(items), size)
 
 
-def encode_task(tokenizer: Tokenizer, task: Task) -> list[EncodedPiece]:
+def encode_task(tokenizer: Tokenizer, task: EncodeTask) -> list[EncodedPiece]:
     """Raises UserError for text that cannot be read."""
     encoded = []
     for item in task.items:
@@ -78,7 +78,7 @@ class _Worker:
         cls.tokenizer = load_tokenizer(tokenizer_dir)
 
     @classmethod
-    def run(cls, task: Task) -> list[EncodedPiece]:
+    def run(cls, task: EncodeTask) -> list[EncodedPiece]:
         return encode_task(cls.tokenizer, task)
 
 
@@ -91,8 +91,8 @@ def _exit_with_parent() -> None:
 
 
 def encode_in_order(
-    tasks: Iterator[Task], tokenizer_dir: Path, num_workers: int
-) -> Generator[tuple[Task, list[EncodedPiece]]]:
+    tasks: Iterator[EncodeTask], tokenizer_dir: Path, num_workers: int
+) -> Generator[tuple[EncodeTask, list[EncodedPiece]]]:
     """Results of all tasks, in their order. With no workers, in this process."""
     if num_workers == 0:
         tokenizer = load_tokenizer(tokenizer_dir)

@@ -19,7 +19,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from tttjax.data.records import PADDING, Record, Records, document_records, stream_records
+from tttjax.data.records import PADDING, Record, RecordSource, document_records, stream_records
 from tttjax.data.shards import PreparedData, open_prepared
 from tttjax.errors import UserError
 from tttjax.types import Batch
@@ -28,10 +28,10 @@ LAYOUTS = ("stream", "documents")
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """Records of one prepared data set, and its share of the mixture."""
 
-    records: Records
+    records: RecordSource
     weight: float
     bos_id: int | None
     pad_id: int
@@ -248,7 +248,7 @@ def _check_tokenizers(opened: Sequence[PreparedData], fingerprint: str | None) -
             )
 
 
-def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> list[Source]:
+def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> list[MixtureSource]:
     weights = options.weights
     if weights and len(weights) != len(opened):
         raise UserError(
@@ -259,7 +259,7 @@ def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> lis
     made = []
     for i, data in enumerate(opened):
         split = data.split(options.split)
-        records: Records
+        records: RecordSource
         if options.layout == "stream":
             records = stream_records(split, options.seq_len)
         else:
@@ -267,11 +267,11 @@ def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> lis
         tokenizer = data.tokenizer
         pad_id = 0 if tokenizer.eos_id is None else tokenizer.eos_id
         weight = weights[i] if weights else float(len(records))
-        made.append(Source(records, weight, tokenizer.bos_id, pad_id))
+        made.append(MixtureSource(records, weight, tokenizer.bos_id, pad_id))
     return made
 
 
-def _mixture(sources: Sequence[Source], options: StreamOptions) -> grain.MapDataset:
+def _mixture(sources: Sequence[MixtureSource], options: StreamOptions) -> grain.MapDataset:
     order = {"shuffle": options.shuffle}
     if len(sources) == 1:
         return epoch_order(sources[0].records, seed=options.seed, **order)
@@ -286,7 +286,7 @@ def _mixture(sources: Sequence[Source], options: StreamOptions) -> grain.MapData
 
 
 def _identity(
-    opened: Sequence[PreparedData], sources: Sequence[Source], options: StreamOptions
+    opened: Sequence[PreparedData], sources: Sequence[MixtureSource], options: StreamOptions
 ) -> dict[str, Any]:
     return {
         "data": [data.content_id(options.split) for data in opened],

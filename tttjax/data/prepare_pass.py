@@ -16,7 +16,7 @@ from typing import Any
 
 from tttjax.data import shards, zarr
 from tttjax.data.documents import JSON, InputFile, list_inputs
-from tttjax.data.encode import Task, encode_in_order, make_tasks
+from tttjax.data.encode import EncodeTask, encode_in_order, make_tasks
 from tttjax.data.json_lines import TEXT_KEY
 from tttjax.data.manifest import token_dtype
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
@@ -188,7 +188,7 @@ class PreparePass:
                 writer.abandon()
             progress.report()
 
-    def _encoded(self, done: int) -> Generator[tuple[Task, list[EncodedPiece]]]:
+    def _encoded(self, done: int) -> Generator[tuple[EncodeTask, list[EncodedPiece]]]:
         if self.source.zarr_root:
             return zarr.zarr_documents(self.source.zarr_root, self.tokenizer, skip=done)
         tasks = islice(make_tasks(self.source.files), done, None)
@@ -281,7 +281,7 @@ class _Progress:
         self._documents = self._tokens = 0
         self._start = self._last = time.monotonic()
 
-    def add(self, task: Task, pieces: list[EncodedPiece]) -> None:
+    def add(self, task: EncodeTask, pieces: list[EncodedPiece]) -> None:
         self.covered += task.size
         self._documents += sum(piece.ends for piece in pieces)
         self._tokens += sum(len(piece.tokens) for piece in pieces)

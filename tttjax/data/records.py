@@ -24,7 +24,7 @@ class Record(NamedTuple):
     starts_S: np.ndarray
 
 
-class Records(Protocol):
+class RecordSource(Protocol):
     """A Grain random-access source of records."""
 
     def __len__(self) -> int: ...

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from tttjax.data.encode import Task
+from tttjax.data.encode import EncodeTask
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.data.writer import EncodedPiece
 from tttjax.errors import UserError
@@ -58,7 +58,7 @@ def open_zarr(root: str | Path) -> dict[str, Any]:
 
 def zarr_documents(
     root: str | Path, tokenizer: Tokenizer, skip: int = 0
-) -> Generator[tuple[Task, list[EncodedPiece]]]:
+) -> Generator[tuple[EncodeTask, list[EncodedPiece]]]:
     """The tokens of every array in blocks, cut where documents begin; the first `skip` left out."""
     num_bytes_V = tokenizer.token_bytes()
     number = 0
@@ -70,7 +70,7 @@ def zarr_documents(
                 stop = min(start + _BLOCK, total)
                 tokens = _read(root, split, array, start, min(stop + 1, total), tokenizer)
                 pieces = _cut(tokens, start, stop, split, tokenizer.bos_id, num_bytes_V)
-                yield Task((), stop - start), pieces
+                yield EncodeTask((), stop - start), pieces
 
 
 def _read(root, split: str, array, start: int, stop: int, tokenizer: Tokenizer) -> np.ndarray:

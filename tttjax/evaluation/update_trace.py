@@ -23,7 +23,7 @@ from tttjax.inference.update_trace import start_norms
 from tttjax.io.atomic import atomic_write
 from tttjax.runs.load import Opened
 from tttjax.runs.long_text import TextReading
-from tttjax.runs.reading_log import Row
+from tttjax.runs.reading_log import ChunkRow
 from tttjax.training.metrics import json_safe
 from tttjax.ttt.layer_norms import fast_layers
 
@@ -98,7 +98,7 @@ class UpdateTraceWriter:
                 "name another folder"
             )
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[ChunkRow]) -> None:
         """Notes chunks that have just become full."""
         for row in rows:
             values = {

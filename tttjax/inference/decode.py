@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.inference.prefill import Context, Reader, Weights
+from tttjax.inference.prefill import Context, InferenceModel, Weights
 from tttjax.models import combine
 from tttjax.parallel.batching import over_sequences
 from tttjax.types import Array, PyTree
@@ -27,7 +27,7 @@ class DecodeState(NamedTuple):
 
 
 def to_decode_state(
-    reader: Reader, past: Context, now: Context, pending: Array, room: int
+    reader: InferenceModel, past: Context, now: Context, pending: Array, room: int
 ) -> DecodeState:
     """For up to `room` tokens after `past`; `now` is `past` after `pending` of them.
 
@@ -38,7 +38,7 @@ def to_decode_state(
 
 
 def write(
-    reader: Reader, weights: Weights, writing: DecodeState, token_R: Array
+    reader: InferenceModel, weights: Weights, writing: DecodeState, token_R: Array
 ) -> tuple[DecodeState, Array]:
     """R contexts after a token each, and the logits [R, V] of the next, in float32 at least."""
     cut = reader.learner.cut
@@ -57,7 +57,7 @@ def write(
 
 
 def from_decode_state(
-    reader: Reader, past: Context, writing: DecodeState, pending: Array
+    reader: InferenceModel, past: Context, writing: DecodeState, pending: Array
 ) -> Context:
     """The context for reading on, `pending` tokens after `past`."""
     states = writing.below, writing.above

@@ -24,7 +24,7 @@ from tttjax.errors import UserError
 from tttjax.inference.decode import DecodeState, axes, from_decode_state, to_decode_state, write
 from tttjax.inference.prefill import (
     Context,
-    Reader,
+    InferenceModel,
     Weights,
     divide,
     extend,
@@ -34,7 +34,7 @@ from tttjax.inference.prefill import (
 )
 from tttjax.inference.session import NO_MARKS, NO_TOKENS, PrefillRequest, Session
 from tttjax.runtime.memory import device_memory
-from tttjax.ttt.chunk import Records
+from tttjax.ttt.chunk import ChunkRecords
 from tttjax.types import Array, Params, PyTree
 
 STATIC_ROOM = 128
@@ -44,7 +44,7 @@ MOST_TOGETHER = 32  # sessions that read a piece together: each has its own fast
 class Engine:
     """A model that reads and writes. max_length: tokens that full attention has room for."""
 
-    def __init__(self, reader: Reader, params: Params, max_length: int):
+    def __init__(self, reader: InferenceModel, params: Params, max_length: int):
         self.reader, self.max_length = reader, max_length
         self.weights = divide(reader, params)
         self._params = params
@@ -124,7 +124,7 @@ class Engine:
 
     def read(
         self, session: Session, token_T: np.ndarray, *, learn: bool = True
-    ) -> tuple[Session, list[Records]]:
+    ) -> tuple[Session, list[ChunkRecords]]:
         """The session after further tokens, and what the chunks showed that became full.
 
         learn: False reads these tokens without making them targets, also later.
@@ -135,7 +135,7 @@ class Engine:
 
     def read_batch(
         self, sessions: Sequence[Session], texts: Sequence[np.ndarray], *, learn: bool = True
-    ) -> list[tuple[Session, list[Records]]]:
+    ) -> list[tuple[Session, list[ChunkRecords]]]:
         """`read` of each session's own tokens, of any lengths."""
         for session, token_T in zip(sessions, texts, strict=True):
             self.check(token_T, session.tokens)

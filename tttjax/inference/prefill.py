@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from tttjax.models import SplitModel, Transformer, combine
 from tttjax.parallel.batching import over_sequences
-from tttjax.ttt.chunk import STATE_AXES, ChunkModel, Chunks, Records, learn, loss_and_gradient
+from tttjax.ttt.chunk import STATE_AXES, ChunkModel, ChunkRecords, Chunks, learn, loss_and_gradient
 from tttjax.ttt.outer_loss import LOGIT_ROWS, InnerLoop, split_chunks
 from tttjax.types import Array, Params, PyTree
 
 
-class Reader(NamedTuple):
+class InferenceModel(NamedTuple):
     """How a model reads. chunk_size: tokens of an update, at rate `lr`; 0: it does not learn.
 
     clip: the norm to which the rule clips gradients (0: it does not).
@@ -54,10 +54,12 @@ class Context(NamedTuple):
     rule_state: PyTree
 
 
-def make_reader(model: Transformer, inner: InnerLoop, lr: float, *, learn: bool = True) -> Reader:
+def make_inference_model(
+    model: Transformer, inner: InnerLoop, lr: float, *, learn: bool = True
+) -> InferenceModel:
     """A reader with a configuration's inner loop; a model without fast weights does not learn."""
     learns = learn and bool(model.fast_paths)
-    return Reader(
+    return InferenceModel(
         ChunkModel(SplitModel(model), inner.rule, LOGIT_ROWS),
         inner.chunk_size if learns else 0,
         lr,
@@ -66,13 +68,13 @@ def make_reader(model: Transformer, inner: InnerLoop, lr: float, *, learn: bool 
     )
 
 
-def divide(reader: Reader, params: Params) -> Weights:
+def divide(reader: InferenceModel, params: Params) -> Weights:
     """The slow weights of `params` for this reader."""
     cut = reader.learner.cut
     return Weights(cut.lower(params.slow), cut.above(params.slow))
 
 
-def start(reader: Reader, params: Params, batch: int, max_length: int) -> Context:
+def start(reader: InferenceModel, params: Params, batch: int, max_length: int) -> Context:
     """Nothing has been read. max_length: tokens that full attention must have room for."""
     learner = reader.learner
     cut = learner.cut
@@ -93,7 +95,7 @@ def start(reader: Reader, params: Params, batch: int, max_length: int) -> Contex
 
 
 def read_chunks(
-    reader: Reader,
+    reader: InferenceModel,
     weights: Weights,
     context: Context,
     token_BT: Array,
@@ -101,7 +103,7 @@ def read_chunks(
     counted_BT: Array | None = None,
     *,
     at_start: bool = False,
-) -> tuple[Context, Records]:
+) -> tuple[Context, ChunkRecords]:
     """Reads N = T / C whole chunks and learns from each, at rate `reader.lr`.
 
     context: with a multiple of C tokens read. next_B: the tokens that follow. counted_BT: whether
@@ -120,7 +122,7 @@ def read_chunks(
 
 
 def whole_chunks(
-    reader: Reader,
+    reader: InferenceModel,
     weights: Weights,
     context: Context,
     token_BT: Array,
@@ -142,8 +144,8 @@ def whole_chunks(
 
 
 def learn_from(
-    reader: Reader, weights: Weights, carry: tuple[PyTree, PyTree, PyTree], chunk: Chunks
-) -> tuple[tuple[PyTree, PyTree, PyTree], Records, PyTree]:
+    reader: InferenceModel, weights: Weights, carry: tuple[PyTree, PyTree, PyTree], chunk: Chunks
+) -> tuple[tuple[PyTree, PyTree, PyTree], ChunkRecords, PyTree]:
     """One chunk, learned from: (the new carry, its records, the gradient of each sequence).
 
     carry: the upper half's state, the fast weights and the rule's state. chunk: without its N.
@@ -153,11 +155,11 @@ def learn_from(
         reader.learner, weights.upper, fast, above, chunk
     )
     fast, rule_state, norm_B = learn(reader.learner, fast, rule_state, g, chunk, reader.lr)
-    return (above, fast, rule_state), Records(loss_B, nll_BC, norm_B), g
+    return (above, fast, rule_state), ChunkRecords(loss_B, nll_BC, norm_B), g
 
 
 def extend(
-    reader: Reader,
+    reader: InferenceModel,
     weights: Weights,
     context: Context,
     token_BT: Array,
@@ -180,7 +182,7 @@ def extend(
     return context._replace(below=below, above=above), h_BTD
 
 
-def logits(reader: Reader, weights: Weights, context: Context, h_BTD: Array) -> Array:
+def logits(reader: InferenceModel, weights: Weights, context: Context, h_BTD: Array) -> Array:
     """Logits [B, T, V] of hidden states from `extend`, in float32 at least."""
     model = reader.learner.cut.model
 
@@ -191,7 +193,7 @@ def logits(reader: Reader, weights: Weights, context: Context, h_BTD: Array) -> 
 
 
 def prefill(
-    reader: Reader, weights: Weights, context: Context, token_BT: Array
+    reader: InferenceModel, weights: Weights, context: Context, token_BT: Array
 ) -> tuple[Context, Context, Array]:
     """Reads a prompt, the first T tokens of its sequences.
 
@@ -217,7 +219,7 @@ def _form(length: int, at_start: bool) -> str:
 
 
 def _extend_parallel(
-    reader: Reader, weights: Weights, context: Context, token_BT: Array, at_start: bool
+    reader: InferenceModel, weights: Weights, context: Context, token_BT: Array, at_start: bool
 ) -> tuple[Array, PyTree]:
     cut, form = reader.learner.cut, _form(token_BT.shape[1], at_start)
 

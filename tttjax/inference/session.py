@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from tttjax.inference.prefill import Context
-from tttjax.ttt.chunk import Records
+from tttjax.ttt.chunk import ChunkRecords
 from tttjax.types import Array
 
 CHUNKS_AT_ONCE = 8
@@ -61,7 +61,7 @@ class PrefillRequest:
     token_T: np.ndarray
     counted_T: np.ndarray
     pieces: list[PrefillBucket]
-    seen: list[Records] = field(default_factory=list)
+    seen: list[ChunkRecords] = field(default_factory=list)
 
     @classmethod
     def of(cls, session: Session, token_T: np.ndarray, learn: bool, size: int) -> "PrefillRequest":

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.inference.engine import Engine
-from tttjax.inference.prefill import Context, Reader, Weights, learn_from, whole_chunks
+from tttjax.inference.prefill import Context, InferenceModel, Weights, learn_from, whole_chunks
 from tttjax.ttt.chunk import Chunks, batch_loss
 from tttjax.ttt.layer_norms import sequential_norms
 from tttjax.types import Array, PyTree
 
 
 class UpdateTrace(NamedTuple):
-    """What N chunks showed, in L layers (`fast_layers`); the first three as in `Records`."""
+    """What N chunks showed, in L layers (`fast_layers`); the first three as in `ChunkRecords`."""
 
     loss_NB: Array
     nll_NBC: Array
@@ -30,7 +30,7 @@ class UpdateTrace(NamedTuple):
 
 
 def trace_chunks(
-    reader: Reader,
+    reader: InferenceModel,
     fast_start: PyTree,
     weights: Weights,
     context: Context,
@@ -73,7 +73,7 @@ def start_norms(engine: Engine) -> Array:
 
 
 class TracingEngine(Engine):
-    """An engine whose `read` gives `UpdateTrace` of what it learns from, not `Records`."""
+    """An engine whose `read` gives `UpdateTrace` of what it learns from, not `ChunkRecords`."""
 
     @cached_property
     def _read_chunks(self):

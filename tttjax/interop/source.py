@@ -37,7 +37,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Source:
+class ImportSource:
     """Weights that have been opened, and not read.
 
     step: the number that the imported checkpoint gets. origin: where the weights are from and

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tttjax.config import Config, with_absolute_paths
 from tttjax.errors import UserError, install_extra
 from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference
-from tttjax.interop.source import Reference, Say, Source
+from tttjax.interop.source import ImportSource, Reference, Say
 from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model, combine, fast_mlps
@@ -35,7 +35,7 @@ class Deviations:
     read_back: float
 
 
-def import_run(source: Source, workdir: str | Path, say: Say = print) -> Deviations:
+def import_run(source: ImportSource, workdir: str | Path, say: Say = print) -> Deviations:
     """Makes `workdir` a run with the source's weights.
 
     Raises UserError for a work directory that is in use, for weights that cannot be read, and for
@@ -106,7 +106,7 @@ def sample_logits(config: Config, params: Params) -> np.ndarray:
     return np.asarray(logits(params))
 
 
-def _read(source: Source, model: Transformer, template: Params) -> Params:
+def _read(source: ImportSource, model: Transformer, template: Params) -> Params:
     """The weights, and what is added to them."""
     return_freed_memory()
     added = _added(model, template, source.added, source.config.train.seed)
@@ -130,7 +130,7 @@ def _added(
     return jax.jit(start, out_shardings={path: flat[path].sharding for path in sorted(paths)})()
 
 
-def _finite_logits(source: Source, params: Params) -> np.ndarray:
+def _finite_logits(source: ImportSource, params: Params) -> np.ndarray:
     logit_TV = sample_logits(source.config, params)
     if not np.isfinite(logit_TV).all():
         raise UserError(
@@ -152,7 +152,9 @@ def _reference_logits(reference: Reference | None, say: Say) -> np.ndarray | Non
     return found
 
 
-def _compare(source: Source, params: Params, theirs: np.ndarray | None, say: Say) -> float | None:
+def _compare(
+    source: ImportSource, params: Params, theirs: np.ndarray | None, say: Say
+) -> float | None:
     """The largest deviation from the reference; UserError if it is too large to be rounding."""
     reference = source.reference
     if reference is None or theirs is None:

@@ -44,7 +44,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Cost:
+class StepBound:
     """A run of the whole recipe at one MFU."""
 
     mfu: float
@@ -81,13 +81,13 @@ def wire_bytes(transfer: Transfer) -> float:
     return transfer.bytes * (n - 1) / n * (2 if transfer.kind == "all-reduce" else 1)
 
 
-def make_cost(config: Config, topology: Topology, model_flops: float, mfu: float) -> Cost:
+def make_cost(config: Config, topology: Topology, model_flops: float, mfu: float) -> StepBound:
     """The recipe's `train.steps` at an MFU."""
     assert topology.chip is not None
     seconds = model_flops / (mfu * topology.chip.flops * topology.chips)
     tokens = config.train.batch_size * config.train.seq_len
     days = config.train.steps * seconds / DAY
-    return Cost(
+    return StepBound(
         mfu=mfu,
         step_seconds=seconds,
         tokens_per_day=tokens * DAY / seconds,

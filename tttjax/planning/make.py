@@ -7,11 +7,11 @@ from typing import Any
 
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.parallel.mesh import MESH_AXES
-from tttjax.planning.bounds import Bounds, Cost, make_bounds, make_cost, wire_bytes
+from tttjax.planning.bounds import Bounds, StepBound, make_bounds, make_cost, wire_bytes
 from tttjax.planning.count import Transfer
 from tttjax.planning.flops import TrainFlops, train_flops_by_part
 from tttjax.planning.memory import Memory
-from tttjax.planning.program import Compiled, Program, compile_program, trace
+from tttjax.planning.program import CompiledStep, Program, compile_program, trace
 from tttjax.planning.propose import find_fitting
 from tttjax.planning.topologies import Topology
 from tttjax.runtime import progress
@@ -54,7 +54,7 @@ class Plan:
     program_flops: float
     traffic: tuple[Traffic, ...]
     bounds: Bounds | None
-    cost: Cost | None
+    cost: StepBound | None
     trace_seconds: float
     compile_seconds: float | None
     notes: tuple[str, ...]
@@ -153,7 +153,7 @@ def _plan(
 
 
 def _fit(
-    topology: Topology, memory: Memory, compiled: Compiled | None
+    topology: Topology, memory: Memory, compiled: CompiledStep | None
 ) -> tuple[bool | None, float, float]:
     """(fits, bytes needed, bytes there are) on one device."""
     capacity = topology.chip.memory / topology.chip.devices if topology.chip else 0.0
@@ -179,7 +179,7 @@ def _traffic(transfers: Sequence[Transfer]) -> tuple[Traffic, ...]:
     )
 
 
-def _notes(config: Config, program: Program, compiled: Compiled | None) -> list[str]:
+def _notes(config: Config, program: Program, compiled: CompiledStep | None) -> list[str]:
     """What the numbers do not say themselves."""
     notes = []
     if compiled is None:

@@ -41,7 +41,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledStep:
     """What the compiler made of it. memory None: it does not fit, and `needed` bytes would do
     (0 where the compiler does not say). unknown_loops: see `hlo.Collectives`."""
 
@@ -90,7 +90,7 @@ def _estimate(trainer: Trainer, batch: Batch, program: ClosedJaxpr) -> Memory:
     return make_memory(state, batch, saved, estimate_temporary(device), 0.0, "estimate")
 
 
-def compile_program(program: Program) -> Compiled:
+def compile_program(program: Program) -> CompiledStep:
     """Lowers and compiles it for its topology, which is one that `compiles`."""
     start = time.perf_counter()
     with as_configured(program.config):
@@ -101,12 +101,14 @@ def compile_program(program: Program) -> Compiled:
                 raise
             arguments = program.memory.state + program.memory.batch
             needed, available = _out_of_memory(str(error), arguments)
-            return Compiled(None, needed, available, (), 0, time.perf_counter() - start)
+            return CompiledStep(None, needed, available, (), 0, time.perf_counter() - start)
     seconds = time.perf_counter() - start
     found = collectives(compiled.as_text())
     memory = _exact(program.memory, compiled.memory_analysis())
     available = program.topology.chip.memory if program.topology.chip else 0.0
-    return Compiled(memory, memory.total, available, found.transfers, found.unknown_loops, seconds)
+    return CompiledStep(
+        memory, memory.total, available, found.transfers, found.unknown_loops, seconds
+    )
 
 
 def _exact(estimate: Memory, analysis) -> Memory:

@@ -11,7 +11,7 @@ from tttjax.config.limits import INT_MAX
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
-from tttjax.inference.prefill import make_reader
+from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session_file import (
     fingerprint,
     load_session,
@@ -59,7 +59,7 @@ def open_model(
     mesh = make_mesh(devices=jax.devices()[:1])
     with as_configured(found.config):
         way = next(iter_eval_setups(found, modes[:1], learning or Learning(), mesh))[0]
-        reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
+        reader = make_inference_model(way.model, way.inner, way.lr, learn=way.learn)
         room = max_length or 8 * found.config.train.seq_len
         engine = (TracingEngine if observe else Engine)(reader, way.params, room)
         mark = fingerprint(found.config, way.params)

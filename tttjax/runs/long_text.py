@@ -17,7 +17,7 @@ from tttjax.inference.session import CHUNKS_AT_ONCE, Session
 from tttjax.inference.session_file import LOSSES, About, read_about, save_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.runs.load import Opened, start_session
-from tttjax.runs.reading_log import Row, rows_of
+from tttjax.runs.reading_log import ChunkRow, rows_of
 
 STATIC_STRETCH = 2048  # tokens read at once by a model that does not learn
 
@@ -136,7 +136,9 @@ def stretch(opened: Opened) -> int:
     return CHUNKS_AT_ONCE * opened.engine.reader.chunk_size or STATIC_STRETCH
 
 
-def advance(opened: Opened, reading: TextReading, until: int | None = None) -> Iterator[list[Row]]:
+def advance(
+    opened: Opened, reading: TextReading, until: int | None = None
+) -> Iterator[list[ChunkRow]]:
     """Reads on, at most `until` so many tokens of the text are read; gives rows by stretch.
 
     The first stretch ends where one would have ended that began with the text, so that what is read

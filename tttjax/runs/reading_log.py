@@ -11,12 +11,12 @@ import numpy as np
 from tttjax.errors import UserError
 from tttjax.inference.update_trace import UpdateTrace
 from tttjax.io.atomic import atomic_write
-from tttjax.ttt.chunk import Records
+from tttjax.ttt.chunk import ChunkRecords
 
 HEAD = ("tokens", "loss", "grad_norm")  # read by the end of the chunk, nats per token, its norm
 
 
-class Row(NamedTuple):
+class ChunkRow(NamedTuple):
     """A chunk: tokens read by its end, and what it showed; the last three with a telescope."""
 
     tokens: int
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     layer_drift: Sequence[float] = ()
 
 
-def rows_of(seen: Sequence[Records | UpdateTrace], end: int, chunk: int) -> list[Row]:
+def rows_of(seen: Sequence[ChunkRecords | UpdateTrace], end: int, chunk: int) -> list[ChunkRow]:
     """The chunks of one sequence, the last of which ends after `end` tokens."""
     columns: list[tuple[Any, ...]] = []
     for found in seen:
@@ -36,7 +36,7 @@ def rows_of(seen: Sequence[Records | UpdateTrace], end: int, chunk: int) -> list
             arrays += [found.loss_after_NB, found.grad_norm_NBL, found.drift_NBL]
         columns += zip(*(np.asarray(x)[:, 0].tolist() for x in arrays), strict=True)
     first = end - len(columns) * chunk
-    return [Row(first + (i + 1) * chunk, *values) for i, values in enumerate(columns)]
+    return [ChunkRow(first + (i + 1) * chunk, *values) for i, values in enumerate(columns)]
 
 
 class CsvLog:
@@ -53,7 +53,7 @@ class CsvLog:
         self._file: TextIO = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[ChunkRow]) -> None:
         """Notes chunks that have just become full."""
         for row in rows:
             self._rows.writerow((row.tokens, f"{row.loss:.6f}", f"{row.grad_norm:.6f}"))

@@ -125,7 +125,7 @@ def train(
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrainRun:
     """Everything that the loop works with.
 
     tokenizer: fingerprint of the one that made the data ("" for batches from elsewhere). start:
@@ -151,7 +151,7 @@ def _set_up(
     lock: Lock,
     batches: BatchStream | None,
     closing: contextlib.ExitStack,
-) -> tuple[Run, TrainState]:
+) -> tuple[TrainRun, TrainState]:
     """Opens all that training needs, to be closed by `closing`, and the state to go on from."""
     settings = config.train
     batches, tokenizer = (batches, "") if batches else open_batches(config)
@@ -182,7 +182,7 @@ def _set_up(
     closing.callback(logger.close)
     logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
     finished = StepRecorder(workdir, settings.max_skipped_steps, logger, totals)
-    run = Run(
+    run = TrainRun(
         config=config,
         workdir=workdir,
         lock=lock,
@@ -198,7 +198,7 @@ def _set_up(
     return run, state
 
 
-def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
+def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]:
     """Steps start + 1 to `last`, or until asked to stop; saved at the end. (state, steps done)."""
     settings, finished, late = run.config.train, run.finished, metrics.AsyncMetrics()
     step = run.start
@@ -241,7 +241,7 @@ def _loop(run: Run, state: TrainState, last: int) -> tuple[TrainState, int]:
 
 
 @contextlib.contextmanager
-def _compiling(run: Run) -> Iterator[None]:
+def _compiling(run: TrainRun) -> Iterator[None]:
     """The first step's call: tracing and compiling, or reading what was compiled before."""
     program = f"{config_fingerprint(run.config)} {dict(run.trainer.mesh.shape)} {jax.__version__}"
     started = time.perf_counter()
@@ -250,13 +250,13 @@ def _compiling(run: Run) -> Iterator[None]:
     compilation_cache.note_seconds(program, time.perf_counter() - started)
 
 
-def _write_start(run: Run) -> None:
+def _write_start(run: TrainRun) -> None:
     """What makes the work directory this run's, once it has done a step."""
     if jax.process_index() == 0:
         write_run_info(run.workdir, run.config, with_devices=True)
 
 
-def _save(run: Run, step: int, state: TrainState) -> None:
+def _save(run: TrainRun, step: int, state: TrainState) -> None:
     with progress.doing(f"saving the checkpoint of step {step}"):
         run.logger.sync()
         run.saver.save(
@@ -270,7 +270,7 @@ def _save(run: Run, step: int, state: TrainState) -> None:
     run.finished.start_clock()
 
 
-def _result(run: Run, state: TrainState, step: int, setup_seconds: float) -> TrainResult:
+def _result(run: TrainRun, state: TrainState, step: int, setup_seconds: float) -> TrainResult:
     memory, memory_of = metrics.peak_memory()
     peak = run.logger.throughput.peak
     return TrainResult(
@@ -386,7 +386,7 @@ def _conclude(result: TrainResult) -> str:
     return f"{how} at step {result.step}{loss}{speed}"
 
 
-def _write_results(run: Run, result: TrainResult) -> None:
+def _write_results(run: TrainRun, result: TrainResult) -> None:
     path = run.workdir / "summary.json"
     if result.step == run.start and path.exists():
         return  # nothing was left to do, so the earlier start's figures stand

@@ -22,7 +22,7 @@ from tensorboardX import SummaryWriter
 
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
-from tttjax.training.progress import Progress, Throughput
+from tttjax.training.progress import Throughput, TrainProgress
 
 JSONL = "metrics.jsonl"
 
@@ -195,7 +195,7 @@ class MetricLogger:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        self.progress = Progress(self.total_steps, self.log_every, self.stream)
+        self.progress = TrainProgress(self.total_steps, self.log_every, self.stream)
         self.workdir = Path(self.workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
         _cut_after(self.workdir / JSONL, self.start_step)

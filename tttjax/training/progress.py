@@ -46,7 +46,7 @@ def _count(value: float) -> str:
     return f"{value / 1e9:.1f}G"
 
 
-class Progress:
+class TrainProgress:
     """One line that rewrites itself on a terminal; a line every `log_every` steps elsewhere."""
 
     def __init__(self, total_steps: int, log_every: int, stream: TextIO | None = None):

@@ -47,7 +47,7 @@ class Chunks(NamedTuple):
     mask_NBC: Array
 
 
-class Records(NamedTuple):
+class ChunkRecords(NamedTuple):
     """What N chunks showed, each before it was learned from."""
 
     loss_NB: Array

@@ -21,7 +21,7 @@ from tttjax.ttt.update_rules import global_norm
 from tttjax.types import Array, PyTree
 
 
-class Progress(NamedTuple):
+class ReadState(NamedTuple):
     """How far one sequence has been read: everything that changes on the way."""
 
     fast: PyTree  # W_i
@@ -41,19 +41,19 @@ class ChunkRecord(NamedTuple):
 ChunkLoss = Callable[[PyTree, PyTree, PyTree], tuple[Array, tuple[PyTree, Array, Any]]]
 
 
-def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> Progress:
+def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> ReadState:
     """Nothing has been read: W = W0."""
-    return Progress(fast=fast, rule_state=rule.init(fast), state=state)
+    return ReadState(fast=fast, rule_state=rule.init(fast), state=state)
 
 
 def read_chunk(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
     lr: Array | float,
-    progress: Progress,
+    progress: ReadState,
     chunk: PyTree,
     update_is_constant: bool = False,
-) -> tuple[Progress, ChunkRecord]:
+) -> tuple[ReadState, ChunkRecord]:
     """Scores one chunk with the weights as they are, then learns from it.
 
     update_is_constant: the outer gradient treats the change of W as a constant (first order).
@@ -64,7 +64,7 @@ def read_chunk(
     fast, rule_state, grad_norm = update(
         rule, lr, progress.fast, progress.rule_state, g, has_targets, update_is_constant
     )
-    return Progress(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
+    return ReadState(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
 
 
 def update(
@@ -99,12 +99,12 @@ def adapt(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
     lr: Array | float,
-    progress: Progress,
+    progress: ReadState,
     chunks: PyTree,
     *,
     exact_chunks: int | None = None,
     remat: bool = True,
-) -> tuple[Progress, ChunkRecord]:
+) -> tuple[ReadState, ChunkRecord]:
     """Reads the chunks [N, C, ...] of one sequence in order; records are stacked [N, ...].
 
     exact_chunks: the outer gradient goes through the updates of the last so many chunks only
@@ -114,7 +114,7 @@ def adapt(
     length = jax.tree.leaves(chunks)[0].shape[0]
     first_exact = 0 if exact_chunks is None else max(length - exact_chunks, 0)
 
-    def scan(progress: Progress, chunks: PyTree, update_is_constant: bool):
+    def scan(progress: ReadState, chunks: PyTree, update_is_constant: bool):
         def step(progress, chunk):
             return read_chunk(chunk_loss, rule, lr, progress, chunk, update_is_constant)
 

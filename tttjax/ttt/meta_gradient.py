@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.ops.cross_entropy.nll import CEResiduals
-from tttjax.ttt.chunk import ChunkModel, Chunks, Records, batch_loss, learn, loss_and_gradient
+from tttjax.ttt.chunk import ChunkModel, ChunkRecords, Chunks, batch_loss, learn, loss_and_gradient
 from tttjax.ttt.kv_buffer import BufferState, KVBuffer
 from tttjax.types import Array, PyTree
 
@@ -66,7 +66,7 @@ class _Saved(NamedTuple):
 
 def make_loop(
     loop: LoopConfig,
-) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[Records, PyTree]]:
+) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[ChunkRecords, PyTree]]:
     """read(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
     slow, fast: by segment (`SplitModel.above`), without a batch; fast in the dtype that it keeps. The
@@ -125,7 +125,7 @@ def _read(loop: LoopConfig, history: KVBuffer, slow, lr, start: _Start, kept, ro
     new_fast, new_rule_state, norm_B = learn(loop.learner, fast, rule_state, g, chunk, lr)
     stored = fast if loop.trajectory == "store" else None
     saved = _Saved(stored, rule_state, g, carried, slope)
-    return Records(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
+    return ChunkRecords(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
 
 
 def _forward(loop: LoopConfig, slow, fast, chunks: Chunks, lr):

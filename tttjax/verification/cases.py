@@ -21,7 +21,7 @@ from tttjax.types import Array, Batch, Params
 from tttjax.verification import golden
 from tttjax.verification.golden import Setting, under
 from tttjax.verification.rows import (
-    Row,
+    VerifyRow,
     absolute,
     absolute_of_all,
     change,
@@ -59,13 +59,15 @@ class _Comparison:
         keys = [self.prefix + name for name in names]
         return any(k == key or k.startswith(key + "/") for k in self.arrays for key in keys)
 
-    def row(self, quantity: str, deviation: float, is_f64: bool = False, note: str = "") -> Row:
+    def row(
+        self, quantity: str, deviation: float, is_f64: bool = False, note: str = ""
+    ) -> VerifyRow:
         tolerance = limit(quantity, self.setting.dtype, is_f64)
-        return Row(self.case, quantity, deviation, tolerance, deviation <= tolerance, note)
+        return VerifyRow(self.case, quantity, deviation, tolerance, deviation <= tolerance, note)
 
     def compare(
         self, quantity: str, got: Any, measure: Callable[[np.ndarray, np.ndarray], float] = absolute
-    ) -> Iterator[Row]:
+    ) -> Iterator[VerifyRow]:
         """A row if the case has the quantity."""
         reference = self.stored(quantity)
         if reference is not None:
@@ -74,7 +76,7 @@ class _Comparison:
             yield self.row(quantity, measure(got, reference[0]), reference[1], note)
 
 
-class Compiled:
+class CompiledCase:
     """The compiled functions of one setting.
 
     one_batch(params, batch, step) -> (Reading, gradient or None, prefix output or None)
@@ -94,7 +96,7 @@ class Compiled:
 
 
 # What was compiled for which setting of which case; checkpoints are read with the same functions.
-Cache = dict[str, Compiled]
+Cache = dict[str, CompiledCase]
 
 
 def cache_key(case: Mapping[str, Any], prefix: str) -> str:
@@ -103,18 +105,18 @@ def cache_key(case: Mapping[str, Any], prefix: str) -> str:
 
 def check_case(
     path: Path, case: Mapping[str, Any], name: str, x64: bool, cache: Cache
-) -> Iterator[Row]:
+) -> Iterator[VerifyRow]:
     """Rows of every setting of the case described by `case`, the JSON at `path`."""
     for field in golden.unknown_fields(case):
-        yield Row(name, "settings", None, None, True, f"not known, ignored: {field}")
+        yield VerifyRow(name, "settings", None, None, True, f"not known, ignored: {field}")
     try:
         arrays = golden.load_arrays(path.with_suffix(".npz"))
         settings = golden.variants(case, x64)
     except UserError as error:
-        yield Row(name, "settings", None, None, False, str(error))
+        yield VerifyRow(name, "settings", None, None, False, str(error))
         return
     except KeyError as error:
-        yield Row(name, "settings", None, None, False, f"the JSON has no field {error}")
+        yield VerifyRow(name, "settings", None, None, False, f"the JSON has no field {error}")
         return
     used: set[str] = set()
     for prefix, setting in settings.items():
@@ -122,15 +124,15 @@ def check_case(
         try:
             yield from _check_setting(case, comparison, cache)
         except UserError as error:
-            yield Row(comparison.case, "settings", None, None, False, str(error))
+            yield VerifyRow(comparison.case, "settings", None, None, False, str(error))
         except KeyError as error:
             note = f"the JSON has no field {error}"
-            yield Row(comparison.case, "settings", None, None, False, note)
+            yield VerifyRow(comparison.case, "settings", None, None, False, note)
         used |= comparison.used
     inputs = ("f64/", "params/", "batch/", "traj/input_ids", "traj/target_", "traj/loss_masks")
     left = [key for key in arrays if key not in used and not key.startswith(inputs)]
     if left:
-        yield Row(name, "arrays", None, None, True, f"not compared: {', '.join(left)}")
+        yield VerifyRow(name, "arrays", None, None, True, f"not compared: {', '.join(left)}")
 
 
 def first_step(case: Mapping[str, Any]) -> int:
@@ -138,7 +140,7 @@ def first_step(case: Mapping[str, Any]) -> int:
     return int(case.get("step_index", case["training"].get("step_index", 0)))
 
 
-def _check_setting(case: Mapping[str, Any], c: _Comparison, cache: Cache) -> Iterator[Row]:
+def _check_setting(case: Mapping[str, Any], c: _Comparison, cache: Cache) -> Iterator[VerifyRow]:
     setting = c.setting
     param_dtype = setting.model.shape.param_dtype
     params = from_official(under(c.arrays, "params/"), setting.model, param_dtype)
@@ -146,7 +148,7 @@ def _check_setting(case: Mapping[str, Any], c: _Comparison, cache: Cache) -> Ite
     step = jnp.asarray(first_step(case))
     steps_follow = not c.prefix and c.has("traj", "final_params")
     with_gradient = steps_follow or c.has("grads", "grad_norm", "grad_norm_official_metric")
-    computed = Compiled(setting, with_gradient, c.has("prefix_output"))
+    computed = CompiledCase(setting, with_gradient, c.has("prefix_output"))
     cache[cache_key(case, c.prefix)] = computed
     reading, grads, prefix = computed.one_batch(params, batch, step)
     rows = [
@@ -156,20 +158,22 @@ def _check_setting(case: Mapping[str, Any], c: _Comparison, cache: Cache) -> Ite
         *(_gradient(c, grads) if grads is not None else ()),
     ]
     if not rows:
-        rows = [Row(c.case, "arrays", None, None, False, "the case stores nothing to compare")]
+        rows = [
+            VerifyRow(c.case, "arrays", None, None, False, "the case stores nothing to compare")
+        ]
     yield from rows
     if steps_follow:
         yield from _optimizer_steps(case, c, computed, params)
 
 
-def _inner_rates(case: Mapping[str, Any], c: _Comparison, step: Array) -> Iterator[Row]:
+def _inner_rates(case: Mapping[str, Any], c: _Comparison, step: Array) -> Iterator[VerifyRow]:
     stored = case.get("effective_inner_lr")
     if c.setting.learn and isinstance(stored, int | float):
         got = np.asarray(c.setting.inner_lr(step))
         yield c.row("inner_lr", absolute(got, np.asarray(stored)))
 
 
-def _losses(c: _Comparison, reading: Any, batch: Batch) -> Iterator[Row]:
+def _losses(c: _Comparison, reading: Any, batch: Batch) -> Iterator[VerifyRow]:
     rows = batch.inputs.shape[0]
     nll_BT = np.asarray(reading.token_nll_T).reshape(rows, -1)
     chunk_loss_BN = np.asarray(reading.chunk_loss_N).reshape(rows, -1)
@@ -181,7 +185,7 @@ def _losses(c: _Comparison, reading: Any, batch: Batch) -> Iterator[Row]:
     yield from c.compare("batch_mean_chunk_loss", chunk_loss_BN.mean(axis=0))
 
 
-def _inner_loop(c: _Comparison, reading: Any, prefix_BTD: Any) -> Iterator[Row]:
+def _inner_loop(c: _Comparison, reading: Any, prefix_BTD: Any) -> Iterator[VerifyRow]:
     if prefix_BTD is not None:
         yield from c.compare("prefix_output", prefix_BTD, relative)
     yield from c.compare("inner_grad_norm", reading.grad_norm_N, relative)
@@ -191,7 +195,7 @@ def _inner_loop(c: _Comparison, reading: Any, prefix_BTD: Any) -> Iterator[Row]:
         yield c.row("inner_final", absolute_of_all(got, wanted))
 
 
-def _gradient(c: _Comparison, grads: Params) -> Iterator[Row]:
+def _gradient(c: _Comparison, grads: Params) -> Iterator[VerifyRow]:
     wanted = c.group("grads")
     if wanted:
         got = to_official(grads, c.setting.model)
@@ -208,8 +212,8 @@ def _official_metric(grads: Params) -> Array:
 
 
 def _optimizer_steps(
-    case: Mapping[str, Any], c: _Comparison, computed: Compiled, params: Params
-) -> Iterator[Row]:
+    case: Mapping[str, Any], c: _Comparison, computed: CompiledCase, params: Params
+) -> Iterator[VerifyRow]:
     """As many optimizer steps as the case has batches for, from a fresh optimizer."""
     optimizer, schedule = golden.outer_optimizer(case)
     batches = golden.load_batch(c.arrays, "traj/")

@@ -21,7 +21,7 @@ from tttjax.verification import layers
 from tttjax.verification.golden import load_arrays
 from tttjax.verification.layer_format import DESCRIPTIVE, Stored, is_number
 from tttjax.verification.layers import Layer
-from tttjax.verification.rows import Row, absolute
+from tttjax.verification.rows import VerifyRow, absolute
 
 OUTPUT_LIMIT = 1e-5  # float32: outputs and states
 GRADIENT_LIMIT = 5e-5
@@ -40,7 +40,7 @@ GRADIENTS = {"grad_in.": "in.", "grad.": "param."}  # of which arrays
 
 def check_layer_case(
     path: Path, case: Mapping[str, Any], name: str, x64: bool, cache: "LayerCache"
-) -> Iterator[Row]:
+) -> Iterator[VerifyRow]:
     """Rows of the case described by `case`, the JSON at `path`."""
     dtype = "float64" if x64 else "float32"
     try:
@@ -51,7 +51,7 @@ def check_layer_case(
         found = _compute(case, layer, arrays, dtype, cache)
         yield from _rows(layer, found, _Limits(case, x64), arrays, name)
     except UserError as error:
-        yield Row(name, "settings", None, None, False, str(error))
+        yield VerifyRow(name, "settings", None, None, False, str(error))
 
 
 def _check_listing(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -77,9 +77,9 @@ def _rows(
     limits: "_Limits",
     arrays: Mapping[str, np.ndarray],
     name: str,
-) -> Iterator[Row]:
+) -> Iterator[VerifyRow]:
     for setting in layer.unknown:
-        yield Row(name, "settings", None, None, True, f"not known, ignored: {setting}")
+        yield VerifyRow(name, "settings", None, None, True, f"not known, ignored: {setting}")
     unused = [n for n in arrays if n.startswith("param.") and n not in found.asked]
     if unused:
         raise UserError(f"the layer has no parameter {', '.join(unused)}")
@@ -103,7 +103,9 @@ def _rows(
     inputs = [n for n in arrays if n.startswith("in.") and n not in found.asked | {POSITIONS}]
     if left or inputs:
         between = all(array.startswith(BETWEEN) for array in left)
-        yield Row(name, "arrays", None, None, between, f"not compared: {', '.join(left + inputs)}")
+        yield VerifyRow(
+            name, "arrays", None, None, between, f"not compared: {', '.join(left + inputs)}"
+        )
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -227,7 +229,7 @@ class _Limits:
         computed: Mapping[str, np.ndarray],
         arrays: Mapping[str, np.ndarray],
         quantity: str = "",
-    ) -> Row:
+    ) -> VerifyRow:
         """The array that is farthest beyond, or nearest to, its limit stands for all of them."""
         each = {n: self._measure(n, got, arrays[n]) for n, got in computed.items()}
         worst = max(each, key=lambda n: _ratio(*each[n]))
@@ -236,7 +238,7 @@ class _Limits:
         if computed[worst].shape != arrays[worst].shape:
             note = f"{worst}: shape {computed[worst].shape} was computed"
         ok = all(deviation <= tolerance for deviation, tolerance in each.values())
-        return Row(case, quantity or worst, deviation, tolerance, ok, note)
+        return VerifyRow(case, quantity or worst, deviation, tolerance, ok, note)
 
     def _measure(self, name: str, got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
         """(deviation, tolerance)"""

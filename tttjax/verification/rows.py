@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Row:
+class VerifyRow:
     """One line of the table.
 
     deviation, tolerance: None for a line that only says something (`note`).

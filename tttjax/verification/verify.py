@@ -12,14 +12,14 @@ from tttjax.errors import UserError
 from tttjax.verification.cases import Cache, check_case
 from tttjax.verification.imports import check_checkpoints, check_zarr
 from tttjax.verification.layer_cases import LayerCache, check_layer_case
-from tttjax.verification.rows import Row
+from tttjax.verification.rows import VerifyRow
 
 # Folders with these files are stores of arrays: what JSON lies in them is not ours to judge.
 STORES = ("_CHECKPOINT_METADATA", "zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CaseFile:
     """One JSON file: its name, and what it describes: a kind that `_check_entry` knows, or None."""
 
     path: Path
@@ -42,7 +42,7 @@ def _kind(content: Any) -> str | None:
     return None
 
 
-def find_entries(directory: str | Path) -> list[Entry]:
+def find_entries(directory: str | Path) -> list[CaseFile]:
     """Every JSON file in the folder and below (or the one given), except within array stores.
 
     Raises UserError if there is no such folder, or no case in it.
@@ -58,9 +58,9 @@ def find_entries(directory: str | Path) -> list[Entry]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            entries.append(Entry(path, name, "damaged", f"{path} is damaged: {error}"))
+            entries.append(CaseFile(path, name, "damaged", f"{path} is damaged: {error}"))
             continue
-        entries.append(Entry(path, name, _kind(content), content))
+        entries.append(CaseFile(path, name, _kind(content), content))
     if not any(entry.kind for entry in entries):
         raise UserError(
             f"{root} has no reference case: none of its {len(entries)} JSON files describes a "
@@ -81,7 +81,7 @@ def _json_files(folder: Path) -> Iterator[Path]:
 
 def verify(
     directory: str | Path, *, x64: bool = False, progress: Callable[[str], None] | None = None
-) -> list[Row]:
+) -> list[VerifyRow]:
     """Checks every case of the folder; one row for each quantity of each case.
 
     x64: compute in float64 and hold it to the tighter limits of that. progress: called with the
@@ -91,7 +91,7 @@ def verify(
     return _check(find_entries(directory), x64, progress)
 
 
-def _check(entries: Sequence[Entry], x64: bool, progress) -> list[Row]:
+def _check(entries: Sequence[CaseFile], x64: bool, progress) -> list[VerifyRow]:
     rows = []
     cache: Cache = {}
     layer_cache: LayerCache = {}
@@ -103,7 +103,9 @@ def _check(entries: Sequence[Entry], x64: bool, progress) -> list[Row]:
     return rows
 
 
-def _check_entry(entry: Entry, x64: bool, cache: Cache, layer_cache: LayerCache) -> list[Row]:
+def _check_entry(
+    entry: CaseFile, x64: bool, cache: Cache, layer_cache: LayerCache
+) -> list[VerifyRow]:
     if entry.kind == "case":
         return list(check_case(entry.path, entry.content, entry.name, x64, cache))
     if entry.kind == "layer":
@@ -113,11 +115,11 @@ def _check_entry(entry: Entry, x64: bool, cache: Cache, layer_cache: LayerCache)
     if entry.kind == "zarr":
         return list(check_zarr(entry.path, entry.name))
     if entry.kind == "damaged":
-        return [Row(entry.name, "file", None, None, False, entry.content)]
+        return [VerifyRow(entry.name, "file", None, None, False, entry.content)]
     return []
 
 
-def format_table(rows: Sequence[Row]) -> list[str]:
+def format_table(rows: Sequence[VerifyRow]) -> list[str]:
     """One line for each row: case, quantity, largest deviation, tolerance, verdict, note."""
     lines = [("case", "quantity", "largest deviation", "tolerance", "", "")]
     lines += [

@@ -14,7 +14,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.attention import DTYPES, Sizes, absent, bench_attention
+from tttjax.benchmarks.attention import DTYPES, AttentionSizes, absent, bench_attention
 from tttjax.benchmarks.timing import (
     cell,
     mebibytes,
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "window": "keys before it, and the window of a whole sequence",
         "seq_len": "tokens of a whole sequence",
     }
-    add_sizes(parser, Sizes(), texts, DTYPES)
+    add_sizes(parser, AttentionSizes(), texts, DTYPES)
 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench attention` from parsed arguments; the exit code."""
-    sizes = Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
+    sizes = AttentionSizes(**{name: getattr(args, name) for name in asdict(AttentionSizes())})
     results = bench_attention(sizes, args.rounds)
     if args.json:
         print(json.dumps([asdict(result) for result in results]))

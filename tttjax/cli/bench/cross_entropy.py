@@ -13,7 +13,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.cross_entropy import DTYPES, Sizes, bench_cross_entropy
+from tttjax.benchmarks.cross_entropy import DTYPES, CrossEntropySizes, bench_cross_entropy
 from tttjax.benchmarks.timing import cell, mebibytes
 from tttjax.cli.bench.options import add_sizes
 
@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rows_block": "tokens of a block of logits",
         "vocab_block": "columns of a block of logits; 0: all",
     }
-    add_sizes(parser, Sizes(), texts, DTYPES)
+    add_sizes(parser, CrossEntropySizes(), texts, DTYPES)
 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench cross-entropy` from parsed arguments; the exit code."""
-    sizes = Sizes(**{name: getattr(args, name) for name in asdict(Sizes())})
+    sizes = CrossEntropySizes(**{name: getattr(args, name) for name in asdict(CrossEntropySizes())})
     results = bench_cross_entropy(sizes, args.rounds)
     if args.json:
         print(json.dumps([asdict(result) for result in results]))

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict
 
 from tttjax.benchmarks.timing import cell, mebibytes
-from tttjax.benchmarks.ttt_dual import Sizes, bench_ttt_dual
+from tttjax.benchmarks.ttt_dual import DualSizes, bench_ttt_dual
 from tttjax.cli.bench.options import add_measuring
 from tttjax.cli.flag_types import int32
 
@@ -27,13 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="tokens of a sequence (default 2048); give several to measure several",
     )
-    add("--batch", type=int32, default=Sizes.batch, help="sequences (default %(default)s)")
-    add("--heads", type=int32, default=Sizes.heads, help="heads (default %(default)s)")
-    add("--head-dim", type=int32, default=Sizes.head_dim, help="size of one (default %(default)s)")
+    add("--batch", type=int32, default=DualSizes.batch, help="sequences (default %(default)s)")
+    add("--heads", type=int32, default=DualSizes.heads, help="heads (default %(default)s)")
+    add(
+        "--head-dim",
+        type=int32,
+        default=DualSizes.head_dim,
+        help="size of one (default %(default)s)",
+    )
     add(
         "--chunk",
         type=int32,
-        default=Sizes.chunk,
+        default=DualSizes.chunk,
         help="tokens of an inner mini-batch (default %(default)s)",
     )
     add_measuring(parser, "measured runs of each")
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench ttt-dual` from parsed arguments; the exit code."""
-    sizes = Sizes(args.batch, args.heads, args.head_dim, args.chunk)
+    sizes = DualSizes(args.batch, args.heads, args.head_dim, args.chunk)
     results = bench_ttt_dual(args.seq_len or (2048,), sizes, args.rounds)
     if args.json:
         print(json.dumps([asdict(result) for result in results]))

@@ -9,7 +9,7 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.evaluation.needle.prompts import Prompt
 from tttjax.inference.engine import Engine
 from tttjax.inference.generator import Generator, Request
-from tttjax.inference.prefill import make_reader
+from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, score_together
 from tttjax.inference.session import Session
@@ -56,7 +56,7 @@ class EngineModel:
 
     def __init__(self, way: EvalSetup, tokenizer: Tokenizer, longest: int):
         """longest: tokens of a prompt, for which full attention needs room."""
-        reader = make_reader(way.model, way.inner, way.lr, learn=way.learn)
+        reader = make_inference_model(way.model, way.inner, way.lr, learn=way.learn)
         self._engine = Engine(reader, way.params, longest + LONGEST_VALUE + MORE_TOKENS)
         self._tokenizer = tokenizer
 

@@ -35,7 +35,7 @@ FIRST_WORDS, SECOND_WORDS = FIRST.split(), SECOND.split()
 
 
 @dataclass(frozen=True)
-class Task:
+class NeedleTask:
     """title: RULER's name. in_noise: whether its haystack is noise, whatever text there is."""
 
     name: str
@@ -47,9 +47,9 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("passkey", "S-NIAH-1 (pass-key)", "number", in_noise=True),
-        Task("number", "S-NIAH-2 (number)", "number"),
-        Task("uuid", "S-NIAH-3 (UUID)", "uuid"),
+        NeedleTask("passkey", "S-NIAH-1 (pass-key)", "number", in_noise=True),
+        NeedleTask("number", "S-NIAH-2 (number)", "number"),
+        NeedleTask("uuid", "S-NIAH-3 (UUID)", "uuid"),
     )
 }
 
@@ -62,7 +62,7 @@ class PromptSpec:
     number: of the sample, from 0.
     """
 
-    task: Task
+    task: NeedleTask
     length: int
     depth: float
     number: int
@@ -149,14 +149,14 @@ def make_prompt(place: PromptSpec, haystack: Haystack, seed: int) -> Prompt:
     )
 
 
-def draw_value(task: Task, rng: np.random.Generator) -> str:
+def draw_value(task: NeedleTask, rng: np.random.Generator) -> str:
     """A number of seven digits, or a random UUID."""
     if task.kind == "number":
         return str(rng.integers(10**6, 10**7))
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
-def check_tokenizer(tokenizer: Tokenizer, tasks: list[Task]) -> None:
+def check_tokenizer(tokenizer: Tokenizer, tasks: list[NeedleTask]) -> None:
     """UserError if it does not give back needles, so that no answer could be recognised."""
     for task in tasks:
         value = draw_value(task, np.random.default_rng(0))

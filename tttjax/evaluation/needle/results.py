@@ -84,7 +84,7 @@ def wilson(correct: int, number: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Series:
+class NeedleSeries:
     """One way of reading, asked all prompts. inner: how it learned, None if it did not."""
 
     run: str
@@ -129,7 +129,7 @@ class NeedleResults:
     window of each.
     """
 
-    series: tuple[Series, ...]
+    series: tuple[NeedleSeries, ...]
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -149,7 +149,7 @@ class NeedleResults:
             edges.append(2 * edges[-1])
         return list(pairwise(edges))
 
-    def groups(self, series: Series, task: str) -> Iterator[SampleGroup]:
+    def groups(self, series: NeedleSeries, task: str) -> Iterator[SampleGroup]:
         """What is reported of a task: by length, by length and depth, by distance, by region."""
         samples = series.of(task=task)
         for length in self.lengths:
@@ -164,7 +164,7 @@ class NeedleResults:
         for region in REGIONS:
             yield SampleGroup("region", {"region": region}, series.of(task=task, region=region))
 
-    def pairs(self) -> list[tuple[Series, Series]]:
+    def pairs(self) -> list[tuple[NeedleSeries, NeedleSeries]]:
         """(a, b) of the same run, of which a learns and b does not."""
         return [
             (a, b)

@@ -15,8 +15,14 @@ from tttjax.evaluation.compare import LEARNING_COST, check_names
 from tttjax.evaluation.needle import haystack as haystacks
 from tttjax.evaluation.needle.haystack import Haystack
 from tttjax.evaluation.needle.model import EngineModel, NeedleModel
-from tttjax.evaluation.needle.prompts import TASKS, PromptSpec, Task, check_tokenizer, make_prompt
-from tttjax.evaluation.needle.results import NeedleResults, Sample, Series
+from tttjax.evaluation.needle.prompts import (
+    TASKS,
+    NeedleTask,
+    PromptSpec,
+    check_tokenizer,
+    make_prompt,
+)
+from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, Sample
 from tttjax.evaluation.progress import Progress
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
@@ -106,7 +112,7 @@ def needle_tests(
         _haystacks(run, tokenizer, settings) for run, tokenizer in zip(opened, texts, strict=True)
     ]
     notes: list[str] = []
-    series: list[Series] = []
+    series: list[NeedleSeries] = []
     for haystacks_of_run in found:  # all prompts are possible, or nothing is computed
         for place in {(p.task.name, p.length): p for p in settings.places()}.values():
             make_prompt(place, haystacks_of_run.by_task[place.task.name], settings.seed)
@@ -175,7 +181,7 @@ def _ask(
     settings: NeedleSettings,
     window: int,
     on_tokens: Callable[[int], None],
-) -> Series:
+) -> NeedleSeries:
     started = time.perf_counter()
     asker = EngineModel(way, tokenizer, max(settings.lengths))
     samples = ask_all(asker, settings, by_task, window, on_tokens)
@@ -185,7 +191,7 @@ def _ask(
         "clip": way.inner.clip,
         "chunk_size": way.inner.chunk_size,
     }
-    return Series(
+    return NeedleSeries(
         run=run.name,
         mode=way.mode,
         label=way.label,
@@ -231,7 +237,7 @@ def _haystacks(run: Run, tokenizer: Tokenizer, settings: NeedleSettings) -> _Hay
     return _Haystacks({t.name: noise if t.in_noise else text for t in tasks}, tuple(notes))
 
 
-def _listed(tasks: Sequence[Task]) -> str:
+def _listed(tasks: Sequence[NeedleTask]) -> str:
     return " and ".join(task.title for task in tasks if not task.in_noise)
 
 

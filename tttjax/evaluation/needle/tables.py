@@ -7,9 +7,9 @@ from tttjax.evaluation.needle.prompts import TASKS
 from tttjax.evaluation.needle.results import (
     REGIONS,
     NeedleResults,
+    NeedleSeries,
     Sample,
     SampleGroup,
-    Series,
     difference,
     mean,
     wilson,
@@ -130,7 +130,7 @@ def sentence(results: NeedleResults) -> str:
     return f"{where}, {'; '.join(said)}."
 
 
-def _counted(series: Series, region: str) -> str:
+def _counted(series: NeedleSeries, region: str) -> str:
     samples = series.of(region=region)
     return f"{sum(sample.is_correct for sample in samples)} of {len(samples)} needles"
 

@@ -23,17 +23,17 @@ SLOW = 20.0  # times the median
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """Of a run, or of a chain of runs. seconds: None where no record is left."""
 
     tokens: int
     flops: float
     seconds: float | None
 
-    def __add__(self, other: "Cost") -> "Cost":
+    def __add__(self, other: "RunCost") -> "RunCost":
         both = self.seconds is not None and other.seconds is not None
         seconds = self.seconds + other.seconds if both else None  # type: ignore[operator]
-        return Cost(self.tokens + other.tokens, self.flops + other.flops, seconds)
+        return RunCost(self.tokens + other.tokens, self.flops + other.flops, seconds)
 
 
 def run_facts(member: Member) -> RunFacts:
@@ -69,14 +69,14 @@ def warn_unfinished(label: str, run: Run) -> str:
 
 def _with_ancestors(
     config: Config, source: Path, step: int | None, seen: frozenset[Path]
-) -> tuple[Cost, bool]:
+) -> tuple[RunCost, bool]:
     """(cost, whether every run it goes back to was found)."""
     train = config.train
     tokens = (train.steps if step is None else step) * train.batch_size * train.seq_len
     flops = tokens * _flops_per_token(config.model, config.inner, train.seq_len)
     records = _records(source, step)
     seconds = _time([record["time"]["seconds"] for record in records])
-    cost = Cost(tokens, flops, seconds)
+    cost = RunCost(tokens, flops, seconds)
     if not train.init_from:
         return cost, True
     places = possible_places(train.init_from, workdir_of(source))

@@ -14,7 +14,7 @@ AUTO, DYNAMIC = "auto", "dynamic"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReportEntry:
     """One run of a system. Entries with one label are its seeds, and its runs at other contexts.
 
     system: label in tables and plots. workdir: work directory, or one checkpoint.
@@ -82,7 +82,7 @@ class System:
         return set(self.config.model.mixers) == {"full"} and self.mode == "off"
 
 
-def parse_entry(text: str) -> Entry:
+def parse_entry(text: str) -> ReportEntry:
     """`label=DIR`, `label=DIR:mode`, `DIR` or `DIR:mode`; without a label the folder's name."""
     label, folder = "", text
     if "=" in text and not Path(text).exists():
@@ -100,10 +100,10 @@ def parse_entry(text: str) -> Entry:
     if not folder:
         raise UserError(f"{text!r} names no directory; write LABEL=DIR")
     label = label or Path(folder).resolve().name
-    return Entry(label, Path(folder), mode)
+    return ReportEntry(label, Path(folder), mode)
 
 
-def open_systems(entries: Sequence[Entry]) -> tuple[System, ...]:
+def open_systems(entries: Sequence[ReportEntry]) -> tuple[System, ...]:
     """Finds all runs, and groups them by label in the order of their first entries.
 
     Raises UserError for runs that are not there, and for two that would stand for the same.
@@ -137,7 +137,7 @@ def choose_baseline(systems: Sequence[System], label: str = "") -> System:
     raise UserError(f"the baseline {label!r} is not among the systems {have}; choose one of them")
 
 
-def _open(entry: Entry) -> Member:
+def _open(entry: ReportEntry) -> Member:
     run = open_run(RunSpec(entry.workdir, entry.system))
     auto = "on" if run.has_fast_weights else "off"
     run = dataclasses.replace(run, modes=(auto if entry.mode == AUTO else entry.mode,))

@@ -28,7 +28,7 @@ CACHE = "cache"
 
 
 @dataclass(frozen=True)
-class Reader:
+class LossReader:
     """The held-out tokens that all systems read, and where what they lost on them is kept."""
 
     data: PreparedData | Path | str
@@ -112,7 +112,7 @@ def open_reader(
     window: int,
     out: Path,
     progress: TextIO | None,
-) -> Reader:
+) -> LossReader:
     """Chooses the held-out tokens. UserError if one of the runs has another tokenizer.
 
     The first system's first run says which data and split, where they are not given.
@@ -120,7 +120,7 @@ def open_reader(
     runs = [member.run for system in systems for member in system.members]
     lengths = settings.context_lengths
     held_out, text = open_text(runs, data, split, settings, max(lengths))
-    return Reader(
+    return LossReader(
         data=data if isinstance(data, PreparedData) else Path(text.folder),
         split=text.split,
         settings=settings,

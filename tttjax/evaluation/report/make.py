@@ -15,8 +15,8 @@ from tttjax.evaluation.compare import context_lengths, largest_window
 from tttjax.evaluation.files import check_writable
 from tttjax.evaluation.report.costs import run_facts, warn_unfinished
 from tttjax.evaluation.report.entries import (
-    Entry,
     Member,
+    ReportEntry,
     System,
     choose_baseline,
     open_systems,
@@ -33,7 +33,7 @@ from tttjax.runs.run import Learning, inner_config, learning_rates
 
 
 def make_report(
-    entries: Sequence[Entry],
+    entries: Sequence[ReportEntry],
     out: Path | str,
     *,
     data: PreparedData | Path | str | None = None,

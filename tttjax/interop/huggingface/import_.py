@@ -30,9 +30,9 @@ from tttjax.interop.huggingface.files import TensorFiles
 from tttjax.interop.huggingface.seal import check_export
 from tttjax.interop.huggingface.tokenizer_files import ASIDE
 from tttjax.interop.source import (
+    ImportSource,
     Reference,
     Say,
-    Source,
     check_tokenizer,
     describe_config,
     given_tokenizer,
@@ -60,7 +60,7 @@ def open_huggingface(
     overrides: Sequence[str] = (),
     tokenizer: str = "",
     say: Say = print,
-) -> Source:
+) -> ImportSource:
     """A model's folder, compared with the configuration by names and shapes.
 
     config: experiment file; "": the configuration is that of `config.json`. overrides: of either;
@@ -106,7 +106,7 @@ def open_huggingface(
             else "at random"
         )
         say(f"the fast MLPs are new; their last matrix starts {start} until they have learned")
-    return Source(
+    return ImportSource(
         config=resolved,
         step=0,
         origin={

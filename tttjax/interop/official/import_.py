@@ -8,8 +8,8 @@ from tttjax.interop.official.checkpoint import open_official_checkpoint
 from tttjax.interop.official.config import deduce_config
 from tttjax.interop.official.names import check_arrays, pieces
 from tttjax.interop.source import (
+    ImportSource,
     Say,
-    Source,
     describe_config,
     given_tokenizer,
     is_named,
@@ -27,7 +27,7 @@ def open_official(
     tokenizer: str = "",
     project: str = "",
     say: Say = print,
-) -> Source:
+) -> ImportSource:
     """A checkpoint, compared with the configuration by names and shapes.
 
     config: experiment file; "": the configuration is told from the arrays. overrides: of either.
@@ -48,7 +48,7 @@ def open_official(
         assumed = {key: value for key, value in assumed.items() if not is_named(key, overrides)}
     check_arrays(found.arrays, build_model(resolved.model, resolved.inner))
     describe_config(resolved, assumed, say)
-    return Source(
+    return ImportSource(
         config=resolved,
         step=found.step,
         origin={
