@@ -17,7 +17,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 STEPS = 5
 
 
-def make_config(model=None, gather="block", form="fast", remat="none", **train):
+def make_config(model=None, gather="layer", form="fast", remat="none", **train):
     sizes = {"embed_dim": 16, "mlp_dim": 8, "vocab_size": 16}
     sizes |= {"num_heads": 16, "num_kv_heads": 8, "head_dim": 2, "remat": remat}
     return small_config(
@@ -84,7 +84,7 @@ def test_recurrent_mixers_are_the_same_on_a_mesh():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gather": "block"}, {"gather": "step"}, {"remat": "block", "form": "reference"}],
+    [{"gather": "layer"}, {"gather": "step"}, {"remat": "block", "form": "reference"}],
     ids=str,
 )
 def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device, changes):

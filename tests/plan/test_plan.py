@@ -84,7 +84,7 @@ def test_blocks_gathered_one_after_the_other_need_less_memory():
             ),
             parse_topology("cpu:2"),
         )
-        for gather in ("block", "step")
+        for gather in ("layer", "step")
     )
     whole = 2 * block.memory.parameters
     assert block.memory.working < step.memory.working - 0.5 * whole

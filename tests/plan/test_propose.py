@@ -50,7 +50,7 @@ def test_where_the_state_is_too_large_weights_are_divided():
 def test_gathering_block_by_block_comes_before_all_that_slows_a_step():
     config = recipe(mesh={"fsdp": 8, "gather": "step"}, train={"accum_steps": 4})
     first = offered(config, needs(working=160), 182)[0]  # state 30, whole weights and gradient 160
-    assert first == {"mesh.gather": "block"}
+    assert first == {"mesh.gather": "layer"}
     assert all("mesh.gather" not in c for c in offered(recipe(mesh={"fsdp": 8}), needs(), 140))
 
 

@@ -41,8 +41,8 @@ from tttjax.io.paths import local_path
 from tttjax.training import checkpoints
 
 __all__ = [
-    "Reference",
     "ImportSource",
+    "Reference",
     "add_arguments",
     "import_run",
     "open_huggingface",

@@ -29,7 +29,7 @@ from tttjax.evaluation.report.results import Report, SystemResult
 from tttjax.runs.run import Learning
 from tttjax.ttt.update_rules import RULES
 
-__all__ = ["ReportEntry", "Report", "SystemResult", "add_arguments", "make_report", "run"]
+__all__ = ["Report", "ReportEntry", "SystemResult", "add_arguments", "make_report", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,11 +21,12 @@ def default_config() -> ConfigDict:
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """The checked, frozen configuration of a ConfigDict or of nested dicts (read from JSON).
 
-    Absent fields take their defaults. Raises UserError for an unknown name (with the nearest
-    spelling), a wrong type, a value out of its limits, or fields that contradict each other.
+    Absent fields take their defaults; names of earlier versions are read too. Raises UserError for
+    an unknown name (with the nearest spelling), a wrong type, a value out of its limits, or fields
+    that contradict each other.
     """
     sections = {}
-    for name, values in config.items():
+    for name, values in _with_current_names(config).items():
         if name not in SECTIONS:
             raise UserError(
                 f"There is no configuration section {name!r}; the sections are "
@@ -38,6 +39,19 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     result = Config(**sections)
     check_config(result)
     return result
+
+
+def _with_current_names(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """What files of earlier versions call otherwise, under the names of today."""
+    sections = dict(config.items())
+    train, mesh = sections.get("train"), sections.get("mesh")
+    if isinstance(train, ConfigDict | Mapping) and "nonfinite_limit" in train:
+        values = dict(train.items())
+        limit = values.pop("nonfinite_limit")
+        sections["train"] = {"max_skipped_steps": limit, **values}
+    if isinstance(mesh, ConfigDict | Mapping) and mesh.get("gather") == "block":
+        sections["mesh"] = {**dict(mesh.items()), "gather": "layer"}
+    return sections
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

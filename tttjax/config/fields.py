@@ -12,10 +12,10 @@ class FieldInfo:
     doc: its meaning. choices: the allowed strings (of each entry, for a tuple). joined: whether
     several of them may be joined by `+`. minimum, maximum, above, below: numeric limits (inclusive,
     inclusive, exclusive, exclusive) of the value or of each entry; integers have a maximum even
-    where none is given, INT_MAX. mutable_on_resume: whether a resumed run may use another value than the
-    work directory's first run. path: of this machine; `~` is expanded, and runs record where it
-    leads from every folder. omit_default_in_hash: whether there may be
-    runs from before there was this field; its default is what they did (`unset_additions`).
+    where none is given, INT_MAX. mutable_on_resume: whether a resumed run may use another value
+    than the first run of its work directory. path: of this machine; `~` is expanded, and runs
+    record where it leads from every folder. omit_default_in_hash: whether there may be runs from
+    before there was this field; its default is what they did (`unset_additions`).
     """
 
     doc: str

@@ -15,7 +15,7 @@ from tttjax.config.model import ModelConfig
 
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")
-GATHERS = ("block", "step")
+GATHERS = ("layer", "step")
 TRAJECTORIES = ("rewind", "store", "recompute")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 
@@ -210,13 +210,13 @@ class MeshConfig:
         mutable_on_resume=True,
     )
     gather: str = declare(
-        "block",
-        "When the parameters that fsdp divides are made whole. block: those of blocks that run "
-        "once over a sequence one after the other, in the forward and again in the backward pass, "
-        "the rest once for each part of the batch (train.accum_steps); gradients are divided as "
-        "soon as they are there (with model.remat = none whole blocks are kept for the backward "
-        "pass, in the compute dtype). step: all once a step, and the whole gradient is held to its "
-        "end: more memory, less to send.",
+        "layer",
+        "When FSDP-sharded parameters are all-gathered. layer: per layer in the parallel part of "
+        "the model, in the forward and again in the backward pass, and once per microbatch "
+        "(train.accum_steps) in the sequential part; gradients are reduce-scattered as soon as "
+        "they are computed (with model.remat = none gathered layers are saved for the backward "
+        "pass, in the compute dtype). step: all parameters once per step, and the full gradient "
+        "is held until the end of the step: more memory, less communication.",
         choices=GATHERS,
         mutable_on_resume=True,
     )

@@ -79,8 +79,8 @@ def require_empty_dir(path: str | os.PathLike, option: str) -> Path:
 def atomic_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
     """A temporary folder beside `path`, which gets its name if nothing goes wrong; else it goes.
 
-    Raises UserError as `require_empty_dir` does, also if the name was taken meanwhile, and while another
-    process is making the same folder.
+    Raises UserError as `require_empty_dir` does, also if the name was taken meanwhile, and while
+    another process is making the same folder.
     """
     path = require_empty_dir(path, option).absolute()  # also of ".", which has no name
     with hold(path, beside=True):

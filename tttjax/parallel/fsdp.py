@@ -1,8 +1,8 @@
-"""Weights that are divided among devices until the moment they are used.
+"""Fully sharded parameters (FSDP): all-gathered where they are used, gradients reduce-scattered.
 
-Inside shard_map a device has its part of a weight. `all_gather_params` makes it whole; its derivative takes
-the gradient apart again. Called within the loop over blocks, it leaves no more than one block's
-weights whole at a time.
+Inside shard_map a device holds its shard of a parameter. `all_gather_params` returns the full one,
+and its VJP reduce-scatters the gradient. Called inside the scan over layers, it keeps the
+parameters of only one layer gathered at a time.
 """
 
 from dataclasses import dataclass

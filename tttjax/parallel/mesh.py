@@ -185,7 +185,7 @@ def manual(partition: PartitionSpec) -> PartitionSpec:
 
 
 def as_divided(weight: Array, partition: PartitionSpec) -> Array | ShardedParam:
-    """A shard as a leaf that `all_gather_params` makes whole; as it is if fsdp does not divide it."""
+    """A shard as a leaf that `all_gather_params` gathers; unchanged if fsdp does not shard it."""
     if "fsdp" not in partition:
         return weight
     return ShardedParam(weight, "fsdp", tuple(partition).index("fsdp") - weight.ndim)

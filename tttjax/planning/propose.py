@@ -142,7 +142,7 @@ def _divides_more(config: Config, fsdp: int, accum: int, tensor: int) -> bool:
 def _can_be_leaner(config: Config, leaner: str, fsdp: int) -> bool:
     """Whether this way of LEANER ("": none) is not taken yet, and can be with so many chips."""
     if leaner == "gather":
-        return config.mesh.gather != "block" and fsdp > 1
+        return config.mesh.gather != "layer" and fsdp > 1
     if leaner == "recomputation":
         return not _recomputes(config)
     if leaner == "trajectory":
@@ -156,7 +156,7 @@ def _divided(config: Config, leaner: str, fsdp: int, accum: int, tensor: int) ->
     mesh = config.mesh
     # data is what the other axes leave, whatever it was; left alone where nothing else changes.
     data = -1 if (fsdp, tensor) != (mesh.fsdp, mesh.tensor) else mesh.data
-    gather = "block" if leaner and fsdp > 1 else mesh.gather
+    gather = "layer" if leaner and fsdp > 1 else mesh.gather
     return dataclasses.replace(
         config,
         mesh=dataclasses.replace(mesh, data=data, fsdp=fsdp, tensor=tensor, gather=gather),
@@ -203,7 +203,7 @@ def _held(config: Config) -> float:
     twice where it is summed over parts of the batch."""
     mesh = config.mesh
     early = 1.0
-    if mesh.gather == "block" and mesh.fsdp > 1:
+    if mesh.gather == "layer" and mesh.fsdp > 1:
         early = _early_share(config.model, config.inner)
     sums = 1 if config.train.accum_steps == 1 else 2
     return (2 * early + sums * (1 - early) / mesh.fsdp) / mesh.tensor

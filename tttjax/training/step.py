@@ -80,7 +80,7 @@ class Trainer:
 def gathered_late(learn: bool) -> tuple[str, ...]:
     """The parts of the slow weights whose blocks run once over a sequence.
 
-    With `mesh.gather` "block" each of their rows is gathered as it is reached. What the loop over
+    With `mesh.gather` "layer" each of their rows is gathered as it is reached. What the loop over
     chunks reads is made whole before, or it would be gathered once per chunk.
     """
     return ("prefix",) if learn else ("prefix", "suffix")
@@ -93,7 +93,7 @@ def make_gradient(
     *,
     learn: bool,
     accum_steps: int = 1,
-    gather: str = "block",
+    gather: str = "layer",
 ) -> Callable[[Params, Batch, Array], tuple[Params, Metrics]]:
     """gradient(params, batch, inner_lr) -> (outer gradient, metrics), averaged over the batch.
 

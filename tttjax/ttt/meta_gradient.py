@@ -69,9 +69,9 @@ def make_loop(
 ) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[ChunkRecords, PyTree]]:
     """read(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
-    slow, fast: by segment (`SplitModel.above`), without a batch; fast in the dtype that it keeps. The
-    derivative is exact in slow, fast, x and lr, by the losses, the NLL and the last fast weights.
-    `grad_norm_NB` has none.
+    slow, fast: by segment (`SplitModel.above`), without a batch; fast in the dtype that it keeps.
+    The derivative is exact in slow, fast, x and lr, by the losses, the NLL and the last fast
+    weights. `grad_norm_NB` has none.
     """
 
     @jax.custom_vjp

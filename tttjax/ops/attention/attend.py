@@ -95,9 +95,9 @@ def attend_sequence(
 ) -> Array:
     """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
 
-    Equal to `attend` with `mask_fn(arange(T), arange(T), attention_mask)`, in blocks of `query_block`
-    queries (fewer where there are very many keys) whose scores are computed again in the backward
-    pass.
+    Equal to `attend` with `mask_fn(arange(T), arange(T), attention_mask)`, in blocks of
+    `query_block` queries (fewer where there are very many keys) whose scores are computed again in
+    the backward pass.
     """
     length, heads, _ = q_THK.shape
     reach = min(size for size in (*attention_mask, length) if size)

@@ -93,7 +93,7 @@ def blocked_nll_with_residuals(
     rows_block: int = ROWS,
     vocab_block: int | None = None,
 ) -> tuple[Array, CEResiduals]:
-    """(`blocked_nll`, the `CEResiduals` that spares `blocked_nll_pair` its first pass): 2 products."""
+    """(`blocked_nll`, `CEResiduals` that spare `blocked_nll_pair` its first pass): 2 products."""
     flat = _flat(rows_block, vocab_block, h_TD, head_DV, target_T)
     slope = _with_slope(*flat)
     return slope.nll_T.reshape(target_T.shape), _reshape(slope, target_T.shape)

@@ -56,7 +56,7 @@ __all__ = [
     "QKV",
     "Tiling",
     "window_attention",
-    "window_attention_pair",
     "window_attention_jvp",
+    "window_attention_pair",
     "window_attention_unsupported_reason",
 ]
