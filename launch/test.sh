@@ -2,7 +2,7 @@
 # Checks everything: lint, formatting, types, tests. Needs only Python 3.11 or newer.
 #
 #   bash launch/test.sh                      all of it
-#   bash launch/test.sh tests/test_cli.py    the checks, and these tests (arguments go to pytest)
+#   bash launch/test.sh tests/cli/test_main.py    the checks, and these tests (arguments go to pytest)
 #
 # Makes a virtual environment in .venv first, or reuses it. PYTHON and VENV: see launch/_venv.sh.
 # WORKERS: processes that run tests (default 2).

@@ -15,7 +15,7 @@ import pytest
 
 from tttjax.runtime import progress
 
-pytest_plugins = ["tiny_runs"]  # the fixtures `data` and `make_run`
+pytest_plugins = ["helpers.tiny_runs"]  # the fixtures `data` and `make_run`
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know

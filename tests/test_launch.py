@@ -5,12 +5,11 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import yaml
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 JOB = {"CONFIG": "paper:125m,ttt_e2e,pretrain", "WORKDIR": "/shared/my runs/a"}
 PLACE = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "v5p-8", "IMAGE": "i", "NAME": "run"}

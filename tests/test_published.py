@@ -7,8 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("tttjax", "docs", "launch", "experiments")
 TEXTS = sorted(
     path

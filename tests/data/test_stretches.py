@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
+from helpers.families import FAMILIES, SCRIPTS, family
 
-from tests.data.families import FAMILIES, SCRIPTS, family
 from tttjax.data import documents, stretches
 from tttjax.data.documents import list_inputs, read_pieces
 from tttjax.data.stretches import encode_piece, encode_text

@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
+from helpers.families import FAMILIES, LOSSLESS, PREFIXED, SCRIPTS, family
 
-from tests.data.families import FAMILIES, LOSSLESS, PREFIXED, SCRIPTS, family
 from tttjax.data.tokenizers.base import UNKNOWN, TextStream, is_lossless
 
 TEXT = "".join(SCRIPTS.values())

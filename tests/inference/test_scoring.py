@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from helpers.inference import make_engine
+from helpers.small import worst
 
-from tests.inference.test_engine import make_engine
-from tests.small import worst
 from tttjax.errors import UserError
 from tttjax.inference.scoring import Scorer, score_together
 

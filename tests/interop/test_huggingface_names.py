@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from helpers.small import small_config
 
-from tests.small import small_config
 from tttjax.errors import UserError
 from tttjax.interop.huggingface import (
     HEAD,

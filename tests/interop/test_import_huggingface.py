@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 from flax.traverse_util import flatten_dict
-from official_files import official_config
+from helpers.official_files import official_config
 from safetensors.numpy import load_file, save_file
 
 from tttjax.cli import main

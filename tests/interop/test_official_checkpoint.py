@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
-from bucket_server import serve_bucket
-from official_files import official_arrays, official_config, write_official
+from helpers.bucket_server import serve_bucket
+from helpers.official_files import official_arrays, official_config, write_official
 
 from tttjax.config import from_config_dict, load_config
 from tttjax.errors import UserError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import shaken, worst
+from helpers.small import shaken, worst
 
 from tttjax.errors import UserError
 from tttjax.models.gated_deltanet import GatedDeltaNet

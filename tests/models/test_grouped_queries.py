@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from small import random_batch, shaken, small_config, worst
+from helpers.small import random_batch, shaken, small_config, worst
 
 from tttjax.models import build_model
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss

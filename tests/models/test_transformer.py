@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from small import random_batch, shaken, small_config, worst
+from helpers.small import random_batch, shaken, small_config, worst
 
 from tttjax.errors import UserError
 from tttjax.models import build_model, combine, path_filter, relayout

@@ -2,13 +2,13 @@
 
 from functools import cache
 
+import helpers.ttt_reference as by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ttt_reference as by_hand
 from flax import nnx
-from small import shaken, worst
+from helpers.small import shaken, worst
 
 from tttjax.errors import UserError
 from tttjax.models.ttt_layer import TTTLayer

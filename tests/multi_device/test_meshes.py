@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import random_batch, small_config, worst
+from helpers.small import random_batch, small_config, worst
 
 from tttjax.errors import UserError
 from tttjax.parallel.mesh import make_mesh, spec

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 
 from tttjax.data.preparation import prepare
 from tttjax.training.metrics import deterministic_records
 
-PROGRAM = Path(__file__).parent / "one_of_two.py"
+PROGRAM = ROOT / "tests" / "helpers" / "one_of_two.py"
 SECONDS = 150
 
 

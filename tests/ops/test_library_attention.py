@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.small import random_batch, small_config, worst
 from jax.sharding import PartitionSpec as P
-from small import random_batch, small_config, worst
 
 from tttjax.models import build_model
 from tttjax.ops.attention import library

@@ -2,12 +2,12 @@
 
 from functools import partial
 
+import helpers.ttt_reference as by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import ttt_reference as by_hand
-from small import worst
+from helpers.small import worst
 
 from tttjax.ops.ttt import (
     FORMS,

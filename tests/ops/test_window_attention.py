@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.attention_chunks import dense, random_chunk
 
-from tests.attention_chunks import dense, random_chunk
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import (
     QKV,

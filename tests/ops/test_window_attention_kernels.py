@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.attention_chunks import dense, random_chunk
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
-from tests.attention_chunks import dense, random_chunk
 from tttjax.config import MeshConfig
 from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask

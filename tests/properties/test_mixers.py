@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import small_config, worst
+from helpers.small import small_config, worst
 
 from tttjax.config.model import MIXERS as KINDS
 from tttjax.models import build_model

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from small import random_batch, shaken, small_config
+from helpers.small import random_batch, shaken, small_config
 
 from tttjax.models import build_model
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from helpers.paths import TINY
 from jax.experimental.compilation_cache import compilation_cache
 
 from tttjax.config import load_config
 from tttjax.data.preparation import prepare
-
-TINY = Path(__file__).parent / "tiny_run.py"
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
     python tests/training/kill_and_resume.py [--kills 20] [--steps 4000] [--arg ttt_e2e] [--seed 0]
 
-Prepares a small data set, trains `tests/training/tiny_run.py` once without a stop, and once more
+Prepares a small data set, trains `tests/helpers/tiny_run.py` once without a stop, and once more
 with every start but the last killed after a random time (some while JAX compiles, some while a
 checkpoint is being written: one is due every few steps). At the end the loss streams and the train
 states must be equal bit for bit. Prints what happened at every kill; exit code 1 if they differ.
@@ -21,12 +21,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from helpers.paths import TINY
 
 from tttjax.data.preparation import prepare
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.metrics import deterministic_records, read_records
-
-TINY = Path(__file__).parent / "tiny_run.py"
 
 
 def start(workdir: Path, data: Path, options: argparse.Namespace) -> subprocess.Popen:

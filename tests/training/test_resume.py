@@ -6,17 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers.paths import TINY
 
 from tttjax.errors import UserError
 from tttjax.training.loop import train
 from tttjax.training.metrics import deterministic_records, read_records
-
-TINY = Path(__file__).parent / "tiny_run.py"
 
 
 @pytest.fixture(scope="module")

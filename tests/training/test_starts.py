@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.paths import TINY
 
 from tttjax.cli.main import main
 from tttjax.config import read_config
@@ -20,7 +21,6 @@ from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import loop as train_module
 from tttjax.training.loop import train
 
-TINY = Path(__file__).parent / "tiny_run.py"
 SHORT = ("train.steps=4", "optim.warmup_steps=1")
 
 

@@ -11,11 +11,11 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers.paths import TINY
 
 from tttjax.cli.main import main
 from tttjax.errors import UserError
@@ -24,8 +24,6 @@ from tttjax.training import records
 from tttjax.training.loop import train
 from tttjax.training.metrics import read_records
 from tttjax.types import Batch
-
-TINY = Path(__file__).parent / "tiny_run.py"
 
 
 class TraceCounter(logging.Handler):

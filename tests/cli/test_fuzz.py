@@ -1,0 +1,139 @@
+"""Command lines by the hundred, in one process: refused in one sentence, or it can work.
+
+Of what is accepted the model is built and its loss traced, so that sizes meet; nothing is compiled
+but one step of a run whose values are all at their limits.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from decimal import Decimal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.fuzz_lines import REFUSED, WORKS, lines
+from helpers.paths import TINY
+
+from tttjax.cli import main
+from tttjax.config import load_config
+from tttjax.config.schema import all_fields
+from tttjax.training import loop
+from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
+from tttjax.types import Batch
+
+START = ["train", f"--config={TINY}", "--workdir=run", "--config.data.sources=data"]
+SMALL = ["--config.model.num_layers=1", "--config.train.steps=12", "--stop-after=1"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("data").symlink_to(data)
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """call(line) -> (exit code, what stderr says); accepted lines are traced, not compiled."""
+    traced, trainers = set(), {}
+    make_trainer, per_token = loop.make_trainer, loop.flops.train_flops_per_token
+
+    def make(config, mesh):
+        key = config.model, config.inner, config.optim, config.train.steps, config.train.accum_steps
+        if (key, mesh) not in trainers:
+            trainer = make_trainer(config, mesh)
+            state = trainer.abstract_state.replace(skipped=0)
+            trainers[key, mesh] = dataclasses.replace(trainer, init_state=lambda seed: state)
+        return trainers[key, mesh]
+
+    def first_step(run, state, last):
+        config = run.config
+        key = config.model, config.inner, config.train.seq_len
+        if key not in traced:
+            traced.add(key)
+            token_BT = np.zeros((2, config.train.seq_len), np.int32)
+            learn = learns(run.trainer.model, config.inner.meta_gradient)
+            loss = make_outer_loss(run.trainer.model, make_inner_loop(config.inner), learn=learn)
+            batch = Batch(token_BT, token_BT, token_BT == 0)
+            jax.eval_shape(loss, state.params, batch, jnp.float32(1))
+        return state, run.start
+
+    monkeypatch.setattr(loop, "make_trainer", make)
+    monkeypatch.setattr(loop, "_loop", first_step)
+    monkeypatch.setattr(loop.flops, "device_peak", lambda: None)
+    monkeypatch.setattr(loop.flops, "train_flops_per_token", functools.cache(per_token))
+
+    def run(line):
+        shutil.rmtree("run", ignore_errors=True)
+        try:
+            code = main.main([*START, *SMALL, *line])
+        except Exception as error:
+            raise AssertionError(f"{line} ended in {type(error).__name__}: {error}") from error
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def check_refused(line, err):
+    last = err.splitlines()[-1]
+    assert last.startswith("error: "), (line, err)
+    assert err.count("error: ") == 1, (line, err)
+    assert len(last) < 700, (line, err)
+
+
+def check_numbers(line):
+    """The numbers of an accepted line are those that it writes, and float32 or int32 hold them."""
+    joined = [word for word in line if word.startswith("--config.") and "=" in word]
+    config = load_config(str(TINY), ["data.sources=data", *SMALL[:2], *joined])
+    last = {name: text for name, _, text in (word[9:].partition("=") for word in joined)}
+    for name, text in last.items():
+        section, _, key = name.partition(".")
+        value, kind = getattr(getattr(config, section), key), all_fields()[name].type
+        assert text.isascii() or kind is str, line
+        if kind is int:
+            assert value == Decimal(text), line
+            assert value < 2**32, line
+        if kind is float:
+            assert value == float(text), line
+            assert np.isfinite(np.float32(value)), line
+            assert (np.float32(value) == 0) == (Decimal(text) == 0), line
+
+
+def test_the_lines_given(call):
+    for line in WORKS:
+        code, err = call(line if line != ["--config=5"] else [f"--config={TINY}:5"])
+        assert code in (0, 75), (line, err)
+    for line in REFUSED:
+        code, err = call(line)
+        assert code == 2, line
+        check_refused(line, err)
+
+
+def test_lines_made_from_the_schema(call):
+    codes = []
+    for line in lines(200):
+        code, err = call(line)
+        codes.append(code)
+        if code == 2:
+            check_refused(line, err)
+        else:
+            check_numbers(line)
+    assert set(codes) <= {0, 2, 75}
+    assert 20 < sum(code == 2 for code in codes) < 180
+
+
+def test_a_run_at_its_limits_takes_a_step(place):
+    most = 2**31 - 1
+    words = [f"--config.{name}={2**32 - 1}" for name in ("train.seed", "data.seed", "eval.seed")]
+    words += [f"--config.{name}={most}" for name in ("train.steps", "train.checkpoint_every")]
+    words += [f"--config.optim.warmup_steps={most - 1}", f"--config.inner.lr_warmup_steps={most}"]
+    words += ["--config.optim.weight_decay=1.2e-38", "--config.inner.clip=3.4e38"]
+    words += ["--config.train.log_every=2147483647", "--config.train.keep_checkpoints=2147483647"]
+    assert main.main([*START, "--stop-after=1", "--config.model.num_layers=1", *words]) == 75
+    (record,) = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(record["loss"])
+    assert record["nonfinite"] == 0

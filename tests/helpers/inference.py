@@ -1,0 +1,58 @@
+"""Small models, engines and random tokens for tests of inference."""
+
+import functools
+
+import jax
+import numpy as np
+
+from helpers.small import shaken, small_config
+from tttjax.inference.engine import Engine
+from tttjax.inference.prefill import divide, make_inference_model
+from tttjax.models import build_model
+from tttjax.ttt.outer_loss import make_inner_loop
+
+LENGTH = 22  # tokens of the texts of `make_engine`
+PREFILL_LENGTH = 16  # tokens of the sequences of `setting`
+SYSTEMS = {
+    "ttt_e2e": {"model": {"mixers": ("window",)}},
+    "hybrid": {
+        "model": {
+            **{"mixers": ("mamba2", "full+local"), "suffix_layers": 2, "num_kv_heads": 1},
+            "window_size": 3,  # less than a chunk, which local attention may have
+        }
+    },
+    "static": {
+        "model": {
+            **{"mixers": ("window", "full"), "fast_mlp": False, "suffix_layers": 0},
+            **{"num_heads": 4, "num_kv_heads": 2, "qk_norm": False},
+        }
+    },
+}
+
+
+def make_engine(name: str):
+    """An engine, compiled once for all tests that use it, and two random texts."""
+    return _make_engine(name, jax.config.jax_enable_x64)
+
+
+@functools.cache
+def _make_engine(name: str, x64: bool):
+    del x64  # another one makes another engine
+    config = small_config(**SYSTEMS[name])
+    model = build_model(config.model, config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    reader = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
+    token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH))
+    return Engine(reader, params, max_length=64), token.astype(np.int32)
+
+
+def setting(sections: dict, learn: bool = True):
+    """(config, model, params, reader, its weights, random tokens [2, PREFILL_LENGTH + 1])."""
+    config = small_config(**sections)
+    model = build_model(config.model, config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    reader = make_inference_model(
+        model, make_inner_loop(config.inner), config.inner.lr, learn=learn
+    )
+    token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, PREFILL_LENGTH + 1))
+    return config, model, params, reader, divide(reader, params), token

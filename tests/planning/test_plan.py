@@ -1,0 +1,232 @@
+"""`tttjax plan` from the command line to JSON, on CPU, by calculation, and for a TPU."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+from helpers.small import small_config
+
+from tttjax.cli import main
+from tttjax.planning import flops
+from tttjax.planning.bounds import make_bounds, wire_bytes
+from tttjax.planning.count import Transfer
+from tttjax.planning.make import make_plan
+from tttjax.planning.memory import Memory
+from tttjax.planning.program import _out_of_memory, trace
+from tttjax.planning.show import duration, markdown, show
+from tttjax.planning.topologies import parse_topology
+
+GIB = 2**30
+CONFIG = """\
+from helpers.small import SMALL
+from tttjax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    for section, values in SMALL.items():
+        config[section].update(values)
+    return config
+"""
+SHALLOW = {"model": {"num_layers": 1}, "train": {"batch_size": 4}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """Two devices of this machine, compiled."""
+    config = small_config(**SHALLOW, mesh={"fsdp": 2})
+    return make_plan(config, parse_topology("cpu:2"), name="small")
+
+
+def test_memory_is_the_compilers_and_adds_up(plan):
+    memory = plan.memory
+    assert memory.source == "compiler"
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=0.02)
+    assert memory.working > 0
+    assert memory.total == plan.needed
+    assert memory.trajectory + memory.activations > 0
+    assert (plan.fits, plan.bounds) == (None, None)  # nothing is known of this machine
+
+
+def test_flops_of_the_method_and_of_the_program(plan):
+    config = small_config(**SHALLOW)
+    tokens = config.train.batch_size * config.train.seq_len
+    per_token = flops.train_flops_per_token(config.model, config.inner, config.train.seq_len)
+    assert plan.flops.total == pytest.approx(per_token * tokens)
+    assert 1 < plan.program_flops / plan.flops.total < 3
+
+
+def test_fsdp_gathers_and_reduces_every_weight(plan):
+    kinds = {t.kind: t for t in plan.traffic}
+    weights = 2 * plan.memory.parameters
+    moved = sum(t.bytes for t in plan.traffic)
+    assert "all-gather" in kinds
+    assert 1.9 * weights < moved < 3 * weights
+
+
+def test_blocks_gathered_one_after_the_other_need_less_memory():
+    """Of a prefix of eleven blocks no more than one is whole at a time, nor its gradient."""
+    sizes = {"num_layers": 12, "suffix_layers": 1, "embed_dim": 32, "mlp_dim": 128}
+    block, step = (
+        make_plan(
+            small_config(
+                model={**sizes, "remat": "block"},
+                train={"batch_size": 4},
+                mesh={"fsdp": 2, "gather": gather},
+            ),
+            parse_topology("cpu:2"),
+        )
+        for gather in ("layer", "step")
+    )
+    whole = 2 * block.memory.parameters
+    assert block.memory.working < step.memory.working - 0.5 * whole
+    gathers = [{t.kind: t.bytes for t in p.traffic}["all-gather"] for p in (block, step)]
+    assert gathers[0] > 1.5 * gathers[1]  # the prefix again for the backward pass
+
+
+def test_the_text_says_all_of_it(plan):
+    text = show(plan)
+    for words in ("optimizer", "inner backward", "the program", "all-gather", "compiled in"):
+        assert words in text
+    assert max(map(len, text.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        (0.25, "0.25 s"),
+        (29.9, "29.9 s"),
+        (42 * 60 - 20, "42 min"),
+        (3599.9, "1 h 0 min"),
+        (12_000, "3 h 20 min"),
+        (86_399, "24 h 0 min"),
+        (2 * 86_400 - 1, "2 days"),
+        (12.34 * 86_400, "12.3 days"),
+        (1234 * 86_400, "1,234 days"),
+    ],
+)
+def test_durations_in_the_unit_people_use(seconds, says):
+    assert duration(seconds) == says
+
+
+def test_the_length_of_a_short_run_is_no_fraction_of_a_day():
+    plan = make_plan(small_config(**SHALLOW), parse_topology("gpu:h100:2"))
+    plan = dataclasses.replace(plan, cost=dataclasses.replace(plan.cost, days=12_000 / 86_400))
+    assert " steps are 3 h 20 min, " in show(plan)
+    assert " 3 h 20 min |" in markdown([plan.to_dict()])
+    assert "days" not in show(plan)
+
+
+def test_json_and_table(file, capsys, tmp_path):
+    words = [f"--config={file}", "--config.model.num_layers=1", "--topology=gpu:h100:2"]
+    assert main.main(["plan", *words, "--json"]) == 0
+    text = capsys.readouterr().out
+    plan = json.loads(text)
+    assert (plan["fits"], plan["memory"]["source"], plan["chips"]) == (True, "estimate", 2)
+    assert plan["bounds"]["step"] == plan["bounds"][plan["bounds"]["limit"]]
+    assert plan["cost"]["chip_hours"] == pytest.approx(2 * 24 * plan["cost"]["days"])
+    kept = tmp_path / "kept.json"
+    kept.write_text(text)
+    assert main.main(["plan", f"--table={tmp_path}/*.json"]) == 0
+    assert capsys.readouterr().out == markdown([plan]) + "\n"
+    assert "gpu:h100:2" in markdown([plan]).splitlines()[2]
+    kept.write_text("{}")
+    assert main.main(["plan", f"--table={kept}"]) == main.USER_ERROR
+    assert "is not a plan" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_comes_with_what_does():
+    topology = parse_topology("gpu:h100:2")
+    config = small_config(**SHALLOW)
+    before = make_plan(config, topology)
+    chip = dataclasses.replace(topology.chip, memory=0.8 * before.needed)
+    plan = make_plan(config, dataclasses.replace(topology, chip=chip))
+    assert plan.fits is False
+    assert plan.proposal.fits
+    assert plan.proposal.needed <= chip.memory < before.needed
+    assert plan.proposal.changes
+    assert "fits with --config." in show(plan)
+    assert (
+        make_plan(config, dataclasses.replace(topology, chip=chip), propose=False).proposal is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--topology=v5q:2x2"], "there is no chip 'v5q'"),
+        (["--topology=gpu:h100:3"], "cannot be divided among"),
+        (["--topology=gpu:h100:2", "--config.mesh.fsdp=3"], "does not divide"),
+        (["--topology=gpu:h100:2", "--mfu=2"], "--mfu=2"),
+        ([], "needs --config=FILE and --topology=NAME"),
+    ],
+)
+def test_errors(file, capsys, words, says):
+    assert main.main(["plan", f"--config={file}", *words]) == main.USER_ERROR
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_bounds_by_hand():
+    topology = parse_topology("v5p:2x2x1")
+    chip = topology.chip
+    memory = Memory(3 * GIB, 6 * GIB, 0, GIB, 0, 5 * GIB, 0, "compiler")
+    transfers = [Transfer("all-reduce", 8e9, group=4, times=3)]
+    found = make_bounds(topology, 4e15, 2e15, memory, transfers)
+    assert found.compute == pytest.approx(4e15 / (4 * 459e12))
+    assert found.memory == pytest.approx(2 * 10 * GIB / 2765e9)
+    assert found.interconnect == pytest.approx(3 * 2 * 8e9 * 3 / 4 / chip.link)
+    assert (found.limit, found.mfu) == ("compute", pytest.approx(0.5))
+
+
+def test_bytes_on_the_wire():
+    assert wire_bytes(Transfer("all-gather", 80, group=8)) == 70
+    assert wire_bytes(Transfer("all-reduce", 80, group=8)) == 140
+    assert wire_bytes(Transfer("collective-permute", 80, group=8)) == 80
+
+
+def test_the_compilers_refusal_is_read():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
+    assert _out_of_memory(message, GIB) == (20.5 * GIB, 15.75 * GIB)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (51.85G) exceeds available HBM (31.25G)."
+    )
+    assert _out_of_memory(message, GIB) == (52.85 * GIB, 31.25 * GIB)
+    assert _out_of_memory("RESOURCE_EXHAUSTED: something else", GIB) == (0, 0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu_that_is_not_there():
+    config = small_config(model={"num_layers": 1, "suffix_layers": 0, "fast_mlp": False})
+    plan = make_plan(config, parse_topology("v5e:1x1"))
+    assert plan.fits
+    assert plan.memory.source == "compiler"
+    assert plan.compile_seconds > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_step_for_a_tpu_has_its_kernel():
+    model = {"vocab_size": 12, "embed_dim": 16, "window_size": 130, "compute_dtype": "bfloat16"}
+    config = small_config(
+        model=model,
+        inner={"chunk_size": 64},
+        train={"batch_size": 8, "seq_len": 256},
+        mesh={"fsdp": 2, "tensor": 2},
+    )
+    topology = parse_topology("v5p:2x2x2")
+    with_kernel = trace(config, topology)
+    assert "splash_mha" in with_kernel.traced.lower().compile().as_text()
+    in_xla = dataclasses.replace(config.model, attention_kernel="xla")
+    without = trace(dataclasses.replace(config, model=in_xla), topology)
+    assert "tpu_custom_call" not in without.traced.lower().as_text()
+    assert with_kernel.count.flops == without.count.flops

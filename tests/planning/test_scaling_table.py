@@ -1,0 +1,55 @@
+"""launch/scaling_table.sh against a stand-in for tttjax."""
+
+import os
+import subprocess
+
+import pytest
+from helpers.paths import ROOT
+
+PLAN = """#!/usr/bin/env bash
+echo "$@" >>"$CALLS"
+[[ "$*" == *--table* ]] && exit 0
+[[ "$*" == *v5e* ]] && { echo "error: no v5e today" >&2; exit 2; }
+echo '{}'
+[[ "$*" != *v5p* ]]
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    programs = {"tttjax": PLAN, "python": "#!/usr/bin/env bash\necho 64\n"}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*arguments: str):
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path / "calls"),
+            "RECIPES": "125m,full,pretrain",
+            "PODS": "v5e:2x2 v5p:2x2x1 gpu:h100:4",
+        }
+        command = ["bash", str(ROOT / "launch" / "scaling_table.sh"), *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_every_plan_once_then_the_table(table, tmp_path):
+    first = table(str(tmp_path / "out"))
+    assert first.returncode == 0
+    assert first.stderr == "125m,full,pretrain on v5e:2x2: error: no v5e today\n"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 4
+    assert "--config.train.accum_steps=16" in calls[0]
+    names = {path.name for path in (tmp_path / "out").glob("*.json")}
+    assert names == {f"125m-full-pretrain-{pod}.json" for pod in ("v5p-2x2x1", "gpu-h100-4")}
+    assert all(name in calls[-1] for name in names)
+    table(str(tmp_path / "out"))  # goes on with the one that failed
+    assert len((tmp_path / "calls").read_text().splitlines()) == 4 + 2
+
+
+def test_help(table):
+    assert table("--help").returncode == 0
+    assert table().returncode == 2
+    assert "RECIPES" in table().stdout

@@ -1,0 +1,92 @@
+"""Which kernel training and plans say that they use."""
+
+import pytest
+from helpers.small import small_config
+
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training.attention_kernels import (
+    Choice,
+    choose_chunk_kernels,
+    choose_kernels,
+    describe_kernels,
+    platform_of,
+)
+
+MODEL = {"embed_dim": 128, "compute_dtype": "bfloat16", "num_layers": 3}
+EVERY = {"mixers": ("full", "window", "local")}
+LONG = {"seq_len": 256}
+
+
+def config_with(kernel="auto", **model):
+    return small_config(model={**MODEL, "attention_kernel": kernel, **model}, train=LONG)
+
+
+def test_this_machine():
+    assert platform_of(make_mesh()) == "cpu"
+    chosen = choose_kernels(config_with(), "cpu")
+    assert chosen == {"window": Choice("XLA", "there is no library kernel for cpu")}
+    assert describe_kernels(config_with(), "cpu") == (
+        "attention over whole sequences: window by XLA (there is no library kernel for cpu)"
+    )
+
+
+def test_a_gpu_and_a_tpu_elsewhere():
+    chosen = choose_kernels(config_with(**EVERY), "cuda", here=False)
+    assert {kind: choice.kernel for kind, choice in chosen.items()} == {
+        "full": "cuDNN",
+        "window": "cuDNN",
+        "local": "XLA",
+    }
+    assert chosen["local"].why == "cuDNN has no attention within blocks"
+    assert describe_kernels(config_with(), "tpu", here=False) == (
+        "attention over whole sequences: window by splash attention"
+    )
+
+
+def test_what_this_machine_lacks_is_the_reason():
+    chosen = choose_kernels(config_with(), "cuda")
+    assert chosen["window"] == Choice("XLA", "cuDNN is not detected")
+
+
+def test_xla_alone():
+    chosen = choose_kernels(config_with("xla"), "tpu", here=False)
+    assert chosen["window"] == Choice("XLA", 'model.attention_kernel = "xla"')
+
+
+def test_a_model_without_attention_says_nothing():
+    assert describe_kernels(config_with(mixers=("mamba2",)), "tpu") == ""
+
+
+CHUNKS = {"suffix_layers": 2, "window_size": 512, "head_dim": 64}
+
+
+def chunked(inner=None, **model):
+    return small_config(
+        model={**MODEL, **CHUNKS, **model},
+        inner={"chunk_size": 128, **(inner or {})},
+        train=LONG,
+    )
+
+
+def test_chunks_that_are_learned_from():
+    for platform in ("tpu", "cuda"):
+        assert choose_chunk_kernels(chunked(), platform) == {"window": Choice("Pallas")}
+    assert describe_kernels(chunked(mixers=("window+mamba2",)), "cpu").endswith(
+        "; over chunks: window by XLA (on a CPU a kernel is interpreted)"
+    )
+    short = choose_chunk_kernels(chunked(window_size=32, inner={"chunk_size": 32}), "tpu")
+    assert short["window"].why == "64 keys are fewer than the 256 from which a kernel pays"
+    assert choose_chunk_kernels(chunked(attention_kernel="xla"), "tpu")["window"].kernel == "XLA"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"suffix_layers": 1},  # its attention is below the fast weights
+        {"inner": {"form": "reference"}},
+        {"inner": {"meta_gradient": "none"}},
+        {"mixers": ("full",)},
+    ],
+)
+def test_no_chunks_are_read_with_attention(changes):
+    assert choose_chunk_kernels(chunked(**changes), "tpu") == {}

@@ -1,0 +1,110 @@
+"""A run that starts from a model without an inner loop, and gives it one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers.small import random_batch, shaken, small_config, worst
+
+from tttjax.errors import UserError
+from tttjax.models import build_model, fast_mlps
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training import checkpoints
+from tttjax.training.step import make_trainer
+from tttjax.training.warm_start import starting_weights
+
+SIZES = {"num_layers": 3, "num_kv_heads": 1, "post_norm": False}
+STATIC = {**SIZES, "suffix_layers": 0, "fast_mlp": False}
+EXTENDED = {**SIZES, "suffix_layers": 2, "fast_mlp_init": "zero"}
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    """(work directory of a static run, its model, its weights)"""
+    return save(tmp_path_factory.mktemp("static"), STATIC)
+
+
+def save(folder, sizes):
+    """(the folder, now with a run of a model with these sizes, the model, its weights)"""
+    config = small_config(model=sizes)
+    model = build_model(config.model, config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
+    saver.save(1, {"params": params}, config=dataclasses.asdict(config))
+    saver.close()
+    return folder, model, params
+
+
+def make(devices=1, **model):
+    config = small_config(model=model)
+    mesh = make_mesh(1, devices, 1, devices=jax.devices()[:devices])
+    return config, make_trainer(config, mesh)
+
+
+def logits(model, params):
+    token_T = np.arange(12, dtype=np.int32) % model.vocab_size
+    return jax.jit(model.apply)(params, model.init_state(12), token_T)[0]
+
+
+def test_fast_mlps_that_start_at_zero_change_nothing_until_they_learn(static, capsys):
+    folder, model, params = static
+    config, trainer = make(devices=2, **EXTENDED)
+    weights = starting_weights(str(folder), trainer, seed=0)
+    assert "the last 2 blocks are the suffix; their fast MLPs are new" in capsys.readouterr().err
+    wanted = trainer.abstract_state.params
+    same = jax.tree.map(
+        lambda x, y: (x.dtype, x.sharding) == (y.dtype, y.sharding), weights, wanted
+    )
+    assert all(jax.tree.leaves(same))
+    of_block = weights.fast["suffix"]["stage0"]["block0"]["fast_mlp"]
+    assert float(np.abs(of_block["w2"]).max()) == 0 < float(np.abs(of_block["w1"]).max())
+    here = jax.tree.map(np.asarray, weights)
+    np.testing.assert_allclose(logits(trainer.model, here), logits(model, params), atol=1e-6)
+    state, metrics = trainer.step(
+        trainer.start_from(weights), trainer.put_batch(random_batch(config))
+    )
+    assert np.isfinite([float(metrics[name]) for name in ("loss", "grad_norm")]).all()
+    assert float(metrics["grad_norm_fast"]) > 0
+    w2 = state.params.fast["suffix"]["stage0"]["block0"]["fast_mlp"]["w2"]
+    assert float(np.abs(np.asarray(w2)).max()) > 0
+
+
+def test_the_same_model_is_taken_as_it_is(static):
+    folder, _, params = static
+    _, trainer = make(**STATIC)
+    assert worst(starting_weights(str(folder), trainer, seed=0), params) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({**EXTENDED, "qk_norm": False}, "q_norm/weight"),
+        ({**EXTENDED, "num_kv_heads": 2}, r"mixer/wk"),
+        ({**EXTENDED, "num_layers": 4}, "does not fit this model"),
+    ],
+)
+def test_other_differences_are_refused(static, model, sentence):
+    _, trainer = make(**model)
+    with pytest.raises(UserError, match=sentence):
+        starting_weights(str(static[0]), trainer, seed=0)
+
+
+def test_fast_mlps_of_other_sizes_are_refused(tmp_path):
+    """Of two blocks one has a fast MLP already, the other gets one that is wider."""
+    save(tmp_path, {"fast_mlp": True, "suffix_layers": 1})
+    _, trainer = make(fast_mlp=True, suffix_layers=2, mlp_dim=8)
+    with pytest.raises(UserError, match="does not fit this model"):
+        starting_weights(str(tmp_path), trainer, seed=0)
+
+
+def test_gradients_are_finite_where_a_norm_meets_zeros():
+    """With post_norm the MLP's zeros go through an RMSNorm, whose slope there is 1 / sqrt(eps)."""
+    config, trainer = make(fast_mlp_init="zero", post_norm=True)
+    state = trainer.init_state(0)
+    found = fast_mlps(trainer.model, jax.random.key(0))
+    assert {path.rpartition("/")[2] for path, x in found.items() if not np.any(x)} == {"w2"}
+    for seed in range(2):
+        state, metrics = trainer.step(state, trainer.put_batch(random_batch(config, seed)))
+        assert not bool(metrics["nonfinite"])
+        assert float(metrics["grad_norm_fast"]) > 0

@@ -1,0 +1,186 @@
+"""The fast form of the outer gradient gives the reference's numbers, whatever is configured."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.small import random_batch, shaken, small_config, worst
+
+from tttjax.models import SplitModel, build_model
+from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
+
+CASES = {
+    "clip active": {"inner": {"clip": 0.1}},
+    "no clip, chunks of two, one sequence": {
+        "inner": {"clip": 0.0, "chunk_size": 2},
+        "train": {"batch_size": 1},
+    },
+    "trajectory stored, normalised": {
+        "inner": {"trajectory": "store", "rule": "normalized_sgd"},
+    },
+    "recomputed and truncated": {
+        "inner": {
+            "trajectory": "recompute",
+            "rule": "momentum",
+            "meta_gradient": "truncated",
+            "truncate_chunks": 2,
+        },
+        "train": {"seq_len": 16},
+    },
+    "three suffix blocks, window of a chunk": {
+        "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
+    },
+    "the whole model is suffix, long window, adam": {
+        "model": {"suffix_layers": 2, "window_size": 50},
+        "inner": {"rule": "adam", "lr": 0.1},
+    },
+    "a pattern with full attention, grouped queries": {
+        "model": {
+            "num_layers": 3,
+            "suffix_layers": 2,
+            "mixers": ("full", "window"),
+            "num_heads": 4,
+            "num_kv_heads": 2,
+        }
+    },
+    "blocks of the official code": {"model": {"mixers": ("local",), "suffix_layers": 2}},
+    "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
+    "recurrent layers, recomputed": {
+        "model": {
+            "suffix_layers": 2,
+            "mixers": ("window", "ttt_linear"),
+            "pre_conv": True,
+        },
+        "inner": {"trajectory": "recompute", "chunk_size": 3},
+    },
+    "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
+    "muon": {"inner": {"rule": "muon"}},
+    "truncated": {
+        "inner": {"meta_gradient": "truncated", "truncate_chunks": 2},
+        "train": {"seq_len": 16},
+    },
+    "first order": {"inner": {"meta_gradient": "first_order"}},
+    "static MLPs and the last norm are fast": {
+        "model": {"fast_mlp": False},
+        "inner": {"fast_paths": ("suffix/**/mlp/**", "final_norm/**")},
+    },
+    "attention is fast": {"inner": {"fast_paths": ("suffix/**/mixer/w*",)}},
+    "an untied head is fast": {
+        "model": {"tie_embeddings": False},
+        "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
+    },
+    "untied, no norms, multi-head fast MLPs, one head of keys": {
+        "model": {
+            "tie_embeddings": False,
+            "post_norm": False,
+            "qk_norm": False,
+            "fast_mlp_heads": 2,
+            "num_kv_heads": 1,
+        },
+    },
+}
+
+
+def both_forms(config, batch, dtype):
+    """(loss, reading, gradients in weights and inner learning rate) of each form."""
+    model = build_model(config.model, config.inner)
+    inner = make_inner_loop(config.inner)
+    params = shaken(model.init(jax.random.key(0)))
+    found = {}
+    for form in ("reference", "fast"):
+        loss = make_outer_loss(model, inner._replace(form=form), learn=True)
+        derive = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+        found[form] = derive(params, batch, jnp.asarray(0.7, dtype))
+    return found["reference"], found["fast"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_forms_agree(x64, name):
+    config = small_config(**CASES[name])
+    batch = random_batch(config, masked=0.2)
+    ((loss, reading), grads), ((fast_loss, fast_reading), fast_grads) = both_forms(
+        config, batch, "float64"
+    )
+    assert abs(loss - fast_loss) < 1e-12
+    assert worst(reading, fast_reading) < 1e-10
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
+    assert largest > 1e-3
+    assert worst(grads, fast_grads) < 1e-11 * max(1.0, largest)
+
+
+def drawn(seed):
+    """A configuration by lot: depth, window, chunks, batch, clip, rule, trajectory, and more."""
+    rng = np.random.default_rng(seed)
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    chunk, suffix = pick(2, 3, 5), pick(1, 2, 3)
+    return small_config(
+        model={
+            "suffix_layers": suffix,
+            "num_layers": suffix + pick(0, 1),
+            "window_size": chunk + pick(0, 1, 4, 20),
+            "num_kv_heads": pick(1, 2),
+            "post_norm": pick(True, False),
+            "qk_norm": pick(True, False),
+            "tie_embeddings": pick(True, False),
+        },
+        inner={
+            "chunk_size": chunk,
+            "clip": pick(0.0, 0.1, 1.0),
+            "rule": pick("sgd", "momentum", "adam"),
+            "lr": pick(0.1, 0.5),
+            "trajectory": pick("rewind", "store", "recompute"),
+        },
+        train={"seq_len": chunk * pick(1, 3, 4), "batch_size": pick(1, 2, 3)},
+    )
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_whatever_is_drawn_both_forms_agree_in_float64(x64, seed):
+    config = drawn(seed)
+    (_, grads), (_, fast_grads) = both_forms(config, random_batch(config, seed, 0.3), "float64")
+    largest = max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
+    assert worst(grads, fast_grads) < 1e-11 * largest
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_whatever_is_drawn_both_forms_agree_in_float32(seed):
+    config = drawn(seed)
+    with jax.default_matmul_precision("highest"):
+        found = both_forms(config, random_batch(config, seed, 0.3), "float32")
+    (_, grads), (_, fast_grads) = found
+    pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True))
+    whole = np.sqrt(sum(np.linalg.norm(a) ** 2 for a, _ in pairs))
+    assert np.sqrt(sum(np.linalg.norm(a - b) ** 2 for a, b in pairs)) <= 1e-5 * whole
+
+
+def test_a_chunk_without_targets_teaches_nothing(x64):
+    config = small_config()
+    batch = random_batch(config)
+    mask = batch.mask.copy()
+    mask[0, 4:8] = False
+    (_, grads), (_, fast_grads) = both_forms(config, batch.replace(mask=mask), "float64")
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(fast_grads))
+    assert worst(grads, fast_grads) < 1e-11
+
+
+def test_in_float32():
+    config = small_config()
+    with jax.default_matmul_precision("highest"):
+        (_, grads), (_, fast_grads) = both_forms(config, random_batch(config), "float32")
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-7
+
+
+def test_the_mixers_below_the_lowest_fast_weight_run_in_parallel():
+    lifted = {
+        name: SplitModel(build_model(config.model, config.inner)).first_mixers_are_parallel
+        for name, config in {
+            "fast MLPs": small_config(),
+            "fast attention": small_config(inner={"fast_paths": ("suffix/**/mixer/wq",)}),
+            "no mixers": small_config(model={"mixers": ("none",)}),
+        }.items()
+    }
+    assert lifted == {"fast MLPs": True, "fast attention": False, "no mixers": False}
