@@ -1,9 +1,10 @@
-"""Imports point downward, flax.nnx stays in models, and only the command line parses or prints."""
+"""Imports point downward, flax.nnx stays in models, and only the command line parses flags."""
 
 import ast
-from pathlib import Path
+import functools
+from collections import Counter
 
-ROOT = Path(__file__).parents[1] / "tttjax"
+from helpers.paths import ROOT
 
 # From the ground up. A module imports from its own rank and those below; the longest prefix counts.
 RANKS = (
@@ -23,21 +24,30 @@ RANKS = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     """Syntax trees by dotted name below tttjax; what exports carry is never imported here."""
-    paths = [path for path in ROOT.rglob("*.py") if path.parent.name != "exported_code"]
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    package = ROOT / "tttjax"
+    paths = [path for path in package.rglob("*.py") if path.parent.name != "exported_code"]
+    names = {".".join(path.relative_to(package).with_suffix("").parts): path for path in paths}
     return {name.removesuffix(".__init__"): ast.parse(p.read_text()) for name, p in names.items()}
 
 
-def imported(tree: ast.Module) -> set[str]:
-    found = set()
-    for node in ast.walk(tree):
+@functools.cache
+def imports(name: str) -> set[str]:
+    """What a module imports, wherever in it: `tttjax.config.Config`, `argparse`."""
+    result = set()
+    for node in ast.walk(modules()[name]):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            result |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return result
+
+
+def importers(target: str) -> set[str]:
+    """The folders of the modules that import `target`."""
+    return {name.split(".")[0] for name in modules() if target in imports(name)}
 
 
 def rank_of(name: str) -> int:
@@ -49,16 +59,21 @@ def rank_of(name: str) -> int:
 def test_imports_point_downward():
     upward = [
         f"{name} imports {target}"
-        for name, tree in modules().items()
+        for name in modules()
         if name != "__init__"
-        for target in imported(tree)
+        for target in imports(name)
         if target.startswith("tttjax.") and not target.endswith("__version__")
         if rank_of(target.removeprefix("tttjax.")) > rank_of(name)
     ]
     assert not upward
 
 
-def test_only_models_import_nnx():
-    assert {
-        name.split(".")[0] for name, tree in modules().items() if "flax.nnx" in imported(tree)
-    } <= {"models"}
+def test_nnx_and_flags_stay_in_their_folders():
+    assert importers("flax.nnx") == {"models"}
+    assert importers("argparse") == {"cli"}
+
+
+def test_class_names_are_unique():
+    nodes = [node for tree in modules().values() for node in tree.body]
+    count = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))
+    assert not [name for name, n in count.items() if n > 1]
