@@ -39,7 +39,7 @@ def adopt(source: Path, target: Path, config: Config) -> None:
     temporary = target.with_name(f".{target.name}.adopting")
     shutil.rmtree(temporary, ignore_errors=True)
     write_run_info(temporary, config, with_devices=True)
-    saver = checkpoints.Checkpointer(temporary / checkpoints.DIRECTORY)
+    saver = checkpoints.Checkpointer(temporary / checkpoints.CHECKPOINT_DIR)
     saver.save(
         int(found.name),
         state,

@@ -12,7 +12,7 @@ from experiments.comparison.scales import (
 from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.results import Report
-from tttjax.runs.run import Learning
+from tttjax.runs.run import LearningOptions
 
 
 def write_report(plan: Plan, *, command: str, progress: TextIO | None = None) -> Report:
@@ -35,7 +35,7 @@ def write_report(plan: Plan, *, command: str, progress: TextIO | None = None) ->
 def entries(plan: Plan) -> list[ReportEntry]:
     """Every system's run for every context and seed, dynamic evaluation before TTT-E2E."""
     rule, rate = best_dynamic(plan)
-    learning = Learning(
+    learning = LearningOptions(
         inner={"rule": rule}, dynamic_lrs=(rate,), dynamic_layers=plan.scale.suffix_layers
     )
 

@@ -40,7 +40,7 @@ from tttjax.evaluation.tables import align, fit, sentence, show, table
 from tttjax.evaluation.text import Text
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import Learning, RunSpec, run_of_params
+from tttjax.runs.run import LearningOptions, RunSpec, run_of_params
 from tttjax.training import checkpoints
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 from tttjax.types import Batch
@@ -160,7 +160,7 @@ def test_learning_changes_the_later_chunks_only(comparison):
 
 
 def test_with_a_learning_rate_of_zero_on_equals_off(config, params, data, mesh):
-    still = Learning(inner={"lr": 0.0})
+    still = LearningOptions(inner={"lr": 0.0})
     result = evaluate(config, params, data, mesh=mesh, settings=one_length(config), learning=still)
     on, off = (series.contexts[LONGEST].loss_DL for series in result.series)
     np.testing.assert_allclose(on, off, rtol=1e-5)
@@ -205,7 +205,7 @@ def test_dynamic_evaluation_starts_from_the_static_model(data, mesh):
         mesh=mesh,
         settings=one_length(config),
         modes=["off", "dynamic"],
-        learning=Learning(dynamic_lrs=(0.0, 1.0), dynamic_layers=1),
+        learning=LearningOptions(dynamic_lrs=(0.0, 1.0), dynamic_layers=1),
     )
     off, still, moving = (series.contexts[LONGEST].loss_DL for series in result.series)
     np.testing.assert_allclose(still, off, rtol=1e-5)
@@ -437,7 +437,7 @@ def workdir(config, params, tmp_path_factory):
     """A finished run of 3 steps."""
     folder = tmp_path_factory.mktemp("runs") / "ttt"
     write_run_info(folder, config)
-    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
+    saver = checkpoints.Checkpointer(folder / checkpoints.CHECKPOINT_DIR)
     saver.save(3, {"params": params, "step": jnp.int32(3)})
     saver.close()
     return folder
@@ -528,6 +528,6 @@ def test_weights_of_another_architecture_are_refused(workdir, config, data, tmp_
     bigger = dataclasses.replace(config.model, mlp_dim=32)
     folder = tmp_path / "run"
     write_run_info(folder, dataclasses.replace(config, model=bigger))
-    (folder / checkpoints.DIRECTORY).symlink_to(workdir / checkpoints.DIRECTORY)
+    (folder / checkpoints.CHECKPOINT_DIR).symlink_to(workdir / checkpoints.CHECKPOINT_DIR)
     with pytest.raises(UserError, match="does not fit this model"):
         compare([RunSpec(folder)], data=data)

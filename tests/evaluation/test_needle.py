@@ -30,7 +30,7 @@ from tttjax.evaluation.needle.runner import NeedleSettings, ask_all
 from tttjax.evaluation.needle.tables import sentence, table
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import Learning, RunSpec, iter_eval_setups, open_run
+from tttjax.runs.run import LearningOptions, RunSpec, iter_eval_setups, open_run
 
 STORY = (
     "A heron stood in the shallows, and no fish came near it! Who would wait so long? Not the fox. "
@@ -324,7 +324,7 @@ def test_the_engine_is_asked_for_what_is_reported(workdir, tokenizers):
     hay = haystack.noise(tokenizer)
     prompts = [make_prompt(PromptSpec(TASKS["passkey"], 300, d, 0), hay, 0) for d in (0.1, 0.7)]
     mesh = make_mesh(devices=jax.devices()[:1])
-    (way,) = next(iter_eval_setups(run, ["on"], Learning(), mesh))
+    (way,) = next(iter_eval_setups(run, ["on"], LearningOptions(), mesh))
     asker = EngineModel(way, tokenizer, 300)
     answers, engine = asker(prompts), asker._engine  # its functions are compiled already
 

@@ -66,7 +66,7 @@ def make_run(data, tmp_path_factory):
             lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)),
             build_model(config.model, config.inner).abstract_params(),
         )
-        saver = checkpoints.Checkpointer(workdir / checkpoints.DIRECTORY)
+        saver = checkpoints.Checkpointer(workdir / checkpoints.CHECKPOINT_DIR)
         saver.save(step, {"params": params, "step": jnp.int32(step)}, tokenizer=tokenizer)
         saver.close()
         record = '{"step": %d, "loss": 1.0, "time": {"seconds": 2.0, "tokens_per_second": 32.0}}\n'

@@ -21,7 +21,7 @@ from tttjax.interop.huggingface.files import INDEX, SINGLE
 from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.load import open_model
+from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run, weights_template
 
 WORDS = ("<unk>", "<s>", "</s>", *map(chr, range(97, 126)))
@@ -150,7 +150,7 @@ def test_every_end_token_stops_a_generation(folder, tmp_path, without_transforme
     edit(folder, "config.json", eos_token_id=[2, 5])
     run, out = tmp_path / "run", tmp_path / "out"
     assert main.main(["import", str(folder), f"--workdir={run}"]) == 0
-    opened = open_model(run)
+    opened = load_model(run)
     session, _ = opened.engine.read(opened.engine.start(), np.array([1, 4]))
     request = Request(session, Sampling(temperature=0), max_tokens=8)
     (piece,) = Generator(opened.engine, opened.tokenizer, [request])
@@ -160,7 +160,7 @@ def test_every_end_token_stops_a_generation(folder, tmp_path, without_transforme
     for name in ("config.json", "generation_config.json"):
         assert json.loads((out / name).read_text())["eos_token_id"] == [2, 5]
     assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
-    assert open_quietly(out).tokenizer.fingerprint() == opened.tokenizer_mark
+    assert open_quietly(out).tokenizer.fingerprint() == opened.tokenizer_fingerprint
     torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     model = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert model.generate(torch.tensor([[1, 4]]), max_new_tokens=8).tolist() == [[1, 4, 5]]

@@ -15,7 +15,7 @@ from tttjax.interop.huggingface import export as exporting
 from tttjax.interop.huggingface import names
 from tttjax.interop.huggingface.compare import their_logits
 from tttjax.io.locks import hold
-from tttjax.runs.load import open_model
+from tttjax.runs.load import load_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -95,7 +95,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return open_model(run)
+    return load_model(run)
 
 
 def tokens(*shape: int) -> np.ndarray:

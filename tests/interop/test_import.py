@@ -87,7 +87,7 @@ def test_it_generates(imported, capsys):
 def test_it_can_be_extended_and_not_resumed(imported):
     trainer = make_trainer(read_config(imported), make_mesh())
     checkpoints.restore_params(imported, trainer.abstract_state.params)
-    saver = checkpoints.Checkpointer(imported / checkpoints.DIRECTORY)
+    saver = checkpoints.Checkpointer(imported / checkpoints.CHECKPOINT_DIR)
     with pytest.raises(UserError, match=rf"weights alone.*train.init_from={imported}$"):
         saver.restore(trainer.abstract_state)
     saver.close()

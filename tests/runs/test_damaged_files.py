@@ -28,7 +28,7 @@ from tttjax.interop.huggingface.seal import EXPORT
 from tttjax.io.sealed import SEAL
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.load import open_model
+from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run, weights_template
 from tttjax.runs.tokenizer import run_tokenizer
 from tttjax.training import checkpoints
@@ -220,7 +220,7 @@ def run(make_run, tmp_path_factory):
     ByteTokenizer().save(folder / TOKENIZER_DIR)
     model = build_model(config.model, config.inner)
     params = checkpoints.restore_params(template, weights_template(model, make_mesh()))
-    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
+    saver = checkpoints.Checkpointer(folder / checkpoints.CHECKPOINT_DIR)
     for step in (2, 3):
         state = {"params": jax.tree.map(lambda x, k=step: x * k, params), "step": np.int32(step)}
         saver.save(step, state, config=to_dict(config), tokenizer=ByteTokenizer().fingerprint())
@@ -288,7 +288,7 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     params = checkpoints.restore_params(run, weights_template(model, make_mesh()))
     bad = jax.tree.map(lambda x: x * np.nan, params)
     write_run_info(tmp_path, config)
-    saver = checkpoints.Checkpointer(tmp_path / checkpoints.DIRECTORY)
+    saver = checkpoints.Checkpointer(tmp_path / checkpoints.CHECKPOINT_DIR)
     saver.save(3, {"params": bad})
     saver.close()
     found = open_run(RunSpec(tmp_path))
@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return open_model(run)
+    return load_model(run)
 
 
 @pytest.fixture(scope="module")
@@ -309,13 +309,17 @@ def session(opened, tmp_path_factory):
     path = tmp_path_factory.mktemp("session") / "good.session"
     engine = opened.engine
     read, _ = engine.read(engine.start(), np.arange(20, dtype=np.int32))
-    save_session(path, engine, read, model=opened.model, tokenizer="t", chunk_losses=[2.5])
+    save_session(
+        path, engine, read, model=opened.model_fingerprint, tokenizer="t", chunk_losses=[2.5]
+    )
     return path
 
 
 def see_session(opened):
     def look(path):
-        found, about = load_session(path, opened.engine, model=opened.model, tokenizer="t")
+        found, about = load_session(
+            path, opened.engine, model=opened.model_fingerprint, tokenizer="t"
+        )
         state = found.learned, found.now, found.pending, found.counted, found.logit_V
         return found.tokens, sum_of(state), dataclasses.replace(about, format="", arrays="")
 
@@ -387,12 +391,18 @@ def test_sessions_with_other_arrays_are_refused(session, opened, tmp_path, old):
 
 def test_a_session_that_is_not_finite_is_not_written(session, opened, tmp_path):
     engine = opened.engine
-    found, _ = load_session(session, engine, model=opened.model)
+    found, _ = load_session(session, engine, model=opened.model_fingerprint)
     bad = dataclasses.replace(found, logit_V=found.logit_V * np.nan)
     with pytest.raises(UserError, match=r"is not written: .* logits is not finite"):
-        save_session(tmp_path / "s", engine, bad, model=opened.model)
+        save_session(tmp_path / "s", engine, bad, model=opened.model_fingerprint)
     with pytest.raises(UserError, match="the loss of a chunk is not finite"):
-        save_session(tmp_path / "s", engine, found, model=opened.model, chunk_losses=[float("inf")])
+        save_session(
+            tmp_path / "s",
+            engine,
+            found,
+            model=opened.model_fingerprint,
+            chunk_losses=[float("inf")],
+        )
     assert not list(tmp_path.iterdir())
 
 

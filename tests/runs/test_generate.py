@@ -11,8 +11,8 @@ from tttjax.cli.main import main
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine
-from tttjax.runs.load import open_model
-from tttjax.runs.long_text import one_text
+from tttjax.runs.load import load_model
+from tttjax.runs.long_text import find_text
 
 TEXT = "the cat sat on the mat. " * 12
 
@@ -203,7 +203,7 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         read.append([int(token) for token in token_T])
         raise UserError("noted")
 
-    opened = open_model(run)
+    opened = load_model(run)
     monkeypatch.setattr(tttjax.cli.generate, "open_from", lambda *_, **__: opened)
     monkeypatch.setattr(
         tttjax.cli.generate, "_write_all", lambda _, __, ___, prompts, ____: note(0, 0, prompts[0])
@@ -222,7 +222,7 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         256,
         *(
             int(t)
-            for part in tttjax.runs.long_text._tokens(opened.tokenizer, one_text(path))
+            for part in tttjax.runs.long_text._tokens(opened.tokenizer, find_text(path))
             for t in part
         ),
     ]

@@ -14,7 +14,7 @@ import tttjax.cli.sessions
 from tttjax.cli.main import main
 from tttjax.inference.session_file import read_about
 from tttjax.io.locks import hold
-from tttjax.runs.snapshots import kept
+from tttjax.runs.snapshots import list_snapshots
 
 TEXT = "the cat sat on the mat. " * 19  # 7 stretches of 64 bytes, and a bit
 KEEP = ("--keep-every=64", "--keep-most=3")
@@ -45,11 +45,11 @@ def run(make_run):
 def open_once():
     """As `open_from`, but models of the same options are the same, and compiled once."""
     opened = functools.cache(
-        lambda workdir, learn, observe: tttjax.cli.generate.open_model(
-            workdir, mode="off" if learn == "none" else "", observe=observe
+        lambda workdir, learn, trace_updates: tttjax.cli.generate.load_model(
+            workdir, mode="off" if learn == "none" else "", trace_updates=trace_updates
         )
     )
-    return lambda args, observe=False: opened(args.workdir, args.learn, observe)
+    return lambda args, trace_updates=False: opened(args.workdir, args.learn, trace_updates)
 
 
 @pytest.fixture
@@ -151,8 +151,8 @@ def test_the_telescope_s_files_agree_with_the_session(whole, call):
     last = f"{about.chunk_losses[-1]:.4f} -> {about.chunk_losses_after[-1]:.4f}"
     assert last in told
     assert "layer0  moved by" in told
-    assert [found.tokens for found in kept(whole / "s").values()] == [1, 129, 257]
-    for found in kept(whole / "s").values():
+    assert [found.tokens for found in list_snapshots(whole / "s").values()] == [1, 129, 257]
+    for found in list_snapshots(whole / "s").values():
         assert f"{found.tokens:12,} tokens  " in told
     found = json.loads(call("sessions", whole / "s", "--json")[1])[str(whole / "s")]
     assert len(found["kept"]) == 3
@@ -186,7 +186,7 @@ def test_any_mini_batch_can_be_gone_back_to(run, text, whole, tmp_path, call):
 
 
 def test_forks_differ_by_what_was_read_after_and_nothing_else(run, whole, tmp_path, call):
-    snapshot = list(kept(whole / "s"))[1]
+    snapshot = list(list_snapshots(whole / "s"))[1]
     before = snapshot.read_bytes()
     for name, prompt in (("a", "a dog"), ("b", "a dog"), ("c", "a log")):
         fork = ("--session", snapshot, "--save-session", tmp_path / name, "--prompt", prompt)
@@ -290,7 +290,7 @@ def test_sessions_have_the_permissions_of_the_umask(run, tmp_path, call, umask, 
         assert call(*read)[0] == 0
     finally:
         os.umask(before)
-    files = [tmp_path / "s", *kept(tmp_path / "s")]
+    files = [tmp_path / "s", *list_snapshots(tmp_path / "s")]
     assert len(files) > 1
     assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 

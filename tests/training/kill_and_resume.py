@@ -67,8 +67,11 @@ def kill_often(workdir: Path, data: Path, options: argparse.Namespace, whole: fl
         time.sleep(delay)
         process.kill()
         code = process.wait()
-        folder = workdir / checkpoints.DIRECTORY
-        saved = [path.name for path in checkpoint_format.completed(checkpoints.epath.Path(folder))]
+        folder = workdir / checkpoints.CHECKPOINT_DIR
+        saved = [
+            path.name
+            for path in checkpoint_format.completed_checkpoints(checkpoints.epath.Path(folder))
+        ]
         torn = checkpoint_format.unfinished_steps(checkpoints.epath.Path(folder))
         print(
             f"kill {number:2}: exit code {code}, {len(read_records(workdir))} steps recorded, "

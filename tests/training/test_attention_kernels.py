@@ -5,7 +5,7 @@ from helpers.small import small_config
 
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training.attention_kernels import (
-    Choice,
+    KernelChoice,
     choose_chunk_kernels,
     choose_kernels,
     describe_kernels,
@@ -24,33 +24,33 @@ def config_with(kernel="auto", **model):
 def test_this_machine():
     assert platform_of(make_mesh()) == "cpu"
     chosen = choose_kernels(config_with(), "cpu")
-    assert chosen == {"window": Choice("XLA", "there is no library kernel for cpu")}
+    assert chosen == {"window": KernelChoice("XLA", "there is no library kernel for cpu")}
     assert describe_kernels(config_with(), "cpu") == (
         "attention over whole sequences: window by XLA (there is no library kernel for cpu)"
     )
 
 
 def test_a_gpu_and_a_tpu_elsewhere():
-    chosen = choose_kernels(config_with(**EVERY), "cuda", here=False)
+    chosen = choose_kernels(config_with(**EVERY), "cuda", compile_locally=False)
     assert {kind: choice.kernel for kind, choice in chosen.items()} == {
         "full": "cuDNN",
         "window": "cuDNN",
         "local": "XLA",
     }
-    assert chosen["local"].why == "cuDNN has no attention within blocks"
-    assert describe_kernels(config_with(), "tpu", here=False) == (
+    assert chosen["local"].fallback_reason == "cuDNN has no attention within blocks"
+    assert describe_kernels(config_with(), "tpu", compile_locally=False) == (
         "attention over whole sequences: window by splash attention"
     )
 
 
 def test_what_this_machine_lacks_is_the_reason():
     chosen = choose_kernels(config_with(), "cuda")
-    assert chosen["window"] == Choice("XLA", "cuDNN is not detected")
+    assert chosen["window"] == KernelChoice("XLA", "cuDNN is not detected")
 
 
 def test_xla_alone():
-    chosen = choose_kernels(config_with("xla"), "tpu", here=False)
-    assert chosen["window"] == Choice("XLA", 'model.attention_kernel = "xla"')
+    chosen = choose_kernels(config_with("xla"), "tpu", compile_locally=False)
+    assert chosen["window"] == KernelChoice("XLA", 'model.attention_kernel = "xla"')
 
 
 def test_a_model_without_attention_says_nothing():
@@ -70,12 +70,14 @@ def chunked(inner=None, **model):
 
 def test_chunks_that_are_learned_from():
     for platform in ("tpu", "cuda"):
-        assert choose_chunk_kernels(chunked(), platform) == {"window": Choice("Pallas")}
+        assert choose_chunk_kernels(chunked(), platform) == {"window": KernelChoice("Pallas")}
     assert describe_kernels(chunked(mixers=("window+mamba2",)), "cpu").endswith(
         "; over chunks: window by XLA (on a CPU a kernel is interpreted)"
     )
     short = choose_chunk_kernels(chunked(window_size=32, inner={"chunk_size": 32}), "tpu")
-    assert short["window"].why == "64 keys are fewer than the 256 from which a kernel pays"
+    assert (
+        short["window"].fallback_reason == "64 keys are fewer than the 256 from which a kernel pays"
+    )
     assert choose_chunk_kernels(chunked(attention_kernel="xla"), "tpu")["window"].kernel == "XLA"
 
 

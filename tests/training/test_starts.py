@@ -108,7 +108,7 @@ def test_a_run_that_was_taken_over_ends(tiny, tmp_path, monkeypatch):
         workdir.mkdir()
         yield lock
 
-    monkeypatch.setattr(train_module, "hold_workdir", lost)
+    monkeypatch.setattr(train_module, "lock_workdir", lost)
     with pytest.raises(UserError, match="took over"):
         train(tiny(*SHORT), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

@@ -12,7 +12,7 @@ from tttjax.models import build_model, fast_mlps
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import checkpoints
 from tttjax.training.step import make_trainer
-from tttjax.training.warm_start import starting_weights
+from tttjax.training.warm_start import load_initial_weights
 
 SIZES = {"num_layers": 3, "num_kv_heads": 1, "post_norm": False}
 STATIC = {**SIZES, "suffix_layers": 0, "fast_mlp": False}
@@ -30,7 +30,7 @@ def save(folder, sizes):
     config = small_config(model=sizes)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    saver = checkpoints.Checkpointer(folder / checkpoints.DIRECTORY)
+    saver = checkpoints.Checkpointer(folder / checkpoints.CHECKPOINT_DIR)
     saver.save(1, {"params": params}, config=dataclasses.asdict(config))
     saver.close()
     return folder, model, params
@@ -50,7 +50,7 @@ def logits(model, params):
 def test_fast_mlps_that_start_at_zero_change_nothing_until_they_learn(static, capsys):
     folder, model, params = static
     config, trainer = make(devices=2, **EXTENDED)
-    weights = starting_weights(str(folder), trainer, seed=0)
+    weights = load_initial_weights(str(folder), trainer, seed=0)
     assert "the last 2 blocks are the suffix; their fast MLPs are new" in capsys.readouterr().err
     wanted = trainer.abstract_state.params
     same = jax.tree.map(
@@ -73,7 +73,7 @@ def test_fast_mlps_that_start_at_zero_change_nothing_until_they_learn(static, ca
 def test_the_same_model_is_taken_as_it_is(static):
     folder, _, params = static
     _, trainer = make(**STATIC)
-    assert worst(starting_weights(str(folder), trainer, seed=0), params) == 0
+    assert worst(load_initial_weights(str(folder), trainer, seed=0), params) == 0
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_same_model_is_taken_as_it_is(static):
 def test_other_differences_are_refused(static, model, sentence):
     _, trainer = make(**model)
     with pytest.raises(UserError, match=sentence):
-        starting_weights(str(static[0]), trainer, seed=0)
+        load_initial_weights(str(static[0]), trainer, seed=0)
 
 
 def test_fast_mlps_of_other_sizes_are_refused(tmp_path):
@@ -95,7 +95,7 @@ def test_fast_mlps_of_other_sizes_are_refused(tmp_path):
     save(tmp_path, {"fast_mlp": True, "suffix_layers": 1})
     _, trainer = make(fast_mlp=True, suffix_layers=2, mlp_dim=8)
     with pytest.raises(UserError, match="does not fit this model"):
-        starting_weights(str(tmp_path), trainer, seed=0)
+        load_initial_weights(str(tmp_path), trainer, seed=0)
 
 
 def test_gradients_are_finite_where_a_norm_meets_zeros():

@@ -30,12 +30,20 @@ from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare, evaluate
 from tttjax.evaluation.files import check_writable, to_dict, write_results
 from tttjax.evaluation.results import Comparison, Series
-from tttjax.runs.run import DYNAMIC_PATHS, MODES, Learning, Run, RunSpec, open_run, run_of_params
+from tttjax.runs.run import (
+    DYNAMIC_PATHS,
+    MODES,
+    LearningOptions,
+    Run,
+    RunSpec,
+    open_run,
+    run_of_params,
+)
 from tttjax.ttt.update_rules import RULES
 
 __all__ = [
     "Comparison",
-    "Learning",
+    "LearningOptions",
     "Run",
     "RunSpec",
     "Series",
@@ -159,14 +167,14 @@ def _settings(args: argparse.Namespace, defaults: EvalConfig) -> EvalConfig:
     return dataclasses.replace(defaults, **checked)
 
 
-def _learning(args: argparse.Namespace) -> Learning:
+def _learning(args: argparse.Namespace) -> LearningOptions:
     inner = {
         "lr": args.inner_lr,
         "rule": args.inner_rule,
         "clip": args.inner_clip,
         "chunk_size": args.chunk_size,
     }
-    return Learning(
+    return LearningOptions(
         inner={key: value for key, value in inner.items() if value is not None},
         dynamic_paths=args.dynamic_paths,
         dynamic_layers=args.dynamic_layers,

@@ -40,8 +40,8 @@ from tttjax.inference.session_file import (
 )
 from tttjax.io.locks import hold
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.generation import as_json, read_prompts, write_all
-from tttjax.runs.load import Opened, encode_prompt, start_session
+from tttjax.runs.generation import generate_all, read_prompts, to_record
+from tttjax.runs.load import LoadedModel, encode_prompt, load_or_start_session
 from tttjax.runtime import progress
 from tttjax.runtime.memory import device_memory
 
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
         opened = open_from(args)
     _check_samples(args.samples, opened)
     with as_configured(opened.config):
-        session = start_session(opened, args.session)
+        session = load_or_start_session(opened, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
         prompts = [encode_prompt(opened, text, is_first=not args.session) for text in texts]
         for prompt_T in prompts:
@@ -119,8 +119,8 @@ def _run(args: argparse.Namespace) -> int:
                 args.save_session,
                 opened.engine,
                 session,
-                model=opened.model,
-                tokenizer=opened.tokenizer_mark,
+                model=opened.model_fingerprint,
+                tokenizer=opened.tokenizer_fingerprint,
                 precision=args.session_precision,
                 rank=args.session_rank,
             )
@@ -161,7 +161,7 @@ def _check(args: argparse.Namespace) -> None:
         check_unicode(stop, "--stop")
 
 
-def _check_samples(samples: int, opened: Opened) -> None:
+def _check_samples(samples: int, opened: LoadedModel) -> None:
     """UserError where not even the logits of all samples, and what occurred, have room."""
     size, limit = samples * opened.config.model.vocab_size * (4 + 1), device_memory()
     if size > limit:
@@ -179,7 +179,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 def _write_all(
     args: argparse.Namespace,
-    opened: Opened,
+    opened: LoadedModel,
     session: Session,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
@@ -189,7 +189,7 @@ def _write_all(
         (sampling, args.max_tokens, tuple(args.stop), args.seed + i) for i in range(args.samples)
     ]
     learn = args.learn == "all"
-    for text in write_all(opened, session, prompts, requests, batch=args.batch, learn=learn):
+    for text in generate_all(opened, session, prompts, requests, batch=args.batch, learn=learn):
         print(json.dumps(text, ensure_ascii=False), flush=True)
 
 
@@ -201,7 +201,7 @@ def _dim(text: str) -> str:
 
 def _write(
     args: argparse.Namespace,
-    opened: Opened,
+    opened: LoadedModel,
     session: Session,
     prompt: str,
     prompt_T: np.ndarray,
@@ -227,7 +227,7 @@ def _write(
     if streams:
         print()
     elif args.json:
-        print(json.dumps([as_json(text) for text in pieces], ensure_ascii=False))
+        print(json.dumps([to_record(text) for text in pieces], ensure_ascii=False))
     else:
         for i, text in enumerate(pieces):
             print(f"--- {i + 1} (seed {args.seed + i})\n{''.join(p.text for p in text)}")

@@ -111,7 +111,7 @@ def open_source(args: argparse.Namespace, say: Say = print) -> ImportSource:
             raise UserError(f"There is no folder {folder} to import; check how it is spelt.")
         if not folder.is_dir():
             raise UserError(f"{folder} is a file; give the folder of a model or checkpoint.")
-        if (folder / checkpoints.DIRECTORY).is_dir() or (folder / "meta").is_dir():
+        if (folder / checkpoints.CHECKPOINT_DIR).is_dir() or (folder / "meta").is_dir():
             raise UserError(f"{folder} is a run of tttjax already; use it as it is.")
         if looks_like_huggingface(folder):
             return open_huggingface(folder, **settings)

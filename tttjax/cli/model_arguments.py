@@ -4,7 +4,7 @@ import argparse
 
 from tttjax.cli.flag_types import int32
 from tttjax.errors import UserError
-from tttjax.runs.load import LEARN, Opened, open_model
+from tttjax.runs.load import LEARN, LoadedModel, load_model
 from tttjax.runs.run import MODES
 
 
@@ -30,14 +30,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_from(args: argparse.Namespace, *, observe: bool = False) -> Opened:
-    """The model that the options of `add_model_arguments` describe; observe: as of `open_model`."""
+def open_from(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:
+    """The model that the options of `add_model_arguments` describe; observe: as of `load_model`."""
     if args.learn == "none" and args.mode not in ("", "off"):
         raise UserError(f"--learn=none and --mode={args.mode} contradict each other.")
-    return open_model(
+    return load_model(
         args.workdir,
         tokenizer=args.tokenizer,
         mode="off" if args.learn == "none" else args.mode,
         max_length=args.max_length,
-        observe=observe,
+        trace_updates=trace_updates,
     )

@@ -16,7 +16,7 @@ from tttjax.evaluation.needle.files import write_needle
 from tttjax.evaluation.needle.prompts import TASKS
 from tttjax.evaluation.needle.runner import NeedleSettings, needle_tests
 from tttjax.evaluation.needle.tables import sentence, table
-from tttjax.runs.run import Learning, Run
+from tttjax.runs.run import LearningOptions, Run
 
 # Options of the one kind of evaluation, and of the other.
 NEEDLE_OPTIONS = ("needle_tasks", "needle_depths", "needle_samples", "needle_text", "tokenizer")
@@ -70,7 +70,9 @@ def check_needle_arguments(args: argparse.Namespace) -> None:
             )
 
 
-def run_needle(args: argparse.Namespace, runs: Sequence[Run], learning: Learning, out: Path) -> int:
+def run_needle(
+    args: argparse.Namespace, runs: Sequence[Run], learning: LearningOptions, out: Path
+) -> int:
     """`tttjax evaluate --needle`; the exit code."""
     settings = _settings(args, runs)
     if jax.process_index() == 0:

@@ -30,13 +30,21 @@ from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluation.progress import Progress
 from tttjax.evaluation.update_trace import UpdateTraceWriter
-from tttjax.inference.session import CHUNKS_AT_ONCE
+from tttjax.inference.session import CHUNKS_PER_CALL
 from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
 from tttjax.io.locks import Lock, hold
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.load import Opened
-from tttjax.runs.long_text import TextReading, advance, begin, go_on, one_text, save, stretch
-from tttjax.runs.reading_log import ChunkRow, CsvLog
+from tttjax.runs.chunk_log import ChunkRow, CsvLog
+from tttjax.runs.load import LoadedModel
+from tttjax.runs.long_text import (
+    TextPrefill,
+    find_text,
+    resume_prefill,
+    run_prefill,
+    save,
+    start_prefill,
+    tokens_per_call,
+)
 from tttjax.runs.snapshots import Snapshots
 from tttjax.training.stopping import StopRequest
 
@@ -73,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax read` from parsed arguments; the exit code."""
     _check(args)
-    file = one_text(args.text)
+    file = find_text(args.text)
     with contextlib.ExitStack() as holding:
         locks = []
         for path, beside in (
@@ -88,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> int:
-    opened = open_from(args, observe=bool(args.telescope))
+    opened = open_from(args, trace_updates=bool(args.telescope))
     if args.telescope and not opened.engine.reader.chunk_size:
         raise UserError(
             f"--telescope shows updates, and {args.workdir} makes none: it has no fast weights, or "
@@ -97,7 +105,11 @@ def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> in
     with as_configured(opened.config):
         path = Path(args.save_session)
         has_begun = path.exists()
-        reading = go_on(opened, file, path) if has_begun else begin(opened, file, args.session)
+        reading = (
+            resume_prefill(opened, file, path)
+            if has_begun
+            else start_prefill(opened, file, args.session)
+        )
         opened.engine.check((), reading.session.tokens + reading.total - reading.done)
         # Of a text that was read to its end, the telescope's summary may still be missing.
         if reading.done < reading.total or args.telescope:
@@ -118,8 +130,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _read(
     args: argparse.Namespace,
-    opened: Opened,
-    reading: TextReading,
+    opened: LoadedModel,
+    reading: TextPrefill,
     locks: Sequence[Lock],
     stop: StopRequest,
     stream: TextIO,
@@ -131,15 +143,15 @@ def _read(
         if args.telescope:
             outputs.append(UpdateTraceWriter(args.telescope, opened, reading))
         if args.log:
-            outputs.append(CsvLog(args.log, reading.learned))
+            outputs.append(CsvLog(args.log, reading.learned_tokens))
         for output in outputs:
             closing.callback(output.close)
         saver = _Saver(args, opened, reading, locks, outputs, snapshots)
         progress = Progress(reading.total - reading.done, stream, title="read")
-        recent: deque[ChunkRow] = deque(maxlen=CHUNKS_AT_ONCE)
+        recent: deque[ChunkRow] = deque(maxlen=CHUNKS_PER_CALL)
         saver.keep()
         before = reading.done
-        for number, rows in enumerate(advance(opened, reading)):
+        for number, rows in enumerate(run_prefill(opened, reading)):
             for output in outputs:
                 output.add(rows)
             recent.extend(rows)
@@ -153,10 +165,10 @@ def _read(
         saver.save()
 
 
-def _snapshots(args: argparse.Namespace, opened: Opened) -> Snapshots | None:
+def _snapshots(args: argparse.Namespace, opened: LoadedModel) -> Snapshots | None:
     if not args.keep_every:
         return None
-    size = stretch(opened)
+    size = tokens_per_call(opened)
     every = -(-args.keep_every // size)
     snapshots = Snapshots(Path(args.save_session), every, args.keep_most, size)
     snapshots.check()
@@ -184,8 +196,8 @@ class _Saver:
     def __init__(
         self,
         args: argparse.Namespace,
-        opened: Opened,
-        reading: TextReading,
+        opened: LoadedModel,
+        reading: TextPrefill,
         locks: Sequence[Lock],
         outputs: Iterable[CsvLog | UpdateTraceWriter],
         snapshots: Snapshots | None,

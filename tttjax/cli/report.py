@@ -26,7 +26,7 @@ from tttjax.errors import UserError
 from tttjax.evaluation.report.entries import DYNAMIC, ReportEntry, parse_entry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.results import Report, SystemResult
-from tttjax.runs.run import Learning
+from tttjax.runs.run import LearningOptions
 from tttjax.ttt.update_rules import RULES
 
 __all__ = ["Report", "ReportEntry", "SystemResult", "add_arguments", "make_report", "run"]
@@ -85,12 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _with_learning(entries: Sequence[ReportEntry], args: argparse.Namespace) -> list[ReportEntry]:
     """Those in the mode dynamic learn as the options say. UserError if there is none."""
-    learning = Learning(
+    learning = LearningOptions(
         inner={"rule": args.inner_rule} if args.inner_rule else {},
         dynamic_lrs=() if args.dynamic_lr is None else (args.dynamic_lr,),
         dynamic_layers=args.dynamic_layers,
     )
-    if learning == Learning():
+    if learning == LearningOptions():
         return list(entries)
     if not any(entry.mode == DYNAMIC for entry in entries):
         raise UserError(

@@ -25,8 +25,8 @@ from tttjax.errors import UserError
 from tttjax.inference.session_file import About, check_file, read_about
 from tttjax.io.locks import hold
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.long_text import advance, go_on, is_of, one_text, save
-from tttjax.runs.snapshots import copy, folder_of, kept
+from tttjax.runs.long_text import find_text, is_session_of, resume_prefill, run_prefill, save
+from tttjax.runs.snapshots import copy, list_snapshots, snapshot_dir
 
 SHOWN = 8  # last updates whose losses are shown one by one
 
@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_json(path: str, about: About) -> dict:
-    snapshots = {str(file): dataclasses.asdict(found) for file, found in kept(path).items()}
+    snapshots = {
+        str(file): dataclasses.asdict(found) for file, found in list_snapshots(path).items()
+    }
     return {**dataclasses.asdict(about), "kept": snapshots}
 
 
@@ -85,9 +87,9 @@ def _describe(path: str, about: About) -> list[str]:
         lines.append(f"  text {source['text']}: {source['tokens']:,} of {source['of']:,} tokens")
     lines += _losses(about)
     lines += [f"  {line}" for line in _drifts(about)]
-    snapshots = kept(path)
+    snapshots = list_snapshots(path)
     if snapshots:
-        lines.append(f"  to go back to, in {folder_of(path)}:")
+        lines.append(f"  to go back to, in {snapshot_dir(path)}:")
     for found in snapshots.values():
         moved = sum(size**2 for size in found.drift.values()) ** 0.5
         line = f"    {found.tokens:12,} tokens  moved by {moved:.4f}"
@@ -128,14 +130,14 @@ def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
     about = read_about(path)
     if args.rewind > about.tokens:
         raise UserError(f"{path} has read {about.tokens:,} tokens, not {args.rewind:,}")
-    candidates = {**kept(path), path: about}
+    candidates = {**list_snapshots(path), path: about}
     earlier = {
         file: found
         for file, found in candidates.items()
         if found.tokens <= args.rewind and found.precision == "float32"
     }
     if not earlier:
-        first = min((found.tokens for found in kept(path).values()), default=None)
+        first = min((found.tokens for found in list_snapshots(path).values()), default=None)
         have = "keeps none" if first is None else f"keeps none before {first:,} tokens"
         raise UserError(
             f"{path} cannot go back to {args.rewind:,} tokens: it {have}; sessions on the way are "
@@ -175,23 +177,23 @@ def _check_rewind(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def _read_to(args: argparse.Namespace, nearest: Path, new: Path) -> None:
     """Reads the text on from a session file, up to `args.rewind` tokens of it all."""
-    file = one_text(args.text)
+    file = find_text(args.text)
     about = read_about(nearest)
-    if not is_of(about, file):
+    if not is_session_of(about, file):
         raise UserError(
             f"{args.text} is not the text that {args.files[0]} was read from "
             f"({about.source['text']}), or has changed since; give that one, as it was"
         )
     args.workdir = args.run
-    opened = open_from(args, observe=about.source.get("telescope", False))
+    opened = open_from(args, trace_updates=about.source.get("telescope", False))
     with as_configured(opened.config):
-        reading = go_on(opened, file, nearest)
+        reading = resume_prefill(opened, file, nearest)
         until = reading.done + args.rewind - reading.session.tokens
         if until > reading.total:
             raise UserError(
                 f"{args.text} ends before {args.rewind:,} tokens, after "
                 f"{args.rewind - until + reading.total:,}: what came then was no part of it"
             )
-        for _ in advance(opened, reading, until):
+        for _ in run_prefill(opened, reading, until):
             pass
         save(new, opened, reading)

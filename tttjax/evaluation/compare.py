@@ -20,7 +20,7 @@ from tttjax.evaluation.text import Text, open_text
 from tttjax.parallel import precision
 from tttjax.runs.run import (
     EvalSetup,
-    Learning,
+    LearningOptions,
     Run,
     RunSpec,
     choose_modes,
@@ -45,7 +45,7 @@ def compare(
     modes: Sequence[str] = (),
     window: int = 0,
     longest: int = 0,
-    learning: Learning | None = None,
+    learning: LearningOptions | None = None,
     mesh: Mesh | None = None,
     progress: TextIO | None = None,
 ) -> Comparison:
@@ -67,7 +67,7 @@ def compare(
     Raises:
       UserError: runs, data, tokenizers, lengths or modes that do not fit together.
     """
-    learning = learning or Learning()
+    learning = learning or LearningOptions()
     opened = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
     check_names(opened)
     settings = settings or opened[0].config.eval
@@ -134,7 +134,7 @@ def context_lengths(
     modes: Sequence[tuple[str, ...]],
     settings: EvalConfig,
     window: int,
-    learning: Learning,
+    learning: LearningOptions,
 ) -> tuple[int, ...]:
     """Those of the settings, else 1, 2, 4 and 8 windows. UserError if one does not fit a run."""
     lengths = settings.context_lengths or tuple(window * n for n in (1, 2, 4, 8))
@@ -197,7 +197,7 @@ def _read(
 def _total_work(
     runs: Sequence[Run],
     modes: Sequence[tuple[str, ...]],
-    learning: Learning,
+    learning: LearningOptions,
     lengths: Sequence[int],
     held_out: HeldOut,
 ) -> int:

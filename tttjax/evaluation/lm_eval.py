@@ -27,7 +27,7 @@ from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, Scorer, score_together
 from tttjax.inference.session import Session
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.load import LEARN, Opened, open_model
+from tttjax.runs.load import LEARN, LoadedModel, load_model
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -65,7 +65,7 @@ class TTTJaxLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
-        """mode, tokenizer, max_length: of `open_model`. learn: "all", "prompt" (not from what it
+        """mode, tokenizer, max_length: of `load_model`. learn: "all", "prompt" (not from what it
         writes or is scored on), "none". seed: of sampling, one more for each repeat of a request.
         batch_size: requests at once; "auto".
         device: what the harness's command always gives; JAX chooses its own (JAX_PLATFORMS).
@@ -79,7 +79,7 @@ class TTTJaxLM(TemplateLM):
         self._workdir, self._seed = str(workdir), seed
         self._size = _batch_size(batch_size, max_batch_size)
         self._learn = learn == "all"
-        self._opened: Opened = open_model(
+        self._opened: LoadedModel = load_model(
             self._workdir,
             tokenizer=tokenizer,
             mode="off" if learn == "none" else mode,
@@ -116,14 +116,14 @@ class TTTJaxLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Tells cached requests of different tokenizers apart."""
-        return f"tttjax-{self._opened.tokenizer_mark[:16]}"
+        return f"tttjax-{self._opened.tokenizer_fingerprint[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
         reader = self._engine.reader
         return {
             "workdir": self._workdir,
-            "model_fingerprint": self._opened.model,
+            "model_fingerprint": self._opened.model_fingerprint,
             "chunk_size": reader.chunk_size,  # 0: it does not learn
             "inner_lr": float(reader.lr),
             "learns_from_answers": self._learn,

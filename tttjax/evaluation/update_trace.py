@@ -21,9 +21,9 @@ from tttjax.errors import UserError
 from tttjax.evaluation.update_trace_plot import draw
 from tttjax.inference.update_trace import start_norms
 from tttjax.io.atomic import atomic_write
-from tttjax.runs.load import Opened
-from tttjax.runs.long_text import TextReading
-from tttjax.runs.reading_log import ChunkRow
+from tttjax.runs.chunk_log import ChunkRow
+from tttjax.runs.load import LoadedModel
+from tttjax.runs.long_text import TextPrefill
 from tttjax.training.metrics import json_safe
 from tttjax.ttt.layer_norms import fast_layers
 
@@ -66,7 +66,7 @@ class UpdateTraceWriter:
     Raises UserError for a folder that is a file, or holds what another model or text showed.
     """
 
-    def __init__(self, folder: str | os.PathLike, opened: Opened, reading: TextReading):
+    def __init__(self, folder: str | os.PathLike, opened: LoadedModel, reading: TextPrefill):
         self._folder = Path(folder)
         self._about = _describe(opened, reading)
         self._check()
@@ -76,7 +76,7 @@ class UpdateTraceWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / CHUNKS
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for line, values in _earlier(path, reading.learned):
+            for line, values in _earlier(path, reading.learned_tokens):
                 file.write(line)
                 self._note(values)
         self._file: TextIO = path.open("a", encoding="utf-8")
@@ -158,11 +158,11 @@ class UpdateTraceWriter:
         self._file.close()
 
 
-def _describe(opened: Opened, reading: TextReading) -> dict[str, Any]:
+def _describe(opened: LoadedModel, reading: TextPrefill) -> dict[str, Any]:
     reader = opened.engine.reader
     return {
         "format": FORMAT,
-        "model": opened.model,
+        "model": opened.model_fingerprint,
         "text": reading.file.id,
         "mark": reading.mark,
         "chunk_size": reader.chunk_size,

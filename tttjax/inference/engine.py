@@ -6,8 +6,8 @@ and the token after it is known, the chunk is read once more from `learned`, wit
 two places fall together. So what is learned does not depend on how the tokens came: in one piece,
 in several, or one at a time.
 
-Texts are cut into pieces of a few sizes: whole chunks by `CHUNKS_AT_ONCE` and 1, the rest by powers
-of `PIECE`. Sessions that stand at the same place and have the same piece before them read it
+Texts are cut into pieces of a few sizes: whole chunks by `CHUNKS_PER_CALL` and 1, the rest by
+powers of `PIECE`. Sessions that stand at the same place and have the same piece before them read it
 together, in batches of powers of two, so every function is compiled once for each of few shapes.
 While tokens are drawn, all sessions go on together, a token each, whatever their places.
 """

@@ -8,7 +8,7 @@ from tttjax.inference.prefill import Context
 from tttjax.ttt.chunk import ChunkRecords
 from tttjax.types import Array
 
-CHUNKS_AT_ONCE = 8
+CHUNKS_PER_CALL = 8
 PIECE = 4  # the rest of a text is read in pieces of 1, 4, 16, ... tokens
 LARGEST_PIECE = 1024
 NO_TOKENS, NO_MARKS = np.zeros(0, np.int32), np.zeros(0, bool)
@@ -78,8 +78,8 @@ class PrefillRequest:
                 counted=NO_MARKS,
                 tokens=session.tokens - len(session.pending),
             )
-        many, few = divmod(chunks, CHUNKS_AT_ONCE)
-        whole = [PrefillBucket(CHUNKS_AT_ONCE * size, True)] * many + [
+        many, few = divmod(chunks, CHUNKS_PER_CALL)
+        whole = [PrefillBucket(CHUNKS_PER_CALL * size, True)] * many + [
             PrefillBucket(size, True)
         ] * few
         rest = [PrefillBucket(length, False) for length in pieces(len(token_T) - chunks * size)]

@@ -19,7 +19,7 @@ from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
 from tttjax.runs.run import RunSpec, open_run, weights_template
-from tttjax.runs.write_run import bytes_at_once, write_run
+from tttjax.runs.write_run import max_concurrent_bytes, write_run
 from tttjax.training import checkpoints
 from tttjax.types import Array, Params
 
@@ -58,11 +58,11 @@ def import_run(source: ImportSource, workdir: str | Path, say: Say = print) -> D
             origin=source.origin,
             tokenizer=source.tokenizer,
         )
-        at_once = bytes_at_once(params)
+        concurrent_bytes = max_concurrent_bytes(params)
         del params  # so that the two never lie in memory together
         return_freed_memory()
         written = open_run(RunSpec(folder))
-        again = checkpoints.restore_params(folder, template, at_once=at_once)
+        again = checkpoints.restore_params(folder, template, concurrent_bytes=concurrent_bytes)
         read_back = largest_difference(sample_logits(written.config, again), logit_TV)
         if not read_back <= TOLERANCE:  # NaN is no agreement
             raise UserError(

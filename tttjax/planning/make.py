@@ -105,7 +105,7 @@ def _as_needed(plan: Plan) -> Memory:
 def _plan(
     config: Config, topology: Topology, name: str, mfu: float, changes: dict[str, str]
 ) -> Plan:
-    kernels = describe_kernels(config, topology.platform, here=topology.compiles)
+    kernels = describe_kernels(config, topology.platform, compile_locally=topology.compiles)
     progress.now(f"tracing the train step for {topology.name}")
     program = trace(config, topology)
     progress.now(f"compiling the train step for {topology.name}")

@@ -27,7 +27,7 @@ from tttjax.config import Config, InnerConfig, ModelConfig, check_mesh, has_fast
 from tttjax.errors import UserError
 from tttjax.models import build_model
 from tttjax.planning.memory import Memory
-from tttjax.training.step import gathered_late
+from tttjax.training.step import gathered_per_layer
 from tttjax.ttt.outer_loss import learns
 
 MARGIN = 0.97  # of the memory; predictions are not exact
@@ -213,7 +213,9 @@ def _held(config: Config) -> float:
 def _early_share(model: ModelConfig, inner: InnerConfig) -> float:
     built = build_model(model, inner)
     params = built.abstract_params()
-    late = [params.slow.get(part) for part in gathered_late(learns(built, inner.meta_gradient))]
+    late = [
+        params.slow.get(part) for part in gathered_per_layer(learns(built, inner.meta_gradient))
+    ]
     sizes = [sum(w.size for w in jax.tree.leaves(tree)) for tree in (late, params)]
     return 1 - sizes[0] / sizes[1]
 

@@ -11,7 +11,7 @@ from tttjax.errors import UserError
 from tttjax.inference.engine import Session
 from tttjax.inference.generator import GeneratedToken, Generator, Request
 from tttjax.inference.sampling import Sampling
-from tttjax.runs.load import Opened
+from tttjax.runs.load import LoadedModel
 
 
 def read_prompts(path: str) -> list[str]:
@@ -41,8 +41,8 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def write_all(
-    opened: Opened,
+def generate_all(
+    opened: LoadedModel,
     session: Session,
     prompts: Sequence[np.ndarray],
     requests: Sequence[tuple[Sampling, int, tuple[str, ...], int]],
@@ -50,7 +50,7 @@ def write_all(
     batch: int,
     learn: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The texts that follow each prompt, in order, as what `as_json` makes of them.
+    """The texts that follow each prompt, in order, as what `to_record` makes of them.
 
     requests: of every prompt, (sampling, most tokens, stop strings, seed). batch: texts written
     together, at the least those of one prompt.
@@ -69,10 +69,10 @@ def write_all(
             pieces[piece.request].append(piece)
         for i, text in enumerate(pieces):
             prompt, sample = divmod(i, len(requests))
-            yield {"prompt": first + prompt, "sample": sample, **as_json(text)}
+            yield {"prompt": first + prompt, "sample": sample, **to_record(text)}
 
 
-def as_json(pieces: Sequence[GeneratedToken]) -> dict[str, Any]:
+def to_record(pieces: Sequence[GeneratedToken]) -> dict[str, Any]:
     """A text that was written: itself, its tokens, their log-probabilities, and why it ended."""
     return {
         "text": "".join(piece.text for piece in pieces),

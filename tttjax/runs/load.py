@@ -19,30 +19,30 @@ from tttjax.inference.session_file import (
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.run import Learning, RunSpec, choose_modes, iter_eval_setups, open_run
+from tttjax.runs.run import LearningOptions, RunSpec, choose_modes, iter_eval_setups, open_run
 from tttjax.runs.tokenizer import run_tokenizer
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """model, tokenizer_mark: fingerprints, which a session file must share."""
 
     config: Config
     engine: Engine
     tokenizer: Tokenizer
-    model: str
-    tokenizer_mark: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
 
 
-def open_model(
+def load_model(
     workdir: Path | str,
     *,
     tokenizer: Path | str | None = None,
     mode: str = "",
     max_length: int = 0,
-    learning: Learning | None = None,
-    observe: bool = False,
-) -> Opened:
+    learning: LearningOptions | None = None,
+    trace_updates: bool = False,
+) -> LoadedModel:
     """The newest weights of a run, on one device.
 
     tokenizer: folder of it, or of data prepared with it (default: the run's own). mode: "on",
@@ -58,18 +58,18 @@ def open_model(
     texts = run_tokenizer(found, tokenizer)
     mesh = make_mesh(devices=jax.devices()[:1])
     with as_configured(found.config):
-        way = next(iter_eval_setups(found, modes[:1], learning or Learning(), mesh))[0]
+        way = next(iter_eval_setups(found, modes[:1], learning or LearningOptions(), mesh))[0]
         reader = make_inference_model(way.model, way.inner, way.lr, learn=way.learn)
         room = max_length or 8 * found.config.train.seq_len
-        engine = (TracingEngine if observe else Engine)(reader, way.params, room)
+        engine = (TracingEngine if trace_updates else Engine)(reader, way.params, room)
         mark = fingerprint(found.config, way.params)
-    return Opened(found.config, engine, texts, mark, texts.fingerprint())
+    return LoadedModel(found.config, engine, texts, mark, texts.fingerprint())
 
 
 LEARN = ("all", "prompt", "none")
 
 
-def encode_prompt(opened: Opened, text: str, *, is_first: bool) -> np.ndarray:
+def encode_prompt(opened: LoadedModel, text: str, *, is_first: bool) -> np.ndarray:
     """Tokens of a text, after BOS where it begins a session. UserError if it is empty."""
     token_T = opened.tokenizer.encode(text)
     if is_first and not len(token_T):
@@ -81,8 +81,10 @@ def encode_prompt(opened: Opened, text: str, *, is_first: bool) -> np.ndarray:
     return token_T.astype(np.int32)
 
 
-def start_session(opened: Opened, path: str | None) -> Session:
+def load_or_start_session(opened: LoadedModel, path: str | None) -> Session:
     """That of a file, or a new one."""
     if not path:
         return opened.engine.start()
-    return load_session(path, opened.engine, model=opened.model, tokenizer=opened.tokenizer_mark)[0]
+    return load_session(
+        path, opened.engine, model=opened.model_fingerprint, tokenizer=opened.tokenizer_fingerprint
+    )[0]

@@ -13,17 +13,17 @@ from tttjax.data.documents import LINES, ROWS, InputFile, list_inputs, read_piec
 from tttjax.data.stretches import encode_piece
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
-from tttjax.inference.session import CHUNKS_AT_ONCE, Session
+from tttjax.inference.session import CHUNKS_PER_CALL, Session
 from tttjax.inference.session_file import LOSSES, About, read_about, save_session
 from tttjax.inference.update_trace import TracingEngine
-from tttjax.runs.load import Opened, start_session
-from tttjax.runs.reading_log import ChunkRow, rows_of
+from tttjax.runs.chunk_log import ChunkRow, chunk_rows
+from tttjax.runs.load import LoadedModel, load_or_start_session
 
-STATIC_STRETCH = 2048  # tokens read at once by a model that does not learn
+STATIC_TOKENS_PER_CALL = 2048  # tokens read at once by a model that does not learn
 
 
 @dataclass
-class TextReading:
+class TextPrefill:
     """A text, of which `done` of `total` tokens were read into the session.
 
     mark: what tells the text from others. losses, losses_after: of the last chunks, as `About` has
@@ -39,7 +39,7 @@ class TextReading:
     losses_after: deque[float | None]
 
     @property
-    def learned(self) -> int:
+    def learned_tokens(self) -> int:
         """Tokens of the session that were learned from."""
         return self.session.tokens - len(self.session.pending)
 
@@ -53,7 +53,7 @@ class TextReading:
         }
 
 
-def one_text(name: str) -> InputFile:
+def find_text(name: str) -> InputFile:
     """The file of that name. UserError if it is none, or holds several texts."""
     files = list_inputs([name])
     if len(files) != 1:
@@ -65,24 +65,24 @@ def one_text(name: str) -> InputFile:
     return files[0]
 
 
-def begin(opened: Opened, file: InputFile, base: str | None) -> TextReading:
+def start_prefill(opened: LoadedModel, file: InputFile, base: str | None) -> TextPrefill:
     """At the start of a text, after the session of the file `base` if one is given.
 
     Raises UserError for a text without tokens.
     """
     total = count(opened.tokenizer, file)
-    session = start_session(opened, base)
+    session = load_or_start_session(opened, base)
     if not session.tokens and opened.tokenizer.bos_id is not None:
         session, _ = opened.engine.read(session, np.array([opened.tokenizer.bos_id]))
-    return TextReading(
+    return TextPrefill(
         file, mark(file), total, session, 0, deque(maxlen=LOSSES), deque(maxlen=LOSSES)
     )
 
 
-def go_on(opened: Opened, file: InputFile, path: str | Path) -> TextReading:
+def resume_prefill(opened: LoadedModel, file: InputFile, path: str | Path) -> TextPrefill:
     """Where reading was when the session file was saved. UserError if it was of another text."""
     before = read_about(path)
-    if not is_of(before, file):
+    if not is_session_of(before, file):
         name = before.source.get("text", "a prompt")
         changed = ", which has changed since" if name == file.id else ""
         raise UserError(
@@ -96,12 +96,12 @@ def go_on(opened: Opened, file: InputFile, path: str | Path) -> TextReading:
             "and --mode as before"
         )
     total = count(opened.tokenizer, file)
-    session, losses = start_session(opened, str(path)), deque(before.chunk_losses, LOSSES)
+    session, losses = load_or_start_session(opened, str(path)), deque(before.chunk_losses, LOSSES)
     after = deque(before.chunk_losses_after, LOSSES)
-    return TextReading(file, mark(file), total, session, before.source["tokens"], losses, after)
+    return TextPrefill(file, mark(file), total, session, before.source["tokens"], losses, after)
 
 
-def how(opened: Opened) -> str:
+def how(opened: LoadedModel) -> str:
     """How a model reads, in words."""
     reader = opened.engine.reader
     if not reader.chunk_size:
@@ -109,7 +109,7 @@ def how(opened: Opened) -> str:
     return f"learning from every {reader.chunk_size} tokens at a rate of {reader.lr:g}"
 
 
-def is_of(about: About, file: InputFile) -> bool:
+def is_session_of(about: About, file: InputFile) -> bool:
     """Whether a session is of this text, as it is now."""
     return about.source.get("mark") == mark(file)
 
@@ -131,25 +131,27 @@ def count(tokenizer: Tokenizer, file: InputFile) -> int:
     return total
 
 
-def stretch(opened: Opened) -> int:
+def tokens_per_call(opened: LoadedModel) -> int:
     """Tokens that are read at once: states on the way exist at multiples of it."""
-    return CHUNKS_AT_ONCE * opened.engine.reader.chunk_size or STATIC_STRETCH
+    return CHUNKS_PER_CALL * opened.engine.reader.chunk_size or STATIC_TOKENS_PER_CALL
 
 
-def advance(
-    opened: Opened, reading: TextReading, until: int | None = None
+def run_prefill(
+    opened: LoadedModel, reading: TextPrefill, until: int | None = None
 ) -> Iterator[list[ChunkRow]]:
     """Reads on, at most `until` so many tokens of the text are read; gives rows by stretch.
 
     The first stretch ends where one would have ended that began with the text, so that what is read
     after a stop is what would have been read without.
     """
-    size, chunk = stretch(opened), opened.engine.reader.chunk_size
+    size, chunk = tokens_per_call(opened), opened.engine.reader.chunk_size
     until = reading.total if until is None else until
-    for token_T in _stretches(_tokens(opened.tokenizer, reading.file), size, reading.done, until):
+    for token_T in _split_at_multiples(
+        _tokens(opened.tokenizer, reading.file), size, reading.done, until
+    ):
         reading.session, seen = opened.engine.read(reading.session, token_T)
         reading.done += len(token_T)
-        rows = rows_of(seen, reading.learned, chunk)
+        rows = chunk_rows(seen, reading.learned_tokens, chunk)
         reading.losses.extend(row.loss for row in rows)
         reading.losses_after.extend(row.loss_after for row in rows)
         yield rows
@@ -160,7 +162,7 @@ def _tokens(tokenizer: Tokenizer, file: InputFile) -> Iterator[np.ndarray]:
         yield encode_piece(tokenizer, piece)[0]
 
 
-def _stretches(
+def _split_at_multiples(
     parts: Iterator[np.ndarray], size: int, first: int, until: int
 ) -> Iterator[np.ndarray]:
     """The tokens from `first` to `until`, in arrays that end at multiples of `size`."""
@@ -185,8 +187,8 @@ def _stretches(
 
 def save(
     path: str | Path,
-    opened: Opened,
-    reading: TextReading,
+    opened: LoadedModel,
+    reading: TextPrefill,
     precision: str = "float32",
     rank: int = 0,
 ) -> About:
@@ -196,8 +198,8 @@ def save(
         path,
         opened.engine,
         reading.session,
-        model=opened.model,
-        tokenizer=opened.tokenizer_mark,
+        model=opened.model_fingerprint,
+        tokenizer=opened.tokenizer_fingerprint,
         precision=precision,
         rank=rank,
         chunk_losses=list(reading.losses),

@@ -65,7 +65,7 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class Learning:
+class LearningOptions:
     """How models learn while they are evaluated, where that differs from their configuration.
 
     inner: fields of `InnerConfig` with other values, for every learning mode.
@@ -134,8 +134,8 @@ def open_run(spec: RunSpec) -> Run:
                 "config.json"
             )
         config = from_config_dict(values)
-    home = found.parent.parent if found.parent.name == checkpoints.DIRECTORY else found.parent
-    config = _with_found_data(config, Path(home), meta["data_state"])
+    home = found.parent.parent if found.parent.name == checkpoints.CHECKPOINT_DIR else found.parent
+    config = _resolve_data_paths(config, Path(home), meta["data_state"])
     return Run(
         name=spec.name or workdir.resolve().name,
         config=config,
@@ -151,7 +151,7 @@ def open_run(spec: RunSpec) -> Run:
     )
 
 
-def _with_found_data(config: Config, home: Path, data_state: Any) -> Config:
+def _resolve_data_paths(config: Config, home: Path, data_state: Any) -> Config:
     """The configuration with the paths of data sets as they are found now, if they are."""
     sources = config.data.sources
     contents = data_state.get("data", ()) if isinstance(data_state, dict) else ()
@@ -241,7 +241,7 @@ def make_run_mesh(config: Config) -> Mesh:
     return make_mesh()
 
 
-def inner_config(run: Run, learning: Learning) -> InnerConfig:
+def inner_config(run: Run, learning: LearningOptions) -> InnerConfig:
     """The run's inner loop with the values that were asked for. UserError for an impossible one."""
     values = {key: check_value(f"inner.{key}", value) for key, value in learning.inner.items()}
     inner = dataclasses.replace(run.config.inner, **values)
@@ -254,7 +254,7 @@ def inner_config(run: Run, learning: Learning) -> InnerConfig:
     return inner
 
 
-def learning_rates(run: Run, mode: str, learning: Learning) -> tuple[float, ...]:
+def learning_rates(run: Run, mode: str, learning: LearningOptions) -> tuple[float, ...]:
     """The inner learning rates with which a mode is evaluated; one, and unused, if it is off."""
     if mode == "dynamic" and learning.dynamic_lrs:
         return tuple(check_value("inner.lr", lr) for lr in learning.dynamic_lrs)
@@ -262,13 +262,13 @@ def learning_rates(run: Run, mode: str, learning: Learning) -> tuple[float, ...]
 
 
 def iter_eval_setups(
-    run: Run, modes: Sequence[str], learning: Learning, mesh: Mesh
+    run: Run, modes: Sequence[str], learning: LearningOptions, mesh: Mesh
 ) -> Iterator[tuple[EvalSetup, ...]]:
     """Reads the run's weights and gives, for each mode, its ways of reading (one per rate)."""
     model = build_model(run.config.model, run.config.inner)
     params = run.weights(weights_template(model, mesh))
     for mode in modes:
-        its_model, inner = reading_model(run, mode, learning)
+        its_model, inner = build_eval_model(run, mode, learning)
         its_params = params
         if mode == "dynamic":
             its_params = _relayout(params, model, its_model, mesh)
@@ -289,7 +289,9 @@ def iter_eval_setups(
         )
 
 
-def reading_model(run: Run, mode: str, learning: Learning) -> tuple[Transformer, InnerConfig]:
+def build_eval_model(
+    run: Run, mode: str, learning: LearningOptions
+) -> tuple[Transformer, InnerConfig]:
     """The model that reads in a mode, and its inner loop."""
     # What is off does not learn, so what was asked of learning does not concern it.
     inner = run.config.inner if mode == "off" else inner_config(run, learning)
@@ -311,7 +313,7 @@ def weights_template(model: Transformer, mesh: Mesh) -> Params:
     )
 
 
-def _dynamic_model(run: Run, inner: InnerConfig, learning: Learning) -> Transformer:
+def _dynamic_model(run: Run, inner: InnerConfig, learning: LearningOptions) -> Transformer:
     config = run.config.model
     layers = learning.dynamic_layers or max(1, config.num_layers // 4)
     if not 1 <= layers <= config.num_layers:

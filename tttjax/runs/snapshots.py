@@ -44,7 +44,7 @@ class Snapshots:
     def check(self) -> None:
         """UserError if the folder holds snapshots of something else."""
         mine = read_about(self.path) if self.path.exists() else None
-        for path, about in kept(self.path).items():
+        for path, about in list_snapshots(self.path).items():
             if mine is None or _identity(about) != _identity(mine):
                 raise UserError(
                     f"{path.parent} holds sessions of an earlier reading; remove it, or give "
@@ -54,23 +54,23 @@ class Snapshots:
     def keep(self) -> None:
         """Keeps the session file as it is now, and removes what is too much."""
         about = read_about(self.path)
-        target = folder_of(self.path) / f"{about.tokens:012}{SUFFIX}"
+        target = snapshot_dir(self.path) / f"{about.tokens:012}{SUFFIX}"
         if not target.exists():
             copy(self.path, target)
         distance = self.distance(about.source["tokens"] // self.size)
-        for path, found in kept(self.path).items():
+        for path, found in list_snapshots(self.path).items():
             if found.source["tokens"] // self.size % distance:
                 path.unlink()
 
 
-def folder_of(session: str | os.PathLike) -> Path:
+def snapshot_dir(session: str | os.PathLike) -> Path:
     """Where the snapshots of a session file are."""
     return Path(f"{os.fspath(session)}.kept")
 
 
-def kept(session: str | os.PathLike) -> dict[Path, About]:
+def list_snapshots(session: str | os.PathLike) -> dict[Path, About]:
     """The snapshots of a session file, the earliest first."""
-    return {path: read_about(path) for path in sorted(folder_of(session).glob(f"*{SUFFIX}"))}
+    return {path: read_about(path) for path in sorted(snapshot_dir(session).glob(f"*{SUFFIX}"))}
 
 
 def copy(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
 from tttjax.runs.run import Run
-from tttjax.training.checkpoints import DIRECTORY
+from tttjax.training.checkpoints import CHECKPOINT_DIR
 
 
 def run_tokenizer(run: Run, given: Path | str | None = None) -> Tokenizer:
@@ -44,5 +44,5 @@ def _own_folders(run: Run) -> Iterator[Path]:
     """Where a run's tokenizer may be, the likeliest first: its work directory, its data."""
     if run.folder:
         above = run.folder.parent
-        yield above.parent if above.name == DIRECTORY else above
+        yield above.parent if above.name == CHECKPOINT_DIR else above
     yield from map(Path, run.config.data.sources)

@@ -42,7 +42,7 @@ def write_run(
     told = {**origin, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     (folder / ORIGIN).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     saver = checkpoints.Checkpointer(
-        folder / checkpoints.DIRECTORY, keep=1, at_once=bytes_at_once(params)
+        folder / checkpoints.CHECKPOINT_DIR, keep=1, concurrent_bytes=max_concurrent_bytes(params)
     )
     try:
         saver.save(
@@ -55,7 +55,7 @@ def write_run(
         saver.close()
 
 
-def bytes_at_once(params: Params) -> int:
+def max_concurrent_bytes(params: Params) -> int:
     """Room for the largest array, and for some small ones with it."""
     sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     return max(sizes) * 9 // 8 + 2**20

@@ -21,11 +21,11 @@ from tttjax.ttt.outer_loss import learns
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """The kernel of one kind of attention. why: it is XLA's form; empty if it is a kernel."""
 
     kernel: str
-    why: str = ""
+    fallback_reason: str = ""
 
 
 def platform_of(mesh: Mesh) -> str:
@@ -34,7 +34,9 @@ def platform_of(mesh: Mesh) -> str:
     return "cuda" if device.device_kind.startswith("NVIDIA") else device.platform
 
 
-def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[str, Choice]:
+def choose_kernels(
+    config: Config, platform: str, *, compile_locally: bool = True
+) -> dict[str, KernelChoice]:
     """By kind of attention that the configuration has; of sequences of `train.seq_len` tokens.
 
     here: whether this machine makes the programs, so that it must have the library.
@@ -49,21 +51,25 @@ def choose_kernels(config: Config, platform: str, *, here: bool = True) -> dict[
     for kind, attention_mask in attention_masks(shape).items():
         if kind not in model.mixer_kinds:
             continue
-        why = unsupported_reason(platform, q_THK, attention_mask)
-        if not why and here:
-            why = unsupported_reason_here(platform, q_THK, shape.kv_heads)
-        if why and model.attention_kernel == "library":
+        fallback_reason = unsupported_reason(platform, q_THK, attention_mask)
+        if not fallback_reason and compile_locally:
+            fallback_reason = unsupported_reason_here(platform, q_THK, shape.kv_heads)
+        if fallback_reason and model.attention_kernel == "library":
             raise UserError(
-                f'model.attention_kernel = "library" cannot be had for {kind} attention: {why}; '
-                'choose "auto" to have XLA there.'
+                f'model.attention_kernel = "library" does not support {kind} attention here '
+                f'({fallback_reason}): use "auto" to fall back to XLA.'
             )
         if model.attention_kernel == "xla":
-            why = 'model.attention_kernel = "xla"'
-        found[kind] = Choice("XLA", why) if why else Choice(KERNELS[platform])
+            fallback_reason = 'model.attention_kernel = "xla"'
+        found[kind] = (
+            KernelChoice("XLA", fallback_reason)
+            if fallback_reason
+            else KernelChoice(KERNELS[platform])
+        )
     return found
 
 
-def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
+def choose_chunk_kernels(config: Config, platform: str) -> dict[str, KernelChoice]:
     """By kind of attention that training reads with chunk by chunk, over a window of the past.
 
     Empty where nothing learns, and for the reference form, which has all scores in memory.
@@ -78,28 +84,31 @@ def choose_chunk_kernels(config: Config, platform: str) -> dict[str, Choice]:
         reach = [size for size in attention_mask if size]
         if not reach or kind not in kinds:
             continue
-        why = window_attention_unsupported_reason(
+        fallback_reason = window_attention_unsupported_reason(
             *(platform, (chunk, shape.num_heads, shape.head_dim), min(reach)),
             jnp.dtype(config.model.compute_dtype),
             kv_heads=shape.kv_heads,
             kernel="xla" if config.model.attention_kernel == "xla" else "auto",
         )
-        found[kind] = Choice("XLA", why) if why else Choice("Pallas")
+        found[kind] = (
+            KernelChoice("XLA", fallback_reason) if fallback_reason else KernelChoice("Pallas")
+        )
     return found
 
 
-def describe_kernels(config: Config, platform: str, *, here: bool = True) -> str:
+def describe_kernels(config: Config, platform: str, *, compile_locally: bool = True) -> str:
     """What both of the above say, in one line; empty where there is no attention."""
     parts = {
-        "whole sequences": choose_kernels(config, platform, here=here),
+        "whole sequences": choose_kernels(config, platform, compile_locally=compile_locally),
         "chunks": choose_chunk_kernels(config, platform),
     }
     told = [f"over {what}: {_told(choices)}" for what, choices in parts.items() if choices]
     return f"attention {'; '.join(told)}" if told else ""
 
 
-def _told(choices: dict[str, Choice]) -> str:
+def _told(choices: dict[str, KernelChoice]) -> str:
     return ", ".join(
-        f"{kind} by {choice.kernel}" + (f" ({choice.why})" if choice.why else "")
+        f"{kind} by {choice.kernel}"
+        + (f" ({choice.fallback_reason})" if choice.fallback_reason else "")
         for kind, choice in choices.items()
     )

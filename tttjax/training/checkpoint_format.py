@@ -121,7 +121,7 @@ def read_item(
     *,
     allow_missing: tuple[str, ...] = (),
     allow_unexpected: tuple[str, ...] = (),
-    at_once: int = 0,
+    concurrent_bytes: int = 0,
 ) -> PyTree:
     """Reads one item (`<step>/params`, ...) into the template's structure, dtypes and shardings.
 
@@ -131,7 +131,7 @@ def read_item(
       UserError: names, shapes or dtypes differ, apart from what is allowed.
     """
     wanted = named_leaves(template)
-    limits = {"restore_concurrent_gb": _in_gb(at_once)} if at_once else {}
+    limits = {"restore_concurrent_gb": _in_gb(concurrent_bytes)} if concurrent_bytes else {}
     reader = ocp.PyTreeCheckpointHandler(**limits)
     saved = named_leaves(reader.metadata(path).tree)
     _refuse_differences(path, differences(saved, wanted, allow_missing, allow_unexpected))
@@ -153,9 +153,9 @@ def read_item(
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def array_handler(at_once: int) -> ocp.StandardCheckpointHandler:
-    """Orbax's writer of arrays, with at most `at_once` bytes of them in flight."""
-    return ocp.StandardCheckpointHandler(save_concurrent_gb=_in_gb(at_once))
+def array_handler(concurrent_bytes: int) -> ocp.StandardCheckpointHandler:
+    """Orbax's writer of arrays, with at most `concurrent_bytes` bytes of them in flight."""
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=_in_gb(concurrent_bytes))
 
 
 def _in_gb(size: int) -> Any:
@@ -206,7 +206,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 # Integrity ---------------------------------------------------------------------------------------
 
 
-def completed(folder: epath.Path) -> list[epath.Path]:
+def completed_checkpoints(folder: epath.Path) -> list[epath.Path]:
     """The checkpoints of a folder, oldest first."""
     found = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     return sorted(found, key=lambda p: int(p.name))
@@ -241,10 +241,10 @@ def remove_unfinished(folder: epath.Path, quiet_s: float = 0.5, patience_s: floa
         time.sleep(quiet_s / 10)
 
 
-def _files_below(path: epath.Path) -> Iterator[epath.Path]:
+def _walk_files(path: epath.Path) -> Iterator[epath.Path]:
     for child in path.iterdir():
         if child.is_dir():
-            yield from _files_below(child)
+            yield from _walk_files(child)
         else:
             yield child
 
@@ -252,7 +252,7 @@ def _files_below(path: epath.Path) -> Iterator[epath.Path]:
 def checksums(path: epath.Path) -> dict[str, str]:
     """{file's path inside the checkpoint: BLAKE2b} over the files of its items."""
     items = [path / item for item in (*ARRAY_ITEMS, META) if (path / item).exists()]
-    files = [file for item in items for file in _files_below(item)]
+    files = [file for item in items for file in _walk_files(item)]
     return file_checksums(path, [file.relative_to(path).as_posix() for file in files])
 
 

@@ -27,12 +27,12 @@ from tttjax.io.paths import local_path
 from tttjax.training import checkpoint_format as io
 from tttjax.types import Params, PyTree
 
-DIRECTORY = "checkpoints"
-ASIDE = "damaged-"  # how names begin of damaged checkpoints that were passed over
+CHECKPOINT_DIR = "checkpoints"
+DAMAGED_PREFIX = "damaged-"  # how names begin of damaged checkpoints that were passed over
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
+class RestoredCheckpoint:
     """What a checkpoint gave back: the state on its devices, and what was saved with it.
 
     tokenizer: the fingerprint of the tokenizer that made the training data; "" if not known.
@@ -69,7 +69,7 @@ class Checkpointer:
     multi-process run must make the same calls.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int = 2, at_once: int = 0):
+    def __init__(self, directory: epath.PathLike, keep: int = 2, concurrent_bytes: int = 0):
         """Opens (and creates) `directory`; reports and removes checkpoints never completed.
 
         at_once: bytes of arrays that are being written at a time, which bounds the host memory for
@@ -81,7 +81,9 @@ class Checkpointer:
             self.directory,
             item_names=(*io.ARRAY_ITEMS, io.META),
             item_handlers=(
-                {item: io.array_handler(at_once) for item in io.ARRAY_ITEMS} if at_once else None
+                {item: io.array_handler(concurrent_bytes) for item in io.ARRAY_ITEMS}
+                if concurrent_bytes
+                else None
             ),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
@@ -151,14 +153,14 @@ class Checkpointer:
         """Turns a full disk into a UserError, after removing what was half written."""
         if io.is_disk_full(error):
             io.remove_unfinished(self.directory)
-            earlier = io.completed(self.directory)
+            earlier = io.completed_checkpoints(self.directory)
             kept = f"step {earlier[-1].name} is intact" if earlier else "no earlier one exists"
             raise UserError(
                 f"no space left while saving a checkpoint in {self.directory} ({kept}): free some "
                 "space and start again with the same command, which continues from there"
             ) from error
 
-    def restore(self, abstract_state: PyTree) -> Restored | None:
+    def restore(self, abstract_state: PyTree) -> RestoredCheckpoint | None:
         """Reads the newest undamaged checkpoint, or returns None if there is none at all.
 
         Arguments:
@@ -182,12 +184,14 @@ class Checkpointer:
                 state = io.read_items(path, abstract_state)
                 self._set_aside(damaged)
                 tokenizer = meta.get("tokenizer", "")
-                return Restored(
+                return RestoredCheckpoint(
                     step, state, meta["data_state"], meta["extra"], tokenizer, meta["config"]
                 )
             _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
             damaged.append(path)
-        left = damaged or [path for path in self.directory.iterdir() if path.name.startswith(ASIDE)]
+        left = damaged or [
+            path for path in self.directory.iterdir() if path.name.startswith(DAMAGED_PREFIX)
+        ]
         if left:
             raise UserError(
                 f"every checkpoint in {self.directory} is damaged "
@@ -201,7 +205,7 @@ class Checkpointer:
             return
         if _is_first():
             for path in damaged:
-                target = path.parent / f"{ASIDE}{path.name}"
+                target = path.parent / f"{DAMAGED_PREFIX}{path.name}"
                 if target.exists():
                     target.rmtree()
                 path.rename(target)
@@ -238,8 +242,8 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     if (path / io.META).exists():
         candidates = [path]
     else:
-        folder = path / DIRECTORY if (path / DIRECTORY).exists() else path
-        candidates = io.completed(folder)
+        folder = path / CHECKPOINT_DIR if (path / CHECKPOINT_DIR).exists() else path
+        candidates = io.completed_checkpoints(folder)
     if not candidates:
         raise UserError(
             f"{path} holds no checkpoint: give a work directory that `tttjax train` has written, "
@@ -269,7 +273,7 @@ def restore_params(
     *,
     allow_missing: tuple[str, ...] = (),
     allow_unexpected: tuple[str, ...] = (),
-    at_once: int = 0,
+    concurrent_bytes: int = 0,
 ) -> Params:
     """Reads weights only, from a work directory (its newest checkpoint) or a checkpoint.
 
@@ -289,5 +293,5 @@ def restore_params(
         template,
         allow_missing=allow_missing,
         allow_unexpected=allow_unexpected,
-        at_once=at_once,
+        concurrent_bytes=concurrent_bytes,
     )

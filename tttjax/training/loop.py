@@ -39,8 +39,8 @@ from tttjax.training.profiler import Profiler
 from tttjax.training.records import StepRecorder, Totals
 from tttjax.training.step import Trainer, TrainState, make_trainer
 from tttjax.training.stopping import StopRequest
-from tttjax.training.warm_start import starting_weights
-from tttjax.training.workdir import hold_workdir, nothing_left_of_a_failed_start
+from tttjax.training.warm_start import load_initial_weights
+from tttjax.training.workdir import lock_workdir, remove_failed_start
 from tttjax.types import Batch
 
 
@@ -108,7 +108,7 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
-    with hold_workdir(workdir) as lock, nothing_left_of_a_failed_start(workdir, lock):
+    with lock_workdir(workdir) as lock, remove_failed_start(workdir, lock):
         check_same_run(workdir, config)
         with contextlib.ExitStack() as closing:
             closing.enter_context(precision.as_configured(config))
@@ -160,7 +160,7 @@ def _set_up(
     kernels = describe_kernels(config, platform_of(mesh))
     trainer = make_trainer(config, mesh)
     saver = checkpoints.Checkpointer(
-        workdir / checkpoints.DIRECTORY, keep=settings.keep_checkpoints
+        workdir / checkpoints.CHECKPOINT_DIR, keep=settings.keep_checkpoints
     )
     closing.callback(saver.close)
     state, start, totals = _first_state(config, trainer, saver, batches, tokenizer)
@@ -344,7 +344,7 @@ def _first_state(
     if origin := config.train.init_from:
         known = checkpoints.load_tokenizer_fingerprint(origin)
         _check_tokenizer(config, tokenizer, known, origin)
-        weights = starting_weights(origin, trainer, config.train.seed)
+        weights = load_initial_weights(origin, trainer, config.train.seed)
         return trainer.start_from(weights), 0, Totals()
     return trainer.init_state(config.train.seed), 0, Totals()
 

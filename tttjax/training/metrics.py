@@ -93,7 +93,7 @@ def deterministic_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "time"} for record in read_records(workdir)]
 
 
-def _cut_after(path: Path, step: int) -> None:
+def _truncate_after(path: Path, step: int) -> None:
     """Rewrites the file with the complete records up to `step` only."""
     if not path.exists():
         return
@@ -198,7 +198,7 @@ class MetricLogger:
         self.progress = TrainProgress(self.total_steps, self.log_every, self.stream)
         self.workdir = Path(self.workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
-        _cut_after(self.workdir / JSONL, self.start_step)
+        _truncate_after(self.workdir / JSONL, self.start_step)
         self._jsonl = (self.workdir / JSONL).open("a")
         self._tensorboard = SummaryWriter(
             str(self.workdir / "tensorboard"),

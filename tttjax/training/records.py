@@ -62,7 +62,7 @@ class StepRecorder:
         if values["nonfinite"]:
             self._logger.say(f"step {step}: loss or gradient not finite, skipped")
             if values["skipped_in_row"] >= self._limit:
-                refuse_nonfinite(self._workdir, step, values, batch, data_state)
+                raise_nonfinite(self._workdir, step, values, batch, data_state)
 
     def steady_rates(self) -> dict[str, float | None]:
         """step_seconds, tokens_per_second and mfu of the median step after the first."""
@@ -85,7 +85,7 @@ def batch_fingerprint(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-def refuse_nonfinite(
+def raise_nonfinite(
     workdir: Path, step: int, values: dict[str, Any], batch: Batch, data_state: Any
 ) -> None:
     """Ends a run whose last steps were all skipped: tells what it saw, and writes it down.

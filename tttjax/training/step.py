@@ -77,7 +77,7 @@ class Trainer:
         return jax.tree.map(lambda x: place(np.asarray(x)), batch)
 
 
-def gathered_late(learn: bool) -> tuple[str, ...]:
+def gathered_per_layer(learn: bool) -> tuple[str, ...]:
     """The parts of the slow weights whose blocks run once over a sequence.
 
     With `mesh.gather` "layer" each of their rows is gathered as it is reached. What the loop over
@@ -105,7 +105,7 @@ def make_gradient(
     axes = batch_axes(mesh)
 
     def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, ForwardOutput]:
-        late = gathered_late(learn)
+        late = gathered_per_layer(learn)
         slow = {
             part: w if part in late else all_gather_params(w) for part, w in params.slow.items()
         }
@@ -113,7 +113,7 @@ def make_gradient(
 
     def of_part(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         (_, reading), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, lr)
-        return grads, _reading_metrics(model, inner, reading, learn)
+        return grads, _forward_metrics(model, inner, reading, learn)
 
     of_batch = _in_parts(of_part, accum_steps)
 
@@ -161,7 +161,7 @@ def _in_parts(of_part: Callable, parts: int) -> Callable:
     return of_batch
 
 
-def _reading_metrics(
+def _forward_metrics(
     model: Transformer, inner: InnerLoop, reading: ForwardOutput, learn: bool
 ) -> Metrics:
     """What reading a batch showed, as means over its sequences."""

@@ -17,7 +17,7 @@ from tttjax.training.step import Trainer
 from tttjax.types import Array, Params, PyTree
 
 
-def starting_weights(origin: str, trainer: Trainer, seed: int) -> Params:
+def load_initial_weights(origin: str, trainer: Trainer, seed: int) -> Params:
     """The newest weights of `origin`, a work directory or checkpoint, for the trainer's model.
 
     seed: of fast MLPs that `origin` does not have; they start as `model.fast_mlp_init` says.

@@ -13,15 +13,23 @@ from tttjax.config.run_info import CONFIG
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
-from tttjax.training.checkpoints import DIRECTORY
+from tttjax.training.checkpoints import CHECKPOINT_DIR
 from tttjax.training.metrics import JSONL
 
 # Made before the first step, after which the configuration is written.
-MADE = {DIRECTORY, TOKENIZER_DIR, JSONL, "tensorboard", "profile", "wandb", "wandb_id.txt"}
+CREATED_FILES = {
+    CHECKPOINT_DIR,
+    TOKENIZER_DIR,
+    JSONL,
+    "tensorboard",
+    "profile",
+    "wandb",
+    "wandb_id.txt",
+}
 
 
 @contextlib.contextmanager
-def hold_workdir(workdir: Path) -> Iterator[Lock]:
+def lock_workdir(workdir: Path) -> Iterator[Lock]:
     """The work directory, made if need be and locked by the first process for all.
 
     Raises UserError, on every process, if it is a file or another run's process writes there.
@@ -50,7 +58,7 @@ def hold_workdir(workdir: Path) -> Iterator[Lock]:
 
 
 @contextlib.contextmanager
-def nothing_left_of_a_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
+def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
     """Removes what was made in a new work directory, unless its configuration has been written.
 
     What another process, which took the lock over, may have made stays.
@@ -63,6 +71,6 @@ def nothing_left_of_a_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
         yield
     finally:
         if not lock.lost.is_set() and not (workdir / CONFIG).exists():
-            for name in {path.name for path in workdir.iterdir()} & MADE - before:
+            for name in {path.name for path in workdir.iterdir()} & CREATED_FILES - before:
                 path = workdir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

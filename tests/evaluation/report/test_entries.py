@@ -6,7 +6,7 @@ import pytest
 
 from tttjax.errors import UserError
 from tttjax.evaluation.report.entries import ReportEntry, choose_baseline, open_systems, parse_entry
-from tttjax.runs.run import Learning
+from tttjax.runs.run import LearningOptions
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_the_baseline_is_full_attention_unless_named(runs):
 
 def test_runs_that_do_not_fit_together_are_refused(runs, tmp_path):
     full, other, ttt = runs
-    several = Learning(dynamic_lrs=(0.1, 1.0))
+    several = LearningOptions(dynamic_lrs=(0.1, 1.0))
     for entries, sentence in (
         ([], "nothing to report on"),
         ([ReportEntry("a", tmp_path)], "holds no checkpoint"),

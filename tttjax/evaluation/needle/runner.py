@@ -28,7 +28,7 @@ from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import (
     EvalSetup,
-    Learning,
+    LearningOptions,
     Run,
     RunSpec,
     choose_modes,
@@ -94,7 +94,7 @@ def needle_tests(
     *,
     modes: Sequence[str] = (),
     window: int = 0,
-    learning: Learning | None = None,
+    learning: LearningOptions | None = None,
     progress: TextIO | None = None,
 ) -> NeedleResults:
     """Asks every way of reading of every run for the same needles, on one device.
@@ -102,7 +102,7 @@ def needle_tests(
     window: for inside and outside (0: the largest of the runs). The other arguments are those of
     `tttjax.evaluation.compare`. Raises UserError for what does not fit together.
     """
-    learning = learning or Learning()
+    learning = learning or LearningOptions()
     opened = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
     check_names(opened)
     chosen = choose_modes(opened, modes)
@@ -256,7 +256,7 @@ def _text(run: Run, tokenizer: Tokenizer, settings: NeedleSettings) -> Haystack:
 def _total_work(
     runs: Sequence[Run],
     modes: Sequence[tuple[str, ...]],
-    learning: Learning,
+    learning: LearningOptions,
     settings: NeedleSettings,
 ) -> int:
     """Tokens of all prompts, those read with learning counted for what they cost."""

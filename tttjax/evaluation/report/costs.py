@@ -112,7 +112,7 @@ def _step(source: Path) -> int | None:
     """
     folder = epath.Path(source)
     if not (folder / checkpoint_format.META).exists():
-        found = checkpoint_format.completed(folder / checkpoints.DIRECTORY)
+        found = checkpoint_format.completed_checkpoints(folder / checkpoints.CHECKPOINT_DIR)
         folder = found[-1] if found else folder
     return int(folder.name) if folder.name.isdigit() else None
 

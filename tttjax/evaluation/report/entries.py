@@ -8,7 +8,15 @@ from pathlib import Path
 from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
-from tttjax.runs.run import MODES, Learning, Run, RunSpec, choose_modes, learning_rates, open_run
+from tttjax.runs.run import (
+    MODES,
+    LearningOptions,
+    Run,
+    RunSpec,
+    choose_modes,
+    learning_rates,
+    open_run,
+)
 
 AUTO, DYNAMIC = "auto", "dynamic"
 
@@ -30,7 +38,7 @@ class ReportEntry:
     mode: str = AUTO
     context: int = 0
     seed: int | None = None
-    learning: Learning = field(default_factory=Learning)
+    learning: LearningOptions = field(default_factory=LearningOptions)
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Member:
     run: Run
     context: int
     seed: int
-    learning: Learning
+    learning: LearningOptions
 
     @property
     def mode(self) -> str:

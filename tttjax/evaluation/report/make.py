@@ -29,7 +29,7 @@ from tttjax.evaluation.report.state import state_bytes
 from tttjax.evaluation.report.summary import several, summarise
 from tttjax.evaluation.statistics import Sums
 from tttjax.io.paths import local_path
-from tttjax.runs.run import Learning, inner_config, learning_rates
+from tttjax.runs.run import LearningOptions, inner_config, learning_rates
 
 
 def make_report(
@@ -110,7 +110,7 @@ def _settings(
         number = check_value("eval.num_sequences", num_sequences)
         settings = dataclasses.replace(settings, num_sequences=number)
     window = largest_window([m.run for s in systems for m in s.members], settings)
-    found = context_lengths([], [], settings, window, Learning())
+    found = context_lengths([], [], settings, window, LearningOptions())
     for system in systems:
         for member in system.members:
             its_lengths = tuple(length for length in found if member in system.at(length))

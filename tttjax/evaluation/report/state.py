@@ -9,7 +9,7 @@ from tttjax.config import InnerConfig
 from tttjax.evaluation.report.entries import Member
 from tttjax.models import Transformer
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.run import reading_model
+from tttjax.runs.run import build_eval_model
 from tttjax.ttt.outer_loss import make_inner_loop
 
 
@@ -20,7 +20,7 @@ def state_bytes(member: Member, length: int) -> int:
     weights with the state of their update rule. Weights that all sequences share are not counted.
     """
     with as_configured(member.config):
-        model, inner = reading_model(member.run, member.mode, member.learning)
+        model, inner = build_eval_model(member.run, member.mode, member.learning)
         shapes = [jax.eval_shape(lambda: model.init_state(length))]
         if member.mode != "off":
             shapes.append(jax.eval_shape(lambda: _fast_state(model, inner)))

@@ -27,13 +27,13 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
 from tttjax.runs.origin import card_metadata, card_section, find_origin
 from tttjax.runs.run import (
-    Learning,
+    LearningOptions,
     Run,
     RunSpec,
+    build_eval_model,
     choose_modes,
     iter_eval_setups,
     open_run,
-    reading_model,
 )
 from tttjax.runs.tokenizer import run_tokenizer
 from tttjax.types import Params
@@ -169,7 +169,7 @@ def _write_texts(export: Export, folder: Path, say: Say) -> None:
         config.model, export.family, dtype=export.dtype, max_length=trained, tokens=tokens
     )
     if export.learns:
-        model, inner = reading_model(export.run, export.mode, Learning())
+        model, inner = build_eval_model(export.run, export.mode, LearningOptions())
         values |= architectures.learning_json(model, inner, inner.lr, learn=export.mode != "off")
     _write_json(folder / "config.json", values)
     known = {name: token for name, token in tokens.items() if token is not None}
@@ -281,9 +281,9 @@ def _sample(export: Export) -> np.ndarray:
 def _logits(export: Export, found: Run, token_T: np.ndarray) -> np.ndarray:
     size = compare.sample_chunk(found.config.inner.chunk_size)
     mesh = make_mesh(devices=jax.devices()[:1])
-    way = next(iter_eval_setups(found, (export.mode,), Learning(inner={"chunk_size": size}), mesh))[
-        0
-    ]
+    way = next(
+        iter_eval_setups(found, (export.mode,), LearningOptions(inner={"chunk_size": size}), mesh)
+    )[0]
     return compare.our_logits(way.model, way.inner, way.lr, way.params, token_T, learn=way.learn)
 
 

@@ -1,0 +1,66 @@
+"""Pieces of reading, without a model: stretches, distances of snapshots, means, the plot."""
+
+import numpy as np
+import pytest
+
+from tttjax.evaluation.update_trace import MOST_BINS, Bins
+from tttjax.evaluation.update_trace_plot import draw
+from tttjax.runs.long_text import _split_at_multiples
+from tttjax.runs.snapshots import Snapshots
+
+
+@pytest.mark.parametrize("first", [0, 3, 8, 11, 29])
+@pytest.mark.parametrize("until", [8, 21, 30])
+def test_stretches_end_at_multiples_wherever_they_begin(first, until):
+    tokens = np.arange(30)
+    parts = iter(np.split(tokens, [1, 2, 13, 14]))
+    found = list(_split_at_multiples(parts, 8, first, until))
+    assert np.concatenate([np.zeros(0, int), *found]).tolist() == list(range(first, until))
+    assert all(len(part) for part in found)
+    assert all(int(part[-1] + 1) % 8 == 0 for part in found[:-1])
+
+
+@pytest.mark.parametrize(("every", "most"), [(1, 2), (1, 16), (3, 5)])
+def test_snapshots_are_few_and_evenly_spaced(tmp_path, every, most):
+    snapshots = Snapshots(tmp_path / "s", every, most, size=10)
+    held: list[int] = []
+    for stretches in range(300):
+        assert not snapshots.is_due(10 * stretches + 5)
+        if not snapshots.is_due(10 * stretches):
+            continue
+        distance = snapshots.distance(stretches)
+        held = [s for s in (*held, stretches) if s % distance == 0]
+        assert len(held) <= most
+        assert held == list(range(0, stretches + 1, distance))
+    assert len(held) > most // 2
+
+
+def test_bins_hold_means_of_any_number_of_rows():
+    rows = np.random.default_rng(0).normal(size=(2 * MOST_BINS + 1, 3))
+    bins = Bins(3)
+    for row in rows:
+        bins.add(row)
+    means = bins.means()
+    assert len(means) == MOST_BINS // 2 + 1
+    np.testing.assert_allclose(means[:-1], rows[:-1].reshape(-1, 4, 3).mean(axis=1), atol=1e-12)
+    np.testing.assert_allclose(means[-1], rows[-1], atol=1e-12)
+    np.testing.assert_allclose(bins.mean(), rows.mean(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 9])
+def test_few_layers_are_lines_and_many_a_map(tmp_path, layers):
+    about = {
+        "layers": [f"layer{i}" for i in range(layers)],
+        "start_norm": [0.0] + [1.0] * (layers - 1),
+        "text": "a book",
+        "chunk_size": 4,
+        "clip": 1.0,
+    }
+    means = np.random.default_rng(0).uniform(0.1, 1, size=(20, 5 + 2 * layers))
+    means[:, 0] = 8.0 * np.arange(20)
+    figure = draw(about, means)
+    top, _, bottom = figure.axes[:3]
+    assert len(top.lines) == 2
+    assert len(bottom.lines) == (layers if layers <= 8 else 0)
+    assert bool(bottom.collections) == (layers > 8)
+    figure.savefig(tmp_path / "plot.png")
