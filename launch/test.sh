@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Checks everything: lint, formatting, types, tests. Needs only Python 3.11 or newer.
 #
-#   bash launch/test.sh                      all of it
-#   bash launch/test.sh tests/cli/test_main.py    the checks, and these tests (arguments go to pytest)
+#   bash launch/test.sh                          all of it
+#   bash launch/test.sh --fast                   lint and the fast tests, for the edit loop
+#   bash launch/test.sh tests/cli/test_main.py   the checks, and these tests (arguments go to pytest)
 #
 # Makes a virtual environment in .venv first, or reuses it. PYTHON and VENV: see launch/_venv.sh.
-# WORKERS: processes that run tests (default 2).
+# EXTRAS: what to install (default test,interop). WORKERS: processes that run tests (default 2).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/_venv.sh
-ensure_venv test,interop
+ensure_venv "${EXTRAS:-test,interop}"
 
 failed=()
 check() {
@@ -21,7 +22,12 @@ check() {
 
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check "mypy" mypy
+if [[ "${1:-}" == --fast ]]; then
+    shift
+    set -- -m "not slow" "$@"
+else
+    check "mypy" mypy
+fi
 check "pytest" python -m pytest -n "${WORKERS:-2}" "$@" </dev/null
 
 if ((${#failed[@]})); then
