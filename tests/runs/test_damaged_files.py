@@ -30,7 +30,7 @@ from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run, weights_template
-from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.training import checkpoints
 from tttjax.training.checkpoint_format import checksums
 
@@ -231,9 +231,9 @@ def run(make_run, tmp_path_factory):
 def see_run(folder):
     """What commands that open a run get of it: the files of the weights, and all that they need."""
     found = open_run(RunSpec(folder))
-    weights = checksums(epath.Path(found.folder)) if found.step == 3 else {}
+    weights = checksums(epath.Path(found.checkpoint)) if found.step == 3 else {}
     config = dataclasses.replace(found.config, data=type(found.config.data)())
-    tokenizer = run_tokenizer(found).fingerprint()
+    tokenizer = load_run_tokenizer(found).fingerprint()
     return found.step, weights, tokenizer, config_fingerprint(config)
 
 

@@ -204,9 +204,9 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         raise UserError("noted")
 
     opened = load_model(run)
-    monkeypatch.setattr(tttjax.cli.generate, "open_from", lambda *_, **__: opened)
+    monkeypatch.setattr(tttjax.cli.generate, "load_from_args", lambda *_, **__: opened)
     monkeypatch.setattr(
-        tttjax.cli.generate, "_write_all", lambda _, __, ___, prompts, ____: note(0, 0, prompts[0])
+        tttjax.cli.generate, "_print_all", lambda _, __, ___, prompts, ____: note(0, 0, prompts[0])
     )
     monkeypatch.setattr(Engine, "read", note)
     for option in (
@@ -222,7 +222,7 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         256,
         *(
             int(t)
-            for part in tttjax.runs.long_text._tokens(opened.tokenizer, find_text(path))
+            for part in tttjax.runs.long_text._encode_spans(opened.tokenizer, find_text(path))
             for t in part
         ),
     ]

@@ -1,4 +1,4 @@
-"""Pieces of reading, without a model: stretches, distances of snapshots, means, the plot."""
+"""Prefilling long texts, without a model: splitting, snapshots, binned means, the plot."""
 
 import numpy as np
 import pytest
@@ -11,28 +11,28 @@ from tttjax.runs.snapshots import Snapshots
 
 @pytest.mark.parametrize("first", [0, 3, 8, 11, 29])
 @pytest.mark.parametrize("until", [8, 21, 30])
-def test_stretches_end_at_multiples_wherever_they_begin(first, until):
+def test_parts_end_at_multiples_wherever_they_begin(first, until):
     tokens = np.arange(30)
     parts = iter(np.split(tokens, [1, 2, 13, 14]))
-    found = list(_split_at_multiples(parts, 8, first, until))
-    assert np.concatenate([np.zeros(0, int), *found]).tolist() == list(range(first, until))
-    assert all(len(part) for part in found)
-    assert all(int(part[-1] + 1) % 8 == 0 for part in found[:-1])
+    result = list(_split_at_multiples(parts, 8, first, until))
+    assert np.concatenate([np.zeros(0, int), *result]).tolist() == list(range(first, until))
+    assert all(len(part) for part in result)
+    assert all(int(part[-1] + 1) % 8 == 0 for part in result[:-1])
 
 
-@pytest.mark.parametrize(("every", "most"), [(1, 2), (1, 16), (3, 5)])
-def test_snapshots_are_few_and_evenly_spaced(tmp_path, every, most):
-    snapshots = Snapshots(tmp_path / "s", every, most, size=10)
-    held: list[int] = []
-    for stretches in range(300):
-        assert not snapshots.is_due(10 * stretches + 5)
-        if not snapshots.is_due(10 * stretches):
+@pytest.mark.parametrize(("every", "max_count"), [(1, 2), (1, 16), (3, 5)])
+def test_snapshots_are_few_and_evenly_spaced(tmp_path, every, max_count):
+    snapshots = Snapshots(tmp_path / "s", every, max_count, call_tokens=10)
+    taken: list[int] = []
+    for calls in range(300):
+        assert not snapshots.is_due(10 * calls + 5)
+        if not snapshots.is_due(10 * calls):
             continue
-        distance = snapshots.distance(stretches)
-        held = [s for s in (*held, stretches) if s % distance == 0]
-        assert len(held) <= most
-        assert held == list(range(0, stretches + 1, distance))
-    assert len(held) > most // 2
+        interval = snapshots.interval(calls)
+        taken = [call for call in (*taken, calls) if call % interval == 0]
+        assert len(taken) <= max_count
+        assert taken == list(range(0, calls + 1, interval))
+    assert len(taken) > max_count // 2
 
 
 def test_bins_hold_means_of_any_number_of_rows():

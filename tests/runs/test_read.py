@@ -43,7 +43,7 @@ def run(make_run):
 
 @pytest.fixture(scope="module")
 def open_once():
-    """As `open_from`, but models of the same options are the same, and compiled once."""
+    """As `load_from_args`, but models of the same options are the same, and compiled once."""
     opened = functools.cache(
         lambda workdir, learn, trace_updates: tttjax.cli.generate.load_model(
             workdir, mode="off" if learn == "none" else "", trace_updates=trace_updates
@@ -56,7 +56,7 @@ def open_once():
 def call(monkeypatch, capsys, open_once):
     """call(words..., stop=None) -> (exit code, stdout, stderr)."""
     for module in (tttjax.cli.generate, tttjax.cli.read, tttjax.cli.sessions):
-        monkeypatch.setattr(module, "open_from", open_once)
+        monkeypatch.setattr(module, "load_from_args", open_once)
 
     def call(*words, stop=None):
         monkeypatch.setattr(tttjax.cli.read, "StopRequest", lambda: StopAfter(stop))
@@ -79,7 +79,7 @@ def whole(run, text, tmp_path_factory, open_once):
     """A folder with what a reading without stops leaves."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tttjax.cli.read, "open_from", open_once)
+        patch.setattr(tttjax.cli.read, "load_from_args", open_once)
         assert main(["read", run, str(text), *outputs(folder)]) == 0
     return folder
 

@@ -11,7 +11,7 @@ from tttjax.data.tokenizers.base import keep_tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.runs.run import RunSpec, open_run
-from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.training import checkpoints
 from tttjax.training.loop import open_batches, train
 
@@ -57,15 +57,15 @@ def test_a_run_keeps_its_tokenizer_wherever_it_goes(replaced, data, tmp_path):
     mine = load_tokenizer(data / "tokenizer").fingerprint()
     shutil.copytree(replaced[0], tmp_path / "moved")
     for place in (tmp_path / "moved", tmp_path / "moved" / "checkpoints" / "1"):
-        assert run_tokenizer(open_run(RunSpec(place))).fingerprint() == mine
+        assert load_run_tokenizer(open_run(RunSpec(place))).fingerprint() == mine
     shutil.rmtree(tmp_path / "moved" / "tokenizer")
     with pytest.raises(UserError, match=r"tokenizer in .*data/tokenizer is not that of .*moved"):
-        run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
+        load_run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
     keep_tokenizer(replaced[2] / "tokenizer", tmp_path / "moved" / "tokenizer")
     with pytest.raises(UserError, match=r"tokenizer in .*moved/tokenizer is not that of"):
-        run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
+        load_run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
     keep_tokenizer(data / "tokenizer", tmp_path / "moved" / "tokenizer")
-    assert run_tokenizer(open_run(RunSpec(tmp_path / "moved"))).fingerprint() == mine
+    assert load_run_tokenizer(open_run(RunSpec(tmp_path / "moved"))).fingerprint() == mine
     assert not list((tmp_path / "moved").glob("*.tmp"))
 
 

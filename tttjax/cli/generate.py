@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from tttjax.cli.flag_types import float32, int32, uint32
-from tttjax.cli.model_arguments import add_model_arguments, open_from
+from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.data.streams import check_unicode, clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.inference.engine import Session
@@ -98,29 +98,29 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     with progress.doing(f"opening {args.workdir}"):
-        opened = open_from(args)
-    _check_samples(args.samples, opened)
-    with as_configured(opened.config):
-        session = load_or_start_session(opened, args.session)
+        loaded = load_from_args(args)
+    _check_samples(args.samples, loaded)
+    with as_configured(loaded.config):
+        session = load_or_start_session(loaded, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
-        prompts = [encode_prompt(opened, text, is_first=not args.session) for text in texts]
+        prompts = [encode_prompt(loaded, text, is_first=not args.session) for text in texts]
         for prompt_T in prompts:
-            opened.engine.check(prompt_T, session.tokens + args.max_tokens)
+            loaded.engine.check(prompt_T, session.tokens + args.max_tokens)
         if args.prompts:
-            _write_all(args, opened, session, prompts, sampling)
+            _print_all(args, loaded, session, prompts, sampling)
             return 0
         (prompt_T,) = prompts
         with progress.doing("reading the prompt (programs are compiled at their first use)"):
-            session, _ = opened.engine.read(session, prompt_T)
+            session, _ = loaded.engine.read(session, prompt_T)
         if args.max_tokens:
-            session = _write(args, opened, session, texts[0], prompt_T, sampling)
+            session = _generate(args, loaded, session, texts[0], prompt_T, sampling)
         if args.save_session:
             about = save_session(
                 args.save_session,
-                opened.engine,
+                loaded.engine,
                 session,
-                model=opened.model_fingerprint,
-                tokenizer=opened.tokenizer_fingerprint,
+                model=loaded.model_fingerprint,
+                tokenizer=loaded.tokenizer_fingerprint,
                 precision=args.session_precision,
                 rank=args.session_rank,
             )
@@ -161,9 +161,9 @@ def _check(args: argparse.Namespace) -> None:
         check_unicode(stop, "--stop")
 
 
-def _check_samples(samples: int, opened: LoadedModel) -> None:
+def _check_samples(samples: int, loaded: LoadedModel) -> None:
     """UserError where not even the logits of all samples, and what occurred, have room."""
-    size, limit = samples * opened.config.model.vocab_size * (4 + 1), device_memory()
+    size, limit = samples * loaded.config.model.vocab_size * (4 + 1), device_memory()
     if size > limit:
         raise UserError(
             f"--samples={samples} texts at once need {size / 1e9:,.1f} GB for their logits alone, "
@@ -177,9 +177,9 @@ def _prompt(args: argparse.Namespace) -> str:
     return clean_text(args.prompt or "", "--prompt")
 
 
-def _write_all(
+def _print_all(
     args: argparse.Namespace,
-    opened: LoadedModel,
+    loaded: LoadedModel,
     session: Session,
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
@@ -189,7 +189,7 @@ def _write_all(
         (sampling, args.max_tokens, tuple(args.stop), args.seed + i) for i in range(args.samples)
     ]
     learn = args.learn == "all"
-    for text in generate_all(opened, session, prompts, requests, batch=args.batch, learn=learn):
+    for text in generate_all(loaded, session, prompts, requests, batch=args.batch, learn=learn):
         print(json.dumps(text, ensure_ascii=False), flush=True)
 
 
@@ -199,9 +199,9 @@ def _dim(text: str) -> str:
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
 
-def _write(
+def _generate(
     args: argparse.Namespace,
-    opened: LoadedModel,
+    loaded: LoadedModel,
     session: Session,
     prompt: str,
     prompt_T: np.ndarray,
@@ -212,7 +212,7 @@ def _write(
         Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
         for i in range(args.samples)
     ]
-    writer = Generator(opened.engine, opened.tokenizer, requests, learn=args.learn == "all")
+    writer = Generator(loaded.engine, loaded.tokenizer, requests, learn=args.learn == "all")
     pieces: list[list[GeneratedToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
     on_terminal = streams and sys.stdout.isatty()

@@ -30,7 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_from(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:
+def load_from_args(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:
     """The model that the options of `add_model_arguments` describe; observe: as of `load_model`."""
     if args.learn == "none" and args.mode not in ("", "off"):
         raise UserError(f"--learn=none and --mode={args.mode} contradict each other.")

@@ -25,7 +25,7 @@ from typing import TextIO
 import numpy as np
 
 from tttjax.cli.flag_types import int32
-from tttjax.cli.model_arguments import add_model_arguments, open_from
+from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluation.progress import Progress
@@ -41,7 +41,7 @@ from tttjax.runs.long_text import (
     find_text,
     resume_prefill,
     run_prefill,
-    save,
+    save_prefill,
     start_prefill,
     tokens_per_call,
 )
@@ -50,7 +50,7 @@ from tttjax.training.stopping import StopRequest
 
 EXIT_STOPPED = 75  # saved; the same command goes on
 SAVE_EVERY = 60.0  # seconds
-MOST_KEPT = 16
+MAX_SNAPSHOTS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep-most",
         type=int32,
-        default=MOST_KEPT,
+        default=MAX_SNAPSHOTS,
         metavar="N",
         help="at most so many: when there would be more, every other one goes, and from then on "
         "they stand twice as far apart (default %(default)s)",
@@ -96,28 +96,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> int:
-    opened = open_from(args, trace_updates=bool(args.telescope))
-    if args.telescope and not opened.engine.reader.chunk_size:
+    loaded = load_from_args(args, trace_updates=bool(args.telescope))
+    if args.telescope and not loaded.engine.reader.chunk_size:
         raise UserError(
             f"--telescope shows updates, and {args.workdir} makes none: it has no fast weights, or "
             "--learn=none or --mode=off keeps them as they are"
         )
-    with as_configured(opened.config):
+    with as_configured(loaded.config):
         path = Path(args.save_session)
         has_begun = path.exists()
-        reading = (
-            resume_prefill(opened, file, path)
+        prefill = (
+            resume_prefill(loaded, file, path)
             if has_begun
-            else start_prefill(opened, file, args.session)
+            else start_prefill(loaded, file, args.session)
         )
-        opened.engine.check((), reading.session.tokens + reading.total - reading.done)
+        loaded.engine.check((), prefill.session.tokens + prefill.total - prefill.done)
         # Of a text that was read to its end, the telescope's summary may still be missing.
-        if reading.done < reading.total or args.telescope:
+        if prefill.done < prefill.total or args.telescope:
             with StopRequest() as stop:
-                _read(args, opened, reading, locks, stop, sys.stderr)
-    tokens, size = reading.session.tokens, path.stat().st_size
+                _read(args, loaded, prefill, locks, stop, sys.stderr)
+    tokens, size = prefill.session.tokens, path.stat().st_size
     print(f"{path}: {tokens:,} tokens in {size:,} bytes", file=sys.stderr)
-    return 0 if reading.done == reading.total else EXIT_STOPPED
+    return 0 if prefill.done == prefill.total else EXIT_STOPPED
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,8 +130,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _read(
     args: argparse.Namespace,
-    opened: LoadedModel,
-    reading: TextPrefill,
+    loaded: LoadedModel,
+    prefill: TextPrefill,
     locks: Sequence[Lock],
     stop: StopRequest,
     stream: TextIO,
@@ -139,25 +139,25 @@ def _read(
     """Reads on, to the end or until it is to stop."""
     with contextlib.ExitStack() as closing:
         outputs: list[CsvLog | UpdateTraceWriter] = []
-        snapshots = _snapshots(args, opened)
+        snapshots = _snapshots(args, loaded)
         if args.telescope:
-            outputs.append(UpdateTraceWriter(args.telescope, opened, reading))
+            outputs.append(UpdateTraceWriter(args.telescope, loaded, prefill))
         if args.log:
-            outputs.append(CsvLog(args.log, reading.learned_tokens))
+            outputs.append(CsvLog(args.log, prefill.learned_tokens))
         for output in outputs:
             closing.callback(output.close)
-        saver = _Saver(args, opened, reading, locks, outputs, snapshots)
-        progress = Progress(reading.total - reading.done, stream, title="read")
+        saver = _Saver(args, loaded, prefill, locks, outputs, snapshots)
+        progress = Progress(prefill.total - prefill.done, stream, title="read")
         recent: deque[ChunkRow] = deque(maxlen=CHUNKS_PER_CALL)
         saver.keep()
-        before = reading.done
-        for number, rows in enumerate(run_prefill(opened, reading)):
+        before = prefill.done
+        for number, rows in enumerate(run_prefill(loaded, prefill)):
             for output in outputs:
                 output.add(rows)
             recent.extend(rows)
-            progress.what = _recently(recent, opened.engine.reader.clip) or reading.file.id
-            progress.add(reading.done - before)
-            before = reading.done
+            progress.what = _recently(recent, loaded.engine.reader.clip) or prefill.file.id
+            progress.add(prefill.done - before)
+            before = prefill.done
             if stop.after(number):
                 break
             saver.step()
@@ -165,10 +165,10 @@ def _read(
         saver.save()
 
 
-def _snapshots(args: argparse.Namespace, opened: LoadedModel) -> Snapshots | None:
+def _snapshots(args: argparse.Namespace, loaded: LoadedModel) -> Snapshots | None:
     if not args.keep_every:
         return None
-    size = tokens_per_call(opened)
+    size = tokens_per_call(loaded)
     every = -(-args.keep_every // size)
     snapshots = Snapshots(Path(args.save_session), every, args.keep_most, size)
     snapshots.check()
@@ -196,13 +196,13 @@ class _Saver:
     def __init__(
         self,
         args: argparse.Namespace,
-        opened: LoadedModel,
-        reading: TextPrefill,
+        loaded: LoadedModel,
+        prefill: TextPrefill,
         locks: Sequence[Lock],
         outputs: Iterable[CsvLog | UpdateTraceWriter],
         snapshots: Snapshots | None,
     ):
-        self._args, self._opened, self._reading = args, opened, reading
+        self._args, self._loaded, self._prefill = args, loaded, prefill
         self._locks, self._outputs, self._snapshots = locks, outputs, snapshots
         self._saved = time.monotonic()
 
@@ -211,11 +211,11 @@ class _Saver:
             lock.check()
         for output in self._outputs:
             output.sync()
-        reading, args = self._reading, self._args
+        prefill, args = self._prefill, self._args
         # Smaller only at the end: reading must go on from what it stopped at.
         stored = (args.session_precision, args.session_rank)
-        is_last = reading.done == reading.total
-        save(args.save_session, self._opened, reading, *(stored if is_last else ()))
+        is_last = prefill.done == prefill.total
+        save_prefill(args.save_session, self._loaded, prefill, *(stored if is_last else ()))
         for output in self._outputs:
             if draw and isinstance(output, UpdateTraceWriter):
                 output.finish()
@@ -230,10 +230,10 @@ class _Saver:
 
     def keep(self) -> bool:
         """Saves and keeps a copy, if one is due here."""
-        reading = self._reading
-        is_due = self._snapshots and self._snapshots.is_due(reading.done)
-        if not self._snapshots or not is_due or reading.done == reading.total:
+        prefill = self._prefill
+        is_due = self._snapshots and self._snapshots.is_due(prefill.done)
+        if not self._snapshots or not is_due or prefill.done == prefill.total:
             return False
         self.save(draw=False)
-        self._snapshots.keep()
+        self._snapshots.take()
         return True

@@ -20,13 +20,19 @@ import sys
 from pathlib import Path
 
 from tttjax.cli.flag_types import int32
-from tttjax.cli.model_arguments import add_model_arguments, open_from
+from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.errors import UserError
 from tttjax.inference.session_file import About, check_file, read_about
 from tttjax.io.locks import hold
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.long_text import find_text, is_session_of, resume_prefill, run_prefill, save
-from tttjax.runs.snapshots import copy, list_snapshots, snapshot_dir
+from tttjax.runs.long_text import (
+    find_text,
+    is_session_of,
+    resume_prefill,
+    run_prefill,
+    save_prefill,
+)
+from tttjax.runs.snapshots import copy_atomically, list_snapshots, snapshot_dir
 
 SHOWN = 8  # last updates whose losses are shown one by one
 
@@ -150,7 +156,7 @@ def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
         tokens = args.rewind
     else:
         check_file(nearest)
-        copy(nearest, new)
+        copy_atomically(nearest, new)
     print(f"{new}: as it was after {tokens:,} tokens", file=sys.stderr)
     if tokens < args.rewind:
         print(
@@ -185,15 +191,15 @@ def _read_to(args: argparse.Namespace, nearest: Path, new: Path) -> None:
             f"({about.source['text']}), or has changed since; give that one, as it was"
         )
     args.workdir = args.run
-    opened = open_from(args, trace_updates=about.source.get("telescope", False))
-    with as_configured(opened.config):
-        reading = resume_prefill(opened, file, nearest)
-        until = reading.done + args.rewind - reading.session.tokens
-        if until > reading.total:
+    loaded = load_from_args(args, trace_updates=about.source.get("telescope", False))
+    with as_configured(loaded.config):
+        prefill = resume_prefill(loaded, file, nearest)
+        until = prefill.done + args.rewind - prefill.session.tokens
+        if until > prefill.total:
             raise UserError(
                 f"{args.text} ends before {args.rewind:,} tokens, after "
-                f"{args.rewind - until + reading.total:,}: what came then was no part of it"
+                f"{args.rewind - until + prefill.total:,}: what came then was no part of it"
             )
-        for _ in run_prefill(opened, reading, until):
+        for _ in run_prefill(loaded, prefill, until):
             pass
-        save(new, opened, reading)
+        save_prefill(new, loaded, prefill)

@@ -25,8 +25,8 @@ from tttjax.runs.run import (
     RunSpec,
     choose_modes,
     inner_config,
+    inner_learning_rates,
     iter_eval_setups,
-    learning_rates,
     make_run_mesh,
     open_run,
     run_of_params,
@@ -205,7 +205,7 @@ def _total_work(
     longest = held_out.tokens.shape[1] - 1
     tokens = sum(longest // length * length for length in lengths) * len(held_out)
     costs = sum(
-        (LEARNING_COST if mode != "off" else 1) * len(learning_rates(run, mode, learning))
+        (LEARNING_COST if mode != "off" else 1) * len(inner_learning_rates(run, mode, learning))
         for run, its_modes in zip(runs, modes, strict=True)
         for mode in its_modes
     )

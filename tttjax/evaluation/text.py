@@ -97,7 +97,7 @@ def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> P
 
 
 def _tried(run: Run, source: str) -> list[Path]:
-    return possible_places(source, run.home) if run.home else [Path(source)]
+    return possible_places(source, run.workdir) if run.workdir else [Path(source)]
 
 
 def _check_tokenizer(run: Run, data: PreparedData) -> None:

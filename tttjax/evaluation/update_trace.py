@@ -164,7 +164,7 @@ def _describe(opened: LoadedModel, reading: TextPrefill) -> dict[str, Any]:
         "format": FORMAT,
         "model": opened.model_fingerprint,
         "text": reading.file.id,
-        "mark": reading.mark,
+        "mark": reading.text_fingerprint,
         "chunk_size": reader.chunk_size,
         "inner_lr": reader.lr,
         "clip": reader.clip,

@@ -1,4 +1,4 @@
-"""What chunks showed as rows of numbers, and a CSV file of them."""
+"""Rows of per-chunk metrics, and a CSV log of them."""
 
 import csv
 import os
@@ -13,11 +13,14 @@ from tttjax.inference.update_trace import UpdateTrace
 from tttjax.io.atomic import atomic_write
 from tttjax.ttt.chunk import ChunkRecords
 
-HEAD = ("tokens", "loss", "grad_norm")  # read by the end of the chunk, nats per token, its norm
+COLUMNS = ("tokens", "loss", "grad_norm")  # tokens at the end of the chunk, nats per token, norm
 
 
 class ChunkRow(NamedTuple):
-    """A chunk: tokens read by its end, and what it showed; the last three with a telescope."""
+    """Metrics of one chunk. tokens: of the session at its end. The last three need update tracing.
+
+    loss, loss_after: nats per token before and after the update.
+    """
 
     tokens: int
     loss: float
@@ -27,24 +30,29 @@ class ChunkRow(NamedTuple):
     layer_drift: Sequence[float] = ()
 
 
-def chunk_rows(seen: Sequence[ChunkRecords | UpdateTrace], end: int, chunk: int) -> list[ChunkRow]:
-    """The chunks of one sequence, the last of which ends after `end` tokens."""
+def chunk_rows(
+    records: Sequence[ChunkRecords | UpdateTrace], end: int, chunk: int
+) -> list[ChunkRow]:
+    """Rows of one sequence's chunks of `chunk` tokens; the last chunk ends at `end` tokens."""
     columns: list[tuple[Any, ...]] = []
-    for found in seen:
-        arrays = [found.loss_NB, found.grad_norm_NB]
-        if isinstance(found, UpdateTrace):
-            arrays += [found.loss_after_NB, found.grad_norm_NBL, found.drift_NBL]
+    for record in records:
+        arrays = [record.loss_NB, record.grad_norm_NB]
+        if isinstance(record, UpdateTrace):
+            arrays += [record.loss_after_NB, record.grad_norm_NBL, record.drift_NBL]
         columns += zip(*(np.asarray(x)[:, 0].tolist() for x in arrays), strict=True)
     first = end - len(columns) * chunk
     return [ChunkRow(first + (i + 1) * chunk, *values) for i, values in enumerate(columns)]
 
 
 class CsvLog:
-    """Loss and gradient norm of every chunk. done: tokens learned from; later rows are dropped."""
+    """A CSV file with loss and gradient norm of every chunk.
+
+    done: learned tokens of the session; rows beyond them are removed from an existing file.
+    """
 
     def __init__(self, path: str | os.PathLike, done: int):
         path = Path(path)
-        rows = [HEAD, *_earlier(path, done)]
+        rows = [COLUMNS, *_rows_until(path, done)]
         with (
             atomic_write(path) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
@@ -54,21 +62,21 @@ class CsvLog:
         self._rows = csv.writer(self._file)
 
     def add(self, rows: Sequence[ChunkRow]) -> None:
-        """Notes chunks that have just become full."""
+        """Appends rows."""
         for row in rows:
             self._rows.writerow((row.tokens, f"{row.loss:.6f}", f"{row.grad_norm:.6f}"))
         self._file.flush()
 
     def sync(self) -> None:
-        """Has all rows on disk, before a session that comes after them."""
+        """Syncs all rows to disk; call it before the session is saved."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def _earlier(path: Path, done: int) -> Iterator[list[str]]:
-    """What was noted of the text up to where reading goes on."""
+def _rows_until(path: Path, done: int) -> Iterator[list[str]]:
+    """Rows of an existing log up to `done` tokens."""
     if not done or not path.exists():
         return
     try:
@@ -78,10 +86,10 @@ def _earlier(path: Path, done: int) -> Iterator[list[str]]:
             for row in rows:
                 if int(row[0]) <= done:
                     yield row
-                if int(row[0]) >= done:  # what follows was read after the session was saved
+                if int(row[0]) >= done:  # later rows are newer than the saved session
                     return
     except (ValueError, IndexError, StopIteration) as error:
         raise UserError(
-            f"{path} is no log of this command, or a line is cut off; remove that line, "
+            f"{path} is not a log of this command, or has a truncated line; remove that line, "
             "or name another --log"
         ) from error

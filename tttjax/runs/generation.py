@@ -1,4 +1,4 @@
-"""Many prompts in one run, read together where they stand at the same place, written together."""
+"""Batched generation from a list of prompts."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ from tttjax.runs.load import LoadedModel
 
 
 def read_prompts(path: str) -> list[str]:
-    """A prompt a line, as a JSON string or an object with "prompt"; empty lines are skipped.
+    """The prompts of a JSON Lines file: a string a line, or an object with "prompt".
 
-    Raises UserError, with the line, for anything else.
+    Empty lines are skipped. Raises UserError, with the line number, for anything else.
     """
     prompts = []
-    # Not splitlines: JSON strings may hold other characters that it takes for ends of lines.
+    # Not splitlines: it also splits at characters that JSON strings may hold, such as U+2028.
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -32,8 +32,8 @@ def read_prompts(path: str) -> list[str]:
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str) or not prompt:
             raise UserError(
-                f"{path}, line {number}, has no prompt: it must be a JSON string, or an object "
-                f'with one as "prompt", and not empty'
+                f"{path}, line {number}, has no prompt: write a non-empty JSON string, or an "
+                'object with "prompt"'
             )
         prompts.append(clean_text(prompt, f"{path}, line {number}: the prompt"))
     if not prompts:
@@ -42,7 +42,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def generate_all(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     session: Session,
     prompts: Sequence[np.ndarray],
     requests: Sequence[tuple[Sampling, int, tuple[str, ...], int]],
@@ -50,33 +50,33 @@ def generate_all(
     batch: int,
     learn: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The texts that follow each prompt, in order, as what `to_record` makes of them.
+    """The continuations of each prompt, in order, as records for JSON (`to_record`).
 
-    requests: of every prompt, (sampling, most tokens, stop strings, seed). batch: texts written
-    together, at the least those of one prompt.
+    requests: for every prompt, (sampling, max_tokens, stop strings, seed). batch: batch size; all
+    samples of one prompt are always in one batch.
     """
     size = max(1, batch // len(requests))
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
-        read = opened.engine.read_batch([session] * len(part), part)
-        asked = [
-            Request(begun, *request, prompt_T)
-            for (begun, _), prompt_T in zip(read, part, strict=True)
+        prefilled = loaded.engine.read_batch([session] * len(part), part)
+        batch_requests = [
+            Request(prompt_session, *request, prompt_T)
+            for (prompt_session, _), prompt_T in zip(prefilled, part, strict=True)
             for request in requests
         ]
-        pieces: list[list[GeneratedToken]] = [[] for _ in asked]
-        for piece in Generator(opened.engine, opened.tokenizer, asked, learn=learn):
-            pieces[piece.request].append(piece)
-        for i, text in enumerate(pieces):
+        texts: list[list[GeneratedToken]] = [[] for _ in batch_requests]
+        for token in Generator(loaded.engine, loaded.tokenizer, batch_requests, learn=learn):
+            texts[token.request].append(token)
+        for i, text in enumerate(texts):
             prompt, sample = divmod(i, len(requests))
             yield {"prompt": first + prompt, "sample": sample, **to_record(text)}
 
 
-def to_record(pieces: Sequence[GeneratedToken]) -> dict[str, Any]:
-    """A text that was written: itself, its tokens, their log-probabilities, and why it ended."""
+def to_record(tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
+    """A generated text: text, tokens, log-probabilities, and the reason it ended."""
     return {
-        "text": "".join(piece.text for piece in pieces),
-        "tokens": [piece.token for piece in pieces],
-        "logprobs": [piece.logprob for piece in pieces],
-        "finished": pieces[-1].finished,
+        "text": "".join(token.text for token in tokens),
+        "tokens": [token.token for token in tokens],
+        "logprobs": [token.logprob for token in tokens],
+        "finished": tokens[-1].finished,
     }

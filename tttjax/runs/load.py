@@ -1,4 +1,4 @@
-"""A run's model, ready to read and write: engine, tokenizer, and the marks its sessions carry."""
+"""Loading the model of a run for inference: engine, tokenizer, fingerprints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,20 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.prefill import make_inference_model
-from tttjax.inference.session_file import (
-    fingerprint,
-    load_session,
-)
+from tttjax.inference.session_file import fingerprint, load_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
 from tttjax.runs.run import LearningOptions, RunSpec, choose_modes, iter_eval_setups, open_run
-from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.runs.tokenizer import load_run_tokenizer
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model, tokenizer_mark: fingerprints, which a session file must share."""
+    """The model of a run, ready for inference.
+
+    The two fingerprints are stored in session files and compared when one is loaded.
+    """
 
     config: Config
     engine: Engine
@@ -43,48 +43,61 @@ def load_model(
     learning: LearningOptions | None = None,
     trace_updates: bool = False,
 ) -> LoadedModel:
-    """The newest weights of a run, on one device.
+    """Loads the newest weights of a run, and its tokenizer, onto one device.
 
-    tokenizer: folder of it, or of data prepared with it (default: the run's own). mode: "on",
-    "off" or "dynamic" (default: on if the model has fast weights). max_length: tokens that full
-    attention has room for (0: eight training sequences). observe: reading shows every update
-    (`inference.telescope`).
+    Arguments:
+      workdir: work directory of the run, or one of its checkpoints.
+      tokenizer: folder of the tokenizer, or of data prepared with it (default: the run's own).
+      mode: "on", "off" or "dynamic" (default: "on" if the model has fast weights).
+      max_length: KV cache capacity of full attention in tokens (0: eight training sequences).
+      learning: changes to the inner loop.
+      trace_updates: record every inner update (`inference.update_trace`).
+
     Raises UserError if something is missing or does not fit.
     """
     if not 0 <= max_length <= INT_MAX:
         raise UserError(f"max_length={max_length} must be from 0 to {INT_MAX}.")
-    found = open_run(RunSpec(workdir))
-    (modes,) = choose_modes([found], (mode,) if mode else ())
-    texts = run_tokenizer(found, tokenizer)
+    run = open_run(RunSpec(workdir))
+    (modes,) = choose_modes([run], (mode,) if mode else ())
+    own_tokenizer = load_run_tokenizer(run, tokenizer)
     mesh = make_mesh(devices=jax.devices()[:1])
-    with as_configured(found.config):
-        way = next(iter_eval_setups(found, modes[:1], learning or LearningOptions(), mesh))[0]
-        reader = make_inference_model(way.model, way.inner, way.lr, learn=way.learn)
-        room = max_length or 8 * found.config.train.seq_len
-        engine = (TracingEngine if trace_updates else Engine)(reader, way.params, room)
-        mark = fingerprint(found.config, way.params)
-    return LoadedModel(found.config, engine, texts, mark, texts.fingerprint())
+    with as_configured(run.config):
+        setup = next(iter_eval_setups(run, modes[:1], learning or LearningOptions(), mesh))[0]
+        model = make_inference_model(setup.model, setup.inner, setup.lr, learn=setup.learn)
+        capacity = max_length or 8 * run.config.train.seq_len
+        engine = (TracingEngine if trace_updates else Engine)(model, setup.params, capacity)
+        model_fingerprint = fingerprint(run.config, setup.params)
+    return LoadedModel(
+        config=run.config,
+        engine=engine,
+        tokenizer=own_tokenizer,
+        model_fingerprint=model_fingerprint,
+        tokenizer_fingerprint=own_tokenizer.fingerprint(),
+    )
 
 
 LEARN = ("all", "prompt", "none")
 
 
-def encode_prompt(opened: LoadedModel, text: str, *, is_first: bool) -> np.ndarray:
-    """Tokens of a text, after BOS where it begins a session. UserError if it is empty."""
-    token_T = opened.tokenizer.encode(text)
+def encode_prompt(loaded: LoadedModel, text: str, *, is_first: bool) -> np.ndarray:
+    """int32 [T] tokens of a prompt, with BOS first if it starts a session.
+
+    Raises UserError for an empty prompt that starts a session.
+    """
+    token_T = loaded.tokenizer.encode(text)
     if is_first and not len(token_T):
         raise UserError(
             "the prompt is empty" if not text else f"the prompt {text[:40]!r} has no tokens"
         )
-    if is_first and opened.tokenizer.bos_id is not None:
-        token_T = np.concatenate(([opened.tokenizer.bos_id], token_T))
+    if is_first and loaded.tokenizer.bos_id is not None:
+        token_T = np.concatenate(([loaded.tokenizer.bos_id], token_T))
     return token_T.astype(np.int32)
 
 
-def load_or_start_session(opened: LoadedModel, path: str | None) -> Session:
-    """That of a file, or a new one."""
+def load_or_start_session(loaded: LoadedModel, path: str | None) -> Session:
+    """The session of a file, or an empty one if `path` is None or empty."""
     if not path:
-        return opened.engine.start()
+        return loaded.engine.start()
     return load_session(
-        path, opened.engine, model=opened.model_fingerprint, tokenizer=opened.tokenizer_fingerprint
+        path, loaded.engine, model=loaded.model_fingerprint, tokenizer=loaded.tokenizer_fingerprint
     )[0]

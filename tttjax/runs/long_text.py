@@ -1,4 +1,4 @@
-"""A text on its way into a session: where it stands, and the next stretch of it."""
+"""Prefilling a session with a long text, in steps, with saving and resuming."""
 
 import hashlib
 from collections import deque
@@ -19,19 +19,18 @@ from tttjax.inference.update_trace import TracingEngine
 from tttjax.runs.chunk_log import ChunkRow, chunk_rows
 from tttjax.runs.load import LoadedModel, load_or_start_session
 
-STATIC_TOKENS_PER_CALL = 2048  # tokens read at once by a model that does not learn
+STATIC_TOKENS_PER_CALL = 2048  # for a model without an inner loop
 
 
 @dataclass
 class TextPrefill:
-    """A text, of which `done` of `total` tokens were read into the session.
+    """Progress of a prefill: `done` of the text's `total` tokens are in the session.
 
-    mark: what tells the text from others. losses, losses_after: of the last chunks, as `About` has
-    them.
+    losses, losses_after: of the last chunks, as in `About`.
     """
 
     file: InputFile
-    mark: str
+    text_fingerprint: str
     total: int
     session: Session
     done: int
@@ -40,169 +39,172 @@ class TextPrefill:
 
     @property
     def learned_tokens(self) -> int:
-        """Tokens of the session that were learned from."""
+        """Tokens of the session that inner updates have used."""
         return self.session.tokens - len(self.session.pending)
 
     def source(self) -> dict[str, Any]:
-        """What a session file says of the text."""
+        """The record of the text in a session file."""
         return {
             "text": self.file.id,
-            "mark": self.mark,
+            "mark": self.text_fingerprint,
             "tokens": self.done,
             "of": self.total,
         }
 
 
 def find_text(name: str) -> InputFile:
-    """The file of that name. UserError if it is none, or holds several texts."""
+    """The text file of that name. UserError if there is none, or it holds several documents."""
     files = list_inputs([name])
     if len(files) != 1:
         raise UserError(f"{name} holds {len(files)} texts; name one file")
     if files[0].kind in (LINES, ROWS):
-        raise UserError(
-            f"{name} holds the texts of many documents ({files[0].kind}); name a file of one text"
-        )
+        raise UserError(f"{name} holds many documents ({files[0].kind}); name a file of one text")
     return files[0]
 
 
-def start_prefill(opened: LoadedModel, file: InputFile, base: str | None) -> TextPrefill:
-    """At the start of a text, after the session of the file `base` if one is given.
+def start_prefill(loaded: LoadedModel, file: InputFile, base: str | None) -> TextPrefill:
+    """A prefill at the start of a text, into the session of the file `base` or an empty one.
 
     Raises UserError for a text without tokens.
     """
-    total = count(opened.tokenizer, file)
-    session = load_or_start_session(opened, base)
-    if not session.tokens and opened.tokenizer.bos_id is not None:
-        session, _ = opened.engine.read(session, np.array([opened.tokenizer.bos_id]))
+    total = count_tokens(loaded.tokenizer, file)
+    session = load_or_start_session(loaded, base)
+    if not session.tokens and loaded.tokenizer.bos_id is not None:
+        session, _ = loaded.engine.read(session, np.array([loaded.tokenizer.bos_id]))
     return TextPrefill(
-        file, mark(file), total, session, 0, deque(maxlen=LOSSES), deque(maxlen=LOSSES)
+        file, text_fingerprint(file), total, session, 0, deque(maxlen=LOSSES), deque(maxlen=LOSSES)
     )
 
 
-def resume_prefill(opened: LoadedModel, file: InputFile, path: str | Path) -> TextPrefill:
-    """Where reading was when the session file was saved. UserError if it was of another text."""
-    before = read_about(path)
-    if not is_session_of(before, file):
-        name = before.source.get("text", "a prompt")
+def resume_prefill(loaded: LoadedModel, file: InputFile, path: str | Path) -> TextPrefill:
+    """The prefill that a session file was saved from.
+
+    Raises UserError if the file is of another text or another inner loop.
+    """
+    about = read_about(path)
+    if not is_session_of(about, file):
+        name = about.source.get("text", "a prompt")
         changed = ", which has changed since" if name == file.id else ""
         raise UserError(
             f"{path} holds the session of another text ({name}{changed}); give another "
-            "--save-session, and --session to go on from that one"
+            "--save-session, and --session to continue from that one"
         )
-    now = how(opened)
-    if before.source.get("how", now) != now:
+    current = describe_learning(loaded)
+    if about.source.get("how", current) != current:
         raise UserError(
-            f"{path} was read {before.source['how']}, and would go on {now}: give the same --learn "
-            "and --mode as before"
+            f"{path} was read {about.source['how']}, and would go on {current}: give the same "
+            "--learn and --mode as before"
         )
-    total = count(opened.tokenizer, file)
-    session, losses = load_or_start_session(opened, str(path)), deque(before.chunk_losses, LOSSES)
-    after = deque(before.chunk_losses_after, LOSSES)
-    return TextPrefill(file, mark(file), total, session, before.source["tokens"], losses, after)
+    return TextPrefill(
+        file=file,
+        text_fingerprint=text_fingerprint(file),
+        total=count_tokens(loaded.tokenizer, file),
+        session=load_or_start_session(loaded, str(path)),
+        done=about.source["tokens"],
+        losses=deque(about.chunk_losses, LOSSES),
+        losses_after=deque(about.chunk_losses_after, LOSSES),
+    )
 
 
-def how(opened: LoadedModel) -> str:
-    """How a model reads, in words."""
-    reader = opened.engine.reader
+def describe_learning(loaded: LoadedModel) -> str:
+    """Chunk size and rate of the inner loop in words. Session files hold this: do not change it."""
+    reader = loaded.engine.reader
     if not reader.chunk_size:
         return "without learning"
     return f"learning from every {reader.chunk_size} tokens at a rate of {reader.lr:g}"
 
 
 def is_session_of(about: About, file: InputFile) -> bool:
-    """Whether a session is of this text, as it is now."""
-    return about.source.get("mark") == mark(file)
+    """Whether a session was saved while reading this file, which has not changed since."""
+    return about.source.get("mark") == text_fingerprint(file)
 
 
-def mark(file: InputFile) -> str:
-    """What tells one text from another: its size and its beginning."""
+def text_fingerprint(file: InputFile) -> str:
+    """A hash of the file's first MiB, and its size."""
     with open(file.path, "rb") as stream:
         return hashlib.sha256(stream.read(1 << 20)).hexdigest()[:16] + f"-{file.size}"
 
 
-def count(tokenizer: Tokenizer, file: InputFile) -> int:
-    """Tokens of the text. UserError if there are none.
-
-    Counted beforehand, so that progress can be told; to tokenize is little beside learning.
-    """
-    total = sum(len(part) for part in _tokens(tokenizer, file))
+def count_tokens(tokenizer: Tokenizer, file: InputFile) -> int:
+    """Tokens of the text, for the progress line. UserError if there are none."""
+    total = sum(len(part) for part in _encode_spans(tokenizer, file))
     if not total:
         raise UserError(f"{file.path} is empty: there is nothing to read")
     return total
 
 
-def tokens_per_call(opened: LoadedModel) -> int:
-    """Tokens that are read at once: states on the way exist at multiples of it."""
-    return CHUNKS_PER_CALL * opened.engine.reader.chunk_size or STATIC_TOKENS_PER_CALL
+def tokens_per_call(loaded: LoadedModel) -> int:
+    """Tokens of one `Engine.read` call; snapshots can only be taken at multiples of it."""
+    return CHUNKS_PER_CALL * loaded.engine.reader.chunk_size or STATIC_TOKENS_PER_CALL
 
 
 def run_prefill(
-    opened: LoadedModel, reading: TextPrefill, until: int | None = None
+    loaded: LoadedModel, prefill: TextPrefill, until: int | None = None
 ) -> Iterator[list[ChunkRow]]:
-    """Reads on, at most `until` so many tokens of the text are read; gives rows by stretch.
+    """Prefills the text up to `until` tokens (None: to its end); yields the rows of every call.
 
-    The first stretch ends where one would have ended that began with the text, so that what is read
-    after a stop is what would have been read without.
+    Calls end at multiples of `tokens_per_call` in the text, also after a resume, so that a resumed
+    prefill is bit-identical to one that was never stopped.
     """
-    size, chunk = tokens_per_call(opened), opened.engine.reader.chunk_size
-    until = reading.total if until is None else until
+    size, chunk = tokens_per_call(loaded), loaded.engine.reader.chunk_size
+    until = prefill.total if until is None else until
     for token_T in _split_at_multiples(
-        _tokens(opened.tokenizer, reading.file), size, reading.done, until
+        _encode_spans(loaded.tokenizer, prefill.file), size, prefill.done, until
     ):
-        reading.session, seen = opened.engine.read(reading.session, token_T)
-        reading.done += len(token_T)
-        rows = chunk_rows(seen, reading.learned_tokens, chunk)
-        reading.losses.extend(row.loss for row in rows)
-        reading.losses_after.extend(row.loss_after for row in rows)
+        prefill.session, records = loaded.engine.read(prefill.session, token_T)
+        prefill.done += len(token_T)
+        rows = chunk_rows(records, prefill.learned_tokens, chunk)
+        prefill.losses.extend(row.loss for row in rows)
+        prefill.losses_after.extend(row.loss_after for row in rows)
         yield rows
 
 
-def _tokens(tokenizer: Tokenizer, file: InputFile) -> Iterator[np.ndarray]:
-    for piece in read_pieces(file):
-        yield encode_piece(tokenizer, piece)[0]
+def _encode_spans(tokenizer: Tokenizer, file: InputFile) -> Iterator[np.ndarray]:
+    for span in read_pieces(file):
+        yield encode_piece(tokenizer, span)[0]
 
 
 def _split_at_multiples(
     parts: Iterator[np.ndarray], size: int, first: int, until: int
 ) -> Iterator[np.ndarray]:
     """The tokens from `first` to `until`, in arrays that end at multiples of `size`."""
-    held, at = np.zeros(0, np.int32), 0
+    buffer, position = np.zeros(0, np.int32), 0
     for part in parts:
-        if at == until:
+        if position == until:
             return
-        held = np.concatenate((held, part))
-        while len(held) and at < until:
-            end = min((max(at, first) // size + 1) * size, until)
-            if at < first:
-                end = min(first, at + len(held))
-            if at + len(held) < end:
+        buffer = np.concatenate((buffer, part))
+        while len(buffer) and position < until:
+            end = min((max(position, first) // size + 1) * size, until)
+            if position < first:
+                end = min(first, position + len(buffer))
+            if position + len(buffer) < end:
                 break
-            taken, held = held[: end - at], held[end - at :]
-            if at >= first:
-                yield taken
-            at = end
-    if len(held) and first <= at < until:
-        yield held
+            tokens, buffer = buffer[: end - position], buffer[end - position :]
+            if position >= first:
+                yield tokens
+            position = end
+    if len(buffer) and first <= position < until:
+        yield buffer
 
 
-def save(
+def save_prefill(
     path: str | Path,
-    opened: LoadedModel,
-    reading: TextPrefill,
+    loaded: LoadedModel,
+    prefill: TextPrefill,
     precision: str = "float32",
     rank: int = 0,
 ) -> About:
-    """Writes the session file of a reading."""
-    looked = {"telescope": True} if isinstance(opened.engine, TracingEngine) else {}
+    """Writes the session file of a prefill."""
+    traced = {"telescope": True} if isinstance(loaded.engine, TracingEngine) else {}
     return save_session(
         path,
-        opened.engine,
-        reading.session,
-        model=opened.model_fingerprint,
-        tokenizer=opened.tokenizer_fingerprint,
+        loaded.engine,
+        prefill.session,
+        model=loaded.model_fingerprint,
+        tokenizer=loaded.tokenizer_fingerprint,
         precision=precision,
         rank=rank,
-        chunk_losses=list(reading.losses),
-        chunk_losses_after=list(reading.losses_after),
-        source={**reading.source(), "how": how(opened), **looked},
+        chunk_losses=list(prefill.losses),
+        chunk_losses_after=list(prefill.losses_after),
+        source={**prefill.source(), "how": describe_learning(loaded), **traced},
     )

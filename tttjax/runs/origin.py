@@ -1,7 +1,7 @@
-"""Where weights come from and under what terms: in `origin.json` of runs, and in model cards.
+"""Source and licence of weights: `origin.json` in work directories, and text for model cards.
 
-tttjax itself is under the Apache License 2.0. That says nothing of weights, which stay under the
-terms of their source whatever they are converted to.
+tttjax is licensed under the Apache License 2.0. That does not cover weights: these stay under the
+terms of their source, whatever format they are converted to.
 """
 
 import json
@@ -17,7 +17,7 @@ OFFICIAL = {
     "license": "none found",
     "terms": "The official TTT-E2E code and checkpoints carry no licence that we found. They are "
     "neither included in tttjax nor redistributed with it: these weights were converted on the "
-    "user's machine. Ask their authors before you pass them on.",
+    "user's machine. Ask their authors before you redistribute them.",
 }
 HUGGING_FACE = (
     "These weights stay under the terms of their source. They were converted on the user's "
@@ -26,39 +26,39 @@ HUGGING_FACE = (
 
 
 def huggingface_terms(folder: Path) -> dict[str, str]:
-    """`license`, as the metadata of the model card has it or "not stated"; `terms`, a sentence."""
+    """`license`: from the metadata of the model card, or "not stated"; `terms`: a sentence."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---[ \t]*\n(.*?)\n---", text, re.DOTALL)
     # A value, or the first of a list.
     pattern = r"^license(|_name|_link):[ \t]*(?:\n[ \t]*-[ \t]*)?(\S.*?)[ \t]*$"
-    said = dict(re.findall(pattern, head[1], re.MULTILINE)) if head else {}
-    words = [said[key].strip("\"'") for key in ("", "_name", "_link") if key in said]
-    return {"license": ", ".join(words) or NOT_STATED, "terms": HUGGING_FACE}
+    fields = dict(re.findall(pattern, head[1], re.MULTILINE)) if head else {}
+    values = [fields[key].strip("\"'") for key in ("", "_name", "_link") if key in fields]
+    return {"license": ", ".join(values) or NOT_STATED, "terms": HUGGING_FACE}
 
 
 def find_origin(source: Path) -> tuple[dict[str, Any] | None, str]:
-    """(contents of `origin.json`, a run that was not found) of a work directory or checkpoint.
+    """(contents of `origin.json`, path of a missing run) of a work directory or checkpoint.
 
-    A run that was trained has the origin of the run that it was started from, and so on. None: no
-    run before it was imported. The second is "" unless the search ended there for lack of files.
+    Follows `train.init_from` back to an imported run. The first is None if none was imported. The
+    second is "" unless the search ended at a run whose files are missing.
     """
-    seen: set[Path] = set()
+    visited: set[Path] = set()
     while True:
         workdir = _workdir(source)
-        if (found := _read(workdir / ORIGIN)) is not None:
-            return found, ""
+        if (origin := _read(workdir / ORIGIN)) is not None:
+            return origin, ""
         config = read_config(workdir)
-        if config is None or workdir in seen:
+        if config is None or workdir in visited:
             return None, str(source)
         if not config.train.init_from:
             return None, ""
-        seen.add(workdir)
+        visited.add(workdir)
         source = Path(config.train.init_from)
 
 
 def _workdir(source: Path) -> Path:
-    """The work directory that a checkpoint lies in; `source` itself if it is one."""
+    """The work directory of a checkpoint; `source` itself if it is one."""
     folders = (source.absolute(), *source.absolute().parents[:2])
     return next((f for f in folders if (f / "config.json").exists()), folders[0])
 
@@ -75,7 +75,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def card_metadata(origin: dict[str, Any] | None) -> str:
-    """The lines about the licence in a model card's head; none where nothing is known."""
+    """The licence lines of a model card's metadata; "" if the licence is not known."""
     license = str((origin or {}).get("license", ""))
     if not license:
         return ""
@@ -85,26 +85,26 @@ def card_metadata(origin: dict[str, Any] | None) -> str:
     return f"license: other\nlicense_name: {name}\n"
 
 
-def card_section(origin: dict[str, Any] | None, lost: str) -> str:
-    """What a model card says of source, licence and terms, in Markdown.
+def card_section(origin: dict[str, Any] | None, missing_run: str) -> str:
+    """The Markdown section of a model card on source, licence and terms.
 
-    lost: of `find_origin`.
+    origin, missing_run: from `find_origin`.
     """
     if origin is not None:
         source = str(origin.get("source", "not known"))
-        if "://" not in source:  # of a folder, only what names the model
+        if "://" not in source:  # a folder: only the parts that name the model
             source = "/".join(Path(source).parts[-2:]).lstrip("/")
         return (
             f"- Source of the weights: {origin.get('kind', 'not known')}, `{source}`\n"
             f"- Licence of the source: {origin.get('license', NOT_STATED)}\n"
             f"- Terms: {origin.get('terms', HUGGING_FACE)}\n"
         )
-    if lost:
+    if missing_run:
         return (
             "The weights were trained with tttjax from those of another run, which was not found "
-            "when they were exported: find out where these are from before you pass them on.\n"
+            "when they were exported: find out where these are from before you redistribute them.\n"
         )
     return (
-        "The weights were trained with tttjax from random ones. Whoever trained them decides under "
-        "which licence they are passed on; say so here and in `license:` above.\n"
+        "The weights were trained with tttjax from random ones. Whoever trained them decides on "
+        "their licence; state it here and in `license:` above.\n"
     )

@@ -1,4 +1,4 @@
-"""Finished runs, and the ways in which their models can read: learning on, off, dynamic."""
+"""Opening trained runs, and the modes of evaluating them: TTT on, TTT off, dynamic evaluation."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,10 @@ from tttjax.types import Params, PyTree
 
 @dataclass(frozen=True)
 class EvalSetup:
-    """One way of reading: with these weights on this mesh, learning at rate `lr` or not at all."""
+    """A model, its weights on a mesh, and the inner loop to evaluate them with.
+
+    lr: inner learning rate; unused if `learn` is false.
+    """
 
     mode: str
     label: str
@@ -54,9 +57,9 @@ DYNAMIC_PATHS = ("suffix/**/mlp/**",)
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run to evaluate: its work directory (or one checkpoint), and what to call it.
+    """A run to evaluate: its work directory (or one checkpoint) and label.
 
-    name: default the directory's name. modes: default those asked of all runs.
+    name: default: the directory's name. modes: default: those requested for all runs.
     """
 
     workdir: Path | str
@@ -66,11 +69,12 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class LearningOptions:
-    """How models learn while they are evaluated, where that differs from their configuration.
+    """Changes to the inner loop for an evaluation.
 
-    inner: fields of `InnerConfig` with other values, for every learning mode.
-    dynamic_paths, dynamic_layers: which weights of a model without fast weights learn in dynamic
-        evaluation: patterns over paths, and the last blocks that form the suffix (0: a quarter).
+    inner: overrides of `InnerConfig` fields, for the modes on and dynamic.
+    dynamic_paths, dynamic_layers: the weights that dynamic evaluation updates in a model without
+        fast weights: patterns over paths, and the number of last blocks that form the suffix (0: a
+        quarter).
     dynamic_lrs: inner learning rates of dynamic evaluation, one curve each (empty: inner.lr).
     """
 
@@ -86,11 +90,11 @@ class LearningOptions:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has been found; its weights are read when it is its turn.
+    """A run whose configuration has been read; `weights` loads its weights.
 
     weights: template with shapes, dtypes and shardings -> the arrays. tokenizer: fingerprint of
-    the one whose tokens they were trained on; "" if not known. folder: the checkpoint that holds
-    them, home: the work directory; None for weights in memory.
+    the training data's tokenizer; "" if not known. checkpoint, workdir: the folders that hold the
+    weights; None for weights in memory.
     """
 
     name: str
@@ -100,8 +104,8 @@ class Run:
     source: str = ""
     modes: tuple[str, ...] = ()
     tokenizer: str = ""
-    folder: Path | None = None
-    home: Path | None = None
+    checkpoint: Path | None = None
+    workdir: Path | None = None
 
     @property
     def has_fast_weights(self) -> bool:
@@ -109,23 +113,23 @@ class Run:
 
     @property
     def window(self) -> int:
-        """Tokens that its window attention sees; 0 if it has none."""
+        """Window size of its window attention in tokens; 0 if it has none."""
         model = self.config.model
         return model.window_size if "window" in model.mixer_kinds else 0
 
 
 def open_run(spec: RunSpec) -> Run:
-    """The newest undamaged checkpoint of a run.
+    """Opens the newest undamaged checkpoint of a run.
 
-    Raises UserError if there is none, or `config.json` is not of its weights; and, once these are
-    read, if they are not finite.
+    Raises UserError if there is none, or if `config.json` does not match its weights. `Run.weights`
+    raises UserError if they are not finite.
     """
-    workdir = local_path(spec.workdir)
-    found = checkpoints.find_checkpoint(workdir)
-    meta = checkpoint_format.read_meta(found)
-    config = read_config(workdir)
+    path = local_path(spec.workdir)
+    checkpoint = checkpoints.find_checkpoint(path)
+    meta = checkpoint_format.read_meta(checkpoint)
+    config = read_config(path)
     if config is not None:
-        check_weights_config(meta["config"], config, str(found))
+        check_weights_config(meta["config"], config, str(checkpoint))
     else:
         values = meta["config"]
         if values is None:
@@ -134,47 +138,49 @@ def open_run(spec: RunSpec) -> Run:
                 "config.json"
             )
         config = from_config_dict(values)
-    home = found.parent.parent if found.parent.name == checkpoints.CHECKPOINT_DIR else found.parent
-    config = _resolve_data_paths(config, Path(home), meta["data_state"])
+    workdir = Path(checkpoint.parent)
+    if workdir.name == checkpoints.CHECKPOINT_DIR:
+        workdir = workdir.parent
+    config = _resolve_data_paths(config, workdir, meta["data_state"])
     return Run(
-        name=spec.name or workdir.resolve().name,
+        name=spec.name or path.resolve().name,
         config=config,
-        weights=lambda template: _finite(
-            checkpoint_format.read_item(found / "params", template), str(found)
+        weights=lambda template: _check_finite(
+            checkpoint_format.read_item(checkpoint / "params", template), str(checkpoint)
         ),
-        step=int(found.name) if found.name.isdigit() else None,
-        source=str(workdir),
+        step=int(checkpoint.name) if checkpoint.name.isdigit() else None,
+        source=str(path),
         modes=spec.modes,
         tokenizer=meta.get("tokenizer", ""),
-        folder=Path(found),
-        home=Path(home),
+        checkpoint=Path(checkpoint),
+        workdir=workdir,
     )
 
 
-def _resolve_data_paths(config: Config, home: Path, data_state: Any) -> Config:
-    """The configuration with the paths of data sets as they are found now, if they are."""
+def _resolve_data_paths(config: Config, workdir: Path, data_state: Any) -> Config:
+    """The configuration with the present paths of data sets that were moved with the run."""
     sources = config.data.sources
     contents = data_state.get("data", ()) if isinstance(data_state, dict) else ()
-    if len(contents) != len(sources):  # batches from elsewhere, or weights alone
+    if len(contents) != len(sources):  # custom batches, or an imported checkpoint
         contents = (None,) * len(sources)
-    found = tuple(
-        str(_find_data(source, home, content))
+    resolved = tuple(
+        str(_find_data(source, workdir, content))
         for source, content in zip(sources, contents, strict=True)
     )
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=found))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=resolved))
 
 
-def _find_data(source: str, home: Path, content: int | None) -> str | Path:
-    """Where a data set of the run in the work directory `home` is; `source` if it is not found.
+def _find_data(source: str, workdir: Path, content: int | None) -> str | Path:
+    """The present path of a data set of the run in `workdir`; `source` if it is not found.
 
-    content: of its training split, if known; what lies in another place has to have the same.
+    content: content id of its training split (None: not known); a moved data set must match it.
     """
     if Path(source).exists():
         return source
-    for place in possible_places(source, home):
+    for path in possible_places(source, workdir):
         with contextlib.suppress(UserError, KeyError):
-            if content in (None, content_id(read_manifest(place), TRAIN)):
-                return place.absolute()
+            if content in (None, content_id(read_manifest(path), TRAIN)):
+                return path.absolute()
     return source
 
 
@@ -183,13 +189,13 @@ def _are_finite(params: Params) -> PyTree:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
-def _finite(params: Params, where: str) -> Params:
-    """The weights themselves. UserError if one is not finite."""
+def _check_finite(params: Params, path: str) -> Params:
+    """`params`. Raises UserError if they are not finite."""
     for name, is_finite in checkpoint_format.named_leaves(_are_finite(params)).items():
         if not is_finite:
             raise UserError(
-                f"the weights in {where} are not finite ({name}), so nothing can be computed from "
-                "them: give an earlier checkpoint, or train again with a lower learning rate"
+                f"the weights in {path} are not finite ({name}): give an earlier checkpoint, or "
+                "train again with a lower learning rate"
             )
     return params
 
@@ -203,38 +209,38 @@ def run_of_params(config: Config, params: Params, name: str = "model") -> Run:
     return Run(name=name, config=config, weights=weights)
 
 
-def choose_modes(runs: Sequence[Run], wanted: Sequence[str]) -> list[tuple[str, ...]]:
-    """The modes of each run: what it asks for itself, or those of `wanted` that fit its model.
+def choose_modes(runs: Sequence[Run], requested: Sequence[str]) -> list[tuple[str, ...]]:
+    """The modes of each run: its own `modes`, or those of `requested` that its model supports.
 
-    `on` needs fast weights, `dynamic` a model without; by default on and off, or off.
-    Raises UserError for a mode that is unknown or fits no run.
+    `on` needs fast weights, `dynamic` a model without. Default: on and off, or off.
+    Raises UserError for a mode that is unknown or that no run supports.
     """
-    for mode in {*wanted, *(mode for run in runs for mode in run.modes)} - set(MODES):
+    for mode in {*requested, *(mode for run in runs for mode in run.modes)} - set(MODES):
         raise UserError(f"the mode {mode!r} is unknown; choose from {', '.join(MODES)}")
     chosen = []
     for run in runs:
-        possible = ("on", "off") if run.has_fast_weights else ("off", "dynamic")
-        asked = run.modes or wanted or (("on", "off") if run.has_fast_weights else ("off",))
-        fits = tuple(mode for mode in MODES if mode in asked and mode in possible)
-        if not fits or set(run.modes) - set(fits):
-            raise _misfit(run, [mode for mode in asked if mode not in fits])
-        chosen.append(fits)
-    for mode in wanted:
+        supported = ("on", "off") if run.has_fast_weights else ("off", "dynamic")
+        run_modes = run.modes or requested or (("on", "off") if run.has_fast_weights else ("off",))
+        usable = tuple(mode for mode in MODES if mode in run_modes and mode in supported)
+        if not usable or set(run.modes) - set(usable):
+            raise _unsupported(run, [mode for mode in run_modes if mode not in usable])
+        chosen.append(usable)
+    for mode in requested:
         if not any(mode in modes for modes in chosen):
-            raise _misfit(runs[0], [mode])
+            raise _unsupported(runs[0], [mode])
     return chosen
 
 
-def _misfit(run: Run, modes: Sequence[str]) -> UserError:
+def _unsupported(run: Run, modes: Sequence[str]) -> UserError:
     if run.has_fast_weights:
-        why = "has fast weights, whose learning is the mode on (dynamic is for models without)"
+        reason = "has fast weights: choose on or off (dynamic is for models without)"
     else:
-        why = "has no fast weights: choose off, or dynamic to let some of its weights learn anyway"
-    return UserError(f"the mode {', '.join(modes)} does not fit the run {run.name}, which {why}")
+        reason = "has no fast weights: choose off, or dynamic to update some of its weights anyway"
+    return UserError(f"the mode {', '.join(modes)} does not fit the run {run.name}, which {reason}")
 
 
 def make_run_mesh(config: Config) -> Mesh:
-    """All devices, arranged like the run's if that is possible here."""
+    """A mesh of all devices, with the run's `fsdp` and `tensor` sizes if they divide the count."""
     mesh = config.mesh
     if jax.device_count() % (mesh.fsdp * mesh.tensor) == 0:
         return make_mesh(-1, mesh.fsdp, mesh.tensor)
@@ -242,20 +248,20 @@ def make_run_mesh(config: Config) -> Mesh:
 
 
 def inner_config(run: Run, learning: LearningOptions) -> InnerConfig:
-    """The run's inner loop with the values that were asked for. UserError for an impossible one."""
+    """The run's inner loop with the overrides of `learning`. UserError if they are invalid."""
     values = {key: check_value(f"inner.{key}", value) for key, value in learning.inner.items()}
     inner = dataclasses.replace(run.config.inner, **values)
     if run.window and run.window < inner.chunk_size:
         raise UserError(
             f"the run {run.name} has a window of {run.window} tokens, smaller than the chunk size "
-            f"of {inner.chunk_size}, so tokens of one chunk would not see each other; choose a "
-            f"chunk size of at most {run.window}"
+            f"of {inner.chunk_size}, so it does not cover a chunk; choose a chunk size of at most "
+            f"{run.window}"
         )
     return inner
 
 
-def learning_rates(run: Run, mode: str, learning: LearningOptions) -> tuple[float, ...]:
-    """The inner learning rates with which a mode is evaluated; one, and unused, if it is off."""
+def inner_learning_rates(run: Run, mode: str, learning: LearningOptions) -> tuple[float, ...]:
+    """The inner learning rates to evaluate a mode with; (0.0,) for off."""
     if mode == "dynamic" and learning.dynamic_lrs:
         return tuple(check_value("inner.lr", lr) for lr in learning.dynamic_lrs)
     return (inner_config(run, learning).lr if mode != "off" else 0.0,)
@@ -264,21 +270,21 @@ def learning_rates(run: Run, mode: str, learning: LearningOptions) -> tuple[floa
 def iter_eval_setups(
     run: Run, modes: Sequence[str], learning: LearningOptions, mesh: Mesh
 ) -> Iterator[tuple[EvalSetup, ...]]:
-    """Reads the run's weights and gives, for each mode, its ways of reading (one per rate)."""
+    """Loads the run's weights and yields the setups of each mode, one per inner learning rate."""
     model = build_model(run.config.model, run.config.inner)
     params = run.weights(weights_template(model, mesh))
     for mode in modes:
-        its_model, inner = build_eval_model(run, mode, learning)
-        its_params = params
+        mode_model, inner = build_eval_model(run, mode, learning)
+        mode_params = params
         if mode == "dynamic":
-            its_params = _relayout(params, model, its_model, mesh)
-        rates = learning_rates(run, mode, learning)
+            mode_params = _relayout(params, model, mode_model, mesh)
+        rates = inner_learning_rates(run, mode, learning)
         yield tuple(
             EvalSetup(
                 mode=mode,
                 label=_label(run, mode, lr if len(rates) > 1 else None),
-                model=its_model,
-                params=its_params,
+                model=mode_model,
+                params=mode_params,
                 mesh=mesh,
                 inner=_inner_loop(inner),
                 lr=lr,
@@ -292,15 +298,15 @@ def iter_eval_setups(
 def build_eval_model(
     run: Run, mode: str, learning: LearningOptions
 ) -> tuple[Transformer, InnerConfig]:
-    """The model that reads in a mode, and its inner loop."""
-    # What is off does not learn, so what was asked of learning does not concern it.
+    """The model and inner loop of a mode."""
+    # The mode off ignores `learning`, even if it is invalid for this run.
     inner = run.config.inner if mode == "off" else inner_config(run, learning)
     if mode == "dynamic":
         return _dynamic_model(run, inner, learning), inner
     return build_model(run.config.model, run.config.inner), inner
 
 
-# The same values give the same functions, so that what is compiled for one run serves another.
+# Equal configurations share functions, and so compiled programs.
 _inner_loop = lru_cache(maxsize=16)(make_inner_loop)
 
 

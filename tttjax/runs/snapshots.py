@@ -1,9 +1,9 @@
-"""Sessions kept on the way through a text, to which one can go back: few, however long it is.
+"""Snapshots of a session at regular positions of a text, to rewind to; their number is bounded.
 
-They lie in a folder beside the session file, `FILE.kept/<tokens read>.session`, each a session file
-of its own. The first is of before the text; the others stand at equal distances. Where there would
-be more than `most`, the distance is doubled and every other one removed: what is kept depends on
-how far was read and on nothing else.
+They are session files in the folder `FILE.kept/`, named `<tokens read>.session`. The first is from
+before the text; the others are evenly spaced. When there would be more than `max_count`, the
+interval doubles and every other snapshot is removed. So the set of snapshots depends only on the
+number of tokens read.
 """
 
 import os
@@ -20,61 +20,63 @@ SUFFIX = ".session"
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Of the session file `path`. every: stretches from one to the next, at first. size: tokens of
-    a stretch.
+    """The snapshots of the session file `path`.
+
+    every: initial interval between snapshots, in prefill calls. max_count: of snapshots.
+    call_tokens: tokens of a prefill call.
     """
 
     path: Path
     every: int
-    most: int
-    size: int
+    max_count: int
+    call_tokens: int
 
-    def distance(self, stretches: int) -> int:
-        """Stretches from one snapshot to the next, once so many have been read."""
-        distance = self.every
-        while stretches // distance + 1 > self.most:
-            distance *= 2
-        return distance
+    def interval(self, calls: int) -> int:
+        """Prefill calls from one snapshot to the next, after `calls` of them."""
+        interval = self.every
+        while calls // interval + 1 > self.max_count:
+            interval *= 2
+        return interval
 
     def is_due(self, done: int) -> bool:
-        """Whether one is kept of after `done` tokens of the text."""
-        stretches, rest = divmod(done, self.size)
-        return not rest and stretches % self.distance(stretches) == 0
+        """Whether a snapshot is due after `done` tokens of the text."""
+        calls, remainder = divmod(done, self.call_tokens)
+        return not remainder and calls % self.interval(calls) == 0
 
     def check(self) -> None:
-        """UserError if the folder holds snapshots of something else."""
-        mine = read_about(self.path) if self.path.exists() else None
+        """UserError if the folder holds snapshots of another session."""
+        current = read_about(self.path) if self.path.exists() else None
         for path, about in list_snapshots(self.path).items():
-            if mine is None or _identity(about) != _identity(mine):
+            if current is None or _identity(about) != _identity(current):
                 raise UserError(
                     f"{path.parent} holds sessions of an earlier reading; remove it, or give "
                     "another --save-session"
                 )
 
-    def keep(self) -> None:
-        """Keeps the session file as it is now, and removes what is too much."""
+    def take(self) -> None:
+        """Copies the session file into a snapshot, and removes snapshots beyond `max_count`."""
         about = read_about(self.path)
         target = snapshot_dir(self.path) / f"{about.tokens:012}{SUFFIX}"
         if not target.exists():
-            copy(self.path, target)
-        distance = self.distance(about.source["tokens"] // self.size)
-        for path, found in list_snapshots(self.path).items():
-            if found.source["tokens"] // self.size % distance:
+            copy_atomically(self.path, target)
+        interval = self.interval(about.source["tokens"] // self.call_tokens)
+        for path, snapshot in list_snapshots(self.path).items():
+            if snapshot.source["tokens"] // self.call_tokens % interval:
                 path.unlink()
 
 
 def snapshot_dir(session: str | os.PathLike) -> Path:
-    """Where the snapshots of a session file are."""
+    """The folder with the snapshots of a session file."""
     return Path(f"{os.fspath(session)}.kept")
 
 
 def list_snapshots(session: str | os.PathLike) -> dict[Path, About]:
-    """The snapshots of a session file, the earliest first."""
+    """The snapshots of a session file, oldest first."""
     return {path: read_about(path) for path in sorted(snapshot_dir(session).glob(f"*{SUFFIX}"))}
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies a file; what stands at `target` is never a part of it."""
+def copy_atomically(source: Path, target: Path) -> None:
+    """Copies a file; `target` appears only when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)

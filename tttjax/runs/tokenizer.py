@@ -1,4 +1,4 @@
-"""The tokenizer of a run: kept in its work directory, or with the data that it was trained on."""
+"""The tokenizer of a run: in its work directory, or with its training data."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,38 +11,38 @@ from tttjax.runs.run import Run
 from tttjax.training.checkpoints import CHECKPOINT_DIR
 
 
-def run_tokenizer(run: Run, given: Path | str | None = None) -> Tokenizer:
-    """That of `given`, else the one that the run keeps, else that of its data.
+def load_run_tokenizer(run: Run, path: Path | str | None = None) -> Tokenizer:
+    """The tokenizer in `path`, else the one in the work directory, else that of the data.
 
-    given: folder of a tokenizer, or of a run or data set that has one.
+    path: folder of a tokenizer, or of a run or data set that has one.
     Raises UserError if there is none, or it is not the one that the run was trained with.
     """
-    folders = [local_path(given)] if given else list(_own_folders(run))
-    places = [place for folder in folders for place in (folder / TOKENIZER_DIR, folder)]
-    there = [place for place in places if (place / CONFIG_FILE).exists()]
-    if not there:
+    folders = [local_path(path)] if path else list(_default_folders(run))
+    candidates = [path for folder in folders for path in (folder / TOKENIZER_DIR, folder)]
+    existing = [folder for folder in candidates if (folder / CONFIG_FILE).exists()]
+    if not existing:
         raise UserError(
             f"there is no tokenizer in {' or '.join(map(str, folders)) or 'data.sources (empty)'}; "
-            f"give the data that {run.source} was trained on, or a copy, with --tokenizer=DIR"
+            f"give the training data of {run.source}, or a copy, with --tokenizer=DIR"
         )
-    found = load_tokenizer(there[0])
-    if run.tokenizer and found.fingerprint() != run.tokenizer:
+    tokenizer = load_tokenizer(existing[0])
+    if run.tokenizer and tokenizer.fingerprint() != run.tokenizer:
         raise UserError(
-            f"the tokenizer in {there[0]} is not that of {run.source} (fingerprint "
-            f"{found.fingerprint()[:12]}, not {run.tokenizer[:12]}); give the right one with "
+            f"the tokenizer in {existing[0]} is not that of {run.source} (fingerprint "
+            f"{tokenizer.fingerprint()[:12]}, not {run.tokenizer[:12]}); give the right one with "
             "--tokenizer=DIR"
         )
-    if found.vocab_size > run.config.model.vocab_size:
+    if tokenizer.vocab_size > run.config.model.vocab_size:
         raise UserError(
-            f"the tokenizer in {there[0]} has {found.vocab_size} tokens, more than the "
+            f"the tokenizer in {existing[0]} has {tokenizer.vocab_size} tokens, more than the "
             f"{run.config.model.vocab_size} of the model; give the right one with --tokenizer=DIR"
         )
-    return found
+    return tokenizer
 
 
-def _own_folders(run: Run) -> Iterator[Path]:
-    """Where a run's tokenizer may be, the likeliest first: its work directory, its data."""
-    if run.folder:
-        above = run.folder.parent
-        yield above.parent if above.name == CHECKPOINT_DIR else above
+def _default_folders(run: Run) -> Iterator[Path]:
+    """Where a run's tokenizer may be, in order of preference: work directory, data."""
+    if run.checkpoint:
+        parent = run.checkpoint.parent
+        yield parent.parent if parent.name == CHECKPOINT_DIR else parent
     yield from map(Path, run.config.data.sources)

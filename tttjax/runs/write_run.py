@@ -1,8 +1,7 @@
-"""Weights from elsewhere as the work directory of a run: what every command that opens one takes.
+"""Writing imported weights as the work directory of a run.
 
-It holds one checkpoint of the weights alone, the full configuration, the tokenizer if there is one,
-and `origin.json`, which says where the weights came from. It appears under its name only when it
-is complete.
+The directory holds one checkpoint with weights alone, the full configuration, the tokenizer if
+there is one, and `origin.json`, which records the source of the weights.
 """
 
 import dataclasses
@@ -30,32 +29,31 @@ def write_run(
     origin: dict[str, Any],
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes everything of an imported run into a work directory.
+    """Writes an imported run into the work directory `folder`.
 
-    step: the number that its checkpoint gets. origin: where the weights come from and under what
-    terms, anything that JSON holds. Arrays are written so that not much more than the largest of
-    them is compressed in memory at a time.
+    step: step number of its checkpoint. origin: source and terms of the weights, as JSON values.
+    Writing buffers little more than the largest array in host memory at a time.
     """
     write_run_info(folder, config, with_devices=True)
     if tokenizer:
         tokenizer.save(folder / TOKENIZER_DIR)
-    told = {**origin, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    (folder / ORIGIN).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    saver = checkpoints.Checkpointer(
+    record = {**origin, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    (folder / ORIGIN).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    checkpointer = checkpoints.Checkpointer(
         folder / checkpoints.CHECKPOINT_DIR, keep=1, concurrent_bytes=max_concurrent_bytes(params)
     )
     try:
-        saver.save(
+        checkpointer.save(
             step,
             {"params": params},
             config=dataclasses.asdict(config),
             tokenizer=tokenizer.fingerprint() if tokenizer else "",
         )
     finally:
-        saver.close()
+        checkpointer.close()
 
 
 def max_concurrent_bytes(params: Params) -> int:
-    """Room for the largest array, and for some small ones with it."""
+    """The size of the largest array plus one eighth and 1 MiB, for small arrays beside it."""
     sizes = (x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     return max(sizes) * 9 // 8 + 2**20

@@ -33,11 +33,11 @@ from tttjax.runs.run import (
     RunSpec,
     choose_modes,
     inner_config,
+    inner_learning_rates,
     iter_eval_setups,
-    learning_rates,
     open_run,
 )
-from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.runs.tokenizer import load_run_tokenizer
 
 CONTEXTS_OF_TEXT = 32  # characters of text that are looked at, for each token of context
 
@@ -107,7 +107,7 @@ def needle_tests(
     check_names(opened)
     chosen = choose_modes(opened, modes)
     window = window or max(run.window for run in opened)
-    texts = [run_tokenizer(run, settings.tokenizer) for run in opened]
+    texts = [load_run_tokenizer(run, settings.tokenizer) for run in opened]
     found = [
         _haystacks(run, tokenizer, settings) for run, tokenizer in zip(opened, texts, strict=True)
     ]
@@ -266,6 +266,6 @@ def _total_work(
         for mode in its_modes:
             if mode != "off":
                 inner_config(run, learning)  # refuses what is impossible before anything is read
-            rates = len(learning_rates(run, mode, learning))
+            rates = len(inner_learning_rates(run, mode, learning))
             costs += (LEARNING_COST if mode != "off" else 1) * rates
     return tokens * costs

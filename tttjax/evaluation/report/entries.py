@@ -14,7 +14,7 @@ from tttjax.runs.run import (
     Run,
     RunSpec,
     choose_modes,
-    learning_rates,
+    inner_learning_rates,
     open_run,
 )
 
@@ -150,7 +150,7 @@ def _open(entry: ReportEntry) -> Member:
     auto = "on" if run.has_fast_weights else "off"
     run = dataclasses.replace(run, modes=(auto if entry.mode == AUTO else entry.mode,))
     choose_modes([run], ())  # refuses a mode that does not fit
-    if len(learning_rates(run, run.modes[0], entry.learning)) > 1:
+    if len(inner_learning_rates(run, run.modes[0], entry.learning)) > 1:
         raise UserError(f"{entry.system} has several dynamic_lrs; give each a label of its own")
     train = run.config.train
     seed = train.seed if entry.seed is None else entry.seed

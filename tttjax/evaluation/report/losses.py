@@ -78,13 +78,13 @@ class LossReader:
 
     def _path(self, member: Member, length: int) -> Path:
         """A name made of everything that the numbers depend on, batch size and devices left out."""
-        assert member.run.folder is not None  # runs of a report come from disk
+        assert member.run.checkpoint is not None  # runs of a report come from disk
         facts = {
             "format": FORMAT,
             "run": str(Path(member.run.source).resolve()),
             "configuration": config_fingerprint(member.config),
             "step": member.run.step,
-            "saved": os.stat(member.run.folder / checkpoint_format.META).st_mtime_ns,
+            "saved": os.stat(member.run.checkpoint / checkpoint_format.META).st_mtime_ns,
             "mode": member.mode,
             "learning": {**vars(member.learning), "inner": dict(member.learning.inner)},
             "length": length,

@@ -29,7 +29,7 @@ from tttjax.evaluation.report.state import state_bytes
 from tttjax.evaluation.report.summary import several, summarise
 from tttjax.evaluation.statistics import Sums
 from tttjax.io.paths import local_path
-from tttjax.runs.run import LearningOptions, inner_config, learning_rates
+from tttjax.runs.run import LearningOptions, inner_config, inner_learning_rates
 
 
 def make_report(
@@ -145,7 +145,7 @@ def _inner(member: Member) -> dict[str, Any] | None:
     if member.mode == "off":
         return None
     inner = inner_config(member.run, member.learning)
-    (lr,) = learning_rates(member.run, member.mode, member.learning)
+    (lr,) = inner_learning_rates(member.run, member.mode, member.learning)
     return {"rule": inner.rule, "lr": lr, "clip": inner.clip, "chunk_size": inner.chunk_size}
 
 

@@ -35,7 +35,7 @@ from tttjax.runs.run import (
     iter_eval_setups,
     open_run,
 )
-from tttjax.runs.tokenizer import run_tokenizer
+from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -105,7 +105,7 @@ def plan(
 
 def _tokenizer(found: Run, given: Path | str | None, say: Say) -> Tokenizer | None:
     try:
-        return run_tokenizer(found, given)
+        return load_run_tokenizer(found, given)
     except UserError as error:
         if given:
             raise
@@ -141,8 +141,8 @@ def _by_stack(places: list[TensorSlot]) -> list[TensorSlot]:
 
 def _reader(export: Export) -> Callable[[TensorSlot], np.ndarray]:
     """Reads our weight at a place out of the checkpoint; of a stack, one row."""
-    assert export.run.folder is not None
-    arrays: dict[str, StoredArray] = open_item(export.run.folder / "params")
+    assert export.run.checkpoint is not None
+    arrays: dict[str, StoredArray] = open_item(export.run.checkpoint / "params")
     fast = export.model.fast_paths
     opened: dict[str, Callable[[int], np.ndarray]] = {}
 
