@@ -1,15 +1,15 @@
 """Checkpoints: asynchronous saves with Orbax, exact and verified restores.
 
-A work directory keeps them in `checkpoints/<step>/`, each with three items and a seal:
+`checkpoints/<step>/` in the work directory holds three items and their checksums:
 
     params/         the weights, Params(slow, fast)
-    train/          everything else of the train state: optimizer, step, counters (absent where
-                    there is nothing else, as for imported weights)
-    meta/           JSON: data iterator state, metrics' state, resolved configuration
+    train/          the rest of the train state: optimizer, step, counters (absent for imported
+                    weights)
+    meta/           JSON: data iterator state, metrics state, resolved configuration
     checksums.json  BLAKE2b of every file of the three, written before the commit
 
-Arrays are stored under the path they have in the train state (`params/slow/...`), so a restore
-can compare every name, shape and dtype, and evaluation can read the weights alone.
+Arrays are stored under their path in the train state (`params/slow/...`), so a restore can compare
+every name, shape and dtype, and evaluation can read the weights alone.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from jax.experimental import multihost_utils
 
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
-from tttjax.training import checkpoint_format as io
+from tttjax.training import checkpoint_format
 from tttjax.types import Params, PyTree
 
 CHECKPOINT_DIR = "checkpoints"
-DAMAGED_PREFIX = "damaged-"  # how names begin of damaged checkpoints that were passed over
+DAMAGED_PREFIX = "damaged-"  # of the names of damaged checkpoints that were skipped
 
 
 @dataclasses.dataclass(frozen=True)
 class RestoredCheckpoint:
-    """What a checkpoint gave back: the state on its devices, and what was saved with it.
+    """A restored checkpoint: the train state on its devices, and the values of `meta`.
 
-    tokenizer: the fingerprint of the tokenizer that made the training data; "" if not known.
-    config: the resolved configuration that was saved; None if none was.
+    tokenizer: fingerprint of the training data's tokenizer; "" if not known.
+    config: the resolved configuration; None if none was saved.
     """
 
     step: int
@@ -47,41 +47,44 @@ class RestoredCheckpoint:
     config: dict[str, Any] | None = None
 
 
-def _is_first() -> bool:
+def _is_process_0() -> bool:
     return jax.process_index() == 0
 
 
 def _warn(sentence: str) -> None:
-    if _is_first():
+    if _is_process_0():
         print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes absolute paths only."""
+    """An absolute path, which Orbax requires."""
     return epath.Path(local_path(path)).resolve()
 
 
 class Checkpointer:
     """Saves and restores train states under `directory`, keeping the newest `keep`.
 
-    `save` returns as soon as the arrays are copied off the devices; the files are written in the
-    background and the checkpoint appears under its name only when complete. Every process of a
+    `save` returns as soon as the arrays are copied off the devices; files are written in the
+    background, and the checkpoint appears under its name when it is complete. Every process of a
     multi-process run must make the same calls.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2, concurrent_bytes: int = 0):
-        """Opens (and creates) `directory`; reports and removes checkpoints never completed.
+        """Opens or creates `directory`; reports and removes incomplete checkpoints.
 
-        at_once: bytes of arrays that are being written at a time, which bounds the host memory for
-        their compressed copies (0: as Orbax likes).
+        concurrent_bytes: bytes of arrays written at a time, which bounds the host memory for
+        compressed copies (0: Orbax's default).
         """
         self.directory = _absolute(directory)
         self._clear_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=(*io.ARRAY_ITEMS, io.META),
+            item_names=(*checkpoint_format.ARRAY_ITEMS, checkpoint_format.META),
             item_handlers=(
-                {item: io.array_handler(concurrent_bytes) for item in io.ARRAY_ITEMS}
+                {
+                    item: checkpoint_format.array_handler(concurrent_bytes)
+                    for item in checkpoint_format.ARRAY_ITEMS
+                }
                 if concurrent_bytes
                 else None
             ),
@@ -89,18 +92,20 @@ class Checkpointer:
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=lambda: io.seal_unfinished(self.directory)
+                    post_finalization_callback=lambda: checkpoint_format.write_checksums(
+                        self.directory
+                    )
                 ),
             ),
         )
 
     def _clear_unfinished(self) -> None:
-        """Orbax would remove them too, but some time later."""
-        unfinished = io.unfinished_steps(self.directory)
+        """Removes incomplete checkpoints now; Orbax would do so later."""
+        unfinished = checkpoint_format.unfinished_steps(self.directory)
         for step in unfinished:
             _warn(f"the checkpoint of step {step} in {self.directory} was never completed; removed")
         if unfinished:
-            io.remove_unfinished(self.directory, quiet_s=0)
+            checkpoint_format.remove_unfinished(self.directory, quiet_s=0)
 
     def save(
         self,
@@ -117,28 +122,28 @@ class Checkpointer:
         Arguments:
           step: the number of finished updates, the checkpoint's name.
           state: a pytree of arrays with an attribute or key `params`.
-          data_state, extra, config: anything JSON holds; given back by `restore`, `load_config`.
-          tokenizer: the fingerprint of the tokenizer that made the training data.
+          data_state, extra, config: JSON values, returned by `restore` and `load_config`.
+          tokenizer: fingerprint of the training data's tokenizer.
 
         Raises:
-          UserError: this save or the one before it met a full disk.
+          UserError: the disk is full, in this save or the one before it.
         """
         if step in self._manager.all_steps():
             return
-        arrays = io.split_items(state)
+        arrays = checkpoint_format.split_items(state)
         meta = {
-            "format": io.FORMAT,
+            "format": checkpoint_format.FORMAT,
             "data_state": data_state,
             "extra": extra or {},
             "config": config,
             "tokenizer": tokenizer,
         }
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
-        items[io.META] = ocp.args.JsonSave(meta)
+        items[checkpoint_format.META] = ocp.args.JsonSave(meta)
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as e:
-            self._explain(e)
+            self._raise_if_disk_full(e)
             raise
 
     def wait(self) -> None:
@@ -146,30 +151,29 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
         except Exception as e:
-            self._explain(e)
+            self._raise_if_disk_full(e)
             raise
 
-    def _explain(self, error: Exception) -> None:
-        """Turns a full disk into a UserError, after removing what was half written."""
-        if io.is_disk_full(error):
-            io.remove_unfinished(self.directory)
-            earlier = io.completed_checkpoints(self.directory)
-            kept = f"step {earlier[-1].name} is intact" if earlier else "no earlier one exists"
+    def _raise_if_disk_full(self, error: Exception) -> None:
+        """Turns a full disk into a UserError, after removing the incomplete checkpoint."""
+        if checkpoint_format.is_disk_full(error):
+            checkpoint_format.remove_unfinished(self.directory)
+            earlier = checkpoint_format.completed_checkpoints(self.directory)
+            state = f"step {earlier[-1].name} is intact" if earlier else "no earlier one exists"
             raise UserError(
-                f"no space left while saving a checkpoint in {self.directory} ({kept}): free some "
-                "space and start again with the same command, which continues from there"
+                f"no space left while saving a checkpoint in {self.directory} ({state}): free "
+                "some space and run the same command again, which resumes from there"
             ) from error
 
     def restore(self, abstract_state: PyTree) -> RestoredCheckpoint | None:
-        """Reads the newest undamaged checkpoint, or returns None if there is none at all.
+        """Reads the newest undamaged checkpoint; None if there are no checkpoints.
 
         Arguments:
           abstract_state: jax.ShapeDtypeStructs with shardings, in the structure that was saved.
-            The shardings may belong to another mesh or number of hosts than the saved ones.
+            The mesh and the number of hosts may differ from those of the save.
 
-        Damaged checkpoints are reported and passed over. They are renamed to `damaged-<step>`
-        once an older one has been read; until then nothing changes, so that the same command meets
-        the same damage again.
+        Damaged checkpoints are reported and skipped. They are renamed to `damaged-<step>` only
+        after an older one has been read, so repeating a failed restore gives the same error.
 
         Raises:
           UserError: a name, shape or dtype differs from the checkpoint's, it has a later format,
@@ -178,39 +182,39 @@ class Checkpointer:
         damaged: list[epath.Path] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            problem = _agree(io.damage(path) if _is_first() else None)
+            problem = _broadcast(checkpoint_format.find_damage(path) if _is_process_0() else None)
             if problem is None:
-                meta = io.read_meta(path)
-                state = io.read_items(path, abstract_state)
-                self._set_aside(damaged)
+                meta = checkpoint_format.read_meta(path)
+                state = checkpoint_format.read_items(path, abstract_state)
+                self._rename_damaged(damaged)
                 tokenizer = meta.get("tokenizer", "")
                 return RestoredCheckpoint(
                     step, state, meta["data_state"], meta["extra"], tokenizer, meta["config"]
                 )
             _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
             damaged.append(path)
-        left = damaged or [
+        skipped = damaged or [
             path for path in self.directory.iterdir() if path.name.startswith(DAMAGED_PREFIX)
         ]
-        if left:
+        if skipped:
             raise UserError(
                 f"every checkpoint in {self.directory} is damaged "
-                f"({', '.join(sorted(path.name for path in left))}): restore the directory from a "
-                "copy, or start over in a new work directory"
+                f"({', '.join(sorted(path.name for path in skipped))}): restore the directory from "
+                "a copy, or start over in a new work directory"
             )
         return None
 
-    def _set_aside(self, damaged: list[epath.Path]) -> None:
+    def _rename_damaged(self, damaged: list[epath.Path]) -> None:
         if not damaged:
             return
-        if _is_first():
+        if _is_process_0():
             for path in damaged:
                 target = path.parent / f"{DAMAGED_PREFIX}{path.name}"
                 if target.exists():
                     target.rmtree()
                 path.rename(target)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("tttjax set damaged checkpoints aside")
+            multihost_utils.sync_global_devices("tttjax renamed damaged checkpoints")
         self._manager.reload()
 
     def close(self) -> None:
@@ -221,8 +225,8 @@ class Checkpointer:
             self._manager.close()
 
 
-def _agree(problem: str | None) -> str | None:
-    """Process 0's verdict, on every process."""
+def _broadcast(problem: str | None) -> str | None:
+    """Process 0's text, on every process."""
     if jax.process_count() == 1:
         return problem
     text = np.zeros(512, np.uint8)
@@ -239,18 +243,17 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
       UserError: there is none.
     """
     path = _absolute(path)
-    if (path / io.META).exists():
+    if (path / checkpoint_format.META).exists():
         candidates = [path]
     else:
         folder = path / CHECKPOINT_DIR if (path / CHECKPOINT_DIR).exists() else path
-        candidates = io.completed_checkpoints(folder)
+        candidates = checkpoint_format.completed_checkpoints(folder)
     if not candidates:
         raise UserError(
-            f"{path} holds no checkpoint: give a work directory that `tttjax train` has written, "
-            "or one checkpoint in it"
+            f"{path} holds no checkpoint: give the work directory of a run, or one checkpoint in it"
         )
     for candidate in reversed(candidates):
-        problem = _agree(io.damage(candidate) if _is_first() else None)
+        problem = _broadcast(checkpoint_format.find_damage(candidate) if _is_process_0() else None)
         if problem is None:
             return candidate
         _warn(f"the checkpoint {candidate} is damaged ({problem})")
@@ -259,12 +262,15 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
 
 def load_config(path: epath.PathLike) -> dict[str, Any] | None:
     """The resolved configuration saved in the newest undamaged checkpoint under `path`."""
-    return io.read_meta(find_checkpoint(path))["config"]
+    return checkpoint_format.read_meta(find_checkpoint(path))["config"]
 
 
 def load_tokenizer_fingerprint(path: epath.PathLike) -> str:
-    """Of the tokenizer whose tokens the newest undamaged checkpoint learned; "" if not known."""
-    return io.read_meta(find_checkpoint(path)).get("tokenizer", "")
+    """Fingerprint of the training data's tokenizer, from the newest undamaged checkpoint.
+
+    "" if not known.
+    """
+    return checkpoint_format.read_meta(find_checkpoint(path)).get("tokenizer", "")
 
 
 def restore_params(
@@ -275,20 +281,20 @@ def restore_params(
     allow_unexpected: tuple[str, ...] = (),
     concurrent_bytes: int = 0,
 ) -> Params:
-    """Reads weights only, from a work directory (its newest checkpoint) or a checkpoint.
+    """Reads the weights of a work directory (its newest checkpoint) or of a checkpoint.
 
     Arguments:
-      template: jax.ShapeDtypeStructs with shardings. Where `allow_missing` lets the checkpoint
-        lack an array, the template must hold the array itself, which is returned unchanged.
-      allow_missing, allow_unexpected: patterns over paths such as "fast/**" or "slow/*/norm":
-        arrays that the checkpoint, or the template, may lack (`*` stays within one part of a
-        path, `**` crosses). Everything else must match in name, shape and dtype.
-      at_once: bytes of arrays that are being read at a time (0: as Orbax likes).
+      template: jax.ShapeDtypeStructs with shardings. For arrays that the checkpoint may lack
+        (`allow_missing`), the template must hold arrays, which are returned unchanged.
+      allow_missing, allow_unexpected: path patterns such as "fast/**" or "slow/*/norm" of arrays
+        that the checkpoint, or the template, may lack (`*` matches within one part of a path, `**`
+        across parts). Everything else must match in name, shape and dtype.
+      concurrent_bytes: bytes of arrays read at a time (0: Orbax's default).
 
     Raises:
       UserError: no checkpoint, all damaged, or the differences between the two.
     """
-    return io.read_item(
+    return checkpoint_format.read_item(
         find_checkpoint(path) / "params",
         template,
         allow_missing=allow_missing,

@@ -138,7 +138,7 @@ class TrainRun:
     trainer: Trainer
     batches: BatchStream
     tokenizer: str
-    saver: checkpoints.Checkpointer
+    checkpointer: checkpoints.Checkpointer
     logger: metrics.MetricLogger
     finished: StepRecorder
     totals: Totals
@@ -159,11 +159,11 @@ def _set_up(
     mesh = _make_mesh(config)
     kernels = describe_kernels(config, platform_of(mesh))
     trainer = make_trainer(config, mesh)
-    saver = checkpoints.Checkpointer(
+    checkpointer = checkpoints.Checkpointer(
         workdir / checkpoints.CHECKPOINT_DIR, keep=settings.keep_checkpoints
     )
-    closing.callback(saver.close)
-    state, start, totals = _first_state(config, trainer, saver, batches, tokenizer)
+    closing.callback(checkpointer.close)
+    state, start, totals = _first_state(config, trainer, checkpointer, batches, tokenizer)
     if tokenizer and jax.process_index() == 0:
         keep_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
     logger = metrics.MetricLogger(
@@ -189,7 +189,7 @@ def _set_up(
         trainer=trainer,
         batches=batches,
         tokenizer=tokenizer,
-        saver=saver,
+        checkpointer=checkpointer,
         logger=logger,
         finished=finished,
         totals=totals,
@@ -234,7 +234,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
             if asked_to_stop:
                 break
         with progress.doing("saving the last checkpoint"):
-            run.saver.wait()
+            run.checkpointer.wait()
         if run.start >= last:  # nothing was left to do
             _write_start(run)
     return state, step
@@ -259,7 +259,7 @@ def _write_start(run: TrainRun) -> None:
 def _save(run: TrainRun, step: int, state: TrainState) -> None:
     with progress.doing(f"saving the checkpoint of step {step}"):
         run.logger.sync()
-        run.saver.save(
+        run.checkpointer.save(
             step,
             state,
             data_state=run.batches.get_state(),
@@ -330,15 +330,17 @@ def _make_mesh(config: Config) -> jax.sharding.Mesh:
 def _first_state(
     config: Config,
     trainer: Trainer,
-    saver: checkpoints.Checkpointer,
+    checkpointer: checkpoints.Checkpointer,
     batches: BatchStream,
     tokenizer: str,
 ) -> tuple[TrainState, int, Totals]:
     """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
-    restored = saver.restore(trainer.abstract_state)
+    restored = checkpointer.restore(trainer.abstract_state)
     if restored is not None:
-        check_weights_config(restored.config, config, str(saver.directory / str(restored.step)))
-        _check_tokenizer(config, tokenizer, restored.tokenizer, str(saver.directory))
+        check_weights_config(
+            restored.config, config, str(checkpointer.directory / str(restored.step))
+        )
+        _check_tokenizer(config, tokenizer, restored.tokenizer, str(checkpointer.directory))
         batches.set_state(restored.data_state)
         return restored.state, restored.step, Totals(**restored.extra)
     if origin := config.train.init_from:

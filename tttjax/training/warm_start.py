@@ -11,8 +11,7 @@ import jax
 from tttjax.config import from_config_dict
 from tttjax.models import Transformer, build_model, fast_mlps, relayout
 from tttjax.parallel.mesh import param_shardings
-from tttjax.training import checkpoint_format as io
-from tttjax.training import checkpoints
+from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.step import Trainer
 from tttjax.types import Array, Params, PyTree
 
@@ -26,7 +25,7 @@ def load_initial_weights(origin: str, trainer: Trainer, seed: int) -> Params:
     """
     path = checkpoints.find_checkpoint(origin)
     wanted, target = trainer.abstract_state.params, trainer.model
-    saved = io.read_meta(path)["config"]
+    saved = checkpoint_format.read_meta(path)["config"]
     source = target
     if saved is not None:
         config = from_config_dict(saved)
@@ -37,13 +36,15 @@ def load_initial_weights(origin: str, trainer: Trainer, seed: int) -> Params:
 
     key = jax.random.key(seed)
     if not _is_moved(source, target, wanted, move, key):
-        return io.read_item(path / "params", wanted)  # equal, or refused with the differences
+        return checkpoint_format.read_item(
+            path / "params", wanted
+        )  # equal, or refused with the differences
     template = source.abstract_params()
     shardings = param_shardings(trainer.mesh, source.axes(), template)
     template = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings
     )
-    params = io.read_item(path / "params", template)
+    params = checkpoint_format.read_item(path / "params", template)
     _tell(source, target, str(path))
     return jax.jit(move, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(params, key)
 
@@ -61,7 +62,7 @@ def _is_moved(source: Transformer, target: Transformer, wanted: Params, move, ke
 
 
 def _sizes(tree: PyTree) -> dict[str, tuple]:
-    return {name: (x.shape, x.dtype) for name, x in io.named_leaves(tree).items()}
+    return {name: (x.shape, x.dtype) for name, x in checkpoint_format.named_leaves(tree).items()}
 
 
 def _tell(source: Transformer, target: Transformer, path: str) -> None:
