@@ -22,7 +22,8 @@ from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.load import load_model
-from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.runs.run import RunSpec, open_run
+from tttjax.training.step import weights_template
 
 WORDS = ("<unk>", "<s>", "</s>", *map(chr, range(97, 126)))
 CONFIG = {

@@ -20,9 +20,9 @@ from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs import write_run
 from tttjax.runs.origin import ORIGIN
-from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import checkpoints
-from tttjax.training.step import make_trainer
+from tttjax.training.step import make_trainer, weights_template
 
 CONFIG = official_config()
 OVERRIDES = (

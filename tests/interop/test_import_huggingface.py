@@ -26,8 +26,8 @@ from tttjax.interop.streaming import assemble
 from tttjax.interop.transfer import import_run
 from tttjax.models import build_model, combine
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import RunSpec, open_run, weights_template
-from tttjax.training.step import make_trainer
+from tttjax.runs.run import RunSpec, open_run
+from tttjax.training.step import make_trainer, weights_template
 from tttjax.types import Batch
 
 torch = pytest.importorskip("torch")

@@ -26,7 +26,7 @@ from tttjax.interop.official.names import ENDS, check_arrays, from_official, off
 from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import weights_template
+from tttjax.training.step import weights_template
 
 CONFIG = official_config()
 

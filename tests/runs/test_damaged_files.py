@@ -29,10 +29,11 @@ from tttjax.io.sealed import SEAL
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.load import load_model
-from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.training import checkpoints
 from tttjax.training.checkpoint_format import checksums
+from tttjax.training.step import weights_template
 
 REFUSED, EARLIER, SAME, OTHER = "refused", "earlier", "same", "other"
 

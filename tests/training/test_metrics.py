@@ -125,7 +125,7 @@ def test_progress_on_a_terminal_and_elsewhere(tmp_path):
     terminal.isatty = lambda: True
     log = logger(tmp_path / "b", stream=terminal, log_every=2)
     log_steps(log, 1, 4)
-    log.say("saved")
+    log.print_line("saved")
     log.close()
     assert terminal.getvalue().count("\r") == 4
     assert terminal.getvalue().endswith("\nsaved\n")

@@ -17,7 +17,8 @@ from tttjax.interop.official.checkpoint import load_official_checkpoint
 from tttjax.interop.official.names import to_official
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.runs.run import RunSpec, open_run
+from tttjax.training.step import weights_template
 from tttjax.verification import golden
 from tttjax.verification.verify import verify
 

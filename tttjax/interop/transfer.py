@@ -18,9 +18,10 @@ from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
-from tttjax.runs.run import RunSpec, open_run, weights_template
+from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.write_run import max_concurrent_bytes, write_run
 from tttjax.training import checkpoints
+from tttjax.training.step import weights_template
 from tttjax.types import Array, Params
 
 SAMPLE = 64  # random tokens whose logits are compared

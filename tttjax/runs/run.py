@@ -29,6 +29,7 @@ from tttjax.io.paths import local_path
 from tttjax.models import Transformer, build_model, relayout
 from tttjax.parallel.mesh import make_mesh, param_shardings
 from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training.step import weights_template
 from tttjax.ttt.outer_loss import InnerLoop, make_inner_loop
 from tttjax.types import Params, PyTree
 
@@ -308,15 +309,6 @@ def build_eval_model(
 
 # Equal configurations share functions, and so compiled programs.
 _inner_loop = lru_cache(maxsize=16)(make_inner_loop)
-
-
-def weights_template(model: Transformer, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings of a model's weights."""
-    abstract = model.abstract_params()
-    shardings = param_shardings(mesh, model.axes(), abstract)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
 
 
 def _dynamic_model(run: Run, inner: InnerConfig, learning: LearningOptions) -> Transformer:

@@ -250,7 +250,8 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
         candidates = checkpoint_format.completed_checkpoints(folder)
     if not candidates:
         raise UserError(
-            f"{path} holds no checkpoint: give the work directory of a run, or one checkpoint in it"
+            f"{path} holds no checkpoint: give a work directory of `tttjax train`, or one "
+            "checkpoint in it"
         )
     for candidate in reversed(candidates):
         problem = _broadcast(checkpoint_format.find_damage(candidate) if _is_process_0() else None)

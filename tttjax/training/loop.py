@@ -110,14 +110,14 @@ def train(
     metrics.check_wandb(config.train.wandb_project)
     with lock_workdir(workdir) as lock, remove_failed_start(workdir, lock):
         check_same_run(workdir, config)
-        with contextlib.ExitStack() as closing:
-            closing.enter_context(precision.as_configured(config))
-            run, state = _set_up(config, workdir, lock, batches, closing)
+        with contextlib.ExitStack() as exit_stack:
+            exit_stack.enter_context(precision.as_configured(config))
+            run, state = _set_up(config, workdir, lock, batches, exit_stack)
             setup_seconds = time.perf_counter() - started
             last = min(config.train.steps, stop_after or config.train.steps)
             state, step = _loop(run, state, last)
             result = _result(run, state, step, setup_seconds)
-            run.logger.say(_conclude(result))
+            run.logger.print_line(_conclude(result))
         if jax.process_index() == 0 and step == config.train.steps:
             with progress.doing("drawing the loss curve"):
                 _write_results(run, result)
@@ -140,7 +140,7 @@ class TrainRun:
     tokenizer: str
     checkpointer: checkpoints.Checkpointer
     logger: metrics.MetricLogger
-    finished: StepRecorder
+    recorder: StepRecorder
     totals: Totals
     start: int
 
@@ -150,19 +150,19 @@ def _set_up(
     workdir: Path,
     lock: Lock,
     batches: BatchStream | None,
-    closing: contextlib.ExitStack,
+    exit_stack: contextlib.ExitStack,
 ) -> tuple[TrainRun, TrainState]:
-    """Opens all that training needs, to be closed by `closing`, and the state to go on from."""
+    """Opens all that training needs, to be closed by `exit_stack`, and the state to go on from."""
     settings = config.train
     batches, tokenizer = (batches, "") if batches else open_batches(config)
-    closing.callback(batches.close)
+    exit_stack.callback(batches.close)
     mesh = _make_mesh(config)
     kernels = describe_kernels(config, platform_of(mesh))
     trainer = make_trainer(config, mesh)
     checkpointer = checkpoints.Checkpointer(
         workdir / checkpoints.CHECKPOINT_DIR, keep=settings.keep_checkpoints
     )
-    closing.callback(checkpointer.close)
+    exit_stack.callback(checkpointer.close)
     state, start, totals = _first_state(config, trainer, checkpointer, batches, tokenizer)
     if tokenizer and jax.process_index() == 0:
         keep_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
@@ -179,9 +179,9 @@ def _set_up(
         wandb_project=settings.wandb_project,
         config=dataclasses.asdict(config),
     )
-    closing.callback(logger.close)
-    logger.say("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
-    finished = StepRecorder(workdir, settings.max_skipped_steps, logger, totals)
+    exit_stack.callback(logger.close)
+    logger.print_line("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
+    recorder = StepRecorder(workdir, settings.max_skipped_steps, logger, totals)
     run = TrainRun(
         config=config,
         workdir=workdir,
@@ -191,7 +191,7 @@ def _set_up(
         tokenizer=tokenizer,
         checkpointer=checkpointer,
         logger=logger,
-        finished=finished,
+        recorder=recorder,
         totals=totals,
         start=start,
     )
@@ -200,13 +200,13 @@ def _set_up(
 
 def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]:
     """Steps start + 1 to `last`, or until asked to stop; saved at the end. (state, steps done)."""
-    settings, finished, late = run.config.train, run.finished, metrics.AsyncMetrics()
+    settings, recorder, async_metrics = run.config.train, run.recorder, metrics.AsyncMetrics()
     step = run.start
-    with contextlib.ExitStack() as closing:
-        stop = closing.enter_context(StopRequest())
+    with contextlib.ExitStack() as exit_stack:
+        stop = exit_stack.enter_context(StopRequest())
         profiler = Profiler(settings.profile_steps, run.workdir / "profile")
-        closing.callback(profiler.close)
-        finished.start_clock()
+        exit_stack.callback(profiler.close)
+        recorder.start_clock()
         for step in range(run.start + 1, last + 1):
             profiler.before(step)
             waiting_since = time.perf_counter()
@@ -215,21 +215,21 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
             waited = time.perf_counter() - waiting_since
             with _compiling(run) if step == run.start + 1 else contextlib.nullcontext():
                 state, values = run.trainer.step(state, on_device)
-            finished.add(late.swap(step, values, (waited, batch, data_state)))
+            recorder.add(async_metrics.swap(step, values, (waited, batch, data_state)))
             profiler.after(step, values)
             asked_to_stop = stop.after(step)
             if step == run.start + 1:  # it was compiled first, so its time is told apart
                 with progress.doing("the first step"):
-                    first = late.flush()
+                    first = async_metrics.flush()
                 try:
-                    finished.add(first)
+                    recorder.add(first)
                 finally:  # also where it was not finite, and one such step is too many
                     _write_start(run)
-                    finished.start_clock()
+                    recorder.start_clock()
             run.lock.check()
             if step % settings.checkpoint_every == 0 or step == last or asked_to_stop:
                 # Records go to disk before the checkpoint that they lead to.
-                finished.add(late.flush())
+                recorder.add(async_metrics.flush())
                 _save(run, step, state)
             if asked_to_stop:
                 break
@@ -267,7 +267,7 @@ def _save(run: TrainRun, step: int, state: TrainState) -> None:
             config=dataclasses.asdict(run.config),
             tokenizer=run.tokenizer,
         )
-    run.finished.start_clock()
+    run.recorder.start_clock()
 
 
 def _result(run: TrainRun, state: TrainState, step: int, setup_seconds: float) -> TrainResult:
@@ -275,12 +275,12 @@ def _result(run: TrainRun, state: TrainState, step: int, setup_seconds: float) -
     peak = run.logger.throughput.peak
     return TrainResult(
         step=step,
-        loss=run.finished.loss,
+        loss=run.recorder.loss,
         interrupted=step < run.config.train.steps,
         state=state,
         setup_seconds=setup_seconds,
-        first_step_seconds=run.finished.first_seconds,
-        **run.finished.steady_rates(),
+        first_step_seconds=run.recorder.first_seconds,
+        **run.recorder.steady_rates(),
         mfu_refers_to=peak.source if peak else None,
         train_seconds=run.totals.seconds,
         skipped_steps=int(state.skipped),

@@ -1,8 +1,8 @@
-"""What a run tells while it trains: JSONL, TensorBoard, W&B if asked for, a progress line.
+"""Training metrics: `metrics.jsonl`, TensorBoard, Weights & Biases, a progress line.
 
 `metrics.jsonl` has one record per step, {"step": n, "loss": ..., ..., "time": {...}}. Everything
-outside "time" is a function of configuration and data alone and is written exactly, so that the
-streams of two runs can be compared as text.
+outside "time" depends on configuration and data alone and is written exactly, so the records of two
+runs can be compared as text.
 """
 
 import importlib
@@ -28,33 +28,33 @@ JSONL = "metrics.jsonl"
 
 
 class AsyncMetrics:
-    """Holds the device metrics of a step until the next step has been dispatched.
+    """Delays reading the device metrics of a step until the next step is dispatched.
 
-    So the host never waits for a step whose successor is not yet queued on the device.
+    So the host never waits for the device while its queue is empty.
     """
 
     def __init__(self) -> None:
-        self._held: tuple[int, dict[str, jax.Array], Any] | None = None
+        self._dispatched: tuple[int, dict[str, jax.Array], Any] | None = None
 
     def swap(
         self, step: int, metrics: dict[str, jax.Array], note: Any = None
     ) -> tuple[int, dict[str, Any], Any] | None:
-        """Takes a step just dispatched; gives back the one before it, read from the device."""
+        """Stores the metrics of a dispatched step; returns those of the step before it."""
         for value in metrics.values():
             value.copy_to_host_async()
-        earlier, self._held = self._held, (step, metrics, note)
-        return self._read(earlier)
+        previous, self._dispatched = self._dispatched, (step, metrics, note)
+        return self._read(previous)
 
     def flush(self) -> tuple[int, dict[str, Any], Any] | None:
-        """Reads the step that is held, if any; blocks until the device has finished it."""
-        earlier, self._held = self._held, None
-        return self._read(earlier)
+        """Returns the metrics of the last dispatched step, if any; waits for the device."""
+        previous, self._dispatched = self._dispatched, None
+        return self._read(previous)
 
     @staticmethod
-    def _read(held: tuple | None) -> tuple[int, dict[str, Any], Any] | None:
-        if held is None:
+    def _read(dispatched: tuple | None) -> tuple[int, dict[str, Any], Any] | None:
+        if dispatched is None:
             return None
-        step, metrics, note = held
+        step, metrics, note = dispatched
         return step, {k: v.item() for k, v in jax.device_get(metrics).items()}, note
 
 
@@ -62,7 +62,7 @@ class AsyncMetrics:
 
 
 def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The complete records of a work directory's metrics.jsonl, in order; [] if there is none.
+    """The complete records of a work directory's metrics.jsonl, in order; [] if there is no file.
 
     Raises UserError for a damaged line.
     """
@@ -71,13 +71,13 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _complete_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Raises UserError for a damaged line, but for a last one that was torn by a kill."""
+    """Raises UserError for a damaged line; skips a last line that a kill has truncated."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
                 if type(record["step"]) is not int:
-                    raise ValueError("its step is no number")
+                    raise ValueError("its step is not an integer")
             except (ValueError, KeyError, TypeError) as error:
                 if not line.endswith("\n"):
                     return
@@ -94,7 +94,7 @@ def deterministic_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    """Rewrites the file with the complete records up to `step` only."""
+    """Removes records after `step`, and a truncated last line, from the file."""
     if not path.exists():
         return
     with atomic_write(path) as temporary, temporary.open("w") as file:
@@ -104,17 +104,17 @@ def _truncate_after(path: Path, step: int) -> None:
 
 
 def json_safe(value: Any) -> Any:
-    """JSON has no NaN: what is not finite becomes its name, "nan", "inf" or "-inf"."""
+    """The value for JSON, which has no NaN: "nan", "inf" or "-inf" if it is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
 
 
-# Throughput --------------------------------------------------------------------------------------
+# The logger --------------------------------------------------------------------------------------
 
 
 def peak_memory() -> tuple[int, str]:
-    """(bytes, where): the fullest local device's peak, or the process's on CPU."""
+    """(bytes, "device" or "process"): peak of the fullest local device; of the process on CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -123,27 +123,21 @@ def peak_memory() -> tuple[int, str]:
     return kibibytes * (1 if sys.platform == "darwin" else 1024), "process"
 
 
-# Progress ----------------------------------------------------------------------------------------
-
-
-# The logger --------------------------------------------------------------------------------------
-
-
 def check_wandb(project: str) -> None:
-    """UserError if W&B is asked for and missing."""
+    """UserError if a W&B project is configured and wandb is not installed."""
     if not project:
         return
     try:
         importlib.import_module("wandb")
     except ImportError:
         raise UserError(
-            f"train.wandb_project={project!r} asks for Weights & Biases, which is not installed: "
-            "pip install wandb, or leave the field empty"
+            f"train.wandb_project={project!r} needs Weights & Biases, which is not installed: "
+            "run `pip install wandb`, or leave the field empty"
         ) from None
 
 
 def _start_wandb(project: str, workdir: Path, config: dict[str, Any] | None) -> Any:
-    """One W&B run per work directory, whatever it is called: its id is kept in a file there."""
+    """Starts or resumes the W&B run of a work directory, whose id is in `wandb_id.txt`."""
     wandb = importlib.import_module("wandb")
     id_file = workdir / "wandb_id.txt"
     if not id_file.exists():
@@ -174,10 +168,10 @@ class _Window:
 
 @dataclass
 class MetricLogger:
-    """Writes every step's record; only the first process of a multi-process run writes.
+    """Writes the record of every step; in a multi-process run only process 0 writes.
 
-    start_step: the step that a resumed run continues from (0: a fresh run). Records beyond it,
-    and a line torn by a kill, are removed, so that the file becomes that of a run never stopped.
+    start_step: the step that the run resumes from (0: a new run). Later records and a truncated
+    line are removed, so the file becomes that of a run that was never stopped.
     """
 
     workdir: Path
@@ -192,8 +186,8 @@ class MetricLogger:
 
     def __post_init__(self) -> None:
         check_wandb(self.wandb_project)
-        self._writes = jax.process_index() == 0
-        if not self._writes:
+        self._is_writer = jax.process_index() == 0
+        if not self._is_writer:
             return
         self.progress = TrainProgress(self.total_steps, self.log_every, self.stream)
         self.workdir = Path(self.workdir)
@@ -219,12 +213,12 @@ class MetricLogger:
         """Records a finished step.
 
         Arguments:
-          step: number of updates done with it, 1, 2, ...
-          values: host numbers, as `AsyncMetrics` gives them; they must hold "loss".
-          seconds: wall-clock time of this step; input_seconds: of it, waiting for a batch.
-          steady: False for a step that was compiled first; it stays out of the averages.
+          step: the step number, 1, 2, ...
+          values: host numbers from `AsyncMetrics`, among them "loss".
+          seconds: wall-clock time of this step; input_seconds: its share spent on input.
+          steady: False for a step that includes compilation; averages leave it out.
         """
-        if not self._writes:
+        if not self._is_writer:
             return
         seconds = max(seconds, 1e-9)
         rates = self.throughput.rates(seconds, input_seconds)
@@ -240,29 +234,31 @@ class MetricLogger:
             smooth = self.throughput.rates(window.seconds, window.input_seconds, window.steps)
         self.progress.show(step, values["loss"], smooth, values.get("skipped", 0), steady)
         if step % self.log_every == 0 or step == self.total_steps:
-            self._point(step, {**values, **{f"time/{k}": v for k, v in (rates | smooth).items()}})
+            self._write_point(
+                step, {**values, **{f"time/{k}": v for k, v in (rates | smooth).items()}}
+            )
             self._window = _Window()
 
-    def _point(self, step: int, values: dict[str, Any]) -> None:
+    def _write_point(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, float(value), step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Prints a line between progress lines."""
-        if self._writes:
-            self.progress.say(text)
+        if self._is_writer:
+            self.progress.print_line(text)
 
     def sync(self) -> None:
-        """Makes what was logged safe against a crash of the machine; called before a save."""
-        if self._writes:
+        """Syncs the records to disk; called before a checkpoint is saved."""
+        if self._is_writer:
             self._jsonl.flush()
             os.fsync(self._jsonl.fileno())
 
     def close(self) -> None:
         """Closes all files."""
-        if self._writes:
+        if self._is_writer:
             self.progress.end()
             self._jsonl.close()
             self._tensorboard.close()
@@ -271,7 +267,7 @@ class MetricLogger:
 
 
 def write_loss_curve(workdir: str | os.PathLike) -> Path:
-    """Draws loss by step from metrics.jsonl into `workdir/loss.png` and returns its path."""
+    """Plots loss by step from metrics.jsonl to `workdir/loss.png`; returns its path."""
     from matplotlib.figure import Figure
 
     points = [(r["step"], r["loss"]) for r in read_records(workdir) if isinstance(r["loss"], float)]

@@ -1,8 +1,8 @@
 """The outer optimizer: AdamW with global-norm clipping and a warm-up/cosine schedule.
 
-One chain of optax pieces, in the papers' order: clip the gradient over all parameters together,
-Adam with bias correction, add weight_decay times the parameter, multiply by minus the learning
-rate. Moments are float32 (or wider), whatever the parameters' dtype.
+An optax chain in the papers' order: clip the gradient by its global norm, Adam with bias
+correction, add weight_decay times the parameter, multiply by minus the learning rate. Moments are
+float32 or wider for any parameter dtype.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 def make_schedule(cfg: "OptimConfig", total_steps: int) -> optax.Schedule:
     """Learning rate of update n = 0, 1, ...: linear warm-up, then cosine decay.
 
-    For n <= warmup_steps it runs linearly from init_lr to peak_lr (reached at n = warmup_steps),
-    then along a cosine to end_lr at n = decay_steps, where it stays. decay_steps = 0 means
-    `total_steps`. The papers start from init_lr = 0, which makes the very first update a step of
-    length zero; a negative init_lr (the default) starts one notch higher, at
-    peak_lr / (warmup_steps + 1), so that update n uses (n + 1) / (warmup_steps + 1) of the peak.
+    It rises linearly from init_lr to peak_lr at n = warmup_steps, falls along a cosine to end_lr at
+    n = decay_steps, and stays there. decay_steps = 0 means `total_steps`. With the papers' init_lr
+    = 0 the first update has length zero; a negative init_lr (the default) starts at peak_lr /
+    (warmup_steps + 1), so that update n uses (n + 1) / (warmup_steps + 1) of the peak.
 
     Raises:
       UserError: the decay ends before the warm-up does.
@@ -49,10 +48,9 @@ def make_schedule(cfg: "OptimConfig", total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for the arrays that weight decay reaches when embeddings are excluded.
+    """True for all arrays except embeddings, as a mask for weight decay.
 
-    An array is an embedding if any part of its path contains "embedding"; an untied output head
-    is none.
+    An array is an embedding if its path contains "embedding"; an untied output head is not one.
     """
 
     def decays(path: tuple, _: jax.Array) -> bool:
@@ -68,9 +66,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW of the outer loop, as one optax transformation over `Params`.
 
-    The gradient is clipped to global norm cfg.clip (left alone if strictly below it; no epsilon;
-    cfg.clip = 0 switches clipping off). Decay reaches every parameter, or those where `mask` is
-    True, or, with cfg.decay_embeddings false and no mask, all but the embeddings.
+    The gradient is clipped to global norm cfg.clip (unchanged if strictly below it; no epsilon;
+    cfg.clip = 0 disables clipping). Weight decay applies to all parameters, or those where `mask`
+    is True; with cfg.decay_embeddings false and no mask, to all but the embeddings.
 
     Raises:
       UserError: see `make_schedule`.
@@ -89,7 +87,7 @@ def make_optimizer(
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shows `inner` gradients and parameters in float32 or wider, so that its state is too."""
+    """Casts the inputs of `inner` to float32 or wider, and so its state."""
 
     def widen(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

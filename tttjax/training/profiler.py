@@ -21,7 +21,7 @@ class Profiler:
             self._running = True
 
     def after(self, step: int, result: PyTree) -> None:
-        """`result`: arrays of the step, waited for so that the trace holds all of its work."""
+        """Ends the trace after the last step, once its arrays `result` are computed."""
         if self._running and step >= self._last:
             jax.block_until_ready(result)
             self.close()

@@ -10,9 +10,9 @@ from tttjax.runtime import progress
 
 @dataclass
 class Throughput:
-    """Turns durations of steps into the rates that a record's "time" holds.
+    """Converts step durations into the rates of a record's "time".
 
-    flops_per_token: model FLOPs (see `flops`). peak: what MFU refers to, or None.
+    flops_per_token: model FLOPs (`planning.flops`). peak: peak FLOP/s for MFU, or None.
     """
 
     tokens_per_step: int
@@ -20,7 +20,7 @@ class Throughput:
     peak: Peak | None
 
     def rates(self, seconds: float, input_seconds: float, steps: int = 1) -> dict[str, Any]:
-        """Rates over `steps` steps that took `seconds`, of which the host waited for input."""
+        """Rates of `steps` steps that took `seconds`, `input_seconds` of them waiting for input."""
         tokens_per_second = steps * self.tokens_per_step / seconds
         rates: dict[str, Any] = {
             "seconds": seconds / steps,
@@ -33,13 +33,13 @@ class Throughput:
         return rates
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _count(value: float) -> str:
+def _format_count(value: float) -> str:
     for limit, divisor, unit in ((1e4, 1, ""), (1e7, 1e3, "k"), (1e10, 1e6, "M")):
         if value < limit:
             return f"{value / divisor:.{0 if divisor == 1 else 1}f}{unit}"
@@ -47,7 +47,7 @@ def _count(value: float) -> str:
 
 
 class TrainProgress:
-    """One line that rewrites itself on a terminal; a line every `log_every` steps elsewhere."""
+    """A progress line, updated in place on a terminal; a line every `log_every` steps elsewhere."""
 
     def __init__(self, total_steps: int, log_every: int, stream: TextIO | None = None):
         self.total_steps, self.log_every = total_steps, log_every
@@ -58,20 +58,20 @@ class TrainProgress:
     def show(
         self, step: int, loss: float, rates: dict[str, Any], skipped: int = 0, steady: bool = True
     ) -> None:
-        """Shows a finished step; `rates` as from `Throughput.rates`, `skipped` of the whole run.
+        """Shows a finished step. rates: of `Throughput.rates`. skipped: steps of the whole run.
 
-        steady: False for a step that was compiled first, which says nothing of the others.
+        steady: False for a step that includes compilation; it is shown without rates and ETA.
         """
         last = step == self.total_steps
         if not (self._terminal or last or step % self.log_every == 0):
             return
         width = len(str(self.total_steps))
         mfu = f"  mfu {rates['mfu']:.1%}" if "mfu" in rates else ""
-        lost = f"skipped {skipped}  " if skipped else ""
-        text = f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {lost}" + (
-            f"{_count(rates['tokens_per_second'])} tok/s{mfu}  "
+        skips = f"skipped {skipped}  " if skipped else ""
+        text = f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {skips}" + (
+            f"{_format_count(rates['tokens_per_second'])} tok/s{mfu}  "
             f"input {rates['input_share']:.0%}  "
-            f"eta {_duration((self.total_steps - step) * rates['seconds'])}"
+            f"eta {_format_duration((self.total_steps - step) * rates['seconds'])}"
             if steady
             else f"compiled and done in {rates['seconds']:.1f} s"
         )
@@ -81,17 +81,17 @@ class TrainProgress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
-        # A slow step is told on a terminal; a file gets the lines that `log_every` asks for.
+        # A terminal also shows that a step is slow; a file gets only the lines of `log_every`.
         progress.now(text if self._terminal else "")
 
-    def say(self, text: str) -> None:
-        """Prints a line of its own."""
+    def print_line(self, text: str) -> None:
+        """Prints a separate line."""
         self.end()
         self._stream.write(text + "\n")
         self._stream.flush()
 
     def end(self) -> None:
-        """Ends a line left open on a terminal."""
+        """Ends the progress line on a terminal."""
         if self._open_line:
             self._stream.write("\n")
             self._open_line = False

@@ -1,4 +1,4 @@
-"""Around the training loop: several processes, requests to stop, the profiler, what went wrong."""
+"""Recording finished training steps: timing, logging, and the stop after nonfinite steps."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ from tttjax.types import Batch
 
 @dataclass
 class Totals:
-    """What a run has used over all its starts; kept in its checkpoints."""
+    """Totals over all starts of a run, saved in its checkpoints."""
 
     seconds: float = 0.0
 
 
 class StepRecorder:
-    """Takes the steps that the device has finished: records and times them, watches for NaN."""
+    """Times and logs the steps that the device has finished; stops after nonfinite ones."""
 
     def __init__(self, workdir: Path, max_skipped_steps: int, logger: MetricLogger, totals: Totals):
         self._workdir, self._limit, self._logger = workdir, max_skipped_steps, logger
@@ -36,14 +36,14 @@ class StepRecorder:
         self.first_seconds: float | None = None
 
     def start_clock(self) -> None:
-        """The next step begins now: time spent saving is no step's."""
+        """Starts timing the next step, so that time spent saving is not counted."""
         self._last = time.perf_counter()
 
     def add(self, finished: tuple[int, dict[str, Any], Any] | None) -> None:
-        """Takes what `AsyncMetrics` gave back.
+        """Records a step from `AsyncMetrics`; does nothing for None.
 
         Raises:
-          UserError: too many steps in a row were not finite.
+          UserError: loss or gradient was not finite in too many steps in a row.
         """
         if finished is None:
             return
@@ -58,9 +58,9 @@ class StepRecorder:
             self._seconds.append(seconds)
         else:
             self.first_seconds = seconds
-            self._logger.say(f"first step after {seconds:.1f} s, compilation included")
+            self._logger.print_line(f"first step after {seconds:.1f} s, compilation included")
         if values["nonfinite"]:
-            self._logger.say(f"step {step}: loss or gradient not finite, skipped")
+            self._logger.print_line(f"step {step}: loss or gradient not finite, skipped")
             if values["skipped_in_row"] >= self._limit:
                 raise_nonfinite(self._workdir, step, values, batch, data_state)
 
@@ -78,7 +78,7 @@ class StepRecorder:
 
 
 def batch_fingerprint(batch: Batch) -> str:
-    """A hash of this process's part of a batch, to find it again."""
+    """A hash that identifies this process's part of a batch."""
     digest = hashlib.blake2b(digest_size=8)
     for array in (batch.inputs, batch.targets, batch.mask):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -88,7 +88,7 @@ def batch_fingerprint(batch: Batch) -> str:
 def raise_nonfinite(
     workdir: Path, step: int, values: dict[str, Any], batch: Batch, data_state: Any
 ) -> None:
-    """Ends a run whose last steps were all skipped: tells what it saw, and writes it down.
+    """Ends a run whose last steps were all skipped.
 
     Raises:
       UserError: always; `nonfinite.json` in the work directory holds the details.
@@ -107,7 +107,7 @@ def raise_nonfinite(
     shown = ", ".join(f"{name}={value:.4g}" for name, value in norms.items())
     raise UserError(
         f"loss or gradient was not finite in {values['skipped_in_row']} steps in a row; the last "
-        f"was step {step}, batch {fingerprint}, with {shown}. Lower "
-        "optim.peak_lr or inner.lr, or clip; details are in "
-        f"{path}, and the checkpoints hold the weights from before"
+        f"was step {step}, batch {fingerprint}, with {shown}. Lower optim.peak_lr or inner.lr, or "
+        f"set optim.clip or inner.clip; {path} has the details, and the checkpoints hold the "
+        "weights from before"
     )

@@ -1,9 +1,9 @@
 """One jitted, sharded step of the outer loop.
 
-The batch is divided over the mesh axes `data` and `fsdp` with shard_map: every device reads its
-own sequences from start to end, backward pass included, and gradients are reduced once, never per
-chunk. (Left to the partitioner, that reduction would land inside the backward scan.) What `fsdp`
-divides is gathered here, or row by row in the loop over blocks. The axis `tensor` stays with the
+The batch is sharded over the mesh axes `data` and `fsdp` with shard_map: every device runs forward
+and backward pass over its own sequences, and gradients are reduced once, not per chunk. (The
+partitioner would put that reduction inside the backward scan.) FSDP-sharded parameters are
+all-gathered here, or layer by layer in the loop over blocks. The axis `tensor` is left to the
 partitioner.
 """
 
@@ -46,42 +46,42 @@ from tttjax.ttt.outer_loss import (
 from tttjax.types import Array, Batch, Params, PyTree
 
 Metrics = dict[str, Array]
-PARTS = ("embedding", "prefix", "suffix", "head", "final_norm")
+MODEL_PARTS = ("embedding", "prefix", "suffix", "head", "final_norm")
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes. A checkpoint holds this and the data iterator's state."""
+    """What a step updates. A checkpoint holds this and the data iterator's state."""
 
-    step: Array  # int32: batches seen, those of skipped steps included
+    step: Array  # int32: steps done, skipped ones included
     params: Params
     opt_state: PyTree
     skipped: Array  # int32: steps skipped because loss or gradient was not finite
-    skipped_in_row: Array  # int32: how many of them were the latest ones
+    skipped_in_row: Array  # int32: consecutive skipped steps up to now
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The compiled pieces of training for one configuration and mesh."""
+    """The jitted functions of training for one configuration and mesh."""
 
     mesh: Mesh
     model: Transformer
     abstract_state: TrainState  # ShapeDtypeStruct with shardings
     init_state: Callable[[int], TrainState]  # by seed
-    start_from: Callable[[Params], TrainState]  # given weights, everything else fresh
+    start_from: Callable[[Params], TrainState]  # the initial state for given weights
     step: jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics); the state is donated
 
     def put_batch(self, batch: Batch) -> Batch:
-        """This process's sequences as its part of the global batch on the devices."""
-        place = partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
-        return jax.tree.map(lambda x: place(np.asarray(x)), batch)
+        """The global batch on the devices, from this process's sequences."""
+        to_device = partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
+        return jax.tree.map(lambda x: to_device(np.asarray(x)), batch)
 
 
 def gathered_per_layer(learn: bool) -> tuple[str, ...]:
-    """The parts of the slow weights whose blocks run once over a sequence.
+    """The parts of the slow weights that `mesh.gather` "layer" all-gathers layer by layer.
 
-    With `mesh.gather` "layer" each of their rows is gathered as it is reached. What the loop over
-    chunks reads is made whole before, or it would be gathered once per chunk.
+    These are the parts whose blocks run once per sequence. Weights that the loop over chunks uses
+    are gathered before it, or they would be gathered once per chunk.
     """
     return ("prefix",) if learn else ("prefix", "suffix")
 
@@ -97,42 +97,43 @@ def make_gradient(
 ) -> Callable[[Params, Batch, Array], tuple[Params, Metrics]]:
     """gradient(params, batch, inner_lr) -> (outer gradient, metrics), averaged over the batch.
 
-    The batch is read in `accum_steps` parts, one after the other, to save memory. gather: when the
-    weights that the axis `fsdp` divides are made whole (`MeshConfig.gather`).
+    accum_steps: micro-batches that the batch is split into, to save memory. gather: when
+    FSDP-sharded parameters are all-gathered (`MeshConfig.gather`).
     """
     outer_loss = make_outer_loss(model, inner, learn=learn)
     specs = param_specs(mesh, model.axes())
     axes = batch_axes(mesh)
 
     def loss(params: Params, batch: Batch, lr: Array) -> tuple[Array, ForwardOutput]:
-        late = gathered_per_layer(learn)
+        per_layer = gathered_per_layer(learn)
         slow = {
-            part: w if part in late else all_gather_params(w) for part, w in params.slow.items()
+            part: w if part in per_layer else all_gather_params(w)
+            for part, w in params.slow.items()
         }
         return outer_loss(Params(slow=slow, fast=all_gather_params(params.fast)), batch, lr)
 
-    def of_part(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        (_, reading), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, lr)
-        return grads, _forward_metrics(model, inner, reading, learn)
+    def micro_batch_gradient(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        (_, output), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, lr)
+        return grads, _forward_metrics(model, inner, output, learn)
 
-    of_batch = _in_parts(of_part, accum_steps)
+    batch_gradient = _accumulate(micro_batch_gradient, accum_steps)
 
-    def of_shard(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        def ready(shards: Params) -> Params:
+    def sharded_gradient(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        def gather_params(shards: Params) -> Params:
             params = jax.tree.map(as_divided, shards, specs)
             return all_gather_params(params) if gather == "step" else params
 
-        params, back = jax.vjp(ready, shards)
-        grads, metrics = of_batch(params, batch, lr)
-        (grads,) = back(grads)  # summed over fsdp here, if that is not done yet
+        params, gather_vjp = jax.vjp(gather_params, shards)
+        grads, metrics = batch_gradient(params, batch, lr)
+        (grads,) = gather_vjp(grads)  # with gather "step", this reduce-scatters over fsdp
         grads = jax.tree.map(partial(reduce_mean, axes=axes), grads, specs)
         return grads, jax.lax.pmean(metrics, axes)
 
     if mesh.size == 1:
-        return of_batch
+        return batch_gradient
     manual_specs = jax.tree.map(manual, specs)
     return jax.shard_map(
-        of_shard,
+        sharded_gradient,
         mesh=mesh,
         in_specs=(manual_specs, spec(mesh, ["batch"]), PartitionSpec()),
         out_specs=(manual_specs, PartitionSpec()),
@@ -141,40 +142,40 @@ def make_gradient(
     )
 
 
-def _in_parts(of_part: Callable, parts: int) -> Callable:
-    """of_part(params, batch, lr) of parts of the batch, one after the other, averaged."""
-    if parts == 1:
-        return of_part
+def _accumulate(gradient: Callable, accum_steps: int) -> Callable:
+    """`gradient`, averaged over `accum_steps` micro-batches that are run one after the other."""
+    if accum_steps == 1:
+        return gradient
 
-    def of_batch(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
-        rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    def accumulated(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        micro_batches = jax.tree.map(lambda x: x.reshape(accum_steps, -1, *x.shape[1:]), batch)
 
-        def add(total, row):
-            return jax.tree.map(jnp.add, total, of_part(params, row, lr)), None
+        def add(total, micro_batch):
+            return jax.tree.map(jnp.add, total, gradient(params, micro_batch, lr)), None
 
-        first = jax.tree.map(lambda x: x[0], rows)
-        shape = jax.eval_shape(of_part, params, first, lr)
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        shape = jax.eval_shape(gradient, params, first, lr)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-        total, _ = jax.lax.scan(add, zero, rows)
-        return jax.tree.map(lambda x: x / parts, total)
+        total, _ = jax.lax.scan(add, zero, micro_batches)
+        return jax.tree.map(lambda x: x / accum_steps, total)
 
-    return of_batch
+    return accumulated
 
 
 def _forward_metrics(
-    model: Transformer, inner: InnerLoop, reading: ForwardOutput, learn: bool
+    model: Transformer, inner: InnerLoop, output: ForwardOutput, learn: bool
 ) -> Metrics:
-    """What reading a batch showed, as means over its sequences."""
+    """Metrics of a forward pass, as means over its sequences."""
     metrics = {
-        "loss": jnp.mean(reading.loss),
-        "inner_grad_norm": jnp.mean(reading.grad_norm_N),
-        "fast_drift": jnp.mean(reading.drift),
-        "inner_clip_rate": jnp.mean(reading.grad_norm_N >= (inner.clip or jnp.inf)),
-        "first_chunk_loss": jnp.mean(reading.chunk_loss_N[:, 0]),
-        "last_chunk_loss": jnp.mean(reading.chunk_loss_N[:, -1]),
+        "loss": jnp.mean(output.loss),
+        "inner_grad_norm": jnp.mean(output.grad_norm_N),
+        "fast_drift": jnp.mean(output.drift),
+        "inner_clip_rate": jnp.mean(output.grad_norm_N >= (inner.clip or jnp.inf)),
+        "first_chunk_loss": jnp.mean(output.chunk_loss_N[:, 0]),
+        "last_chunk_loss": jnp.mean(output.chunk_loss_N[:, -1]),
     }
     if learn:
-        drift_L = jnp.mean(reading.layer_drift_L, axis=0)
+        drift_L = jnp.mean(output.layer_drift_L, axis=0)
         names = fast_layers(model)
         metrics |= {f"fast_drift_{name}": drift_L[i] for i, name in enumerate(names)}
     return metrics
@@ -183,15 +184,15 @@ def _forward_metrics(
 def norms_by_part(grads: Params) -> Metrics:
     """Gradient norms: of everything, of slow and fast weights, and by part of the model."""
     norms = {"": grads, "_slow": grads.slow, "_fast": grads.fast}
-    norms |= {f"_{part}": grads.slow[part] for part in PARTS if part in grads.slow}
+    norms |= {f"_{part}": grads.slow[part] for part in MODEL_PARTS if part in grads.slow}
     return {f"grad_norm{name}": optax.tree.norm(tree) for name, tree in norms.items()}
 
 
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
-    """Model, optimizer and one outer step for a configuration on a mesh.
+    """Model, optimizer and outer step for a configuration on a mesh.
 
-    A step whose loss or gradient is not finite changes neither weights nor optimizer; it is counted
-    in `skipped`, and metrics["nonfinite"] says so.
+    A step with a nonfinite loss or gradient changes neither weights nor optimizer. It is counted in
+    `skipped`, and its metrics["nonfinite"] is true.
 
     Raises UserError if the mesh does not fit the model.
     """
@@ -224,7 +225,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         return start_from(model.init(jax.random.key(seed)))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        updates_done = state.step - state.skipped  # both learning rates count these
+        updates_done = state.step - state.skipped  # the schedules count updates, not steps
         lr_inner = jnp.asarray(inner_lr_at(updates_done), jnp.float32)
         grads, metrics = gradient(state.params, batch, lr_inner)
         metrics |= norms_by_part(grads)
@@ -260,7 +261,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         mesh=mesh,
         model=model,
         abstract_state=abstract,
-        init_state=lambda seed: init(np.uint32(seed)),  # as int32 it would end at 2**31
+        init_state=lambda seed: init(np.uint32(seed)),  # int32 would limit seeds to 2**31
         start_from=jax.jit(start_from, out_shardings=shardings, donate_argnums=0),
         step=jax.jit(
             step,
@@ -271,14 +272,24 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     )
 
 
+def weights_template(model: Transformer, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of a model's weights."""
+    abstract = model.abstract_params()
+    return _with_shardings(abstract, param_shardings(mesh, model.axes(), abstract))
+
+
 def _abstract_state(mesh: Mesh, model: Transformer, start_from) -> tuple[TrainState, TrainState]:
     """(shapes with shardings, shardings) of the training state."""
     params = model.abstract_params()
-    of_params = param_shardings(mesh, model.axes(), params)
     abstract = jax.eval_shape(start_from, params)
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = like_params(abstract, params, of_params, replicated)
-    with_shardings = jax.tree.map(
+    shardings = like_params(
+        abstract, params, param_shardings(mesh, model.axes(), params), replicated
+    )
+    return _with_shardings(abstract, shardings), shardings
+
+
+def _with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    return with_shardings, shardings

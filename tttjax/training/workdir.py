@@ -1,4 +1,4 @@
-"""A run's work directory: one process writes it, and a start that fails leaves nothing in it."""
+"""The work directory of a run: locked by one process, cleaned up after a failed start."""
 
 import contextlib
 import shutil
@@ -16,7 +16,7 @@ from tttjax.io.locks import Lock, hold
 from tttjax.training.checkpoints import CHECKPOINT_DIR
 from tttjax.training.metrics import JSONL
 
-# Made before the first step, after which the configuration is written.
+# Created before the first step; the configuration is written after it.
 CREATED_FILES = {
     CHECKPOINT_DIR,
     TOKENIZER_DIR,
@@ -30,9 +30,9 @@ CREATED_FILES = {
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[Lock]:
-    """The work directory, made if need be and locked by the first process for all.
+    """Creates the work directory if needed; process 0 locks it for all processes.
 
-    Raises UserError, on every process, if it is a file or another run's process writes there.
+    Raises UserError, on every process, if it is a file or another command holds the lock.
     """
     nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), workdir)
     if nearest.exists() and not nearest.is_dir():
@@ -43,25 +43,27 @@ def lock_workdir(workdir: Path) -> Iterator[Lock]:
         with hold(workdir) as lock:
             yield lock
         return
-    with contextlib.ExitStack() as holding:
+    with contextlib.ExitStack() as exit_stack:
         lock = Lock(workdir)
-        refusal: Exception | None = None
+        lock_error: Exception | None = None
         if jax.process_index() == 0:
             try:  # JAX has its own handler of SIGTERM here
-                lock = holding.enter_context(hold(workdir, ends_on_sigterm=False))
-            except (UserError, OSError) as error:  # the others wait to hear of it
-                refusal = error
-        is_refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
-        if is_refused:
-            raise refusal or UserError(f"{workdir} cannot be written; process 0 says why")
+                lock = exit_stack.enter_context(hold(workdir, ends_on_sigterm=False))
+            except (UserError, OSError) as error:  # raised after the other processes know
+                lock_error = error
+        has_failed = multihost_utils.broadcast_one_to_all(np.int32(lock_error is not None))
+        if has_failed:
+            raise lock_error or UserError(
+                f"{workdir} cannot be written; see the error of process 0"
+            )
         yield lock
 
 
 @contextlib.contextmanager
 def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
-    """Removes what was made in a new work directory, unless its configuration has been written.
+    """Removes the files created in a new work directory, unless its configuration was written.
 
-    What another process, which took the lock over, may have made stays.
+    Does nothing if another process took the lock over, since files may be that process's.
     """
     if jax.process_index() != 0 or (workdir / CONFIG).exists():
         yield
