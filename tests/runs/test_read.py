@@ -14,6 +14,7 @@ import tttjax.cli.sessions
 from tttjax.cli.main import main
 from tttjax.inference.session_file import read_about
 from tttjax.io.locks import hold
+from tttjax.runs.load import load_model
 from tttjax.runs.snapshots import list_snapshots
 
 TEXT = "the cat sat on the mat. " * 19  # 7 stretches of 64 bytes, and a bit
@@ -45,7 +46,7 @@ def run(make_run):
 def open_once():
     """As `load_from_args`, but models of the same options are the same, and compiled once."""
     opened = functools.cache(
-        lambda workdir, learn, trace_updates: tttjax.cli.generate.load_model(
+        lambda workdir, learn, trace_updates: load_model(
             workdir, mode="off" if learn == "none" else "", trace_updates=trace_updates
         )
     )

@@ -287,13 +287,13 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
         import resource, sys
         from absl import logging
         import jax, jax.numpy as jnp
-        from tttjax import checkpoint
+        from tttjax.training import checkpoints
         from tttjax.errors import UserError
 
         logging.set_verbosity("fatal")
         w = jax.random.normal(jax.random.key(0), (512, 512))
         state = {"params": {"w": w}, "step": jnp.int32(0)}
-        saver = checkpoint.Checkpointer(sys.argv[1], keep=3)
+        saver = checkpoints.Checkpointer(sys.argv[1], keep=3)
         saver.save(1, state)
         saver.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -302,7 +302,7 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
             saver.wait()
         except UserError as error:
             print("UserError", error)
-        print("latest", checkpoint.find_checkpoint(sys.argv[1]).name)
+        print("latest", checkpoints.find_checkpoint(sys.argv[1]).name)
     """)
     folder = tmp_path / "checkpoints"
     done = subprocess.run(

@@ -127,7 +127,7 @@ def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path, compiled)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err[-2000:]
-    assert "to be continued" in out
+    assert "the same command resumes" in out
     stopped = len(deterministic_records(tmp_path))
     steps = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
     assert steps == [str(stopped)]

@@ -15,14 +15,16 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from helpers.paths import TINY
 
 from tttjax.cli.main import main
 from tttjax.errors import UserError
-from tttjax.training import loop as train_module
+from tttjax.parallel.distributed import start_distributed
 from tttjax.training import records
 from tttjax.training.loop import train
 from tttjax.training.metrics import read_records
+from tttjax.training.stopping import StopRequest
 from tttjax.types import Batch
 
 
@@ -100,12 +102,12 @@ def test_a_summary_is_json_even_if_the_last_loss_is_not_finite(finished):
 
 def test_command_line(data, tmp_path, capsys):
     command = ["train", f"--config={TINY}", f"--workdir={tmp_path}", "--stop-after=1"]
-    verbosity = train_module.logging.get_verbosity()
+    verbosity = absl_logging.get_verbosity()
     try:
         assert main([*command, f"--config.data.sources={data}"]) == 75
     finally:
-        train_module.logging.set_verbosity(verbosity)
-    assert "to be continued" in capsys.readouterr().out
+        absl_logging.set_verbosity(verbosity)
+    assert "the same command resumes" in capsys.readouterr().out
     assert (tmp_path / "checkpoints" / "1").exists()
 
 
@@ -150,7 +152,7 @@ def test_a_mesh_that_does_not_fit_writes_nothing(tiny, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_handlers_are_restored(number):
     before = signal.getsignal(number)
-    with records.StopRequest() as stop:
+    with StopRequest() as stop:
         assert not stop.after(1)
         os.kill(os.getpid(), number)
         assert stop.after(2)
@@ -172,7 +174,7 @@ def test_a_signal_is_answered_while_the_interpreter_waits(monkeypatch):
             time.sleep(0.01)
 
     thread = threading.Thread(target=interrupt)
-    with records.StopRequest() as stop:
+    with StopRequest() as stop:
         thread.start()
         working.set()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # as long as compiling, and as deaf
@@ -183,7 +185,7 @@ def test_a_signal_is_answered_while_the_interpreter_waits(monkeypatch):
 
 
 def test_a_second_interrupt_ends_at_once():
-    with records.StopRequest():
+    with StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -193,7 +195,7 @@ def test_stop_requests_work_outside_the_main_thread():
     answers = []
 
     def ask():
-        with records.StopRequest() as stop:
+        with StopRequest() as stop:
             answers.append(stop.after(1))
 
     thread = threading.Thread(target=ask)
@@ -212,4 +214,4 @@ def test_batch_fingerprints_tell_batches_apart():
 
 def test_distributed_flags_come_together():
     with pytest.raises(UserError, match="--process-id, --process-count is missing"):
-        records.start_distributed("localhost:1234")
+        start_distributed("localhost:1234")

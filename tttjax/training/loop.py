@@ -1,4 +1,4 @@
-"""The training loop: opens everything a run needs, steps, records, saves, resumes."""
+"""The training loop: set-up, steps, metrics, checkpoints, resuming."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ from tttjax.types import Batch
 
 
 class BatchStream(Protocol):
-    """What training reads: this process's part of every batch, from any step on."""
+    """An iterator over this process's part of every batch, with a state to resume from."""
 
     def __next__(self) -> Batch: ...
     def get_state(self) -> Any: ...
@@ -55,11 +55,11 @@ class BatchStream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run went. Seconds are of this start; `train_seconds` of all starts together.
+    """Result and timing of a run. Seconds are of this start, `train_seconds` of all starts.
 
-    step: updates done in all. first_step_seconds: the first step of this start, compilation
-    included; step_seconds: median of the others (None if there were none). interrupted: asked to
-    stop before the last step; saved, and to be continued.
+    step: steps done in total. first_step_seconds: the first step of this start, compilation
+    included; step_seconds: median of the others (None if there were none). interrupted: stopped
+    before the last step; the checkpoint is saved, and the same command resumes.
     """
 
     step: int
@@ -78,7 +78,7 @@ class TrainResult:
     peak_memory_of: str
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the state, as `summary.json` has it; not finite: "nan", "inf"."""
+        """Everything but the state, for `summary.json`; nonfinite values as "nan", "inf"."""
         return {
             field.name: metrics.json_safe(getattr(self, field.name))
             for field in dataclasses.fields(self)
@@ -96,12 +96,12 @@ def train(
     """Trains up to step `config.train.steps`, from the newest checkpoint in `workdir` if any.
 
     Arguments:
-      stop_after: save and return after this step, as if interrupted there.
-      batches: instead of the prepared data sets of `config.data`.
+      stop_after: save and return after this step, as if interrupted.
+      batches: batches to use instead of the data sets of `config.data`.
 
     Raises:
-      UserError: anything wrong with configuration, data, mesh, work directory or checkpoints; no
-        space left; loss or gradient not finite for too long; another process trains in `workdir`.
+      UserError: configuration, data, mesh, work directory or checkpoints are invalid; the disk is
+        full; loss or gradient is not finite in too many steps; another process uses `workdir`.
     """
     started = time.perf_counter()
     workdir, config = local_path(workdir, "--workdir"), with_absolute_paths(config)
@@ -117,7 +117,7 @@ def train(
             last = min(config.train.steps, stop_after or config.train.steps)
             state, step = _loop(run, state, last)
             result = _result(run, state, step, setup_seconds)
-            run.logger.print_line(_conclude(result))
+            run.logger.print_line(_describe_result(result))
         if jax.process_index() == 0 and step == config.train.steps:
             with progress.doing("drawing the loss curve"):
                 _write_results(run, result)
@@ -126,10 +126,10 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class TrainRun:
-    """Everything that the loop works with.
+    """The objects of a run in progress.
 
-    tokenizer: fingerprint of the one that made the data ("" for batches from elsewhere). start:
-    steps that earlier starts have done.
+    tokenizer: fingerprint of the data's tokenizer ("" for custom batches). start: steps done by
+    earlier starts.
     """
 
     config: Config
@@ -152,7 +152,7 @@ def _set_up(
     batches: BatchStream | None,
     exit_stack: contextlib.ExitStack,
 ) -> tuple[TrainRun, TrainState]:
-    """Opens all that training needs, to be closed by `exit_stack`, and the state to go on from."""
+    """Opens everything that training needs, closed by `exit_stack`, and the initial state."""
     settings = config.train
     batches, tokenizer = (batches, "") if batches else open_batches(config)
     exit_stack.callback(batches.close)
@@ -163,7 +163,7 @@ def _set_up(
         workdir / checkpoints.CHECKPOINT_DIR, keep=settings.keep_checkpoints
     )
     exit_stack.callback(checkpointer.close)
-    state, start, totals = _first_state(config, trainer, checkpointer, batches, tokenizer)
+    state, start, totals = _initial_state(config, trainer, checkpointer, batches, tokenizer)
     if tokenizer and jax.process_index() == 0:
         keep_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
     logger = metrics.MetricLogger(
@@ -199,7 +199,7 @@ def _set_up(
 
 
 def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]:
-    """Steps start + 1 to `last`, or until asked to stop; saved at the end. (state, steps done)."""
+    """Runs steps start + 1 to `last`, or until a request to stop; saves. (state, steps done)."""
     settings, recorder, async_metrics = run.config.train, run.recorder, metrics.AsyncMetrics()
     step = run.start
     with contextlib.ExitStack() as exit_stack:
@@ -217,32 +217,32 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                 state, values = run.trainer.step(state, on_device)
             recorder.add(async_metrics.swap(step, values, (waited, batch, data_state)))
             profiler.after(step, values)
-            asked_to_stop = stop.after(step)
-            if step == run.start + 1:  # it was compiled first, so its time is told apart
+            should_stop = stop.after(step)
+            if step == run.start + 1:  # includes compilation, so it is timed separately
                 with progress.doing("the first step"):
                     first = async_metrics.flush()
                 try:
                     recorder.add(first)
-                finally:  # also where it was not finite, and one such step is too many
-                    _write_start(run)
+                finally:  # also if it was not finite and max_skipped_steps is 1
+                    _write_config(run)
                     recorder.start_clock()
             run.lock.check()
-            if step % settings.checkpoint_every == 0 or step == last or asked_to_stop:
-                # Records go to disk before the checkpoint that they lead to.
+            if step % settings.checkpoint_every == 0 or step == last or should_stop:
+                # Records reach the disk before the checkpoint that includes their steps.
                 recorder.add(async_metrics.flush())
                 _save(run, step, state)
-            if asked_to_stop:
+            if should_stop:
                 break
         with progress.doing("saving the last checkpoint"):
             run.checkpointer.wait()
-        if run.start >= last:  # nothing was left to do
-            _write_start(run)
+        if run.start >= last:  # no step to do
+            _write_config(run)
     return state, step
 
 
 @contextlib.contextmanager
 def _compiling(run: TrainRun) -> Iterator[None]:
-    """The first step's call: tracing and compiling, or reading what was compiled before."""
+    """Shows progress of the first step's call, which compiles or reads the compilation cache."""
     program = f"{config_fingerprint(run.config)} {dict(run.trainer.mesh.shape)} {jax.__version__}"
     started = time.perf_counter()
     with progress.doing("compiling the train step", compilation_cache.last_seconds(program)):
@@ -250,8 +250,8 @@ def _compiling(run: TrainRun) -> Iterator[None]:
     compilation_cache.note_seconds(program, time.perf_counter() - started)
 
 
-def _write_start(run: TrainRun) -> None:
-    """What makes the work directory this run's, once it has done a step."""
+def _write_config(run: TrainRun) -> None:
+    """Writes the configuration, which marks the work directory as this run's."""
     if jax.process_index() == 0:
         write_run_info(run.workdir, run.config, with_devices=True)
 
@@ -293,11 +293,11 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
     """The training batches of `config.data`, and the fingerprint of their tokenizer.
 
     Raises:
-      UserError: data missing, damaged or too short, or with more tokens than model.vocab_size.
+      UserError: data are missing, damaged or too short, or exceed model.vocab_size.
     """
     data, settings = config.data, config.train
-    opened = [open_prepared(path) for path in data.sources]
-    for source in opened:
+    sources = [open_prepared(path) for path in data.sources]
+    for source in sources:
         if source.tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary of "
@@ -312,13 +312,13 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
         weights=data.weights,
     )
     stream = make_train_stream(
-        opened,
+        sources,
         options,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         prefetch=data.prefetch,
     )
-    return stream, opened[0].fingerprint
+    return stream, sources[0].fingerprint
 
 
 def _make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -327,14 +327,14 @@ def _make_mesh(config: Config) -> jax.sharding.Mesh:
     return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
 
 
-def _first_state(
+def _initial_state(
     config: Config,
     trainer: Trainer,
     checkpointer: checkpoints.Checkpointer,
     batches: BatchStream,
     tokenizer: str,
 ) -> tuple[TrainState, int, Totals]:
-    """(state, steps done, totals): resumed, started from another run's weights, or fresh."""
+    """(state, steps done, totals): resumed, from another run's weights, or newly initialised."""
     restored = checkpointer.restore(trainer.abstract_state)
     if restored is not None:
         check_weights_config(
@@ -344,57 +344,57 @@ def _first_state(
         batches.set_state(restored.data_state)
         return restored.state, restored.step, Totals(**restored.extra)
     if origin := config.train.init_from:
-        known = checkpoints.load_tokenizer_fingerprint(origin)
-        _check_tokenizer(config, tokenizer, known, origin)
+        origin_tokenizer = checkpoints.load_tokenizer_fingerprint(origin)
+        _check_tokenizer(config, tokenizer, origin_tokenizer, origin)
         weights = load_initial_weights(origin, trainer, config.train.seed)
         return trainer.start_from(weights), 0, Totals()
     return trainer.init_state(config.train.seed), 0, Totals()
 
 
-def _check_tokenizer(config: Config, of_data: str, of_weights: str, where: str) -> None:
-    """UserError if weights learned another tokenizer's tokens; what is not known passes."""
-    if of_data and of_weights and of_data != of_weights:
+def _check_tokenizer(
+    config: Config, data_fingerprint: str, weights_fingerprint: str, weights: str
+) -> None:
+    """UserError if data and weights have different tokenizers. Unknown ("") fingerprints pass."""
+    if data_fingerprint and weights_fingerprint and data_fingerprint != weights_fingerprint:
         raise UserError(
-            f"the data in {', '.join(config.data.sources)} were made by another tokenizer "
-            f"(fingerprint {of_data[:12]}) than those that the weights in {where} were trained "
-            f"with ({of_weights[:12]}); prepare the data with that one (`tttjax prepare "
-            "--tokenizer=DIR`, DIR being the prepared data of that training)"
+            f"the data in {', '.join(config.data.sources)} were prepared with another tokenizer "
+            f"(fingerprint {data_fingerprint[:12]}) than that of the weights in {weights} "
+            f"({weights_fingerprint[:12]}); prepare them with that one (`tttjax prepare "
+            "--tokenizer=DIR`, DIR being the data that the weights were trained on)"
         )
 
 
 def _describe(config: Config, trainer: Trainer, start: int) -> str:
-    """The line before the first step."""
+    """The line to print before the first step."""
     count = {
         part: sum(x.size for x in jax.tree.leaves(getattr(trainer.abstract_state.params, part)))
         for part in ("slow", "fast")
     }
     mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
     origin = f" from {config.train.init_from}" if config.train.init_from else ""
-    begin = f"continuing after step {start} of" if start else f"training{origin} for"
+    verb = f"continuing after step {start} of" if start else f"training{origin} for"
     return (
-        f"{begin} {config.train.steps} steps of {config.train.batch_size} x "
+        f"{verb} {config.train.steps} steps of {config.train.batch_size} x "
         f"{config.train.seq_len} tokens; {sum(count.values()):,} parameters, "
         f"{count['fast']:,} of them fast; {jax.device_count()} {jax.default_backend()} devices "
         f"({mesh})"
     )
 
 
-def _conclude(result: TrainResult) -> str:
-    how = "stopped, saved, to be continued by the same command," if result.interrupted else "done"
+def _describe_result(result: TrainResult) -> str:
+    verb = "stopped" if result.interrupted else "done"
     loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
     speed = (
         "" if result.step_seconds is None else f"; {result.step_seconds:.3f} s per step (median)"
     )
-    return f"{how} at step {result.step}{loss}{speed}"
+    hint = "; saved, the same command resumes" if result.interrupted else ""
+    return f"{verb} at step {result.step}{loss}{speed}{hint}"
 
 
 def _write_results(run: TrainRun, result: TrainResult) -> None:
     path = run.workdir / "summary.json"
     if result.step == run.start and path.exists():
-        return  # nothing was left to do, so the earlier start's figures stand
+        return  # no step was done: keep the summary of the earlier start
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
     metrics.write_loss_curve(run.workdir)
-
-
-# The command -------------------------------------------------------------------------------------

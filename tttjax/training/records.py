@@ -39,15 +39,15 @@ class StepRecorder:
         """Starts timing the next step, so that time spent saving is not counted."""
         self._last = time.perf_counter()
 
-    def add(self, finished: tuple[int, dict[str, Any], Any] | None) -> None:
+    def add(self, result: tuple[int, dict[str, Any], Any] | None) -> None:
         """Records a step from `AsyncMetrics`; does nothing for None.
 
         Raises:
           UserError: loss or gradient was not finite in too many steps in a row.
         """
-        if finished is None:
+        if result is None:
             return
-        step, values, (waited, batch, data_state) = finished
+        step, values, (waited, batch, data_state) = result
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._totals.seconds += seconds
