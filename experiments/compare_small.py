@@ -1,22 +1,21 @@
-"""Nine ways to read beyond the window, at one size, on one text: trained, extended, compared.
+"""Compares nine architectures for contexts beyond the window, at one size, on one text.
 
     python experiments/compare_small.py --text PATH --out DIR --scale cpu
 
-PATH is a file or folder of long documents (default: the sources of Python's standard library). The
-text is prepared once, its documents divided into training, validation and test. Every system has
-the parameters of full attention and the same tokens; it is pretrained at one window with several
-learning rates, and at the best of them once more with another seed; then each model is extended
-separately to 2, 4 and 8 windows, with a fresh schedule. The report on the test documents is
-DIR/report/report.html.
+PATH is a file or folder of long documents (default: the sources of Python's standard library),
+split into training, validation and test. All systems have as many parameters as full attention and
+train on the same tokens. Each is pretrained at one window with several learning rates, and with a
+second seed at the best; then each model is extended separately to 2, 4 and 8 windows, with a new
+schedule. The report on the test documents is DIR/report/report.html.
 
-    full, window, hybrid        attention: to everything; to one window; three to one of both
+    full, window, hybrid        full attention; window attention; three window to one full
     mamba2, gated_deltanet      with window attention in every block
-    ttt_linear, ttt_mlp         in the second paper's backbone, without attention
-    dynamic                     `window`, its MLPs learning at test time as if they had been taught
-    ttt_e2e                     TTT-E2E: taught to
+    ttt_linear, ttt_mlp         TTT layers in the backbone of their paper, without attention
+    dynamic                     dynamic evaluation: `window`, with its MLPs as fast weights
+    ttt_e2e                     TTT-E2E, meta-trained
 
-Stopped by Ctrl-C or SIGTERM, it saves; the same command goes on. docs/comparison.md says why it is
-made as it is. As an experiment file, `compare_small.py:SCALE,SYSTEM,pretrain` and
+Ctrl-C and SIGTERM save; the same command continues. docs/comparison.md explains the design. As an
+experiment file, `compare_small.py:SCALE,SYSTEM,pretrain` and
 `compare_small.py:SCALE,SYSTEM,extend,WINDOWS` are the configurations of its runs.
 """
 
@@ -46,13 +45,13 @@ from experiments.comparison.scales import (
 from tttjax.cli.flag_types import int32
 from tttjax.errors import UserError
 
-EXIT_INTERRUPTED = 75  # as of `tttjax train`: the same command goes on
+EXIT_INTERRUPTED = 75  # saved, as of `tttjax train`
 USER_ERROR = 2
 ARGUMENT = "SCALE,SYSTEM,pretrain or SCALE,SYSTEM,extend,WINDOWS"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The configuration of one run; default the pretraining of TTT-E2E at the scale cpu."""
+    """The configuration of one run (default: pretraining of TTT-E2E at the scale cpu)."""
     words = (arg or f"cpu,ttt_e2e,{PRETRAIN}").split(",")
     if len(words) == 3 and words[2] == PRETRAIN:
         return recipe(words[0], words[1], PRETRAIN)
@@ -62,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def recipes() -> list[str]:
-    """The arguments of pretraining and the longest extension, at the scales cpu and gpu."""
+    """Arguments of pretraining and of the longest extension, at the scales cpu and gpu."""
     return [
         f"{name},{system},{stage}"
         for name in ("cpu", "gpu")
@@ -85,28 +84,28 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--text", default="stdlib", help="file or folder of long documents (default: stdlib)")
-    add("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    add("--out", type=Path, required=True, metavar="DIR", help="output folder")
     add(
         "--scale",
         choices=SCALES,
         default="cpu",
-        help="smoke: a few minutes, to see whether it all works",
+        help="model and budget (default: %(default)s); smoke: a few minutes, to test the setup",
     )
     add(
         "--splits",
         default="",
         metavar="TABLE",
         help="table with document names in its first column and a column `split` (train, val, "
-        "test); default: by a hash of the names",
+        "test); default: split by a hash of the names",
     )
     add(
         "--jobs",
         type=int32,
         default=0,
         metavar="N",
-        help="runs at a time (default: one for each core; at the scale gpu one)",
+        help="parallel runs (default: one per core; one at the scale gpu)",
     )
-    add("--plan", action="store_true", help="print the plan and end")
+    add("--plan", action="store_true", help="print the plan and exit")
     return parser.parse_args()
 
 
@@ -134,67 +133,67 @@ def _compare(args: argparse.Namespace) -> int:
     _say(describe(plan, jobs))
     with Stop().listening() as stop:
         if not run_tasks(plan.tasks, args.out, jobs=jobs, stop=stop, log=_say):
-            _say("stopped, saved, to be continued by the same command")
+            _say("stopped and saved; run the same command again to continue")
             return EXIT_INTERRUPTED
     return _report(plan)
 
 
 def _report(plan: Plan) -> int:
-    """Starts JAX in this process, now that all others have ended."""
+    """Writes the report. Starts JAX in this process, so all others must have ended."""
     from experiments.comparison.summary import write_report
 
     try:
         report = write_report(plan, command=shlex.join(["python", *sys.argv]), progress=sys.stderr)
     except KeyboardInterrupt:
-        _say("stopped while reporting, to be continued by the same command")
+        _say("stopped while writing the report; run the same command again to continue")
         return EXIT_INTERRUPTED
     _say("\n".join([*report.summary, *map(str, report.paths.values())]))
     return 0
 
 
 def describe(plan: Plan, jobs: int) -> str:
-    """The plan in words: sizes, every run with its tokens and expected time, and the whole."""
+    """The plan as text: sizes, every task with its tokens and expected time, and totals."""
     scale, tasks = plan.scale, plan.tasks()
     lines = [f"scale {plan.scale_name}: window {scale.window}, TTT-E2E's chunk {scale.chunk}"]
     lines += [
         f"  {name:<16} {parameters(plan.scale_name, name):>12,} parameters" for name in SYSTEMS
     ]
-    lines.append(f"  {DYNAMIC:<16} the run of window, read with learning")
+    lines.append(f"  {DYNAMIC:<16} dynamic evaluation of the window run")
     shared = " and ".join(f"{a} from {b}" for a, b in PRETRAINED_AS.items())
-    lines.append(f"one pretraining for several: {shared} (the same within one window)")
+    lines.append(f"shared pretraining: {shared} (the same computation within one window)")
     for number, task in enumerate(tasks, start=1):
         state = "done" if task.is_done() else f"about {task.seconds:.0f} s"
         tokens = f"{task.tokens:>12,} tokens" if task.tokens else " " * 19
         lines.append(f"{number:>4} {task.name:<34} {tokens}  {state}")
-    left = sum(task.seconds for task in tasks if not task.is_done()) / jobs
+    remaining = sum(task.seconds for task in tasks if not task.is_done()) / jobs
     total = sum(task.tokens for task in tasks)
     lines += [
-        f"{len(tasks)} tasks, {total:,} tokens, {jobs} at a time: {left / 60:.0f} minutes left "
-        "on an idle machine like that of docs/comparison.md, and then the report;",
-        "one run more for each sweep whose best rate is the lowest or highest tried",
+        f"{len(tasks)} tasks, {total:,} tokens, {jobs} in parallel: {remaining / 60:.0f} minutes "
+        "remaining on an idle machine like that of docs/comparison.md, plus the report;",
+        "plus one run for each sweep whose best rate is the lowest or highest tried",
     ]
     return "\n".join(lines)
 
 
 def _check_same(args: argparse.Namespace) -> None:
-    """Notes what `out` is for; UserError if it is for something else."""
+    """Records the options in `out`. Raises UserError if it was made with others."""
     path = args.out / "comparison.json"
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out={args.out} is a file; name a folder")
     text = args.text if args.text == "stdlib" else os.path.realpath(args.text)
-    now = {"scale": args.scale, "text": text, "splits": args.splits}
+    options = {"scale": args.scale, "text": text, "splits": args.splits}
     if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in now.items():
-            if before[name] != value:
+        recorded = json.loads(path.read_text())
+        for name, value in options.items():
+            if recorded[name] != value:
                 raise UserError(
-                    f"{args.out} has a comparison with --{name} {before[name] or 'not given'}, not "
-                    f"{value or 'without it'}; go on with that, or choose another --out"
+                    f"{args.out} has a comparison with --{name} {recorded[name] or 'not given'}, not "
+                    f"{value or 'without it'}; use the same option, or choose another --out"
                 )
         return
     args.out.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(now, indent=1) + "\n")
+    temporary.write_text(json.dumps(options, indent=1) + "\n")
     os.replace(temporary, path)
 
 

@@ -1,8 +1,8 @@
-"""All runs of a comparison, from what is known of it: a pure function of the validation losses.
+"""All runs of a comparison, planned as a pure function of the validation losses so far.
 
-A task is one process: it trains a run, validates it, hands it on to another system, or sweeps the
-rates of dynamic evaluation. It is done when its product is on disk; what can start now is whatever
-is not done and needs nothing that is not done.
+A task is one process: it trains or validates a run, converts it to another system, or sweeps the
+learning rates of dynamic evaluation. It is done when its product is on disk. A task can start when
+all tasks that it needs are done.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from experiments.comparison.scales import (
 from tttjax.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "compare_small.py"
-ADOPT = Path(__file__).with_name("adopt.py")
-START = 15.0  # seconds that a process takes to start, compile and save
-LEARNING_COST = 4  # of a token read with learning, in tokens of training
+CONVERT = Path(__file__).with_name("convert.py")
+START = 15.0  # seconds to start, compile and save
+DYNAMIC_EVAL_COST = 4  # of a token of dynamic evaluation, in training tokens
 
 
 @dataclass(frozen=True)
 class Task:
     """One process. command: empty until the rates it depends on are known.
 
-    products: any of these files says that it is done; the first is that of a success. needs: names
-    of tasks. tokens: that it trains on. seconds: expected.
+    products: the task is done when any of these files exists; the first is that of a success.
+    needs: names of tasks. tokens: training tokens. seconds: expected.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Task:
 def rates_to_try(
     ladder: Sequence[float], tried: int, losses: Mapping[float, float]
 ) -> tuple[list[float], float | None]:
-    """(the rates that have to be tried, the best of them or None while one is missing).
+    """(rates to try, the best of them or None while a loss is missing).
 
-    The `tried` rates in the middle of the ladder, and as long as the best one is at their edge, the
-    next one beyond it. Raises UserError if none gives a finite loss.
+    The rates are the `tried` ones in the middle of the ladder, extended by one while the best is at
+    the edge. Raises UserError if no loss is finite.
     """
     first = (len(ladder) - tried) // 2
     low, high = first, first + tried - 1
@@ -79,14 +79,14 @@ def rates_to_try(
 class Plan:
     """The comparison at a scale in the folder `out`.
 
-    known: system -> learning rate -> validation loss, as of now; None: read whenever asked.
-    known_shares: the same for the shares of the best rate that extensions are tried with.
+    rate_losses: system -> learning rate -> validation loss; None: read from disk on each access.
+    share_losses: the same for extensions, by share of the best learning rate.
     """
 
     scale_name: str
     out: Path
-    known: Mapping[str, Mapping[float, float]] | None = None
-    known_shares: Mapping[str, Mapping[float, float]] | None = None
+    rate_losses: Mapping[str, Mapping[float, float]] | None = None
+    share_losses: Mapping[str, Mapping[float, float]] | None = None
 
     @property
     def scale(self) -> Scale:
@@ -99,41 +99,41 @@ class Plan:
     def workdir(self, run: str) -> Path:
         return self.out / "runs" / run
 
-    # What is known --------------------------------------------------------------------------------
+    # Results --------------------------------------------------------------------------------------
 
     def loss(self, run: str) -> float | None:
-        """Validation loss of a run: infinite if it diverged, None if not known."""
+        """Validation loss of a run: infinite if it diverged, None if not available."""
         if self.diverged(run):
             return math.inf
         return read_losses(self.workdir(run) / "validation").get(0.0)
 
     def sweep(self, system: str) -> Mapping[float, float]:
-        """Learning rate -> validation loss, as far as known."""
-        if self.known is not None:
-            return self.known[system]
-        found = {rate: self.loss(pretrained(system, rate)) for rate in self.scale.rates}
-        return {rate: loss for rate, loss in found.items() if loss is not None}
+        """Learning rate -> validation loss, so far."""
+        if self.rate_losses is not None:
+            return self.rate_losses[system]
+        losses = {rate: self.loss(pretrained(system, rate)) for rate in self.scale.rates}
+        return {rate: loss for rate, loss in losses.items() if loss is not None}
 
     def rate(self, system: str) -> float | None:
-        """The best learning rate of a system's pretraining; None while not known."""
+        """The best learning rate of a system's pretraining; None while undecided."""
         origin = PRETRAINED_AS.get(system, system)
         return rates_to_try(self.scale.rates, self.scale.tried, self.sweep(origin))[1]
 
     def share_sweep(self, system: str) -> Mapping[float, float]:
-        """Share of the best rate -> validation loss of the longest extension, as far as known."""
-        if self.known_shares is not None:
-            return self.known_shares[system]
+        """Share of the best rate -> validation loss of the longest extension, so far."""
+        if self.share_losses is not None:
+            return self.share_losses[system]
         longest = max(self.scale.windows)
         runs = {share: extended(system, longest, share) for share in self.scale.shares}
-        found = {share: self.loss(run) for share, run in runs.items()}
-        return {share: loss for share, loss in found.items() if loss is not None}
+        losses = {share: self.loss(run) for share, run in runs.items()}
+        return {share: loss for share, loss in losses.items() if loss is not None}
 
     def share(self, system: str) -> float | None:
-        """The best share of a system's extensions; None while not known."""
+        """The best share of a system's extensions; None while undecided."""
         return rates_to_try(self.scale.shares, self.scale.tried, self.share_sweep(system))[1]
 
     def run(self, system: str, windows: int, seed: int) -> str:
-        """The name of a system's run for a context, as far as what it depends on is known."""
+        """The name of a system's run for a context; undecided rates are question marks."""
         if windows > 1:
             return extended(system, windows, self.share(system), seed)
         if system in PRETRAINED_AS:
@@ -148,14 +148,14 @@ class Plan:
             for rate, loss in read_losses(self.out / DYNAMIC / rule).items()
         }
 
-    # What is to be done ---------------------------------------------------------------------------
+    # Tasks ----------------------------------------------------------------------------------------
 
     def tasks(self) -> list[Task]:
         """Every task, in the order in which they should start."""
-        pretrained_themselves = [system for system in SYSTEMS if system not in PRETRAINED_AS]
-        known = {system: self.sweep(system) for system in pretrained_themselves}
+        with_pretraining = [system for system in SYSTEMS if system not in PRETRAINED_AS]
+        rate_losses = {system: self.sweep(system) for system in with_pretraining}
         shares = {system: self.share_sweep(system) for system in SYSTEMS}
-        return dataclasses.replace(self, known=known, known_shares=shares)._tasks()
+        return dataclasses.replace(self, rate_losses=rate_losses, share_losses=shares)._tasks()
 
     def _tasks(self) -> list[Task]:
         tasks = []
@@ -164,10 +164,10 @@ class Plan:
                 tasks += self._pretraining(system)
         for system in SYSTEMS:
             for seed in range(self.scale.seeds):
-                if self.lost(system, 1, seed):
+                if self.has_diverged(system, 1, seed):
                     continue
                 if system in PRETRAINED_AS:
-                    tasks.append(self._adoption(system, seed))
+                    tasks.append(self._conversion(system, seed))
                 tasks += self._extensions(system, seed)
         return tasks + [self._dynamic(rule) for rule in self.scale.dynamic]
 
@@ -185,7 +185,7 @@ class Plan:
         return Task(
             run,
             command,
-            self._finished(run, "nonfinite.json"),
+            self._products(run, "nonfinite.json"),
             () if seed == 0 else self._sweep_names(system),
             *self._cost(system, PRETRAIN),
         )
@@ -206,26 +206,28 @@ class Plan:
         products = (folder / "validation" / "results.json", folder / "nonfinite.json")
         return Task(f"{run}/validation", command, products, (run,))
 
-    def _adoption(self, system: str, seed: int) -> Task:
+    def _conversion(self, system: str, seed: int) -> Task:
         origin = pretrained(PRETRAINED_AS[system], self.rate(system), seed)
         run = self.run(system, 1, seed)
         command = (
-            *(sys.executable, str(ADOPT), str(self.workdir(origin)), str(self.workdir(run))),
+            *(sys.executable, str(CONVERT), str(self.workdir(origin)), str(self.workdir(run))),
             f"--config={RECIPES}:{self.scale_name},{system},{PRETRAIN}",
             *self._overrides(self.rate(system) or 0.0, seed),
         )
-        known = self.rate(system) is not None
-        return Task(run, command if known else (), self._finished(run), self._origin(system, seed))
+        is_decided = self.rate(system) is not None
+        return Task(
+            run, command if is_decided else (), self._products(run), self._origin(system, seed)
+        )
 
     def _extensions(self, system: str, seed: int) -> list[Task]:
-        """All of one seed; of the first, the sweep at the longest context comes before."""
+        """The extensions of one seed; for the first seed, the sweep at the longest context first."""
         longest, tasks = max(self.scale.windows), []
         windows = list(self.scale.windows)
         if seed == 0:
             for share in self._shares_to_try(system):
                 extension = self._extension(system, longest, 0, share)
                 tasks += [extension, self._validate(system, extension.name, longest)]
-            windows.remove(longest)  # its best is there already
+            windows.remove(longest)  # the sweep includes its best
         sweep = tuple(
             f"{extended(system, longest, share)}/validation"
             for share in self._shares_to_try(system)
@@ -254,11 +256,11 @@ class Plan:
             arg = f"{system},{EXTEND},{windows}"
             command = self._train_command(run, arg, rate * share, seed)
             command += (f"--config.train.init_from={start}",)
-        products = self._finished(run, "nonfinite.json")
+        products = self._products(run, "nonfinite.json")
         return Task(run, command, products, (*origin, *needs), *self._cost(system, EXTEND))
 
     def _origin(self, system: str, seed: int) -> tuple[str, ...]:
-        """What a run that starts from a pretrained model waits for."""
+        """Names of the tasks needed by a run that starts from a pretrained model."""
         system = PRETRAINED_AS.get(system, system)
         sweep = self._sweep_names(system)
         return sweep if seed == 0 else (*sweep, pretrained(system, self.rate(system), seed))
@@ -280,7 +282,7 @@ class Plan:
         )
         if self.share("window") is None:
             command = ()
-        tokens = LEARNING_COST * len(rates) * scale.sequences * scale.longest
+        tokens = DYNAMIC_EVAL_COST * len(rates) * scale.sequences * scale.longest
         seconds = START + tokens / 1000 / scale.speed[DYNAMIC]
         return Task(f"{DYNAMIC}/{rule}", command, (folder / "results.json",), (run,), 0, seconds)
 
@@ -311,16 +313,16 @@ class Plan:
         )
 
     def diverged(self, run: str) -> bool:
-        """Whether a run ended because its losses were no numbers."""
+        """Whether a run ended because its losses were not finite."""
         return (self.workdir(run) / "nonfinite.json").exists()
 
-    def lost(self, system: str, windows: int, seed: int) -> bool:
-        """Whether there is no model for a context: its run diverged, or the one it starts from."""
+    def has_diverged(self, system: str, windows: int, seed: int) -> bool:
+        """Whether a run for a context diverged, or the run it starts from."""
         origin = pretrained(PRETRAINED_AS.get(system, system), self.rate(system), seed)
         return self.diverged(origin) or self.diverged(self.run(system, windows, seed))
 
-    def _finished(self, run: str, *others: str) -> tuple[Path, ...]:
-        return tuple(self.workdir(run) / name for name in ("summary.json", *others))
+    def _products(self, run: str, *alternatives: str) -> tuple[Path, ...]:
+        return tuple(self.workdir(run) / name for name in ("summary.json", *alternatives))
 
     def _cost(self, system: str, stage: str) -> tuple[int, float]:
         """(tokens, seconds) of a training run."""
@@ -329,25 +331,25 @@ class Plan:
 
 
 def pretrained(system: str, rate: float | None, seed: int = 0) -> str:
-    """The name of a pretraining run; a rate that is not known yet is a question mark."""
+    """The name of a pretraining run; an undecided rate is a question mark."""
     return f"{system}-lr{'?' if rate is None else f'{rate:g}'}-seed{seed}"
 
 
 def extended(system: str, windows: int, share: float | None, seed: int = 0) -> str:
-    """The name of an extension; a share that is not known yet is a question mark."""
+    """The name of an extension; an undecided share is a question mark."""
     return f"{system}-x{windows}-share{'?' if share is None else f'{share:.2g}'}-seed{seed}"
 
 
 def read_losses(folder: Path) -> dict[float, float]:
-    """Inner learning rate (0 without) -> loss over all tokens at the longest context evaluated."""
+    """Inner learning rate (0 without) -> loss at the longest context evaluated."""
     path = folder / "results.json"
     if not path.exists():
         return {}
     results = json.loads(path.read_text())
     longest = str(max(results["context_lengths"]))
-    found = {}
+    losses = {}
     for series in results["series"]:
         loss = series["contexts"][longest]["all"]["nats_per_token"]["mean"]
         rate = series["inner"]["lr"] if series["mode"] == DYNAMIC else 0.0
-        found[rate] = math.inf if loss is None else loss
-    return found
+        losses[rate] = math.inf if loss is None else loss
+    return losses

@@ -1,7 +1,7 @@
-"""Runs the tasks of a plan, several at a time, each in a process of its own; stops when asked.
+"""Runs the tasks of a plan in parallel, each in its own process, until done or interrupted.
 
-A fresh process for each run gives all memory back, and on a CPU two of one core each train more
-tokens together than one with two: the models are too small to share.
+A new process for each run frees all memory. On a CPU, two single-core processes train faster
+together than one with two cores: the models are too small to parallelise.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Log = Callable[[str], None]
 
 @dataclass
 class Record:
-    """Seconds of every finished task and of all starts together; kept in a file."""
+    """Seconds of every finished task, and total elapsed seconds; stored in a file."""
 
     path: Path
     seconds: dict[str, float] = field(default_factory=dict)
@@ -42,9 +42,10 @@ class Record:
 
     def pace(self, tasks: Sequence[Task]) -> float:
         """Measured over expected seconds of the finished tasks; 1 if there are none."""
-        known = [task for task in tasks if task.name in self.seconds]
-        expected = sum(task.seconds for task in known)
-        return sum(self.seconds[task.name] for task in known) / expected if known else 1.0
+        finished = [task for task in tasks if task.name in self.seconds]
+        expected = sum(task.seconds for task in finished)
+        measured = sum(self.seconds[task.name] for task in finished)
+        return measured / expected if finished else 1.0
 
 
 @dataclass
@@ -57,10 +58,10 @@ class _Running:
 
 
 class Stop:
-    """A context in which SIGTERM and Ctrl-C are requests: `asked` says whether one came."""
+    """A context in which SIGTERM and Ctrl-C only set `requested`."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["Stop"]:
@@ -73,47 +74,47 @@ class Stop:
                 signal.signal(number, handler)
 
     def _note(self, *_) -> None:
-        self.asked = True
+        self.requested = True
 
 
 def run_tasks(
     plan: Callable[[], Sequence[Task]], out: Path, *, jobs: int, stop: Stop, log: Log
 ) -> bool:
-    """Runs whatever `plan` names until nothing is left; False if asked to stop before that.
+    """Runs all tasks of `plan`; False if interrupted before the end.
 
-    plan: called anew whenever a task has ended, since it may name others then.
-    Raises UserError if a task fails; the others are stopped first, and go on the next time.
+    plan: called again after each task, because results may add tasks.
+    Raises UserError if a task fails; the others are stopped first, and continue the next time.
     """
     record = Record.read(out / "progress.json")
     before = record.elapsed
     (out / "logs").mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str((out / "cache").absolute())}
     running: list[_Running] = []
-    since = said = time.monotonic()
+    start = last_report = time.monotonic()
     tasks = list(plan())
     try:
         while True:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
-                record.elapsed = before + time.monotonic() - since
+                record.elapsed = before + time.monotonic() - start
                 _conclude(one, record, stop)
                 tasks = list(plan())
                 if one.task.is_done():
                     log(_line(tasks, one, record, jobs))
-            if not stop.asked:
+            if not stop.requested:
                 for task in _ready(tasks, running)[: jobs - len(running)]:
                     running.append(_start(task, out, environment, jobs, running))
             if not running:
-                return not stop.asked
-            if stop.asked:
+                return not stop.requested
+            if stop.requested:
                 return False
-            if time.monotonic() - said > REPORT_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() - last_report > REPORT_SECONDS:
+                last_report = time.monotonic()
                 log(f"  running: {'; '.join(map(_state, running))}")
             time.sleep(POLL_SECONDS)
     finally:
         _end(running, log)
-        record.elapsed = before + time.monotonic() - since
+        record.elapsed = before + time.monotonic() - start
         record.write()
 
 
@@ -141,43 +142,43 @@ def _start(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
+            start_new_session=True,  # only this process receives Ctrl-C, and forwards it
         )
     return _Running(task, process, slot, path, time.monotonic())
 
 
 @contextlib.contextmanager
 def _own_cores(slot: int, jobs: int) -> Iterator[None]:
-    """Cores that a process started here inherits, so that several do not disturb each other."""
+    """Gives a process started here its own share of the cores."""
     if jobs == 1 or not hasattr(os, "sched_setaffinity"):
         yield
         return
-    ours = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(ours)[slot::jobs] or ours)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[slot::jobs] or cores)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, ours)
+        os.sched_setaffinity(0, cores)
 
 
 def _conclude(one: _Running, record: Record, stop: Stop) -> None:
-    """Notes a task that has ended. UserError if it has failed."""
+    """Records a task that has ended. Raises UserError if it failed."""
     if one.task.is_done():
         record.seconds[one.task.name] = round(time.monotonic() - one.started, 1)
         record.write()
         return
-    if stop.asked:
+    if stop.requested:
         return
-    words = one.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+    words = one.log.read_text(errors="replace").strip().splitlines() or ["no output"]
     raise UserError(
         f"{one.task.name} failed with exit code {one.process.returncode}: "
-        f"{words[-1].removeprefix('error: ')} (all of it is in {one.log}; the same command goes on "
-        "from here)"
+        f"{words[-1].removeprefix('error: ')} (the full log is {one.log}; run the same command "
+        "again to continue)"
     )
 
 
 def _end(running: Sequence[_Running], log: Log) -> None:
-    """Lets all processes save and end."""
+    """Terminates all processes, which save first."""
     for one in running:
         one.process.terminate()
     if running:
@@ -188,15 +189,17 @@ def _end(running: Sequence[_Running], log: Log) -> None:
 
 def _line(tasks: Sequence[Task], one: _Running, record: Record, jobs: int) -> str:
     done = sum(task.is_done() for task in tasks)
-    left = sum(task.seconds for task in tasks if not task.is_done()) * record.pace(tasks) / jobs
+    remaining = (
+        sum(task.seconds for task in tasks if not task.is_done()) * record.pace(tasks) / jobs
+    )
     return (
         f"[{done}/{len(tasks)}] {one.task.name} done in {clock(record.seconds[one.task.name])}; "
-        f"elapsed {clock(record.elapsed)}, about {clock(left)} left"
+        f"elapsed {clock(record.elapsed)}, about {clock(remaining)} remaining"
     )
 
 
 def _state(one: _Running) -> str:
-    """How far a training run is, from its last line of progress."""
+    """Progress of a task: the last line of its log."""
     words = one.log.read_text(errors="replace").strip().splitlines()
     last = words[-1] if words else "starting"
     return f"{one.task.name} ({last[:60]})"
@@ -204,5 +207,5 @@ def _state(one: _Running) -> str:
 
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

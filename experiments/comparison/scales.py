@@ -1,7 +1,7 @@
-"""What is compared, at which sizes: the nine systems' configurations, and the budget of each stage.
+"""Configurations of the nine systems, at each scale, and the training budget of each stage.
 
-One table per scale; everything else is derived from it. All models of a scale have the parameters
-of its full-attention model, and train on the same tokens.
+Each scale is one table; everything else is derived. All models of a scale have as many parameters
+as its full-attention model, and train on the same tokens.
 """
 
 import functools
@@ -16,13 +16,13 @@ from tttjax.recipes.baselines import BASELINES
 from tttjax.recipes.sizes import choose
 
 HYBRID = ("window", "window", "window", "full")
-# Of two systems with one pretraining, only contexts beyond the window tell them apart.
+# These systems differ from full attention only at contexts beyond the window.
 PRETRAINED_AS = {"window": "full", "hybrid": "full"}
 SYSTEMS = (
     *("full", "window", "hybrid", "mamba2", "gated_deltanet"),
     *("ttt_linear", "ttt_mlp", "ttt_e2e"),
 )
-DYNAMIC = "dynamic"  # the ninth: the window model, read with learning at test time
+DYNAMIC = "dynamic"  # the ninth system: dynamic evaluation of the window model
 PRETRAIN, EXTEND = "pretrain", "extend"
 
 
@@ -30,14 +30,14 @@ PRETRAIN, EXTEND = "pretrain", "extend"
 class Scale:
     """One scale of the comparison.
 
-    model, mixers: fields of the model common to all, and those of the recurrent mixers.
+    model, mixers: model fields common to all systems, and those of the recurrent mixers.
     window (k), chunk (b): tokens of the attention window, and of one inner step of TTT-E2E.
     tokens_per_step: of every run; pretrain_steps at one window, extension_steps at each longer
-    context. rates: ladder of peak learning rates, lowest first; shares: the same for extensions, as
-    parts of the best rate of pretraining (1/3 in the paper, at 760M); tried: how many in the middle
-    of a ladder are tried at first. dynamic: inner learning rates of dynamic evaluation by update
-    rule. sequences: of the longest context that validation and test read, at most.
-    speed: thousand tokens per second by system, for the estimate of time only.
+    context. rates: ladder of peak learning rates, lowest first; shares: the same for extensions,
+    relative to the best rate of pretraining (1/3 in the paper, at 760M); tried: initial number of
+    rates, from the middle of the ladder. dynamic: inner learning rates of dynamic evaluation by
+    update rule. sequences: validation and test sequences at the longest context, at most.
+    speed: thousand tokens per second by system, for time estimates only.
     """
 
     model: Mapping[str, Any]
@@ -131,7 +131,7 @@ SCALES = {
         mlp_multiple=16,
         dynamic=_DYNAMIC,
     ),
-    # A few steps of everything: whether it works on this machine and text, nothing else.
+    # A few steps of everything, to check that it works on this machine and text.
     "smoke": Scale(
         model={**CPU.model, "vocab_size": 264, "embed_dim": 16, "mlp_dim": 48, "init_std": 0.25},
         mixers={
@@ -162,7 +162,7 @@ SCALES = {
 
 
 def recipe(name: str, system: str, stage: str, windows: int = 1) -> ConfigDict:
-    """The configuration of one stage of one system; seed, learning rate, data are to be set."""
+    """The configuration of one stage of one system; seed, learning rate and data are set later."""
     scale = SCALES[choose(name, SCALES, "The scale")]
     choose(system, SYSTEMS, "The system")
     choose(stage, (PRETRAIN, EXTEND), "The stage")
@@ -190,12 +190,12 @@ def recipe(name: str, system: str, stage: str, windows: int = 1) -> ConfigDict:
 
 @functools.cache
 def parameters(name: str, system: str) -> int:
-    """All of a system's scalars."""
+    """The number of parameters of a system."""
     return parameter_count(from_config_dict(_model(name, system)).model)["total"]
 
 
 def _model(name: str, system: str) -> ConfigDict:
-    """The network, as large as full attention's by the width of its MLPs."""
+    """The model; MLPs are sized to match the parameters of full attention."""
     scale = SCALES[name]
     config = default_config()
     config.model.update(**scale.model, window_size=scale.window)
@@ -205,7 +205,7 @@ def _model(name: str, system: str) -> ConfigDict:
         return config
     if system in BASELINES:
         config.model.update(mixers=BASELINES[system].mixers, **scale.mixers)
-        if system.startswith("ttt"):  # the second paper's block
+        if system.startswith("ttt"):  # the block of the TTT-layer paper
             config.model.update(pre_conv=True, post_norm=False)
     else:
         config.model.mixers = HYBRID if system == "hybrid" else ("window",)

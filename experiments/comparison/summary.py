@@ -1,4 +1,4 @@
-"""The report of a finished comparison, with what was swept and how it was made."""
+"""The report of a finished comparison, with its sweeps and training budget."""
 
 from typing import TextIO
 
@@ -33,13 +33,13 @@ def write_report(plan: Plan, *, command: str, progress: TextIO | None = None) ->
 
 
 def entries(plan: Plan) -> list[ReportEntry]:
-    """Every system's run for every context and seed, dynamic evaluation before TTT-E2E."""
+    """Every system at every context and seed, dynamic evaluation before TTT-E2E."""
     rule, rate = best_dynamic(plan)
     learning = LearningOptions(
         inner={"rule": rule}, dynamic_lrs=(rate,), dynamic_layers=plan.scale.suffix_layers
     )
 
-    def of(label: str, system: str, **options) -> list[ReportEntry]:
+    def entries_of(label: str, system: str, **options) -> list[ReportEntry]:
         return [
             ReportEntry(
                 label,
@@ -50,22 +50,22 @@ def entries(plan: Plan) -> list[ReportEntry]:
             )
             for windows in (1, *plan.scale.windows)
             for seed in range(plan.scale.seeds)
-            if not plan.lost(system, windows, seed)
+            if not plan.has_diverged(system, windows, seed)
         ]
 
-    found = [entry for system in SYSTEMS[:-1] for entry in of(system, system)]
-    found += of(DYNAMIC, "window", mode="dynamic", learning=learning)
-    return found + of(SYSTEMS[-1], SYSTEMS[-1])
+    result = [entry for system in SYSTEMS[:-1] for entry in entries_of(system, system)]
+    result += entries_of(DYNAMIC, "window", mode="dynamic", learning=learning)
+    return result + entries_of(SYSTEMS[-1], SYSTEMS[-1])
 
 
 def diverged(plan: Plan) -> list[str]:
-    """The runs that are missing from the report."""
+    """Names of the runs missing from the report because training diverged."""
     return [
         plan.run(system, windows, seed)
         for system in SYSTEMS
         for windows in (1, *plan.scale.windows)
         for seed in range(plan.scale.seeds)
-        if plan.lost(system, windows, seed)
+        if plan.has_diverged(system, windows, seed)
     ]
 
 
@@ -80,25 +80,25 @@ def notes(plan: Plan, command: str) -> str:
     scale = plan.scale
     pretraining = scale.pretrain_steps * scale.tokens_per_step
     extension = scale.extension_steps * scale.tokens_per_step
-    lost = diverged(plan)
+    missing = diverged(plan)
     shared = ", ".join([*PRETRAINED_AS, *set(PRETRAINED_AS.values())])
     parts = [
         f"Made by `{command}`.",
         f"Each system was pretrained on {pretraining:,} tokens at one window of {scale.window} and "
         f"each of its models extended separately, on {extension:,} tokens more, to "
         f"{', '.join(map(str, scale.windows))} windows. {shared} share one "
-        "pretraining: within one window they are the same.",
-        *([f"Not in the report because they diverged: {', '.join(lost)}."] if lost else []),
+        "pretraining: within one window they are the same computation.",
+        *([f"Not in the report because they diverged: {', '.join(missing)}."] if missing else []),
         "### Learning rates\n\nValidation loss (nats per token at one window, first seed) by peak "
-        "learning rate; the best is bold. While it was at the edge of those tried, the next was "
-        "tried, as far as the columns go.\n\n" + _sweeps(plan),
+        "learning rate; the best is bold. While the best was at the edge of the rates tried, the "
+        "next rate was tried, up to the ends of the table.\n\n" + _sweeps(plan),
         "### Learning rates of extensions\n\nValidation loss at the longest context, first seed, "
         "by peak learning rate as a share of the best one of pretraining; the best is bold, and is "
-        "used at every context and seed. Sought as above.\n\n" + _share_sweeps(plan),
+        "used at every context and seed. Searched as above.\n\n" + _share_sweeps(plan),
         "### Dynamic evaluation\n\nValidation loss of `window` at the longest context, first seed, "
-        "the MLPs of its last "
-        f"{scale.suffix_layers} blocks learning, by update rule and inner learning rate; the best "
-        "is used at every context and seed. These, and no others, were tried.\n\n" + _dynamic(plan),
+        f"with the MLPs of its last {scale.suffix_layers} blocks as fast weights, by update rule "
+        "and inner learning rate; the best is used at every context and seed. Only these were "
+        "tried.\n\n" + _dynamic(plan),
     ]
     return "\n\n".join(parts)
 

@@ -1,7 +1,7 @@
-"""One text for all systems: prepared once, its documents in three splits.
+"""Prepares one text for all systems, with its documents in three splits.
 
-Learning rates are chosen on the split `val`, results are of the split `test`; no document is in
-two.
+Learning rates are chosen on the split `val`; results are on the split `test`. No document is in
+two splits.
 """
 
 import csv
@@ -17,19 +17,19 @@ from tttjax.data.splits import SplitRule
 from tttjax.errors import UserError
 
 HELD_OUT = 0.15  # share of the documents in each of val and test
-BYTES_VOCABULARY = 264  # a vocabulary of this size is that of the tokenizer `bytes`
-BYTES_PER_TOKEN = 5  # at most, for a small vocabulary: a document with so many is long enough
-LEAST = 6  # documents: fewer, and a held-out loss would say more of the document than of a model
+BYTES_VOCABULARY = 264  # vocabulary size of the tokenizer `bytes`
+BYTES_PER_TOKEN = 5  # upper bound for a small vocabulary
+MIN_DOCUMENTS = 6  # with fewer, held-out losses depend mostly on the document
 
 
 def prepare_text(
     text: str, out: Path, *, vocab_size: int, longest: int, splits: str = "", log=print
 ) -> PreparedData:
-    """The prepared data set out/data; the same call again finds it finished.
+    """Prepares the data set out/data, or opens it if it is finished.
 
     text: file or folder, or `stdlib`. longest: the longest context; shorter documents are left
-    out. splits: a table with a column `split` (train, val, test) in place of splits of our own.
-    Raises UserError for a text that is missing, or has too few documents that are long enough.
+    out. splits: a table with a column `split` (train, val, test) (default: split by hash).
+    Raises UserError if the text is missing or has too few documents that are long enough.
     """
     out.mkdir(parents=True, exist_ok=True)
     if not splits:
@@ -46,24 +46,24 @@ def prepare_text(
         log=log,
     )
     for split in ("train", "val", "test"):
-        data.split(split)  # UserError if it has none
+        data.split(split)  # raises UserError if it is empty
     return data
 
 
 def split_documents(files: Sequence[InputFile], longest: int) -> dict[str, str]:
-    """Document -> train, val or test, by the order of a hash of the names.
+    """Document -> train, val or test, by a hash of its name.
 
-    Only documents that are surely long enough for a sequence of `longest` tokens are held out.
+    Only documents certainly longer than `longest` tokens are held out.
     """
     sizes: dict[str, int] = {}
     for file in files:
         sizes |= _documents(file)
     candidates = [name for name, size in sizes.items() if size > BYTES_PER_TOKEN * longest]
-    if len(candidates) < LEAST:
+    if len(candidates) < MIN_DOCUMENTS:
         raise UserError(
             f"--text has {len(candidates)} documents of more than {BYTES_PER_TOKEN * longest} "
-            f"bytes, and at least {LEAST} are needed, so that training, validation and test have "
-            "their own: give a folder with more files, or cut the text into several"
+            f"bytes, but at least {MIN_DOCUMENTS} are needed for training, validation and test: "
+            "give a folder with more files, or split the text into several"
         )
     order = sorted(candidates, key=SplitRule(val_fraction=0, seed=0).position)
     share = max(1, round(HELD_OUT * len(order)))
@@ -72,11 +72,11 @@ def split_documents(files: Sequence[InputFile], longest: int) -> dict[str, str]:
 
 
 def _documents(file: InputFile) -> dict[str, int]:
-    """About how many bytes each document of a file has."""
+    """Document -> approximate bytes, for each document of a file."""
     if file.kind == TEXT:
         return {file.id: file.size * (2 if file.compressed else 1)}
     if file.kind == JSON:
-        return {}  # `prepare` leaves it out
+        return {}  # `prepare` ignores it
     sizes = {}
     for item in read_items(file):
         if isinstance(item, Line):

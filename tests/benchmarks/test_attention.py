@@ -1,4 +1,4 @@
-"""The benchmark of attention measures every form, and its forms compute the same."""
+"""The attention benchmark: all forms compute the same and are measured."""
 
 import json
 
@@ -15,19 +15,19 @@ SMALL = AttentionSizes(heads=2, head_dim=8, chunk=8, window=16, seq_len=32)
 
 
 def test_forms_of_a_task_give_the_same_results():
-    found: dict[str, list] = {}
+    outputs: dict[str, list] = {}
     for task, _, function, arguments in (
         *attention._chunk_tasks(SMALL),
         *attention._sequence_tasks(SMALL),
     ):
-        found.setdefault(task, []).append(jax.tree.leaves(jax.jit(function)(*arguments)))
-    assert {task: len(results) for task, results in found.items()} == {
+        outputs.setdefault(task, []).append(jax.tree.leaves(jax.jit(function)(*arguments)))
+    assert {task: len(results) for task, results in outputs.items()} == {
         "chunk gradient": 2,
         "chunk pair": 2,
         "sequence, full": 1,
         "sequence, window": 1,
     }
-    for first, *others in found.values():
+    for first, *others in outputs.values():
         for other in others:
             for a, b in zip(first, other, strict=True):
                 np.testing.assert_allclose(a, b, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`tttjax bench commands` runs programs in turn and compares what each run took."""
+"""`tttjax bench commands` runs commands alternately and compares their figures."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ def program(text: str) -> str:
 WRITE = "import json, os; os.mkdir('{out}'); json.dump({'s': %s}, open('{out}/f.json', 'w'))"
 
 
-def test_commands_alternate_in_folders_of_their_own(tmp_path):
+def test_commands_alternate_in_new_folders(tmp_path):
     log = tmp_path / "log"
     note = f"open({str(log)!r}, 'a').write('%s {{out}}\\n')"
     bench_commands([program(note % "a"), program(note % "b")], rounds=2)
@@ -29,21 +29,21 @@ def test_commands_alternate_in_folders_of_their_own(tmp_path):
 
 def test_ratios_are_to_the_first_command():
     commands = [program(WRITE % 2.0), program(WRITE % 5.0)]
-    found = {
+    figures = {
         (result.command, result.name): result
         for result in bench_commands(commands, rounds=2, figures="{out}/f.json:s")
     }
-    assert found[commands[1], "s"].median == 5.0
-    assert found[commands[1], "s"].ratios == (2.5, 2.5)
-    assert found[commands[0], "s"].ratio == 1.0
-    assert found[commands[0], "wall_seconds"].median > 0
-    assert found[commands[0], "peak_bytes"].median > 1 << 20
+    assert figures[commands[1], "s"].median == 5.0
+    assert figures[commands[1], "s"].ratios == (2.5, 2.5)
+    assert figures[commands[0], "s"].ratio == 1.0
+    assert figures[commands[0], "wall_seconds"].median > 0
+    assert figures[commands[0], "peak_bytes"].median > 1 << 20
 
 
-def test_busy_command_has_more_processor_time():
+def test_a_busy_command_has_more_cpu_time():
     busy = program("sum(range(20_000_000))")
-    found = bench_commands([program("pass"), busy], rounds=1)
-    assert next(r for r in found if r.command == busy and r.name == "cpu_seconds").ratio > 2
+    figures = bench_commands([program("pass"), busy], rounds=1)
+    assert next(r for r in figures if r.command == busy and r.name == "cpu_seconds").ratio > 2
 
 
 def test_command_line_prints_table_and_json(capsys):

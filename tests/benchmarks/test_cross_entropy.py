@@ -1,4 +1,4 @@
-"""The benchmark of the two forms of cross-entropy runs, compares and refuses."""
+"""The cross-entropy benchmark: memory of the forms, and invalid sizes."""
 
 import json
 
@@ -9,7 +9,7 @@ from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
-def test_the_blocked_form_holds_no_logits():
+def test_only_the_dense_form_stores_all_logits():
     sizes = CrossEntropySizes(rows=64, embed_dim=4, vocab=512, rows_block=8)
     results = {(r.task, r.form): r for r in bench_cross_entropy(sizes, rounds=1)}
     assert set(results) == {
@@ -34,7 +34,7 @@ def test_the_blocked_form_holds_no_logits():
         ),
     ],
 )
-def test_sizes_and_dtypes_without_sense_are_refused(arguments, message):
+def test_invalid_sizes_and_dtypes_are_rejected(arguments, message):
     with pytest.raises(UserError, match=message):
         bench_cross_entropy(**arguments)
 

@@ -1,4 +1,4 @@
-"""`tttjax bench data` measures something, from either kind of source."""
+"""`tttjax bench data` with prepared and with synthetic data."""
 
 import argparse
 import json
@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from tttjax import bench
 from tttjax.benchmarks import data as bench_module
+from tttjax.cli import bench
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 

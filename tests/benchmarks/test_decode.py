@@ -1,4 +1,4 @@
-"""The benchmark of decoding goes on from what was read, compares and refuses."""
+"""The decoding benchmark: context lengths, batch sizes, and invalid sizes."""
 
 import json
 
@@ -10,7 +10,7 @@ from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
-def test_every_place_and_batch_is_measured():
+def test_every_context_length_and_batch_size_is_measured():
     config = small_config(model={"mixers": ("window",)})
     results = bench_decode([("ttt_e2e", config)], read=[9, 5], batches=[1, 2], rounds=1)
     assert [(r.read, r.batch) for r in results] == [(5, 1), (5, 2), (9, 1), (9, 2)]
@@ -18,7 +18,7 @@ def test_every_place_and_batch_is_measured():
         shortest = next(s for s in results if (s.read, s.batch) == (5, r.batch))
         assert r.ratio == pytest.approx(r.token_seconds / shortest.token_seconds)
         assert r.tokens_per_second == pytest.approx(r.batch / r.token_seconds)
-        assert r.step_seconds > 0  # its time is that of a step, most of which learn nothing
+        assert r.step_seconds > 0  # the median step has no update
     with pytest.raises(UserError, match=r"batch=\[0\] must be numbers of at least 1"):
         bench_decode([("ttt_e2e", config)], read=[5], batches=[0])
 

@@ -1,4 +1,4 @@
-"""The benchmark of the meta-gradient compares four steps of one size."""
+"""The meta-gradient benchmark compares four train steps of one size."""
 
 import pytest
 from helpers.small import small_config
@@ -17,15 +17,15 @@ SIZES = {
 }
 
 
-def test_the_controls_are_as_large_and_learn_nothing():
+def test_the_controls_are_static_and_of_equal_size():
     config = small_config(**SIZES)
-    found = dict(variants(config))
-    assert list(found) == ["fast", "reference", "window", "full"]
-    assert found["fast"].inner.form == "fast"
-    assert found["reference"].inner.form == "reference"
+    configs = dict(variants(config))
+    assert list(configs) == ["fast", "reference", "window", "full"]
+    assert configs["fast"].inner.form == "fast"
+    assert configs["reference"].inner.form == "reference"
     size = parameter_count(config.model)["total"]
     for name in ("window", "full"):
-        model = found[name].model
+        model = configs[name].model
         assert model.mixers == (name,)
         assert not model.fast_mlp
         assert parameter_count(model)["total"] == pytest.approx(size, rel=0.1)
@@ -39,7 +39,7 @@ def test_the_four_steps_are_measured():
         assert results[form].step_ratio == results[form].step_seconds / results["full"].step_seconds
 
 
-def test_a_configuration_without_fast_mlps_is_refused(capsys):
+def test_a_configuration_without_fast_mlps_is_rejected(capsys):
     with pytest.raises(UserError, match=r"model.fast_mlp = False"):
         variants(small_config(model={"fast_mlp": False, "suffix_layers": 0}))
     words = ["bench", "meta-gradient", "--config=mid_size:full"]

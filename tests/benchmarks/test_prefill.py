@@ -1,4 +1,4 @@
-"""The benchmark of prefill reads, compares and refuses."""
+"""The prefill benchmark: state size, programs that do not fit, invalid sizes."""
 
 import json
 
@@ -11,7 +11,7 @@ from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
-def test_the_state_grows_with_the_context_only_for_full_attention():
+def test_only_the_state_of_full_attention_grows():
     static = {"fast_mlp": False, "suffix_layers": 0}
     configs = [
         ("ttt_e2e", small_config(model={"mixers": ("window",)})),
@@ -26,14 +26,14 @@ def test_the_state_grows_with_the_context_only_for_full_attention():
     assert long[1].ratio == 1
 
 
-def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, capsys):
+def test_programs_that_do_not_fit_are_left_blank(monkeypatch, capsys):
     def too_large(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
     def compile_some(config, length, batch):
         if length == 9:
             too_large()  # for the compiler
-        program, arguments = whole(config, length, batch)
+        program, arguments = compile_all(config, length, batch)
         return (program if config.model.mixers == ("window",) else TooLarge(program)), arguments
 
     class TooLarge:
@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, capsys)
 
         __call__ = too_large
 
-    whole = prefill._compile
+    compile_all = prefill._compile
     monkeypatch.setattr(prefill, "_compile", compile_some)
     small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=0", "vocab_size=32"]
     words = ["bench", "prefill", "--config=mid_size:w*", "--rounds=1"]
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(monkeypatch, capsys)
     assert [r["seconds"] is None for r in results] == [False, True, True, True]
 
 
-def test_other_errors_are_not_taken_for_too_little_memory(monkeypatch):
+def test_other_errors_are_raised(monkeypatch):
     def broken(*_):
         raise RuntimeError("INTERNAL: something else")
 
@@ -73,7 +73,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(monkeypatch):
         bench_prefill([("a", small_config())], 8, rounds=1)
 
 
-def test_sizes_below_one_are_refused():
+def test_sizes_below_one_are_rejected():
     with pytest.raises(UserError, match="batch=0 must be at least 1"):
         bench_prefill([("a", small_config())], 8, batch=0)
 

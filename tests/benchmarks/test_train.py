@@ -1,4 +1,4 @@
-"""The benchmark of train steps runs, compares and refuses."""
+"""The train-step benchmark: results, a step that does not fit, invalid rounds."""
 
 import json
 
@@ -13,35 +13,35 @@ from tttjax.errors import UserError
 
 def test_results_belong_to_their_configurations():
     train = {"batch_size": 8}  # the tests have eight devices
-    learning = small_config(train=train)
+    meta_trained = small_config(train=train)
     static = small_config(train=train, inner={"meta_gradient": "none"})
-    results = bench_train([("learning", learning), ("static", static)], rounds=1)
-    assert [result.name for result in results] == ["learning", "static"]
+    results = bench_train([("meta_trained", meta_trained), ("static", static)], rounds=1)
+    assert [result.name for result in results] == ["meta_trained", "static"]
     assert results[1].step_ratio == 1
     assert results[0].step_ratio == results[0].step_seconds / results[1].step_seconds
     for result in results:
-        assert result.tokens == learning.train.batch_size * learning.train.seq_len
-        # At least what comes in: weights and both moments of Adam.
+        assert result.tokens == meta_trained.train.batch_size * meta_trained.train.seq_len
+        # At least the arguments: weights and both moments of Adam.
         assert result.memory_bytes >= 3 * 4 * result.parameters / 8
 
 
-def test_a_step_that_does_not_fit_is_left_out(monkeypatch):
+def test_a_step_that_does_not_fit_is_left_blank(monkeypatch):
     def too_large(entry):
         if entry.name == "large":
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return whole(entry)
+        return step(entry)
 
-    whole = bench_module._step
+    step = bench_module._step
     monkeypatch.setattr(bench_module, "_step", too_large)
     config = small_config(train={"batch_size": 8}, inner={"meta_gradient": "none"})
     large, small = bench_train([("large", config), ("small", config)], rounds=1)
     assert (large.step_seconds, large.step_ratio, small.step_ratio) == (None, None, 1)
     assert large.flops == small.flops
-    _, *lines = bench_module.table([large, small]).splitlines()
+    _, *lines = bench_module.format_table([large, small]).splitlines()
     assert [line.split()[4:6] == ["-", "-"] for line in lines] == [True, False]
 
 
-def test_rounds_below_one_are_refused():
+def test_rounds_below_one_are_rejected():
     with pytest.raises(UserError, match="rounds=0 must be at least 1"):
         bench_train([("a", small_config())], rounds=0)
 

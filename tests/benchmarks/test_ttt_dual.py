@@ -1,4 +1,4 @@
-"""The benchmark of the two forms of TTT runs, compares and refuses."""
+"""The TTT dual-form benchmark: memory of the forms, and invalid sizes."""
 
 import json
 
@@ -9,7 +9,7 @@ from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 
-def test_the_dual_form_holds_no_weights_of_tokens():
+def test_the_dual_form_stores_no_weights_per_token():
     results = bench_ttt_dual([32], DualSizes(heads=1, head_dim=16, chunk=16), rounds=1)
     kinds = [(result.inner, result.task) for result in results]
     assert kinds == [(i, t) for i in ("linear", "mlp") for t in ("forward", "gradient")]
@@ -28,7 +28,7 @@ def test_the_dual_form_holds_no_weights_of_tokens():
         ({"seq_lens": [16, 0]}, r"seq_len=\[16, 0\] must be lengths"),
     ],
 )
-def test_sizes_below_one_are_refused(arguments, message):
+def test_sizes_below_one_are_rejected(arguments, message):
     with pytest.raises(UserError, match=message):
         bench_ttt_dual(**arguments)
 

@@ -1,4 +1,4 @@
-"""The comparison of nine systems: its sizes, its plan, its processes, its splits."""
+"""The comparison of nine systems: sizes, plan, processes, splits."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.small import random_batch
 
-from experiments.comparison import adopt, summary, text
+from experiments.comparison import convert, summary, text
 from experiments.comparison.plan import Plan, Task, rates_to_try, read_losses
 from experiments.comparison.runner import Stop, run_tasks
 from experiments.comparison.scales import SCALES, SYSTEMS, parameters, recipe
@@ -52,7 +52,7 @@ def results(losses: dict[float, float | None], mode: str) -> dict:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_all_systems_are_as_large_and_read_as_many_tokens(scale, system):
+def test_all_systems_have_equal_parameters_and_tokens(scale, system):
     assert parameters(scale, system) == pytest.approx(parameters(scale, "full"), rel=0.02)
     table = SCALES[scale]
     for windows in (1, *table.windows):
@@ -87,17 +87,17 @@ def test_it_is_an_experiment_file():
         ({2: 1.0, 3: 0.9, 4: 0.8, 5: 0.85}, [2, 3, 4, 5], 4),
     ],
 )
-def test_the_sweep_goes_on_while_the_best_rate_is_at_its_edge(losses, rates, best):
+def test_the_sweep_continues_while_the_best_is_at_its_edge(losses, rates, best):
     assert rates_to_try([1, 2, 3, 4, 5], 3, losses) == (rates, best)
 
 
-def test_a_system_that_always_diverges_is_named():
+def test_divergence_at_every_rate_is_an_error():
     with pytest.raises(UserError, match="every learning rate of 1, 2"):
         rates_to_try([1, 2], 2, {1: math.inf, 2: math.inf})
 
 
 def finish(task: Task, plan: Plan, losses: dict[str, float]) -> None:
-    """What the task's process would leave behind."""
+    """Writes what the task's process would write."""
     name = task.name
     if name.endswith("/validation"):
         run = name.removesuffix("/validation")
@@ -111,7 +111,7 @@ def finish(task: Task, plan: Plan, losses: dict[str, float]) -> None:
         write(task.products[0])
 
 
-def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
+def test_the_plan_covers_every_system_seed_and_context(tmp_path):
     plan = Plan("cpu", tmp_path)
     losses = {"mamba2-lr0.02-seed0": 2.0, "full-lr0.01-seed0": 2.5, "full-lr0.02-seed0": math.inf}
     losses |= {"mamba2-x8-share0.33-seed0": 2.9, "hybrid-x8-share0.1-seed0": 2.9}
@@ -141,12 +141,12 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
         f"--config.train.init_from={plan.workdir('hybrid-x1-seed0')}"
         in commands["hybrid-x4-share0.1-seed0"]
     )
-    found = summary.entries(plan)
-    assert len(found) == 9 * 4 * 2
-    assert {entry.context for entry in found} == {128, 256, 512, 1024}
-    assert len({(entry.workdir, entry.mode) for entry in found}) == len(found)
-    assert all(entry.workdir.name in order for entry in found)
-    (learning,) = {repr(entry.learning) for entry in found if entry.mode == "dynamic"}
+    entries = summary.entries(plan)
+    assert len(entries) == 9 * 4 * 2
+    assert {entry.context for entry in entries} == {128, 256, 512, 1024}
+    assert len({(entry.workdir, entry.mode) for entry in entries}) == len(entries)
+    assert all(entry.workdir.name in order for entry in entries)
+    (learning,) = {repr(entry.learning) for entry in entries if entry.mode == "dynamic"}
     assert "1.0" in learning
     assert "sgd" in learning
     notes = summary.notes(plan, "the command")
@@ -154,7 +154,7 @@ def test_the_plan_leads_through_every_system_seed_and_context(tmp_path):
     assert "| sgd | 0.01 | inf |" in notes
 
 
-def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
+def test_runs_that_diverge_later_are_named_in_the_report(tmp_path):
     plan = Plan("cpu", tmp_path)
     losses = {"mamba2-lr0.01-seed1": math.inf, "ttt_e2e-x8-share0.033-seed1": math.inf}
     losses |= {"window-x8-share0.033-seed0": math.inf}
@@ -164,18 +164,18 @@ def test_what_diverges_after_the_sweep_is_left_out_and_named(tmp_path):
         for task in waiting:
             if task.command:
                 finish(task, plan, losses)
-    found = {(entry.system, entry.context, entry.seed) for entry in summary.entries(plan)}
-    assert len(found) == 9 * 4 * 2 - 4 - 1
-    assert ("mamba2", 256, 1) not in found  # it would have started from the diverged one
-    assert ("ttt_e2e", 1024, 1) not in found
+    runs = {(entry.system, entry.context, entry.seed) for entry in summary.entries(plan)}
+    assert len(runs) == 9 * 4 * 2 - 4 - 1
+    assert ("mamba2", 256, 1) not in runs  # it starts from the diverged run
+    assert ("ttt_e2e", 1024, 1) not in runs
     assert plan.share("window") == 1 / 10
     notes = summary.notes(plan, "the command")
-    lost = "mamba2-lr0.01-seed1, mamba2-x2-share0.033-seed1"
-    assert f"Not in the report because they diverged: {lost}" in notes
+    missing = "mamba2-lr0.01-seed1, mamba2-x2-share0.033-seed1"
+    assert f"Not in the report because they diverged: {missing}" in notes
     assert "| window |  | inf | **3.0000** | 3.0000 |  |" in notes
 
 
-def test_losses_are_those_of_the_longest_context(tmp_path):
+def test_losses_are_read_at_the_longest_context(tmp_path):
     assert read_losses(tmp_path) == {}
     write(tmp_path / "results.json", results({0.1: 2.0, 1.0: None}, "dynamic"))
     assert read_losses(tmp_path) == {0.1: 2.0, 1.0: math.inf}
@@ -190,39 +190,39 @@ def python(name: str, out: Path, body: str, needs: tuple[str, ...] = ()) -> Task
     return Task(name, (sys.executable, "-S", "-c", body), (path,), needs)
 
 
-def test_tasks_run_when_what_they_need_is_done(tmp_path):
-    said: list[str] = []
+def test_tasks_wait_for_the_tasks_they_need(tmp_path):
+    lines: list[str] = []
     tasks = [
         python("last", tmp_path, f"path.write_text(open({str(tmp_path / 'a')!r}).read())", ("a",)),
         python("a", tmp_path, "path.write_text('from a')"),
         python("b", tmp_path, "path.touch()"),
     ]
-    assert run_tasks(lambda: tasks, tmp_path, jobs=2, stop=Stop(), log=said.append)
+    assert run_tasks(lambda: tasks, tmp_path, jobs=2, stop=Stop(), log=lines.append)
     assert (tmp_path / "last").read_text() == "from a"
-    assert said[-1].startswith("[3/3] ")
-    assert "0:00:00 left" in said[-1]
+    assert lines[-1].startswith("[3/3] ")
+    assert "0:00:00 remaining" in lines[-1]
     seconds = json.loads((tmp_path / "progress.json").read_text())["seconds"]
     assert set(seconds) == {"last", "a", "b"}
 
 
-def test_a_failed_task_is_told_with_its_last_words(tmp_path):
+def test_the_error_has_the_last_line_of_a_failed_task(tmp_path):
     task = python("a", tmp_path, "sys.exit('error: no such luck')")
     with pytest.raises(UserError, match=r"a failed with exit code 1: no such luck .*logs/a\.log"):
         run_tasks(lambda: [task], tmp_path, jobs=1, stop=Stop(), log=print)
 
 
-def test_a_request_to_stop_reaches_the_processes_and_the_same_call_goes_on(tmp_path):
+def test_processes_are_stopped_and_the_same_call_continues(tmp_path):
     waits = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
     waits += "Path(str(path) + '.up').touch(); "
     slow = python("slow", tmp_path, waits + "[time.sleep(0.05) for _ in range(1200)]")
     stop, up = Stop(), tmp_path / "slow.up"
 
-    def ask() -> None:
+    def send_sigterm() -> None:
         while not up.exists():
             threading.Event().wait(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=send_sigterm)
     thread.start()
     with stop.listening():
         assert not run_tasks(lambda: [slow], tmp_path, jobs=1, stop=stop, log=print)
@@ -235,7 +235,7 @@ def test_a_request_to_stop_reaches_the_processes_and_the_same_call_goes_on(tmp_p
 
 
 class Batches:
-    """One batch, again and again."""
+    """Repeats one batch."""
 
     def __init__(self, config: Config):
         self.batch = random_batch(config, masked=0.0)
@@ -253,13 +253,13 @@ class Batches:
         pass
 
 
-def test_full_attention_handed_on_as_a_hybrid_is_the_same_within_a_window(tmp_path):
+def test_a_converted_run_computes_the_same_within_a_window(tmp_path):
     full, hybrid = (
         from_config_dict(recipe("smoke", system, "pretrain")) for system in ("full", "hybrid")
     )
     batches = Batches(full)
     state = train(full, tmp_path / "full", batches=batches).state
-    adopt.adopt(tmp_path / "full", tmp_path / "hybrid", hybrid)
+    convert.convert_run(tmp_path / "full", tmp_path / "hybrid", hybrid)
     assert read_config(tmp_path / "hybrid") == hybrid
     assert (tmp_path / "hybrid" / "summary.json").exists()
     batch = jax.tree.map(lambda x: x[0], batches.batch)
@@ -281,7 +281,7 @@ def test_full_attention_handed_on_as_a_hybrid_is_the_same_within_a_window(tmp_pa
 # The text and the command ------------------------------------------------------------------------
 
 
-def test_documents_are_held_out_once_and_only_if_they_are_long_enough(tmp_path):
+def test_only_long_documents_are_held_out(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.txt").write_text("x" * (600 if number % 2 else 40))
     split_of = text.split_documents(list_inputs([tmp_path]), longest=64)
@@ -300,7 +300,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_bad_input_is_one_sentence(tmp_path):
+def test_bad_input_is_one_line(tmp_path):
     (tmp_path / "one.txt").write_text("only one document " * 100)
     few = command("--text", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"))
     assert few.returncode == 2

@@ -21,7 +21,7 @@ MODEL = ModelConfig(
 INNER = InnerConfig(chunk_size=4)
 PROJECTIONS, MLP, HEAD = 8 * 8 * 8, 6 * 8 * 16, 2 * 8 * 64
 SCORES = 4 * 8 * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 9 * 8) / 16  # 16 tokens, window 8
-OWN = 4 * 8 * 2.5  # a chunk's 4 queries see 1, 2, 3, 4 of their own keys
+OWN = 4 * 8 * 2.5  # 4 queries of a chunk attend to 1, 2, 3, 4 of its keys
 
 
 def test_forward_flops_by_hand():
@@ -29,12 +29,12 @@ def test_forward_flops_by_hand():
     assert flops.forward_flops_per_token(MODEL, INNER, 16) == pytest.approx(by_hand)
 
 
-def test_fewer_heads_of_keys_make_smaller_projections_and_as_many_scores():
+def test_fewer_kv_heads_shrink_projections_not_scores():
     grouped = replace(MODEL, num_kv_heads=1)
-    less = flops.forward_flops_per_token(MODEL, INNER, 16) - flops.forward_flops_per_token(
+    difference = flops.forward_flops_per_token(MODEL, INNER, 16) - flops.forward_flops_per_token(
         grouped, INNER, 16
     )
-    assert less == pytest.approx(3 * PROJECTIONS / 4)  # half of two matrices out of four
+    assert difference == pytest.approx(3 * PROJECTIONS / 4)  # half of two matrices out of four
 
 
 def test_train_flops_by_hand():
@@ -84,7 +84,7 @@ def test_train_flops_without_fast_weights_are_three_forward_passes():
     assert flops.train_flops_per_token(model, INNER, 16) == pytest.approx(3 * full)
 
 
-# One token through one mixer of width 8, by hand: matrices, taps of convolutions, recurrence.
+# Per token, for one mixer of width 8: matrices, convolution taps, recurrence.
 MAMBA2 = 2 * 8 * (2 * 16 + 2 * 2 * 3 + 4) + 2 * 16 * 8 + 2 * 4 * (16 + 2 * 2 * 3) + 4 * 4 * 4 * 3
 DELTA = 2 * 8 * (2 * 4 + 2 * 12 + 2 * 2) + 2 * 12 * 8 + 2 * 4 * (2 * 4 + 12) + 6 * 2 * 4 * 6
 RATES, CONV = 2 * 8 * 2, 2 * 4 * 8
@@ -138,8 +138,8 @@ def test_recurrent_mixers_cost_the_same_at_any_length():
     )
 
 
-def test_the_inner_loop_goes_back_through_recurrences():
-    """Twice their forward pass: each product has two factors that depend on the fast weights."""
+def test_the_inner_backward_pass_counts_recurrences_twice():
+    """Each product has two factors that depend on the fast weights."""
     model = replace(
         RECURRENT, num_layers=2, suffix_layers=2, fast_mlp=True, mixers=("mamba2+window",)
     )
@@ -170,7 +170,7 @@ def test_multi_head_fast_mlps_by_hand():
     )
 
 
-def test_a_fast_mixer_is_where_the_inner_backward_pass_ends():
+def test_the_inner_backward_pass_ends_at_a_fast_mixer():
     model = replace(RECURRENT, suffix_layers=1, mixers=("mamba2",))
     inner = replace(INNER, fast_paths=("suffix/**/mixer/wo",))
     wo = 2 * 16 * 8

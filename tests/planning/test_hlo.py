@@ -1,4 +1,4 @@
-"""Collectives read from compiled programs: one by hand, and what XLA makes of a loop here."""
+"""Collectives parsed from HLO text: a program by hand, and a compiled loop."""
 
 import jax
 import jax.numpy as jnp
@@ -71,14 +71,16 @@ ENTRY %main (param: f32[8], small: bf16[2,128]) -> f32[8] {
 
 
 def test_a_program_by_hand():
-    found = collectives(TEXT)
-    assert set(found.transfers) == {
-        Transfer("all-gather", 2 * 8 * 128, group=4, times=1.0),  # its second piece is the same
-        Transfer("collective-permute", 32.0, group=2, times=12.0),
-        Transfer("reduce-scatter", 32.0, group=4, times=1.0),
-        Transfer("all-reduce", 64.0, group=2, times=1.0),
+    result = collectives(TEXT)
+    assert set(result.transfers) == {
+        Transfer(
+            "all-gather", 2 * 8 * 128, group_size=4, times=1.0
+        ),  # the second part is the same collective
+        Transfer("collective-permute", 32.0, group_size=2, times=12.0),
+        Transfer("reduce-scatter", 32.0, group_size=4, times=1.0),
+        Transfer("all-reduce", 64.0, group_size=2, times=1.0),
     }
-    assert found.unknown_loops == 1
+    assert result.unknown_loops == 1
 
 
 @pytest.mark.parametrize(
@@ -90,10 +92,12 @@ def test_a_program_by_hand():
         ("mesh['data'=4,'fsdp'=2] {'data':(2)2}", 2),
     ],
 )
-def test_groups_are_told_in_several_ways(groups, size):
+def test_replica_groups_have_several_formats(groups, size):
     line = f"  ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%a"
     program = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{line}\n}}\n"
-    assert collectives(program).transfers == (Transfer("all-reduce", 32.0, group=size, times=1.0),)
+    assert collectives(program).transfers == (
+        Transfer("all-reduce", 32.0, group_size=size, times=1.0),
+    )
 
 
 def test_a_compiled_loop():
@@ -106,10 +110,12 @@ def test_a_compiled_loop():
         shard, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"}, check_vma=False
     )
     text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text()
-    assert collectives(text).transfers == (Transfer("all-reduce", 4.0 * 48, group=4, times=6.0),)
+    assert collectives(text).transfers == (
+        Transfer("all-reduce", 4.0 * 48, group_size=4, times=6.0),
+    )
 
 
-def test_settings_of_a_kernel_may_break_a_line():
+def test_backend_configs_may_contain_line_breaks():
     kernel = '  %k = f32[8]{0} custom-call(%x), backend_config={"a": {\n"b":"{}"\n}}, metadata={}\n'
     program = (
         "HloModule step\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
@@ -117,4 +123,4 @@ def test_settings_of_a_kernel_may_break_a_line():
         + "  ROOT %sum = f32[8]{0} all-reduce(%k), replica_groups={{0,1}}, to_apply=%add\n}\n"
     )
     (transfer,) = collectives(program).transfers
-    assert (transfer.kind, transfer.bytes, transfer.group) == ("all-reduce", 32, 2)
+    assert (transfer.kind, transfer.bytes, transfer.group_size) == ("all-reduce", 32, 2)

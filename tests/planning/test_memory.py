@@ -1,4 +1,4 @@
-"""Bytes by kind: exact from shardings, what loops keep, and the estimate of the peak."""
+"""Bytes by kind: exact from shardings, residuals of loops, and the estimate of the peak."""
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,18 @@ def estimate(function, *args) -> float:
     return estimate_temporary(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def test_bytes_of_the_share_of_one_device():
+def test_bytes_of_one_device():
     mesh = make_mesh(2, 4, 1)
-    divided = NamedSharding(mesh, PartitionSpec("fsdp"))
-    whole = NamedSharding(mesh, PartitionSpec())
+    sharded = NamedSharding(mesh, PartitionSpec("fsdp"))
+    replicated = NamedSharding(mesh, PartitionSpec())
     tree = [
-        jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=divided),
-        jax.ShapeDtypeStruct((8,), jnp.float32, sharding=whole),
+        jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=sharded),
+        jax.ShapeDtypeStruct((8,), jnp.float32, sharding=replicated),
     ]
     assert bytes_per_device(tree) == 2 * 3 * 2 + 8 * 4
 
 
-def test_trajectory_and_activations_are_told_apart_by_shape():
+def test_trajectory_is_identified_by_shape():
     fast = {"w": jnp.ones((4, 4))}
     steps = 5
 
@@ -39,21 +39,21 @@ def test_trajectory_and_activations_are_told_apart_by_shape():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(fast["w"], jnp.ones(4)).jaxpr
     saved = saved_bytes(jaxpr, fast)
-    assert saved.trajectory == 0  # w enters linearly: what is kept is the cosine
+    assert saved.trajectory == 0  # w enters linearly: the residual is the cosine
     assert saved.activations == pytest.approx(steps * 4 * 4, rel=1.01)
 
-    def keeps_weights(w, x):
+    def saves_weights(w, x):
         def step(w, _):
             return w - (w @ w), None
 
         return jnp.sum(jax.lax.scan(step, w, None, length=steps)[0])
 
-    jaxpr = jax.make_jaxpr(jax.grad(keeps_weights))(fast["w"], jnp.ones(4)).jaxpr
+    jaxpr = jax.make_jaxpr(jax.grad(saves_weights))(fast["w"], jnp.ones(4)).jaxpr
     assert saved_bytes(jaxpr, fast).trajectory >= steps * 64
 
 
-def test_weights_of_some_of_the_blocks_are_trajectory_too():
-    """The loop may carry the blocks of a stack apart, with the batch in front."""
+def test_weights_of_single_blocks_are_trajectory_too():
+    """The loop may carry the blocks of a stack separately, with a batch dimension."""
     stack = {"w": jax.ShapeDtypeStruct((3, 4, 6), jnp.float32)}
 
     def loss(w):
@@ -69,7 +69,7 @@ def test_weights_of_some_of_the_blocks_are_trajectory_too():
     assert saved(2, 1, 6, 4).trajectory == 0
 
 
-def test_stacked_results_that_no_loop_reads_are_not_kept():
+def test_stacked_outputs_that_no_loop_reads_are_not_residuals():
     def collect(x):
         return jax.lax.scan(lambda x, _: (x @ x, x), x, None, length=3)[1]
 
@@ -80,7 +80,7 @@ def test_a_chain_of_elementwise_operations_is_one_array():
     assert estimate(lambda x: jnp.exp(jnp.sin(x) + 1) * 2, X) == KiB
 
 
-def test_arrays_live_from_where_they_are_made_to_where_they_are_last_read():
+def test_arrays_live_until_their_last_use():
     def chain(x):
         for _ in range(5):
             x = x @ X
@@ -97,7 +97,7 @@ def test_arrays_live_from_where_they_are_made_to_where_they_are_last_read():
     assert estimate(at_once, X) == 6 * KiB
 
 
-def test_loops_hold_what_they_stack_and_one_round():
+def test_loops_need_their_stacked_outputs_and_one_step():
     def stacks(x):
         return jax.lax.scan(lambda x, _: (x @ X, x @ X), x, None, length=10)
 

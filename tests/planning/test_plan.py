@@ -53,7 +53,7 @@ def test_memory_is_the_compilers_and_adds_up(plan):
     assert memory.working > 0
     assert memory.total == plan.needed
     assert memory.trajectory + memory.activations > 0
-    assert (plan.fits, plan.bounds) == (None, None)  # nothing is known of this machine
+    assert (plan.fits, plan.bounds) == (None, None)  # this machine is not in the table
 
 
 def test_flops_of_the_method_and_of_the_program(plan):
@@ -67,15 +67,15 @@ def test_flops_of_the_method_and_of_the_program(plan):
 def test_fsdp_gathers_and_reduces_every_weight(plan):
     kinds = {t.kind: t for t in plan.traffic}
     weights = 2 * plan.memory.parameters
-    moved = sum(t.bytes for t in plan.traffic)
+    gathered = sum(t.bytes for t in plan.traffic)
     assert "all-gather" in kinds
-    assert 1.9 * weights < moved < 3 * weights
+    assert 1.9 * weights < gathered < 3 * weights
 
 
-def test_blocks_gathered_one_after_the_other_need_less_memory():
-    """Of a prefix of eleven blocks no more than one is whole at a time, nor its gradient."""
+def test_gathering_per_layer_needs_less_memory():
+    """Only one of the eleven prefix blocks, and its gradient, is all-gathered at a time."""
     sizes = {"num_layers": 12, "suffix_layers": 1, "embed_dim": 32, "mlp_dim": 128}
-    block, step = (
+    per_layer, per_step = (
         make_plan(
             small_config(
                 model={**sizes, "remat": "block"},
@@ -86,21 +86,21 @@ def test_blocks_gathered_one_after_the_other_need_less_memory():
         )
         for gather in ("layer", "step")
     )
-    whole = 2 * block.memory.parameters
-    assert block.memory.working < step.memory.working - 0.5 * whole
-    gathers = [{t.kind: t.bytes for t in p.traffic}["all-gather"] for p in (block, step)]
-    assert gathers[0] > 1.5 * gathers[1]  # the prefix again for the backward pass
+    weights = 2 * per_layer.memory.parameters
+    assert per_layer.memory.working < per_step.memory.working - 0.5 * weights
+    gathers = [{t.kind: t.bytes for t in p.traffic}["all-gather"] for p in (per_layer, per_step)]
+    assert gathers[0] > 1.5 * gathers[1]  # the prefix again in the backward pass
 
 
-def test_the_text_says_all_of_it(plan):
+def test_text_has_all_sections(plan):
     text = show(plan)
-    for words in ("optimizer", "inner backward", "the program", "all-gather", "compiled in"):
+    for words in ("optimizer", "inner backward", "program", "all-gather", "compiled in"):
         assert words in text
     assert max(map(len, text.splitlines())) < 120
 
 
 @pytest.mark.parametrize(
-    ("seconds", "says"),
+    ("seconds", "expected"),
     [
         (0.25, "0.25 s"),
         (29.9, "29.9 s"),
@@ -113,14 +113,14 @@ def test_the_text_says_all_of_it(plan):
         (1234 * 86_400, "1,234 days"),
     ],
 )
-def test_durations_in_the_unit_people_use(seconds, says):
-    assert duration(seconds) == says
+def test_durations_have_readable_units(seconds, expected):
+    assert duration(seconds) == expected
 
 
-def test_the_length_of_a_short_run_is_no_fraction_of_a_day():
+def test_short_runs_are_not_given_in_days():
     plan = make_plan(small_config(**SHALLOW), parse_topology("gpu:h100:2"))
     plan = dataclasses.replace(plan, cost=dataclasses.replace(plan.cost, days=12_000 / 86_400))
-    assert " steps are 3 h 20 min, " in show(plan)
+    assert " steps take 3 h 20 min, " in show(plan)
     assert " 3 h 20 min |" in markdown([plan.to_dict()])
     assert "days" not in show(plan)
 
@@ -133,68 +133,71 @@ def test_json_and_table(file, capsys, tmp_path):
     assert (plan["fits"], plan["memory"]["source"], plan["chips"]) == (True, "estimate", 2)
     assert plan["bounds"]["step"] == plan["bounds"][plan["bounds"]["limit"]]
     assert plan["cost"]["chip_hours"] == pytest.approx(2 * 24 * plan["cost"]["days"])
-    kept = tmp_path / "kept.json"
-    kept.write_text(text)
+    path = tmp_path / "plan.json"
+    path.write_text(text)
     assert main.main(["plan", f"--table={tmp_path}/*.json"]) == 0
     assert capsys.readouterr().out == markdown([plan]) + "\n"
     assert "gpu:h100:2" in markdown([plan]).splitlines()[2]
-    kept.write_text("{}")
-    assert main.main(["plan", f"--table={kept}"]) == main.USER_ERROR
+    path.write_text("{}")
+    assert main.main(["plan", f"--table={path}"]) == main.USER_ERROR
     assert "is not a plan" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_comes_with_what_does():
+def test_a_recipe_that_does_not_fit_has_a_proposal():
     topology = parse_topology("gpu:h100:2")
     config = small_config(**SHALLOW)
     before = make_plan(config, topology)
-    chip = dataclasses.replace(topology.chip, memory=0.8 * before.needed)
-    plan = make_plan(config, dataclasses.replace(topology, chip=chip))
+    accelerator = dataclasses.replace(topology.accelerator, memory=0.8 * before.needed)
+    plan = make_plan(config, dataclasses.replace(topology, accelerator=accelerator))
     assert plan.fits is False
     assert plan.proposal.fits
-    assert plan.proposal.needed <= chip.memory < before.needed
+    assert plan.proposal.needed <= accelerator.memory < before.needed
     assert plan.proposal.changes
     assert "fits with --config." in show(plan)
     assert (
-        make_plan(config, dataclasses.replace(topology, chip=chip), propose=False).proposal is None
+        make_plan(
+            config, dataclasses.replace(topology, accelerator=accelerator), propose=False
+        ).proposal
+        is None
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["--topology=v5q:2x2"], "there is no chip 'v5q'"),
+        (["--topology=v5q:2x2"], "unknown accelerator 'v5q'"),
         (["--topology=gpu:h100:3"], "cannot be divided among"),
         (["--topology=gpu:h100:2", "--config.mesh.fsdp=3"], "does not divide"),
         (["--topology=gpu:h100:2", "--mfu=2"], "--mfu=2"),
         ([], "needs --config=FILE and --topology=NAME"),
     ],
 )
-def test_errors(file, capsys, words, says):
+def test_errors(file, capsys, words, message):
     assert main.main(["plan", f"--config={file}", *words]) == main.USER_ERROR
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 def test_bounds_by_hand():
     topology = parse_topology("v5p:2x2x1")
-    chip = topology.chip
+    accelerator = topology.accelerator
     memory = Memory(3 * GIB, 6 * GIB, 0, GIB, 0, 5 * GIB, 0, "compiler")
-    transfers = [Transfer("all-reduce", 8e9, group=4, times=3)]
-    found = make_bounds(topology, 4e15, 2e15, memory, transfers)
-    assert found.compute == pytest.approx(4e15 / (4 * 459e12))
-    assert found.memory == pytest.approx(2 * 10 * GIB / 2765e9)
-    assert found.interconnect == pytest.approx(3 * 2 * 8e9 * 3 / 4 / chip.link)
-    assert (found.limit, found.mfu) == ("compute", pytest.approx(0.5))
+    transfers = [Transfer("all-reduce", 8e9, group_size=4, times=3)]
+    bounds = make_bounds(topology, 4e15, 2e15, memory, transfers)
+    assert bounds.compute == pytest.approx(4e15 / (4 * 459e12))
+    assert bounds.memory == pytest.approx(2 * 10 * GIB / 2765e9)
+    assert bounds.interconnect == pytest.approx(3 * 2 * 8e9 * 3 / 4 / accelerator.link)
+    assert (bounds.limit, bounds.mfu) == ("compute", pytest.approx(0.5))
 
 
-def test_bytes_on_the_wire():
-    assert wire_bytes(Transfer("all-gather", 80, group=8)) == 70
-    assert wire_bytes(Transfer("all-reduce", 80, group=8)) == 140
-    assert wire_bytes(Transfer("collective-permute", 80, group=8)) == 80
+def test_bytes_sent_by_collectives():
+    assert wire_bytes(Transfer("all-gather", 80, group_size=8)) == 70
+    assert wire_bytes(Transfer("all-reduce", 80, group_size=8)) == 140
+    assert wire_bytes(Transfer("collective-permute", 80, group_size=8)) == 80
 
 
-def test_the_compilers_refusal_is_read():
+def test_the_compilers_out_of_memory_error_is_parsed():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
     assert _out_of_memory(message, GIB) == (20.5 * GIB, 15.75 * GIB)
     message = (
@@ -206,7 +209,7 @@ def test_the_compilers_refusal_is_read():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_a_tpu_that_is_not_there():
+def test_plan_for_an_absent_tpu():
     config = small_config(model={"num_layers": 1, "suffix_layers": 0, "fast_mlp": False})
     plan = make_plan(config, parse_topology("v5e:1x1"))
     assert plan.fits

@@ -28,7 +28,7 @@ def words(capsys, *arguments) -> tuple[int, str, str]:
     return code, out, err
 
 
-def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
+def test_samples_use_consecutive_seeds(run, capsys):
     ask = ("generate", run, "--prompt", "the cat", "--max-tokens=6", "--json")
     code, out, _ = words(capsys, *ask, "--seed=3", "--samples=2")
     assert code == 0
@@ -43,7 +43,7 @@ def test_a_seed_gives_a_text_and_samples_are_its_neighbours(run, capsys):
     assert greedy[0] == greedy[1]
 
 
-def test_prompt_is_echoed_on_a_terminal_alone(run, capsys, monkeypatch):
+def test_prompt_is_echoed_only_on_a_terminal(run, capsys, monkeypatch):
     ask = ("generate", run, "--prompt", "the cat", "--max-tokens=4", "--temperature=0")
     alone = words(capsys, *ask)[1]
     assert "the cat" not in alone
@@ -56,7 +56,7 @@ def test_prompt_is_echoed_on_a_terminal_alone(run, capsys, monkeypatch):
     assert "the cat" not in words(capsys, *ask, "--json")[1]
 
 
-def test_many_prompts_come_out_as_each_alone(run, tmp_path, capsys):
+def test_batched_prompts_match_single_prompts(run, tmp_path, capsys):
     texts = ["the cat sat\u2028on the mat", "on", TEXT[:40]]
     lines = [texts[0], {"prompt": texts[1]}, texts[2]]
     written = [json.dumps(line, ensure_ascii=False) for line in lines]
@@ -83,14 +83,14 @@ def test_many_prompts_come_out_as_each_alone(run, tmp_path, capsys):
         ("\n", "has no prompts in it"),
     ],
 )
-def test_bad_prompts_are_one_sentence(run, tmp_path, capsys, lines, sentence):
+def test_bad_prompt_files_are_refused(run, tmp_path, capsys, lines, sentence):
     (tmp_path / "p.jsonl").write_text(lines)
     code, out, err = words(capsys, "generate", run, "--prompts", tmp_path / "p.jsonl")
     assert (code, out) == (2, "")
     assert sentence in err
 
 
-def test_a_session_goes_on_where_it_stopped(run, tmp_path, capsys):
+def test_session_resumes_prefill(run, tmp_path, capsys):
     file = tmp_path / "s.session"
     (tmp_path / "t.txt").write_text(TEXT)
     (tmp_path / "u.txt").write_text(TEXT + "and")
@@ -108,7 +108,7 @@ def test_a_session_goes_on_where_it_stopped(run, tmp_path, capsys):
     assert "moved by" in told
 
 
-def test_what_goes_on_from_a_session_is_what_would_have_gone_on(run, tmp_path, capsys):
+def test_generation_resumes_bit_identically_from_session(run, tmp_path, capsys):
     ask = ("--json", "--seed=5")
     whole = words(capsys, "generate", run, "--prompt", "the cat", "--max-tokens=14", *ask)[1]
     keep = ("--save-session", tmp_path / "s", "--max-tokens=6")
@@ -120,7 +120,7 @@ def test_what_goes_on_from_a_session_is_what_would_have_gone_on(run, tmp_path, c
     assert begin["logprobs"] + end["logprobs"] == whole["logprobs"]
 
 
-def test_nothing_is_lost_where_a_session_goes_on_without_learning(run, tmp_path, capsys):
+def test_resume_without_learning_settles_pending_tokens(run, tmp_path, capsys):
     """Its pending tokens are read already, and are not learned from later."""
     first = ("--save-session", tmp_path / "a", "--max-tokens=0", "--prompt", "x" * 12)
     assert words(capsys, "generate", run, *first)[0] == 0
@@ -133,7 +133,7 @@ def test_nothing_is_lost_where_a_session_goes_on_without_learning(run, tmp_path,
     assert after["drift"] == before["drift"]
 
 
-def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
+def test_text_is_read_to_its_end_once(run, tmp_path, capsys):
     text, session, log = (tmp_path / name for name in ("t.txt", "s.session", "log.csv"))
     text.write_text(TEXT)
     code, _, err = words(capsys, "read", run, text, "--save-session", session, "--log", log)
@@ -169,7 +169,7 @@ def test_a_text_is_read_to_the_end_and_only_once(run, tmp_path, capsys):
         (["--prompt", "x", "--samples=2", "--save-session=s"], "does not go with --samples"),
     ],
 )
-def test_bad_input_is_one_sentence(run, options, sentence, capsys):
+def test_bad_input_is_refused(run, options, sentence, capsys):
     code, out, err = words(capsys, "generate", run, *options)
     assert code == 2
     assert out == ""
@@ -178,7 +178,7 @@ def test_bad_input_is_one_sentence(run, options, sentence, capsys):
     assert err.count("\n") == 1
 
 
-def test_full_attention_says_how_much_room_it_has(make_run, capsys):
+def test_full_attention_reports_its_capacity(make_run, capsys):
     run = make_run("narrow", mixers=("full",))
     code, _, err = words(capsys, "generate", run, "--prompt", "abc", "--max-length=4")
     assert code == 2
@@ -188,7 +188,7 @@ def test_full_attention_says_how_much_room_it_has(make_run, capsys):
 @pytest.mark.parametrize(
     "raw", [b"a\r\nb\rc\n", b"\xef\xbb\xbfa\r\nb\xc3\xa9\n", b"\xef\xbb\xbfa\xef\xbb\xbf"]
 )
-def test_a_text_has_the_same_tokens_wherever_it_enters(
+def test_text_has_same_tokens_for_every_input(
     run, data, tmp_path, monkeypatch, capsys, raw
 ):
     """By --prompt, --prompt-file, standard input, --prompts, `read` and `prepare`."""
@@ -246,7 +246,7 @@ def test_a_text_has_the_same_tokens_wherever_it_enters(
         (["--prompt-file=."], "Cannot read . (Is a directory)"),
     ],
 )
-def test_what_is_no_text_is_one_sentence(run, tmp_path, monkeypatch, capsys, options, sentence):
+def test_invalid_text_is_refused(run, tmp_path, monkeypatch, capsys, options, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "surrogate.jsonl").write_text('"a"\n"\\ud83d"\n')
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
@@ -260,7 +260,7 @@ def test_what_is_no_text_is_one_sentence(run, tmp_path, monkeypatch, capsys, opt
     assert sentence in err
 
 
-def test_many_documents_are_not_read_as_one_text(run, tmp_path, capsys):
+def test_many_documents_are_refused_as_one_text(run, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     read = ("read", run, tmp_path / "a.jsonl", "--save-session", tmp_path / "s")
     code, _, err = words(capsys, *read)
@@ -268,7 +268,7 @@ def test_many_documents_are_not_read_as_one_text(run, tmp_path, capsys):
     assert "many documents (JSON lines)" in err
 
 
-def test_other_files_are_not_replaced_by_sessions(run, tmp_path, capsys):
+def test_save_session_does_not_overwrite_other_files(run, tmp_path, capsys):
     text = tmp_path / "book.txt"
     text.write_text(TEXT)
     for command in (("generate", run, "--prompt=a", "--max-tokens=0"), ("read", run, text)):
@@ -278,7 +278,7 @@ def test_other_files_are_not_replaced_by_sessions(run, tmp_path, capsys):
     assert text.read_text() == TEXT
 
 
-def test_damaged_arrays_of_a_session_are_told(run, tmp_path, capsys):
+def test_damaged_session_arrays_are_refused(run, tmp_path, capsys):
     path = tmp_path / "a.session"
     words(capsys, "generate", run, "--prompt=a", "--max-tokens=0", f"--save-session={path}")
     assert words(capsys, "sessions", path)[0] == 0

@@ -95,7 +95,7 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_a_reading_that_was_stopped_and_killed_leaves_the_same_files(
+def test_stopped_and_killed_prefill_is_bit_identical(
     run, text, whole, tmp_path, call
 ):
     folder = tmp_path / "here"
@@ -118,7 +118,7 @@ def test_a_reading_that_was_stopped_and_killed_leaves_the_same_files(
     assert content(folder) == content(whole)
 
 
-def test_what_a_kill_left_out_at_the_end_is_made_by_the_same_command(
+def test_missing_summary_is_written_by_same_command(
     run, text, whole, tmp_path, call
 ):
     shutil.copytree(whole, tmp_path / "w")
@@ -128,7 +128,7 @@ def test_what_a_kill_left_out_at_the_end_is_made_by_the_same_command(
     assert content(tmp_path / "w") == content(whole)
 
 
-def test_the_telescope_s_files_agree_with_the_session(whole, call):
+def test_update_trace_files_agree_with_session(whole, call):
     about = read_about(whole / "s")
     lines = (whole / "seen" / "chunks.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -159,7 +159,7 @@ def test_the_telescope_s_files_agree_with_the_session(whole, call):
     assert len(found["kept"]) == 3
 
 
-def test_from_a_snapshot_reading_goes_on_bit_for_bit(run, text, whole, tmp_path, call):
+def test_prefill_from_snapshot_is_bit_identical(run, text, whole, tmp_path, call):
     back = ("sessions", whole / "s", "--to", tmp_path / "s")
     code, _, err = call(*back, "--rewind=300")
     assert code == 0
@@ -169,7 +169,7 @@ def test_from_a_snapshot_reading_goes_on_bit_for_bit(run, text, whole, tmp_path,
     assert (tmp_path / "s").read_bytes() == (whole / "s").read_bytes()
 
 
-def test_any_mini_batch_can_be_gone_back_to(run, text, whole, tmp_path, call):
+def test_rewind_to_any_chunk(run, text, whole, tmp_path, call):
     """What is found there is what reading the text up to there leaves, bit for bit."""
     place = 8 * 38 + 1
     exactly = ("--run", run, "--text", text)
@@ -186,7 +186,7 @@ def test_any_mini_batch_can_be_gone_back_to(run, text, whole, tmp_path, call):
     assert (a.tokens, a.chunk_losses, a.layers) == (b.tokens, b.chunk_losses, b.layers)
 
 
-def test_forks_differ_by_what_was_read_after_and_nothing_else(run, whole, tmp_path, call):
+def test_forks_differ_only_by_their_prompts(run, whole, tmp_path, call):
     snapshot = list(list_snapshots(whole / "s"))[1]
     before = snapshot.read_bytes()
     for name, prompt in (("a", "a dog"), ("b", "a dog"), ("c", "a log")):
@@ -199,7 +199,7 @@ def test_forks_differ_by_what_was_read_after_and_nothing_else(run, whole, tmp_pa
     assert pending[0] != pending[1]
 
 
-def test_without_a_telescope_what_is_free_is_shown(run, text, tmp_path, call):
+def test_progress_without_update_trace(run, text, tmp_path, call):
     code, _, err = call("read", run, text, "--save-session", tmp_path / "s")
     assert code == 0
     assert "gradient" in err
@@ -223,7 +223,7 @@ def test_without_a_telescope_what_is_free_is_shown(run, text, tmp_path, call):
         (["--text=TEXT"], "--run and --text are for --rewind=TOKENS"),
     ],
 )
-def test_there_are_places_where_one_cannot_go_back(
+def test_invalid_rewinds_are_refused(
     run, text, whole, tmp_path, monkeypatch, call, words, sentence
 ):
     monkeypatch.chdir(tmp_path)
@@ -238,14 +238,14 @@ def test_there_are_places_where_one_cannot_go_back(
     assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
 
 
-def test_a_session_that_kept_nothing_says_how_to(whole, tmp_path, call):
+def test_rewind_without_snapshots_explains_keep_every(whole, tmp_path, call):
     shutil.copy(whole / "s", tmp_path / "s")
     code, _, err = call("sessions", tmp_path / "s", "--rewind=9", "--to", tmp_path / "t")
     assert code == 2
     assert "it keeps none; sessions on the way are kept by `tttjax read --keep-every" in err
 
 
-def test_what_cannot_be_read_so_is_refused_at_once(run, text, whole, tmp_path, call):
+def test_invalid_read_options_are_refused(run, text, whole, tmp_path, call):
     read = ("read", run, text, "--save-session", tmp_path / "s")
     assert "makes none: it has no fast weights, or --learn=none" in refused(
         call, *read, "--learn=none", "--telescope", tmp_path / "seen"
@@ -269,7 +269,7 @@ def test_what_cannot_be_read_so_is_refused_at_once(run, text, whole, tmp_path, c
 
 
 @pytest.mark.parametrize("place", ["s", "log.csv", "seen"])
-def test_what_is_being_written_is_refused(run, text, whole, tmp_path, call, place):
+def test_locked_outputs_are_refused(run, text, whole, tmp_path, call, place):
     read = ["read", run, text, "--save-session", tmp_path / "s", *KEEP]
     read += ["--log", tmp_path / "log.csv", "--telescope", tmp_path / "seen"]
     with hold(tmp_path / place, beside=place != "seen"):
@@ -283,7 +283,7 @@ def test_what_is_being_written_is_refused(run, text, whole, tmp_path, call, plac
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_sessions_have_the_permissions_of_the_umask(run, tmp_path, call, umask, mode):
+def test_session_permissions_follow_umask(run, tmp_path, call, umask, mode):
     (tmp_path / "a.txt").write_text(TEXT[:70])
     before = os.umask(umask)
     try:

@@ -1,4 +1,4 @@
-"""Attention in every implementation: time and temporary memory."""
+"""Benchmark of the attention implementations: time and temporary memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,16 +20,16 @@ from tttjax.training.attention_kernels import platform_of
 from tttjax.types import Array
 
 DTYPES = ("float32", "bfloat16")
-QUERY_BLOCK = 1024  # of attention over a whole sequence in blocks
-FIRST_FORM = {"chunk gradient": "dense", "chunk pair": "dense"}  # else "xla"
+QUERY_BLOCK = 1024  # of blocked attention over a whole sequence
+BASELINE_FORM = {"chunk gradient": "dense", "chunk pair": "dense"}  # else "xla"
 
 
 @dataclass(frozen=True)
 class AttentionBenchmark:
-    """What one form costs in one task. speedup: over the task's first form, by medians.
+    """Cost of one form in one task. speedup: over the task's baseline form, by medians.
 
-    None where the device's memory is too small. memory_bytes: what the compiled program holds at
-    its peak besides arguments and results, by the compiler's own account; None where it gives none.
+    Times are None if the device runs out of memory. memory_bytes: peak temporary memory as the
+    compiler reports it; None if it does not.
     """
 
     task: str
@@ -41,7 +41,7 @@ class AttentionBenchmark:
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Of what is measured; the chunk is the last of a window that is full."""
+    """Array sizes. The chunk follows a full window of keys."""
 
     batch: int = 1
     heads: int = 4
@@ -55,7 +55,7 @@ class AttentionSizes:
 def bench_attention(
     sizes: AttentionSizes | None = None, rounds: int = 5
 ) -> list[AttentionBenchmark]:
-    """Measures all forms of all tasks that apply here.
+    """Measures all tasks in all forms that this machine supports.
 
     Raises UserError for a size below one and for an unknown dtype.
     """
@@ -78,7 +78,7 @@ def bench_attention(
             form=form,
             seconds=medians.get((task, form)),
             speedup=quotient(
-                medians.get((task, FIRST_FORM.get(task, "xla"))), medians.get((task, form))
+                medians.get((task, BASELINE_FORM.get(task, "xla"))), medians.get((task, form))
             ),
             memory_bytes=temporary_bytes(programs[task, form]),
         )
@@ -86,7 +86,7 @@ def bench_attention(
     ]
 
 
-Task = tuple[str, str, Callable, tuple]  # name, form, function, its arguments
+Task = tuple[str, str, Callable, tuple]  # name, form, function, arguments
 
 
 def _random(sizes: AttentionSizes, lengths: tuple[int, ...]) -> tuple[Array, ...]:
@@ -98,17 +98,17 @@ def _random(sizes: AttentionSizes, lengths: tuple[int, ...]) -> tuple[Array, ...
     )
 
 
-def absent(sizes: AttentionSizes) -> dict[str, str]:
-    """The forms that are not measured, and why."""
+def unsupported_forms(sizes: AttentionSizes) -> dict[str, str]:
+    """Forms that are not measured -> reason."""
     platform = platform_of(make_mesh(devices=jax.devices()[:1]))
     heads = sizes.heads, sizes.head_dim
     dtype = jnp.dtype(sizes.dtype)
     chunk, sequence = (sizes.batch, sizes.chunk, *heads), (sizes.seq_len, *heads)
-    whole = jax.ShapeDtypeStruct(sequence, dtype)
+    q_spec = jax.ShapeDtypeStruct(sequence, dtype)
     reasons = {
         "pallas": kernel_unsupported_reason(platform, chunk, sizes.window, dtype),
-        "library": library_unsupported_reason(platform, whole, AttentionMask())
-        or unsupported_reason_here(platform, whole),
+        "library": library_unsupported_reason(platform, q_spec, AttentionMask())
+        or unsupported_reason_here(platform, q_spec),
     }
     return {form: reason for form, reason in reasons.items() if reason}
 
@@ -119,55 +119,56 @@ def _chunk_tasks(sizes: AttentionSizes) -> Iterator[Task]:
     tangents = tuple(jnp.roll(x, 1, axis=1) for x in arguments)
     position = jnp.asarray(window, jnp.int32)
 
-    def dense(q, k_past, v_past, k_own, v_own):
-        place_S = jnp.arange(window + sizes.chunk)
-        seen_TS = mask_fn(place_S[window:], place_S, attention_mask)
-        k, v = (jnp.concatenate(x, axis=1) for x in ((k_past, k_own), (v_past, v_own)))
+    def dense(q, k_buffered, v_buffered, k, v):
+        position_S = jnp.arange(window + sizes.chunk)
+        seen_TS = mask_fn(position_S[window:], position_S, attention_mask)
+        k, v = (jnp.concatenate(x, axis=1) for x in ((k_buffered, k), (v_buffered, v)))
         return jax.vmap(partial(attend, seen_TS=seen_TS))(q, k, v)
 
     def blocked(attention, kernel):
         return lambda *chunk: attention(*chunk, position, attention_mask, kernel=kernel)
 
-    kernels = ["xla"] if "pallas" in absent(sizes) else ["xla", "pallas"]
-    yield "chunk gradient", "dense", _gradient_of_own(dense), arguments
+    kernels = ["xla"] if "pallas" in unsupported_forms(sizes) else ["xla", "pallas"]
+    yield "chunk gradient", "dense", _value_and_grad(dense), arguments
     for kernel in kernels:
         yield (
             "chunk gradient",
             kernel,
-            _gradient_of_own(blocked(window_attention, kernel)),
+            _value_and_grad(blocked(window_attention, kernel)),
             arguments,
         )
-    yield "chunk pair", "dense", _gradient_of_pair(dense), (arguments, tangents)
+    yield "chunk pair", "dense", _grad_of_value_and_tangent(dense), (arguments, tangents)
     for kernel in kernels:
-        function = _gradient_of_pair(blocked(window_attention_jvp, kernel))
+        function = _grad_of_value_and_tangent(blocked(window_attention_jvp, kernel))
         yield "chunk pair", kernel, function, (arguments, tangents)
 
 
-def _gradient_of_own(attention: Callable) -> Callable:
-    """Value and gradient with past keys and values as constants."""
+def _value_and_grad(attention: Callable) -> Callable:
+    """Value and gradient; buffered keys and values are constants."""
 
-    def loss(own, past):
-        q, k_own, v_own = own
-        return jnp.sum(jnp.sin(attention(q, *past, k_own, v_own).astype(jnp.float32)))
+    def loss(chunk, buffered):
+        q, k, v = chunk
+        return jnp.sum(jnp.sin(attention(q, *buffered, k, v).astype(jnp.float32)))
 
-    def function(q, k_past, v_past, k_own, v_own):
-        return jax.value_and_grad(loss)((q, k_own, v_own), (k_past, v_past))
+    def function(q, k_buffered, v_buffered, k, v):
+        return jax.value_and_grad(loss)((q, k, v), (k_buffered, v_buffered))
 
     return function
 
 
-def _gradient_of_pair(attention: Callable) -> Callable:
-    """The gradient, in all arguments, of a scalar of the value and its tangent along `dot`."""
+def _grad_of_value_and_tangent(attention: Callable) -> Callable:
+    """Gradient, for all arguments, of a scalar of the value and its tangent along `dot`."""
 
     def scalar(chunk, dot):
         q_dot, _, _, k_dot, v_dot = dot
 
-        def of_own(q, k_own, v_own):
-            return attention(q, chunk[1], chunk[2], k_own, v_own)
+        q, k_buffered, v_buffered, k, v = chunk
 
-        own = chunk[0], chunk[3], chunk[4]
-        pair = jax.jvp(of_own, own, (q_dot, k_dot, v_dot))
-        return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in pair)
+        def of_chunk(q, k, v):
+            return attention(q, k_buffered, v_buffered, k, v)
+
+        value_and_tangent = jax.jvp(of_chunk, (q, k, v), (q_dot, k_dot, v_dot))
+        return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in value_and_tangent)
 
     return jax.grad(scalar)
 
@@ -179,12 +180,12 @@ def _sequence_tasks(sizes: AttentionSizes) -> Iterator[Task]:
         ("sequence, window", AttentionMask(window=sizes.window)),
     ):
         forms: dict[str, Callable] = {"xla": attend_sequence}
-        if "library" not in absent(sizes):
+        if "library" not in unsupported_forms(sizes):
             forms["library"] = attend_whole
         for form, attention in forms.items():
-            one = partial(attention, attention_mask=attention_mask, query_block=QUERY_BLOCK)
+            attend_one = partial(attention, attention_mask=attention_mask, query_block=QUERY_BLOCK)
 
-            def loss(q, k, v, one=one):
-                return jnp.sum(jnp.sin(jax.vmap(one)(q, k, v).astype(jnp.float32)))
+            def loss(q, k, v, attend_one=attend_one):
+                return jnp.sum(jnp.sin(jax.vmap(attend_one)(q, k, v).astype(jnp.float32)))
 
             yield task, form, jax.value_and_grad(loss, (0, 1, 2)), arguments

@@ -1,4 +1,4 @@
-"""Whole programs timed against each other, in turn."""
+"""Benchmark of whole commands, run alternately."""
 
 import json
 import os
@@ -21,9 +21,12 @@ MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a command. ratios: of each round's value to the first command's."""
+    """One figure of a command. ratios: per round, to the first command.
 
-    number: int  # of the command, from 1
+    number: of the command, from 1.
+    """
+
+    number: int
     command: str
     name: str
     median: float
@@ -37,18 +40,18 @@ def bench_commands(
     figures: str = "",
     log: Callable[[str], object] | None = None,
 ) -> list[Figure]:
-    """Runs the commands in turn and compares what each run took.
+    """Runs the commands alternately and compares time, memory and other figures.
 
     Arguments:
-      commands: split as a shell splits words; none is given a shell. `{out}` in them stands for a
-        folder of the run's own.
+      commands: split like shell words, run without a shell. `{out}` is replaced by a new folder
+        for each run.
       figures: "FILE:KEY,KEY": numbers of a JSON file that every run writes, besides wall_seconds,
         cpu_seconds and peak_bytes (of the largest process).
       log: called with a line after each run.
 
     Raises:
       UserError: no rounds, fewer than two commands, a command that fails or cannot be started, a
-        figure that is not there or not a positive number.
+        figure that is missing or not a positive number.
     """
     check_rounds(rounds)
     if len(commands) < 2:
@@ -57,18 +60,18 @@ def bench_commands(
     path, _, keys = figures.rpartition(":")
     if figures and not (path and keys):
         raise UserError(f"--figures={figures} must be FILE:KEY,KEY")
-    measured: list[list[dict[str, float]]] = [[] for _ in commands]
+    values_of: list[list[dict[str, float]]] = [[] for _ in commands]
     for number in range(rounds + 1):
         for i, command in enumerate(commands):
             values = _run(command, split[i], path, keys.split(",") if keys else [])
             if number:
-                measured[i].append(values)
+                values_of[i].append(values)
             if log:
                 label = f"round {number} of {rounds}" if number else "warm-up"
                 log(f"{label}, command {i + 1}: {values['wall_seconds']:.1f} s")
     return [
-        _figure(number, command, name, runs, measured[0])
-        for number, (command, runs) in enumerate(zip(commands, measured, strict=True), start=1)
+        _figure(number, command, name, runs, values_of[0])
+        for number, (command, runs) in enumerate(zip(commands, values_of, strict=True), start=1)
         for name in runs[0]
     ]
 
@@ -97,14 +100,14 @@ def _split(command: str) -> list[str]:
     return words
 
 
-def _run(command: str, given: Sequence[str], path: str, keys: Sequence[str]) -> dict[str, float]:
-    """Runs one command to its end; its figures by name."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as printed:
-        words = [word.replace(OUT, f"{folder}/out") for word in given]
+def _run(command: str, words: Sequence[str], path: str, keys: Sequence[str]) -> dict[str, float]:
+    """Runs one command to its end and returns its figures by name."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        arguments = [word.replace(OUT, f"{folder}/out") for word in words]
         start = time.perf_counter()
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT
+                arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
         except OSError as error:
             raise UserError(f"`{command}` cannot be started: {error.strerror}") from error
@@ -116,8 +119,8 @@ def _run(command: str, given: Sequence[str], path: str, keys: Sequence[str]) -> 
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            printed.seek(0)
-            last = (printed.read().strip().splitlines() or ["it printed nothing"])[-1]
+            output.seek(0)
+            last = (output.read().strip().splitlines() or ["no output"])[-1]
             raise UserError(f"`{command}` ended with exit code {process.returncode}: {last}")
         return {
             "wall_seconds": seconds,
@@ -131,8 +134,8 @@ def _read_figures(path: Path, keys: Sequence[str]) -> dict[str, float]:
     if not keys:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        values = {key: float(found[key]) for key in keys}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = {key: float(content[key]) for key in keys}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path.name} of a run has no numbers {', '.join(keys)}: {error}"
@@ -142,12 +145,8 @@ def _read_figures(path: Path, keys: Sequence[str]) -> dict[str, float]:
     return values
 
 
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def table(results: Sequence[Figure]) -> str:
-    """The results as lines of text, the commands of one figure below each other."""
+def format_table(results: Sequence[Figure]) -> str:
+    """The results as a text table, grouped by figure."""
     names = list(dict.fromkeys(result.name for result in results))
     lines = [f"{r.number}: {r.command}" for r in results if r.name == names[0]]
     lines.append(f"{'':20}    {'median':>14}  {'ratio':>6}  {'smallest':>8}  {'largest':>8}")

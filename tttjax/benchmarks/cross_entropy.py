@@ -1,4 +1,4 @@
-"""Cross-entropy in every implementation: time and temporary memory."""
+"""Benchmark of the cross-entropy implementations: time and temporary memory."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,11 +24,11 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class CrossEntropyBenchmark:
-    """What one form costs in one task. form: "dense", "blocked", or "known" (task "second" only).
+    """Cost of one form in one task. form: "dense", "blocked", or "known" (task "second" only): the
+    blocked form with the residuals of the forward pass given.
 
-    speedup: the dense form's median over this one's; None where the device's memory is too small.
-    Memory: what the compiled program holds at its peak besides arguments and results, by the
-    compiler's own account; None where it gives none.
+    speedup: over the dense form, by medians. Times are None if the device runs out of memory.
+    memory_bytes: peak temporary memory as the compiler reports it; None if it does not.
     """
 
     task: str
@@ -40,7 +40,7 @@ class CrossEntropyBenchmark:
 
 @dataclass(frozen=True)
 class CrossEntropySizes:
-    """Of what is measured: rows (tokens) of h, and the largest block of logits.
+    """Array sizes. rows: tokens. embed_dim: width of h.
 
     rows_block, vocab_block: as in `blocked_nll`; vocab_block 0 is the whole vocabulary.
     """
@@ -56,7 +56,7 @@ class CrossEntropySizes:
 def bench_cross_entropy(
     sizes: CrossEntropySizes | None = None, rounds: int = 5
 ) -> list[CrossEntropyBenchmark]:
-    """Measures the forms against each other, task by task.
+    """Measures all forms of all tasks.
 
     Raises UserError for a size below one and for an unknown dtype.
     """
@@ -86,16 +86,16 @@ def bench_cross_entropy(
 
 
 def _arguments(sizes: CrossEntropySizes) -> dict[str, Any]:
-    """Random tokens and a head whose logits spread by about one; the slope of each loss."""
+    """Random tokens, a head with logits of about unit variance, residuals of each loss."""
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (sizes.rows, sizes.embed_dim)
     h_TD, h_dot_TD = (jax.random.normal(key, shape, sizes.dtype) for key in keys[:2])
     head_DV = jax.random.normal(keys[2], (sizes.embed_dim, sizes.vocab), sizes.dtype)
     head_DV = head_DV * sizes.embed_dim**-0.5
     target_T = jax.random.randint(keys[3], (sizes.rows,), 0, sizes.vocab)
-    known = blocked_nll_with_residuals(h_TD, head_DV, target_T, **_blocks(sizes))[1]
+    residuals = blocked_nll_with_residuals(h_TD, head_DV, target_T, **_blocks(sizes))[1]
     tokens = {"h": h_TD, "h_dot": h_dot_TD, "head": head_DV}
-    return {**tokens, "target": target_T, "known": known}
+    return {**tokens, "target": target_T, "residuals": residuals}
 
 
 def _blocks(sizes: CrossEntropySizes) -> dict[str, Any]:
@@ -111,17 +111,18 @@ def _functions(sizes: CrossEntropySizes) -> dict[tuple[str, str], Callable[[dict
     def blocked(x, h_TD, head_DV):
         return blocked_nll(h_TD, head_DV, x["target"], **blocks)
 
-    def twice(x, h_TD, head_DV):
+    def blocked_jvp(x, h_TD, head_DV):
         return blocked_nll_jvp(h_TD, head_DV, x["target"], **blocks)
 
-    def known(x, h_TD, head_DV):
-        return blocked_nll_jvp(h_TD, head_DV, x["target"], x["known"], **blocks)
+    def blocked_jvp_with_residuals(x, h_TD, head_DV):
+        return blocked_nll_jvp(h_TD, head_DV, x["target"], x["residuals"], **blocks)
 
     functions: dict[tuple[str, str], Callable[[dict[str, Any]], Any]] = {}
     for form, nll in (("dense", dense), ("blocked", blocked)):
         functions["forward", form] = _forward(nll)
         functions["gradient", form] = _gradient(nll)
-    for form, nll in (("dense", dense), ("blocked", twice), ("known", known)):
+    second_order = {"dense": dense, "blocked": blocked_jvp, "known": blocked_jvp_with_residuals}
+    for form, nll in second_order.items():
         functions["second", form] = _second(nll)
     return {key: functions[key] for task in TASKS for key in functions if key[0] == task}
 

@@ -1,4 +1,4 @@
-"""Throughput of the input pipeline."""
+"""Benchmark of the input pipeline: tokens per second."""
 
 import tempfile
 import time
@@ -15,7 +15,7 @@ from tttjax.errors import UserError
 
 @dataclass(frozen=True)
 class DataBenchmark:
-    """What was measured. latency_ms: mean time that the consumer waited for a batch."""
+    """Throughput of the pipeline. latency_ms: mean wait for a batch."""
 
     tokens_per_second: float
     batches: int

@@ -1,4 +1,4 @@
-"""Decoding: time per token by the length of the context and the batch size."""
+"""Benchmark of decoding: time per token by context length and batch size."""
 
 import statistics
 import time
@@ -18,16 +18,16 @@ from tttjax.models import build_model
 from tttjax.parallel.precision import as_configured
 from tttjax.ttt.outer_loss import make_inner_loop
 
-STATIC_STRETCH = 128  # tokens of a round where there are no chunks
+STATIC_ROUND_TOKENS = 128  # of a model without an inner loop
 
 
 @dataclass(frozen=True)
 class DecodeBenchmark:
-    """What writing costs one system. read: tokens before. batch: requests that go on together.
+    """Decoding cost of one system. read: prefilled tokens. batch: batch size.
 
-    step_seconds: median, of a token for every request. token_seconds: the same with the updates'
-    time spread over the tokens of their chunk. tokens_per_second: of all requests, updates
-    included. ratio: token_seconds to those with the fewest tokens read.
+    step_seconds: median time of a decode step. token_seconds: the same with the time of inner
+    updates spread over the tokens of their chunk. tokens_per_second: of the whole batch, updates
+    included. ratio: of token_seconds to those at the shortest context.
     """
 
     name: str
@@ -45,10 +45,10 @@ class _DecodeEntry:
     config: Config
     read: int
     batch: int
-    group: DecodeBatch
-    chunk: int
-    steps: list[float]
-    rounds: list[float]
+    decode_batch: DecodeBatch
+    round_tokens: int
+    step_seconds: list[float]
+    token_seconds: list[float]
 
 
 def bench_decode(
@@ -57,7 +57,7 @@ def bench_decode(
     batches: Sequence[int] = (1,),
     rounds: int = 5,
 ) -> list[DecodeBenchmark]:
-    """Measures the named configurations after so many tokens read, in batches of so many requests.
+    """Measures decoding after `read` prefilled tokens, at each batch size.
 
     Raises UserError for a size below one.
     """
@@ -67,40 +67,42 @@ def bench_decode(
             raise UserError(f"{name}={list(values)} must be numbers of at least 1.")
     entries = [
         _DecodeEntry(
-            name, config, length, batch, engine.start_batch([session] * batch), chunk, [], []
+            name, config, length, batch, engine.start_batch([session] * batch), tokens, [], []
         )
         for name, config in configs
-        for length, engine, session, chunk in _read(config, sorted(read), rounds)
+        for length, engine, session, tokens in _prefill(config, sorted(read), rounds)
         for batch in batches
     ]
-    for _ in range(rounds + 1):  # the first one compiles, and warms caches
+    for _ in range(rounds + 1):  # the first one compiles and warms caches
         for entry in entries:
             with as_configured(entry.config):
                 _round(entry)
     return [_result(entry, entries) for entry in entries]
 
 
-def _read(
+def _prefill(
     config: Config, lengths: Sequence[int], rounds: int
 ) -> Iterator[tuple[int, Engine, Session, int]]:
-    """(tokens read, the engine, the session that has read them, tokens of a round)."""
+    """(prefilled tokens, engine, session, tokens of a round) for each length."""
     with as_configured(config):
         model = build_model(config.model, config.inner)
-        reader = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
-        chunk = reader.chunk_size or STATIC_STRETCH
+        inference_model = make_inference_model(
+            model, make_inner_loop(config.inner), config.inner.lr
+        )
+        round_tokens = inference_model.chunk_size or STATIC_ROUND_TOKENS
         params = jax.jit(model.init)(jax.random.key(0))
 
         def start(length: int) -> tuple[Engine, Session]:
-            engine = Engine(reader, params, max_length=length + chunk * (rounds + 1))
+            engine = Engine(inference_model, params, length + round_tokens * (rounds + 1))
             return engine, engine.start()
 
         engine, session = start(lengths[0])
         for length in lengths:
-            # What a token costs full attention is decided by the room that there is.
+            # The cost of full attention depends on the cache capacity.
             if engine.has_whole:
                 engine, session = start(length)
             session, _ = engine.read(session, _random(config, length - session.tokens))
-            yield length, engine, session, chunk
+            yield length, engine, session, round_tokens
 
 
 def _random(config: Config, length: int) -> np.ndarray:
@@ -108,37 +110,37 @@ def _random(config: Config, length: int) -> np.ndarray:
 
 
 def _round(entry: _DecodeEntry) -> None:
-    """A chunk's tokens for every request, and so one update of each."""
+    """Decodes one chunk for every request, with one inner update each."""
     seconds = []
-    for token in _random(entry.config, entry.chunk).tolist():
+    for token in _random(entry.config, entry.round_tokens).tolist():
         start = time.perf_counter()
-        entry.group.step([token] * entry.batch)
-        jax.block_until_ready(entry.group.logit_RV)
+        entry.decode_batch.step([token] * entry.batch)
+        jax.block_until_ready(entry.decode_batch.logit_RV)
         seconds.append(time.perf_counter() - start)
-    entry.steps.append(statistics.median(seconds))
-    entry.rounds.append(sum(seconds) / len(seconds))
+    entry.step_seconds.append(statistics.median(seconds))
+    entry.token_seconds.append(sum(seconds) / len(seconds))
 
 
 def _token_seconds(entry: _DecodeEntry) -> float:
-    return statistics.median(entry.rounds[1:])
+    return statistics.median(entry.token_seconds[1:])
 
 
 def _result(entry: _DecodeEntry, entries: Sequence[_DecodeEntry]) -> DecodeBenchmark:
-    alike = [e for e in entries if (e.name, e.batch) == (entry.name, entry.batch)]
-    shortest = min(alike, key=lambda e: e.read)
+    comparable = [e for e in entries if (e.name, e.batch) == (entry.name, entry.batch)]
+    shortest = min(comparable, key=lambda e: e.read)
     seconds = _token_seconds(entry)
     return DecodeBenchmark(
         name=entry.name,
         read=entry.read,
         batch=entry.batch,
-        step_seconds=statistics.median(entry.steps[1:]),
+        step_seconds=statistics.median(entry.step_seconds[1:]),
         token_seconds=seconds,
         tokens_per_second=entry.batch / seconds,
         ratio=seconds / _token_seconds(shortest),
     )
 
 
-def _table(results: Sequence[DecodeBenchmark]) -> str:
+def format_table(results: Sequence[DecodeBenchmark]) -> str:
     width = max(len(result.name) for result in results)
     lines = [f"{'':{width}}  batch     read    step ms   token ms   tokens/s  to the shortest"]
     for r in results:

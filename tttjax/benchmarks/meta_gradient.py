@@ -1,4 +1,4 @@
-"""The two forms of the meta-gradient, beside controls of equal size."""
+"""Benchmark of the two forms of the meta-gradient against static models of equal size."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,15 +14,15 @@ CONTROLS = ("window", "full")
 
 
 def variants(config: Config) -> list[tuple[str, Config]]:
-    """The four configurations, by name.
+    """(name, configuration) of the four train steps.
 
-    Raises UserError if the configuration has no fast weights that training learns from.
+    Raises UserError unless the fast weights of the configuration are its fast MLPs.
     """
     if not config.model.fast_mlp or config.inner.fast_paths:
         raise UserError(
-            "The controls are made by taking the fast MLPs away, but the configuration has "
+            "The controls are this configuration without its fast MLPs, but it has "
             f"model.fast_mlp = {config.model.fast_mlp} and inner.fast_paths = "
-            f"{config.inner.fast_paths}; name one whose fast weights are the fast MLPs."
+            f"{config.inner.fast_paths}; use one whose fast weights are the fast MLPs."
         )
     return [(form, _with_form(config, form)) for form in FORMS] + [
         (mixer, control(config, mixer)) for mixer in CONTROLS
@@ -30,14 +30,14 @@ def variants(config: Config) -> list[tuple[str, Config]]:
 
 
 def control(config: Config, mixer: str) -> Config:
-    """The same with this mixer in all blocks, nothing fast, and as many parameters."""
+    """A static model with this mixer in all blocks and as many parameters."""
     model = replace(config.model, mixers=(mixer,), suffix_layers=0, fast_mlp=False)
     size = parameter_count(config.model)["total"]
     return replace(config, model=replace(model, mlp_dim=match_parameters(model, size)))
 
 
 def bench_meta_gradient(config: Config, rounds: int = 5) -> list[TrainBenchmark]:
-    """Measures the four steps on this machine's devices; the last is full attention."""
+    """Measures the four train steps; ratios are to the last, full attention."""
     return bench_train(variants(config), rounds)
 
 
@@ -45,7 +45,8 @@ def _with_form(config: Config, form: str) -> Config:
     return replace(config, inner=replace(config.inner, form=form))
 
 
-def _to_the_reference(results: Sequence[TrainBenchmark]) -> str:
+def format_form_ratios(results: Sequence[TrainBenchmark]) -> str:
+    """Time and memory of the fast form relative to the reference form."""
     fast, reference = (next(r for r in results if r.name == form) for form in FORMS)
     memory = ""
     if fast.temporary_bytes and reference.temporary_bytes:

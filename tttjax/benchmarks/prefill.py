@@ -1,4 +1,4 @@
-"""Prefill: time by prompt length and batch size."""
+"""Benchmark of prefill: time by prompt length and batch size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import numpy as np
 from tttjax.benchmarks.timing import (
     cell,
     check_rounds,
-    if_it_fits,
     mebibytes,
     median_seconds,
+    none_if_out_of_memory,
     quotient,
     temporary_bytes,
 )
@@ -29,12 +29,11 @@ LENGTHS, CPU_LENGTHS = (8192, 32768, 131072), (8192,)
 
 @dataclass(frozen=True)
 class PrefillBenchmark:
-    """What reading a prompt costs one system. seconds: of the whole batch, median.
+    """Prefill cost of one system. seconds: median, of the whole batch.
 
-    ratio: seconds to those of the last configuration. None where the device's memory is too small.
-    state_bytes: what one sequence needs to be read on, fast weights included. memory_bytes: what
-    the program holds at its peak besides arguments and results, by the compiler's own account; None
-    where it gives none.
+    ratio: of seconds to the last configuration. Times are None if the device runs out of memory.
+    state_bytes: inference state of one sequence, fast weights included. memory_bytes: peak
+    temporary memory as the compiler reports it; None if it does not.
     """
 
     name: str
@@ -50,7 +49,7 @@ class PrefillBenchmark:
 def bench_prefill(
     configs: Sequence[tuple[str, Config]], length: int, batch: int = 1, rounds: int = 5
 ) -> list[PrefillBenchmark]:
-    """Measures the named configurations against each other on prompts of `length` tokens.
+    """Measures the configurations on prompts of `length` tokens.
 
     Raises UserError for a size below one.
     """
@@ -62,8 +61,8 @@ def bench_prefill(
     for i, (_, config) in enumerate(configs):
         with as_configured(config):
             state_bytes[i] = _state_bytes(config, length)
-            if made := if_it_fits(partial(_compile, config, length, batch)):
-                programs[i], arguments = made
+            if compiled := none_if_out_of_memory(partial(_compile, config, length, batch)):
+                programs[i], arguments = compiled
                 runs[i] = partial(programs[i], *arguments)
     medians = median_seconds(runs, rounds)
     return [
@@ -81,36 +80,32 @@ def bench_prefill(
     ]
 
 
-def _reader(config: Config):
+def _make_models(config: Config):
     model = build_model(config.model, config.inner)
     return model, make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
 
 
 def _compile(config: Config, length: int, batch: int) -> tuple[Any, tuple]:
-    """The compiled program and its arguments: weights, a fresh context, tokens."""
-    model, reader = _reader(config)
+    """The compiled program and its arguments: weights, initial state, tokens."""
+    model, inference_model = _make_models(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    weights = jax.jit(partial(divide, reader))(params)
-    context = jax.jit(partial(start, reader, batch=batch, max_length=length))(params)
+    weights = jax.jit(partial(divide, inference_model))(params)
+    context = jax.jit(partial(start, inference_model, batch=batch, max_length=length))(params)
     tokens = np.random.default_rng(0).integers(
         config.model.vocab_size, size=(batch, length), dtype=np.int32
     )
     arguments = weights, context, tokens
-    return jax.jit(partial(prefill, reader)).lower(*arguments).compile(), arguments
+    return jax.jit(partial(prefill, inference_model)).lower(*arguments).compile(), arguments
 
 
 def _state_bytes(config: Config, length: int) -> int:
-    model, reader = _reader(config)
-    make = partial(start, reader, batch=1, max_length=length)
+    model, inference_model = _make_models(config)
+    make = partial(start, inference_model, batch=1, max_length=length)
     leaves = jax.tree.leaves(jax.eval_shape(make, model.abstract_params()))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _words(lengths: Sequence[int]) -> str:
-    return ",".join(map(str, lengths))
-
-
-def _table(results: Sequence[PrefillBenchmark]) -> str:
+def format_table(results: Sequence[PrefillBenchmark]) -> str:
     width = max(len(result.name) for result in results)
     lines = [f"{'':{width}}   tokens    seconds    tokens/s  ratio  state MiB  memory MiB"]
     for r in results:

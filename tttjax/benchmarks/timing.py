@@ -1,6 +1,6 @@
-"""How everything here is measured: compiled programs in turn, round after round, and medians.
+"""Measurement: compiled programs run alternately, round after round; results are medians.
 
-So a machine that is busy for a while slows all programs alike, and their ratios stay.
+A machine that is busy for a while slows all programs alike, so their ratios stay.
 """
 
 import statistics
@@ -18,17 +18,17 @@ Result = TypeVar("Result")
 
 
 def median_seconds(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, float]:
-    """The median time of each run over `rounds` rounds; a first round warms caches.
+    """The median time of each run over `rounds` rounds, after a first round to warm caches.
 
-    A run returns what has to be ready for it to be over; one for which the device's memory turns
-    out to be too small is not in the result. Raises UserError for no rounds.
+    A run returns the arrays to wait for. Runs that exceed the device's memory are omitted.
+    Raises UserError for no rounds.
     """
     check_rounds(rounds)
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
     for _ in range(rounds + 1):
         for key in list(seconds):
             start = time.perf_counter()
-            if if_it_fits(partial(_finish, runs[key])):
+            if none_if_out_of_memory(partial(_finish, runs[key])):
                 seconds[key].append(time.perf_counter() - start)
             else:
                 del seconds[key]
@@ -40,8 +40,8 @@ def _finish(run: Callable[[], Any]) -> bool:
     return True
 
 
-def if_it_fits(make: Callable[[], Result]) -> Result | None:
-    """What `make` gives; None if the device's memory is too small for it."""
+def none_if_out_of_memory(make: Callable[[], Result]) -> Result | None:
+    """The result of `make`; None if it exceeds the device's memory."""
     try:
         return make()
     except RuntimeError as error:
@@ -51,34 +51,34 @@ def if_it_fits(make: Callable[[], Result]) -> Result | None:
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
-    """a / b; None where one of them was not measured."""
+    """a / b; None if one of them was not measured."""
     return None if a is None or b is None else a / b
 
 
-def cell(value: float | None, layout: str, scale: float = 1) -> str:
-    """For a table: `value` times `scale` in this layout; a dash in as many columns for None."""
+def cell(value: float | None, fmt: str, scale: float = 1) -> str:
+    """A table cell: `value` times `scale` in this format; for None a dash of the same width."""
     if value is None:
-        return "-".rjust(len(format(0.0, layout)))
-    return format(scale * value, layout)
+        return "-".rjust(len(format(0.0, fmt)))
+    return format(scale * value, fmt)
 
 
 def check_rounds(rounds: int) -> None:
-    """Raises UserError for no rounds: asked for before programs are compiled."""
+    """Raises UserError for no rounds. Call it before compiling."""
     if rounds < 1:
         raise UserError(f"rounds={rounds} must be at least 1.")
 
 
 def temporary_bytes(program: Any) -> int | None:
-    """What a compiled program holds at its peak besides arguments and results, on one device.
+    """Peak temporary memory of a compiled program on one device, without arguments and outputs.
 
-    By the compiler's own account; None where it gives none.
+    As the compiler reports it; None if it does not.
     """
     analysis = program.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def held_bytes(program: Any) -> int | None:
-    """What a compiled program holds at its peak, on one device; donated buffers count once."""
+def peak_bytes(program: Any) -> int | None:
+    """Peak memory of a compiled program on one device; donated buffers count once."""
     analysis = program.memory_analysis()
     if analysis is None:
         return None
@@ -91,5 +91,5 @@ def held_bytes(program: Any) -> int | None:
 
 
 def mebibytes(size: int | None, digits: int = 0) -> str:
-    """For a table."""
+    """A table cell in MiB."""
     return "?" if size is None else f"{size / 2**20:,.{digits}f}"

@@ -1,4 +1,4 @@
-"""Train steps of several configurations: compile time, step time, memory, FLOPs."""
+"""Benchmark of train steps: compile time, step time, memory, FLOPs."""
 
 import time
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ import numpy as np
 from tttjax.benchmarks.timing import (
     cell,
     check_rounds,
-    held_bytes,
-    if_it_fits,
     mebibytes,
     median_seconds,
+    none_if_out_of_memory,
+    peak_bytes,
     quotient,
     temporary_bytes,
 )
@@ -30,13 +30,13 @@ from tttjax.types import Batch
 
 @dataclass(frozen=True)
 class TrainBenchmark:
-    """What one configuration's step cost.
+    """Cost of one configuration's train step.
 
     compile_seconds: tracing and compiling. step_seconds: median. step_ratio: to the last
-    configuration. None where the device's memory is too small. flops: of the matrix products, as
-    the traced step does them (`plan.count`). memory_bytes: what the compiled step holds at its peak
-    on one device (arguments, temporaries and results, donated buffers counted once),
-    temporary_bytes the temporaries alone, by the compiler's own account; None where it gives none.
+    configuration. Times are None if the device runs out of memory. flops: of the matrix products of
+    the traced step (`planning.count`). memory_bytes: peak memory on one device (arguments,
+    temporaries and outputs; donated buffers count once). temporary_bytes: the temporaries alone.
+    Both as the compiler reports them; None if it does not.
     """
 
     name: str
@@ -65,7 +65,7 @@ class _TrainEntry:
 
 
 def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[TrainBenchmark]:
-    """Measures the named configurations against each other on this machine's devices.
+    """Measures the train steps of the named configurations.
 
     Raises UserError if a configuration does not fit the devices, and for no rounds.
     """
@@ -109,23 +109,23 @@ def _prepare(name: str, config: Config) -> _TrainEntry:
     batch = trainer.put_batch(Batch(tokens[0], tokens[1], jnp.ones(shape, bool)))
     start = time.perf_counter()
     traced = trainer.step.trace(trainer.abstract_state, batch)
-    compiled = if_it_fits(traced.lower().compile)
+    compiled = none_if_out_of_memory(traced.lower().compile)
     compile_seconds = time.perf_counter() - start
     return _TrainEntry(
         name,
         config,
         compiled,
-        if_it_fits(partial(trainer.init_state, config.train.seed)),
+        none_if_out_of_memory(partial(trainer.init_state, config.train.seed)),
         batch,
         compile_seconds,
         count(traced.jaxpr).flops,
-        compiled and held_bytes(compiled),
+        compiled and peak_bytes(compiled),
         compiled and temporary_bytes(compiled),
     )
 
 
-def table(results: Sequence[TrainBenchmark]) -> str:
-    """The results as lines of text."""
+def format_table(results: Sequence[TrainBenchmark]) -> str:
+    """The results as a text table."""
     width = max(len(result.name) for result in results)
     head = "sequence  parameters  compile s   step s  ratio  GFLOPs  ratio  memory MiB  temporary"
     lines = [f"{'':{width}}  {head}"]

@@ -1,4 +1,4 @@
-"""The dual and the primal form of TTT layers: time and temporary memory."""
+"""Benchmark of the dual and primal forms of TTT layers: time and temporary memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +19,10 @@ TASKS = ("forward", "gradient")
 
 @dataclass(frozen=True)
 class DualBenchmark:
-    """What one inner model costs in both forms. task: "forward", or "gradient" (forward too).
+    """Cost of one inner model in both forms. task: "forward", or "gradient" (includes forward).
 
-    speedup: primal_seconds / dual_seconds, medians; None where the device's memory is too small.
-    Memory: what the compiled program holds at its peak besides arguments and results, by the
-    compiler's own account; None where it gives none.
+    speedup: primal_seconds / dual_seconds, medians. Times are None if the device runs out of
+    memory. Memory: peak temporary memory as the compiler reports it; None if it does not.
     """
 
     inner: str
@@ -38,7 +37,7 @@ class DualBenchmark:
 
 @dataclass(frozen=True)
 class DualSizes:
-    """Of the inner loop that is measured; chunk: tokens of a mini-batch."""
+    """Array sizes. chunk: tokens of an inner mini-batch."""
 
     batch: int = 1
     heads: int = 4
@@ -49,7 +48,7 @@ class DualSizes:
 def bench_ttt_dual(
     seq_lens: Sequence[int] = (2048,), sizes: DualSizes | None = None, rounds: int = 5
 ) -> list[DualBenchmark]:
-    """Measures both forms against each other, for each length, inner model and task, in float32.
+    """Measures both forms for each length, inner model and task, in float32.
 
     Raises UserError for a size below one.
     """
@@ -91,18 +90,18 @@ def _bench_length(length: int, sizes: DualSizes, rounds: int) -> list[DualBenchm
 
 
 def _arguments(inner: str, length: int, sizes: DualSizes) -> dict[str, Any]:
-    """Random tokens [B, T, H, K] and an inner model as it is before training."""
+    """Random tokens [B, T, H, K] and the initial weights of an inner model."""
     tokens = (sizes.batch, length, sizes.heads, sizes.head_dim)
     hidden = sizes.head_dim * (4 if inner == "mlp" else 1)
-    into, out_of = (sizes.head_dim, hidden), (hidden, sizes.head_dim)
+    w1_shape, w2_shape = (sizes.head_dim, hidden), (hidden, sizes.head_dim)
     keys = jax.random.split(jax.random.key(0), 6)
     normal = jax.random.normal
     weights = {
-        "w1": 0.02 * normal(keys[0], (sizes.heads, *into)),
+        "w1": 0.02 * normal(keys[0], (sizes.heads, *w1_shape)),
         "b1": jnp.zeros((sizes.heads, hidden)),
     }
     if inner == "mlp":
-        weights["w2"] = 0.02 * normal(keys[1], (sizes.heads, *out_of))
+        weights["w2"] = 0.02 * normal(keys[1], (sizes.heads, *w2_shape))
         weights["b2"] = jnp.zeros((sizes.heads, sizes.head_dim))
     q, k, v = (normal(key, tokens) for key in keys[2:5])
     lam = jax.nn.sigmoid(normal(keys[5], tokens[:-1]))
@@ -110,20 +109,20 @@ def _arguments(inner: str, length: int, sizes: DualSizes) -> dict[str, Any]:
 
 
 def _task(task: str, form: str, sizes: DualSizes) -> Callable[[dict[str, Any]], Any]:
-    forward = partial(_read, form=form, sizes=sizes)
+    forward = partial(_forward, form=form, sizes=sizes)
     if task == "forward":
         return forward
     return jax.value_and_grad(lambda arguments: jnp.mean(jnp.square(forward(arguments))))
 
 
-def _read(arguments: dict[str, Any], form: str, sizes: DualSizes) -> Array:
+def _forward(arguments: dict[str, Any], form: str, sizes: DualSizes) -> Array:
     base_lr = 0.1 if "w2" in arguments["weights"] else 1.0  # as in the paper
     rate_C = learning_rates(base_lr, sizes.head_dim, jnp.zeros(sizes.chunk))
     per_head = (sizes.heads, sizes.head_dim)
     norm = InnerNorm(jnp.ones(per_head), jnp.zeros(per_head), 1e-6)
 
-    def one(q_THK, k_THK, v_THK, lam_TH):
+    def one_sequence(q_THK, k_THK, v_THK, lam_TH):
         tokens = q_THK, k_THK, v_THK, lam_TH
         return ttt(*tokens, rate_C, arguments["weights"], norm, form=form)[0]
 
-    return jax.vmap(one)(*arguments["tokens"])
+    return jax.vmap(one_sequence)(*arguments["tokens"])

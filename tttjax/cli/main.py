@@ -144,7 +144,7 @@ def _dispatch(arguments: list[str]) -> int:
     if module is None or command_parser is None:
         return _parse_without_command(parser, arguments)
     module.add_arguments(command_parser)
-    _take_paths(command_parser)
+    _expand_path_arguments(command_parser)
     # Set here so that a command with a --config can rely on it. One that finds a configuration by
     # itself, for which --config is a choice, sets has_own_config.
     command_parser.set_defaults(overrides=overrides)
@@ -165,12 +165,12 @@ def _dispatch(arguments: list[str]) -> int:
 _PATH_METAVARS = ("DIR", "FILE", "NEW", "PATH", "TABLE", "WORKDIR")
 
 
-def _take_paths(parser: argparse.ArgumentParser) -> None:
+def _expand_path_arguments(parser: argparse.ArgumentParser) -> None:
     """Has `~` expanded in all path arguments of a command, and URLs refused."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inside in action.choices.values():
-                _take_paths(inside)
+                _expand_path_arguments(inside)
         elif str(action.metavar).startswith(_PATH_METAVARS) and "[:ARG]" not in str(action.metavar):
             action.type = _path_argument(action)
 

@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--mfu={args.mfu} must be above 0 and at most 1.")
     config = load_config(args.config, args.overrides)
 
-    from tttjax.planning.topologies import own_backend_is_cpu, parse_topology
+    from tttjax.planning.topologies import parse_topology, use_cpu_backend
 
     topology = parse_topology(args.topology)
-    own_backend_is_cpu(topology.devices if topology.chip is None else 1)
+    use_cpu_backend(topology.devices if topology.accelerator is None else 1)
 
     from tttjax.planning.make import make_plan
     from tttjax.planning.show import show

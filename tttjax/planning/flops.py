@@ -1,37 +1,38 @@
-"""Model FLOPs of a train step by formula, and the peak rates that they are compared with.
+"""Model FLOPs of a train step by formula, and the peak FLOP/s of the devices.
 
-Counted are matrix products (2 FLOPs per multiply-add) that the mathematics needs: nothing that is
-recomputed to save memory, no norms, softmaxes or optimizer, and for recurrent mixers the products
-of the recurrence token by token, not those of the chunk-parallel form that is run. Per token, with
-s(T) the mean number of keys that a query sees,
+Only the matrix products that the method requires are counted (2 FLOPs per multiply-add): no
+recomputation, norms, softmaxes or optimizer, and for recurrent mixers the products of the
+token-by-token recurrence, not those of the chunk-parallel form. Per token, with s(T) the mean
+number of keys that a query attends to,
 
     linear maps       F = 2 x entries of the matrix
-    convolutions      F = 2 x entries of the kernel: one of its taps per channel and token
-    attention         F = 4 H K s(T)        scores and mixed values
+    convolutions      F = 2 x entries of the kernel: one tap per channel and token
+    attention         F = 4 H K s(T)        scores and weighted values
     Mamba-2           F = 4 H P N           x B^T into the state, the state times C
     Gated DeltaNet    F = 6 H K V           the state times k, the write, the state times q
     TTT layer         F = 2 E for the inner model on the key, E its matrices' entries,
-                        + 2 E for its gradient in them, and 2 x entries of w2 back through w2,
-                        + 2 E for reading the query (not with ttt_output = "key")
+                        + 2 E for its weight gradients, and 2 x entries of w2 back through w2,
+                        + 2 E for the inner model on the query (not with ttt_output = "key")
     head              F = 2 D V
 
 Training without an inner loop costs 3 F: the forward pass, and twice that backward, once for the
 inputs and once for the weights. With an inner loop, the suffix (head included) also takes an inner
-backward pass B for each chunk, towards the fast weights only:
+backward pass B for each chunk, for the fast weights only:
 
-    above the lowest fast weight:  2 x entries of every matrix (gradients of activations)
+    from the output down to the first fast weight:
+                                   2 x entries of every matrix (gradients of activations)
                                    4 H K s(T) + 4 H K s(C)  for attention: earlier chunks' keys
                                    and values are constants of the inner step
                                    2 F  for the recurrence of a recurrent mixer
     of each fast matrix:           2 x entries (its own gradient)
 
-The exact meta-gradient is the derivative of forward pass and inner backward pass alike, and both
-are products of two things that depend on the weights, so each costs 3 times itself:
+The exact meta-gradient differentiates the forward pass and the inner backward pass, both products
+of two factors that depend on the weights, so each costs 3 times itself:
 
     3 F_prefix + 3 (F_suffix + F_head) + 3 B (n - 1) / n
 
-for n chunks; the last chunk's update reaches no loss. An update that the outer gradient treats as
-a constant (first order; truncated, before the last m chunks) costs B once instead of 3 times.
+for n chunks; the last chunk's update does not affect the loss. An update that the outer gradient
+treats as a constant (first order; truncated, before the last m chunks) costs B instead of 3 B.
 """
 
 import math
@@ -50,7 +51,7 @@ from tttjax.planning.accelerators import peaks
 if TYPE_CHECKING:
     from tttjax.config import InnerConfig, ModelConfig
 
-# Matched by the start of `device_kind`, the longest first.
+# By prefix of `device_kind`; the longest match applies.
 PEAKS = peaks()
 
 
@@ -58,9 +59,9 @@ PEAKS = peaks()
 class Part:
     """One residual branch (or the head) of the model: FLOPs of one token's forward pass.
 
-    linear: its matrices and convolutions. fast: those of them that are fast. out: its last matrix
-    alone. scores: attention over all keys. own_scores: attention over keys of the query's chunk.
-    recurrence: what a recurrent mixer does to its state.
+    linear: matrices and convolutions. fast: the fast weights among them. out: the last matrix.
+    scores: attention over all keys. own_scores: attention over the keys of the query's chunk.
+    recurrence: state updates and reads of a recurrent mixer.
     """
 
     linear: float
@@ -75,8 +76,8 @@ class Part:
         return self.linear + self.scores + self.recurrence
 
     @property
-    def backward_of_mixing(self) -> float:
-        """Of the inner backward pass: what it does beside the matrices."""
+    def backward_without_matrices(self) -> float:
+        """The inner backward pass of attention or recurrence."""
         return self.scores + self.own_scores + 2 * self.recurrence
 
 
@@ -89,7 +90,7 @@ def mean_keys(length: int, window: int) -> float:
 def _parts(
     model: "ModelConfig", inner: "InnerConfig", seq_len: int
 ) -> tuple[list[Part], list[Part]]:
-    """Branches of the prefix, and of the suffix with the head, in the order they run."""
+    """Branches of the prefix, and of the suffix with the head, in forward order."""
     network = build_model(model, inner)
     entries = _Entries(network)
     prefix: list[Part] = []
@@ -110,7 +111,7 @@ def _parts(
 
 
 class _Entries:
-    """FLOPs of a token through the weights below a path of stacked blocks."""
+    """FLOPs per token of the weights under each path of stacked blocks."""
 
     def __init__(self, network: Transformer):
         params, axes = network.abstract_params(), network.axes()
@@ -135,9 +136,9 @@ class _Entries:
 
 
 def _multiplies_tokens(path: str, axes: tuple[str, ...]) -> bool:
-    """Whether a stacked weight is a matrix or a kernel that every token goes through.
+    """Whether a stacked weight is a matrix or a convolution kernel applied to every token.
 
-    Not: norms, biases, and the start of a TTT layer's inner weights, which belong to its state.
+    False for norms, biases, and the initial inner weights of a TTT layer, which are its state.
     """
     if "/fast_mlp/" in path and "heads" in axes:
         return "head_dim" in axes and "hidden" in axes
@@ -147,7 +148,7 @@ def _multiplies_tokens(path: str, axes: tuple[str, ...]) -> bool:
 def _mixing(
     kind: str, model: "ModelConfig", inner: "InnerConfig", seq_len: int
 ) -> dict[str, float]:
-    """Of a mixer's Part, what is not in its matrices: how tokens reach each other."""
+    """The fields of a mixer's Part that are not its matrices: attention or recurrence."""
     if kind in RECURRENCES:
         return {"recurrence": RECURRENCES[kind](model)}
     chunk = inner.chunk_size
@@ -179,7 +180,7 @@ def _ttt_mlp(model: "ModelConfig") -> float:
 
 
 def _ttt(model: "ModelConfig", entries: int) -> float:
-    """Key and gradient, and the query where it is read."""
+    """The inner model on the key, its gradient, and the inner model on the query if used."""
     return 2.0 * entries * (2 + (model.ttt_output == "query"))
 
 
@@ -200,9 +201,9 @@ def _inner_backward(parts: list[Part]) -> float:
     lowest = next((i for i, part in enumerate(parts) if part.fast), None)
     if lowest is None:
         return 0.0
-    total = parts[lowest].fast + parts[lowest].out + parts[lowest].backward_of_mixing
+    total = parts[lowest].fast + parts[lowest].out + parts[lowest].backward_without_matrices
     for part in parts[lowest + 1 :]:
-        total += part.fast + part.linear + part.backward_of_mixing
+        total += part.fast + part.linear + part.backward_without_matrices
     return total
 
 
@@ -214,10 +215,10 @@ def forward_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len:
 
 @dataclass(frozen=True)
 class TrainFlops:
-    """Model FLOPs per token of a train step by part; the module's docstring has the terms.
+    """Model FLOPs per token of a train step by part; see the module's docstring.
 
-    prefix, suffix: forward, the head with the suffix. inner_backward: the gradients that the
-    updates are made of. outer: everything else, which is the backward pass of these three.
+    prefix, suffix: forward pass, the head with the suffix. inner_backward: gradients of the inner
+    updates. outer: the backward pass of these three.
     """
 
     prefix: float
@@ -231,31 +232,32 @@ class TrainFlops:
 
 
 def train_flops_by_part(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> TrainFlops:
-    """What `train_flops_per_token` is made of."""
+    """`train_flops_per_token` by part."""
     prefix_parts, suffix_parts = _parts(model, inner, seq_len)
     prefix, suffix = _forward(prefix_parts), _forward(suffix_parts)
-    learning = exact = 0.0  # the inner backward pass of chunks whose update is used; derived
+    inner_backward, outer = 0.0, 2 * (prefix + suffix)
     if inner.meta_gradient != "none":
         chunks = seq_len // inner.chunk_size
-        useful = chunks - 1
-        derived = {
+        useful = chunks - 1  # updates that affect the loss
+        differentiated = {
             "exact": useful,
             "truncated": max(0, min(inner.truncate_chunks, chunks) - 1),
             "first_order": 0,
         }[inner.meta_gradient]
         backward = _inner_backward(suffix_parts) / chunks
-        learning, exact = backward * useful, backward * derived
-    return TrainFlops(prefix, suffix, learning, 2 * (prefix + suffix) + 2 * exact)
+        inner_backward = backward * useful
+        outer += 2 * backward * differentiated
+    return TrainFlops(prefix, suffix, inner_backward, outer)
 
 
 def train_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> float:
-    """Model FLOPs per token of a train step, inner and second-order terms counted."""
+    """Model FLOPs per token of a train step, inner and second-order terms included."""
     return train_flops_by_part(model, inner, seq_len).total
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of all devices of the run together, and where the figure comes from."""
+    """Total FLOP/s of the devices of a run, and the source of the figure."""
 
     flops_per_second: float
     source: str
@@ -264,17 +266,17 @@ class Peak:
 def device_peak(devices: list[jax.Device] | None = None) -> Peak | None:
     """The peak that MFU refers to; None for an accelerator that is not in the table.
 
-    On CPU it is the float32 rate of a matrix product, measured here and now in a fraction of a
-    second: not the processor's peak, but what XLA reaches on it at best.
+    On CPU it is the float32 rate of a matrix product, measured in a fraction of a second: the best
+    that XLA reaches, not the processor's peak.
     """
     devices = devices or jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         return Peak(_measured_matmul_rate() * jax.process_count(), "matrix product measured here")
-    known = [name for name in PEAKS if kind.startswith(name)]
-    if not known:
+    matches = [name for name in PEAKS if kind.startswith(name)]
+    if not matches:
         return None
-    name = max(known, key=len)
+    name = max(matches, key=len)
     return Peak(PEAKS[name] * len(devices), f"bfloat16 peak of {name}")
 
 

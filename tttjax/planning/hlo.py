@@ -1,8 +1,8 @@
-"""Collectives of a compiled program, read from its text, with the lengths of the loops around them.
+"""Collectives of a compiled program, parsed from its HLO text, with loop trip counts.
 
-`compiled.as_text()` is one computation after the other; this walks them from the entry, into the
-bodies of loops, fusions and calls. A loop's rounds are those that the compiler states, or else the
-one number that its condition compares with.
+The parser visits the computations of `compiled.as_text()` from the entry into loop bodies, fusions
+and calls. The trip count of a loop is the one that the compiler states, or else the only constant
+of its condition.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from tttjax.planning.count import Transfer
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "c64": 8, "c128": 16}  # the others carry their number of bits in the name
+BYTES = {"pred": 1, "c64": 8, "c128": 16}  # other types have their number of bits in the name
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -31,20 +31,22 @@ _STATED = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 @dataclass
 class _Computation:
-    """transfers: its own. calls: (name of another, rounds or None if unknown)."""
+    """transfers: its own. calls: names of computations that it calls once."""
 
     transfers: list[Transfer] = field(default_factory=list)
-    calls: list[tuple[str, float]] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     constants: list[int] = field(default_factory=list)
     starts_async: bool = False
-    loops: list[tuple[str, str, int]] = field(default_factory=list)  # body, condition, stated
+    loops: list[tuple[str, str, int]] = field(
+        default_factory=list
+    )  # body, condition, trip count (0 if not stated)
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """What one device takes part in each step.
+    """The collectives of one device in a step.
 
-    unknown_loops: loops around collectives whose length is not in the text, counted once.
+    unknown_loops: loops with collectives whose trip count is not in the text, counted once.
     """
 
     transfers: tuple[Transfer, ...]
@@ -52,44 +54,45 @@ class Collectives:
 
 
 def collectives(text: str) -> Collectives:
-    """The collectives of an optimised program, as `compiled.as_text()` gives it."""
-    computations, entry = _read(text)
-    found: defaultdict[Transfer, float] = defaultdict(float)
+    """The collectives of an optimised program; text: of `compiled.as_text()`."""
+    computations, entry = _parse(text)
+    total_times: defaultdict[Transfer, float] = defaultdict(float)
     unknown = 0
 
     def visit(name: str, times: float) -> bool:
-        """Adds what is in a computation; whether there is anything."""
+        """Adds the collectives of a computation; returns whether there are any."""
         nonlocal unknown
-        here = computations[name]
-        for transfer in here.transfers:
-            found[transfer] += times
-        any_inside = bool(here.transfers)
-        for called, rounds in here.calls:
+        computation = computations[name]
+        for transfer in computation.transfers:
+            total_times[transfer] += times
+        has_any = bool(computation.transfers)
+        for called in computation.calls:
             if called in computations:
-                any_inside |= visit(called, times * rounds)
-        for body, condition, stated in here.loops:
-            rounds = stated or _rounds(computations, condition)
-            inside = visit(body, times * (rounds or 1))
-            unknown += inside and not rounds
-            any_inside |= inside
-        return any_inside
+                has_any |= visit(called, times)
+        for body, condition, stated in computation.loops:
+            trip_count = stated or _trip_count(computations, condition)
+            body_has_any = visit(body, times * (trip_count or 1))
+            unknown += body_has_any and not trip_count
+            has_any |= body_has_any
+        return has_any
 
     visit(entry, 1.0)
-    totals = tuple(Transfer(t.kind, t.bytes, t.group, times) for t, times in found.items())
+    totals = tuple(
+        Transfer(t.kind, t.bytes, t.group_size, times) for t, times in total_times.items()
+    )
     return Collectives(totals, unknown)
 
 
-def _rounds(computations: dict[str, _Computation], condition: str) -> int:
-    """The number that a condition compares its counter with; 0 if it is not one number."""
-    here = computations[condition]
-    numbers = set(here.constants)
-    for called, _ in here.calls:
+def _trip_count(computations: dict[str, _Computation], condition: str) -> int:
+    """The only integer constant of a loop condition; 0 if there is not exactly one."""
+    constants = set(computations[condition].constants)
+    for called in computations[condition].calls:
         if called in computations:
-            numbers |= set(computations[called].constants)
-    return numbers.pop() if len(numbers) == 1 else 0
+            constants |= set(computations[called].constants)
+    return constants.pop() if len(constants) == 1 else 0
 
 
-def _read(text: str) -> tuple[dict[str, _Computation], str]:
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry = ""
     for name, is_entry, lines in _bodies(text):
@@ -101,7 +104,7 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
 def _bodies(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     """(name, whether it is the entry, lines) of every computation.
 
-    The settings of a kernel may break its line, and go on at the left edge.
+    The backend config of a kernel may contain line breaks, also before unindented text.
     """
     name, is_entry = "", False
     lines: list[str] = []
@@ -118,51 +121,51 @@ def _bodies(text: str) -> Iterator[tuple[str, bool, list[str]]]:
 def _computation(lines: list[str]) -> _Computation:
     result = _Computation()
     sizes: dict[str, float] = {}
-    pieces: list[Transfer] = []
+    async_parts: list[Transfer] = []
     for line in lines:
         match = _LINE.match(line)
         if match is None:
             continue
-        name, type_text, operation, rest = match.groups()
+        name, type_text, operation, operands = match.groups()
         sizes[name] = _bytes(type_text)
         if operation == "constant" and re.match(r"[su]32\[\]", type_text):
-            result.constants.append(int(re.match(r"-?\d+", rest)[0]))  # type: ignore[index]
+            result.constants.append(int(re.match(r"-?\d+", operands)[0]))  # type: ignore[index]
         elif operation == "while":
-            called = dict(_CALLED.findall(rest))
-            stated = _STATED.search(rest)
+            called = dict(_CALLED.findall(operands))
+            stated = _STATED.search(operands)
             names = (called["body"].lstrip("%"), called["condition"].lstrip("%"))
             result.loops.append((*names, int(stated[1]) if stated else 0))
         elif operation.removesuffix("-start") in KINDS:
-            transfer = _transfer(operation, type_text, rest, sizes)
-            # TPUs do a collective piece by piece inside other fusions; the first piece counts.
-            (pieces if "chain_id=" in rest else result.transfers).append(transfer)
+            transfer = _transfer(operation, type_text, operands, sizes)
+            # TPUs split an async collective over several fusions; only its start counts.
+            (async_parts if "chain_id=" in operands else result.transfers).append(transfer)
         else:
-            for key, value in _CALLED.findall(rest):
+            for key, value in _CALLED.findall(operands):
                 if key != "to_apply" or operation == "call":
-                    names_called = _NAME.findall(value) or [value]
-                    result.calls += [(called_name, 1.0) for called_name in names_called]
-        result.starts_async |= "AsyncCollectiveStart" in rest
+                    result.calls += _NAME.findall(value) or [value]
+        result.starts_async |= "AsyncCollectiveStart" in operands
     if result.starts_async:
-        result.transfers += pieces
+        result.transfers += async_parts
     return result
 
 
-def _transfer(operation: str, type_text: str, rest: str, sizes: dict[str, float]) -> Transfer:
-    given = sum(sizes.get(name, 0.0) for name in _NAME.findall(rest.partition(")")[0]))
-    got = _bytes(type_text)
+def _transfer(operation: str, type_text: str, operands: str, sizes: dict[str, float]) -> Transfer:
+    operand_bytes = sum(sizes.get(name, 0.0) for name in _NAME.findall(operands.partition(")")[0]))
+    result_bytes = _bytes(type_text)
     if operation.endswith("-start") and type_text.startswith("("):
-        got = max(got - given, 0.0)  # the tuple holds the operands too
-    return Transfer(operation.removesuffix("-start"), max(given, got), _group(rest))
+        result_bytes = max(result_bytes - operand_bytes, 0.0)  # the tuple includes the operands
+    size = max(operand_bytes, result_bytes)
+    return Transfer(operation.removesuffix("-start"), size, _group_size(operands))
 
 
-def _group(rest: str) -> int:
-    """Devices that talk to each other: listed, by a rule, or by axes of a mesh (or parts of them,
-    as in `'data':(2)4`: four, two apart)."""
-    if listed := _LISTED.search(rest):
+def _group_size(operands: str) -> int:
+    """Devices of a replica group: a list, an iota, or mesh axes (or parts of axes: `'data':(2)4` is
+    four devices, two apart)."""
+    if listed := _LISTED.search(operands):
         return len(listed[1].split(","))
-    if iota := _IOTA.search(rest):
+    if iota := _IOTA.search(operands):
         return int(iota[2])
-    if on_mesh := _ON_MESH.search(rest):
+    if on_mesh := _ON_MESH.search(operands):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", on_mesh[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", on_mesh[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)

@@ -1,4 +1,4 @@
-"""Everything that is said of one recipe on one pod."""
+"""Planning: memory, FLOPs, collectives, time and cost of one recipe on one pod."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.parallel.mesh import MESH_AXES
-from tttjax.planning.bounds import Bounds, StepBound, make_bounds, make_cost, wire_bytes
+from tttjax.planning.bounds import Bounds, RecipeCost, make_bounds, make_cost, wire_bytes
 from tttjax.planning.count import Transfer
 from tttjax.planning.flops import TrainFlops, train_flops_by_part
 from tttjax.planning.memory import Memory
@@ -20,8 +20,7 @@ from tttjax.training.attention_kernels import describe_kernels
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a step: how many, the bytes that they work on, and those that
-    one device sends."""
+    """Collectives of one kind in a step. bytes: of their arrays. sent: by one device."""
 
     kind: str
     count: int
@@ -33,10 +32,9 @@ class Traffic:
 class Plan:
     """One recipe on one pod. FLOPs are of a step over all devices, bytes of one device.
 
-    fits: None where nothing says how much memory there is. needed: bytes; more than memory.total
-    where the compiler refused. flops: of the method, by part. program_flops: of the program.
-    attention: which kernel is used where, and why. bounds, cost: None for chips that are not in the
-    table.
+    fits: None if the memory capacity is unknown. needed: bytes; more than memory.total if the
+    compiler ran out of memory. flops: of the method, by part. program_flops: of the program.
+    attention: the kernels used, and why. bounds, cost: None for devices not in the table.
     """
 
     name: str
@@ -54,7 +52,7 @@ class Plan:
     program_flops: float
     traffic: tuple[Traffic, ...]
     bounds: Bounds | None
-    cost: StepBound | None
+    cost: RecipeCost | None
     trace_seconds: float
     compile_seconds: float | None
     notes: tuple[str, ...]
@@ -62,7 +60,7 @@ class Plan:
     proposal: "Plan | None" = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, sums and limits included."""
+        """The plan as values for JSON, with totals and the limiting bound."""
         values = asdict(self) | {"proposal": self.proposal and self.proposal.to_dict()}
         values["memory"]["total"] = self.memory.total
         values["flops"]["total"] = self.flops.total
@@ -74,32 +72,33 @@ class Plan:
 def make_plan(
     config: Config, topology: Topology, *, name: str = "", mfu: float = 0.4, propose: bool = True
 ) -> Plan:
-    """Traces and compiles the train step for a pod, and says what it needs and costs.
+    """Traces and compiles the train step for a pod, and derives what it needs and costs.
 
-    mfu: what the cost of the run is worked out at. propose: whether to look for a recipe that fits
-    if this one does not; each that is tried is compiled.
+    mfu: expected MFU, for the cost of the run. propose: search for a recipe that fits if this one
+    does not; every recipe tried is compiled.
     Raises UserError if the mesh does not fit, or libtpu is missing.
     """
     plan = _plan(config, topology, name, mfu, {})
     if plan.fits is not False or not propose:
         return plan
-    tried: dict[Config, Plan] = {}
+    plans: dict[Config, Plan] = {}
 
     def fits(changed: Config) -> bool:
-        tried[changed] = _plan(changed, topology, name, mfu, {})
-        return bool(tried[changed].fits)
+        plans[changed] = _plan(changed, topology, name, mfu, {})
+        return bool(plans[changed].fits)
 
-    needed = _as_needed(plan)
-    found = find_fitting(config, topology.devices, needed, plan.capacity, fits)
-    if found is None:
+    needed = _with_total_needed(plan)
+    candidate = find_fitting(config, topology.devices, needed, plan.capacity, fits)
+    if candidate is None:
         return plan
-    return replace(plan, proposal=replace(tried[found.config], changes=found.changes))
+    proposal = replace(plans[candidate.config], changes=candidate.changes)
+    return replace(plan, proposal=proposal)
 
 
-def _as_needed(plan: Plan) -> Memory:
-    """The memory by kind, with `needed` as its total, where the compiler gave only that."""
-    lacking = max(plan.needed - plan.memory.total, -plan.memory.temporary)
-    return replace(plan.memory, temporary=plan.memory.temporary + lacking)
+def _with_total_needed(plan: Plan) -> Memory:
+    """The memory by kind, with the difference to `plan.needed` added to `temporary`."""
+    difference = max(plan.needed - plan.memory.total, -plan.memory.temporary)
+    return replace(plan.memory, temporary=plan.memory.temporary + difference)
 
 
 def _plan(
@@ -120,13 +119,13 @@ def _plan(
     per_token = train_flops_by_part(config.model, config.inner, config.train.seq_len)
     flops = TrainFlops(*(value * tokens for value in asdict(per_token).values()))
     bounds = cost = None
-    if topology.chip:
+    if topology.accelerator:
         bounds = make_bounds(topology, program.count.flops, flops.total, memory, transfers)
         cost = make_cost(config, topology, flops.total, min(mfu, bounds.mfu))
     return Plan(
         name=name,
         topology=topology.name,
-        chips=topology.chips,
+        chips=topology.num_chips,
         mesh={axis: getattr(mesh, axis) for axis in MESH_AXES},
         recipe={
             "batch_size": config.train.batch_size,
@@ -155,8 +154,9 @@ def _plan(
 def _fit(
     topology: Topology, memory: Memory, compiled: CompiledStep | None
 ) -> tuple[bool | None, float, float]:
-    """(fits, bytes needed, bytes there are) on one device."""
-    capacity = topology.chip.memory / topology.chip.devices if topology.chip else 0.0
+    """(fits, bytes needed, bytes available) on one device."""
+    accelerator = topology.accelerator
+    capacity = accelerator.memory / accelerator.devices if accelerator else 0.0
     if compiled and compiled.memory is None:
         return False, compiled.needed or memory.total, compiled.available or capacity
     if not capacity:
@@ -171,33 +171,33 @@ def _traffic(transfers: Sequence[Transfer]) -> tuple[Traffic, ...]:
     return tuple(
         Traffic(
             kind,
-            count=round(sum(t.times for t in found)),
-            bytes=sum(t.times * t.bytes for t in found),
-            sent=sum(t.times * wire_bytes(t) for t in found),
+            count=round(sum(t.times for t in same_kind)),
+            bytes=sum(t.times * t.bytes for t in same_kind),
+            sent=sum(t.times * wire_bytes(t) for t in same_kind),
         )
-        for kind, found in sorted(by_kind.items())
+        for kind, same_kind in sorted(by_kind.items())
     )
 
 
 def _notes(config: Config, program: Program, compiled: CompiledStep | None) -> list[str]:
-    """What the numbers do not say themselves."""
+    """Caveats of the numbers."""
     notes = []
     if compiled is None:
         notes.append(
-            "memory and collectives are an estimate from the traced program: no compiler for this "
-            "chip is at hand"
+            "memory and collectives are estimated from the traced program, because there is no "
+            "compiler for this accelerator here"
         )
         if config.mesh.tensor > 1:
             notes.append(
-                "what mesh.tensor divides within a layer, and the collectives that it needs, are "
-                "not in the estimate"
+                "the estimate does not include the sharding of layers by mesh.tensor and its "
+                "collectives"
             )
     elif compiled.memory is None:
-        notes.append("the compiler refused: bytes by kind and collectives are an estimate")
-    if program.count.open_loops:
+        notes.append("the compiler ran out of memory: bytes by kind and collectives are estimates")
+    if program.count.unknown_loops:
         notes.append(
-            f"{program.count.open_loops} loops of unknown length are counted once: the program's "
-            "FLOPs are a lower limit"
+            f"{program.count.unknown_loops} loops of unknown length are counted once: the FLOPs of "
+            "the program are a lower bound"
         )
     if compiled and compiled.unknown_loops:
         notes.append(

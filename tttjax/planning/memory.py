@@ -1,13 +1,12 @@
-"""Bytes on one device by kind: exact ones from shapes and shardings, the rest from the program.
+"""Bytes on one device by kind: exact for arguments, from the traced program for the rest.
 
-What the forward pass keeps for the backward pass are the stacked results of its loops. They are
-found in the jaxpr: those shaped like fast weights are the trajectory, the others activations.
-Everything else that the program holds at its peak is temporary.
+The residuals of the forward pass are the stacked outputs of its loops. Those shaped like fast
+weights are the trajectory, the others activations. The remainder of the peak is temporary.
 
-`estimate_temporary` stands in for the compiler where there is none: it walks the program in order,
-keeps every array from the equation that makes it to the last one that reads it, and adds up. Chains
-of elementwise operations are taken as fused, updates in place as in place. It knows nothing of the
-axis `tensor`, which divides some of the arrays further.
+`estimate_temporary` replaces the compiler where there is none. It runs a liveness analysis of the
+jaxpr: an array lives from the equation that produces it to the last one that reads it. Chains of
+elementwise operations count as fused, in-place updates as in place. The estimate ignores the mesh
+axis `tensor`, which shards some of the arrays further.
 """
 
 import math
@@ -20,14 +19,14 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from tttjax.planning.count import inner_jaxprs, scan_parts, size_in_bytes
+from tttjax.planning.count import inner_jaxprs, num_consts_and_carry, size_in_bytes
 from tttjax.training.step import TrainState
 from tttjax.types import PyTree
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. program: its code, and results that reuse no argument's place.
+    """Bytes of one device. program: code, and outputs that reuse no argument's buffer.
 
     source: "compiler", or "estimate".
     """
@@ -51,7 +50,7 @@ class Memory:
 
     @property
     def working(self) -> float:
-        """What lives only during a step."""
+        """What is allocated only during a step."""
         return self.trajectory + self.activations + self.temporary
 
 
@@ -64,7 +63,7 @@ class Saved:
 
 
 def bytes_per_device(tree: PyTree) -> float:
-    """Of the largest share of abstract arrays with shardings."""
+    """Of the largest shards of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -74,7 +73,7 @@ def bytes_per_device(tree: PyTree) -> float:
 def make_memory(
     state: TrainState, batch: PyTree, saved: Saved, working: float, program: float, source: str
 ) -> Memory:
-    """working: all that the step holds beside its arguments, of which `saved` is a part."""
+    """working: all memory of the step besides its arguments; includes `saved`."""
     parameters, everything = bytes_per_device(state.params), bytes_per_device(state)
     trajectory = min(saved.trajectory, working)
     activations = min(saved.activations, working - trajectory)
@@ -91,42 +90,42 @@ def make_memory(
 
 
 def device_program(program: ClosedJaxpr) -> Jaxpr:
-    """The part that one device runs on its own sequences: inside shard_map, else everything."""
+    """The jaxpr that one device runs on its own sequences: the body of shard_map, if any."""
 
     def find(jaxpr: Jaxpr) -> Jaxpr | None:
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "shard_map":
                 return eqn.params["jaxpr"]
             if eqn.primitive.name in ("jit", "pjit"):
-                found = [find(inner) for inner in inner_jaxprs(eqn)]
-                if any(found):
-                    return next(filter(None, found))
+                bodies = filter(None, map(find, inner_jaxprs(eqn)))
+                if body := next(bodies, None):
+                    return body
         return None
 
     return find(program.jaxpr) or program.jaxpr
 
 
-# --- what is kept for the backward pass ---------------------------------------------------------
+# --- residuals ----------------------------------------------------------------------------------
 
 
 def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
-    """Stacked results of the outermost loops that keep any, where a later loop reads them.
+    """Stacked outputs of the outermost loops that have any, if a later loop reads them.
 
-    fast: the fast weights, whose shapes tell the trajectory from activations.
+    fast: the fast weights, whose shapes identify the trajectory.
     """
     shapes = _shapes_of_weights(fast)
-    readers = _read_by_loops(jaxpr)
+    read_later = _read_by_loops(jaxpr)
     trajectory = activations = 0.0
     for eqn in jaxpr.eqns:
         stacked = _stacked(eqn) if eqn.primitive.name == "scan" else []
-        kept = [var for var in stacked if var in readers and _is_float(var)]
-        if not kept:
+        residuals = [var for var in stacked if var in read_later and _is_float(var)]
+        if not residuals:
             for inner in inner_jaxprs(eqn):
-                found = saved_bytes(inner, fast)
-                trajectory += found.trajectory
-                activations += found.activations
-        for var in kept:
-            if _ends_like(var.aval.shape[1:], shapes):
+                saved = saved_bytes(inner, fast)
+                trajectory += saved.trajectory
+                activations += saved.activations
+        for var in residuals:
+            if _has_suffix_in(var.aval.shape[1:], shapes):
                 trajectory += size_in_bytes(var)
             else:
                 activations += size_in_bytes(var)
@@ -134,17 +133,17 @@ def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
 
 
 def _stacked(eqn: JaxprEqn) -> list[Any]:
-    return list(eqn.outvars[scan_parts(eqn)[1] :])
+    return list(eqn.outvars[num_consts_and_carry(eqn)[1] :])
 
 
 def _read_by_loops(jaxpr: Jaxpr) -> set[Any]:
-    """Variables that a loop (or any program inside) reads, as they are or rearranged."""
-    found: set[Any] = set()
+    """Variables that a loop (or any nested program) reads, directly or rearranged."""
+    variables: set[Any] = set()
     for eqn in reversed(jaxpr.eqns):
-        rearranges = eqn.primitive.name in REARRANGING and not found.isdisjoint(eqn.outvars)
+        rearranges = eqn.primitive.name in REARRANGING and not variables.isdisjoint(eqn.outvars)
         if rearranges or any(True for _ in inner_jaxprs(eqn)):
-            found |= _inputs_of([eqn])
-    return found
+            variables |= _inputs_of([eqn])
+    return variables
 
 
 def _inputs_of(eqns: Iterable[JaxprEqn]) -> set[Any]:
@@ -156,19 +155,19 @@ def _is_float(var: Any) -> bool:
 
 
 def _shapes_of_weights(fast: PyTree) -> set[tuple[int, ...]]:
-    """Of the arrays and, where these stack several blocks, of one block's weights."""
-    whole = {tuple(leaf.shape) for leaf in jax.tree.leaves(fast)}
-    return whole | {shape[1:] for shape in whole if len(shape) > 2}
+    """Shapes of the arrays and, where these stack several blocks, of one block's weights."""
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(fast)}
+    return shapes | {shape[1:] for shape in shapes if len(shape) > 2}
 
 
-def _ends_like(shape: tuple[int, ...], shapes: set[tuple[int, ...]]) -> bool:
-    """Whether a shape is one of `shapes` with any dimensions (batch, blocks) in front."""
-    return any(shape[-len(known) :] == known for known in shapes)
+def _has_suffix_in(shape: tuple[int, ...], shapes: set[tuple[int, ...]]) -> bool:
+    """Whether a shape is one of `shapes` with any leading dimensions (batch, blocks)."""
+    return any(shape[-len(suffix) :] == suffix for suffix in shapes)
 
 
 # --- the peak -----------------------------------------------------------------------------------
 
-# Their results are taken as never written: views, and what is fused into the operation after it.
+# Views, which the compiler does not write to memory.
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "iota", "slice"}
 REARRANGING = {*VIEWS, "rev", "concatenate", "convert_element_type", "dynamic_slice", "copy"}
 LOOPS = {"scan", "while", "cond", "shard_map"}
@@ -183,66 +182,68 @@ REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or
 
 
 def estimate_temporary(jaxpr: Jaxpr) -> float:
-    """Bytes at the peak beside the program's inputs, its results included."""
+    """Peak bytes besides the program's inputs, its outputs included."""
     reads = Counter(v for eqn in jaxpr.eqns for v in set(_inputs_of([eqn])))
     unwritten = _unwritten(jaxpr)
     last = _last_use(jaxpr, unwritten)
-    mine = {var for eqn in jaxpr.eqns for var in eqn.outvars}
+    produced = {var for eqn in jaxpr.eqns for var in eqn.outvars}
     live: dict[Any, int] = {}
-    now = peak = 0.0
-    dying: dict[int, list[Any]] = {}
-    for var, place in last.items():
-        if var in mine:
-            dying.setdefault(place, []).append(var)
-    for place, eqn in enumerate(jaxpr.eqns):
-        made = {v: 0 if v in unwritten else size_in_bytes(v) for v in eqn.outvars if v in reads}
-        made |= {v: size_in_bytes(v) for v in eqn.outvars if v in jaxpr.outvars}
-        ends = [var for var in dying.get(place, []) if var in live]
-        written = sum(made.values())
-        old = sum(live[v] for v in ends if v in eqn.invars) if eqn.primitive.name in IN_PLACE else 0
-        inside = max((estimate_temporary(inner) for inner in inner_jaxprs(eqn)), default=0.0)
+    live_bytes = peak = 0.0
+    last_uses: dict[int, list[Any]] = {}
+    for var, index in last.items():
+        if var in produced:
+            last_uses.setdefault(index, []).append(var)
+    for index, eqn in enumerate(jaxpr.eqns):
+        outputs = {v: 0 if v in unwritten else size_in_bytes(v) for v in eqn.outvars if v in reads}
+        outputs |= {v: size_in_bytes(v) for v in eqn.outvars if v in jaxpr.outvars}
+        freed = [var for var in last_uses.get(index, []) if var in live]
+        size = sum(outputs.values())
+        reused = 0
+        if eqn.primitive.name in IN_PLACE:
+            reused = min(size, sum(live[v] for v in freed if v in eqn.invars))
+        inner_peak = max((estimate_temporary(inner) for inner in inner_jaxprs(eqn)), default=0.0)
         if eqn.primitive.name in LOOPS:
-            peak = max(peak, now - min(old, written) + written + inside)
-        else:  # what is inside makes the results itself
-            peak = max(peak, now - min(old, written) + max(inside, written))
-        live |= made
-        now += written
-        for var in dict.fromkeys([*ends, *(v for v in made if last.get(v, place) <= place)]):
-            now -= live.pop(var, 0)
+            peak = max(peak, live_bytes - reused + size + inner_peak)
+        else:  # the outputs are part of the inner peak
+            peak = max(peak, live_bytes - reused + max(inner_peak, size))
+        live |= outputs
+        live_bytes += size
+        for var in dict.fromkeys([*freed, *(v for v in outputs if last.get(v, index) <= index)]):
+            live_bytes -= live.pop(var, 0)
     return peak
 
 
 def _unwritten(jaxpr: Jaxpr) -> set[Any]:
-    """Results that the compiler would not write to memory."""
+    """Variables that the compiler would not write to memory: views and fused operations."""
     readers: dict[Any, list[str]] = {}
     for eqn in jaxpr.eqns:
         for var in _inputs_of([eqn]):
             readers.setdefault(var, []).append(eqn.primitive.name)
     fusing = ELEMENTWISE | REDUCTIONS | VIEWS
-    results = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-    found = set()
+    outputs = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    unwritten = set()
     for eqn in jaxpr.eqns:
         for var in eqn.outvars:
-            if var in results:
+            if var in outputs:
                 continue
             is_view = eqn.primitive.name in VIEWS
             is_fused = eqn.primitive.name in ELEMENTWISE and fusing.issuperset(readers.get(var, []))
             if is_view or is_fused:
-                found.add(var)
-    return found
+                unwritten.add(var)
+    return unwritten
 
 
 def _last_use(jaxpr: Jaxpr, unwritten: set[Any]) -> dict[Any, int]:
-    """The place of the last equation that needs a variable; results are needed to the end.
+    """Index of the last equation that needs each variable; outputs are needed to the end.
 
-    What an unwritten result is computed from is needed for as long as that is.
+    The inputs of an unwritten variable are needed as long as the variable is.
     """
     last = {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for place in range(len(jaxpr.eqns) - 1, -1, -1):
-        eqn = jaxpr.eqns[place]
-        needed = place
+    for index in range(len(jaxpr.eqns) - 1, -1, -1):
+        eqn = jaxpr.eqns[index]
+        needed = index
         if any(var in unwritten for var in eqn.outvars):
-            needed = max((last.get(var, place) for var in eqn.outvars), default=place)
+            needed = max((last.get(var, index) for var in eqn.outvars), default=index)
         for var in _inputs_of([eqn]):
             last[var] = max(last.get(var, 0), needed)
     return last

@@ -30,7 +30,7 @@ from tttjax.types import Batch
 
 @dataclass(frozen=True)
 class Program:
-    """A train step as JAX traced it; `memory` is estimated, seconds those of tracing."""
+    """A traced train step. memory: estimated. seconds: of tracing."""
 
     config: Config
     topology: Topology
@@ -42,8 +42,8 @@ class Program:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler made of it. memory None: it does not fit, and `needed` bytes would do
-    (0 where the compiler does not say). unknown_loops: see `hlo.Collectives`."""
+    """A compiled train step. memory: None if the compiler ran out of memory; then it needs `needed`
+    bytes (0 if the compiler does not say). unknown_loops: see `hlo.Collectives`."""
 
     memory: Memory | None
     needed: float
@@ -56,7 +56,7 @@ class CompiledStep:
 def trace(config: Config, topology: Topology) -> Program:
     """Traces the real train step on a mesh over the topology.
 
-    Where no compiler is at hand, attention is traced in XLA's form, whose memory can be estimated.
+    Without a compiler for it, attention is traced in its XLA form, whose memory can be estimated.
     Raises UserError if the mesh does not fit topology or model, or libtpu is missing.
     """
     start = time.perf_counter()
@@ -68,9 +68,9 @@ def trace(config: Config, topology: Topology) -> Program:
         trainer = make_trainer(config, open_mesh(topology, mesh_config))
         batch = _abstract_batch(config, trainer)
         traced = trainer.step.trace(trainer.abstract_state, batch)
-    found = _estimate(trainer, batch, traced.jaxpr)
+    memory = _estimate(trainer, batch, traced.jaxpr)
     seconds = time.perf_counter() - start
-    return Program(config, topology, traced, count(traced.jaxpr), found, seconds)
+    return Program(config, topology, traced, count(traced.jaxpr), memory, seconds)
 
 
 def _abstract_batch(config: Config, trainer: Trainer) -> Batch:
@@ -91,7 +91,7 @@ def _estimate(trainer: Trainer, batch: Batch, program: ClosedJaxpr) -> Memory:
 
 
 def compile_program(program: Program) -> CompiledStep:
-    """Lowers and compiles it for its topology, which is one that `compiles`."""
+    """Lowers and compiles it for its topology; needs `topology.compiles`."""
     start = time.perf_counter()
     with as_configured(program.config):
         try:
@@ -103,16 +103,16 @@ def compile_program(program: Program) -> CompiledStep:
             needed, available = _out_of_memory(str(error), arguments)
             return CompiledStep(None, needed, available, (), 0, time.perf_counter() - start)
     seconds = time.perf_counter() - start
-    found = collectives(compiled.as_text())
+    parsed = collectives(compiled.as_text())
     memory = _exact(program.memory, compiled.memory_analysis())
-    available = program.topology.chip.memory if program.topology.chip else 0.0
+    available = program.topology.accelerator.memory if program.topology.accelerator else 0.0
     return CompiledStep(
-        memory, memory.total, available, found.transfers, found.unknown_loops, seconds
+        memory, memory.total, available, parsed.transfers, parsed.unknown_loops, seconds
     )
 
 
 def _exact(estimate: Memory, analysis) -> Memory:
-    """The compiler's totals, divided by kind as in the estimate."""
+    """The compiler's totals, split by kind as in the estimate."""
     working = float(analysis.temp_size_in_bytes)
     trajectory = min(estimate.trajectory, working)
     activations = min(estimate.activations, working - trajectory)
@@ -135,9 +135,9 @@ _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def _out_of_memory(message: str, arguments: float) -> tuple[float, float]:
-    """(bytes needed, bytes there are) from the compiler's refusal; zeros where it has none.
+    """(bytes needed, bytes available) from the compiler's error; zeros if it states none.
 
-    arguments: bytes of the step's own, which one of its two ways of saying it leaves out.
+    arguments: bytes of the step's arguments, which one of the two messages does not include.
     """
     size = r"([\d.]+)([KMGT]?)"
     if match := re.search(rf"Used {size} of {size}", message):

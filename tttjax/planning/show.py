@@ -1,6 +1,6 @@
-"""A plan as text for people, and several as one Markdown table."""
+"""Formats a plan as text, and several plans as one Markdown table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tttjax.planning.bounds import DAY
@@ -10,7 +10,7 @@ GiB = 2**30
 
 
 def show(plan: Plan) -> str:
-    """The plan in lines of less than a hundred columns, the proposal after it."""
+    """The plan as lines of less than 100 columns, followed by its proposal."""
     lines = [
         *_head(plan),
         *_memory(plan),
@@ -25,8 +25,8 @@ def show(plan: Plan) -> str:
         lines += ["", f"fits with {changes}:", "", show(plan.proposal)]
     elif plan.fits is False and not plan.changes:
         lines.append(
-            "No recipe was found that fits here with more accumulation, recomputation or another "
-            "mesh; take more chips, or chips with more memory."
+            "No recipe fits this pod, even with gradient accumulation, recomputation or another "
+            "mesh; use more devices, or devices with more memory."
         )
     return "\n".join(lines)
 
@@ -34,14 +34,15 @@ def show(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     recipe = plan.recipe
-    parts = f" in {recipe['accum_steps']} parts" if recipe["accum_steps"] > 1 else ""
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "nothing says whether it fits"}[plan.fits]
+    steps = recipe["accum_steps"]
+    accumulation = f" in {steps} accumulation steps" if steps > 1 else ""
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "memory capacity unknown"}[plan.fits]
     of = f" of {_gib(plan.capacity)}" if plan.capacity else ""
     return [
         f"{plan.name} on {plan.topology}",
         f"{plan.parameters / 1e6:,.1f}M parameters; {recipe['batch_size']} sequences of "
-        f"{recipe['seq_len']:,} tokens a step{parts}; mesh {mesh}",
-        f"{verdict}: {_gib(plan.needed)}{of} GiB on a device"
+        f"{recipe['seq_len']:,} tokens per step{accumulation}; mesh {mesh}",
+        f"{verdict}: {_gib(plan.needed)}{of} GiB per device"
         + (" (estimate)" if plan.memory.source == "estimate" else ""),
         *filter(None, (plan.attention,)),
     ]
@@ -54,12 +55,12 @@ def _memory(plan: Plan) -> list[str]:
         "optimizer": memory.optimizer,
         "batch": memory.batch,
         "fast-weight trajectory": memory.trajectory,
-        "activations kept": memory.activations,
+        "activations saved": memory.activations,
         "temporary": memory.temporary,
-        "program and results": memory.program,
-        "together": memory.total,
+        "program and outputs": memory.program,
+        "total": memory.total,
     }
-    return ["", f"GiB on a device ({memory.source})", *_table(rows, lambda n: f"{n / GiB:12.3f}")]
+    return ["", f"GiB per device ({memory.source})", *_table(rows, lambda n: f"{n / GiB:12.3f}")]
 
 
 def _flops(plan: Plan) -> list[str]:
@@ -69,11 +70,11 @@ def _flops(plan: Plan) -> list[str]:
         "suffix forward": flops.suffix,
         "inner backward": flops.inner_backward,
         "outer": flops.outer,
-        "the method": flops.total,
-        "the program": plan.program_flops,
+        "model FLOPs": flops.total,
+        "program": plan.program_flops,
     }
     lines = _table(rows, lambda n: f"{n / 1e12:12.3f}  {n / flops.total:6.1%}")
-    return ["", "TFLOP of a step, all devices", *lines]
+    return ["", "TFLOP per step, all devices", *lines]
 
 
 def _traffic(plan: Plan) -> list[str]:
@@ -83,45 +84,46 @@ def _traffic(plan: Plan) -> list[str]:
         f"  {t.kind:22}{t.bytes / GiB:12.3f}  {t.sent / GiB:12.3f}  {t.count:6,}"
         for t in plan.traffic
     ]
-    return ["", f"{'collectives of a step':24}{'GiB':>12}  {'GiB sent':>12}  {'times':>6}", *lines]
+    return ["", f"{'collectives per step':24}{'GiB':>12}  {'GiB sent':>12}  {'count':>6}", *lines]
 
 
 def _bounds(plan: Plan) -> list[str]:
     if not plan.bounds or not plan.cost:
         return []
     bounds, cost = plan.bounds, plan.cost
-    fastest = plan.recipe["batch_size"] * plan.recipe["seq_len"] / bounds.step * DAY
-    least = plan.recipe["steps"] * bounds.step
+    max_tokens_per_day = plan.recipe["batch_size"] * plan.recipe["seq_len"] / bounds.step * DAY
+    min_seconds = plan.recipe["steps"] * bounds.step
     rows = {name: getattr(bounds, name) for name in ("compute", "memory", "interconnect")}
     return [
         "",
-        "seconds of a step at the least",
+        "lower bounds on seconds per step",
         *_table(rows, lambda n: f"{n:12.4f}"),
-        f"  bound: MFU at most {bounds.mfu:.1%}, limited by {bounds.limit}; at most "
-        f"{_short(fastest / 1e9)}B tokens a day, at least {duration(least)}",
+        f"  MFU at most {bounds.mfu:.1%}, limited by {bounds.limit}; at most "
+        f"{_short(max_tokens_per_day / 1e9)}B tokens per day, at least {duration(min_seconds)}",
         "",
-        f"at {cost.mfu:.0%} MFU: {_short(cost.step_seconds)} s a step, "
-        f"{_short(cost.tokens_per_day / 1e9)}B tokens a day; {plan.recipe['steps']:,} steps are "
+        f"at {cost.mfu:.0%} MFU: {_short(cost.step_seconds)} s per step, "
+        f"{_short(cost.tokens_per_day / 1e9)}B tokens per day; {plan.recipe['steps']:,} steps take "
         f"{duration(cost.days * DAY)}, {_short(cost.chip_hours)} chip-hours",
     ]
 
 
 def _times(plan: Plan) -> list[str]:
-    compiling = "" if plan.compile_seconds is None else f", compiled in {plan.compile_seconds:.0f}"
-    return ["", f"traced in {plan.trace_seconds:.0f} s{compiling}{' s' * bool(compiling)}"]
+    seconds = plan.compile_seconds
+    compilation = "" if seconds is None else f", compiled in {seconds:.0f} s"
+    return ["", f"traced in {plan.trace_seconds:.0f} s{compilation}"]
 
 
-def _table(rows: dict[str, float], form: Any) -> list[str]:
-    return [f"  {name:22}{form(value)}" for name, value in rows.items()]
+def _table(rows: dict[str, float], fmt: Callable[[float], str]) -> list[str]:
+    return [f"  {name:22}{fmt(value)}" for name, value in rows.items()]
 
 
 def _short(number: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Three significant digits, or all digits of the integer part."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """`42 min`, `3 h 20 min`, `12.3 days`: hours and minutes up to two days."""
+    """`42 min`, `3 h 20 min`, `12.3 days`: hours and minutes below two days."""
     minutes = round(seconds / 60)
     if minutes >= 2 * 24 * 60:
         return f"{_short(seconds / DAY)} days"
@@ -136,12 +138,12 @@ def _gib(number: float) -> str:
 
 COLUMNS = (
     *("recipe", "pod", "mesh", "fits", "GiB", "of which working", "GFLOP / token"),
-    *("program / method", "MFU at most", "B tokens / day", "time", "chip-hours", "compiled, s"),
+    *("program / model FLOPs", "max. MFU", "B tokens / day", "time", "chip-hours", "compiled, s"),
 )
 
 
 def markdown(plans: Sequence[dict[str, Any]]) -> str:
-    """A table of plans as `Plan.to_dict` gives them, the proposal instead of what did not fit."""
+    """A table of plans from `Plan.to_dict`, each followed by its proposal."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for plan in plans:
         rows.append(_row(plan))

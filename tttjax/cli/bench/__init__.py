@@ -1,11 +1,14 @@
-"""Measure what this machine does: `tttjax bench NAME`, and `tttjax bench NAME --help`."""
+"""Measure speed and memory on this machine.
+
+tttjax bench NAME --help
+"""
 
 import argparse
 import importlib
 from types import ModuleType
 
-# Each is a module of this package with a docstring, `add_arguments(parser)`, `run(args) -> int`;
-# where the name has a hyphen, the module's has an underscore.
+# Each is a module of this package with a docstring, `add_arguments(parser)` and `run(args) -> int`;
+# hyphens in the name are underscores in the module's.
 BENCHMARKS = (
     *("attention", "commands", "cross-entropy", "data", "decode", "meta-gradient", "prefill"),
     *("train", "ttt-dual"),
@@ -17,7 +20,7 @@ def _module(name: str) -> ModuleType:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One subcommand per benchmark."""
+    """Adds one subcommand per benchmark."""
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name in BENCHMARKS:
         module = _module(name)
@@ -26,5 +29,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark that the arguments name; the exit code."""
+    """Runs the benchmark that the arguments name; returns the exit code."""
     return _module(args.benchmark).run(args)

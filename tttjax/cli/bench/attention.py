@@ -1,20 +1,20 @@
-"""Time and memory of attention in every form that this machine has.
+"""Measure time and memory of the attention implementations.
 
   tttjax bench attention --chunk=128 --window=512 --seq-len=2048
 
-Two kinds are measured. A chunk of queries with a window before it, as the inner loop meets it:
-value and gradient ("gradient"), and the gradient of value and tangent together ("pair"), which the
-meta-gradient asks for; past keys and values are constants of the first. And a whole sequence, full
-and over the window, value and gradient, as the blocks below the fast weights meet it. Forms: all
-scores in memory ("dense"), in blocks ("xla"), kernels ("pallas", "library") where they apply. All
-programs are compiled first, then run in turn, round after round; times are medians.
+Tasks: a chunk of queries after a full window, as in the inner loop ("chunk gradient": value and
+gradient, with buffered keys and values as constants; "chunk pair": gradient of value and tangent
+together, as in the meta-gradient), and a whole sequence, full and windowed (value and gradient), as
+in the blocks before the fast weights. Forms: all scores in memory ("dense"), blocked ("xla"),
+kernels ("pallas", "library") where supported. All programs are compiled first, then run
+alternately; times are medians.
 """
 
 import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.attention import DTYPES, AttentionSizes, absent, bench_attention
+from tttjax.benchmarks.attention import DTYPES, AttentionSizes, bench_attention, unsupported_forms
 from tttjax.benchmarks.timing import (
     cell,
     mebibytes,
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = {
         "batch": "sequences",
         "heads": "heads",
-        "head_dim": "size of one",
+        "head_dim": "size of a head",
         "chunk": "queries of a chunk",
-        "window": "keys before it, and the window of a whole sequence",
+        "window": "keys before the chunk, and the attention window of a sequence",
         "seq_len": "tokens of a whole sequence",
     }
     add_sizes(parser, AttentionSizes(), texts, DTYPES)
@@ -48,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
             f"{r.task:16}  {r.form:7}  {cell(r.seconds, '8.1f', 1e3)}  {cell(r.speedup, '7.2f')}  "
             f"{mebibytes(r.memory_bytes, 1):>8}"
         )
-    for form, reason in absent(sizes).items():
+    for form, reason in unsupported_forms(sizes).items():
         print(f"{form}: not measured, {reason}")
     return 0

@@ -1,12 +1,11 @@
-"""Time and memory of cross-entropy with all logits in memory against the blocked form.
+"""Measure time and memory of the dense and blocked cross-entropy.
 
   tttjax bench cross-entropy --rows=1024 --vocab=32768 --rows-block=256
 
-Measured is the loss alone, as three tasks: its value; value and gradient for h and head; and what
-the meta-gradient asks of it, the gradient for h, its direction and the head of loss + derivative of
-the loss along a direction of h. In that task `blocked` starts from nothing; `known` is handed the
-slope that the forward loop leaves. All programs are compiled first, then run in turn, round after
-round, so that a busy machine slows all alike; times are medians.
+Tasks: "forward", the loss; "gradient", loss and gradient for h and head; "second", as in the
+meta-gradient: the gradient, for h, its tangent and head, of the loss plus its directional
+derivative. In "second", the form `blocked` computes everything; `known` is given the residuals of
+the forward pass. All programs are compiled first, then run alternately; times are medians.
 """
 
 import argparse
@@ -23,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = {
         "rows": "tokens",
         "embed_dim": "width of h",
-        "vocab": "columns of the head",
+        "vocab": "vocabulary size",
         "rows_block": "tokens of a block of logits",
-        "vocab_block": "columns of a block of logits; 0: all",
+        "vocab_block": "vocabulary entries of a block of logits; 0: all",
     }
     add_sizes(parser, CrossEntropySizes(), texts, DTYPES)
 

@@ -1,20 +1,20 @@
-"""The train step with both forms of the outer gradient, against attention alone of the same size.
+"""Measure the train step with both forms of the meta-gradient, against static models.
 
   tttjax bench meta-gradient --config=mid_size
 
-Four train steps: the configuration's own with the fast and with the reference form of the outer
-gradient, and window and full attention alone, with MLPs so much wider that all have as many
-parameters. Time, FLOPs of the matrix products (from the traced program) and memory, by the
-compiler's account; ratios are to full attention. All steps are compiled first, then run in turn,
-round after round; times are medians.
+Four train steps: the configuration with the fast and with the reference form of the meta-gradient,
+and models with window and with full attention only, whose MLPs are widened to the same number of
+parameters. Prints time, FLOPs of the matrix products (of the traced program) and memory (as the
+compiler reports it); ratios are to full attention. All steps are compiled first, then run
+alternately; times are medians.
 """
 
 import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.meta_gradient import _to_the_reference, bench_meta_gradient
-from tttjax.benchmarks.train import table
+from tttjax.benchmarks.meta_gradient import bench_meta_gradient, format_form_ratios
+from tttjax.benchmarks.train import format_table
 from tttjax.cli.bench.options import add_measuring
 from tttjax.config import load_config
 
@@ -22,8 +22,8 @@ from tttjax.config import load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench meta-gradient`."""
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="a configuration that learns")
-    add_measuring(parser, "measured steps of each")
+    add("--config", required=True, metavar="FILE.py[:ARG]", help="configuration with fast MLPs")
+    add_measuring(parser, "timed steps of each program")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +32,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
         return 0
-    print(table(results))
-    print(_to_the_reference(results))
+    print(format_table(results))
+    print(format_form_ratios(results))
     return 0

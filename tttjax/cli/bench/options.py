@@ -1,4 +1,4 @@
-"""Flags that the benchmarks share."""
+"""Flags shared by the benchmarks."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -15,40 +15,43 @@ def add_sizes(
     texts: Mapping[str, str],
     dtypes: Sequence[str],
 ) -> None:
-    """An option for each integer field of `defaults` by its text, its `dtype`, and the rest."""
+    """Adds an option for each integer field in `texts` (name -> help), --dtype, and the rest."""
     for name, text in texts.items():
         option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
         parser.add_argument(
-            option, type=int32, default=default, help=f"{text} (default %(default)s)"
+            option, type=int32, default=default, help=f"{text} (default: %(default)s)"
         )
     parser.add_argument(
-        "--dtype", choices=dtypes, default=defaults.dtype, help="of arrays (default %(default)s)"
+        "--dtype",
+        choices=dtypes,
+        default=defaults.dtype,
+        help="dtype of the arrays (default: %(default)s)",
     )
-    add_measuring(parser, "measured runs of each")
+    add_measuring(parser, "timed runs of each program")
 
 
 def add_measuring(parser: argparse.ArgumentParser, what: str) -> None:
-    """How often to measure, and how to print."""
-    parser.add_argument("--rounds", type=int32, default=5, help=f"{what} (default %(default)s)")
+    """Adds --rounds and --json."""
+    parser.add_argument("--rounds", type=int32, default=5, help=f"{what} (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def add_configs(parser: argparse.ArgumentParser) -> None:
-    """The configurations that are measured against each other."""
+    """Adds --config, which may be repeated."""
     parser.add_argument(
         "--config",
         action="append",
         required=True,
         metavar="FILE.py[:ARG]",
-        help="a configuration, or several by * in ARG; give several to compare them. "
-        "--config.FIELD=VALUE changes all",
+        help="configuration, or several with * in ARG; may be repeated. --config.FIELD=VALUE "
+        "changes all of them",
     )
 
 
 def load_configs(specs: Sequence[str], overrides: Sequence[str]) -> list[tuple[str, Config]]:
-    """(name, configuration) of each, those that fit `FILE.py:125m,*` one after the other.
+    """(name, configuration) of each spec; * in ARG matches several.
 
-    Raises UserError for anything wrong with a file, an argument or an override.
+    Raises UserError for an invalid file, argument or override.
     """
-    found = [one for spec in specs for one in matching_specs(spec)]
-    return [(spec, load_config(spec, overrides)) for spec in found]
+    expanded = [match for spec in specs for match in matching_specs(spec)]
+    return [(spec, load_config(spec, overrides)) for spec in expanded]

@@ -1,15 +1,14 @@
-"""Reading a prompt: time, memory and size of the state by context length, for any systems.
+"""Measure prefill: time, memory and state size by prompt length.
 
   tttjax bench prefill --lengths=8192,32768,131072 \\
       --config=paper:125m,ttt_e2e,pretrain \\
       --config=paper:125m,full,pretrain
 
-What is measured is `inference.prefill` with random weights: all tokens are read, a system with fast
-weights learns from every whole chunk, and the logits of the last token come out. Ratios are to the
-last configuration. All programs of a length are compiled first, then run in turn, round after
-round; times are medians. What does not fit into the device's memory is left blank (null in JSON),
-the rest goes on. All mixers: `--config=mid_size:*`, or
-`--config=paper:125m,*,pretrain` at one of the paper's sizes.
+Runs `inference.prefill` with random weights: it processes the whole prompt, updates fast weights
+after every full chunk, and returns the logits of the last token. Ratios are to the last
+configuration. All programs of a length are compiled first, then run alternately; times are medians.
+A program that exceeds the device's memory is left blank (null in JSON). For all mixers, use
+`--config=mid_size:*`, or `--config=paper:125m,*,pretrain` at one of the paper's sizes.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from dataclasses import asdict
 
 import jax
 
-from tttjax.benchmarks.prefill import CPU_LENGTHS, LENGTHS, _table, _words, bench_prefill
+from tttjax.benchmarks.prefill import CPU_LENGTHS, LENGTHS, bench_prefill, format_table
 from tttjax.cli.bench.options import add_configs, add_measuring, load_configs
 from tttjax.cli.flag_types import int32, list_of
 
@@ -27,15 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench prefill`."""
     add = parser.add_argument
     add_configs(parser)
+    on_cpu, otherwise = (",".join(map(str, lengths)) for lengths in (CPU_LENGTHS, LENGTHS))
     add(
         "--lengths",
         type=list_of(int32),
         default=(),
         metavar="T,T,...",
-        help=f"tokens read (default {_words(CPU_LENGTHS)} on a CPU, else {_words(LENGTHS)})",
+        help=f"prompt lengths in tokens (default: {on_cpu} on a CPU, otherwise {otherwise})",
     )
-    add("--batch", type=int32, default=1, help="prompts read together (default %(default)s)")
-    add_measuring(parser, "measured runs of each")
+    add("--batch", type=int32, default=1, help="batch size (default: %(default)s)")
+    add_measuring(parser, "timed runs of each program")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     lengths = args.lengths or (CPU_LENGTHS if jax.default_backend() == "cpu" else LENGTHS)
     results = []
     for length in lengths:
-        found = bench_prefill(configs, length, args.batch, args.rounds)
+        rows = bench_prefill(configs, length, args.batch, args.rounds)
         if not args.json:
-            print(_table(found), flush=True)
-        results += found
+            print(format_table(rows), flush=True)
+        results += rows
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
     return 0

@@ -1,10 +1,10 @@
-"""Compile time, step time and memory of the train steps of several configurations, in one run.
+"""Measure train steps: compile time, step time and memory.
 
   tttjax bench train --config=mid_size:ttt_e2e --config=mid_size:full
 
-All steps are compiled first, then run in turn, round after round, so that a busy machine slows all
-alike; times are medians over the rounds, on random tokens. The ratio is to the last configuration.
-With --lengths all that is done for sequences of each of these lengths, one after the other:
+All steps are compiled first, then run alternately on random tokens, so that a busy machine affects
+all alike; times are medians over the rounds. Ratios are to the last configuration. With --lengths,
+this is repeated for each sequence length:
 
   tttjax bench train --lengths 1024,4096 --config=mid_size:mamba2 \\
       --config=mid_size:window --config=mid_size:full
@@ -14,7 +14,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.train import bench_train, table
+from tttjax.benchmarks.train import bench_train, format_table
 from tttjax.cli.bench.options import add_configs, add_measuring, load_configs
 from tttjax.config.values import parse_value
 
@@ -27,10 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lengths",
         default="",
         metavar="T,T,...",
-        help="tokens of a sequence, instead of train.seq_len; the configurations are compared at "
-        "each",
+        help="sequence lengths to compare at (default: train.seq_len)",
     )
-    add_measuring(parser, "measured steps of each")
+    add_measuring(parser, "timed steps of each program")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     for length in lengths or [0]:
         overrides = args.overrides + ([f"--config.train.seq_len={length}"] if length else [])
         configs = load_configs(args.config, overrides)
-        found = bench_train(configs, args.rounds)
+        rows = bench_train(configs, args.rounds)
         if not args.json:
-            print(table(found), flush=True)
-        results += found
+            print(format_table(rows), flush=True)
+        results += rows
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
     return 0

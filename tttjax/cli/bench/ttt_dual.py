@@ -1,10 +1,10 @@
-"""Time and memory of the dual form of TTT-Linear and TTT-MLP against the primal form.
+"""Measure time and memory of the dual and primal forms of TTT-Linear and TTT-MLP.
 
   tttjax bench ttt-dual --seq-len=2048 --seq-len=4096
 
-Measured is the inner loop alone, without projections: forward, and with the gradient of a loss
-with respect to tokens and initial weights. All programs of a sequence length are compiled first,
-then run in turn, round after round, so that a busy machine slows all alike; times are medians.
+Runs the inner loop alone, without projections: forward, and with the gradient of a loss for tokens
+and initial weights. All programs of a sequence length are compiled first, then run alternately, so
+that a busy machine affects all alike; times are medians.
 """
 
 import argparse
@@ -25,23 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int32,
         action="append",
         metavar="T",
-        help="tokens of a sequence (default 2048); give several to measure several",
+        help="sequence length (default: 2048); may be repeated",
     )
-    add("--batch", type=int32, default=DualSizes.batch, help="sequences (default %(default)s)")
-    add("--heads", type=int32, default=DualSizes.heads, help="heads (default %(default)s)")
+    add("--batch", type=int32, default=DualSizes.batch, help="sequences (default: %(default)s)")
+    add("--heads", type=int32, default=DualSizes.heads, help="heads (default: %(default)s)")
     add(
         "--head-dim",
         type=int32,
         default=DualSizes.head_dim,
-        help="size of one (default %(default)s)",
+        help="size of a head (default: %(default)s)",
     )
     add(
         "--chunk",
         type=int32,
         default=DualSizes.chunk,
-        help="tokens of an inner mini-batch (default %(default)s)",
+        help="tokens of an inner mini-batch (default: %(default)s)",
     )
-    add_measuring(parser, "measured runs of each")
+    add_measuring(parser, "timed runs of each program")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""Integers of a jaxpr that follow from its constants: counters, positions, bounds of loops.
+"""Constant folding of the integers of a jaxpr: counters, positions, loop bounds.
 
-Loops over tiles of attention run to bounds computed from a chunk's position, which is known before
-anything is run. `evaluate` works such scalars out, and the small index arrays that loops go over.
+Loops over tiles of attention have bounds computed from a chunk's position, which is a constant of
+the program. `fold_eqn` evaluates such scalars and the small index arrays that loops run over.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,42 +10,42 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-LARGEST = 4096  # entries of an array that is worked out
-Known = Mapping[Any, np.ndarray]
+MAX_ENTRIES = 4096  # size of the largest array that is folded
+KnownValues = Mapping[Any, np.ndarray]
 
 
-def array_of(atom: Any) -> Any:
+def aval_of(atom: Any) -> Any:
     """Shape and dtype of a variable or literal that is an array."""
     return atom.aval
 
 
-def known_value(atom: Any, known: Known) -> np.ndarray | None:
-    """The integers that a variable or literal holds, if they are known."""
+def known_value(atom: Any, known: KnownValues) -> np.ndarray | None:
+    """The integers that a variable or literal holds; None if unknown."""
     if isinstance(atom, Literal):
-        return _integers(np.asarray(atom.val)) if array_of(atom).dtype.kind in "iub" else None
+        return _integers(np.asarray(atom.val)) if aval_of(atom).dtype.kind in "iub" else None
     return known.get(atom)
 
 
 def constants(program: ClosedJaxpr) -> dict[Any, np.ndarray]:
-    """Those among a program's constants."""
-    found = {}
+    """The small integer constants of a program."""
+    values = {}
     for var, value in zip(program.jaxpr.constvars, program.consts, strict=True):
-        if var.aval.size <= LARGEST and getattr(var.aval.dtype, "kind", "f") in "iub":
-            found[var] = np.asarray(value)
-    return found
+        if var.aval.size <= MAX_ENTRIES and getattr(var.aval.dtype, "kind", "f") in "iub":
+            values[var] = np.asarray(value)
+    return values
 
 
 def _integers(array: np.ndarray) -> np.ndarray | None:
-    return array if array.dtype.kind in "iub" and array.size <= LARGEST else None
+    return array if array.dtype.kind in "iub" and array.size <= MAX_ENTRIES else None
 
 
-def evaluate(eqn: JaxprEqn, known: Known) -> dict[Any, np.ndarray]:
-    """The results of an equation whose inputs are known integers; else nothing."""
-    if chooses_by_platform(eqn):
-        # Differentiation divides such a choice in two, and hands integers from one to the other.
+def fold_eqn(eqn: JaxprEqn, known: KnownValues) -> dict[Any, np.ndarray]:
+    """The outputs of an equation whose inputs are known integers; otherwise empty."""
+    if is_platform_dependent(eqn):
+        # Differentiation splits such a choice in two and passes integers from one to the other.
         default = eqn.params["branches"][-1]
-        found = results(default, [known_value(atom, known) for atom in eqn.invars[1:]])
-        return {v: x for v, x in zip(eqn.outvars, found, strict=True) if x is not None}
+        outputs = fold_jaxpr(default, [known_value(atom, known) for atom in eqn.invars[1:]])
+        return {v: x for v, x in zip(eqn.outvars, outputs, strict=True) if x is not None}
     rule = OPERATIONS.get(eqn.primitive.name)
     is_call = eqn.primitive.name in ("jit", "pjit")
     if (rule is None and not is_call) or not _is_small(eqn):
@@ -54,56 +54,58 @@ def evaluate(eqn: JaxprEqn, known: Known) -> dict[Any, np.ndarray]:
     if any(value is None for value in inputs):
         return {}
     if is_call:
-        found = results(eqn.params["jaxpr"], inputs)
-        return {v: x for v, x in zip(eqn.outvars, found, strict=True) if x is not None}
+        outputs = fold_jaxpr(eqn.params["jaxpr"], inputs)
+        return {v: x for v, x in zip(eqn.outvars, outputs, strict=True) if x is not None}
     assert rule is not None
     result = rule(eqn.params, *inputs)
     out = eqn.outvars[0]
-    return {} if result is None else {out: np.asarray(result, array_of(out).dtype)}
+    return {} if result is None else {out: np.asarray(result, aval_of(out).dtype)}
 
 
-def chooses_by_platform(eqn: JaxprEqn) -> bool:
-    """Whether it is `jax.lax.platform_dependent`, which is decided when a program is lowered."""
+def is_platform_dependent(eqn: JaxprEqn) -> bool:
+    """Whether it is a `jax.lax.platform_dependent`, which lowering resolves."""
     return eqn.params.get("branches_platforms") is not None
 
 
 def _is_small(eqn: JaxprEqn) -> bool:
     return all(
-        getattr(getattr(array_of(var), "dtype", None), "kind", "f") in "iub"
-        and array_of(var).size <= LARGEST
+        getattr(getattr(aval_of(var), "dtype", None), "kind", "f") in "iub"
+        and aval_of(var).size <= MAX_ENTRIES
         for var in eqn.outvars
     )
 
 
-def results(program: ClosedJaxpr, inputs: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-    """Those of a program's results that its known inputs decide; None for the others."""
+def fold_jaxpr(
+    program: ClosedJaxpr, inputs: Sequence[np.ndarray | None]
+) -> list[np.ndarray | None]:
+    """A program's outputs that its known inputs determine; None for the others."""
     jaxpr: Jaxpr = program.jaxpr
     known = constants(program)
     known |= {v: x for v, x in zip(jaxpr.invars, inputs, strict=True) if x is not None}
-    for eqn in _scalar_equations(jaxpr):
-        known |= evaluate(eqn, known)
+    for eqn in _foldable_eqns(jaxpr):
+        known |= fold_eqn(eqn, known)
     return [known_value(atom, known) for atom in jaxpr.outvars]
 
 
-def _scalar_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """Those that may be worked out; kept, since bodies of loops are asked for often."""
+def _foldable_eqns(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """The equations that can be folded; cached, since loop bodies are folded many times."""
     key = id(jaxpr)
-    if key not in _SCALAR:
-        _SCALAR[key] = (jaxpr, [eqn for eqn in jaxpr.eqns if _may_be_known(eqn)])
-    return _SCALAR[key][1]
+    if key not in _FOLDABLE_EQNS:
+        _FOLDABLE_EQNS[key] = (jaxpr, [eqn for eqn in jaxpr.eqns if _is_foldable(eqn)])
+    return _FOLDABLE_EQNS[key][1]
 
 
-_SCALAR: dict[int, tuple[Jaxpr, list[JaxprEqn]]] = {}
+_FOLDABLE_EQNS: dict[int, tuple[Jaxpr, list[JaxprEqn]]] = {}
 
 
-def _may_be_known(eqn: JaxprEqn) -> bool:
-    if chooses_by_platform(eqn):
+def _is_foldable(eqn: JaxprEqn) -> bool:
+    if is_platform_dependent(eqn):
         return True
     return eqn.primitive.name in (*OPERATIONS, "jit", "pjit") and _is_small(eqn)
 
 
 def _divide(params: Mapping[str, Any], x: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    """Towards zero, as XLA does."""
+    """Rounds towards zero, as XLA does."""
     if np.any(y == 0):
         return None
     return np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y))
@@ -120,8 +122,8 @@ def _clamp(params: Mapping[str, Any], low: Any, x: Any, high: Any) -> np.ndarray
 
 def _broadcast(params: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     shape = [1] * len(params["shape"])
-    for place, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
-        shape[place] = size
+    for index, size in zip(params["broadcast_dimensions"], x.shape, strict=True):
+        shape[index] = size
     return np.broadcast_to(x.reshape(shape), params["shape"])
 
 

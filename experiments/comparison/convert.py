@@ -1,10 +1,10 @@
-"""Gives a pretrained model's weights a second work directory, as another system.
+"""Converts a pretrained run of one system into a run of another, in a new work directory.
 
-    python experiments/comparison/adopt.py SOURCE TARGET --config=experiments/compare_small.py:ARG
+    python experiments/comparison/convert.py SOURCE TARGET --config=experiments/compare_small.py:ARG
 
 On sequences no longer than the window, full, window and hybrid attention are the same computation,
-so one pretraining is all three's; only the layout of the weights differs. TARGET gets the weights,
-the record of how they were trained, and the configuration of the other system.
+so they share one pretraining; only the layout of the weights differs. TARGET gets the weights, the
+training records and the configuration of the other system.
 """
 
 import argparse
@@ -23,28 +23,27 @@ from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.step import make_trainer
 
 
-def adopt(source: Path, target: Path, config: Config) -> None:
-    """Makes `target` a finished run of `config` with the weights of the finished run `source`.
+def convert_run(source: Path, target: Path, config: Config) -> None:
+    """Writes `target`, a finished run of `config` with the weights of the finished run `source`.
 
-    The models must have the same weights, block by block. A half-made target is made again.
+    The models must have the same weights in each block. An incomplete target is replaced.
     """
-    its_config = read_config(source)
-    assert its_config is not None, f"{source} has no configuration"
-    old, new = (build_model(c.model, c.inner) for c in (its_config, config))
-    found = checkpoints.find_checkpoint(source)
-    trainer = make_trainer(its_config, make_mesh())
+    source_config = read_config(source)
+    assert source_config is not None, f"{source} has no configuration"
+    old, new = (build_model(c.model, c.inner) for c in (source_config, config))
+    checkpoint = checkpoints.find_checkpoint(source)
+    trainer = make_trainer(source_config, make_mesh())
     params = checkpoints.restore_params(str(source), trainer.abstract_state.params)
-    other = make_trainer(config, make_mesh())
-    state = other.start_from(relayout(params, old, new))
-    temporary = target.with_name(f".{target.name}.adopting")
+    state = make_trainer(config, make_mesh()).start_from(relayout(params, old, new))
+    temporary = target.with_name(f".{target.name}.converting")
     shutil.rmtree(temporary, ignore_errors=True)
     write_run_info(temporary, config, with_devices=True)
     saver = checkpoints.Checkpointer(temporary / checkpoints.CHECKPOINT_DIR)
     saver.save(
-        int(found.name),
+        int(checkpoint.name),
         state,
         data_state=None,
-        tokenizer=checkpoint_format.read_meta(found).get("tokenizer", ""),
+        tokenizer=checkpoint_format.read_meta(checkpoint).get("tokenizer", ""),
     )
     saver.wait()
     saver.close()
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--config", required=True)
     args, overrides = parser.parse_known_args()
-    adopt(args.source, args.target, load_config(args.config, overrides))
+    convert_run(args.source, args.target, load_config(args.config, overrides))
 
 
 if __name__ == "__main__":
