@@ -1,4 +1,4 @@
-"""Command lines of `tttjax train`, right and wrong: a list, and any number made from the schema."""
+"""Valid and invalid command lines of `tttjax train`: lists, and random ones from the schema."""
 
 import random
 from itertools import pairwise
@@ -7,7 +7,7 @@ from typing import get_args, get_origin
 from tttjax.config.fields import field_info
 from tttjax.config.schema import all_fields
 
-# In a run of one block without fast weights, of 12 steps of 8 sequences of 32 tokens.
+# For a run of one block without fast weights, 12 steps of 8 sequences of 32 tokens.
 WORKS = [
     ["--config.train.steps=1e3"],
     ["--config.train.steps=1_0"],
@@ -57,7 +57,7 @@ REFUSED = [
     *(["--config.model.norm_eps=0"], ["--config.model.init_std=nan"]),
     *(["--config.train.steps", "--config.train.seed=1"], ["--config.train.accum_steps=3"]),
     *(["--config.train.log_every=0"], ["--config.model.suffix_layers=3"]),
-    # Beyond these: what compiles for minutes, or takes all memory.
+    # These would compile for minutes, or exhaust memory.
     *(["--config.model.num_layers=2147483647"], ["--config.model.vocab_size=2147483647"]),
     *(["--config.train.batch_size=100000000"], ["--config.data.prefetch=2147483647"]),
     ["--config.model.conv_size=100000", "--config.model.pre_conv=true"],
@@ -76,7 +76,7 @@ _BOOLEANS = ("true", "False", "1", "2", "", "on", "None")
 
 
 def companions(name: str) -> list[str]:
-    """What makes the field matter."""
+    """Other flags with which the field has an effect."""
     key = name.split(".")[1]
     if key.startswith("mamba"):
         sizes = ["--config.model.mamba_head_dim=8", "--config.model.mamba_state=4"]
@@ -93,31 +93,31 @@ def companions(name: str) -> list[str]:
 
 
 def values(name: str) -> list[str]:
-    """Valid and invalid values of a field, neighbours of its limits and default included."""
+    """Valid and invalid values of a field, among them neighbours of its limits and default."""
     field = all_fields()[name]
-    info, several = field_info(field), get_origin(field.type) is tuple
-    kind = get_args(field.type)[0] if several else field.type
-    found = list({int: _INTEGERS, float: _NUMBERS, bool: _BOOLEANS, str: _WORDS}[kind])
-    found += info.choices
+    info, is_tuple = field_info(field), get_origin(field.type) is tuple
+    kind = get_args(field.type)[0] if is_tuple else field.type
+    result = list({int: _INTEGERS, float: _NUMBERS, bool: _BOOLEANS, str: _WORDS}[kind])
+    result += info.choices
     for limit in (info.minimum, info.maximum, info.above, info.below):
         if limit is not None:
-            found += [f"{limit + d:.10g}" for d in ((-1, 0, 1) if kind is int else (-1e-6, 1e-6))]
-    if kind in (int, float) and not several:
-        found += [str(field.default + 1), str(field.default - 1), str(2 * field.default)]
-    if several:
-        pairs = pairwise(found)
-        found += [f"{a},{b}" for a, b in pairs] + ["()", "[]", ",", "(1", "{}"]
-    return list(dict.fromkeys(found))
+            result += [f"{limit + d:.10g}" for d in ((-1, 0, 1) if kind is int else (-1e-6, 1e-6))]
+    if kind in (int, float) and not is_tuple:
+        result += [str(field.default + 1), str(field.default - 1), str(2 * field.default)]
+    if is_tuple:
+        pairs = pairwise(result)
+        result += [f"{a},{b}" for a, b in pairs] + ["()", "[]", ",", "(1", "{}"]
+    return list(dict.fromkeys(result))
 
 
 def lines(number: int, seed: int = 0) -> list[list[str]]:
-    """One value, or of two fields one each, in every line; every field has its turn."""
-    rng, names, made = random.Random(seed), list(all_fields()), []
+    """Lines with random values of one or two fields; every field is used in turn."""
+    rng, names, result = random.Random(seed), list(all_fields()), []
     for i in range(number):
         name = names[i % len(names)]
         line = [*companions(name), f"--config.{name}={rng.choice(values(name))}"]
         if rng.random() < 0.2:
             other = rng.choice(names)
             line.append(f"--config.{other}={rng.choice(values(other))}")
-        made.append(line)
-    return made
+        result.append(line)
+    return result

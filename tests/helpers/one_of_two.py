@@ -1,6 +1,6 @@
-"""One process of a run, for `test_two_processes.py`: the five steps of its shape, saved by rank 0.
+"""One process of a two-process run, for `test_two_processes.py`; rank 0 saves the weights.
 
-python one_of_two.py FOLDER PORT RANK COUNT     (COUNT 1: alone, with all devices)
+python one_of_two.py FOLDER PORT RANK COUNT     (COUNT 1: a single process with all devices)
 """
 
 import sys
@@ -25,17 +25,17 @@ def main() -> None:
     config = load_config(f"{TINY}:static", overrides)
     workdir = folder / f"of_{count}"
     train(config, workdir, stop_after=2)
-    result = train(config, workdir, stop_after=5)  # so that restoring is between them
+    result = train(config, workdir, stop_after=5)  # after restoring a checkpoint
     assert jax.device_count() == 2
     assert jax.process_count() == count
-    gathered = jax.jit(
+    replicated = jax.jit(
         lambda params: params,
         out_shardings=jax.sharding.NamedSharding(
             jax.tree.leaves(result.state.params)[0].sharding.mesh, jax.sharding.PartitionSpec()
         ),
     )(result.state.params)
     if rank == 0:
-        arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(gathered))}
+        arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(replicated))}
         np.savez(folder / f"of_{count}.npz", **arrays)
 
 

@@ -1,4 +1,4 @@
-"""A run small enough for tests: bytes of Python sources, some seconds from start to end.
+"""A run small enough for tests: bytes of Python sources, trained in some seconds.
 
     tttjax train --config=tests/helpers/tiny_run.py --workdir=DIR --config.data.sources=DATA
 

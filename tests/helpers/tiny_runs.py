@@ -1,4 +1,4 @@
-"""Fixtures: a tiny prepared text, and work directories as if a run had been trained."""
+"""Fixtures: a tiny prepared data set, and work directories with random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ LENGTHS = (8, 32)
 
 
 def prepare_texts(folder, sizes):
-    """Bytes: documents of so many characters, the last to train on, the others held out."""
+    """Prepares documents of the given sizes in characters; the last is the training split."""
     rng = np.random.default_rng(0)
     texts = folder / "texts"
     texts.mkdir()
@@ -39,7 +39,7 @@ def prepare_texts(folder, sizes):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Bytes; five held-out documents of different lengths."""
+    """A data set of bytes with five held-out documents of different lengths."""
     return prepare_texts(tmp_path_factory.mktemp("data"), (300, 200, 140, 90, 60, 500)).folder
 
 
@@ -66,9 +66,9 @@ def make_run(data, tmp_path_factory):
             lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)),
             build_model(config.model, config.inner).abstract_params(),
         )
-        saver = checkpoints.Checkpointer(workdir / checkpoints.CHECKPOINT_DIR)
-        saver.save(step, {"params": params, "step": jnp.int32(step)}, tokenizer=tokenizer)
-        saver.close()
+        checkpointer = checkpoints.Checkpointer(workdir / checkpoints.CHECKPOINT_DIR)
+        checkpointer.save(step, {"params": params, "step": jnp.int32(step)}, tokenizer=tokenizer)
+        checkpointer.close()
         record = '{"step": %d, "loss": 1.0, "time": {"seconds": 2.0, "tokens_per_second": 32.0}}\n'
         (workdir / "metrics.jsonl").write_text("".join(record % (i + 1) for i in range(step)))
         return workdir

@@ -1,4 +1,4 @@
-"""A tiny run for all tests of training: its configuration, its data, its compiled programs."""
+"""Fixtures of a tiny run: configuration, data, compilation cache."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from tttjax.data.preparation import prepare
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A prepared data set: some files of the standard library as bytes."""
+    """A prepared data set of bytes: two files of the standard library."""
     folder = tmp_path_factory.mktemp("data") / "prepared"
     library = Path(os.__file__).parent
     prepare([str(library / f"{name}.py") for name in ("argparse", "ast")], folder, num_workers=1)
@@ -38,7 +38,7 @@ def compiled_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(compiled_folder):
-    """Keeps compiled programs in a folder: these tests start the same few again and again."""
+    """A shared compilation cache, since these tests run the same few programs many times."""
     settings = {
         "jax_compilation_cache_dir": str(compiled_folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

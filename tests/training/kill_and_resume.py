@@ -1,11 +1,11 @@
-"""Kills a run with SIGKILL at random moments and compares it with one that was left alone.
+"""Kills a run with SIGKILL at random times and compares it with an uninterrupted one.
 
     python tests/training/kill_and_resume.py [--kills 20] [--steps 4000] [--arg ttt_e2e] [--seed 0]
 
-Prepares a small data set, trains `tests/helpers/tiny_run.py` once without a stop, and once more
-with every start but the last killed after a random time (some while JAX compiles, some while a
-checkpoint is being written: one is due every few steps). At the end the loss streams and the train
-states must be equal bit for bit. Prints what happened at every kill; exit code 1 if they differ.
+Prepares a small data set and trains `tests/helpers/tiny_run.py` twice: without a stop, and with
+every start but the last killed after a random time (some while JAX compiles, some while a
+checkpoint is being written). In the end metrics records and train states must be bit-identical.
+Prints a line for every kill; exit code 1 if they differ.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def start(workdir: Path, data: Path, options: argparse.Namespace) -> subprocess.
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # So that restarts spend their time training, and kills fall there.
+        # Restarts then spend their time training, where the kills should fall.
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -46,24 +46,24 @@ def start(workdir: Path, data: Path, options: argparse.Namespace) -> subprocess.
 
 
 def finish(workdir: Path, process: subprocess.Popen) -> None:
-    """Waits for a start that is not killed."""
+    """Waits for a start to end successfully."""
     if process.wait() != 0:
         raise SystemExit(f"a start failed:\n{workdir.with_suffix('.log').read_text()[-3000:]}")
 
 
-def kill_often(workdir: Path, data: Path, options: argparse.Namespace, whole: float) -> None:
-    """Kills `options.kills` starts, each some time after it began to train."""
-    chance = random.Random(options.seed)
-    per_start = whole / (options.kills + 1)
+def kill_often(workdir: Path, data: Path, options: argparse.Namespace, seconds: float) -> None:
+    """Kills `options.kills` starts at random times. seconds: of the uninterrupted run."""
+    rng = random.Random(options.seed)
+    per_start = seconds / (options.kills + 1)
     for number in range(1, options.kills + 1):
         before = len(read_records(workdir))
         process = start(workdir, data, options)
-        if number % 5:  # every fifth kill falls at a random moment of the start-up instead
+        if number % 5:  # every fifth kill falls into the start-up instead
             while len(read_records(workdir)) in (0, before) and process.poll() is None:
                 time.sleep(0.02)
-            delay = chance.uniform(0, 2 * per_start)
+            delay = rng.uniform(0, 2 * per_start)
         else:
-            delay = chance.uniform(0, 6)
+            delay = rng.uniform(0, 6)
         time.sleep(delay)
         process.kill()
         code = process.wait()
@@ -72,11 +72,11 @@ def kill_often(workdir: Path, data: Path, options: argparse.Namespace, whole: fl
             path.name
             for path in checkpoint_format.completed_checkpoints(checkpoints.epath.Path(folder))
         ]
-        torn = checkpoint_format.unfinished_steps(checkpoints.epath.Path(folder))
+        incomplete = checkpoint_format.unfinished_steps(checkpoints.epath.Path(folder))
         print(
             f"kill {number:2}: exit code {code}, {len(read_records(workdir))} steps recorded, "
             f"checkpoints {', '.join(saved) or 'none'}"
-            + (f", broken off while saving {torn}" if torn else ""),
+            + (f", incomplete {incomplete}" if incomplete else ""),
             flush=True,
         )
 
@@ -118,21 +118,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(texts, root / "data", num_workers=1)
 
         print("training without a stop", flush=True)
-        finish(root / "whole", start(root / "whole", root / "data", options))
-        seconds = sum(r["time"]["seconds"] for r in read_records(root / "whole"))
+        finish(root / "uninterrupted", start(root / "uninterrupted", root / "data", options))
+        seconds = sum(r["time"]["seconds"] for r in read_records(root / "uninterrupted"))
         print(f"{options.steps} steps in {seconds:.1f} s; now with {options.kills} kills")
         kill_often(root / "killed", root / "data", options, seconds)
         finish(root / "killed", start(root / "killed", root / "data", options))
 
-        streams = deterministic_records(root / "whole"), deterministic_records(root / "killed")
-        equal = streams[0] == streams[1] and len(streams[0]) == options.steps
-        states = same_state(root / "whole", root / "killed")
+        records = [deterministic_records(root / name) for name in ("uninterrupted", "killed")]
+        equal = records[0] == records[1] and len(records[0]) == options.steps
+        states = same_state(root / "uninterrupted", root / "killed")
         log = (root / "killed.log").read_text()
         print(
             f"{options.kills} kills, {log.count('continuing after')} resumes, "
-            f"{log.count('never completed')} checkpoints broken off: loss streams of "
-            f"{options.steps} steps {'equal bit for bit' if equal else 'DIFFER'}, "
-            f"final states {'equal' if states else 'DIFFER'}"
+            f"{log.count('never completed')} incomplete checkpoints: records of "
+            f"{options.steps} steps {'bit-identical' if equal else 'DIFFER'}, "
+            f"final states {'bit-identical' if states else 'DIFFER'}"
         )
         return 0 if equal and states else 1
 

@@ -1,4 +1,4 @@
-"""Which kernel training and plans say that they use."""
+"""The attention kernels that training and plans report."""
 
 import pytest
 from helpers.small import small_config
@@ -21,7 +21,7 @@ def config_with(kernel="auto", **model):
     return small_config(model={**MODEL, "attention_kernel": kernel, **model}, train=LONG)
 
 
-def test_this_machine():
+def test_cpu_uses_xla():
     assert platform_of(make_mesh()) == "cpu"
     chosen = choose_kernels(config_with(), "cpu")
     assert chosen == {"window": KernelChoice("XLA", "there is no library kernel for cpu")}
@@ -30,7 +30,7 @@ def test_this_machine():
     )
 
 
-def test_a_gpu_and_a_tpu_elsewhere():
+def test_kernels_of_other_platforms():
     chosen = choose_kernels(config_with(**EVERY), "cuda", compile_locally=False)
     assert {kind: choice.kernel for kind, choice in chosen.items()} == {
         "full": "cuDNN",
@@ -43,17 +43,17 @@ def test_a_gpu_and_a_tpu_elsewhere():
     )
 
 
-def test_what_this_machine_lacks_is_the_reason():
+def test_missing_local_library_is_the_reason():
     chosen = choose_kernels(config_with(), "cuda")
     assert chosen["window"] == KernelChoice("XLA", "cuDNN is not detected")
 
 
-def test_xla_alone():
+def test_xla_can_be_forced():
     chosen = choose_kernels(config_with("xla"), "tpu", compile_locally=False)
     assert chosen["window"] == KernelChoice("XLA", 'model.attention_kernel = "xla"')
 
 
-def test_a_model_without_attention_says_nothing():
+def test_model_without_attention_has_no_kernels():
     assert describe_kernels(config_with(mixers=("mamba2",)), "tpu") == ""
 
 
@@ -68,7 +68,7 @@ def chunked(inner=None, **model):
     )
 
 
-def test_chunks_that_are_learned_from():
+def test_chunk_kernels_by_platform():
     for platform in ("tpu", "cuda"):
         assert choose_chunk_kernels(chunked(), platform) == {"window": KernelChoice("Pallas")}
     assert describe_kernels(chunked(mixers=("window+mamba2",)), "cpu").endswith(
@@ -84,11 +84,11 @@ def test_chunks_that_are_learned_from():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"suffix_layers": 1},  # its attention is below the fast weights
+        {"suffix_layers": 1},  # its attention is in the parallel part
         {"inner": {"form": "reference"}},
         {"inner": {"meta_gradient": "none"}},
         {"mixers": ("full",)},
     ],
 )
-def test_no_chunks_are_read_with_attention(changes):
+def test_no_chunk_kernels_without_suffix_window_attention(changes):
     assert choose_chunk_kernels(chunked(**changes), "tpu") == {}

@@ -47,9 +47,9 @@ def make_state(on, seed=0, width=16):
 
 
 def abstract(state, on=None):
-    placed = shardings(state, on) if on else jax.tree.map(lambda x: x.sharding, state)
+    target_shardings = shardings(state, on) if on else jax.tree.map(lambda x: x.sharding, state)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, target_shardings
     )
 
 
@@ -85,10 +85,10 @@ def arrays_of(path, step, item="train"):
 
 def test_round_trip_is_exact_and_old_steps_are_dropped(tmp_path):
     states = save_steps(tmp_path, [1, 2, 3], keep=2)
-    got = restore(tmp_path, abstract(states[3]))
-    assert (got.step, got.data_state, got.extra) == (3, {"next": 3}, {"tokens": 30})
-    assert_same_bits(got.state, states[3])
-    for x, y in zip(jax.tree.leaves(got.state), jax.tree.leaves(states[3]), strict=True):
+    restored = restore(tmp_path, abstract(states[3]))
+    assert (restored.step, restored.data_state, restored.extra) == (3, {"next": 3}, {"tokens": 30})
+    assert_same_bits(restored.state, states[3])
+    for x, y in zip(jax.tree.leaves(restored.state), jax.tree.leaves(states[3]), strict=True):
         assert x.sharding == y.sharding
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
         "2",
@@ -103,11 +103,11 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     assert checkpoints.find_checkpoint("run") == tmp_path / "run" / "checkpoints" / "1"
 
 
-def test_empty_directory_has_nothing_to_restore(tmp_path):
+def test_restore_from_empty_directory_is_none(tmp_path):
     assert restore(tmp_path, abstract(make_state(mesh(4, 2)))) is None
 
 
-def test_saving_is_safe_when_the_next_step_donates_the_state(tmp_path):
+def test_saved_state_may_be_donated(tmp_path):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     state = {"params": {"w": jnp.zeros((256, 256))}, "step": jnp.int32(0)}
     saver = checkpoints.Checkpointer(tmp_path / "checkpoints", keep=9)
@@ -127,10 +127,10 @@ def test_saving_is_safe_when_the_next_step_donates_the_state(tmp_path):
 def test_restores_onto_another_mesh(tmp_path, shape):
     states = save_steps(tmp_path, [1])
     devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
-    other = jax.sharding.Mesh(devices, ("data", "fsdp"))
-    got = restore(tmp_path, abstract(states[1], other)).state
-    assert_same_bits(got, states[1])
-    assert got["params"].slow["embedding"].sharding.mesh.shape == other.shape
+    other_mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
+    restored = restore(tmp_path, abstract(states[1], other_mesh)).state
+    assert_same_bits(restored, states[1])
+    assert restored["params"].slow["embedding"].sharding.mesh.shape == other_mesh.shape
 
 
 def truncate(path):
@@ -172,29 +172,29 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_newest_is_reported_and_the_one_before_used(tmp_path, capfd, damage):
+def test_damaged_newest_checkpoint_falls_back_to_previous(tmp_path, capfd, damage):
     states = save_steps(tmp_path, [1, 2])
     damage(tmp_path)
-    got = restore(tmp_path, abstract(states[1]))
-    assert got.step == 1
-    assert_same_bits(got.state, states[1])
+    restored = restore(tmp_path, abstract(states[1]))
+    assert restored.step == 1
+    assert_same_bits(restored.state, states[1])
     assert "checkpoint of step 2 is damaged" in capfd.readouterr().err
     assert (tmp_path / "checkpoints" / "damaged-2").exists()
-    # The step can be saved again, and is then the newest.
+    # The step can be saved again and becomes the newest.
     save_steps(tmp_path, [2])
     assert restore(tmp_path, abstract(states[1])).step == 2
 
 
-def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
     save_steps(tmp_path, [2])
     truncate(tmp_path)
     target = abstract(make_state(mesh(4, 2)))
-    for _ in range(2):  # the same command again meets the same
+    for _ in range(2):  # a second attempt gives the same error
         with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(2\)"):
             restore(tmp_path, target)
 
 
-def test_only_damaged_ones_set_aside_are_no_fresh_start_either(tmp_path):
+def test_only_renamed_damaged_checkpoints_is_an_error(tmp_path):
     save_steps(tmp_path, [2])
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "2").rename(checkpoints / "damaged-2")
@@ -202,7 +202,7 @@ def test_only_damaged_ones_set_aside_are_no_fresh_start_either(tmp_path):
         restore(tmp_path, abstract(make_state(mesh(4, 2))))
 
 
-def test_half_written_newest_is_reported_and_ignored(tmp_path, capfd):
+def test_incomplete_checkpoint_is_reported_and_ignored(tmp_path, capfd):
     states = save_steps(tmp_path, [1, 2])
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "2").rename(checkpoints / "2.orbax-checkpoint-tmp")
@@ -211,7 +211,7 @@ def test_half_written_newest_is_reported_and_ignored(tmp_path, capfd):
     assert not (checkpoints / "2.orbax-checkpoint-tmp").exists()
 
 
-def test_another_architecture_is_refused_with_every_difference(tmp_path):
+def test_other_architecture_is_refused_with_every_difference(tmp_path):
     states = save_steps(tmp_path, [1])
     target = abstract(make_state(mesh(4, 2), width=24))
     params = target["params"]
@@ -223,11 +223,11 @@ def test_another_architecture_is_refused_with_every_difference(tmp_path):
     assert "missing slow/norm_out/scale float32[24] (nearest: slow/norm/scale)" in text
     assert "unexpected slow/norm/scale float32[16]" in text
     assert "fast/mlp is bfloat16[16, 8]" in text
-    # The checkpoint is not damaged by being refused.
+    # Refusing does not damage the checkpoint.
     assert restore(tmp_path, abstract(states[1])).step == 1
 
 
-def test_another_dtype_is_refused(tmp_path):
+def test_other_dtype_is_refused(tmp_path):
     target = abstract(save_steps(tmp_path, [1])[1])
     mlp = target["params"].fast["mlp"]
     target["params"].fast["mlp"] = jax.ShapeDtypeStruct(
@@ -237,7 +237,7 @@ def test_another_dtype_is_refused(tmp_path):
         restore(tmp_path, target)
 
 
-def test_weights_only_from_a_work_directory_or_one_checkpoint(tmp_path):
+def test_restore_params_from_work_directory_or_checkpoint(tmp_path):
     states = save_steps(tmp_path, [1, 2])
     target = abstract(states[1])["params"]
     for path, step in [
@@ -251,38 +251,38 @@ def test_weights_only_from_a_work_directory_or_one_checkpoint(tmp_path):
         checkpoints.restore_params(tmp_path / "nowhere", target)
 
 
-def test_weights_only_passes_over_a_damaged_checkpoint_without_renaming(tmp_path, capfd):
+def test_restore_params_skips_damaged_without_renaming(tmp_path, capfd):
     states = save_steps(tmp_path, [1, 2])
     flip_a_bit(tmp_path)
-    got = checkpoints.restore_params(tmp_path, abstract(states[1])["params"])
-    assert_same_bits(got, states[1]["params"])
+    restored = checkpoints.restore_params(tmp_path, abstract(states[1])["params"])
+    assert_same_bits(restored, states[1]["params"])
     assert "is damaged" in capfd.readouterr().err
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
-def test_partial_loading_only_on_request(tmp_path):
+def test_partial_loading_must_be_requested(tmp_path):
     saved = save_steps(tmp_path, [1])[1]["params"]
     target = abstract(saved)
     extra = jax.device_put(jnp.full((3,), 7.0), NamedSharding(mesh(4, 2), PartitionSpec()))
     target = target.replace(fast={**target.fast, "new": {"scale": extra}})
     with pytest.raises(UserError, match="missing fast/new/scale"):
         checkpoints.restore_params(tmp_path, target)
-    got = checkpoints.restore_params(tmp_path, target, allow_missing=("fast/**",))
-    np.testing.assert_array_equal(got.fast["new"]["scale"], extra)
-    assert_same_bits(got.slow, saved.slow)
+    restored = checkpoints.restore_params(tmp_path, target, allow_missing=("fast/**",))
+    np.testing.assert_array_equal(restored.fast["new"]["scale"], extra)
+    assert_same_bits(restored.slow, saved.slow)
 
-    without = abstract(saved)
-    del without.slow["norm"]
+    partial = abstract(saved)
+    del partial.slow["norm"]
     with pytest.raises(UserError, match="unexpected slow/norm/scale"):
-        checkpoints.restore_params(tmp_path, without)
+        checkpoints.restore_params(tmp_path, partial)
     with pytest.raises(UserError, match="unexpected slow/norm/scale"):
-        checkpoints.restore_params(tmp_path, without, allow_unexpected=("slow/*",))
-    got = checkpoints.restore_params(tmp_path, without, allow_unexpected=("slow/norm/*",))
-    assert list(got.slow) == ["embedding"]
+        checkpoints.restore_params(tmp_path, partial, allow_unexpected=("slow/*",))
+    restored = checkpoints.restore_params(tmp_path, partial, allow_unexpected=("slow/norm/*",))
+    assert list(restored.slow) == ["embedding"]
 
 
-def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
-    """A limit on the size of files stands for the full disk; it needs a process of its own."""
+def test_full_disk_is_an_error_and_keeps_checkpoints(tmp_path):
+    """A limit on file sizes simulates a full disk; it needs its own process."""
     script = textwrap.dedent("""
         import resource, sys
         from absl import logging
@@ -314,19 +314,19 @@ def test_a_full_disk_is_told_and_earlier_checkpoints_stay(tmp_path):
     assert not list(folder.glob("*tmp*"))
 
 
-def test_writes_that_go_on_after_a_failure_leave_nothing(tmp_path):
-    """As when one write of a save fails while its others are still running."""
-    half_written = tmp_path / f"2{checkpoint_format.TMP_MARK}"
+def test_late_writes_after_a_failure_are_removed(tmp_path):
+    """One write of a save fails while others still run."""
+    incomplete = tmp_path / f"2{checkpoint_format.TMP_MARK}"
     stop = time.monotonic() + 0.3
 
-    def write_on():
+    def keep_writing():
         while time.monotonic() < stop:
-            half_written.mkdir(exist_ok=True)
+            incomplete.mkdir(exist_ok=True)
             with contextlib.suppress(OSError):
-                (half_written / "array").write_text("x")
+                (incomplete / "array").write_text("x")
 
     (tmp_path / "1").mkdir()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(write_on)
+        pool.submit(keep_writing)
         checkpoint_format.remove_unfinished(epath.Path(tmp_path), quiet_s=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]

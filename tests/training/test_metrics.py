@@ -1,4 +1,4 @@
-"""Metrics files, their repair after a kill, and rates."""
+"""Metrics files, their repair after a kill, rates, the progress line."""
 
 import io
 import json
@@ -29,21 +29,21 @@ def log_steps(log, first, last):
         log.log(step, {"loss": 1 / step, "skipped": 0}, seconds=0.5, input_seconds=0.1)
 
 
-def test_metrics_are_read_one_step_late():
-    late = AsyncMetrics()
-    assert late.swap(1, {"loss": jnp.float32(3.5)}, "a") is None
-    assert late.swap(2, {"loss": jnp.float32(2.5)}, "b") == (1, {"loss": 3.5}, "a")
-    assert late.flush() == (2, {"loss": 2.5}, "b")
-    assert late.flush() is None
+def test_metrics_are_returned_one_step_late():
+    async_metrics = AsyncMetrics()
+    assert async_metrics.swap(1, {"loss": jnp.float32(3.5)}, "a") is None
+    assert async_metrics.swap(2, {"loss": jnp.float32(2.5)}, "b") == (1, {"loss": 3.5}, "a")
+    assert async_metrics.flush() == (2, {"loss": 2.5}, "b")
+    assert async_metrics.flush() is None
 
 
-def test_late_metrics_never_read_the_step_just_dispatched(monkeypatch):
+def test_dispatched_step_is_never_read(monkeypatch):
     fetched = []
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(float(x["loss"])) or get(x))
-    late = AsyncMetrics()
+    async_metrics = AsyncMetrics()
     for step in range(1, 4):
-        late.swap(step, {"loss": jnp.float32(step)})
+        async_metrics.swap(step, {"loss": jnp.float32(step)})
         assert fetched == [float(n) for n in range(1, step)]
 
 
@@ -63,37 +63,37 @@ def test_records_hold_exact_values_and_rates(tmp_path):
     ]
 
 
-def test_resuming_cuts_later_records_and_repairs_a_torn_line(tmp_path):
-    log = logger(tmp_path / "whole")
+def test_resume_removes_later_records_and_truncated_line(tmp_path):
+    log = logger(tmp_path / "uninterrupted")
     log_steps(log, 1, 8)
     log.close()
 
-    log = logger(tmp_path / "cut")
+    log = logger(tmp_path / "resumed")
     log_steps(log, 1, 6)
     log.close()
-    with (tmp_path / "cut" / metrics.JSONL).open("a") as file:
+    with (tmp_path / "resumed" / metrics.JSONL).open("a") as file:
         file.write('{"step": 7, "lo')
-    log = logger(tmp_path / "cut", start=4)
+    log = logger(tmp_path / "resumed", start=4)
     log_steps(log, 5, 8)
     log.close()
-    assert metrics.deterministic_records(tmp_path / "cut") == metrics.deterministic_records(
-        tmp_path / "whole"
+    assert metrics.deterministic_records(tmp_path / "resumed") == metrics.deterministic_records(
+        tmp_path / "uninterrupted"
     )
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_more_keys(tmp_path):
+def test_resume_may_add_metric_keys(tmp_path):
     log = logger(tmp_path)
     log_steps(log, 1, 3)
     log.close()
     log = logger(tmp_path, start=2)
     log.log(3, {"loss": 0.25, "first_chunk_loss": 0.5}, seconds=1.0)
     log.close()
-    before = [{"step": step, "loss": 1 / step, "skipped": 0} for step in (1, 2)]
+    existing = [{"step": step, "loss": 1 / step, "skipped": 0} for step in (1, 2)]
     added = {"step": 3, "loss": 0.25, "first_chunk_loss": 0.5}
-    assert metrics.deterministic_records(tmp_path) == [*before, added]
+    assert metrics.deterministic_records(tmp_path) == [*existing, added]
 
 
-def test_non_finite_values_stay_valid_json(tmp_path):
+def test_nonfinite_values_are_valid_json(tmp_path):
     log = logger(tmp_path)
     log.log(1, {"loss": math.nan, "grad_norm": math.inf}, seconds=1.0)
     log.close()
@@ -112,7 +112,7 @@ def test_tensorboard_gets_points(tmp_path):
     assert b"time/mfu" in content
 
 
-def test_progress_on_a_terminal_and_elsewhere(tmp_path):
+def test_progress_on_terminal_and_in_file(tmp_path):
     plain = io.StringIO()
     log = logger(tmp_path / "a", stream=plain, log_every=2)
     log_steps(log, 1, 4)
@@ -142,7 +142,7 @@ def test_progress_counts_skipped_steps(tmp_path):
     assert "loss nan  skipped 3  200 tok/s" in second
 
 
-def test_the_compiled_step_stays_out_of_the_averages(tmp_path):
+def test_averages_exclude_the_compiled_step(tmp_path):
     stream = io.StringIO()
     log = logger(tmp_path, stream=stream, log_every=2)
     log.log(1, {"loss": 1.0}, seconds=100.0, steady=False)
@@ -151,7 +151,7 @@ def test_the_compiled_step_stays_out_of_the_averages(tmp_path):
     assert "200 tok/s" in stream.getvalue()
 
 
-def test_eta_leaves_compilation_out(tmp_path):
+def test_eta_excludes_compilation(tmp_path):
     stream = io.StringIO()
     log = logger(tmp_path, stream=stream, log_every=1)
     log.log(1, {"loss": 1.0}, seconds=100.0, steady=False)
@@ -163,13 +163,13 @@ def test_eta_leaves_compilation_out(tmp_path):
     assert second.endswith("eta 0:09")
 
 
-def test_wandb_asked_for_and_missing(tmp_path, monkeypatch):
+def test_missing_wandb_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb_project='mine'.*not installed"):
         logger(tmp_path, wandb_project="mine")
 
 
-def test_wandb_gets_points_of_one_run_over_restarts(tmp_path, monkeypatch):
+def test_wandb_run_continues_over_restarts(tmp_path, monkeypatch):
     started, points = [], []
     run = SimpleNamespace(log=lambda v, step: points.append((step, v["loss"])), finish=lambda: None)
     fake = SimpleNamespace(init=lambda **kwargs: started.append(kwargs) or run)

@@ -1,4 +1,4 @@
-"""The outer optimizer against values computed by hand."""
+"""The outer optimizer against an independent float64 implementation."""
 
 import dataclasses
 import math
@@ -35,9 +35,9 @@ def rates(cfg, total, steps):
 
 
 def test_schedule_is_linear_then_cosine():
-    got = rates(Cfg(), 10, [0, 1, 4, 7, 10, 50])
+    actual = rates(Cfg(), 10, [0, 1, 4, 7, 10, 50])
     half = 0.01 + 0.09 * 0.5 * (1 + math.cos(math.pi * 3 / 6))
-    np.testing.assert_allclose(got, [0.02, 0.04, 0.1, half, 0.01, 0.01], rtol=1e-6)
+    np.testing.assert_allclose(actual, [0.02, 0.04, 0.1, half, 0.01, 0.01], rtol=1e-6)
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
@@ -48,24 +48,24 @@ def test_decay_steps_override_the_run_length():
     np.testing.assert_allclose(rates(Cfg(decay_steps=6), 100, [6]), [0.01], rtol=1e-6)
 
 
-def test_explicit_zero_init_lr_is_kept_and_default_wastes_no_step():
+def test_zero_init_lr_and_default_init_lr():
     assert rates(Cfg(init_lr=0.0), 10, [0]) == [0.0]
-    got = rates(Cfg(init_lr=-1.0), 10, range(5))
-    np.testing.assert_allclose(got, [0.02, 0.04, 0.06, 0.08, 0.1], rtol=1e-6)
+    actual = rates(Cfg(init_lr=-1.0), 10, range(5))
+    np.testing.assert_allclose(actual, [0.02, 0.04, 0.06, 0.08, 0.1], rtol=1e-6)
 
 
 def test_zero_peak_is_zero_throughout():
-    got = rates(Cfg(peak_lr=0.0, init_lr=0.0, end_lr=1e-5), 10, [0, 3, 4, 9])
-    assert got == [0.0] * 4
+    actual = rates(Cfg(peak_lr=0.0, init_lr=0.0, end_lr=1e-5), 10, [0, 3, 4, 9])
+    assert actual == [0.0] * 4
 
 
-def test_warmup_as_long_as_the_run_is_refused():
+def test_warmup_longer_than_decay_is_refused():
     with pytest.raises(UserError, match=r"warmup_steps=10 .* step 10"):
         make_schedule(Cfg(warmup_steps=10), 10)
 
 
 def adamw_by_hand(params, grads, cfg, lrs, clip):
-    """Two nested loops of scalar arithmetic in float64."""
+    """AdamW with clipping, in float64 loops."""
     m = {k: np.zeros_like(v) for k, v in params.items()}
     v = {k: np.zeros_like(x) for k, x in params.items()}
     for n, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
@@ -81,14 +81,14 @@ def adamw_by_hand(params, grads, cfg, lrs, clip):
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
-def test_three_steps_by_hand(clip):
+def test_three_steps_match_reference_implementation(clip):
     rng = np.random.default_rng(0)
     cfg = Cfg(weight_decay=0.1, clip=clip)
     shapes = {"embedding": (3, 2), "norm": (2,)}
     start = {k: rng.normal(size=s) for k, s in shapes.items()}
     grads = [{k: rng.normal(size=s) for k, s in shapes.items()} for _ in range(3)]
     lrs = [0.02, 0.04, 0.06]
-    want = adamw_by_hand(start, grads, cfg, lrs, clip)
+    expected = adamw_by_hand(start, grads, cfg, lrs, clip)
 
     tx = make_optimizer(cfg, 10)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
@@ -98,10 +98,10 @@ def test_three_steps_by_hand(clip):
         updates, state = tx.update(g, state, params)
         params = optax.apply_updates(params, updates)
     for k in params:
-        np.testing.assert_allclose(params[k], want[k], atol=2e-6)
+        np.testing.assert_allclose(params[k], expected[k], atol=2e-6)
 
 
-def test_clip_leaves_smaller_norms_exactly_and_zero_switches_it_off():
+def test_clip_threshold_and_disabled_clip():
     grads = {"a": jnp.array([0.3, -0.4])}  # norm 0.5
     sgd_like = {"eps": 1e30, "b1": 0.0, "b2": 0.0, "weight_decay": 0.0, "init_lr": 0.1}
 
@@ -116,7 +116,7 @@ def test_clip_leaves_smaller_norms_exactly_and_zero_switches_it_off():
     np.testing.assert_allclose(direction(0.25), unclipped / 2, rtol=1e-6)
 
 
-def test_decay_can_spare_embeddings():
+def test_weight_decay_can_exclude_embeddings():
     params = Params(
         slow={"embedding": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}},
         fast={"mlp": jnp.ones(2)},
@@ -130,11 +130,11 @@ def test_decay_can_spare_embeddings():
         return jax.tree.map(lambda u: round(float(u[0]), 6), updates)
 
     everything = change(decay_embeddings=True)
-    spared = change(decay_embeddings=False)
+    without_embeddings = change(decay_embeddings=False)
     assert everything.slow["embedding"]["kernel"] == pytest.approx(-0.05)
-    assert spared.slow["embedding"]["kernel"] == 0.0
-    assert spared.slow["head"]["kernel"] == pytest.approx(-0.05)
-    assert spared.fast["mlp"] == pytest.approx(-0.05)
+    assert without_embeddings.slow["embedding"]["kernel"] == 0.0
+    assert without_embeddings.slow["head"]["kernel"] == pytest.approx(-0.05)
+    assert without_embeddings.fast["mlp"] == pytest.approx(-0.05)
 
 
 def test_moments_are_float32_for_bfloat16_parameters():

@@ -1,4 +1,4 @@
-"""Stopped and resumed, a run equals one that was never stopped, bit for bit."""
+"""A run that is stopped and resumed is bit-identical to one that is not."""
 
 import os
 import shutil
@@ -18,49 +18,49 @@ from tttjax.training.metrics import deterministic_records, read_records
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-    """(work directory, result) of a run that was never stopped."""
-    workdir = tmp_path_factory.mktemp("whole")
+def uninterrupted(tiny, tmp_path_factory):
+    """(work directory, result) of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     return workdir, train(tiny(), workdir)
 
 
-def assert_same_run(workdir, result, whole):
-    whole_dir, whole_result = whole
-    assert deterministic_records(workdir) == deterministic_records(whole_dir)
-    a, b = jax.tree.leaves(result.state), jax.tree.leaves(whole_result.state)
+def assert_same_run(workdir, result, uninterrupted):
+    expected_dir, expected_result = uninterrupted
+    assert deterministic_records(workdir) == deterministic_records(expected_dir)
+    a, b = jax.tree.leaves(result.state), jax.tree.leaves(expected_result.state)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
-def test_two_stops_on_the_way(tiny, whole, tmp_path):
+def test_two_stops(tiny, uninterrupted, tmp_path):
     cfg = tiny()
     assert train(cfg, tmp_path, stop_after=3).interrupted
     second = train(cfg, tmp_path, stop_after=7)
     assert (second.step, second.interrupted) == (7, True)
     last = train(cfg, tmp_path)
     assert (last.step, last.interrupted) == (12, False)
-    assert_same_run(tmp_path, last, whole)
+    assert_same_run(tmp_path, last, uninterrupted)
 
 
 def test_two_stops_with_an_inner_loop(tiny, tmp_path):
     cfg = tiny("train.steps=6", arg="ttt_e2e")
-    whole = train(cfg, tmp_path / "whole")
-    train(cfg, tmp_path / "cut", stop_after=2)
-    train(cfg, tmp_path / "cut", stop_after=5)
-    last = train(cfg, tmp_path / "cut")
-    assert_same_run(tmp_path / "cut", last, (tmp_path / "whole", whole))
+    uninterrupted = train(cfg, tmp_path / "uninterrupted")
+    train(cfg, tmp_path / "resumed", stop_after=2)
+    train(cfg, tmp_path / "resumed", stop_after=5)
+    last = train(cfg, tmp_path / "resumed")
+    assert_same_run(tmp_path / "resumed", last, (tmp_path / "uninterrupted", uninterrupted))
 
 
-def test_a_complete_run_is_left_as_it_is(tiny, whole, tmp_path):
+def test_completed_run_stays_unchanged(tiny, uninterrupted, tmp_path):
     workdir = tmp_path / "copy"
-    shutil.copytree(whole[0], workdir)
+    shutil.copytree(uninterrupted[0], workdir)
     before = (workdir / "summary.json").read_text()
     again = train(tiny(), workdir)
-    assert_same_run(workdir, again, whole)
+    assert_same_run(workdir, again, uninterrupted)
     assert (workdir / "summary.json").read_text() == before
 
 
-def test_damaged_newest_checkpoint(tiny, whole, tmp_path, capfd):
+def test_damaged_newest_checkpoint(tiny, uninterrupted, tmp_path, capfd):
     cfg = tiny()
     train(cfg, tmp_path, stop_after=8)
     biggest = max(
@@ -69,38 +69,43 @@ def test_damaged_newest_checkpoint(tiny, whole, tmp_path, capfd):
     biggest.write_bytes(biggest.read_bytes()[:-1])
     last = train(cfg, tmp_path)
     assert "checkpoint of step 8 is damaged" in capfd.readouterr().err
-    assert_same_run(tmp_path, last, whole)
+    assert_same_run(tmp_path, last, uninterrupted)
 
 
-def test_resumes_on_another_mesh_and_with_other_logging(tiny, whole, tmp_path):
+def test_resumes_on_another_mesh_and_with_other_logging(tiny, uninterrupted, tmp_path):
     train(tiny(), tmp_path, stop_after=4)
     changed = ("mesh.fsdp=2", "mesh.tensor=2", "train.log_every=1", "train.checkpoint_every=100")
     last = train(tiny(*changed), tmp_path)
-    got, want = ([r["loss"] for r in deterministic_records(d)] for d in (tmp_path, whole[0]))
-    assert got[:4] == want[:4]
-    np.testing.assert_allclose(got, want, rtol=1e-4)
+    actual, expected = (
+        [record["loss"] for record in deterministic_records(workdir)]
+        for workdir in (tmp_path, uninterrupted[0])
+    )
+    assert actual[:4] == expected[:4]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
     assert last.step == 12
 
 
-def test_a_work_directory_of_another_configuration(tiny, whole):
+def test_work_directory_of_other_configuration_is_refused(tiny, uninterrupted):
     with pytest.raises(UserError, match=r"train\.seed"):
-        train(tiny("train.seed=1"), whole[0])
+        train(tiny("train.seed=1"), uninterrupted[0])
 
 
-def test_extension_takes_weights_only(tiny, whole, tmp_path):
-    changed = ("train.steps=2", "train.seq_len=64", f"train.init_from={whole[0]}")
+def test_extension_loads_weights_only(tiny, uninterrupted, tmp_path):
+    changed = ("train.steps=2", "train.seq_len=64", f"train.init_from={uninterrupted[0]}")
     cfg = tiny(*changed, "optim.warmup_steps=0", "optim.peak_lr=0.0", "optim.end_lr=0.0")
     result = train(cfg, tmp_path)
     for x, y in zip(
-        jax.tree.leaves(result.state.params), jax.tree.leaves(whole[1].state.params), strict=True
+        jax.tree.leaves(result.state.params),
+        jax.tree.leaves(uninterrupted[1].state.params),
+        strict=True,
     ):
         np.testing.assert_array_equal(x, y)
     assert int(result.state.step) == 2
     assert read_records(tmp_path)[0]["lr"] == 0.0
 
 
-def test_extension_from_another_architecture_is_refused(tiny, whole, tmp_path):
-    cfg = tiny(f"train.init_from={whole[0]}", "model.mlp_dim=32")
+def test_extension_from_other_architecture_is_refused(tiny, uninterrupted, tmp_path):
+    cfg = tiny(f"train.init_from={uninterrupted[0]}", "model.mlp_dim=32")
     with pytest.raises(UserError, match=r"mlp/w1 is float32.*16.* and .*32"):
         train(cfg, tmp_path)
 
@@ -135,5 +140,5 @@ def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path, compiled)
     # The schedule has its own length, so the run may be made shorter: two more steps.
     cfg = tiny(f"train.steps={stopped + 2}", *many[1:])
     train(cfg, tmp_path)
-    train(cfg, tmp_path / "whole")
-    assert deterministic_records(tmp_path) == deterministic_records(tmp_path / "whole")
+    train(cfg, tmp_path / "uninterrupted")
+    assert deterministic_records(tmp_path) == deterministic_records(tmp_path / "uninterrupted")

@@ -1,4 +1,4 @@
-"""Starts of a run: what they leave behind, who may write, and where their data are found."""
+"""Starting a run: clean-up after failures, the lock, resolving moved data."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ SHORT = ("train.steps=4", "optim.warmup_steps=1")
 
 
 def content(folder):
-    """Files by name; TensorBoard's have the time of each start in them."""
+    """Files by name, without TensorBoard's, which hold the time of each start."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -34,22 +34,22 @@ def content(folder):
 
 
 @pytest.fixture(scope="module")
-def begun(tiny, tmp_path_factory):
+def stopped_run(tiny, tmp_path_factory):
     """A work directory whose run was stopped after two of four steps."""
-    workdir = tmp_path_factory.mktemp("begun") / "run"
+    workdir = tmp_path_factory.mktemp("stopped_run") / "run"
     train(tiny(*SHORT), workdir, stop_after=2)
     return workdir
 
 
 @pytest.fixture
-def copied(begun, tmp_path):
-    return Path(shutil.copytree(begun, tmp_path / "project" / "runs" / "run"))
+def copied(stopped_run, tmp_path):
+    return Path(shutil.copytree(stopped_run, tmp_path / "project" / "runs" / "run"))
 
 
-# What a failed start leaves -----------------------------------------------------------------------
+# Failed starts -----------------------------------------------------------------------------------
 
 
-def test_a_start_without_its_weights_leaves_nothing(tiny, tmp_path):
+def test_failed_start_leaves_no_files(tiny, tmp_path):
     config = tiny(f"train.init_from={tmp_path / 'nowhere'}")
     with pytest.raises(UserError, match="holds no checkpoint"):
         train(config, tmp_path / "new" / "run")
@@ -60,8 +60,8 @@ def test_a_start_without_its_weights_leaves_nothing(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
-def test_a_start_stopped_before_its_first_step_leaves_nothing(
-    tiny, begun, copied, tmp_path, monkeypatch
+def test_start_interrupted_before_first_step_leaves_no_files(
+    tiny, stopped_run, copied, tmp_path, monkeypatch
 ):
     def interrupt(self, step):
         raise KeyboardInterrupt
@@ -72,24 +72,24 @@ def test_a_start_stopped_before_its_first_step_leaves_nothing(
     assert not (tmp_path / "run").exists()
     with pytest.raises(KeyboardInterrupt):
         train(tiny(*SHORT), copied)
-    assert content(copied) == content(begun)
+    assert content(copied) == content(stopped_run)
 
 
-def test_what_a_killed_start_leaves_blocks_no_other(tiny, tmp_path, capsys):
-    gone = dataclasses.replace(locks._Holder.me(), started="1")
-    (tmp_path / FOLDER_LOCK).write_text(json.dumps(dataclasses.asdict(gone)))
+def test_files_of_a_killed_start_are_taken_over(tiny, tmp_path, capsys):
+    killed = dataclasses.replace(locks._Holder.me(), started="1")
+    (tmp_path / FOLDER_LOCK).write_text(json.dumps(dataclasses.asdict(killed)))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    other = tiny("train.steps=1", "train.seed=3", "optim.warmup_steps=0")
-    assert train(other, tmp_path).step == 1
+    other_config = tiny("train.steps=1", "train.seed=3", "optim.warmup_steps=0")
+    assert train(other_config, tmp_path).step == 1
     assert "taking over" in capsys.readouterr().err
     assert not (tmp_path / FOLDER_LOCK).exists()
 
 
-# One writer ---------------------------------------------------------------------------------------
+# The lock ----------------------------------------------------------------------------------------
 
 
-def test_a_second_start_is_refused_and_changes_nothing(data, copied, capsys):
+def test_second_start_is_refused_without_changes(data, copied, capsys):
     before = content(copied)
     command = ["train", f"--config={TINY}", f"--workdir={copied}"]
     command += [f"--config.{override}" for override in (*SHORT, f"data.sources={data}")]
@@ -100,7 +100,7 @@ def test_a_second_start_is_refused_and_changes_nothing(data, copied, capsys):
     assert content(copied) == before
 
 
-def test_a_run_that_was_taken_over_ends(tiny, tmp_path, monkeypatch):
+def test_run_ends_when_it_loses_its_lock(tiny, tmp_path, monkeypatch):
     @contextlib.contextmanager
     def lost(workdir):
         lock = Lock(workdir)
@@ -114,22 +114,22 @@ def test_a_run_that_was_taken_over_ends(tiny, tmp_path, monkeypatch):
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
-# Where data are -----------------------------------------------------------------------------------
+# Moved data --------------------------------------------------------------------------------------
 
 
-def test_moved_data_are_known_by_their_content(tiny, data, copied, tmp_path):
+def test_moved_data_are_recognised_by_content(tiny, data, copied, tmp_path):
     moved = shutil.copytree(data, tmp_path / "moved")
     (tmp_path / "text.txt").write_text("something else " * 1000)
-    other = prepare([tmp_path / "text.txt"], tmp_path / "other", num_workers=0).folder
+    other_data = prepare([tmp_path / "text.txt"], tmp_path / "other", num_workers=0).folder
     before = content(copied)
     with pytest.raises(UserError, match=r"another content .* data\.sources"):
-        train(tiny(*SHORT, f"data.sources={other}"), copied)
+        train(tiny(*SHORT, f"data.sources={other_data}"), copied)
     assert content(copied) == before
     assert train(tiny(*SHORT, f"data.sources={moved}"), copied).step == 4
     assert read_config(copied).data.sources == (str(moved),)
 
 
-def test_relative_paths_lead_there_from_every_folder(data, tmp_path, monkeypatch):
+def test_relative_paths_resolve_from_any_folder(data, tmp_path, monkeypatch):
     home, project = tmp_path / "home", tmp_path / "home" / "project"
     shutil.copytree(data, project / "data")
     monkeypatch.setenv("HOME", str(home))
@@ -143,19 +143,19 @@ def test_relative_paths_lead_there_from_every_folder(data, tmp_path, monkeypatch
 
     moved = project.rename(tmp_path / "elsewhere")
     assert found_data(moved / "runs" / "first") == moved / "data"
-    shutil.copytree(moved / "data", moved / "kept")
+    shutil.copytree(moved / "data", moved / "copy")
     shutil.rmtree(moved / "data")
     with pytest.raises(UserError, match=rf"tried {project}/data, {moved}/data\); .*--data=DIR"):
         found_data(moved / "runs" / "first")
-    assert found_data(moved / "runs" / "first", moved / "kept") == moved / "kept"
+    assert found_data(moved / "runs" / "first", moved / "copy") == moved / "copy"
 
 
 def found_data(workdir, given=None):
     return _open_data([open_run(RunSpec(workdir))], given).folder
 
 
-def test_older_runs_find_relative_data_above_them(data, copied, tmp_path, monkeypatch):
-    """They recorded paths as they were given, and not where they were."""
+def test_older_runs_find_relative_data_in_parent_folders(data, copied, tmp_path, monkeypatch):
+    """Their configuration holds relative paths, and no working directory."""
     config = json.loads((copied / CONFIG).read_text())
     config["data"]["sources"] = ["data/books"]
     (copied / CONFIG).write_text(json.dumps(config))
@@ -164,20 +164,20 @@ def test_older_runs_find_relative_data_above_them(data, copied, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("something else " * 1000)
     prepare(["text.txt"], copied.parent / "data" / "books", num_workers=0)
-    with pytest.raises(UserError, match="are not there"):  # nearer, and of another content
+    with pytest.raises(UserError, match="are not there"):  # nearer, with other content
         found_data(copied)
-    right = tmp_path / "project" / "data" / "books"
-    shutil.copytree(data, right)
-    assert found_data(copied) == right
+    expected = tmp_path / "project" / "data" / "books"
+    shutil.copytree(data, expected)
+    assert found_data(copied) == expected
 
 
-def test_an_origin_that_was_moved_along_is_the_same(tiny, begun, tmp_path):
+def test_init_from_may_move_with_the_run(tiny, stopped_run, tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(begun, project / "first")
+    shutil.copytree(stopped_run, project / "first")
     config = [f"train.init_from={project / 'first'}", "train.steps=2", "optim.warmup_steps=0"]
     train(tiny(*config), project / "second", stop_after=1)
     moved = project.rename(tmp_path / "moved")
-    config[0] = f"train.init_from={begun}"
+    config[0] = f"train.init_from={stopped_run}"
     with pytest.raises(UserError, match=r"train\.init_from was"):
         train(tiny(*config), moved / "second")
     config[0] = f"train.init_from={moved / 'first'}"

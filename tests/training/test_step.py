@@ -1,4 +1,4 @@
-"""One outer step: what it returns, what it skips, and that it is compiled once."""
+"""One outer step: results, skipped nonfinite steps, compile count."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def numpy_of(tree):
     return jax.tree.map(np.array, tree)
 
 
-def test_a_step_is_gradient_clip_adam_and_the_rates_of_its_index(trainer):
+def test_step_equals_gradient_clip_adam_and_schedules(trainer):
     config = make_config()
     model = build_model(config.model, config.inner)
     state = trainer.init_state(0)
@@ -47,25 +47,25 @@ def test_a_step_is_gradient_clip_adam_and_the_rates_of_its_index(trainer):
     opt_state, update = optimizer.init(params), jax.jit(optimizer.update)
     for n, rate in enumerate((0.1 + 0.9 / 4, 0.55)):
         params_before = params
-        (wanted, reading), grads = gradient(params, random_batch(config, n), np.float32(rate))
+        (expected_loss, output), grads = gradient(params, random_batch(config, n), np.float32(rate))
         updates, opt_state = update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         state, metrics = take(trainer, state, n)
-        assert float(metrics["loss"]) == pytest.approx(float(wanted), abs=1e-11)
+        assert float(metrics["loss"]) == pytest.approx(float(expected_loss), abs=1e-11)
         assert float(metrics["inner_lr"]) == pytest.approx(rate, rel=1e-6)
         assert float(metrics["lr"]) == pytest.approx(1e-2 * (n + 1) / 4, rel=1e-6)
         norm = float(optax.tree.norm(grads))
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-9)
-        drift = float(jnp.mean(reading.drift))
+        drift = float(jnp.mean(output.drift))
         assert float(metrics["fast_drift"]) == pytest.approx(drift, rel=1e-9)
-        moved = jax.tree.map(lambda a, b: a - b, reading.fast, params_before.fast)
+        moved = jax.tree.map(lambda a, b: a - b, output.fast, params_before.fast)
         squares = sum(jnp.sum(x**2, axis=range(1, x.ndim)) for x in jax.tree.leaves(moved))
         drift = float(jnp.mean(jnp.sqrt(squares)))  # of the one layer that has fast weights
         assert float(metrics["fast_drift_layer1"]) == pytest.approx(drift, rel=1e-9)
         for name, chunk in (("first", 0), ("last", -1)):
-            loss = float(jnp.mean(reading.chunk_loss_N[:, chunk]))
+            loss = float(jnp.mean(output.chunk_loss_N[:, chunk]))
             assert float(metrics[f"{name}_chunk_loss"]) == pytest.approx(loss, rel=1e-9)
-        clipped = float(jnp.mean(reading.grad_norm_N >= 1.0))
+        clipped = float(jnp.mean(output.grad_norm_N >= 1.0))
         assert float(metrics["inner_clip_rate"]) == pytest.approx(clipped)
     assert worst(state.params, params) < 1e-9
     assert int(state.step) == 2
@@ -73,7 +73,7 @@ def test_a_step_is_gradient_clip_adam_and_the_rates_of_its_index(trainer):
 
 
 def test_the_first_step_moves_the_weights(trainer):
-    """The warm-up starts one notch above zero."""
+    """The warm-up starts above zero."""
     state = trainer.init_state(0)
     before = numpy_of(state.params)
     after, _ = take(trainer, state, 0)
@@ -81,20 +81,20 @@ def test_the_first_step_moves_the_weights(trainer):
     assert all(jax.tree.leaves(moved))
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(trainer):
+def test_nonfinite_step_is_skipped_and_counted(trainer):
     state, _ = take(trainer, trainer.init_state(0), 0)
-    kept = numpy_of(state)
+    saved = numpy_of(state)
     poisoned = state.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.inf), state.params))
-    poison = numpy_of(poisoned)
+    before_skips = numpy_of(poisoned)
     for times in (1, 2):
         poisoned, metrics = take(trainer, poisoned, times)
         assert bool(metrics["nonfinite"])
         assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == times
     assert int(poisoned.step) == 3
     for part in ("params", "opt_state"):
-        before, after = getattr(poison, part), numpy_of(getattr(poisoned, part))
+        before, after = getattr(before_skips, part), numpy_of(getattr(poisoned, part))
         jax.tree.map(np.testing.assert_array_equal, before, after)
-    healed = poisoned.replace(params=jax.tree.map(jnp.asarray, kept.params))
+    healed = poisoned.replace(params=jax.tree.map(jnp.asarray, saved.params))
     healed = jax.device_put(healed, jax.tree.map(lambda x: x.sharding, trainer.abstract_state))
     healed, metrics = take(trainer, healed, 3)
     assert not bool(metrics["nonfinite"])
@@ -102,17 +102,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(trainer):
     assert float(metrics["lr"]) == pytest.approx(1e-2 * 2 / 4, rel=1e-6)  # of updates, not steps
 
 
-def test_accumulated_gradient_is_that_of_the_full_batch(trainer):
+def test_accumulated_gradient_equals_full_batch_gradient(trainer):
     parts = make_trainer(make_config(accum_steps=2), make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    whole_state, whole = take(trainer, trainer.init_state(0), 5)
-    parts_state, accumulated = take(parts, parts.init_state(0), 5)
-    assert worst(whole_state.params, parts_state.params) < 1e-10
+    full_state, full = take(trainer, trainer.init_state(0), 5)
+    accumulated_state, accumulated = take(parts, parts.init_state(0), 5)
+    assert worst(full_state.params, accumulated_state.params) < 1e-10
     names = ("loss", "grad_norm", "grad_norm_fast", "fast_drift", "inner_clip_rate")
     for name in (*names, "fast_drift_layer1", "first_chunk_loss", "last_chunk_loss"):
-        assert float(whole[name]) == pytest.approx(float(accumulated[name]), rel=1e-9)
+        assert float(full[name]) == pytest.approx(float(accumulated[name]), rel=1e-9)
 
 
-def test_the_step_is_compiled_once_and_gives_its_input_up(trainer):
+def test_step_is_compiled_once_and_donates_its_state(trainer):
     state = trainer.init_state(1)
     embedding = state.params.slow["embedding"]
     state, _ = take(trainer, state, 0)
@@ -121,10 +121,10 @@ def test_the_step_is_compiled_once_and_gives_its_input_up(trainer):
     assert embedding.is_deleted()
 
 
-def test_seeds_and_given_weights_start_runs(trainer):
+def test_initial_state_from_seed_or_weights(trainer):
     a, b, c = (numpy_of(trainer.init_state(seed).params) for seed in (0, 0, 1))
     assert worst(a, b) == 0
     assert worst(a, c) > 0.01
-    given = trainer.start_from(jax.tree.map(jnp.asarray, c))
-    assert worst(given.params, c) == 0
-    assert int(given.step) == int(given.skipped) == 0
+    from_weights = trainer.start_from(jax.tree.map(jnp.asarray, c))
+    assert worst(from_weights.params, c) == 0
+    assert int(from_weights.step) == int(from_weights.skipped) == 0

@@ -1,4 +1,4 @@
-"""Weights know whose tokens they learned: another tokenizer's data are refused everywhere."""
+"""Checkpoints record their tokenizer; data of another one are refused."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def other_data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def replaced(tiny, data, other_data, tmp_path_factory):
-    """(work directory, configuration, where the data were) of a run whose data were replaced."""
+    """(work directory, configuration, data folder) of a run whose data were replaced."""
     folder = tmp_path_factory.mktemp("replaced")
     shutil.copytree(data, folder / "data")
     config = tiny(f"data.sources={folder / 'data'}", "model.vocab_size=400", "train.steps=4")
@@ -36,28 +36,29 @@ def replaced(tiny, data, other_data, tmp_path_factory):
     return folder / "run", config, folder / "data"
 
 
-def refused(where):
-    return pytest.raises(UserError, match=rf"data in .* another tokenizer \(.*{where}.*\([0-9a-f]+")
+def refusal(weights):
+    sentence = rf"data in .* another tokenizer \(.*{weights}.*\([0-9a-f]+"
+    return pytest.raises(UserError, match=sentence)
 
 
-def test_a_run_does_not_go_on_with_another_tokenizer(replaced):
+def test_resume_with_other_tokenizer_is_refused(replaced):
     workdir, config, _ = replaced
-    with refused("run/checkpoints"):
+    with refusal("run/checkpoints"):
         train(config, workdir)
 
 
-def test_extension_with_another_tokenizer_is_refused(replaced, tiny, tmp_path):
+def test_extension_with_other_tokenizer_is_refused(replaced, tiny, tmp_path):
     workdir, _, folder = replaced
     changed = (f"data.sources={folder}", "model.vocab_size=400", f"train.init_from={workdir}")
-    with refused(workdir.name):
+    with refusal(workdir.name):
         train(tiny(*changed), tmp_path)
 
 
-def test_a_run_keeps_its_tokenizer_wherever_it_goes(replaced, data, tmp_path):
-    mine = load_tokenizer(data / "tokenizer").fingerprint()
+def test_moved_run_finds_its_own_tokenizer(replaced, data, tmp_path):
+    expected = load_tokenizer(data / "tokenizer").fingerprint()
     shutil.copytree(replaced[0], tmp_path / "moved")
-    for place in (tmp_path / "moved", tmp_path / "moved" / "checkpoints" / "1"):
-        assert load_run_tokenizer(open_run(RunSpec(place))).fingerprint() == mine
+    for path in (tmp_path / "moved", tmp_path / "moved" / "checkpoints" / "1"):
+        assert load_run_tokenizer(open_run(RunSpec(path))).fingerprint() == expected
     shutil.rmtree(tmp_path / "moved" / "tokenizer")
     with pytest.raises(UserError, match=r"tokenizer in .*data/tokenizer is not that of .*moved"):
         load_run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
@@ -65,23 +66,28 @@ def test_a_run_keeps_its_tokenizer_wherever_it_goes(replaced, data, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer in .*moved/tokenizer is not that of"):
         load_run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
     keep_tokenizer(data / "tokenizer", tmp_path / "moved" / "tokenizer")
-    assert load_run_tokenizer(open_run(RunSpec(tmp_path / "moved"))).fingerprint() == mine
+    assert load_run_tokenizer(open_run(RunSpec(tmp_path / "moved"))).fingerprint() == expected
     assert not list((tmp_path / "moved").glob("*.tmp"))
 
 
-def test_evaluation_believes_the_weights_and_not_the_folder(replaced):
+def test_evaluation_checks_tokenizer_of_weights_against_data(replaced):
     with pytest.raises(UserError, match=r"another tokenizer .* than those of the run run"):
         compare([RunSpec(replaced[0])])
 
 
-def test_weights_of_batches_from_elsewhere_fit_any_data(replaced, tiny, data, tmp_path):
+def test_weights_from_custom_batches_accept_any_data(replaced, tiny, data, tmp_path):
     config = tiny("model.vocab_size=400")
     train(config, tmp_path / "first", batches=open_batches(config)[0], stop_after=1)
     assert checkpoints.load_tokenizer_fingerprint(tmp_path / "first") == ""
-    kept = tmp_path / "first" / "tokenizer"
-    assert not kept.exists()
-    train(config, tmp_path / "first", stop_after=1)  # as after a version that kept none
-    assert load_tokenizer(kept).fingerprint() == load_tokenizer(data / "tokenizer").fingerprint()
+    own_tokenizer = tmp_path / "first" / "tokenizer"
+    assert not own_tokenizer.exists()
+    train(
+        config, tmp_path / "first", stop_after=1
+    )  # as for runs of versions that saved no tokenizer
+    assert (
+        load_tokenizer(own_tokenizer).fingerprint()
+        == load_tokenizer(data / "tokenizer").fingerprint()
+    )
     origin = f"train.init_from={tmp_path / 'first'}"
     extended = tiny(f"data.sources={replaced[2]}", "model.vocab_size=400", origin)
     assert train(extended, tmp_path / "second", stop_after=1).step == 1

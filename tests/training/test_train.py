@@ -1,4 +1,4 @@
-"""The training loop: what it writes, counts and refuses."""
+"""The training loop: outputs, compile count, invalid input, requests to stop."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ from tttjax.types import Batch
 
 
 class TraceCounter(logging.Handler):
-    """Counts the programs that JAX compiles, by the log that jax_log_compiles writes."""
+    """Collects the names of the programs that JAX compiles, from its compile log."""
 
     def __init__(self):
         super().__init__()
@@ -42,8 +42,8 @@ class TraceCounter(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """(work directory, result, names of compiled programs) of a whole run by the command."""
+def complete_run(tiny, tmp_path_factory):
+    """(work directory, result, names of compiled programs) of a complete run."""
     workdir = tmp_path_factory.mktemp("run")
     counter = TraceCounter()
     logging.getLogger("jax").addHandler(counter)
@@ -53,13 +53,13 @@ def finished(tiny, tmp_path_factory):
     return workdir, result, counter.names
 
 
-def test_a_run_writes_its_results(finished):
-    workdir, result, _ = finished
+def test_run_writes_its_results(complete_run):
+    workdir, result, _ = complete_run
     records = read_records(workdir)
     assert [r["step"] for r in records] == list(range(1, 13))
     assert records[-1]["loss"] == result.loss < records[0]["loss"]
-    wanted = {"grad_norm", "inner_grad_norm", "inner_clip_rate", "fast_drift", "inner_lr", "lr"}
-    assert wanted <= records[0].keys()
+    expected = {"grad_norm", "inner_grad_norm", "inner_clip_rate", "fast_drift", "inner_lr", "lr"}
+    assert expected <= records[0].keys()
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["step"] == 12
     assert summary["first_step_seconds"] > summary["step_seconds"] > 0
@@ -69,14 +69,14 @@ def test_a_run_writes_its_results(finished):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
 
 
-def test_the_first_step_is_not_lost(finished):
-    first, second = read_records(finished[0])[:2]
+def test_first_step_has_nonzero_learning_rate(complete_run):
+    first, second = read_records(complete_run[0])[:2]
     assert first["lr"] == pytest.approx(1e-2 / 4)
     assert first["param_norm"] != second["param_norm"]
 
 
-def test_nothing_retraces(finished):
-    steps = [name for name in finished[2] if "jit(step)" in name]
+def test_step_is_compiled_once_per_run(complete_run):
+    steps = [name for name in complete_run[2] if "jit(step)" in name]
     assert len(steps) == 1
 
 
@@ -94,8 +94,8 @@ def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys):
     assert "not finite, skipped" in capsys.readouterr().out
 
 
-def test_a_summary_is_json_even_if_the_last_loss_is_not_finite(finished):
-    result = dataclasses.replace(finished[1], loss=math.nan)
+def test_summary_is_json_with_nonfinite_loss(complete_run):
+    result = dataclasses.replace(complete_run[1], loss=math.nan)
     summary = json.loads(json.dumps(result.summary(), allow_nan=False))
     assert summary["loss"] == "nan"
 
@@ -111,7 +111,7 @@ def test_command_line(data, tmp_path, capsys):
     assert (tmp_path / "checkpoints" / "1").exists()
 
 
-def test_a_vocabulary_too_small_for_the_data(tiny, tmp_path):
+def test_vocabulary_smaller_than_data_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller .*264"):
         train(tiny("model.vocab_size=100"), tmp_path)
     assert not any(tmp_path.iterdir())
@@ -123,7 +123,7 @@ def test_stop_after_must_be_a_step(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "new/run"])
-def test_a_work_directory_that_is_a_file(tiny, tmp_path, inside):
+def test_work_directory_that_is_a_file_is_refused(tiny, tmp_path, inside):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"--workdir=.* cannot be a folder, because .*file is a f"):
         train(tiny(), tmp_path / "file" / inside)
@@ -140,17 +140,17 @@ def test_float64_is_float64_and_resumes(tiny, tmp_path):
     assert float(np.float32(loss)) != loss
 
 
-def test_a_mesh_that_does_not_fit_writes_nothing(tiny, tmp_path):
+def test_invalid_mesh_writes_nothing(tiny, tmp_path):
     with pytest.raises(UserError, match=r"mesh\.fsdp"):
         train(tiny("mesh.fsdp=3"), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-# Pieces ------------------------------------------------------------------------------------------
+# Signals and fingerprints ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_handlers_are_restored(number):
+def test_signal_stops_and_handlers_are_restored(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.after(1)
@@ -159,32 +159,32 @@ def test_a_signal_is_noted_and_handlers_are_restored(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_is_answered_while_the_interpreter_waits(monkeypatch):
-    said = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", said)
-    working, answered_meanwhile = threading.Event(), threading.Event()
+def test_signal_is_reported_while_interpreter_is_blocked(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    blocked, reported = threading.Event(), threading.Event()
 
     def interrupt():
-        working.wait()
+        blocked.wait()
         os.kill(os.getpid(), signal.SIGTERM)
-        while working.is_set():
-            if "stopping after this step\n" in said.getvalue():
-                answered_meanwhile.set()
+        while blocked.is_set():
+            if "stopping after this step\n" in stderr.getvalue():
+                reported.set()
                 return
             time.sleep(0.01)
 
     thread = threading.Thread(target=interrupt)
     with StopRequest() as stop:
         thread.start()
-        working.set()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # as long as compiling, and as deaf
-        working.clear()
+        blocked.set()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # blocks the interpreter like compiling
+        blocked.clear()
         thread.join()
         assert stop.after(1)
-    assert answered_meanwhile.is_set()
+    assert reported.is_set()
 
 
-def test_a_second_interrupt_ends_at_once():
+def test_second_sigint_raises_keyboard_interrupt():
     with StopRequest():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -192,19 +192,19 @@ def test_a_second_interrupt_ends_at_once():
 
 
 def test_stop_requests_work_outside_the_main_thread():
-    answers = []
+    results = []
 
-    def ask():
+    def request():
         with StopRequest() as stop:
-            answers.append(stop.after(1))
+            results.append(stop.after(1))
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=request)
     thread.start()
     thread.join()
-    assert answers == [False]
+    assert results == [False]
 
 
-def test_batch_fingerprints_tell_batches_apart():
+def test_batch_fingerprints_differ_between_batches():
     tokens = np.arange(6, dtype=np.int32).reshape(2, 3)
     batch = Batch(inputs=tokens, targets=tokens + 1, mask=np.ones((2, 3), bool))
     other = batch.replace(mask=~batch.mask)
@@ -212,6 +212,6 @@ def test_batch_fingerprints_tell_batches_apart():
     assert records.batch_fingerprint(batch) != records.batch_fingerprint(other)
 
 
-def test_distributed_flags_come_together():
+def test_incomplete_distributed_flags_are_refused():
     with pytest.raises(UserError, match="--process-id, --process-count is missing"):
         start_distributed("localhost:1234")

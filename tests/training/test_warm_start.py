@@ -1,4 +1,4 @@
-"""A run that starts from a model without an inner loop, and gives it one."""
+"""Starting from a model without an inner loop, and extending it by one."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def static(tmp_path_factory):
 
 
 def save(folder, sizes):
-    """(the folder, now with a run of a model with these sizes, the model, its weights)"""
+    """Saves a run of a model with these sizes; (folder, model, weights)"""
     config = small_config(model=sizes)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
@@ -47,20 +47,22 @@ def logits(model, params):
     return jax.jit(model.apply)(params, model.init_state(12), token_T)[0]
 
 
-def test_fast_mlps_that_start_at_zero_change_nothing_until_they_learn(static, capsys):
+def test_zero_fast_mlps_keep_logits_until_trained(static, capsys):
     folder, model, params = static
     config, trainer = make(devices=2, **EXTENDED)
     weights = load_initial_weights(str(folder), trainer, seed=0)
     assert "the last 2 blocks are the suffix; their fast MLPs are new" in capsys.readouterr().err
-    wanted = trainer.abstract_state.params
+    expected = trainer.abstract_state.params
     same = jax.tree.map(
-        lambda x, y: (x.dtype, x.sharding) == (y.dtype, y.sharding), weights, wanted
+        lambda x, y: (x.dtype, x.sharding) == (y.dtype, y.sharding), weights, expected
     )
     assert all(jax.tree.leaves(same))
-    of_block = weights.fast["suffix"]["stage0"]["block0"]["fast_mlp"]
-    assert float(np.abs(of_block["w2"]).max()) == 0 < float(np.abs(of_block["w1"]).max())
-    here = jax.tree.map(np.asarray, weights)
-    np.testing.assert_allclose(logits(trainer.model, here), logits(model, params), atol=1e-6)
+    block = weights.fast["suffix"]["stage0"]["block0"]["fast_mlp"]
+    assert float(np.abs(block["w2"]).max()) == 0 < float(np.abs(block["w1"]).max())
+    host_weights = jax.tree.map(np.asarray, weights)
+    np.testing.assert_allclose(
+        logits(trainer.model, host_weights), logits(model, params), atol=1e-6
+    )
     state, metrics = trainer.step(
         trainer.start_from(weights), trainer.put_batch(random_batch(config))
     )
@@ -70,7 +72,7 @@ def test_fast_mlps_that_start_at_zero_change_nothing_until_they_learn(static, ca
     assert float(np.abs(np.asarray(w2)).max()) > 0
 
 
-def test_the_same_model_is_taken_as_it_is(static):
+def test_same_model_loads_unchanged(static):
     folder, _, params = static
     _, trainer = make(**STATIC)
     assert worst(load_initial_weights(str(folder), trainer, seed=0), params) == 0
@@ -91,19 +93,19 @@ def test_other_differences_are_refused(static, model, sentence):
 
 
 def test_fast_mlps_of_other_sizes_are_refused(tmp_path):
-    """Of two blocks one has a fast MLP already, the other gets one that is wider."""
+    """One block has a fast MLP already; that of the other would have another size."""
     save(tmp_path, {"fast_mlp": True, "suffix_layers": 1})
     _, trainer = make(fast_mlp=True, suffix_layers=2, mlp_dim=8)
     with pytest.raises(UserError, match="does not fit this model"):
         load_initial_weights(str(tmp_path), trainer, seed=0)
 
 
-def test_gradients_are_finite_where_a_norm_meets_zeros():
-    """With post_norm the MLP's zeros go through an RMSNorm, whose slope there is 1 / sqrt(eps)."""
+def test_gradients_are_finite_for_zero_norm_inputs():
+    """With post_norm the MLP's zeros go through an RMSNorm, whose gradient is 1 / sqrt(eps)."""
     config, trainer = make(fast_mlp_init="zero", post_norm=True)
     state = trainer.init_state(0)
-    found = fast_mlps(trainer.model, jax.random.key(0))
-    assert {path.rpartition("/")[2] for path, x in found.items() if not np.any(x)} == {"w2"}
+    mlps = fast_mlps(trainer.model, jax.random.key(0))
+    assert {path.rpartition("/")[2] for path, x in mlps.items() if not np.any(x)} == {"w2"}
     for seed in range(2):
         state, metrics = trainer.step(state, trainer.put_batch(random_batch(config, seed)))
         assert not bool(metrics["nonfinite"])
