@@ -1,7 +1,7 @@
-"""Every kind of file, damaged in every way: refused in one sentence, or without any effect.
+"""Damaged files of every kind: each damage must give a UserError or have no effect.
 
-What opening gives is compared in full, so that a file that is read as if nothing had happened, with
-another result, is a failure; and so is every exception that users are not meant to see.
+The result of opening a file is compared in full, so a damaged file that opens with another result
+is a failure. So is any exception but UserError.
 """
 
 import copy
@@ -51,7 +51,7 @@ def flip(at):
 
 
 def changed(value):
-    """Another value of the same type, and one of another."""
+    """Values to replace `value` with: of the same type, and of another."""
     if isinstance(value, bool):
         return [not value, None]
     if isinstance(value, int | float):
@@ -64,28 +64,28 @@ def changed(value):
 
 
 def edits(values, path=()):
-    """Copies of an object, each with one value changed, or left out."""
+    """Copies of a JSON object, each with one value changed or removed."""
     children = values.items() if isinstance(values, dict) else enumerate(values)
     for key, value in children:
         if isinstance(value, dict | list) and value:
             for name, edited in edits(value, (*path, key)):
-                yield name, put(values, key, edited)
+                yield name, replaced(values, key, edited)
         for new in changed(value):
-            yield ".".join(map(str, (*path, key))), put(values, key, new)
+            yield ".".join(map(str, (*path, key))), replaced(values, key, new)
     if isinstance(values, dict):
         for key in values:
             yield ".".join(map(str, (*path, key))), {k: v for k, v in values.items() if k != key}
 
 
-def put(values, key, value):
+def replaced(values, key, value):
     other = copy.copy(values)
     other[key] = value
     return other
 
 
 def damages(path):
-    """(what, function of the path) for a file."""
-    found = {
+    """(description, function of the path) of every damage to a file."""
+    result = {
         "removed": lambda p: p.unlink(),
         "empty": lambda p: os.truncate(p, 0),
         "cut short": lambda p: os.truncate(p, p.stat().st_size // 2),
@@ -94,8 +94,8 @@ def damages(path):
     }
     if is_json(path):
         for text in ("null", "[]", "{}", "3", '"x"', "{"):
-            found[text] = lambda p, text=text: p.write_text(text)
-    return found.items()
+            result[text] = lambda p, text=text: p.write_text(text)
+    return result.items()
 
 
 def is_json(path):
@@ -105,52 +105,52 @@ def is_json(path):
         return False
 
 
-def outcome(look, folder, good, earlier=None):
+def outcome(load, folder, good, earlier=None):
     try:
-        found = look(folder)
+        result = load(folder)
     except UserError:
         return REFUSED
-    if same(found, good):
+    if same(result, good):
         return SAME
-    return EARLIER if earlier is not None and same(found, earlier) else OTHER
+    return EARLIER if earlier is not None and same(result, earlier) else OTHER
 
 
 def same(a, b):
     return str(a) == str(b)
 
 
-def all_outcomes(folder, look, tmp_path, *, earlier=None, edited=(), left_out="-"):
-    """{file: outcomes} of every damage to every file in a folder; of JSON, of every edit too."""
-    good, found = look(folder), {}
+def damage_outcomes(folder, load, tmp_path, *, earlier=None, edited=(), excluded="-"):
+    """{file: outcomes} of every damage to every file in a folder, and every edit of `edited`."""
+    good, outcomes = load(folder), {}
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name.startswith(left_out):
+        if name.startswith(excluded):
             continue
-        tried = [*damages(path)]
-        if name.startswith("checkpoints/"):  # all of them are found by one comparison
-            tried = tried[2:3] + tried[6:7] + tried[9:12]
+        candidates = [*damages(path)]
+        if name.startswith("checkpoints/"):  # all are detected by the same check
+            candidates = candidates[2:3] + candidates[6:7] + candidates[9:12]
         if name in edited:
-            for what, values in edits(json.loads(path.read_text())):
-                tried.append((what, lambda p, v=values: p.write_text(json.dumps(v))))
-        whole = path.read_bytes()
-        for what, damage in tried:
+            for description, values in edits(json.loads(path.read_text())):
+                candidates.append((description, lambda p, v=values: p.write_text(json.dumps(v))))
+        content = path.read_bytes()
+        for description, damage in candidates:
             damage(copied / name)
-            result = outcome(look, copied, good, earlier)
-            assert result != OTHER, f"{name}, {what}: read with another result"
-            found.setdefault(name, set()).add(result)
-            (copied / name).write_bytes(whole)
-    return found
+            result = outcome(load, copied, good, earlier)
+            assert result != OTHER, f"{name}, {description}: opens with another result"
+            outcomes.setdefault(name, set()).add(result)
+            (copied / name).write_bytes(content)
+    return outcomes
 
 
-def without_effect(outcomes):
-    """Files of which at least one damage went without any effect."""
-    return {name for name, found in outcomes.items() if SAME in found}
+def files_without_effect(outcomes):
+    """Files for which at least one damage had no effect."""
+    return {name for name, results in outcomes.items() if SAME in results}
 
 
-def sum_of(tree):
-    """Of arrays: a number that changes with every bit of them."""
+def hash_arrays(tree):
+    """A hash of all arrays of a tree."""
     arrays = [np.ascontiguousarray(x) for x in jax.tree.leaves(tree)]
     return hash(tuple((x.shape, x.dtype.name, x.tobytes()) for x in arrays))
 
@@ -158,12 +158,12 @@ def sum_of(tree):
 # --- data sets ------------------------------------------------------------------------------------
 
 
-def see_data(folder):
-    """All that can be read out of a prepared data set."""
+def load_data(folder):
+    """The full content of a prepared data set."""
     data = open_prepared(folder)
     splits = {
         name: (
-            sum_of(data.split(name).read(0, data.split(name).num_tokens)),
+            hash_arrays(data.split(name).read(0, data.split(name).num_tokens)),
             data.split(name).num_bytes,
             [*data.split(name).documents()],
         )
@@ -180,11 +180,11 @@ def test_damaged_data_are_refused(data, tmp_path, sealed):
         as_version_1(folder)
     edited = ("manifest.json", "tokenizer/tokenizer_config.json") if sealed else ()
 
-    def see(folder):  # nothing says that an unsealed manifest's settings are what they were
-        return see_data(folder) if sealed else see_data(folder)[:-1]
+    def load(folder):  # the settings of an unsealed manifest cannot be checked
+        return load_data(folder) if sealed else load_data(folder)[:-1]
 
-    outcomes = all_outcomes(folder, see, tmp_path, edited=edited)
-    assert without_effect(outcomes) <= (set() if sealed else {"manifest.json"})
+    outcomes = damage_outcomes(folder, load, tmp_path, edited=edited)
+    assert files_without_effect(outcomes) <= (set() if sealed else {"manifest.json"})
 
 
 def as_version_1(folder):
@@ -198,14 +198,14 @@ def test_counts_of_an_unsealed_manifest_are_compared(data, tmp_path):
     folder = tmp_path / "good" / "data"
     shutil.copytree(data, folder)
     as_version_1(folder)
-    good = see_data(folder)
+    good = load_data(folder)
     values = json.loads((folder / "manifest.json").read_text())
     for part in ("dtype", "splits", "tokenizer"):
-        for what, edited in edits(values[part]) if part != "dtype" else [("", "<u4")]:
-            if what in values["splits"]:  # a split that is missing, or called otherwise
+        for description, edited in edits(values[part]) if part != "dtype" else [("", "<u4")]:
+            if description in values["splits"]:  # a removed or renamed split
                 continue
             (folder / "manifest.json").write_text(json.dumps({**values, part: edited}))
-            assert outcome(see_data, folder, good) in (REFUSED, SAME), (part, what)
+            assert outcome(load_data, folder, good) in (REFUSED, SAME), (part, description)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_counts_of_an_unsealed_manifest_are_compared(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(make_run, tmp_path_factory):
-    """A work directory with two checkpoints that know their configuration, and a tokenizer."""
+    """A work directory with two checkpoints, their configuration, and a tokenizer."""
     template = make_run("template", suffix_layers=1, fast_mlp=True, mixers=("window",))
     config = read_config(template)
     folder = tmp_path_factory.mktemp("good") / "run"
@@ -229,18 +229,18 @@ def run(make_run, tmp_path_factory):
     return folder
 
 
-def see_run(folder):
-    """What commands that open a run get of it: the files of the weights, and all that they need."""
-    found = open_run(RunSpec(folder))
-    weights = checksums(epath.Path(found.checkpoint)) if found.step == 3 else {}
-    config = dataclasses.replace(found.config, data=type(found.config.data)())
-    tokenizer = load_run_tokenizer(found).fingerprint()
-    return found.step, weights, tokenizer, config_fingerprint(config)
+def load_run(folder):
+    """Step, checksums of the weights, tokenizer and configuration of an opened run."""
+    opened_run = open_run(RunSpec(folder))
+    weights = checksums(epath.Path(opened_run.checkpoint)) if opened_run.step == 3 else {}
+    config = dataclasses.replace(opened_run.config, data=type(opened_run.config.data)())
+    tokenizer = load_run_tokenizer(opened_run).fingerprint()
+    return opened_run.step, weights, tokenizer, config_fingerprint(config)
 
 
-# What no result reads: Orbax's own notes, the record of starts, and where config.json is missing
-# or leaves a field at its default, the configuration is that of the checkpoint.
-UNREAD = {
+# Files that no result depends on: Orbax's metadata, the record of starts, and config.json, which
+# the configuration of the checkpoint replaces where it is missing or lacks a field.
+UNUSED = {
     "checkpoints/3/_CHECKPOINT_METADATA",
     "checkpoints/3/commit_success.txt",
     "environment.json",
@@ -248,42 +248,42 @@ UNREAD = {
 }
 
 
-def test_damaged_runs_are_refused_or_an_earlier_checkpoint_read(run, tmp_path, capfd):
+def test_damaged_runs_are_refused_or_fall_back(run, tmp_path, capfd):
     second = tmp_path / "second"
     shutil.copytree(run, second)
     shutil.rmtree(second / "checkpoints" / "3")
-    earlier = see_run(second)
-    outcomes = all_outcomes(run, see_run, tmp_path, earlier=earlier, left_out="checkpoints/2/")
+    earlier = load_run(second)
+    outcomes = damage_outcomes(run, load_run, tmp_path, earlier=earlier, excluded="checkpoints/2/")
     assert "is damaged" in capfd.readouterr().err
-    # Where the tokenizer is missing, that of the data is taken, which is the same.
-    assert without_effect(outcomes) <= UNREAD | {f"{TOKENIZER_DIR}/tokenizer_config.json"}
+    # If the tokenizer is missing, the equal one of the data is used.
+    assert files_without_effect(outcomes) <= UNUSED | {f"{TOKENIZER_DIR}/tokenizer_config.json"}
     items = [n for n in outcomes if n.startswith("checkpoints/3/") and n.count("/") > 2]
     assert len(items) > 5
     assert all(outcomes[name] == {EARLIER} for name in items)
     assert outcomes["checkpoints/3/checksums.json"] == {EARLIER}
 
 
-def test_an_edited_configuration_is_refused_with_its_fields(run, tmp_path):
+def test_edited_configuration_is_refused_with_its_fields(run, tmp_path):
     path = tmp_path / "run" / "config.json"
     shutil.copytree(run, path.parent)
-    values, good = json.loads(path.read_text()), see_run(run)
+    values, good = json.loads(path.read_text()), load_run(run)
     for section in ("model", "inner", "train", "optim"):
         for field, value in values[section].items():
             if field == "init_from":  # a path, and runs move
                 continue
             edited = {**values[section], field: changed(value)[0]}
             path.write_text(json.dumps({**values, section: edited}))
-            assert outcome(see_run, path.parent, good) in (REFUSED, SAME), field
+            assert outcome(load_run, path.parent, good) in (REFUSED, SAME), field
     model = {**values["model"], "rope_theta": 5.0}
     path.write_text(json.dumps({**values, "model": model}))
     with pytest.raises(UserError, match=r"\(model\.rope_theta was [\d.]+, is 5\.0\)"):
-        see_run(path.parent)
+        load_run(path.parent)
     path.write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="has the format 99"):
-        see_run(path.parent)
+        load_run(path.parent)
 
 
-def test_weights_that_are_not_finite_are_refused(run, tmp_path):
+def test_nonfinite_weights_are_refused(run, tmp_path):
     config = read_config(run)
     model = build_model(config.model, config.inner)
     params = checkpoints.restore_params(run, weights_template(model, make_mesh()))
@@ -292,43 +292,43 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     saver = checkpoints.Checkpointer(tmp_path / checkpoints.CHECKPOINT_DIR)
     saver.save(3, {"params": bad})
     saver.close()
-    found = open_run(RunSpec(tmp_path))
+    opened_run = open_run(RunSpec(tmp_path))
     with pytest.raises(UserError, match=r"weights .* are not finite"):
-        found.weights(weights_template(model, make_mesh()))
+        opened_run.weights(weights_template(model, make_mesh()))
 
 
 # --- sessions -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def opened(run):
+def loaded(run):
     return load_model(run)
 
 
 @pytest.fixture(scope="module")
-def session(opened, tmp_path_factory):
+def session(loaded, tmp_path_factory):
     path = tmp_path_factory.mktemp("session") / "good.session"
-    engine = opened.engine
+    engine = loaded.engine
     read, _ = engine.read(engine.start(), np.arange(20, dtype=np.int32))
     save_session(
-        path, engine, read, model=opened.model_fingerprint, tokenizer="t", chunk_losses=[2.5]
+        path, engine, read, model=loaded.model_fingerprint, tokenizer="t", chunk_losses=[2.5]
     )
     return path
 
 
-def see_session(opened):
-    def look(path):
-        found, about = load_session(
-            path, opened.engine, model=opened.model_fingerprint, tokenizer="t"
+def session_loader(loaded):
+    def load(path):
+        session, about = load_session(
+            path, loaded.engine, model=loaded.model_fingerprint, tokenizer="t"
         )
-        state = found.learned, found.now, found.pending, found.counted, found.logit_V
-        return found.tokens, sum_of(state), dataclasses.replace(about, format="", arrays="")
+        state = session.learned, session.now, session.pending, session.counted, session.logit_V
+        return session.tokens, hash_arrays(state), dataclasses.replace(about, format="", arrays="")
 
-    return look
+    return load
 
 
 def rewrite(path, target, header=lambda h: h, arrays=lambda a: a, old=False):
-    """The session file with its header and arrays changed; old: of the format before."""
+    """Writes the session file with changed header and arrays. old: in the previous format."""
     with safe_open(path, "numpy") as file:
         values = json.loads(file.metadata()["session"])
     if old:
@@ -337,38 +337,41 @@ def rewrite(path, target, header=lambda h: h, arrays=lambda a: a, old=False):
     save_file(arrays(load_file(path)), target, metadata={"session": json.dumps(header(values))})
 
 
-def test_damaged_sessions_are_refused(session, opened, tmp_path):
-    look, path = see_session(opened), tmp_path / "bad.session"
-    good = look(session)
+def test_damaged_sessions_are_refused(session, loaded, tmp_path):
+    load, path = session_loader(loaded), tmp_path / "bad.session"
+    good = load(session)
     size = session.stat().st_size
-    tried = [*damages(session), *((str(at), flip(at / size)) for at in range(0, size, size // 97))]
-    for what, damage in tried:
+    candidates = [
+        *damages(session),
+        *((str(at), flip(at / size)) for at in range(0, size, size // 97)),
+    ]
+    for description, damage in candidates:
         shutil.copyfile(session, path)
         damage(path)
-        assert outcome(look, path, good) == REFUSED, what
+        assert outcome(load, path, good) == REFUSED, description
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_sessions_with_an_edited_header_are_refused(session, opened, tmp_path, old):
-    look, path = see_session(opened), tmp_path / "bad.session"
-    good = look(session)
+def test_sessions_with_edited_header_are_refused(session, loaded, tmp_path, old):
+    load, path = session_loader(loaded), tmp_path / "bad.session"
+    good = load(session)
     rewrite(session, path, old=old)
-    assert look(path) == good
+    assert load(path) == good
     with safe_open(path, "numpy") as file:
         values = json.loads(file.metadata()["session"])
-    # What nothing else in a file of the format before tells of.
-    shown = ("drift", "layers", "lost", "chunk_losses", "chunk_losses_after", "source", "rank")
-    for what, edited in edits(values):
-        if old and what.split(".")[0] in (*shown, "tokens", "tokenizer"):
+    # Fields that a file of the previous format has no check for.
+    unchecked = ("drift", "layers", "lost", "chunk_losses", "chunk_losses_after", "source", "rank")
+    for description, edited in edits(values):
+        if old and description.split(".")[0] in (*unchecked, "tokens", "tokenizer"):
             continue
         rewrite(session, path, lambda _, e=edited: e, old=old)
-        assert outcome(look, path, good) == REFUSED, what
+        assert outcome(load, path, good) == REFUSED, description
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_sessions_with_other_arrays_are_refused(session, opened, tmp_path, old):
-    look, path = see_session(opened), tmp_path / "bad.session"
-    good = look(session)
+def test_sessions_with_other_arrays_are_refused(session, loaded, tmp_path, old):
+    load, path = session_loader(loaded), tmp_path / "bad.session"
+    good = load(session)
     for name, array in load_file(session).items():
         wrong = {
             "missing": None,
@@ -379,29 +382,29 @@ def test_sessions_with_other_arrays_are_refused(session, opened, tmp_path, old):
             wrong |= {"nan": np.where(np.arange(array.size).reshape(array.shape), array, np.nan)}
             wrong["nan"] = wrong["nan"].astype(np.float32)
             wrong |= {} if old else {"x 10": array * 10}
-        for what, other in wrong.items():
+        for description, other in wrong.items():
 
             def change(arrays, name=name, other=other):
                 return {k: v for k, v in {**arrays, name: other}.items() if v is not None}
 
             rewrite(session, path, arrays=change, old=old)
-            assert outcome(look, path, good) == REFUSED, (name, what)
+            assert outcome(load, path, good) == REFUSED, (name, description)
     rewrite(session, path, arrays=lambda a: {**a, "zzz": np.zeros(3, np.float32)}, old=old)
-    assert outcome(look, path, good) == REFUSED
+    assert outcome(load, path, good) == REFUSED
 
 
-def test_a_session_that_is_not_finite_is_not_written(session, opened, tmp_path):
-    engine = opened.engine
-    found, _ = load_session(session, engine, model=opened.model_fingerprint)
-    bad = dataclasses.replace(found, logit_V=found.logit_V * np.nan)
+def test_nonfinite_session_is_not_written(session, loaded, tmp_path):
+    engine = loaded.engine
+    loaded_session, _ = load_session(session, engine, model=loaded.model_fingerprint)
+    bad = dataclasses.replace(loaded_session, logit_V=loaded_session.logit_V * np.nan)
     with pytest.raises(UserError, match=r"is not written: .* logits is not finite"):
-        save_session(tmp_path / "s", engine, bad, model=opened.model_fingerprint)
+        save_session(tmp_path / "s", engine, bad, model=loaded.model_fingerprint)
     with pytest.raises(UserError, match="the loss of a chunk is not finite"):
         save_session(
             tmp_path / "s",
             engine,
-            found,
-            model=opened.model_fingerprint,
+            loaded_session,
+            model=loaded.model_fingerprint,
             chunk_losses=[float("inf")],
         )
     assert not list(tmp_path.iterdir())
@@ -410,12 +413,12 @@ def test_a_session_that_is_not_finite_is_not_written(session, opened, tmp_path):
 # --- exports --------------------------------------------------------------------------------------
 
 
-def see_export(folder):
-    """What an import makes of it."""
-    source = open_huggingface(folder, config="", overrides=[], tokenizer="", say=lambda line: None)
+def import_export(folder):
+    """Configuration, weights and tokenizer of an imported export."""
+    source = open_huggingface(folder, config="", overrides=[], tokenizer="", log=lambda line: None)
     model = build_model(source.config.model, source.config.inner)
     arrays = {str(piece[:-1]): piece[-1] for piece in source.pieces(model)}
-    return source.config, sum_of(arrays), source.tokenizer.fingerprint()
+    return source.config, hash_arrays(arrays), source.tokenizer.fingerprint()
 
 
 def test_damaged_exports_are_refused(run, tmp_path, monkeypatch):
@@ -423,12 +426,12 @@ def test_damaged_exports_are_refused(run, tmp_path, monkeypatch):
     folder = tmp_path / "good" / "export"
     export.write(export.plan(run), folder, limit=4000)
     assert len([*folder.glob("*.safetensors")]) > 1
-    outcomes = all_outcomes(folder, see_export, tmp_path, edited=(EXPORT,))
-    assert without_effect(outcomes) == {EXPORT}  # removed: a model from elsewhere
+    outcomes = damage_outcomes(folder, import_export, tmp_path, edited=(EXPORT,))
+    assert files_without_effect(outcomes) == {EXPORT}  # without it, a model of another tool
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="was not exported with the rest"):
-        see_export(folder)
+        import_export(folder)
     values = json.loads((folder / EXPORT).read_text())
     (folder / EXPORT).write_text(json.dumps({**values, "format": 2}))
     with pytest.raises(UserError, match="export of the format 2"):
-        see_export(folder)
+        import_export(folder)

@@ -1,4 +1,4 @@
-"""Reading, writing and sessions from the command line."""
+"""`tttjax generate`, `read` and `sessions` from the command line."""
 
 import io
 import json
@@ -19,41 +19,41 @@ TEXT = "the cat sat on the mat. " * 12
 
 @pytest.fixture(scope="module")
 def run(make_run):
-    return str(make_run("writes", suffix_layers=1, fast_mlp=True, mixers=("window",)))
+    return str(make_run("generate", suffix_layers=1, fast_mlp=True, mixers=("window",)))
 
 
-def words(capsys, *arguments) -> tuple[int, str, str]:
+def call(capsys, *arguments) -> tuple[int, str, str]:
     code = main([str(a) for a in arguments])
     out, err = capsys.readouterr()
     return code, out, err
 
 
 def test_samples_use_consecutive_seeds(run, capsys):
-    ask = ("generate", run, "--prompt", "the cat", "--max-tokens=6", "--json")
-    code, out, _ = words(capsys, *ask, "--seed=3", "--samples=2")
+    options = ("generate", run, "--prompt", "the cat", "--max-tokens=6", "--json")
+    code, out, _ = call(capsys, *options, "--seed=3", "--samples=2")
     assert code == 0
     two = json.loads(out)
     for text in two:
         assert text["finished"] == ("length" if len(text["tokens"]) == 6 else "eos")
     assert all(logprob < 0 for text in two for logprob in text["logprobs"])
     for i in range(2):
-        (alone,) = json.loads(words(capsys, *ask, f"--seed={3 + i}")[1])
+        (alone,) = json.loads(call(capsys, *options, f"--seed={3 + i}")[1])
         assert alone["tokens"] == two[i]["tokens"]
-    greedy = [words(capsys, *ask, "--temperature=0", f"--seed={i}")[1] for i in range(2)]
+    greedy = [call(capsys, *options, "--temperature=0", f"--seed={i}")[1] for i in range(2)]
     assert greedy[0] == greedy[1]
 
 
 def test_prompt_is_echoed_only_on_a_terminal(run, capsys, monkeypatch):
-    ask = ("generate", run, "--prompt", "the cat", "--max-tokens=4", "--temperature=0")
-    alone = words(capsys, *ask)[1]
+    options = ("generate", run, "--prompt", "the cat", "--max-tokens=4", "--temperature=0")
+    alone = call(capsys, *options)[1]
     assert "the cat" not in alone
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert words(capsys, *ask)[1] == f"\x1b[2mthe cat\x1b[0m{alone}"
+    assert call(capsys, *options)[1] == f"\x1b[2mthe cat\x1b[0m{alone}"
     monkeypatch.setenv("TERM", "dumb")
-    assert words(capsys, *ask)[1] == f"the cat{alone}"
-    assert "the cat" not in words(capsys, *ask, "--json")[1]
+    assert call(capsys, *options)[1] == f"the cat{alone}"
+    assert "the cat" not in call(capsys, *options, "--json")[1]
 
 
 def test_batched_prompts_match_single_prompts(run, tmp_path, capsys):
@@ -61,17 +61,17 @@ def test_batched_prompts_match_single_prompts(run, tmp_path, capsys):
     lines = [texts[0], {"prompt": texts[1]}, texts[2]]
     written = [json.dumps(line, ensure_ascii=False) for line in lines]
     (tmp_path / "p.jsonl").write_text("\n\n".join(written), encoding="utf-8")
-    ask = ("--max-tokens=5", "--samples=2", "--temperature=0.5")
-    many = ("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch=4", *ask)
-    found = [json.loads(line) for line in words(capsys, *many)[1].splitlines()]
-    assert [(text.pop("prompt"), text.pop("sample")) for text in found] == [
+    options = ("--max-tokens=5", "--samples=2", "--temperature=0.5")
+    many = ("generate", run, "--prompts", tmp_path / "p.jsonl", "--batch=4", *options)
+    results = [json.loads(line) for line in call(capsys, *many)[1].splitlines()]
+    assert [(text.pop("prompt"), text.pop("sample")) for text in results] == [
         (i, j) for i in range(3) for j in range(2)
     ]
     for i, text in enumerate(texts):
-        alone = json.loads(words(capsys, "generate", run, "--prompt", text, "--json", *ask)[1])
+        alone = json.loads(call(capsys, "generate", run, "--prompt", text, "--json", *options)[1])
         for j in range(2):
-            assert found[2 * i + j]["tokens"] == alone[j]["tokens"]
-            assert found[2 * i + j]["logprobs"] == pytest.approx(alone[j]["logprobs"], abs=1e-4)
+            assert results[2 * i + j]["tokens"] == alone[j]["tokens"]
+            assert results[2 * i + j]["logprobs"] == pytest.approx(alone[j]["logprobs"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_batched_prompts_match_single_prompts(run, tmp_path, capsys):
 )
 def test_bad_prompt_files_are_refused(run, tmp_path, capsys, lines, sentence):
     (tmp_path / "p.jsonl").write_text(lines)
-    code, out, err = words(capsys, "generate", run, "--prompts", tmp_path / "p.jsonl")
+    code, out, err = call(capsys, "generate", run, "--prompts", tmp_path / "p.jsonl")
     assert (code, out) == (2, "")
     assert sentence in err
 
@@ -94,40 +94,40 @@ def test_session_resumes_prefill(run, tmp_path, capsys):
     file = tmp_path / "s.session"
     (tmp_path / "t.txt").write_text(TEXT)
     (tmp_path / "u.txt").write_text(TEXT + "and")
-    keep = ("--save-session", file, "--max-tokens=0")
-    assert words(capsys, "generate", run, "--prompt-file", tmp_path / "t.txt", *keep)[0] == 0
+    save = ("--save-session", file, "--max-tokens=0")
+    assert call(capsys, "generate", run, "--prompt-file", tmp_path / "t.txt", *save)[0] == 0
     before = file.read_bytes()
-    ask = ("--max-tokens=5", "--temperature=0", "--json")
-    _, went_on, _ = words(capsys, "generate", run, "--session", file, "--prompt", "and", *ask)
+    options = ("--max-tokens=5", "--temperature=0", "--json")
+    _, resumed, _ = call(capsys, "generate", run, "--session", file, "--prompt", "and", *options)
     assert file.read_bytes() == before
-    _, at_once, _ = words(capsys, "generate", run, "--prompt-file", tmp_path / "u.txt", *ask)
-    assert json.loads(went_on)[0]["tokens"] == json.loads(at_once)[0]["tokens"]
-    code, told, _ = words(capsys, "sessions", file)
+    _, single_call, _ = call(capsys, "generate", run, "--prompt-file", tmp_path / "u.txt", *options)
+    assert json.loads(resumed)[0]["tokens"] == json.loads(single_call)[0]["tokens"]
+    code, summary, _ = call(capsys, "sessions", file)
     assert code == 0
-    assert f"{len(TEXT) + 1} tokens read" in told
-    assert "moved by" in told
+    assert f"{len(TEXT) + 1} tokens read" in summary
+    assert "moved by" in summary
 
 
 def test_generation_resumes_bit_identically_from_session(run, tmp_path, capsys):
-    ask = ("--json", "--seed=5")
-    whole = words(capsys, "generate", run, "--prompt", "the cat", "--max-tokens=14", *ask)[1]
-    keep = ("--save-session", tmp_path / "s", "--max-tokens=6")
-    begin = words(capsys, "generate", run, "--prompt", "the cat", *keep, *ask)[1]
-    rest = ("--session", tmp_path / "s", "--max-tokens=8")
-    end = words(capsys, "generate", run, *rest, *ask)[1]
-    (whole,), (begin,), (end,) = map(json.loads, (whole, begin, end))
-    assert begin["tokens"] + end["tokens"] == whole["tokens"]
-    assert begin["logprobs"] + end["logprobs"] == whole["logprobs"]
+    options = ("--json", "--seed=5")
+    full = call(capsys, "generate", run, "--prompt", "the cat", "--max-tokens=14", *options)[1]
+    save = ("--save-session", tmp_path / "s", "--max-tokens=6")
+    start = call(capsys, "generate", run, "--prompt", "the cat", *save, *options)[1]
+    resume = ("--session", tmp_path / "s", "--max-tokens=8")
+    end = call(capsys, "generate", run, *resume, *options)[1]
+    (full,), (start,), (end,) = map(json.loads, (full, start, end))
+    assert start["tokens"] + end["tokens"] == full["tokens"]
+    assert start["logprobs"] + end["logprobs"] == full["logprobs"]
 
 
 def test_resume_without_learning_settles_pending_tokens(run, tmp_path, capsys):
-    """Its pending tokens are read already, and are not learned from later."""
+    """They were read already, and later updates do not use them."""
     first = ("--save-session", tmp_path / "a", "--max-tokens=0", "--prompt", "x" * 12)
-    assert words(capsys, "generate", run, *first)[0] == 0
+    assert call(capsys, "generate", run, *first)[0] == 0
     again = ("--session", tmp_path / "a", "--save-session", tmp_path / "b", "--max-tokens=0")
-    assert words(capsys, "generate", run, *again, "--prompt", "yz", "--learn=none")[0] == 0
-    found = [json.loads(words(capsys, "sessions", "--json", tmp_path / name)[1]) for name in "ab"]
-    (before,), (after,) = (about.values() for about in found)
+    assert call(capsys, "generate", run, *again, "--prompt", "yz", "--learn=none")[0] == 0
+    headers = [json.loads(call(capsys, "sessions", "--json", tmp_path / name)[1]) for name in "ab"]
+    (before,), (after,) = (about.values() for about in headers)
     assert (before["tokens"], before["pending"]) == (13, 5)
     assert (after["tokens"], after["pending"]) == (15, 0)
     assert after["drift"] == before["drift"]
@@ -136,19 +136,19 @@ def test_resume_without_learning_settles_pending_tokens(run, tmp_path, capsys):
 def test_text_is_read_to_its_end_once(run, tmp_path, capsys):
     text, session, log = (tmp_path / name for name in ("t.txt", "s.session", "log.csv"))
     text.write_text(TEXT)
-    code, _, err = words(capsys, "read", run, text, "--save-session", session, "--log", log)
+    code, _, err = call(capsys, "read", run, text, "--save-session", session, "--log", log)
     assert code == 0
     assert f"{len(TEXT) + 1} tokens in" in err
     rows = log.read_text().splitlines()
     assert rows[0] == "tokens,loss,grad_norm"
     assert [int(row.split(",")[0]) for row in rows[1:]] == list(range(8, len(TEXT) + 1, 8))
-    again = words(capsys, "read", run, text, "--save-session", session, "--log", log)
+    again = call(capsys, "read", run, text, "--save-session", session, "--log", log)
     assert again[0] == 0
     assert log.read_text().splitlines() == rows
-    about = json.loads(words(capsys, "sessions", "--json", session)[1])[str(session)]
+    about = json.loads(call(capsys, "sessions", "--json", session)[1])[str(session)]
     assert about["source"]["tokens"] == about["source"]["of"] == len(TEXT)
     text.write_text(TEXT + "more")
-    refused = words(capsys, "read", run, text, "--save-session", session)
+    refused = call(capsys, "read", run, text, "--save-session", session)
     assert refused[0] == 2
     assert "session of another text" in refused[2]
 
@@ -170,7 +170,7 @@ def test_text_is_read_to_its_end_once(run, tmp_path, capsys):
     ],
 )
 def test_bad_input_is_refused(run, options, sentence, capsys):
-    code, out, err = words(capsys, "generate", run, *options)
+    code, out, err = call(capsys, "generate", run, *options)
     assert code == 2
     assert out == ""
     assert err.startswith("error: ")
@@ -179,8 +179,8 @@ def test_bad_input_is_refused(run, options, sentence, capsys):
 
 
 def test_full_attention_reports_its_capacity(make_run, capsys):
-    run = make_run("narrow", mixers=("full",))
-    code, _, err = words(capsys, "generate", run, "--prompt", "abc", "--max-length=4")
+    run = make_run("full", mixers=("full",))
+    code, _, err = call(capsys, "generate", run, "--prompt", "abc", "--max-length=4")
     assert code == 2
     assert "has room for 4 tokens, and this takes 132; give --max-length=132" in err
 
@@ -188,11 +188,9 @@ def test_full_attention_reports_its_capacity(make_run, capsys):
 @pytest.mark.parametrize(
     "raw", [b"a\r\nb\rc\n", b"\xef\xbb\xbfa\r\nb\xc3\xa9\n", b"\xef\xbb\xbfa\xef\xbb\xbf"]
 )
-def test_text_has_same_tokens_for_every_input(
-    run, data, tmp_path, monkeypatch, capsys, raw
-):
-    """By --prompt, --prompt-file, standard input, --prompts, `read` and `prepare`."""
-    expected = [256, *raw.removeprefix(b"\xef\xbb\xbf")]  # bytes are their own tokens
+def test_text_has_same_tokens_for_every_input(run, data, tmp_path, monkeypatch, capsys, raw):
+    """For --prompt, --prompt-file, standard input, --prompts, `read` and `prepare`."""
+    expected = [256, *raw.removeprefix(b"\xef\xbb\xbf")]  # BOS, then one token per byte
     path = tmp_path / "t.txt"
     path.write_bytes(raw)
     text = raw.decode()
@@ -216,7 +214,7 @@ def test_text_has_same_tokens_for_every_input(
         ["--prompts", tmp_path / "p.jsonl"],
     ):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
-        assert words(capsys, "generate", run, *option, "--max-tokens=2")[2] == "error: noted\n"
+        assert call(capsys, "generate", run, *option, "--max-tokens=2")[2] == "error: noted\n"
     assert read == [expected] * 4
     tokens = [
         256,
@@ -254,7 +252,7 @@ def test_invalid_text_is_refused(run, tmp_path, monkeypatch, capsys, options, se
     (tmp_path / "half.txt").write_bytes(b"\xed\xa0\xbd")
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
-    code, out, err = words(capsys, "generate", run, *options)
+    code, out, err = call(capsys, "generate", run, *options)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert sentence in err
@@ -263,7 +261,7 @@ def test_invalid_text_is_refused(run, tmp_path, monkeypatch, capsys, options, se
 def test_many_documents_are_refused_as_one_text(run, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     read = ("read", run, tmp_path / "a.jsonl", "--save-session", tmp_path / "s")
-    code, _, err = words(capsys, *read)
+    code, _, err = call(capsys, *read)
     assert code == 2
     assert "many documents (JSON lines)" in err
 
@@ -273,18 +271,18 @@ def test_save_session_does_not_overwrite_other_files(run, tmp_path, capsys):
     text.write_text(TEXT)
     for command in (("generate", run, "--prompt=a", "--max-tokens=0"), ("read", run, text)):
         for path, sentence in ((text, "is not a session"), (tmp_path, "is a folder")):
-            code, _, err = words(capsys, *command, f"--save-session={path}")
+            code, _, err = call(capsys, *command, f"--save-session={path}")
             assert (code, sentence in err) == (2, True)
     assert text.read_text() == TEXT
 
 
 def test_damaged_session_arrays_are_refused(run, tmp_path, capsys):
     path = tmp_path / "a.session"
-    words(capsys, "generate", run, "--prompt=a", "--max-tokens=0", f"--save-session={path}")
-    assert words(capsys, "sessions", path)[0] == 0
+    call(capsys, "generate", run, "--prompt=a", "--max-tokens=0", f"--save-session={path}")
+    assert call(capsys, "sessions", path)[0] == 0
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    code, out, err = words(capsys, "sessions", path)
+    code, out, err = call(capsys, "sessions", path)
     assert (code, out) == (2, "")
     assert "the checksum of its arrays differs" in err

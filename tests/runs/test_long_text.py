@@ -48,7 +48,7 @@ def test_bins_hold_means_of_any_number_of_rows():
 
 
 @pytest.mark.parametrize("layers", [1, 3, 9])
-def test_few_layers_are_lines_and_many_a_map(tmp_path, layers):
+def test_plot_shows_few_layers_as_lines(tmp_path, layers):
     about = {
         "layers": [f"layer{i}" for i in range(layers)],
         "start_norm": [0.0] + [1.0] * (layers - 1),

@@ -1,4 +1,4 @@
-"""Reading with a telescope and snapshots: stopped, killed and resumed; going back; forks."""
+"""`tttjax read`: update traces, snapshots, stop and resume, rewinding, forks."""
 
 import functools
 import json
@@ -17,15 +17,15 @@ from tttjax.io.locks import hold
 from tttjax.runs.load import load_model
 from tttjax.runs.snapshots import list_snapshots
 
-TEXT = "the cat sat on the mat. " * 19  # 7 stretches of 64 bytes, and a bit
-KEEP = ("--keep-every=64", "--keep-most=3")
+TEXT = "the cat sat on the mat. " * 19  # 7 prefill calls of 64 bytes, and a shorter one
+SNAPSHOT_FLAGS = ("--keep-every=64", "--keep-most=3")
 
 
 class StopAfter:
-    """A request to stop that comes after some stretches."""
+    """A stop request that arrives after `calls` prefill calls."""
 
-    def __init__(self, stretches):
-        self.stretches = stretches
+    def __init__(self, calls):
+        self.calls = calls
 
     def __enter__(self):
         return self
@@ -34,7 +34,7 @@ class StopAfter:
         pass
 
     def after(self, number):
-        return number + 1 == self.stretches
+        return number + 1 == self.calls
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(run, text, tmp_path_factory, open_once):
-    """A folder with what a reading without stops leaves."""
+def uninterrupted(run, text, tmp_path_factory, open_once):
+    """A folder with the outputs of an uninterrupted prefill."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tttjax.cli.read, "load_from_args", open_once)
@@ -86,8 +86,8 @@ def whole(run, text, tmp_path_factory, open_once):
 
 
 def outputs(folder):
-    names = {"save-session": "s", "telescope": "seen", "log": "log.csv"}
-    return [*(f"--{option}={folder / name}" for option, name in names.items()), *KEEP]
+    names = {"save-session": "s", "telescope": "trace", "log": "log.csv"}
+    return [*(f"--{option}={folder / name}" for option, name in names.items()), *SNAPSHOT_FLAGS]
 
 
 def content(folder):
@@ -95,99 +95,103 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_stopped_and_killed_prefill_is_bit_identical(
-    run, text, whole, tmp_path, call
-):
+def test_stopped_and_killed_prefill_is_bit_identical(run, text, uninterrupted, tmp_path, call):
     folder = tmp_path / "here"
     read = ("read", run, text, *outputs(folder))
     folder.mkdir()
     assert call(*read, stop=3)[0] == 75
     shutil.copy(folder / "s", tmp_path / "early")
     assert call(*read, stop=2)[0] == 75
-    # As if killed before the last saves: lines and snapshots are there that the session is not of.
+    # As if killed before the last save: there are lines and snapshots beyond the session.
     shutil.copy(tmp_path / "early", folder / "s")
-    with (folder / "seen" / "chunks.jsonl").open("a") as file:
+    with (folder / "trace" / "chunks.jsonl").open("a") as file:
         file.write('{"tokens": 352, "lo')
     assert call(*read, stop=1)[0] == 75
-    # As if killed between a session and its snapshot, which is due after four stretches.
+    # As if killed between a session and its snapshot, which is due after four calls.
     (folder / "s.kept" / f"{4 * 64 + 1:012}.session").unlink()
     code, _, err = call(*read)
     assert code == 0
     assert " -> " in err
     assert "clipped" in err
-    assert content(folder) == content(whole)
+    assert content(folder) == content(uninterrupted)
 
 
-def test_missing_summary_is_written_by_same_command(
-    run, text, whole, tmp_path, call
-):
-    shutil.copytree(whole, tmp_path / "w")
-    (tmp_path / "w" / "seen" / "telescope.json").unlink()
-    (tmp_path / "w" / "seen" / "telescope.png").unlink()
+def test_missing_summary_is_written_by_same_command(run, text, uninterrupted, tmp_path, call):
+    shutil.copytree(uninterrupted, tmp_path / "w")
+    (tmp_path / "w" / "trace" / "telescope.json").unlink()
+    (tmp_path / "w" / "trace" / "telescope.png").unlink()
     assert call("read", run, text, *outputs(tmp_path / "w"))[0] == 0
-    assert content(tmp_path / "w") == content(whole)
+    assert content(tmp_path / "w") == content(uninterrupted)
 
 
-def test_update_trace_files_agree_with_session(whole, call):
-    about = read_about(whole / "s")
-    lines = (whole / "seen" / "chunks.jsonl").read_text().splitlines()
+def test_update_trace_files_agree_with_session(uninterrupted, call):
+    about = read_about(uninterrupted / "s")
+    lines = (uninterrupted / "trace" / "chunks.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["tokens"] for row in rows] == [8 * (i + 1) for i in range(len(TEXT) // 8)]
     assert [row["loss"] for row in rows] == pytest.approx(about.chunk_losses, rel=1e-6)
     assert [row["loss_after"] for row in rows] == pytest.approx(about.chunk_losses_after, rel=1e-6)
     assert all(row["clipped"] == (row["grad_norm"] >= 1) for row in rows)
-    summary = json.loads((whole / "seen" / "telescope.json").read_text())
+    summary = json.loads((uninterrupted / "trace" / "telescope.json").read_text())
     assert summary["layers"] == list(about.layers) == ["layer0"]
     assert summary["chunks"] == len(rows)
     assert summary["loss"] == pytest.approx(sum(about.chunk_losses) / len(rows), rel=1e-6)
     assert summary["clip_rate"] == pytest.approx(sum(r["clipped"] for r in rows) / len(rows))
-    for i, (name, (moved, start)) in enumerate(about.layers.items()):
-        assert rows[-1]["layer_drift"][i] == summary["drift"][name] == pytest.approx(moved)
+    for i, (name, (drift, start)) in enumerate(about.layers.items()):
+        assert rows[-1]["layer_drift"][i] == summary["drift"][name] == pytest.approx(drift)
         assert summary["start_norm"][i] == pytest.approx(start)
     by_weight = sum(size**2 for size in about.drift.values())
-    assert by_weight == pytest.approx(sum(moved**2 for moved, _ in about.layers.values()))
-    assert (whole / "seen" / "telescope.png").read_bytes().startswith(b"\x89PNG")
-    code, told, _ = call("sessions", whole / "s")
+    assert by_weight == pytest.approx(sum(drift**2 for drift, _ in about.layers.values()))
+    assert (uninterrupted / "trace" / "telescope.png").read_bytes().startswith(b"\x89PNG")
+    code, summary_text, _ = call("sessions", uninterrupted / "s")
     assert code == 0
     last = f"{about.chunk_losses[-1]:.4f} -> {about.chunk_losses_after[-1]:.4f}"
-    assert last in told
-    assert "layer0  moved by" in told
-    assert [found.tokens for found in list_snapshots(whole / "s").values()] == [1, 129, 257]
-    for found in list_snapshots(whole / "s").values():
-        assert f"{found.tokens:12,} tokens  " in told
-    found = json.loads(call("sessions", whole / "s", "--json")[1])[str(whole / "s")]
-    assert len(found["kept"]) == 3
+    assert last in summary_text
+    assert "layer0  moved by" in summary_text
+    assert [snapshot.tokens for snapshot in list_snapshots(uninterrupted / "s").values()] == [
+        1,
+        129,
+        257,
+    ]
+    for snapshot in list_snapshots(uninterrupted / "s").values():
+        assert f"{snapshot.tokens:12,} tokens  " in summary_text
+    header = json.loads(call("sessions", uninterrupted / "s", "--json")[1])[
+        str(uninterrupted / "s")
+    ]
+    assert len(header["kept"]) == 3
 
 
-def test_prefill_from_snapshot_is_bit_identical(run, text, whole, tmp_path, call):
-    back = ("sessions", whole / "s", "--to", tmp_path / "s")
-    code, _, err = call(*back, "--rewind=300")
+def test_prefill_from_snapshot_is_bit_identical(run, text, uninterrupted, tmp_path, call):
+    rewind = ("sessions", uninterrupted / "s", "--to", tmp_path / "s")
+    code, _, err = call(*rewind, "--rewind=300")
     assert code == 0
     assert "as it was after 257 tokens" in err
     assert "--run=WORKDIR and --text=FILE read on" in err
     assert call("read", run, text, *outputs(tmp_path))[0] == 0
-    assert (tmp_path / "s").read_bytes() == (whole / "s").read_bytes()
+    assert (tmp_path / "s").read_bytes() == (uninterrupted / "s").read_bytes()
 
 
-def test_rewind_to_any_chunk(run, text, whole, tmp_path, call):
-    """What is found there is what reading the text up to there leaves, bit for bit."""
-    place = 8 * 38 + 1
+def test_rewind_to_any_chunk(run, text, uninterrupted, tmp_path, call):
+    """The session is bit-identical to that of a text that ends there."""
+    position = 8 * 38 + 1
     exactly = ("--run", run, "--text", text)
-    there = call("sessions", whole / "s", f"--rewind={place}", "--to", tmp_path / "s", *exactly)
-    assert there[0] == 0
-    assert f"as it was after {place} tokens" in there[2]
-    (tmp_path / "cut.txt").write_text(TEXT[: place - 1])
-    cut = ("--save-session", tmp_path / "cut", "--telescope", tmp_path / "seen")
+    rewound = call(
+        "sessions", uninterrupted / "s", f"--rewind={position}", "--to", tmp_path / "s", *exactly
+    )
+    assert rewound[0] == 0
+    assert f"as it was after {position} tokens" in rewound[2]
+    (tmp_path / "cut.txt").write_text(TEXT[: position - 1])
+    cut = ("--save-session", tmp_path / "cut", "--telescope", tmp_path / "trace")
     assert call("read", run, tmp_path / "cut.txt", *cut)[0] == 0
-    found, wanted = load_file(tmp_path / "s"), load_file(tmp_path / "cut")
-    assert found.keys() == wanted.keys()
-    assert all((found[name] == wanted[name]).all() for name in found)
+    actual, expected = load_file(tmp_path / "s"), load_file(tmp_path / "cut")
+    assert actual.keys() == expected.keys()
+    assert all((actual[name] == expected[name]).all() for name in actual)
     a, b = (read_about(tmp_path / name) for name in ("s", "cut"))
     assert (a.tokens, a.chunk_losses, a.layers) == (b.tokens, b.chunk_losses, b.layers)
 
 
-def test_forks_differ_only_by_their_prompts(run, whole, tmp_path, call):
-    snapshot = list(list_snapshots(whole / "s"))[1]
+def test_forks_differ_only_by_their_prompts(run, uninterrupted, tmp_path, call):
+    snapshot = list(list_snapshots(uninterrupted / "s"))[1]
     before = snapshot.read_bytes()
     for name, prompt in (("a", "a dog"), ("b", "a dog"), ("c", "a log")):
         fork = ("--session", snapshot, "--save-session", tmp_path / name, "--prompt", prompt)
@@ -224,58 +228,58 @@ def test_progress_without_update_trace(run, text, tmp_path, call):
     ],
 )
 def test_invalid_rewinds_are_refused(
-    run, text, whole, tmp_path, monkeypatch, call, words, sentence
+    run, text, uninterrupted, tmp_path, monkeypatch, call, words, sentence
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.txt").write_text(TEXT.upper())
-    names = {"SELF": whole / "s", "TEXT": text, "OTHER": tmp_path / "other.txt", "RUN": run}
+    names = {"SELF": uninterrupted / "s", "TEXT": text, "OTHER": tmp_path / "other.txt", "RUN": run}
     for name, value in names.items():
         words = [word.replace(name, str(value)) for word in words]
-    code, _, err = call("sessions", whole / "s", *words)
+    code, _, err = call("sessions", uninterrupted / "s", *words)
     assert code == 2
     assert sentence in err
     assert err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
 
 
-def test_rewind_without_snapshots_explains_keep_every(whole, tmp_path, call):
-    shutil.copy(whole / "s", tmp_path / "s")
+def test_rewind_without_snapshots_explains_keep_every(uninterrupted, tmp_path, call):
+    shutil.copy(uninterrupted / "s", tmp_path / "s")
     code, _, err = call("sessions", tmp_path / "s", "--rewind=9", "--to", tmp_path / "t")
     assert code == 2
     assert "it keeps none; sessions on the way are kept by `tttjax read --keep-every" in err
 
 
-def test_invalid_read_options_are_refused(run, text, whole, tmp_path, call):
+def test_invalid_read_options_are_refused(run, text, uninterrupted, tmp_path, call):
     read = ("read", run, text, "--save-session", tmp_path / "s")
     assert "makes none: it has no fast weights, or --learn=none" in refused(
-        call, *read, "--learn=none", "--telescope", tmp_path / "seen"
+        call, *read, "--learn=none", "--telescope", tmp_path / "trace"
     )
     assert "--keep-most=1 must be at least 2" in refused(call, *read, "--keep-most=1")
     assert "is a file; name a folder" in refused(call, *read, "--telescope", text)
-    shutil.copytree(whole / "s.kept", tmp_path / "s.kept")
-    assert "holds sessions of an earlier reading" in refused(call, *read, *KEEP)
-    shutil.copy(whole / "s", tmp_path / "u")
+    shutil.copytree(uninterrupted / "s.kept", tmp_path / "s.kept")
+    assert "holds sessions of an earlier reading" in refused(call, *read, *SNAPSHOT_FLAGS)
+    shutil.copy(uninterrupted / "s", tmp_path / "u")
     again = ("read", run, text, "--save-session", tmp_path / "u", "--learn=none")
     assert "and would go on without learning: give the same --learn" in refused(call, *again)
     other = tmp_path / "other.txt"
     other.write_text(TEXT.upper())
     read = ("read", run, other, "--save-session", tmp_path / "t")
-    before = content(whole)
-    seen = ("--telescope", whole / "seen")
-    assert "another model or another text showed" in refused(call, *read, *seen)
-    assert content(whole) == before
+    before = content(uninterrupted)
+    trace_flags = ("--telescope", uninterrupted / "trace")
+    assert "another model or another text showed" in refused(call, *read, *trace_flags)
+    assert content(uninterrupted) == before
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "t").exists()
 
 
-@pytest.mark.parametrize("place", ["s", "log.csv", "seen"])
-def test_locked_outputs_are_refused(run, text, whole, tmp_path, call, place):
-    read = ["read", run, text, "--save-session", tmp_path / "s", *KEEP]
-    read += ["--log", tmp_path / "log.csv", "--telescope", tmp_path / "seen"]
-    with hold(tmp_path / place, beside=place != "seen"):
-        assert f"{place} is being written by another command" in refused(call, *read)
+@pytest.mark.parametrize("output", ["s", "log.csv", "trace"])
+def test_locked_outputs_are_refused(run, text, uninterrupted, tmp_path, call, output):
+    read = ["read", run, text, "--save-session", tmp_path / "s", *SNAPSHOT_FLAGS]
+    read += ["--log", tmp_path / "log.csv", "--telescope", tmp_path / "trace"]
+    with hold(tmp_path / output, beside=output != "trace"):
+        assert f"{output} is being written by another command" in refused(call, *read)
     assert not any(tmp_path.iterdir())
-    rewind = ("sessions", whole / "s", "--rewind=128", "--to", tmp_path / "t")
+    rewind = ("sessions", uninterrupted / "s", "--rewind=128", "--to", tmp_path / "t")
     generate = ("generate", run, "--prompt=a", "--save-session", tmp_path / "t")
     with hold(tmp_path / "t", beside=True):
         for words in (rewind, generate):
@@ -287,7 +291,7 @@ def test_session_permissions_follow_umask(run, tmp_path, call, umask, mode):
     (tmp_path / "a.txt").write_text(TEXT[:70])
     before = os.umask(umask)
     try:
-        read = ("read", run, tmp_path / "a.txt", "--save-session", tmp_path / "s", *KEEP)
+        read = ("read", run, tmp_path / "a.txt", "--save-session", tmp_path / "s", *SNAPSHOT_FLAGS)
         assert call(*read)[0] == 0
     finally:
         os.umask(before)
