@@ -321,7 +321,7 @@ def session_loader(loaded):
         session, about = load_session(
             path, loaded.engine, model=loaded.model_fingerprint, tokenizer="t"
         )
-        state = session.learned, session.now, session.pending, session.counted, session.logit_V
+        state = session.learned, session.now, session.uncommitted, session.counted, session.logit_V
         return session.tokens, hash_arrays(state), dataclasses.replace(about, format="", arrays="")
 
     return load

@@ -78,5 +78,5 @@ def to_record(tokens: Sequence[GeneratedToken]) -> dict[str, Any]:
         "text": "".join(token.text for token in tokens),
         "tokens": [token.token for token in tokens],
         "logprobs": [token.logprob for token in tokens],
-        "finished": tokens[-1].finished,
+        "finished": tokens[-1].finish_reason,
     }

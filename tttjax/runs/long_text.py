@@ -40,7 +40,7 @@ class TextPrefill:
     @property
     def learned_tokens(self) -> int:
         """Tokens of the session that inner updates have used."""
-        return self.session.tokens - len(self.session.pending)
+        return self.session.tokens - len(self.session.uncommitted)
 
     def source(self) -> dict[str, Any]:
         """The record of the text in a session file."""
@@ -108,7 +108,7 @@ def resume_prefill(loaded: LoadedModel, file: InputFile, path: str | Path) -> Te
 
 def describe_learning(loaded: LoadedModel) -> str:
     """Chunk size and rate of the inner loop in words. Session files hold this: do not change it."""
-    reader = loaded.engine.reader
+    reader = loaded.engine.inference_model
     if not reader.chunk_size:
         return "without learning"
     return f"learning from every {reader.chunk_size} tokens at a rate of {reader.lr:g}"
@@ -135,7 +135,7 @@ def count_tokens(tokenizer: Tokenizer, file: InputFile) -> int:
 
 def tokens_per_call(loaded: LoadedModel) -> int:
     """Tokens of one `Engine.read` call; snapshots can only be taken at multiples of it."""
-    return CHUNKS_PER_CALL * loaded.engine.reader.chunk_size or STATIC_TOKENS_PER_CALL
+    return CHUNKS_PER_CALL * loaded.engine.inference_model.chunk_size or STATIC_TOKENS_PER_CALL
 
 
 def run_prefill(
@@ -146,7 +146,7 @@ def run_prefill(
     Calls end at multiples of `tokens_per_call` in the text, also after a resume, so that a resumed
     prefill is bit-identical to one that was never stopped.
     """
-    size, chunk = tokens_per_call(loaded), loaded.engine.reader.chunk_size
+    size, chunk = tokens_per_call(loaded), loaded.engine.inference_model.chunk_size
     until = prefill.total if until is None else until
     for token_T in _split_at_multiples(
         _encode_spans(loaded.tokenizer, prefill.file), size, prefill.done, until

@@ -58,9 +58,9 @@ DYNAMIC_PATHS = ("suffix/**/mlp/**",)
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run to evaluate: its work directory (or one checkpoint) and label.
+    """A run to open: its work directory (or one checkpoint), label and modes.
 
-    name: default: the directory's name. modes: default: those requested for all runs.
+    name: "" for the directory's name. modes: () for those requested for all runs.
     """
 
     workdir: Path | str

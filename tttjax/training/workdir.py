@@ -61,9 +61,9 @@ def lock_workdir(workdir: Path) -> Iterator[Lock]:
 
 @contextlib.contextmanager
 def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
-    """Removes the files created in a new work directory, unless its configuration was written.
+    """Removes the files created in a new work directory if it ends before the first step.
 
-    Does nothing if another process took the lock over, since files may be that process's.
+    Keeps them if another process took the lock over, since they may be that process's.
     """
     if jax.process_index() != 0 or (workdir / CONFIG).exists():
         yield
