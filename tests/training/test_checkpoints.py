@@ -246,7 +246,7 @@ def test_restore_params_from_work_directory_or_checkpoint(tmp_path):
         (tmp_path / "checkpoints/1", 1),
     ]:
         assert_same_bits(checkpoints.restore_params(path, target), states[step]["params"])
-    assert checkpoints.load_config(tmp_path) == {"a": {}}
+    assert checkpoints.load_saved_config(tmp_path) == {"a": {}}
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoints.restore_params(tmp_path / "nowhere", target)
 

@@ -169,7 +169,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def read_items(path: epath.Path, abstract_state: PyTree) -> PyTree:
+def read_train_state(path: epath.Path, abstract_state: PyTree) -> PyTree:
     """Reads a whole train state. UserError for any difference."""
     targets = {item: target for item, target in split_items(abstract_state).items() if target}
     if any(not (path / item).exists() for item in targets):

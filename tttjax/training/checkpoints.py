@@ -122,7 +122,7 @@ class Checkpointer:
         Arguments:
           step: the number of finished updates, the checkpoint's name.
           state: a pytree of arrays with an attribute or key `params`.
-          data_state, extra, config: JSON values, returned by `restore` and `load_config`.
+          data_state, extra, config: JSON values, returned by `restore` and `load_saved_config`.
           tokenizer: fingerprint of the training data's tokenizer.
 
         Raises:
@@ -185,7 +185,7 @@ class Checkpointer:
             problem = _broadcast(checkpoint_format.find_damage(path) if _is_process_0() else None)
             if problem is None:
                 meta = checkpoint_format.read_meta(path)
-                state = checkpoint_format.read_items(path, abstract_state)
+                state = checkpoint_format.read_train_state(path, abstract_state)
                 self._rename_damaged(damaged)
                 tokenizer = meta.get("tokenizer", "")
                 return RestoredCheckpoint(
@@ -261,7 +261,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     raise UserError(f"every checkpoint in {path} is damaged: restore it from a copy")
 
 
-def load_config(path: epath.PathLike) -> dict[str, Any] | None:
+def load_saved_config(path: epath.PathLike) -> dict[str, Any] | None:
     """The resolved configuration saved in the newest undamaged checkpoint under `path`."""
     return checkpoint_format.read_meta(find_checkpoint(path))["config"]
 
