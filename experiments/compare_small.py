@@ -187,8 +187,8 @@ def _check_same(args: argparse.Namespace) -> None:
         for name, value in options.items():
             if recorded[name] != value:
                 raise UserError(
-                    f"{args.out} has a comparison with --{name} {recorded[name] or 'not given'}, not "
-                    f"{value or 'without it'}; use the same option, or choose another --out"
+                    f"{args.out} has a comparison with --{name} {recorded[name] or 'not given'}, "
+                    f"not {value or 'without it'}; use the same option, or choose another --out"
                 )
         return
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Trains on GPU hosts of any Kubernetes cluster: prints a Job with one pod per host.
+# Trains on the GPU hosts of a Kubernetes cluster: prints a Job with one pod per host.
 #
 #   NAME=run125m HOSTS=4 GPUS=8 IMAGE=... CONFIG=paper:125m,ttt_e2e,pretrain \
 #       WORKDIR=/shared/runs/125m CLAIM=shared launch/gke_gpu.sh --config.mesh.fsdp=8 |
 #       kubectl apply -f -
 #
-# NAME     of the job, and of the service by which its pods find each other             (required)
-# IMAGE    container image with Python 3.11 or newer and `tttjax[cuda]`, checkout as its working
-#          folder                                                                       (required)
+# NAME     name of the job, and of the service through which its pods connect           (required)
+# IMAGE    container image with Python 3.11 or newer and `tttjax[cuda]`, and the checkout as its
+#          working folder                                                               (required)
 # CONFIG   experiment file with its argument                                            (required)
-# WORKDIR  folder for checkpoints and metrics that all pods see, below /shared with CLAIM (required)
+# WORKDIR  shared folder for checkpoints and metrics; in /shared with CLAIM             (required)
 # HOSTS    pods, one per host (default 1)
 # GPUS     GPUs of each host (default 8)
-# CLAIM    persistent volume claim to mount at /shared (default: none)
-# RETRIES  restarts of a failed pod; each resumes from the newest checkpoint (default 10)
+# CLAIM    persistent volume claim, mounted at /shared (default: none)
+# RETRIES  restarts of a failed pod, from the last checkpoint (default 10)
 #
-# Other arguments go to `tttjax train`.
+# Other arguments are passed to `tttjax train`.
 set -euo pipefail
 
 : "${NAME:?set NAME to a name for the job}"
 : "${IMAGE:?set IMAGE to a container image with tttjax[cuda]}"
 : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
-: "${WORKDIR:?set WORKDIR to a folder that all pods see}"
+: "${WORKDIR:?set WORKDIR to a folder shared by all pods}"
 HOSTS="${HOSTS:-1}"
 PORT=8476
 
@@ -36,7 +36,7 @@ metadata:
   name: $NAME
 spec:
   clusterIP: None
-  publishNotReadyAddresses: true  # pods must find the first one before it is ready
+  publishNotReadyAddresses: true  # pods resolve the first one before it is ready
   selector:
     job-name: $NAME
 ---

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What learning costs on this machine's first GPU, beside full attention with the library's kernel,
-# in one call of under ten minutes: the train step at 8K tokens, and reading a prompt of 128K.
+# Benchmarks TTT-E2E against full attention (with the library kernel) on this machine's first GPU:
+# the train step at 8K tokens, and prefill of 128K tokens. Takes less than ten minutes.
 #
 #   bash launch/gpu_benchmarks.sh OUT
 #
-# Writes train_step.json and prefill.json to the folder OUT and shows both, each with its ratio. The
-# paper has a step of 3.4 times full attention's at 8K (H200), and reads a prompt of 128K 2.7 times
-# as fast (H100). What does not fit into the GPU is left blank. Needs tttjax on PATH.
+# Writes train_step.json and prefill.json to the folder OUT and prints both, with their ratios. In
+# the paper, a step takes 3.4 times as long as full attention's at 8K (H200), and prefill is 2.7
+# times as fast at 128K (H100). Results that exceed GPU memory are blank. Needs tttjax on PATH.
 #
-# TRAIN     arguments of the recipe file paper for the step (default: 125m,ttt_e2e,pretrain)
-# BATCH     its sequences (default: 1)
-# PREFILL   size of the models that read (default: 3b)
-# LENGTH    tokens of the prompt (default: 131072)
-# ROUNDS    measured runs of each (default: 3)
-# Anything after OUT, such as --config.model.compute_dtype=float32, changes all configurations.
+# TRAIN     arguments of the recipe file paper for the train step (default: 125m,ttt_e2e,pretrain)
+# BATCH     batch size of the train step (default: 1)
+# PREFILL   model size for prefill (default: 3b)
+# LENGTH    prompt length in tokens (default: 131072)
+# ROUNDS    timed runs of each (default: 3)
+# Anything after OUT, such as --config.model.compute_dtype=float32, applies to all configurations.
 set -euo pipefail
 
 if [[ $# -lt 1 || "$1" == -* ]]; then
@@ -25,11 +25,11 @@ fi
 OUT="$1"
 shift
 SIZE="${PREFILL:-3b}"
-LIMIT=290 # seconds for each of the two
+LIMIT=290 # seconds for each benchmark
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 mkdir -p "$OUT"
 
-measure() { # NAME, then the words of a benchmark
+measure() { # NAME ARGUMENT...
     local name="$1"
     shift
     timeout "$LIMIT" tttjax bench "$@" --rounds="${ROUNDS:-3}" --json >"$OUT/$name.tmp" || {

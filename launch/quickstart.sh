@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A model that learns while it reads, from nothing to a plot, on any machine with Python 3.11.
+# Trains and evaluates a small TTT-E2E model on any machine with Python 3.11.
 #
-#   bash launch/quickstart.sh                 reads the Python standard library's own sources
-#   bash launch/quickstart.sh --text PATH     reads your file or folder of text instead
+#   bash launch/quickstart.sh                 on the sources of Python's standard library
+#   bash launch/quickstart.sh --text PATH     on your file or folder of text
 #
-# Makes a virtual environment, prepares the text, trains a small TTT-E2E model and its control (a
-# sliding-window Transformer of equal size, on the same tokens), and compares them on documents
-# that neither has seen, at 1, 2, 4 and 8 windows of context. About ten minutes on two CPU cores
-# after the installation. Stopped half-way, the same command goes on from there.
+# Makes a virtual environment, prepares the text, trains a small TTT-E2E model and a control (a
+# sliding-window Transformer of equal size, on the same tokens), and compares them on held-out
+# documents, at 1, 2, 4 and 8 windows of context. Takes about ten minutes on two CPU cores after the
+# installation. If interrupted, the same command resumes.
 #
-#   --out DIR         where everything goes (default: quickstart)
-#   --steps N         outer steps of each model, more than the 60 in which the learning rate rises
+#   --out DIR         output folder (default: quickstart)
+#   --steps N         outer steps of each model; must exceed the 60 steps of learning-rate warm-up
 #                     (default: see tttjax/recipes/quickstart.py)
-#   --tokenizer KIND  sentencepiece, learned from the text, or bytes (default: bytes for texts of
-#                     less than 200,000 bytes, which are too small to learn 1024 pieces from)
+#   --tokenizer KIND  sentencepiece, trained on the text, or bytes (default: bytes for texts of less
+#                     than 200,000 bytes, which are too small for a vocabulary of 1024)
 #
 # PYTHON and VENV: see launch/_venv.sh.
 set -euo pipefail
@@ -49,7 +49,7 @@ while (($#)); do
         *) _fail "unknown option $1; see bash $0 --help." ;;
     esac
 done
-[[ "$TEXT" == stdlib || -e "$TEXT" ]] || _fail "--text $TEXT: there is no such file or folder."
+[[ "$TEXT" == stdlib || -e "$TEXT" ]] || _fail "--text $TEXT: no such file or folder."
 
 ensure_venv
 started=$SECONDS
@@ -58,7 +58,7 @@ _say() {
     printf '\n== %s\n' "$1"
 }
 
-# Whether all files of $TEXT together have fewer than $SMALL bytes; reads no more than those.
+# Whether $TEXT has fewer than $SMALL bytes in total; reads no more than that.
 _is_small() {
     local bytes
     bytes="$({ find -L "$TEXT" -type f -exec cat {} + || true; } 2>/dev/null | head -c "$SMALL" | wc -c)"
@@ -75,8 +75,8 @@ VOCABULARY=()
 [[ "$TOKENIZER" == sentencepiece ]] && VOCABULARY=(--vocab-size=1024)
 
 _say "1/4 preparing $TEXT"
-# Both splits get only documents that fill a sequence of 512 tokens and its last target: what
-# happened many windows ago has to be in them.
+# Both splits get only documents of at least 513 tokens (a sequence and its last target): short
+# documents do not exercise memory beyond the window.
 tttjax prepare "$TEXT" --out="$OUT/data" --tokenizer="$TOKENIZER" \
     ${VOCABULARY[@]+"${VOCABULARY[@]}"} --min-document-tokens=513 --val-fraction=0.1
 
@@ -84,17 +84,17 @@ _train() {
     tttjax train --config="quickstart:$1" --workdir="$OUT/$1" \
         --config.data.sources="$OUT/data" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 }
-_say "2/4 training TTT-E2E: the outer gradient goes through every step of learning while reading"
+_say "2/4 training TTT-E2E: the outer gradient differentiates through all inner updates"
 _train ttt_e2e
-_say "3/4 training the control: window attention alone, as many parameters, the same tokens"
+_say "3/4 training the control: window attention only, with equal parameters and tokens"
 _train window
 
-_say "4/4 reading held-out documents, with learning and without"
+_say "4/4 evaluating on held-out documents, with test-time training on and off"
 tttjax evaluate "$OUT/ttt_e2e" "$OUT/window" --out="$OUT/results"
 printf '\nDone in %d min %d s. The plot: %s\n' \
     $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) \
     "$OUT/results/loss_by_position.png"
 prompt='def __init__(self'
 [[ "$TEXT" == stdlib ]] || prompt=The
-printf '\nNext, let the model that learns write on from a prompt:\n\n    %q generate %q --prompt=%q\n' \
+printf '\nNext, generate text from a prompt:\n\n    %q generate %q --prompt=%q\n' \
     "$VENV/bin/tttjax" "$OUT/ttt_e2e" "$prompt"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The cost of the paper's recipes on every kind of chip, as one Markdown table: `tttjax plan` for
-# each recipe and pod, one sequence per chip at a time, the rest of the batch by accumulation.
+# Prints the cost of the paper's recipes on several accelerators as one Markdown table: runs `tttjax
+# plan` for each recipe and pod, with one sequence per chip and gradient accumulation.
 #
 #   bash launch/scaling_table.sh OUT
 #
-# Writes one JSON file per recipe and pod to the folder OUT and prints the table. Hours for all of
-# it: each TPU plan is a compilation. Started again, it goes on with those that are missing; a plan
-# that failed leaves its message in OUT beside them. Needs tttjax with the extra `plan` on PATH.
+# Writes one JSON file per recipe and pod to the folder OUT and prints the table. Takes hours,
+# because each TPU plan is a compilation; the same command resumes with the missing plans. OUT also
+# has the logs of failed plans. Needs tttjax with the extra `plan` on PATH.
 #
-# RECIPES   arguments of the recipe file paper (default: TTT-E2E and full attention, all sizes at 8K,
-#           and 3b's extensions to 16K, 32K, 64K and 128K)
+# RECIPES   arguments of the recipe file paper (default: TTT-E2E and full attention, all sizes at
+#           8K, and 3b's extensions to 16K, 32K, 64K and 128K)
 # PODS      topologies (default: 4 chips of v5e, v5p, v6e, H100 and H200)
-# FSDP      chips that weights and optimizer are divided among (default: 4)
+# FSDP      chips that parameters and optimizer state are sharded over (default: 4)
 set -euo pipefail
 
 if [[ $# -ne 1 || "$1" == -* ]]; then
@@ -33,10 +33,10 @@ if [[ -z "${RECIPES:-}" ]]; then
         done
     done
 fi
-CHIPS=4
+NUM_CHIPS=4
 
 mkdir -p "$OUT"
-kept=()
+plans=()
 for recipe in $RECIPES; do
     batch="$(python -c 'import sys; from tttjax.config import load_config
 print(load_config(sys.argv[1]).train.batch_size)' "paper:$recipe")"
@@ -45,9 +45,9 @@ print(load_config(sys.argv[1]).train.batch_size)' "paper:$recipe")"
         if [[ ! -s "$file" ]]; then
             status=0
             tttjax plan --config="paper:$recipe" --topology="$pod" --json \
-                --config.mesh.fsdp="$FSDP" --config.train.accum_steps="$((batch / CHIPS))" \
+                --config.mesh.fsdp="$FSDP" --config.train.accum_steps="$((batch / NUM_CHIPS))" \
                 >"$file.tmp" 2>"$file.log" || status=$?
-            # 1: the recipe does not fit, which is an answer too.
+            # 1: the recipe does not fit, which is a valid plan.
             if ((status > 1)); then
                 echo "$recipe on $pod: $(tail -n 1 "$file.log")" >&2
                 rm -f "$file.tmp"
@@ -56,8 +56,8 @@ print(load_config(sys.argv[1]).train.batch_size)' "paper:$recipe")"
             mv "$file.tmp" "$file"
             rm -f "$file.log"
         fi
-        kept+=("$file")
+        plans+=("$file")
     done
 done
-((${#kept[@]})) || exit 1
-tttjax plan --table "${kept[@]}"
+((${#plans[@]})) || exit 1
+tttjax plan --table "${plans[@]}"

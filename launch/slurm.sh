@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# Trains on many hosts of a Slurm cluster: one process per host, each with all of its GPUs.
+# Trains on the hosts of a Slurm cluster: one process per host, with all of its GPUs.
 #
 #   CONFIG=paper:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
 #       sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config.mesh.fsdp=8
 #
 # CONFIG   experiment file with its argument                                         (required)
-# WORKDIR  folder for checkpoints and metrics, on a file system all hosts see        (required)
-# VENV     virtual environment with `tttjax[cuda]`, seen by all hosts   (default: .venv of the checkout)
-# PORT     port of the first host, where the others report      (default: from the job's number)
-# REQUEUE  yes: a job that is interrupted and has saved is put back into the queue (default yes)
+# WORKDIR  shared folder for checkpoints and metrics                                 (required)
+# VENV     shared virtual environment with `tttjax[cuda]`    (default: .venv in the checkout)
+# PORT     coordinator port on the first host                (default: from the job ID)
+# REQUEUE  yes: requeue an interrupted job after it has saved (default yes)
 #
-# Other arguments go to `tttjax train`. Two minutes before the time limit Slurm sends SIGTERM
-# (`--signal` below), on which training saves and stops; so it does when the job is preempted. The
-# job then goes back into the queue and resumes from the newest checkpoint, as it does when the same
-# command is submitted again.
+# Other arguments are passed to `tttjax train`. Two minutes before the time limit (`--signal` below)
+# and on preemption, Slurm sends SIGTERM: training saves and stops. The job is then requeued and
+# resumes from the last checkpoint, as when the same command is submitted again.
 #
 #SBATCH --job-name=tttjax
 #SBATCH --ntasks-per-node=1
@@ -25,20 +24,20 @@
 set -euo pipefail
 
 : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
-: "${WORKDIR:?set WORKDIR to a folder on a file system that all hosts see}"
+: "${WORKDIR:?set WORKDIR to a folder shared by all hosts}"
 : "${SLURM_JOB_ID:?submit this script with sbatch}"
-# Slurm runs a copy of this script; the checkout is where sbatch was called.
+# Slurm runs a copy of this script; sbatch was called in the checkout.
 REPOSITORY="${REPOSITORY:-$SLURM_SUBMIT_DIR}"
 VENV="${VENV:-$REPOSITORY/.venv}"
 PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 if [[ ! -x "$VENV/bin/tttjax" ]]; then
-    echo "error: there is no $VENV/bin/tttjax; install tttjax[cuda] there, or set VENV." >&2
+    echo "error: $VENV/bin/tttjax is missing; install tttjax[cuda] in $VENV, or set VENV." >&2
     exit 2
 fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
-# The process's number differs from host to host, so it is read there, not here. Without
-# SLURM_LOCALID, JAX does not take over and give this one process of the host a single GPU.
+# SLURM_PROCID differs between hosts, so it is expanded there. SLURM_LOCALID is unset so that JAX
+# does not restrict the only process of a host to a single GPU.
 cd "$REPOSITORY"
 code=0
 # shellcheck disable=SC2016
@@ -47,9 +46,9 @@ srun bash -c '
         --process-id "$SLURM_PROCID" "${@:2}"
 ' "$VENV/bin/tttjax" "${hosts[0]}:$PORT" --config="$CONFIG" --workdir="$WORKDIR" "$@" || code=$?
 
-interrupted=75 # what `tttjax train` returns when it was asked to stop and has saved
+interrupted=75 # exit code of `tttjax train` when it is stopped and has saved
 if ((code == interrupted)) && [[ "${REQUEUE:-yes}" == yes ]]; then
-    echo "interrupted and saved; back into the queue"
+    echo "interrupted and saved; requeueing"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

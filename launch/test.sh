@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Checks everything: lint, formatting, types, tests. Needs only Python 3.11 or newer.
+# Runs all checks: lint, formatting, types, tests. Needs only Python 3.11 or newer.
 #
-#   bash launch/test.sh                          all of it
-#   bash launch/test.sh --fast                   lint and the fast tests, for the edit loop
-#   bash launch/test.sh tests/cli/test_main.py   the checks, and these tests (arguments go to pytest)
+#   bash launch/test.sh                          all checks
+#   bash launch/test.sh --fast                   lint and the fast tests, during development
+#   bash launch/test.sh tests/cli/test_main.py   the checks and these tests (arguments of pytest)
 #
-# Makes a virtual environment in .venv first, or reuses it. PYTHON and VENV: see launch/_venv.sh.
-# EXTRAS: what to install (default test,interop). WORKERS: processes that run tests (default 2).
+# Makes or reuses a virtual environment in .venv. PYTHON and VENV: see launch/_venv.sh.
+# EXTRAS: extras to install (default test,interop). WORKERS: test processes (default 2).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/_venv.sh

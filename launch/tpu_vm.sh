@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Installs and trains on every host of a Cloud TPU slice, through `gcloud`.
+# Installs and trains on all hosts of a Cloud TPU slice with `gcloud`.
 #
 #   TPU_NAME=mine ZONE=... launch/tpu_vm.sh install
 #   TPU_NAME=mine ZONE=... CONFIG=paper:125m,ttt_e2e,pretrain \
 #       WORKDIR=/shared/runs/125m launch/tpu_vm.sh train --config.mesh.fsdp=4
 #   TPU_NAME=mine ZONE=... launch/tpu_vm.sh log | stop
 #
-# TPU_NAME, ZONE  the slice (it must exist: `gcloud compute tpus tpu-vm create`)        (required)
+# TPU_NAME, ZONE  existing slice (made with `gcloud compute tpus tpu-vm create`)        (required)
 # PROJECT         Google Cloud project                                      (default: gcloud's own)
 # CONFIG          experiment file with its argument                            (required by train)
-# WORKDIR         folder for checkpoints and metrics, on a file system (or a bucket mounted as one)
-#                 that all hosts see                                           (required by train)
+# WORKDIR         shared folder for checkpoints and metrics, on a file system or a mounted bucket
+#                                                                              (required by train)
 # REMOTE          folder of the checkout on the hosts                 (default: tttjax, in the home)
 #
-# install copies this checkout to all hosts and makes a virtual environment there. train starts on
-# all hosts in the background, so that it outlives the connection; jax.distributed finds the hosts
-# by itself. log follows the first host's output; stop sends SIGTERM, on which training saves. The
-# same train command continues a stopped or preempted run.
+# install copies this checkout to all hosts and makes a virtual environment there. train runs on all
+# hosts in the background, independent of the connection; jax.distributed detects the hosts. log
+# follows the output of the first host. stop sends SIGTERM, and training saves. The same train
+# command resumes a stopped or preempted run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -42,11 +42,11 @@ install_everywhere() {
 
 train_everywhere() {
     : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
-    : "${WORKDIR:?set WORKDIR to a folder that all hosts see}"
+    : "${WORKDIR:?set WORKDIR to a folder shared by all hosts}"
     local command
     command="$(printf '%q ' .venv/bin/tttjax train --distributed "--config=$CONFIG" "--workdir=$WORKDIR" "$@")"
     on_hosts all "cd $REMOTE && { ! [ -f train.pid ] || ! kill -0 \$(cat train.pid) 2>/dev/null ||
-        { echo 'error: training is running already' >&2; exit 2; }; } &&
+        { echo 'error: training is already running' >&2; exit 2; }; } &&
         { nohup $command >train.log 2>&1 </dev/null & echo \$! >train.pid; }"
 }
 
@@ -58,7 +58,7 @@ case "$action" in
     log) on_hosts 0 "tail -n 100 -F $REMOTE/train.log" ;;
     stop) on_hosts all "kill -TERM \$(cat $REMOTE/train.pid)" ;;
     *)
-        echo "error: say what to do: install, train, log or stop (see the head of $0)." >&2
+        echo "error: give an action: install, train, log or stop (see the top of $0)." >&2
         exit 2
         ;;
 esac

@@ -1,4 +1,4 @@
-"""The shell scripts of launch/, run against stand-ins for the programs of a cluster."""
+"""The scripts of launch/, with fake cluster programs."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from helpers.paths import ROOT
 
 LAUNCH = ROOT / "launch"
 JOB = {"CONFIG": "paper:125m,ttt_e2e,pretrain", "WORKDIR": "/shared/my runs/a"}
-PLACE = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "v5p-8", "IMAGE": "i", "NAME": "run"}
+XPK = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "v5p-8", "IMAGE": "i", "NAME": "run"}
 TPU = {"TPU_NAME": "t", "ZONE": "z"}
 
 
 @pytest.fixture
 def shell(tmp_path):
-    """Runs a script; `programs` are bodies of bash that stand in for real ones on PATH."""
+    """Runs a script; `programs` are bash bodies of fake programs on PATH."""
 
     def run(script: str, *arguments: str, programs=(), **variables: str):
         programs = dict(programs)
@@ -49,15 +49,15 @@ def test_scripts_are_bash(script):
     ("script", "variables"),
     [
         ("slurm.sh", JOB | {"SLURM_JOB_ID": "7"}),
-        ("gke_xpk.sh", PLACE | JOB),
+        ("gke_xpk.sh", XPK | JOB),
         ("gke_gpu.sh", {"NAME": "run", "IMAGE": "i"} | JOB),
         ("tpu_vm.sh", TPU),
     ],
 )
 def test_a_missing_variable_is_named(shell, script, variables):
     for missing in variables:
-        rest = {name: value for name, value in variables.items() if name != missing}
-        result = shell(str(LAUNCH / script), "train", programs={"scontrol": "exit 0"}, **rest)
+        remaining = {name: value for name, value in variables.items() if name != missing}
+        result = shell(str(LAUNCH / script), "train", programs={"scontrol": "exit 0"}, **remaining)
         assert result.returncode != 0
         assert missing in result.stderr
 
@@ -96,7 +96,7 @@ def test_slurm_starts_one_process_per_host_and_requeues(shell, tmp_path, code, r
 
 def test_xpk_gets_one_quoted_command(shell):
     result = shell(
-        str(LAUNCH / "gke_xpk.sh"), "--config.train.steps=3", programs={"xpk": SHOW}, **PLACE, **JOB
+        str(LAUNCH / "gke_xpk.sh"), "--config.train.steps=3", programs={"xpk": SHOW}, **XPK, **JOB
     )
     assert "[--command][tttjax train --distributed --config=" in result.stdout
     assert "--workdir=/shared/my\\ runs/a --config.train.steps=3" in result.stdout
@@ -170,12 +170,12 @@ NO_VENV = f'case "$2" in *ensurepip*) exit 1 ;; *) exec {sys.executable} "$@" ;;
 @pytest.mark.parametrize(
     ("programs", "python", "sentence"),
     [
-        ({}, "no-such-python", "PYTHON=no-such-python is not a program"),
+        ({}, "no-such-python", "PYTHON=no-such-python is not an executable program"),
         ({"oldpython": OLD}, "oldpython", "is Python 3.9.1, but tttjax needs Python 3.11 or newer"),
         ({"barepython": NO_VENV}, "barepython", "cannot make virtual environments"),
     ],
 )
-def test_an_unfit_python_is_refused_in_one_sentence(shell, tmp_path, programs, python, sentence):
+def test_an_unsuitable_python_is_an_error(shell, tmp_path, programs, python, sentence):
     source = f"source {LAUNCH}/_venv.sh && ensure_venv test"
     venv = tmp_path / "new"
     result = shell(f"-c {source}", programs=programs, PYTHON=python, VENV=str(venv))
@@ -184,7 +184,7 @@ def test_an_unfit_python_is_refused_in_one_sentence(shell, tmp_path, programs, p
     assert not venv.exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(shell, tmp_path):
+def test_a_folder_with_other_files_is_not_changed(shell, tmp_path):
     (tmp_path / "precious").write_text("keep")
     source = f"source {LAUNCH}/_venv.sh && ensure_venv test"
     result = shell(f"-c {source}", PYTHON=sys.executable, VENV=str(tmp_path))
@@ -195,11 +195,11 @@ def test_a_folder_with_other_files_is_left_alone(shell, tmp_path):
 
 @pytest.fixture
 def quickstart(shell, tmp_path):
-    """Runs quickstart.sh in an environment that is ready, with a `tttjax` that tells its words."""
+    """Runs quickstart.sh in a complete environment, with a `tttjax` that prints its arguments."""
     (tmp_path / "v env" / "bin").mkdir(parents=True)
     program = tmp_path / "v env" / "bin" / "tttjax"
     program.write_text(f"#!/usr/bin/env bash\n{SHOW}\n[[ $1 != $FAILING ]]\n")
-    # It is asked whether everything is installed: yes.
+    # Reports that everything is installed.
     python = tmp_path / "v env" / "bin" / "python"
     python.write_text("#!/usr/bin/env bash\nexit 0\n")
     for path in (program, python):
@@ -213,12 +213,12 @@ def quickstart(shell, tmp_path):
 
 
 def called(result):
-    """The words of every call of tttjax."""
+    """The arguments of each call of tttjax."""
     lines = [line for line in result.stdout.splitlines() if line.startswith("[")]
     return [line[1:-1].split("][") for line in lines]
 
 
-LEARNED = ["--tokenizer=sentencepiece", "--vocab-size=1024"]
+SENTENCEPIECE = ["--tokenizer=sentencepiece", "--vocab-size=1024"]
 BYTES = ["--tokenizer=bytes"]
 LONG = ["--min-document-tokens=513", "--val-fraction=0.1"]
 
@@ -229,7 +229,7 @@ def test_quickstart_prepares_trains_both_and_compares(quickstart):
     experiment = "--config=quickstart"
     data = "--config.data.sources=quickstart/data"
     assert called(result) == [
-        ["prepare", "stdlib", "--out=quickstart/data", *LEARNED, *LONG],
+        ["prepare", "stdlib", "--out=quickstart/data", *SENTENCEPIECE, *LONG],
         ["train", f"{experiment}:ttt_e2e", "--workdir=quickstart/ttt_e2e", data],
         ["train", f"{experiment}:window", "--workdir=quickstart/window", data],
         ["evaluate", "quickstart/ttt_e2e", "quickstart/window", "--out=quickstart/results"],
@@ -237,14 +237,14 @@ def test_quickstart_prepares_trains_both_and_compares(quickstart):
     assert "The plot: quickstart/results/loss_by_position.png" in result.stdout
 
 
-def test_quickstart_passes_its_options_on(quickstart, tmp_path):
+def test_quickstart_passes_options_on(quickstart, tmp_path):
     (tmp_path / "my text").mkdir()
     (tmp_path / "my text" / "a.txt").write_text("x" * 120_000)
     (tmp_path / "my text" / "b.txt").write_text("x" * 120_000)
     words = ["--text", f"{tmp_path}/my text", f"--out={tmp_path}/o p", "--steps", "3"]
     result = quickstart(*words)
     prepare, *trains, evaluate = called(result)
-    assert prepare == ["prepare", words[1], f"--out={tmp_path}/o p/data", *LEARNED, *LONG]
+    assert prepare == ["prepare", words[1], f"--out={tmp_path}/o p/data", *SENTENCEPIECE, *LONG]
     assert [words[-1] for words in trains] == ["--config.train.steps=3"] * 2
     assert evaluate[-1] == f"--out={tmp_path}/o p/results"
 
@@ -267,29 +267,29 @@ def test_quickstart_ends_with_a_command_to_paste(quickstart, tmp_path, out, word
 
 
 @pytest.mark.parametrize("arguments", [[], ["--tokenizer=bytes"], ["--tokenizer", "sentencepiece"]])
-def test_quickstart_learns_no_vocabulary_from_a_small_text(quickstart, tmp_path, arguments):
+def test_quickstart_uses_bytes_for_a_small_text(quickstart, tmp_path, arguments):
     (tmp_path / "small.txt").write_text("x" * 199_999)
     prepare = called(quickstart("--text", str(tmp_path / "small.txt"), *arguments))[0]
-    assert prepare[3:] == [*(LEARNED if "sentencepiece" in arguments else BYTES), *LONG]
+    assert prepare[3:] == [*(SENTENCEPIECE if "sentencepiece" in arguments else BYTES), *LONG]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--text", "/nowhere"], "--text /nowhere: there is no such file or folder"),
+        (["--text", "/nowhere"], "--text /nowhere: no such file or folder"),
         (["--text"], "--text needs a value; see bash .*quickstart.sh --help"),
         (["--steps="], "--steps needs a value"),
         (["--txet=a"], "unknown option --txet=a; see bash .*quickstart.sh --help"),
     ],
 )
-def test_quickstart_refuses_what_it_does_not_know(quickstart, arguments, sentence):
+def test_quickstart_rejects_invalid_options(quickstart, arguments, sentence):
     result = quickstart(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(f"error: .*{sentence}.*\n", result.stderr)
 
 
 @pytest.mark.parametrize(("failing", "calls"), [("prepare", 1), ("train", 2), ("evaluate", 4)])
-def test_quickstart_stops_where_something_fails(quickstart, failing, calls):
+def test_quickstart_stops_at_the_first_failure(quickstart, failing, calls):
     result = quickstart(failing=failing)
     assert result.returncode == 1
     assert len(called(result)) == calls
@@ -297,7 +297,7 @@ def test_quickstart_stops_where_something_fails(quickstart, failing, calls):
     assert "Next" not in result.stdout
 
 
-def test_quickstart_explains_itself(quickstart):
+def test_quickstart_has_help(quickstart):
     result = quickstart("--help")
     assert result.returncode == 0
     for option in ("--text PATH", "--out DIR", "--steps N", "--tokenizer KIND"):

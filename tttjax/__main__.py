@@ -1,4 +1,4 @@
-"""`python -m tttjax` is `tttjax`."""
+"""Runs the `tttjax` command line as `python -m tttjax`."""
 
 import sys
 

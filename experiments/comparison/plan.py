@@ -220,7 +220,7 @@ class Plan:
         )
 
     def _extensions(self, system: str, seed: int) -> list[Task]:
-        """The extensions of one seed; for the first seed, the sweep at the longest context first."""
+        """The extensions of one seed; the first seed also sweeps at the longest context."""
         longest, tasks = max(self.scale.windows), []
         windows = list(self.scale.windows)
         if seed == 0:

@@ -1,6 +1,6 @@
-"""Bad input on the command line: exit code 2, one sentence on stderr, and nothing is written.
+"""Invalid input on the command line: exit code 2, one error line, and no files written.
 
-Every case is refused before anything is compiled.
+Every case is rejected before anything is compiled.
 """
 
 import os
@@ -13,6 +13,8 @@ from helpers.paths import TINY
 from tttjax.cli import evaluate, main
 from tttjax.config import load_config
 from tttjax.data.preparation import prepare
+from tttjax.evaluation import files
+from tttjax.runs.run import Run
 
 TRAIN = ["train", f"--config={TINY}:ttt_e2e", "--workdir=run", "--config.data.sources=data"]
 PREPARE = ["prepare", "--out=new"]
@@ -26,8 +28,8 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, prepared):
-    """The current directory: good data and text, and the bad files that the cases name."""
+def workspace(tmp_path, monkeypatch, prepared):
+    """The current directory, with valid data and text, and the invalid files of the cases."""
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(prepared)
     Path("text.txt").write_text("good " * 100)
@@ -41,19 +43,19 @@ def content(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(place, capsys, words, sentence):
-    before = content(place), sorted(place.iterdir())
+def check_rejected(workspace, capsys, words, message):
+    before = content(workspace), sorted(workspace.iterdir())
     assert main.main(words) == 2
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert err.splitlines()[-1:] == errors  # one, after whatever progress was told
-    assert re.search(sentence, errors[0]), errors[0]
+    assert err.splitlines()[-1:] == errors  # one, after any progress lines
+    assert re.search(message, errors[0]), errors[0]
     assert "Traceback" not in err
-    assert (content(place), sorted(place.iterdir())) == before
+    assert (content(workspace), sorted(workspace.iterdir())) == before
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         ([*PREPARE], "No input was given: name files"),
         ([*PREPARE, "nowhere.txt"], r"nowhere\.txt does not exist; "),
@@ -67,12 +69,12 @@ def refused(place, capsys, words, sentence):
         (["prepare", "text.txt", "--out=data", "--seed=5"], "was prepared with other .*seed .*; "),
     ],
 )
-def test_prepare(place, capsys, words, sentence):
-    refused(place, capsys, words, sentence)
+def test_prepare(workspace, capsys, words, message):
+    check_rejected(workspace, capsys, words, message)
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         (["--config=nowhere.py"], r"no experiment file nowhere\.py; "),
         (["--config=file"], "--config=file must name a Python file"),
@@ -106,40 +108,41 @@ def test_prepare(place, capsys, words, sentence):
         (["--stop-after=0"], "--stop-after=0 must be a step"),
     ],
 )
-def test_train(place, capsys, words, sentence):
-    refused(place, capsys, [*TRAIN, *words], sentence)
+def test_train(workspace, capsys, words, message):
+    check_rejected(workspace, capsys, [*TRAIN, *words], message)
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         (["evaluate", "nowhere"], "nowhere holds no checkpoint: give a work directory"),
-        (["evaluate", "file"], "file leads through a file .*; name another"),
+        (["evaluate", "file"], "file passes through a file .*; choose another"),
         (["verify", "nowhere"], "no folder nowhere; "),
         (["bench", "data", "--data=nowhere"], "nowhere does not exist .*; make it with"),
         (["prepare", "--check=nowhere"], "nowhere does not exist .*; make it with"),
     ],
 )
-def test_other_commands(place, capsys, words, sentence):
-    refused(place, capsys, words, sentence)
+def test_other_commands(workspace, capsys, words, message):
+    check_rejected(workspace, capsys, words, message)
 
 
 @pytest.mark.parametrize("out", ["file", "file/results", "closed/results"])
-def test_where_results_go_is_checked_before_they_are_computed(place, capsys, monkeypatch, out):
-    """Also where the tests run as a user who may write everywhere."""
-    run = evaluate.Run("first", load_config(f"{TINY}", []), weights=None)
+def test_out_is_checked_before_evaluation(workspace, capsys, monkeypatch, out):
+    """Also if the tests run as a user who can write everywhere."""
+    run = Run("first", load_config(f"{TINY}", []), weights=None)
     monkeypatch.setattr(evaluate, "open_run", lambda spec: run)
     monkeypatch.setattr(evaluate, "compare", lambda *args, **options: pytest.fail("it computes"))
     Path("closed").mkdir()
-    access = evaluate.files.os.access
+    access = files.os.access
     monkeypatch.setattr(
-        evaluate.files.os, "access", lambda path, mode: path.name != "closed" and access(path, mode)
+        files.os, "access", lambda path, mode: path.name != "closed" and access(path, mode)
     )
-    refused(place, capsys, ["evaluate", "run", f"--out={out}"], f"{out.split('/')[0]} is .*--out")
+    message = f"{out.split('/')[0]} is .*--out"
+    check_rejected(workspace, capsys, ["evaluate", "run", f"--out={out}"], message)
 
 
 @pytest.mark.parametrize("name", ["text.txt", "lines.jsonl"])
-def test_text_that_may_not_be_read(place, capsys, monkeypatch, name):
+def test_unreadable_text_is_an_error(workspace, capsys, monkeypatch, name):
     Path("lines.jsonl").write_text('{"text": "good"}\n')
     opened = Path.open
 
@@ -157,7 +160,7 @@ def test_text_that_may_not_be_read(place, capsys, monkeypatch, name):
     assert not Path("new").exists()
 
 
-def test_a_folder_that_may_not_be_read_is_not_passed_over(place, capsys, monkeypatch):
+def test_an_unreadable_folder_is_an_error(workspace, capsys, monkeypatch):
     Path("folder/closed").mkdir(parents=True)
     Path("folder/text.txt").write_text("good " * 100)
     scan = os.scandir

@@ -1,4 +1,4 @@
-"""Every flag of every command that takes numbers refuses what 32 bits do not hold."""
+"""Every numeric flag of every command rejects values that do not fit 32 bits."""
 
 import argparse
 import importlib
@@ -15,7 +15,7 @@ GOOD = ("0", "1", "-1", "1e3", "1_000", "2147483647", "4294967295", "0.5", "3.4e
 
 
 def number_flags():
-    """(words before, flag, its type) of every flag that refuses `x`."""
+    """(command words, flag, type) of every flag that rejects `x`."""
     for name, command in main.COMMANDS.items():
         _, parser = main._build_parser(name)
         importlib.import_module(command.module).add_arguments(parser)
@@ -23,7 +23,7 @@ def number_flags():
         for words, parser in parsers:
             for action in parser._actions:
                 if isinstance(action, argparse._SubParsersAction):
-                    parsers += [((*words, sub), inner) for sub, inner in action.choices.items()]
+                    parsers += [((*words, name), sub) for name, sub in action.choices.items()]
                 elif action.type is not None and action.option_strings:
                     try:
                         action.type("x")
@@ -35,18 +35,18 @@ FLAGS = list(number_flags())
 IDS = [" ".join((*words, flag)) for words, flag, _ in FLAGS]
 
 
-def test_there_are_flags_of_all_commands_with_numbers():
+def test_numeric_flags_are_found_in_all_commands():
     commands = {words[0] for words, _, _ in FLAGS}
     assert commands == set(main.COMMANDS) - {"import", "export", "verify"}
     assert len(FLAGS) > 60
 
 
 @pytest.mark.parametrize(("words", "flag", "kind"), FLAGS, ids=IDS)
-def test_numbers_that_32_bits_do_not_hold_are_refused(words, flag, kind, capsys):
-    several, whole = isinstance(kind("1"), tuple), "int" in kind.__name__
-    for text in (*BAD, *(TOO_LARGE if whole else TOO_SMALL)):
-        if several and not text:
-            continue  # an empty list, which means the default
+def test_numbers_outside_32_bits_are_rejected(words, flag, kind, capsys):
+    is_list, is_int = isinstance(kind("1"), tuple), "int" in kind.__name__
+    for text in (*BAD, *(TOO_LARGE if is_int else TOO_SMALL)):
+        if is_list and not text:
+            continue  # an empty list means the default
         assert main.main([*words, f"{flag}={text}"]) == 2, text
         err = capsys.readouterr().err
         assert err.startswith(f"error: argument {flag}: {text!r} must be a"), err
@@ -54,16 +54,16 @@ def test_numbers_that_32_bits_do_not_hold_are_refused(words, flag, kind, capsys)
 
 
 @pytest.mark.parametrize(("words", "flag", "kind"), FLAGS, ids=IDS)
-def test_numbers_are_taken_as_they_are_written(words, flag, kind):
-    taken = 0
+def test_numbers_are_parsed_exactly(words, flag, kind):
+    accepted = 0
     for text in GOOD:
         try:
             value = kind(text)
         except argparse.ArgumentTypeError:
             continue
-        taken += 1
+        accepted += 1
         (number,) = value if isinstance(value, tuple) else (value,)
         assert number == float(text)
         assert math.isfinite(number)
         assert isinstance(number, int) == ("int" in kind.__name__)
-    assert taken >= 5
+    assert accepted >= 5

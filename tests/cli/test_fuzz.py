@@ -1,7 +1,7 @@
-"""Command lines by the hundred, in one process: refused in one sentence, or it can work.
+"""Hundreds of generated command lines: each is rejected with one error line, or can run.
 
-Of what is accepted the model is built and its loss traced, so that sizes meet; nothing is compiled
-but one step of a run whose values are all at their limits.
+For an accepted line the model is built and its loss traced, which checks shapes. Only one step is
+compiled, of a run with all values at their limits.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ SMALL = ["--config.model.num_layers=1", "--config.train.steps=12", "--stop-after
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, data):
+def workspace(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path("data").symlink_to(data)
 
 
 @pytest.fixture
-def call(place, monkeypatch, capsys):
-    """call(line) -> (exit code, what stderr says); accepted lines are traced, not compiled."""
+def call(workspace, monkeypatch, capsys):
+    """call(line) -> (exit code, stderr); accepted lines are traced, not compiled."""
     traced, trainers = set(), {}
     make_trainer, per_token = loop.make_trainer, loop.flops.train_flops_per_token
 
@@ -78,7 +78,7 @@ def call(place, monkeypatch, capsys):
     return run
 
 
-def check_refused(line, err):
+def check_rejected(line, err):
     last = err.splitlines()[-1]
     assert last.startswith("error: "), (line, err)
     assert err.count("error: ") == 1, (line, err)
@@ -86,7 +86,7 @@ def check_refused(line, err):
 
 
 def check_numbers(line):
-    """The numbers of an accepted line are those that it writes, and float32 or int32 hold them."""
+    """The configuration has exactly the numbers of the line, and they fit float32 or int32."""
     joined = [word for word in line if word.startswith("--config.") and "=" in word]
     config = load_config(str(TINY), ["data.sources=data", *SMALL[:2], *joined])
     last = {name: text for name, _, text in (word[9:].partition("=") for word in joined)}
@@ -103,34 +103,37 @@ def check_numbers(line):
             assert (np.float32(value) == 0) == (Decimal(text) == 0), line
 
 
-def test_the_lines_given(call):
+def test_fixed_lines(call):
     for line in WORKS:
         code, err = call(line if line != ["--config=5"] else [f"--config={TINY}:5"])
         assert code in (0, 75), (line, err)
     for line in REFUSED:
         code, err = call(line)
         assert code == 2, line
-        check_refused(line, err)
+        check_rejected(line, err)
 
 
-def test_lines_made_from_the_schema(call):
+def test_lines_generated_from_the_schema(call):
     codes = []
     for line in lines(200):
         code, err = call(line)
         codes.append(code)
         if code == 2:
-            check_refused(line, err)
+            check_rejected(line, err)
         else:
             check_numbers(line)
     assert set(codes) <= {0, 2, 75}
     assert 20 < sum(code == 2 for code in codes) < 180
 
 
-def test_a_run_at_its_limits_takes_a_step(place):
-    most = 2**31 - 1
+def test_a_run_at_its_limits_takes_a_step(workspace):
+    int_max = 2**31 - 1
     words = [f"--config.{name}={2**32 - 1}" for name in ("train.seed", "data.seed", "eval.seed")]
-    words += [f"--config.{name}={most}" for name in ("train.steps", "train.checkpoint_every")]
-    words += [f"--config.optim.warmup_steps={most - 1}", f"--config.inner.lr_warmup_steps={most}"]
+    words += [f"--config.{name}={int_max}" for name in ("train.steps", "train.checkpoint_every")]
+    words += [
+        f"--config.optim.warmup_steps={int_max - 1}",
+        f"--config.inner.lr_warmup_steps={int_max}",
+    ]
     words += ["--config.optim.weight_decay=1.2e-38", "--config.inner.clip=3.4e38"]
     words += ["--config.train.log_every=2147483647", "--config.train.keep_checkpoints=2147483647"]
     assert main.main([*START, "--stop-after=1", "--config.model.num_layers=1", *words]) == 75

@@ -1,4 +1,4 @@
-"""The command line: help, dispatch, overrides, and what every kind of failure looks like."""
+"""The command line: help, dispatch, overrides, and error messages."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from tttjax.errors import UserError
 
 @pytest.fixture
 def command(monkeypatch):
-    """A command `greet` with --config and --name, whose `run` the test gives."""
+    """Installs a command `greet` with --config and --name and the given `run`."""
 
     def install(run):
         module = types.ModuleType("greet_for_test", "Greets somebody.\n")
@@ -39,7 +39,7 @@ def fails_with(error):
     return run
 
 
-def test_help_answers_without_jax():
+def test_help_does_not_import_jax():
     code = "import sys; from tttjax.cli.main import main; "
     code += "print(main(['--help']), 'jax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -48,9 +48,9 @@ def test_help_answers_without_jax():
         assert f"\n    {name}" in result.stdout
 
 
-def test_no_argument_is_a_call_for_help(capsys):
+def test_no_argument_prints_help(capsys):
     assert main.main([]) == 0
-    assert "the usual order" in capsys.readouterr().out
+    assert "typical workflow" in capsys.readouterr().out
 
 
 def test_version(capsys):
@@ -59,14 +59,14 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
-def test_every_command_explains_itself(name, capsys):
+def test_every_command_has_help(name, capsys):
     assert main.main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: tttjax {name}")
     assert len(out.splitlines()) > 5
 
 
-def test_a_command_gets_its_arguments_and_its_code_is_returned(command):
+def test_a_command_gets_its_arguments_and_returns_its_code(command):
     command(lambda args: 7 if args.name == "Ada" and args.overrides == [] else 0)
     assert main.main(["greet", "--name=Ada"]) == 7
 
@@ -74,15 +74,15 @@ def test_a_command_gets_its_arguments_and_its_code_is_returned(command):
 def test_overrides_reach_the_command_in_order(command, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from tttjax.config import default_config as get_config\n")
-    found = []
-    command(lambda args: found.append(load_config(args.config, args.overrides)) or 0)
+    configs = []
+    command(lambda args: configs.append(load_config(args.config, args.overrides)) or 0)
     words = ["--config.train.steps=5", "--config.optim.peak_lr", "1e-4", "--config.train.steps=6"]
     assert main.main(["greet", f"--config={file}", "--name", "x", *words]) == 0
-    assert (found[0].train.steps, found[0].optim.peak_lr) == (6, 1e-4)
+    assert (configs[0].train.steps, configs[0].optim.peak_lr) == (6, 1e-4)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["trian"], "There is no command 'trian'.* Did you mean 'train'"),
         (["--nmae=3"], "COMMAND"),
@@ -91,16 +91,19 @@ def test_overrides_reach_the_command_in_order(command, tmp_path):
         (["greet", "--nam=x", "--name=y"], "no argument '--nam'"),
         (["greet", "--nmae=x"], "no argument '--nmae'. Did you mean '--name'"),
         (["greet", "--name=x", "left"], "no argument 'left'"),
-        (["greet", "--name=x", "--config.train.steps=1"], "but no --config=FILE is given"),
+        (
+            ["greet", "--name=x", "--config.train.steps=1"],
+            "needs a configuration to change; give --config=FILE",
+        ),
         (["greet", "--name=x", "--config=a.py", "--config.train.steps"], "has no value"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(command, arguments, sentence, capsys):
+def test_an_invalid_command_line_is_one_error_line(command, arguments, message, capsys):
     command(lambda args: 0)
     assert main.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    with pytest.raises(AssertionError, match=sentence):
+    with pytest.raises(AssertionError, match=message):
         raise AssertionError(err)
 
 
@@ -110,7 +113,7 @@ def test_a_user_error_is_printed_without_traceback(command, capsys):
     assert capsys.readouterr().err == "error: The file x is empty.\n"
 
 
-def test_an_interrupt_has_its_own_code(command, capsys):
+def test_an_interrupt_has_its_own_exit_code(command, capsys):
     command(fails_with(KeyboardInterrupt()))
     assert main.main(["greet", "--name=x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
@@ -124,20 +127,20 @@ def test_an_interrupt_has_its_own_code(command, capsys):
         RuntimeError("kvstore write failed [RESOURCE_EXHAUSTED: No space left on device]"),
     ],
 )
-def test_a_full_disk_is_one_sentence(command, error, capsys):
+def test_a_full_disk_is_one_error_line(command, error, capsys):
     command(fails_with(error))
     assert main.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: No space is left")
+    assert err.startswith("error: No space left")
     assert err.count("\n") == 1
 
 
-def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
+def test_out_of_device_memory_is_one_error_line(command, capsys):
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 999 bytes.\nAllocator:\n  much more"
     command(fails_with(RuntimeError(message)))
     assert main.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: The device's memory is too small")
+    assert err.startswith("error: Out of memory on the device")
     assert "Out of memory allocating 999 bytes)" in err
     assert err.count("\n") == 1
     command(fails_with(RuntimeError("something else, not RESOURCE_EXHAUSTED")))
@@ -146,33 +149,33 @@ def test_a_device_that_is_too_small_is_one_sentence(command, capsys):
 
 
 @pytest.mark.parametrize(
-    ("code", "sentence"),
+    ("code", "message"),
     [
-        (errno.EEXIST, "/there is there already"),
-        (errno.ENOTDIR, "/there leads through a file"),
+        (errno.EEXIST, "/there exists already"),
+        (errno.ENOTDIR, "/there passes through a file"),
         (errno.EISDIR, "/there is a folder"),
         (errno.EACCES, "/there cannot be .* your permissions"),
         (errno.EROFS, "/there cannot be .* your permissions"),
         (errno.ENOENT, "/there does not exist"),
-        (errno.ENAMETOOLONG, "/there is longer than a path may be"),
+        (errno.ENAMETOOLONG, "/there is too long for a path"),
     ],
 )
-def test_a_path_that_the_system_refuses_is_one_sentence(command, code, sentence, capsys):
+def test_a_path_error_is_one_error_line(command, code, message, capsys):
     command(fails_with(OSError(code, "refused", "/there")))
     assert main.main(["greet", "--name=x"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert re.match(f"error: {sentence}.*; .*\\.$", err)
+    assert re.match(f"error: {message}.*; .*\\.$", err)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken", "/x"), OSError(errno.ENOENT, "?")])
-def test_another_system_error_keeps_its_traceback(command, error):
+def test_other_system_errors_keep_their_traceback(command, error):
     command(fails_with(error))
     with pytest.raises(OSError):  # noqa: PT011 (the very error)
         main.main(["greet", "--name=x"])
 
 
-def test_a_full_disk_is_recognised_below_another_error(command):
+def test_a_full_disk_is_recognised_as_a_cause(command):
     def run(args):
         try:
             raise OSError(errno.ENOSPC, "full")
@@ -197,7 +200,7 @@ def test_the_module_is_the_program():
     assert result.stderr.startswith("error: There is no command 'trian'")
 
 
-def test_reader_that_ends_early_is_no_error():
+def test_a_broken_pipe_is_no_error():
     code = (
         "import sys; from tttjax.cli import main as cli;"
         "cli._dispatch = lambda words: print(flush=True);"

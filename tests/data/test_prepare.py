@@ -377,7 +377,7 @@ def test_command_line(corpus, tmp_path, capsys):
     assert (settings["add_bos"], settings["add_eos"]) == (False, True)
     assert settings["min_document_tokens"] == 100
     assert command.run(parser.parse_args(["--check", out])) == 0
-    assert "6 files are whole" in capsys.readouterr().out
+    assert "all 6 checksums match" in capsys.readouterr().out
     with pytest.raises(UserError, match="--out=DIR"):
         command.run(parser.parse_args([str(corpus)]))
 

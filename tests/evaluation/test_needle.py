@@ -402,7 +402,7 @@ def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys)
         (["--needle-tasks=key"], "needle task 'key' is unknown; choose from passkey, number, uuid"),
         (["--needle-depths=120"], "depth of 120 % must be from 0 to 100 %"),
         (["--needle-samples=0"], "samples=0 must be at least 1"),
-        (["--bins=4"], "--bins says nothing of needle tests"),
+        (["--bins=4"], "--bins does not apply to needle tests"),
         (["--needle-text=missing.txt"], "missing.txt does not exist"),
         (["--split=tets"], "no documents in the split 'tets'"),
         (["--tokenizer=missing"], "no tokenizer in missing"),
@@ -420,7 +420,7 @@ def test_what_cannot_be_asked_is_one_sentence(workdir, words, said, tmp_path, ca
 
 def test_needle_options_alone_are_refused(workdir, capsys):
     assert main.main(["evaluate", str(workdir), "--needle-samples=3"]) == 2
-    assert "--needle-samples is an option of needle tests: give --needle too" in (
+    assert "--needle-samples is an option of needle tests" in (
         capsys.readouterr().err
     )
 

@@ -13,7 +13,7 @@ from tttjax.data.tokenizers.base import ByteTokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.interop import transfer
 from tttjax.interop.official.import_ import open_official
-from tttjax.interop.official.names import ENDS, from_official
+from tttjax.interop.official.names import TOP_LEVEL_NAMES, from_official
 from tttjax.interop.transfer import import_run
 from tttjax.io.locks import hold
 from tttjax.models import build_model
@@ -52,8 +52,8 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
     model = build_model(run.config.model, run.config.inner)
     assert run.config.model == official_config(rope_theta=1e4).model
     params = run.weights(weights_template(model, make_mesh()))
-    wanted = from_official(official_arrays(CONFIG), model)
-    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+    expected = from_official(official_arrays(CONFIG), model)
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(got, want)
     origin = json.loads((imported / ORIGIN).read_text())
     assert origin["source"] == str(step)
@@ -104,7 +104,7 @@ def test_a_configuration_file_must_fit(step, tmp_path, capsys):
         f"    config.inner.chunk_size = 8\n"
         "    return config\n"
     )
-    source = open_official(str(step), config=str(file), say=lambda line: None)
+    source = open_official(str(step), config=str(file), log=lambda line: None)
     assert source.config.model == CONFIG.model
     words = ["import", str(step), f"--workdir={tmp_path / 'run'}", f"--config={file}"]
     assert main.main([*words, "--config.model.mlp_dim=10", "--config.model.post_norm=false"]) == 2
@@ -120,7 +120,7 @@ def test_a_configuration_file_must_fit(step, tmp_path, capsys):
         ("absent", "There is no folder"),
         ("file", "is a file; give the folder"),
         ("empty", "is neither a checkpoint of the official TTT-E2E code.*llama.*can be imported"),
-        ("run", "is a run of tttjax already"),
+        ("run", "is a tttjax run already"),
         ("s3://bucket/x", "is neither a folder nor a path like gs://"),
         ("begun", "is still being written"),
     ],
@@ -154,11 +154,11 @@ def test_a_work_directory_in_use_is_refused(step, workdir, sentence, tmp_path, c
 
 def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
     arrays = official_arrays(CONFIG)
-    arrays[ENDS["final_norm/weight"]][:] = np.nan
+    arrays[TOP_LEVEL_NAMES["final_norm/weight"]][:] = np.nan
     path = write_official(tmp_path / "official", arrays)
-    source = open_official(str(path), overrides=OVERRIDES, say=lambda line: None)
+    source = open_official(str(path), overrides=OVERRIDES, log=lambda line: None)
     with pytest.raises(UserError, match="are not finite"):
-        import_run(source, tmp_path / "deep" / "run", say=lambda line: None)
+        import_run(source, tmp_path / "deep" / "run", log=lambda line: None)
     assert not (tmp_path / "deep").exists()
 
 
@@ -171,11 +171,11 @@ def test_a_second_import_to_one_place_is_refused(step, tmp_path, capsys):
 
 def test_weights_that_are_no_floats_are_refused(tmp_path):
     arrays = official_arrays(CONFIG)
-    name = ENDS["final_norm/weight"]
+    name = TOP_LEVEL_NAMES["final_norm/weight"]
     arrays[name] = arrays[name].astype(np.int32)
     path = write_official(tmp_path / "official", arrays)
     with pytest.raises(UserError, match=f"{name} holds int32, not floating-point numbers"):
-        open_official(str(path), overrides=OVERRIDES, say=lambda line: None)
+        open_official(str(path), overrides=OVERRIDES, log=lambda line: None)
 
 
 def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):
@@ -185,16 +185,16 @@ def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):
         write_run.write_run(folder, config, jax.tree.map(lambda x: 2 * x, params), **rest)
 
     monkeypatch.setattr(transfer, "write_run", wrong)
-    source = open_official(str(step), overrides=OVERRIDES, say=lambda line: None)
+    source = open_official(str(step), overrides=OVERRIDES, log=lambda line: None)
     with pytest.raises(UserError, match="computes other logits"):
-        import_run(source, tmp_path / "run", say=lambda line: None)
+        import_run(source, tmp_path / "run", log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_must_be_there_and_fit(step, tmp_path):
     with pytest.raises(UserError, match="there is no tokenizer at"):
-        open_official(str(step), overrides=OVERRIDES, tokenizer=str(tmp_path), say=print)
+        open_official(str(step), overrides=OVERRIDES, tokenizer=str(tmp_path), log=print)
     ByteTokenizer().save(tmp_path)
     small = write_official(tmp_path / "small", official_arrays(official_config(vocab_size=16)))
     with pytest.raises(UserError, match="has 264 tokens, more than the 16"):
-        open_official(str(small), overrides=OVERRIDES, tokenizer=str(tmp_path), say=print)
+        open_official(str(small), overrides=OVERRIDES, tokenizer=str(tmp_path), log=print)

@@ -1,4 +1,4 @@
-"""launch/scaling_table.sh against a stand-in for tttjax."""
+"""launch/scaling_table.sh with a fake tttjax."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def table(tmp_path):
     return run
 
 
-def test_every_plan_once_then_the_table(table, tmp_path):
+def test_each_plan_runs_once_then_the_table(table, tmp_path):
     first = table(str(tmp_path / "out"))
     assert first.returncode == 0
     assert first.stderr == "125m,full,pretrain on v5e:2x2: error: no v5e today\n"
@@ -45,7 +45,7 @@ def test_every_plan_once_then_the_table(table, tmp_path):
     names = {path.name for path in (tmp_path / "out").glob("*.json")}
     assert names == {f"125m-full-pretrain-{pod}.json" for pod in ("v5p-2x2x1", "gpu-h100-4")}
     assert all(name in calls[-1] for name in names)
-    table(str(tmp_path / "out"))  # goes on with the one that failed
+    table(str(tmp_path / "out"))  # retries the failed plan
     assert len((tmp_path / "calls").read_text().splitlines()) == 4 + 2
 
 

@@ -104,8 +104,8 @@ def test_session_resumes_prefill(run, tmp_path, capsys):
     assert json.loads(resumed)[0]["tokens"] == json.loads(single_call)[0]["tokens"]
     code, summary, _ = call(capsys, "sessions", file)
     assert code == 0
-    assert f"{len(TEXT) + 1} tokens read" in summary
-    assert "moved by" in summary
+    assert f"{len(TEXT) + 1} tokens, " in summary
+    assert "drift" in summary
 
 
 def test_generation_resumes_bit_identically_from_session(run, tmp_path, capsys):
@@ -158,7 +158,7 @@ def test_text_is_read_to_its_end_once(run, tmp_path, capsys):
     [
         ([], "the prompt is empty"),
         (["--prompt", "x", "--samples=0"], "--samples=0 must be at least 1"),
-        (["--prompt", "x", "--max-tokens=0"], "writes nothing: give --save-session"),
+        (["--prompt", "x", "--max-tokens=0"], "generates nothing: add --save-session"),
         (["--prompt", "x", "--save-session=s", "--session-rank=2"], "needs the precision bfloat16"),
         (["--prompt", "x", "--stop="], "--stop is empty"),
         (["--prompt", "x", "--learn=none", "--mode=dynamic"], "contradict each other"),

@@ -147,7 +147,7 @@ def test_update_trace_files_agree_with_session(uninterrupted, call):
     assert code == 0
     last = f"{about.chunk_losses[-1]:.4f} -> {about.chunk_losses_after[-1]:.4f}"
     assert last in summary_text
-    assert "layer0  moved by" in summary_text
+    assert "layer0  drift" in summary_text
     assert [snapshot.tokens for snapshot in list_snapshots(uninterrupted / "s").values()] == [
         1,
         129,
@@ -165,8 +165,8 @@ def test_prefill_from_snapshot_is_bit_identical(run, text, uninterrupted, tmp_pa
     rewind = ("sessions", uninterrupted / "s", "--to", tmp_path / "s")
     code, _, err = call(*rewind, "--rewind=300")
     assert code == 0
-    assert "as it was after 257 tokens" in err
-    assert "--run=WORKDIR and --text=FILE read on" in err
+    assert "the session at 257 tokens" in err
+    assert "--run=WORKDIR and --text=FILE" in err
     assert call("read", run, text, *outputs(tmp_path))[0] == 0
     assert (tmp_path / "s").read_bytes() == (uninterrupted / "s").read_bytes()
 
@@ -179,7 +179,7 @@ def test_rewind_to_any_chunk(run, text, uninterrupted, tmp_path, call):
         "sessions", uninterrupted / "s", f"--rewind={position}", "--to", tmp_path / "s", *exactly
     )
     assert rewound[0] == 0
-    assert f"as it was after {position} tokens" in rewound[2]
+    assert f"the session at {position} tokens" in rewound[2]
     (tmp_path / "cut.txt").write_text(TEXT[: position - 1])
     cut = ("--save-session", tmp_path / "cut", "--telescope", tmp_path / "trace")
     assert call("read", run, tmp_path / "cut.txt", *cut)[0] == 0
@@ -216,13 +216,13 @@ def test_progress_without_update_trace(run, text, tmp_path, call):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--rewind=5"], "--rewind=TOKENS and --to=NEW go together"),
+        (["--rewind=5"], "both --rewind=TOKENS and --to=NEW"),
         (["--rewind=-5", "--to=new"], "--rewind=-5 must be at least 0"),
-        (["--rewind=0", "--to=new"], "cannot go back to 0 tokens: it keeps none before 1 tokens"),
+        (["--rewind=0", "--to=new"], "cannot rewind to 0 tokens: it has no snapshots before 1 tokens"),
         (["--rewind=999", "--to=new"], "has read 457 tokens, not 999"),
         (["--rewind=50", "--to=SELF"], "exists already"),
         (["--rewind=50", "--to=new", "--text=TEXT"], "both --run=WORKDIR and --text=FILE"),
-        (["--rewind=50", "--to=new", "--text=OTHER", "--run=RUN"], "is not the text that"),
+        (["--rewind=50", "--to=new", "--text=OTHER", "--run=RUN"], "is not the text of"),
         (["more", "--rewind=50", "--to=new"], "in one session, and 2 are named"),
         (["--text=TEXT"], "--run and --text are for --rewind=TOKENS"),
     ],
@@ -246,7 +246,7 @@ def test_rewind_without_snapshots_explains_keep_every(uninterrupted, tmp_path, c
     shutil.copy(uninterrupted / "s", tmp_path / "s")
     code, _, err = call("sessions", tmp_path / "s", "--rewind=9", "--to", tmp_path / "t")
     assert code == 2
-    assert "it keeps none; sessions on the way are kept by `tttjax read --keep-every" in err
+    assert "it has no snapshots; make them with `tttjax read --keep-every" in err
 
 
 def test_invalid_read_options_are_refused(run, text, uninterrupted, tmp_path, call):

@@ -99,7 +99,7 @@ def _prefill(
         engine, session = start(lengths[0])
         for length in lengths:
             # The cost of full attention depends on the cache capacity.
-            if engine.has_whole:
+            if engine.has_full_attention:
                 engine, session = start(length)
             session, _ = engine.read(session, _random(config, length - session.tokens))
             yield length, engine, session, round_tokens

@@ -19,7 +19,7 @@ from tttjax.benchmarks.timing import (
 )
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.inference.prefill import divide, make_inference_model, prefill, start
+from tttjax.inference.prefill import split_weights, make_inference_model, prefill, start
 from tttjax.models import build_model
 from tttjax.parallel.precision import as_configured
 from tttjax.ttt.outer_loss import make_inner_loop
@@ -89,7 +89,7 @@ def _compile(config: Config, length: int, batch: int) -> tuple[Any, tuple]:
     """The compiled program and its arguments: weights, initial state, tokens."""
     model, inference_model = _make_models(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    weights = jax.jit(partial(divide, inference_model))(params)
+    weights = jax.jit(partial(split_weights, inference_model))(params)
     context = jax.jit(partial(start, inference_model, batch=batch, max_length=length))(params)
     tokens = np.random.default_rng(0).integers(
         config.model.vocab_size, size=(batch, length), dtype=np.int32

@@ -1,18 +1,18 @@
-"""Loss by token position and context, learning on and off, on held-out documents; needle tests.
+"""Measure loss by token position and context length on held-out documents, or run needle tests.
 
 examples:
   tttjax evaluate runs/first
-      what the run gains from learning while it reads, on its own data's held-out documents
+      the gain from test-time training, on held-out documents of the run's own data
   tttjax evaluate runs/ttt_e2e runs/window --out=results
-      two runs on the same tokens, with the differences and their standard errors
+      two runs on the same tokens, with differences and their standard errors
   tttjax evaluate runs/window --modes=off,dynamic --dynamic-lr=0.01,0.1,1
-      dynamic evaluation: a model that was never meta-trained learns while it reads
+      dynamic evaluation: inner updates for a model that was not meta-trained
   tttjax evaluate runs/ttt_e2e runs/window --needle --context-lengths=4096,16384
-      RULER's single-needle tasks: is what was read once still known, and how far back?
+      RULER's single-needle tasks
 
-Writes results.json, by_position.csv, by_context.csv, loss_by_position.png and loss_by_context.png
-into --out (with --needle: needle.json, needle.csv, needle_samples.csv and needle_TASK.png), and
-prints the tables. docs/evaluation.md says how the numbers are made.
+Prints tables and writes results.json, by_position.csv, by_context.csv, loss_by_position.png and
+loss_by_context.png to --out (with --needle: needle.json, needle.csv, needle_samples.csv and
+needle_TASK.png). docs/evaluation.md explains the metrics.
 """
 
 import argparse
@@ -27,77 +27,57 @@ from tttjax.cli.needle import add_needle_arguments, check_needle_arguments, run_
 from tttjax.config import EvalConfig
 from tttjax.config.values import check_value
 from tttjax.errors import UserError
-from tttjax.evaluation.compare import compare, evaluate
-from tttjax.evaluation.files import check_writable, to_dict, write_results
-from tttjax.evaluation.results import Comparison, Series
-from tttjax.runs.run import (
-    DYNAMIC_PATHS,
-    MODES,
-    LearningOptions,
-    Run,
-    RunSpec,
-    open_run,
-    run_of_params,
-)
+from tttjax.evaluation.compare import compare
+from tttjax.evaluation.files import check_writable, write_results
+from tttjax.runs.run import DYNAMIC_PATHS, MODES, LearningOptions, RunSpec, open_run
 from tttjax.ttt.update_rules import RULES
-
-__all__ = [
-    "Comparison",
-    "LearningOptions",
-    "Run",
-    "RunSpec",
-    "Series",
-    "add_arguments",
-    "compare",
-    "evaluate",
-    "open_run",
-    "run",
-    "run_of_params",
-    "to_dict",
-    "write_results",
-]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax evaluate`."""
     add = parser.add_argument
-    add("workdirs", nargs="+", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
-    add("--names", type=list_of(str), help="what to call the runs, a,b (default: their folders)")
-    add("--out", metavar="DIR", help="where results go (default: eval/ in the first WORKDIR)")
+    add("workdirs", nargs="+", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add(
+        "--names",
+        type=list_of(str),
+        metavar="a,b",
+        help="labels of the runs (default: folder names)",
+    )
+    add("--out", metavar="DIR", help="output folder (default: eval/ in the first WORKDIR)")
     add("--data", metavar="DIR", help="prepared data set (default: the first run's own)")
-    add("--split", default="", help="split of the data (default: the run's data.val_split)")
+    add("--split", default="", help="split of the data set (default: the run's data.val_split)")
     add(
         "--modes",
         type=list_of(str),
         default=(),
         metavar="a,b",
-        help=f"of {', '.join(MODES)}: learning, TTT off, dynamic evaluation (default: on and off, "
-        "or off for runs without fast weights); each run takes those that fit it",
+        help=f"any of {', '.join(MODES)}: test-time training on, off, or dynamic evaluation; each "
+        "run uses the modes it supports (default: on,off; off for runs without fast weights)",
     )
-    of_run = parser.add_argument_group("defaults from the first run's configuration, eval.*")
-    add = of_run.add_argument
+    defaults = parser.add_argument_group("defaults from the first run's configuration, eval.*")
+    add = defaults.add_argument
     add(
         "--context-lengths",
         type=list_of(int32),
         metavar="T,T",
-        help="context lengths in tokens (default there: 1, 2, 4 and 8 windows)",
+        help="context lengths in tokens (if not configured: 1, 2, 4 and 8 windows)",
     )
     add("--num-sequences", type=int32, metavar="N", help="sequences of the longest context")
-    add("--batch-size", type=int32, metavar="N", help="sequences read at once")
+    add("--batch-size", type=int32, metavar="N", help="sequences per batch")
     add("--bins", type=int32, metavar="N", help="bins of the loss by position")
-    add("--seed", type=uint32, metavar="N", help="seed of the choice of documents")
-    inner = parser.add_argument_group("learning (default: as the run was configured)")
+    add("--seed", type=uint32, metavar="N", help="seed of the sampling of documents")
+    inner = parser.add_argument_group("inner loop (default: the run's configuration)")
     add = inner.add_argument
     add("--inner-lr", type=float32, metavar="LR", help="inner learning rate")
     add("--inner-rule", choices=RULES, help="update rule of the fast weights")
-    add("--inner-clip", type=float32, metavar="NORM", help="norm to clip gradients to; 0: off")
-    add("--chunk-size", type=int32, metavar="N", help="tokens of one inner mini-batch")
+    add("--inner-clip", type=float32, metavar="NORM", help="gradient clipping norm; 0: off")
+    add("--chunk-size", type=int32, metavar="N", help="tokens of an inner mini-batch")
     add(
         "--dynamic-paths",
         type=list_of(str),
         default=DYNAMIC_PATHS,
         metavar="GLOB,GLOB",
-        help="weights that learn in dynamic evaluation (default: all MLPs of the suffix, "
+        help="fast weights in dynamic evaluation (default: all MLPs of the suffix, "
         "suffix/**/mlp/**)",
     )
     add(
@@ -105,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int32,
         default=0,
         metavar="N",
-        help="last blocks that form the suffix there (default: a quarter of all)",
+        help="last blocks that form its suffix (default: a quarter of all)",
     )
     add(
         "--dynamic-lr",
@@ -115,27 +95,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inner learning rates of dynamic evaluation, one curve each",
     )
     add_needle_arguments(parser)
-    shown = parser.add_argument_group("how it is shown")
-    add = shown.add_argument
+    add = parser.add_argument_group("presentation").add_argument
     add(
         "--window",
         type=int32,
         default=0,
         metavar="TOKENS",
-        help='where "beyond the window" begins (default: the largest window of the runs)',
+        help='start of "beyond the window" (default: the largest window of the runs)',
     )
-    add("--log-x", action="store_true", help="logarithmic axis of positions")
+    add("--log-x", action="store_true", help="logarithmic position axis")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`tttjax evaluate` from parsed arguments; the exit code."""
+    """`tttjax evaluate` from parsed arguments; returns the exit code."""
     check_needle_arguments(args)
     runs = [open_run(spec) for spec in _specs(args)]
     out = Path(args.out) if args.out else Path(args.workdirs[0]) / "eval"
     if args.needle:
         return run_needle(args, runs, _learning(args), out)
     if jax.process_index() == 0:
-        check_writable(out)  # now, not after an hour of computing
+        check_writable(out)  # before the evaluation, which may take hours
     comparison = compare(
         runs,
         data=args.data,
@@ -162,9 +141,9 @@ def _specs(args: argparse.Namespace) -> list[RunSpec]:
 
 def _settings(args: argparse.Namespace, defaults: EvalConfig) -> EvalConfig:
     names = [field.name for field in dataclasses.fields(EvalConfig)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    checked = {name: check_value(f"eval.{name}", value) for name, value in given.items()}
-    return dataclasses.replace(defaults, **checked)
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values = {name: check_value(f"eval.{name}", value) for name, value in flags.items()}
+    return dataclasses.replace(defaults, **values)
 
 
 def _learning(args: argparse.Namespace) -> LearningOptions:

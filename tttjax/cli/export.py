@@ -1,67 +1,84 @@
-"""Write a run's model as Hugging Face safetensors, for transformers and all that reads them.
+"""Write a run's model as Hugging Face safetensors, for transformers and compatible tools.
 
 examples:
   tttjax export runs/first --to=hf/first
       then, in Python: AutoModelForCausalLM.from_pretrained("hf/first", trust_remote_code=True)
   tttjax export runs/full --to=hf/full --dtype=bfloat16 --max-shard-size=2GB
   tttjax export runs/full --to=hf/dynamic --mode=dynamic
-      a model without fast weights that learns while it reads all the same
+      dynamic evaluation of a model without fast weights
 
-A model that one of transformers' own architectures is exactly becomes that one (Llama, Mistral,
-Ministral, Qwen 3, Gemma 3). Others, and all that learn while they read, carry a modeling file,
-which trust_remote_code loads; generate() then learns as `tttjax generate` does.
+A model that matches an architecture of transformers (Llama, Mistral, Ministral, Qwen 3, Gemma 3) is
+exported as that architecture. Other models, and all with test-time training, come with a modeling
+file that trust_remote_code loads; its generate() applies inner updates as `tttjax generate` does.
 
-The weights go from the checkpoint to the files tensor by tensor. Then the export is read back, by
-this program and by transformers where it is installed (pip install -e '.[interop]'), and logits are
-compared: an export that deviates is removed. docs/exchange.md has the rest.
+Weights are streamed tensor by tensor. The export is then loaded by tttjax, and by transformers if
+it is installed (pip install -e '.[interop]'), and logits are compared; an export that deviates is
+removed. See docs/exchange.md.
 """
 
 import argparse
 import sys
 
-from tttjax.interop.huggingface.export import DTYPES, Deviation, parse_size, plan, write
+from tttjax.interop.huggingface.export import (
+    DTYPES,
+    ExportMismatch,
+    parse_size,
+    plan_export,
+    write_export,
+)
 from tttjax.interop.streaming import return_freed_memory
 from tttjax.io.atomic import require_empty_dir
-from tttjax.runs.run import (
-    MODES,
-)
+from tttjax.runs.run import MODES
 from tttjax.runtime import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax export`."""
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
-    add("--to", required=True, metavar="DIR", help="new folder to write")
-    add("--dtype", choices=DTYPES, default="", help="of the files (default: the run's own)")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default 5GB)")
+    add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add("--to", required=True, metavar="DIR", help="output folder; must not exist or be empty")
+    add("--dtype", choices=DTYPES, default="", help="dtype of the weights (default: the run's own)")
+    add(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of a file (default: %(default)s)",
+    )
     add(
         "--mode",
         choices=MODES,
         default="",
-        help="on: fast weights learn (default if there are any); off: they can, but only with "
-        "generate(learn=True); dynamic: weights learn that never did",
+        help="on: test-time training by default (default with fast weights); off: only with "
+        "generate(learn=True); dynamic: dynamic evaluation of a static model",
     )
-    add("--own-code", action="store_true", help="the modeling file even where there is a stock one")
-    add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it")
+    add(
+        "--own-code",
+        action="store_true",
+        help="use our modeling file even if transformers has the architecture",
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the tokenizer, or of data prepared with it (default: the run's own)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """`tttjax export` from parsed arguments; the exit code, 1 for an export that deviates."""
+    """`tttjax export` from parsed arguments; returns 1 if the export deviates."""
     return_freed_memory()
     target, limit = require_empty_dir(args.to, "--to"), parse_size(args.max_shard_size)
-    export = plan(
+    export = plan_export(
         args.workdir,
         dtype=args.dtype,
         mode=args.mode,
         own_code=args.own_code,
         tokenizer=args.tokenizer,
-        say=_say,
+        log=_say,
     )
     try:
-        write(export, target, limit=limit, say=_say)
-    except Deviation as deviation:
-        print(f"error: {deviation}; nothing is left of the export.", file=sys.stderr)
+        write_export(export, target, limit=limit, log=_say)
+    except ExportMismatch as deviation:
+        print(f"error: {deviation}; the export was removed.", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,4 @@
-"""Types of command-line flags: numbers that computations hold, and lists.
-
-They are for argparse's `type=`; what they refuse is told with the flag's name.
-"""
+"""Types of command-line flags for argparse's `type=`: 32-bit numbers, and lists."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -29,7 +26,7 @@ def uint32(text: str) -> int:
 
 
 def float32(text: str) -> float:
-    """A finite float32 that is a float32's normal one, or 0."""
+    """A finite, normal float32, or 0."""
     value = read_number(text)
     if value is None or not fits_float(value):
         raise ArgumentTypeError(f"{text!r} must be {FLOAT_WORDS}")
@@ -37,12 +34,12 @@ def float32(text: str) -> float:
 
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Values with commas between them."""
+    """Comma-separated values."""
 
     def parse(text: str) -> tuple[Any, ...]:
         return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
 
-    parse.__name__ = f"list of {kind.__name__}"  # how argparse names it in errors
+    parse.__name__ = f"list of {kind.__name__}"  # for argparse errors
     return parse
 
 

@@ -1,18 +1,18 @@
-"""Read a prompt, learn from it, and write on: text from a trained model, with sessions to keep.
+"""Generate text from a trained model, with test-time training on the prompt, and save sessions.
 
 examples:
   tttjax generate runs/first --prompt "def main(" --max-tokens=100
-      reads, learns from what it reads (and writes), writes
+      applies inner updates to the prompt and to generated text
   tttjax generate runs/first --prompt-file=book.txt --save-session=book.session --max-tokens=0
-      reads alone, and keeps everything that was read in one file
+      prefills only, and saves the state to a session file
   tttjax generate runs/first --session=book.session --prompt " The end of the story:" --samples=3
-      goes on from there, three times; book.session stays as it is
+      continues the session with three samples; book.session is not changed
   tttjax generate runs/first --prompts=questions.jsonl --max-tokens=40 > answers.jsonl
-      many prompts in one run, sixteen at a time
+      many prompts, in batches of 16
 
-A session file is as large after a page as after a library (but for full attention). It goes on as
-if it had never been closed, with the model that wrote it and no other; `tttjax sessions FILE` says
-what is in one. docs/generation.md has the rest.
+The size of a session file does not grow with the context (except for full attention). A resumed
+session is bit-identical, but needs the model that wrote it. `tttjax sessions FILE` describes a
+session. See docs/generation.md.
 """
 
 import argparse
@@ -45,28 +45,46 @@ from tttjax.runs.load import LoadedModel, encode_prompt, load_or_start_session
 from tttjax.runtime import progress
 from tttjax.runtime.memory import device_memory
 
+SAMPLING_HELP = {
+    "temperature": "0: greedy decoding",
+    "top_k": "sample from the K most likely tokens; 0: off",
+    "top_p": "nucleus sampling: smallest set of tokens with this probability; 1: off",
+    "min_p": "least probability relative to the most likely token; 0: off",
+    "repetition_penalty": "penalty on the logits of tokens that occurred; 1: off",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax generate`."""
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
+    add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to read first")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a file; -: stdin")
+    prompt.add_argument("--prompt", metavar="TEXT", help="prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt; -: stdin")
     prompt.add_argument(
-        "--prompts", metavar="FILE.jsonl", help="many: a JSON string a line; prints JSON lines"
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="many prompts, one JSON string per line; prints JSON Lines",
     )
-    add("--batch", type=int32, default=16, help="texts of --prompts at once (default %(default)s)")
+    add("--batch", type=int32, default=16, help="batch size for --prompts (default: %(default)s)")
     add(
         "--max-tokens",
         type=int32,
         default=128,
         metavar="N",
-        help="to write (default %(default)s)",
+        help="tokens to generate (default: %(default)s)",
     )
-    add("--samples", type=int32, default=1, metavar="N", help="texts to write (default 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
-    add("--seed", type=uint32, default=0, help="of the first text; the others count on")
+    add(
+        "--samples",
+        type=int32,
+        default=1,
+        metavar="N",
+        help="texts per prompt (default: %(default)s)",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
+    add(
+        "--seed", type=uint32, default=0, help="seed of the first sample, the next one has seed + 1"
+    )
     add("--json", action="store_true", help="print texts, tokens and log-probabilities as JSON")
     sampling = parser.add_argument_group("sampling")
     for field in dataclasses.fields(Sampling):
@@ -74,19 +92,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{field.name.replace('_', '-')}",
             type=int32 if field.type is int else float32,
             default=field.default,
-            help="(default %(default)s)",
+            help=f"{SAMPLING_HELP[field.name]} (default: %(default)s)",
         )
     sessions = parser.add_argument_group("sessions")
     add = sessions.add_argument
-    add("--session", metavar="FILE", help="go on from this one")
-    add("--save-session", metavar="FILE", help="keep what was read, and the first text written")
-    add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
-    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
+    add("--session", metavar="FILE", help="session to continue")
+    add(
+        "--save-session",
+        metavar="FILE",
+        help="file for the session after prompt and generated text",
+    )
+    add(
+        "--session-precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of stored arrays (default: %(default)s)",
+    )
+    add(
+        "--session-rank",
+        type=int32,
+        default=0,
+        metavar="N",
+        help="rank of stored weight changes; 0: full",
+    )
     add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """`tttjax generate` from parsed arguments; the exit code."""
+    """`tttjax generate` from parsed arguments; returns the exit code."""
     _check(args)
     if not args.save_session:
         return _run(args)
@@ -97,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
-    with progress.doing(f"opening {args.workdir}"):
+    with progress.doing(f"loading {args.workdir}"):
         loaded = load_from_args(args)
     _check_samples(args.samples, loaded)
     with as_configured(loaded.config):
@@ -110,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
             _print_all(args, loaded, session, prompts, sampling)
             return 0
         (prompt_T,) = prompts
-        with progress.doing("reading the prompt (programs are compiled at their first use)"):
+        with progress.doing("prefilling the prompt (compiles on first use)"):
             session, _ = loaded.engine.read(session, prompt_T)
         if args.max_tokens:
             session = _generate(args, loaded, session, texts[0], prompt_T, sampling)
@@ -125,9 +158,9 @@ def _run(args: argparse.Namespace) -> int:
                 rank=args.session_rank,
             )
             size = Path(args.save_session).stat().st_size
-            lost = f", {about.lost:.2%} of the changes lost" if about.lost else ""
+            error = f", {about.lost:.2%} of the weight changes lost" if about.lost else ""
             print(
-                f"{args.save_session}: {about.tokens:,} tokens in {size:,} bytes{lost}",
+                f"{args.save_session}: {about.tokens:,} tokens in {size:,} bytes{error}",
                 file=sys.stderr,
             )
     return 0
@@ -146,28 +179,28 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
     check_stored(args.session_precision, args.session_rank)
     if not args.save_session and args.session_precision != "float32":
-        raise UserError("--session-precision says how --save-session is stored: give that too.")
+        raise UserError("--session-precision applies to --save-session: add it.")
     if args.seed + args.samples > 2**32:
         raise UserError(f"--seed={args.seed} must be below {2**32 - args.samples + 1}.")
     if not args.max_tokens and not args.save_session:
-        raise UserError("--max-tokens=0 writes nothing: give --save-session to keep what is read.")
-    if args.save_session and (args.samples > 1 or args.prompts):
         raise UserError(
-            "--save-session keeps one text, so it does not go with --samples or --prompts."
+            "--max-tokens=0 generates nothing: add --save-session to save the prefilled state."
         )
+    if args.save_session and (args.samples > 1 or args.prompts):
+        raise UserError("--save-session saves one text: remove it, or --samples and --prompts.")
     if "" in args.stop:
-        raise UserError("--stop is empty, and would end every text at once.")
+        raise UserError("--stop is empty; give a non-empty string.")
     for stop in args.stop:
         check_unicode(stop, "--stop")
 
 
 def _check_samples(samples: int, loaded: LoadedModel) -> None:
-    """UserError where not even the logits of all samples, and what occurred, have room."""
+    """Raises UserError if the logits and token counts of all samples exceed device memory."""
     size, limit = samples * loaded.config.model.vocab_size * (4 + 1), device_memory()
     if size > limit:
         raise UserError(
-            f"--samples={samples} texts at once need {size / 1e9:,.1f} GB for their logits alone, "
-            f"and the device has {limit / 1e9:,.1f} GB: write fewer, with several values of --seed."
+            f"--samples={samples} need {size / 1e9:,.1f} GB for logits alone, but the device has "
+            f"{limit / 1e9:,.1f} GB: use fewer samples, in several runs with different --seed."
         )
 
 
@@ -184,7 +217,7 @@ def _print_all(
     prompts: Sequence[np.ndarray],
     sampling: Sampling,
 ) -> None:
-    """Prints a JSON line for every text."""
+    """Prints one JSON line per generated text."""
     requests = [
         (sampling, args.max_tokens, tuple(args.stop), args.seed + i) for i in range(args.samples)
     ]
@@ -194,7 +227,7 @@ def _print_all(
 
 
 def _dim(text: str) -> str:
-    """Fainter than what follows, on a terminal that can."""
+    """Dims the text on terminals that support it."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
@@ -207,28 +240,31 @@ def _generate(
     prompt_T: np.ndarray,
     sampling: Sampling,
 ) -> Session:
-    """Writes and prints, on a terminal after the prompt; the session after the first text."""
+    """Generates and prints; returns the session after the first text.
+
+    On a terminal, a single text is streamed after the dimmed prompt.
+    """
     requests = [
         Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
         for i in range(args.samples)
     ]
-    writer = Generator(loaded.engine, loaded.tokenizer, requests, learn=args.learn == "all")
-    pieces: list[list[GeneratedToken]] = [[] for _ in requests]
+    generator = Generator(loaded.engine, loaded.tokenizer, requests, learn=args.learn == "all")
+    texts: list[list[GeneratedToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
     on_terminal = streams and sys.stdout.isatty()
-    with progress.doing("writing (programs are compiled at their first use)"):
-        for piece in writer:
-            if on_terminal and not any(pieces):  # the first may have waited for a compilation
+    with progress.doing("generating (compiles on first use)"):
+        for token in generator:
+            if on_terminal and not any(texts):  # the first token may have waited for compilation
                 print(_dim(prompt), end="")
-                progress.now("")  # a line about the time would end up amid the text
-            pieces[piece.request].append(piece)
+                progress.now("")  # a progress line would appear within the text
+            texts[token.request].append(token)
             if streams:
-                print(piece.text, end="", flush=True)
+                print(token.text, end="", flush=True)
     if streams:
         print()
     elif args.json:
-        print(json.dumps([to_record(text) for text in pieces], ensure_ascii=False))
+        print(json.dumps([to_record(text) for text in texts], ensure_ascii=False))
     else:
-        for i, text in enumerate(pieces):
-            print(f"--- {i + 1} (seed {args.seed + i})\n{''.join(p.text for p in text)}")
-    return writer.sessions[0]
+        for i, text in enumerate(texts):
+            print(f"--- {i + 1} (seed {args.seed + i})\n{''.join(token.text for token in text)}")
+    return generator.sessions[0]

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness command line with the model `tttjax`."""
+"""The lm-evaluation-harness command line, with the model `tttjax` registered."""
 
 import sys
 
@@ -7,7 +7,7 @@ from tttjax.runtime.libtpu import quieten_libtpu
 
 
 def main() -> int:
-    """Runs the harness's command line with our model registered; returns the exit code."""
+    """Runs the harness's command line; returns the exit code."""
     quieten_libtpu()
     try:
         import tttjax.evaluation.lm_eval  # noqa: F401  (registers the model)

@@ -1,4 +1,4 @@
-"""Flags shared by all commands that open a run's model: generate, read, sessions."""
+"""Flags shared by the commands that load a run's model: generate, read, sessions."""
 
 import argparse
 
@@ -9,29 +9,38 @@ from tttjax.runs.run import MODES
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of how a run's model reads, for every command that opens one."""
-    group = parser.add_argument_group("reading")
-    add = group.add_argument
+    """Adds the options of loading a model for inference."""
+    add = parser.add_argument_group("inference").add_argument
     add(
         "--learn",
         choices=LEARN,
         default="all",
-        help="from everything, from what is read and not what is written, or from nothing "
-        "(default %(default)s)",
+        help="tokens to apply inner updates for: prompt and generated text, the prompt only, or "
+        "none (default: %(default)s)",
     )
-    add("--mode", choices=MODES, default="", help="dynamic: let weights learn that never did")
-    add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it")
+    add(
+        "--mode",
+        choices=MODES,
+        default="",
+        help="test-time training on or off, or dynamic evaluation of a static model (default: on, "
+        "if the model has fast weights)",
+    )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the tokenizer, or of data prepared with it (default: the run's own)",
+    )
     add(
         "--max-length",
         type=int32,
         default=0,
         metavar="N",
-        help="tokens that full attention has room for (default: eight training sequences)",
+        help="KV cache capacity of full attention in tokens (default: eight training sequences)",
     )
 
 
 def load_from_args(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:
-    """The model that the options of `add_model_arguments` describe; observe: as of `load_model`."""
+    """Loads the model that the options of `add_model_arguments` describe."""
     if args.learn == "none" and args.mode not in ("", "off"):
         raise UserError(f"--learn=none and --mode={args.mode} contradict each other.")
     return load_model(

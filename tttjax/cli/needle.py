@@ -1,4 +1,4 @@
-"""The part of `tttjax evaluate` that asks for needles."""
+"""Needle tests of `tttjax evaluate --needle`."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ from tttjax.evaluation.needle.runner import NeedleSettings, needle_tests
 from tttjax.evaluation.needle.tables import sentence, table
 from tttjax.runs.run import LearningOptions, Run
 
-# Options of the one kind of evaluation, and of the other.
+# Options that apply to needle tests only, and to the loss only.
 NEEDLE_OPTIONS = ("needle_tasks", "needle_depths", "needle_samples", "needle_text", "tokenizer")
 LOSS_OPTIONS = ("num_sequences", "bins", "log_x")
 
@@ -30,50 +30,53 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
         "RULER's single-needle tasks, at each of --context-lengths (tokens of the prompt)",
     )
     add = group.add_argument
-    add("--needle", action="store_true", help="ask for needles instead of measuring the loss")
+    add("--needle", action="store_true", help="run needle tests instead of measuring the loss")
     add(
         "--needle-tasks",
         type=list_of(str),
         metavar="a,b",
-        help=f"of {', '.join(TASKS)} (default: all)",
+        help=f"any of {', '.join(TASKS)} (default: all)",
     )
     add(
         "--needle-depths",
         type=list_of(float32),
         metavar="P,P",
-        help="where needles are hidden, in %% of the haystack (default: 0,25,50,75,100)",
+        help="positions of needles, in %% of the haystack (default: 0,25,50,75,100)",
     )
     add(
         "--needle-samples",
         type=int32,
         metavar="N",
-        help="prompts of each task, length and depth (default: 10)",
+        help="prompts per task, length and depth (default: 10)",
     )
     add(
         "--needle-text",
         metavar="FILE",
-        help="text to hide needles in, of the tasks number and uuid (default: held-out text)",
+        help="haystack text of the tasks number and uuid (default: held-out text)",
     )
-    add("--tokenizer", metavar="DIR", help="its folder, or data prepared with it (default: own)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the tokenizer, or of data prepared with it (default: the run's own)",
+    )
 
 
 def check_needle_arguments(args: argparse.Namespace) -> None:
-    """UserError for options of the kind of evaluation that was not asked for."""
-    others = LOSS_OPTIONS if args.needle else NEEDLE_OPTIONS
-    for name in others:
+    """Raises UserError for options of the other kind of evaluation."""
+    for name in LOSS_OPTIONS if args.needle else NEEDLE_OPTIONS:
         if getattr(args, name) not in (None, False):
             flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{flag} says nothing of needle tests: leave it out, or --needle"
+                f"{flag} does not apply to needle tests: remove it, or --needle"
                 if args.needle
-                else f"{flag} is an option of needle tests: give --needle too"
+                else f"{flag} is an option of needle tests: add --needle"
             )
 
 
 def run_needle(
     args: argparse.Namespace, runs: Sequence[Run], learning: LearningOptions, out: Path
 ) -> int:
-    """`tttjax evaluate --needle`; the exit code."""
+    """`tttjax evaluate --needle`; returns the exit code."""
     settings = _settings(args, runs)
     if jax.process_index() == 0:
         check_writable(out)
@@ -97,18 +100,18 @@ def _settings(args: argparse.Namespace, runs: Sequence[Run]) -> NeedleSettings:
     window = max(run.window for run in runs) or runs[0].config.model.window_size
     lengths = args.context_lengths or defaults.context_lengths
     lengths = tuple(sorted(set(lengths or (window * n for n in (1, 2, 4, 8)))))
-    given: dict[str, Any] = {"tasks": args.needle_tasks, "samples": args.needle_samples}
+    values: dict[str, Any] = {"tasks": args.needle_tasks, "samples": args.needle_samples}
     if args.needle_depths is not None:
-        given["depths"] = tuple(depth / 100 for depth in args.needle_depths)
+        values["depths"] = tuple(depth / 100 for depth in args.needle_depths)
     for name in ("batch_size", "seed"):
         value = getattr(args, name)
-        given[name] = getattr(defaults, name) if value is None else value
-        check_value(f"eval.{name}", given[name])
+        values[name] = getattr(defaults, name) if value is None else value
+        check_value(f"eval.{name}", values[name])
     return NeedleSettings(
         lengths=lengths,
         text=args.needle_text,
         data=args.data,
         split=args.split,
         tokenizer=args.tokenizer,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in values.items() if value is not None},
     )

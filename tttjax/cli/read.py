@@ -1,16 +1,16 @@
-"""Read a text of any length into a session file, learning from it on the way.
+"""Prefill a session file with a text of any length, with test-time training.
 
 examples:
   tttjax read runs/first book.txt --save-session=book.session
   tttjax generate runs/first --session=book.session --prompt "In the end,"
   tttjax read runs/first book.txt --save-session=book.session --telescope=book.telescope
-      also shows what every update did: loss before and after it, gradient norms, drift by layer
+      records every inner update: loss before and after, gradient norm, weight drift by layer
   tttjax read runs/first book.txt --save-session=book.session --keep-every=100000
-      keeps sessions on the way, to go back to: `tttjax sessions book.session --rewind=TOKENS`
+      keeps snapshots for `tttjax sessions book.session --rewind=TOKENS`
 
-Memory stays the same however long the text is, and so does the file. It is saved every minute and
-when reading is stopped (Ctrl-C, SIGTERM); the same command goes on from there. With --log, the loss
-of every chunk before learning from it goes to a CSV file.
+Memory use and file size do not grow with the text. The session is saved every minute and on Ctrl-C
+or SIGTERM; the same command resumes. --log writes the loss of every chunk, before its update, to a
+CSV file.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from tttjax.runs.long_text import (
 from tttjax.runs.snapshots import Snapshots
 from tttjax.training.stopping import StopRequest
 
-EXIT_STOPPED = 75  # saved; the same command goes on
+EXIT_STOPPED = 75  # saved; the same command resumes
 SAVE_EVERY = 60.0  # seconds
 MAX_SNAPSHOTS = 16
 
@@ -56,33 +56,49 @@ MAX_SNAPSHOTS = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax read`."""
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", help="work directory, or checkpoint, of a run")
-    add("text", metavar="FILE", help="text to read: UTF-8, also .gz, .xz, .zst")
-    add("--save-session", required=True, metavar="FILE", help="where everything read is kept")
-    add("--session", metavar="FILE", help="go on from this one (default: begin anew)")
-    add("--session-precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
-    add("--session-rank", type=int32, default=0, metavar="N", help="of stored changes; 0: full")
-    add("--log", metavar="FILE.csv", help="loss and gradient norm of every chunk")
-    add("--telescope", metavar="DIR", help="what every update did, as JSON and as a plot")
-    kept = parser.add_argument_group("sessions on the way, in FILE.kept/")
-    add = kept.add_argument
-    add("--keep-every", type=int32, default=0, metavar="TOKENS", help="how often; 0: none")
+    add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add("text", metavar="FILE", help="text in UTF-8; also .gz, .xz, .zst")
+    add("--save-session", required=True, metavar="FILE", help="session file to write")
+    add("--session", metavar="FILE", help="session to continue (default: an empty one)")
+    add(
+        "--session-precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of stored arrays (default: %(default)s)",
+    )
+    add(
+        "--session-rank",
+        type=int32,
+        default=0,
+        metavar="N",
+        help="rank of stored weight changes; 0: full",
+    )
+    add("--log", metavar="FILE.csv", help="log of loss and gradient norm of every chunk")
+    add("--telescope", metavar="DIR", help="trace of all inner updates, as JSON and as a plot")
+    add = parser.add_argument_group("snapshots, in FILE.kept/").add_argument
+    add(
+        "--keep-every",
+        type=int32,
+        default=0,
+        metavar="TOKENS",
+        help="interval between snapshots; 0: none",
+    )
     add(
         "--keep-most",
         type=int32,
         default=MAX_SNAPSHOTS,
         metavar="N",
-        help="at most so many: when there would be more, every other one goes, and from then on "
-        "they stand twice as far apart (default %(default)s)",
+        help="largest number of snapshots; beyond it, every other one is removed and the interval "
+        "doubles (default: %(default)s)",
     )
     add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """`tttjax read` from parsed arguments; the exit code."""
+    """`tttjax read` from parsed arguments; returns the exit code."""
     _check(args)
     file = find_text(args.text)
-    with contextlib.ExitStack() as holding:
+    with contextlib.ExitStack() as stack:
         locks = []
         for path, beside in (
             (args.save_session, True),
@@ -90,28 +106,27 @@ def run(args: argparse.Namespace) -> int:
             (args.telescope, False),
         ):
             if path:
-                locks.append(holding.enter_context(hold(path, beside=beside)))
+                locks.append(stack.enter_context(hold(path, beside=beside)))
         check_writable(args.save_session)
         return _run(args, file, locks)
 
 
 def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> int:
     loaded = load_from_args(args, trace_updates=bool(args.telescope))
-    if args.telescope and not loaded.engine.reader.chunk_size:
+    if args.telescope and not loaded.engine.inference_model.chunk_size:
         raise UserError(
-            f"--telescope shows updates, and {args.workdir} makes none: it has no fast weights, or "
-            "--learn=none or --mode=off keeps them as they are"
+            f"--telescope needs inner updates, but there are none: {args.workdir} has no fast "
+            "weights, or --learn=none or --mode=off is set"
         )
     with as_configured(loaded.config):
         path = Path(args.save_session)
-        has_begun = path.exists()
         prefill = (
             resume_prefill(loaded, file, path)
-            if has_begun
+            if path.exists()
             else start_prefill(loaded, file, args.session)
         )
         loaded.engine.check((), prefill.session.tokens + prefill.total - prefill.done)
-        # Of a text that was read to its end, the telescope's summary may still be missing.
+        # After the end of the text, the summary of the update trace may still be missing.
         if prefill.done < prefill.total or args.telescope:
             with StopRequest() as stop:
                 _read(args, loaded, prefill, locks, stop, sys.stderr)
@@ -136,8 +151,8 @@ def _read(
     stop: StopRequest,
     stream: TextIO,
 ) -> None:
-    """Reads on, to the end or until it is to stop."""
-    with contextlib.ExitStack() as closing:
+    """Prefills to the end of the text or a request to stop."""
+    with contextlib.ExitStack() as stack:
         outputs: list[CsvLog | UpdateTraceWriter] = []
         snapshots = _snapshots(args, loaded)
         if args.telescope:
@@ -145,7 +160,7 @@ def _read(
         if args.log:
             outputs.append(CsvLog(args.log, prefill.learned_tokens))
         for output in outputs:
-            closing.callback(output.close)
+            stack.callback(output.close)
         saver = _Saver(args, loaded, prefill, locks, outputs, snapshots)
         progress = Progress(prefill.total - prefill.done, stream, title="read")
         recent: deque[ChunkRow] = deque(maxlen=CHUNKS_PER_CALL)
@@ -155,7 +170,9 @@ def _read(
             for output in outputs:
                 output.add(rows)
             recent.extend(rows)
-            progress.what = _recently(recent, loaded.engine.reader.clip) or prefill.file.id
+            progress.what = (
+                _format_recent(recent, loaded.engine.inference_model.clip) or prefill.file.id
+            )
             progress.add(prefill.done - before)
             before = prefill.done
             if stop.after(number):
@@ -175,8 +192,8 @@ def _snapshots(args: argparse.Namespace, loaded: LoadedModel) -> Snapshots | Non
     return snapshots
 
 
-def _recently(rows: Iterable[ChunkRow], clip: float) -> str:
-    """For the progress line: the means of the last chunks."""
+def _format_recent(rows: Iterable[ChunkRow], clip: float) -> str:
+    """Means over the last chunks, for the progress line."""
     rows = list(rows)
     if not rows:
         return ""
@@ -188,9 +205,9 @@ def _recently(rows: Iterable[ChunkRow], clip: float) -> str:
 
 
 class _Saver:
-    """Saves a reading: lines that lead to a session first, then it, then its copy to go back to.
+    """Saves a prefill: first the logs, then the session, then its snapshot.
 
-    So reading goes on from a session as if it had not been stopped, wherever it was.
+    In this order the resumed result is bit-identical, wherever the process stops.
     """
 
     def __init__(

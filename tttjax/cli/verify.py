@@ -1,4 +1,8 @@
-"""`tttjax verify`: the code held against reference numbers."""
+"""Check this build against reference values.
+
+tttjax verify DIR --x64
+    compares losses, gradients and weights with the reference cases in DIR, in float64
+"""
 
 import argparse
 import dataclasses
@@ -18,14 +22,16 @@ from tttjax.verification.verify import _check, find_entries, format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `tttjax verify`."""
     parser.add_argument("directory", metavar="DIR", help="folder of reference cases")
     parser.add_argument(
         "--x64", action="store_true", help="compute in float64, with tighter tolerances"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to FILE as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """`tttjax verify` from parsed arguments; returns 1 if a check failed."""
     entries = find_entries(args.directory)
     head = {
         "version": tttjax.__version__,
@@ -57,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    def plain(row: VerifyRow) -> dict[str, Any]:
+    def to_json(row: VerifyRow) -> dict[str, Any]:
         fields = dataclasses.asdict(row)
         finite = row.deviation is None or math.isfinite(row.deviation)
         return fields if finite else {**fields, "deviation": str(row.deviation)}
 
-    content = {**content, "rows": [plain(row) for row in content["rows"]]}
+    content = {**content, "rows": [to_json(row) for row in content["rows"]]}
     try:
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

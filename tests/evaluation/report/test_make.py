@@ -234,7 +234,7 @@ def test_what_cannot_be_compared_is_one_sentence(runs, make_run, tmp_path, capsy
         (["--lengths=20"], "20 is not a multiple of the chunk size 8 of the run ttt"),
         (["--lengths=4096"], "context of 4096 tokens; the longest that fits is"),
         (["--lengths=a"], "--lengths: 'a' must be an integer"),
-        (["--dynamic-lr=0.1"], "are for runs in the mode dynamic, and there is none"),
+        (["--dynamic-lr=0.1"], "need a run in the mode dynamic"),
         (["--num-sequences=-1"], "eval.num_sequences = -1 must be at least 1"),
         (["--data=nowhere"], "nowhere does not exist"),
         (["--split=test"], "no documents in the split 'test'"),
