@@ -24,7 +24,7 @@ from tttjax.errors import UserError, install_extra
 from tttjax.inference.engine import Engine
 from tttjax.inference.generator import Generator, Request
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.scoring import Score, Scorer, score_together
+from tttjax.inference.scoring import Score, Scorer, score_batch
 from tttjax.inference.session import Session
 from tttjax.parallel.precision import as_configured
 from tttjax.runs.load import LEARN, LoadedModel, load_model
@@ -120,7 +120,7 @@ class TTTJaxLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
-        reader = self._engine.reader
+        reader = self._engine.inference_model
         return {
             "workdir": self._workdir,
             "model_fingerprint": self._opened.model_fingerprint,
@@ -181,7 +181,7 @@ class TTTJaxLM(TemplateLM):
             key=lambda i: len(texts[i]),
         )
         for part in _parts(short, self._size):
-            scores = score_together(
+            scores = score_batch(
                 self._engine,
                 [sessions[i] for i in part],
                 [texts[i] for i in part],

@@ -159,7 +159,7 @@ class UpdateTraceWriter:
 
 
 def _describe(opened: LoadedModel, reading: TextPrefill) -> dict[str, Any]:
-    reader = opened.engine.reader
+    reader = opened.engine.inference_model
     return {
         "format": FORMAT,
         "model": opened.model_fingerprint,
@@ -168,7 +168,7 @@ def _describe(opened: LoadedModel, reading: TextPrefill) -> dict[str, Any]:
         "chunk_size": reader.chunk_size,
         "inner_lr": reader.lr,
         "clip": reader.clip,
-        "layers": list(fast_layers(reader.learner.cut.model)),
+        "layers": list(fast_layers(reader.chunk_model.split.model)),
         "start_norm": [_digits(x) for x in np.asarray(start_norms(opened.engine)).tolist()],
     }
 

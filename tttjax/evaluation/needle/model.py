@@ -11,7 +11,7 @@ from tttjax.inference.engine import Engine
 from tttjax.inference.generator import Generator, Request
 from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.scoring import Score, score_together
+from tttjax.inference.scoring import Score, score_batch
 from tttjax.inference.session import Session
 from tttjax.runs.run import EvalSetup
 
@@ -68,12 +68,12 @@ class EngineModel:
         begun = self._read([engine.start() for _ in prompts], heads)
         rests = [prompt.control_T[at:] for prompt, at in zip(prompts, starts, strict=True)]
         answers_A = [prompt.answer_A for prompt in prompts]
-        absent = score_together(engine, self._read(begun, rests), answers_A)
+        absent = score_batch(engine, self._read(begun, rests), answers_A)
         rests = [prompt.token_T[at:] for prompt, at in zip(prompts, starts, strict=True)]
         read = self._read(begun, rests)
         del begun
-        value = score_together(engine, read, answers_A)
-        decoy = score_together(engine, read, [prompt.decoy_A for prompt in prompts])
+        value = score_batch(engine, read, answers_A)
+        decoy = score_batch(engine, read, [prompt.decoy_A for prompt in prompts])
         texts = self._write(read, answers_A)
         return [
             Answer(text, *map(Likelihood.of, scores))
