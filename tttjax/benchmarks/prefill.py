@@ -19,7 +19,7 @@ from tttjax.benchmarks.timing import (
 )
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.inference.prefill import split_weights, make_inference_model, prefill, start
+from tttjax.inference.prefill import init_context, make_inference_model, prefill, split_weights
 from tttjax.models import build_model
 from tttjax.parallel.precision import as_configured
 from tttjax.ttt.outer_loss import make_inner_loop
@@ -90,7 +90,9 @@ def _compile(config: Config, length: int, batch: int) -> tuple[Any, tuple]:
     model, inference_model = _make_models(config)
     params = jax.jit(model.init)(jax.random.key(0))
     weights = jax.jit(partial(split_weights, inference_model))(params)
-    context = jax.jit(partial(start, inference_model, batch=batch, max_length=length))(params)
+    context = jax.jit(partial(init_context, inference_model, batch=batch, max_length=length))(
+        params
+    )
     tokens = np.random.default_rng(0).integers(
         config.model.vocab_size, size=(batch, length), dtype=np.int32
     )
@@ -100,7 +102,7 @@ def _compile(config: Config, length: int, batch: int) -> tuple[Any, tuple]:
 
 def _state_bytes(config: Config, length: int) -> int:
     model, inference_model = _make_models(config)
-    make = partial(start, inference_model, batch=1, max_length=length)
+    make = partial(init_context, inference_model, batch=1, max_length=length)
     leaves = jax.tree.leaves(jax.eval_shape(make, model.abstract_params()))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 

@@ -32,7 +32,7 @@ from tttjax.runs.long_text import (
     run_prefill,
     save_prefill,
 )
-from tttjax.runs.snapshots import copy_atomically, list_snapshots, snapshot_dir
+from tttjax.runs.snapshots import copy_atomically, find_snapshot, list_snapshots, snapshot_dir
 
 MAX_LOSSES = 8  # last updates whose losses are printed
 
@@ -132,32 +132,19 @@ def _drifts(about: About) -> list[str]:
 
 
 def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
-    about = read_about(path)
-    if args.rewind > about.tokens:
+    total = read_about(path).tokens
+    if args.rewind > total:
         raise UserError(
-            f"{path} has {about.tokens:,} tokens; give a smaller --rewind than {args.rewind:,}"
+            f"{path} has {total:,} tokens; give a smaller --rewind than {args.rewind:,}"
         )
-    candidates = {**list_snapshots(path), path: about}
-    earlier = {
-        file: candidate
-        for file, candidate in candidates.items()
-        if candidate.tokens <= args.rewind and candidate.precision == "float32"
-    }
-    if not earlier:
-        first = min((snapshot.tokens for snapshot in list_snapshots(path).values()), default=None)
-        before = "" if first is None else f" before {first:,} tokens"
-        raise UserError(
-            f"{path} cannot rewind to {args.rewind:,} tokens: it has no snapshots{before}; make "
-            "them with `tttjax read --keep-every=TOKENS`"
-        )
-    nearest = max(earlier, key=lambda file: earlier[file].tokens)
-    tokens = earlier[nearest].tokens
+    snapshot = find_snapshot(path, args.rewind)
+    tokens = read_about(snapshot).tokens
     if tokens < args.rewind and args.text:
-        _prefill_to(args, nearest, new)
+        _prefill_to(args, snapshot, new)
         tokens = args.rewind
     else:
-        check_file(nearest)
-        copy_atomically(nearest, new)
+        check_file(snapshot)
+        copy_atomically(snapshot, new)
     print(f"{new}: the session at {tokens:,} tokens", file=sys.stderr)
     if tokens < args.rewind:
         print(
@@ -182,10 +169,10 @@ def _check_rewind(args: argparse.Namespace) -> tuple[Path, Path]:
     return path, new
 
 
-def _prefill_to(args: argparse.Namespace, nearest: Path, new: Path) -> None:
-    """Continues a session file with its text to `args.rewind` tokens."""
+def _prefill_to(args: argparse.Namespace, snapshot: Path, new: Path) -> None:
+    """Continues a snapshot with its text to `args.rewind` tokens."""
     file = find_text(args.text)
-    about = read_about(nearest)
+    about = read_about(snapshot)
     if not is_session_of(about, file):
         raise UserError(
             f"{args.text} is not the text of {args.files[0]} ({about.source['text']}), or has "
@@ -194,7 +181,7 @@ def _prefill_to(args: argparse.Namespace, nearest: Path, new: Path) -> None:
     args.workdir = args.run
     loaded = load_from_args(args, trace_updates=about.source.get("telescope", False))
     with as_configured(loaded.config):
-        prefill = resume_prefill(loaded, file, nearest)
+        prefill = resume_prefill(loaded, file, snapshot)
         until = prefill.done + args.rewind - prefill.session.tokens
         if until > prefill.total:
             raise UserError(

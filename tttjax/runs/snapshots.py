@@ -75,6 +75,27 @@ def list_snapshots(session: str | os.PathLike) -> dict[Path, About]:
     return {path: read_about(path) for path in sorted(snapshot_dir(session).glob(f"*{SUFFIX}"))}
 
 
+def find_snapshot(session: Path, tokens: int) -> Path:
+    """The last snapshot at or before `tokens` tokens, or the session file itself.
+
+    Raises UserError if there is none. Only files in float32 are considered.
+    """
+    snapshots = list_snapshots(session)
+    candidates = {
+        path: about.tokens
+        for path, about in {**snapshots, session: read_about(session)}.items()
+        if about.tokens <= tokens and about.precision == "float32"
+    }
+    if not candidates:
+        first = min((about.tokens for about in snapshots.values()), default=None)
+        before = "" if first is None else f" before {first:,} tokens"
+        raise UserError(
+            f"{session} cannot rewind to {tokens:,} tokens: it has no snapshots{before}; make "
+            "them with `tttjax read --keep-every=TOKENS`"
+        )
+    return max(candidates, key=candidates.__getitem__)
+
+
 def copy_atomically(source: Path, target: Path) -> None:
     """Copies a file; `target` appears only when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
