@@ -12,14 +12,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 @contextlib.contextmanager
 def serve_bucket(root: Path) -> Iterator[tuple[str, list[str]]]:
     """(URL of the server, paths that were asked for)."""
-    asked: list[str] = []
+    requested: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             url = urlsplit(self.path)
             if url.path.endswith("/o"):
                 self.answer(200, json.dumps({"items": listing(parse_qs(url.query))}).encode())
@@ -56,7 +56,7 @@ def serve_bucket(root: Path) -> Iterator[tuple[str, list[str]]]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
     finally:
         server.shutdown()
         thread.join()

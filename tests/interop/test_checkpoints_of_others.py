@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face as people have them: several ends, other heads, quantized weights."""
+"""Import of unusual Hugging Face models: several EOS tokens, untied heads, quantized weights."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from tttjax.errors import UserError
 from tttjax.inference.generator import Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.interop.huggingface import import_ as huggingface
-from tttjax.interop.huggingface import tensor_places
+from tttjax.interop.huggingface import tensor_slots
 from tttjax.interop.huggingface.files import INDEX, SINGLE
 from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.models import build_model
@@ -39,7 +39,7 @@ CONFIG = {
     "eos_token_id": 2,
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
+pytestmark = pytest.mark.filterwarnings("ignore")  # by torch and transformers
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def folder(tmp_path):
     edit(folder, "config.json", **CONFIG)
     config = huggingface._resolve("", (), huggingface.config_from_huggingface(CONFIG), CONFIG)
     rng = np.random.default_rng(0)
-    places = tensor_places(build_model(config.model, config.inner), "llama")
-    tensors = {p.name: rng.standard_normal(p.shape, np.float32) for p in places}
+    slots = tensor_slots(build_model(config.model, config.inner), "llama")
+    tensors = {p.name: rng.standard_normal(p.shape, np.float32) for p in slots}
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     letters = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>")
     (folder / "tokenizer.json").write_text(tokenizers.Tokenizer(letters).to_str())
@@ -60,7 +60,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def without_transformers(monkeypatch):
-    monkeypatch.setattr(huggingface, "their_logits", lambda *args, **kwargs: None)
+    monkeypatch.setattr(huggingface, "transformers_logits", lambda *args, **kwargs: None)
 
 
 def edit(folder, name, **fields):
@@ -70,7 +70,7 @@ def edit(folder, name, **fields):
 
 
 def open_quietly(folder, *overrides):
-    return open_huggingface(folder, overrides=overrides, say=lambda line: None)
+    return open_huggingface(folder, overrides=overrides, log=lambda line: None)
 
 
 def change(folder, **tensors):
@@ -80,7 +80,7 @@ def change(folder, **tensors):
 
 
 def recast(folder, name, kind, bits):
-    """Stores zeros of another kind in the place of a tensor."""
+    """Replaces a tensor by zeros of another dtype."""
     data = (folder / SINGLE).read_bytes()
     start = 8 + struct.unpack("<Q", data[:8])[0]
     header, packed = json.loads(data[8:start]), b""
@@ -96,10 +96,10 @@ def recast(folder, name, kind, bits):
     (folder / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + packed)
 
 
-# --- several tokens end a text --------------------------------------------------------------------
+# --- several EOS tokens ---------------------------------------------------------------------------
 
 
-def test_end_tokens_of_all_files_are_kept(folder):
+def test_end_tokens_of_all_files_are_imported(folder):
     edit(folder, "config.json", eos_token_id=[2, 5])
     edit(folder, "generation_config.json", eos_token_id=[7, 2])
     edit(folder, "tokenizer_config.json", eos_token={"content": "z"})
@@ -108,7 +108,7 @@ def test_end_tokens_of_all_files_are_kept(folder):
     assert tokenizer.eos_ids == (2, 5, 7, WORDS.index("z"))
 
 
-def test_generation_config_alone_says_what_ends(folder):
+def test_end_tokens_of_generation_config_alone(folder):
     edit(folder, "config.json", eos_token_id=None)
     edit(folder, "generation_config.json", eos_token_id=[9, 8])
     tokenizer = open_quietly(folder).tokenizer
@@ -131,14 +131,14 @@ def test_end_tokens_survive_saving(folder, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["</s>", [2, "x"], True, -1, [99]])
-def test_end_tokens_that_are_none_are_refused(wrong, folder):
+def test_invalid_end_tokens_are_refused(wrong, folder):
     edit(folder, "config.json", eos_token_id=wrong)
     with pytest.raises(UserError, match=r"no token id|outside the vocabulary"):
         open_quietly(folder)
 
 
 def only_five(folder):
-    """Weights of a model that follows every token with the token 5."""
+    """Sets weights of a model that always predicts token 5."""
     tensors = load_file(folder / SINGLE)
     zeros = {name: 0 * t for name, t in tensors.items() if "o_proj" in name or "down_proj" in name}
     head = np.concatenate((0 * tensors[HEAD][:5], 1 + 0 * tensors[HEAD][:1], 0 * tensors[HEAD][6:]))
@@ -146,7 +146,7 @@ def only_five(folder):
     save_file({**tensors, **zeros, **ends, HEAD: head}, folder / SINGLE, metadata={"format": "pt"})
 
 
-def test_every_end_token_stops_a_generation(folder, tmp_path, without_transformers, capsys):
+def test_every_end_token_stops_generation(folder, tmp_path, without_transformers, capsys):
     only_five(folder)
     edit(folder, "config.json", eos_token_id=[2, 5])
     run, out = tmp_path / "run", tmp_path / "out"
@@ -187,12 +187,12 @@ def test_a_head_that_is_the_embedding_stays_tied(folder):
     assert open_quietly(folder).config.model.tie_embeddings
 
 
-def test_a_head_is_never_dropped_by_an_override(folder):
+def test_an_override_cannot_drop_a_head(folder):
     with pytest.raises(UserError, match=r"head .* is not its embedding"):
         open_quietly(folder, "--config.model.tie_embeddings=true")
 
 
-# --- what weights are stored as ------------------------------------------------------------------
+# --- stored dtypes -------------------------------------------------------------------------------
 
 
 KINDS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6}
@@ -200,7 +200,7 @@ KINDS |= {"I8": 8, "U8": 8, "I32": 32, "I64": 64, "BOOL": 8, "C64": 64}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_are_no_floats_are_refused(kind, folder, capsys):
+def test_tensors_that_are_no_floats_are_refused(kind, folder, capsys):
     recast(folder, "model.layers.0.mlp.up_proj.weight", kind, KINDS[kind])
     assert main.main(["import", str(folder), f"--workdir={folder.parent / 'run'}"]) == 2
     error = capsys.readouterr().err
@@ -215,11 +215,11 @@ def test_a_quantization_configuration_is_refused(folder):
         open_quietly(folder)
 
 
-# --- nothing is left out --------------------------------------------------------------------------
+# --- every tensor is used -------------------------------------------------------------------------
 
 
 def split(folder, **placed):
-    """Two shards with an index; `placed`: where the index says that tensors are."""
+    """Splits the weights into two shards; returns an index with `placed` in it."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
     files = {name: f"{int(name.startswith('lm_head'))}.safetensors" for name in tensors}
@@ -246,12 +246,12 @@ def test_an_index_must_fit_its_files(harm, sentence, folder):
         open_quietly(folder)
 
 
-def test_shards_with_a_true_index_are_opened(folder):
+def test_shards_with_a_valid_index_are_opened(folder):
     (folder / INDEX).write_text(json.dumps(split(folder)))
     assert open_quietly(folder).config.model.num_layers == 1
 
 
-def test_tensors_of_no_weight_are_refused(folder):
+def test_unexpected_tensors_are_refused(folder):
     change(folder, model__layers__0__self_attn__q_proj__bias=np.zeros(8, np.float32))
     with pytest.raises(UserError, match=r"unexpected .*q_proj.bias"):
         open_quietly(folder)

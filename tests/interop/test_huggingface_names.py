@@ -1,4 +1,4 @@
-"""Names, shapes and conversions of Hugging Face tensors, both ways; no transformers needed."""
+"""Names, shapes and conversions of Hugging Face tensors, without transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from tttjax.interop.huggingface import (
     config_from_huggingface,
     families,
     inner_from_huggingface,
-    pieces,
-    tensor_places,
-    unplaced,
+    iter_weights,
+    tensor_slots,
+    unmatched_weights,
 )
 from tttjax.models import build_model, combine
 
@@ -48,80 +48,80 @@ LLAMA3_ROPE = {
 }
 
 
-def to_tensors(places, params) -> dict[str, np.ndarray]:
+def to_tensors(slots, params) -> dict[str, np.ndarray]:
     flat = flatten_dict(combine(params.slow, params.fast), sep="/")
-    rows = {p: np.asarray(flat[p.path] if p.row is None else flat[p.path][p.row]) for p in places}
-    return {place.name: place.to_theirs(ours) for place, ours in rows.items()}
+    rows = {p: np.asarray(flat[p.path] if p.row is None else flat[p.path][p.row]) for p in slots}
+    return {slot.name: slot.to_hf(ours) for slot, ours in rows.items()}
 
 
-def shape_of(places, name: str) -> tuple[int, ...]:
-    return next(place.shape for place in places if place.name == name)
+def shape_of(slots, name: str) -> tuple[int, ...]:
+    return next(slot.shape for slot in slots if slot.name == name)
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_every_weight_goes_there_and_back(family):
+def test_conversion_of_every_weight_round_trips(family):
     config = small_config(model={**MODELS[family], "num_layers": 3})
     model = build_model(config.model, config.inner)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: rng.standard_normal(x.shape, np.float32), model.abstract_params()
     )
-    places = tensor_places(model, family)
-    tensors = to_tensors(places, params)
-    assert unplaced(model, places) == []
-    assert {place.name: place.shape for place in places} == {k: v.shape for k, v in tensors.items()}
+    slots = tensor_slots(model, family)
+    tensors = to_tensors(slots, params)
+    assert unmatched_weights(model, slots) == []
+    assert {slot.name: slot.shape for slot in slots} == {k: v.shape for k, v in tensors.items()}
     flat = flatten_dict(combine(params.slow, params.fast), sep="/")
-    seen = set()
-    for path, row, array in pieces(places, tensors.__getitem__):
+    paths_and_rows = set()
+    for path, row, array in iter_weights(slots, tensors.__getitem__):
         ours = flat[path] if row is None else flat[path][row]
         # Gemma's norms are stored as their difference from 1.
         assert np.abs(array - ours).max() <= (1e-6 if family == "gemma3_text" else 0)
-        seen.add((path, row))
-    assert len(seen) == sum(len(x) if "stage" in path else 1 for path, x in flat.items())
+        paths_and_rows.add((path, row))
+    assert len(paths_and_rows) == sum(len(x) if "stage" in path else 1 for path, x in flat.items())
 
 
-def test_pairs_of_a_head_are_turned_to_halves():
+def test_rope_pairs_become_half_split():
     config = small_config(model=MODELS["qwen3"])
     model = build_model(config.model, config.inner)
-    place = next(p for p in tensor_places(model, "qwen3") if p.name.endswith("k_norm.weight"))
-    assert place.to_theirs(np.array([0, 1, 2, 3])).tolist() == [0, 2, 1, 3]
-    assert place.to_ours(np.array([0, 2, 1, 3])).tolist() == [0, 1, 2, 3]
+    slot = next(p for p in tensor_slots(model, "qwen3") if p.name.endswith("k_norm.weight"))
+    assert slot.to_hf(np.array([0, 1, 2, 3])).tolist() == [0, 2, 1, 3]
+    assert slot.from_hf(np.array([0, 2, 1, 3])).tolist() == [0, 1, 2, 3]
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_refused():
     config = small_config(model=MODELS["llama"])
     model = build_model(config.model, config.inner)
-    places = tensor_places(model, "llama")
-    names = {place.name for place in places}
-    check_names(names | {"model.layers.0.self_attn.rotary_emb.inv_freq"}, places, "the file")
+    slots = tensor_slots(model, "llama")
+    names = {slot.name for slot in slots}
+    check_names(names | {"model.layers.0.self_attn.rotary_emb.inv_freq"}, slots, "the file")
     with pytest.raises(UserError, match=r"missing lm_head.weight; unexpected model.layers.0.mlp.b"):
-        check_names(names - {"lm_head.weight"} | {"model.layers.0.mlp.b"}, places, "the file")
+        check_names(names - {"lm_head.weight"} | {"model.layers.0.mlp.b"}, slots, "the file")
     with pytest.raises(UserError, match=r"embed_tokens.weight has shape \(2, 2\)"):
-        list(pieces(places, lambda name: np.zeros((2, 2), np.float32)))
+        list(iter_weights(slots, lambda name: np.zeros((2, 2), np.float32)))
     tied = small_config(model=MODELS["gemma3_text"])
     tied = build_model(tied.model, tied.inner)
-    places = tensor_places(tied, "gemma3_text")
+    slots = tensor_slots(tied, "gemma3_text")
     with pytest.raises(UserError, match=r"lm_head.weight is not the same weight as the tied"):
-        list(pieces(places, lambda name: np.ones(shape_of(places, name), np.float32)))
-    with pytest.raises(UserError, match="there are llama"):
-        tensor_places(model, "gpt2")
+        list(iter_weights(slots, lambda name: np.ones(shape_of(slots, name), np.float32)))
+    with pytest.raises(UserError, match="families are llama"):
+        tensor_slots(model, "gpt2")
 
 
-def test_a_tied_head_must_be_the_embedding_entry_by_entry():
-    """One large entry must not hide that the others differ; rounding apart is no difference."""
+def test_a_tied_head_must_equal_the_embedding():
+    """Entry by entry: one large entry does not hide other differences; rounding is allowed."""
     config = small_config(model=MODELS["gemma3_text"])
     model = build_model(config.model, config.inner)
-    places = tensor_places(model, "gemma3_text")
-    tensors = to_tensors(places, model.init(jax.random.key(0)))
+    slots = tensor_slots(model, "gemma3_text")
+    tensors = to_tensors(slots, model.init(jax.random.key(0)))
     head = tensors[HEAD].copy()
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
     scale = config.model.embed_dim**-0.5
     head[0, 0], tensors["model.embed_tokens.weight"][0, 0] = 100, 100 * scale
     rounded = {name: x.astype(jnp.bfloat16) for name, x in {**tensors, HEAD: head}.items()}
-    assert len(list(pieces(places, rounded.__getitem__))) == len(places) - 1
+    assert len(list(iter_weights(slots, rounded.__getitem__))) == len(slots) - 1
     head[1:] += 0.5
     with pytest.raises(UserError, match="not the same weight"):
-        list(pieces(places, {**tensors, HEAD: head}.__getitem__))
+        list(iter_weights(slots, {**tensors, HEAD: head}.__getitem__))
 
 
 def test_fields_of_a_config():
@@ -148,11 +148,11 @@ def test_fields_of_a_config():
     mistral = {**LLAMA, "model_type": "mistral"}
     assert config_from_huggingface({**mistral, "sliding_window": 9})["mixers"] == ("window",)
     assert config_from_huggingface({**mistral, "sliding_window": None})["mixers"] == ("full",)
-    with pytest.raises(UserError, match="does not say sliding_window"):  # 4096 in transformers
+    with pytest.raises(UserError, match="has no sliding_window"):  # 4096 in transformers
         config_from_huggingface(mistral)
 
 
-def test_fields_of_a_model_that_learns():
+def test_fields_of_a_model_with_fast_weights():
     own = {
         **LLAMA,
         "model_type": "tttjax",
@@ -181,20 +181,20 @@ REFUSED = {
     "mlp_bias": ({"mlp_bias": True}, "MLPs with a bias"),
     "activation": ({"hidden_act": "gelu"}, "another activation than silu"),
     "rope": ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "type 'yarn'"),
-    "rope_lacks": ({"rope_scaling": {"rope_type": "linear"}}, "lack factor"),
+    "rope_lacks": ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
     "partial": ({"partial_rotary_factor": 0.5}, "a part of each head"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantized weights"),
     "layer_types": (
         {**MINISTRAL, "layer_types": ["chunked_attention"] * 3},
         "unknown 'chunked_attention'",
     ),
-    "too_few": ({**MINISTRAL, "layer_types": ["full_attention"]}, "not of 3 layers"),
+    "too_few": ({**MINISTRAL, "layer_types": ["full_attention"]}, "not have 3 entries"),
     "number": ({"hidden_size": "16"}, "hidden_size = '16'"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_computed_is_refused(name):
+def test_unsupported_features_are_refused(name):
     changes, sentence = REFUSED[name]
     with pytest.raises(UserError, match=sentence):
         config_from_huggingface({**LLAMA, **changes})

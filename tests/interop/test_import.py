@@ -1,4 +1,4 @@
-"""`tttjax import` of official checkpoints: runs that every command takes, and what is refused."""
+"""`tttjax import` of official checkpoints: the imported run, and errors."""
 
 import json
 
@@ -38,7 +38,7 @@ def step(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(step, tmp_path_factory):
-    """A run, made by the command, with the tokenizer of a folder."""
+    """A run that the command imported with a tokenizer."""
     folder = tmp_path_factory.mktemp("imported")
     ByteTokenizer().save(folder / "bytes")
     words = ["import", str(step.parent), "--workdir", str(folder / "run")]
@@ -62,29 +62,32 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
     assert origin["license"] == "none found"
     assert "carry no licence that we found" in origin["terms"]
     assert load_tokenizer(imported / "tokenizer").fingerprint() == run.tokenizer
-    # One checkpoint of it serves alone, too.
+    # A single checkpoint can be opened, too.
     assert open_run(RunSpec(imported / "checkpoints" / "3")).config == run.config
 
 
-def test_the_command_says_what_it_found_assumed_and_compared(step, tmp_path, capsys):
+def test_the_command_reports_assumptions_and_deviations(step, tmp_path, capsys):
     words = ["import", str(step), "--workdir", str(tmp_path / "run"), *OVERRIDES]
     assert main.main(words) == 0
-    said = capsys.readouterr().out
-    assert "official TTT-E2E checkpoint, step 3, 20 arrays" in said
-    assert "4 blocks of width 8, 2 heads, MLPs of 12, fast MLPs in the last 2" in said
-    assert "assumed, since the source does not tell: inner.lr=1.0, inner.clip=1.0\n" in said
-    assert "without a tokenizer" in said
-    assert "opened again: logits of 64 random tokens differ by at most 0\n" in said
+    output = capsys.readouterr().out
+    assert "official TTT-E2E checkpoint, step 3, 20 arrays" in output
+    assert "4 blocks of width 8, 2 heads, MLPs of 12, fast MLPs in the last 2" in output
+    assert (
+        "assumed, because the weights do not determine them: inner.lr=1.0, inner.clip=1.0\n"
+        in output
+    )
+    assert "without a tokenizer" in output
+    assert "verified the run: logits of 64 random tokens differ by at most 0\n" in output
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_it_generates(imported, capsys):
+def test_an_imported_run_generates(imported, capsys):
     words = ["generate", str(imported), "--prompt=abc", "--max-tokens=2", "--json"]
     assert main.main(words) == 0
     assert len(json.loads(capsys.readouterr().out)[0]["tokens"]) == 2
 
 
-def test_it_can_be_extended_and_not_resumed(imported):
+def test_an_imported_run_can_be_extended_but_not_resumed(imported):
     trainer = make_trainer(read_config(imported), make_mesh())
     checkpoints.restore_params(imported, trainer.abstract_state.params)
     saver = checkpoints.Checkpointer(imported / checkpoints.CHECKPOINT_DIR)
@@ -125,7 +128,7 @@ def test_a_configuration_file_must_fit(step, tmp_path, capsys):
         ("begun", "is still being written"),
     ],
 )
-def test_what_cannot_be_imported_is_one_sentence(source, sentence, tmp_path, capsys):
+def test_invalid_sources_are_one_sentence(source, sentence, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -152,7 +155,7 @@ def test_a_work_directory_in_use_is_refused(step, workdir, sentence, tmp_path, c
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 
-def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
+def test_an_import_of_nan_leaves_nothing_behind(tmp_path):
     arrays = official_arrays(CONFIG)
     arrays[TOP_LEVEL_NAMES["final_norm/weight"]][:] = np.nan
     path = write_official(tmp_path / "official", arrays)
@@ -162,14 +165,14 @@ def test_weights_that_make_no_sense_leave_nothing_behind(tmp_path):
     assert not (tmp_path / "deep").exists()
 
 
-def test_a_second_import_to_one_place_is_refused(step, tmp_path, capsys):
+def test_a_concurrent_import_is_refused(step, tmp_path, capsys):
     with hold(tmp_path / "run", beside=True):
         assert main.main(["import", str(step), f"--workdir={tmp_path / 'run'}"]) == 2
     assert "run is being written by another command" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
-def test_weights_that_are_no_floats_are_refused(tmp_path):
+def test_arrays_that_are_no_floats_are_refused(tmp_path):
     arrays = official_arrays(CONFIG)
     name = TOP_LEVEL_NAMES["final_norm/weight"]
     arrays[name] = arrays[name].astype(np.int32)
@@ -178,8 +181,8 @@ def test_weights_that_are_no_floats_are_refused(tmp_path):
         open_official(str(path), overrides=OVERRIDES, log=lambda line: None)
 
 
-def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):
-    """Another model's weights, put where those that were read should be."""
+def test_a_wrongly_written_run_is_removed(step, tmp_path, monkeypatch):
+    """The run is written with other weights than those that were read."""
 
     def wrong(folder, config, params, **rest):
         write_run.write_run(folder, config, jax.tree.map(lambda x: 2 * x, params), **rest)
@@ -191,7 +194,7 @@ def test_a_run_that_was_written_wrong_is_noticed(step, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_must_be_there_and_fit(step, tmp_path):
+def test_the_tokenizer_must_exist_and_fit(step, tmp_path):
     with pytest.raises(UserError, match="there is no tokenizer at"):
         open_official(str(step), overrides=OVERRIDES, tokenizer=str(tmp_path), log=print)
     ByteTokenizer().save(tmp_path)

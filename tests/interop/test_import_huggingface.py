@@ -1,4 +1,4 @@
-"""Models that transformers made compute the same here, also with fast MLPs added."""
+"""Import of Hugging Face models: same logits as transformers, also with fast MLPs added."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from tttjax.config import read_config
 from tttjax.data.tokenizers.base import load_tokenizer
 from tttjax.errors import UserError
 from tttjax.interop.huggingface import import_ as huggingface
-from tttjax.interop.huggingface import tensor_places
+from tttjax.interop.huggingface import tensor_slots
 from tttjax.interop.huggingface.architectures import config_json, learning_json
 from tttjax.interop.huggingface.files import write_tensors
 from tttjax.interop.huggingface.import_ import open_huggingface
@@ -32,7 +32,7 @@ from tttjax.types import Batch
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries, about themselves
+pytestmark = pytest.mark.filterwarnings("ignore")  # by torch and transformers
 
 SIZES = {
     "vocab_size": 96,
@@ -60,7 +60,7 @@ FAST = (
 
 
 def save_model(folder, family, dtype=None, shard="1GB", **fields):
-    """A random model, written by transformers."""
+    """Saves a random model with transformers."""
     kinds = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -82,12 +82,12 @@ def llama(tmp_path_factory):
     return save_model(folder, "llama", rope_parameters=LLAMA3, tie_word_embeddings=False)
 
 
-def words_of(words):
-    """A whitespace tokenizer's file."""
+def whitespace_tokenizer(words):
+    """The JSON of a whitespace tokenizer."""
     model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
-    found = tokenizers.Tokenizer(model)
-    found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return found.to_str()
+    deviations = tokenizers.Tokenizer(model)
+    deviations.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return deviations.to_str()
 
 
 CASES = {
@@ -100,10 +100,10 @@ CASES = {
 def test_logits_are_those_of_transformers(family, tmp_path, capsys):
     folder = save_model(tmp_path / "hf", family, **CASES[family])
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (family == "qwen3")
-    (folder / "tokenizer.json").write_text(words_of(["<unk>", "<s>", "</s>", "a", "b"]))
+    (folder / "tokenizer.json").write_text(whitespace_tokenizer(["<unk>", "<s>", "</s>", "a", "b"]))
     assert main.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 0
-    said = capsys.readouterr().out
-    compared = next(line for line in said.splitlines() if "compared with transformers" in line)
+    output = capsys.readouterr().out
+    compared = next(line for line in output.splitlines() if "compared with transformers" in line)
     assert float(compared.split("at most ")[1].split()[0]) < 1e-4
     config = read_config(tmp_path / "run")
     assert config.model.kv_heads == 2
@@ -113,14 +113,14 @@ def test_logits_are_those_of_transformers(family, tmp_path, capsys):
     assert tokenizer.fingerprint() == open_run(RunSpec(tmp_path / "run")).tokenizer
 
 
-def test_fast_mlps_change_nothing_until_they_learn(llama, tmp_path):
-    """Logits with learning off are transformers'; with training, loss falls and weights move."""
+def test_new_fast_mlps_start_as_identity(llama, tmp_path):
+    """Logits equal those of transformers; training lowers the loss and moves all fast weights."""
     lines = []
-    source = open_huggingface(llama, overrides=FAST, say=lines.append)
+    source = open_huggingface(llama, overrides=FAST, log=lines.append)
     assert source.config.model.fast_mlp_init == "zero"
-    found = import_run(source, tmp_path / "run", say=lines.append)
-    assert found.reference < 1e-4
-    assert found.read_back == 0
+    deviations = import_run(source, tmp_path / "run", log=lines.append)
+    assert deviations.reference < 1e-4
+    assert deviations.read_back == 0
     assert any("start at 0" in line or "starts at 0" in line for line in lines)
     run = open_run(RunSpec(tmp_path / "run"))
     trainer = make_trainer(run.config, make_mesh(devices=jax.devices()[:1]))
@@ -141,21 +141,21 @@ def test_fast_mlps_change_nothing_until_they_learn(llama, tmp_path):
     assert min(jax.tree.leaves(moved.fast)) > 0
 
 
-def test_a_window_and_another_base_may_be_asked_for(llama, tmp_path, capsys):
+def test_window_and_theta_can_be_overridden(llama, tmp_path, capsys):
     more = ["--config.model.mixers=window", "--config.model.window_size=8"]
     words = ["import", str(llama), f"--workdir={tmp_path / 'run'}", *FAST, *more]
     assert main.main([*words, "--config.model.rope_theta=2e6"]) == 0
-    said = capsys.readouterr().out
-    assert "compared with transformers" in said
+    output = capsys.readouterr().out
+    assert "compared with transformers" in output
     config = read_config(tmp_path / "run")
     assert (config.model.window_size, config.model.rope_theta) == (8, 2e6)
 
 
-def test_bfloat16_is_kept_exactly(tmp_path):
+def test_bfloat16_weights_are_exact(tmp_path):
     folder = save_model(tmp_path / "hf", "llama", dtype=torch.bfloat16)
-    source = open_huggingface(folder, say=lambda line: None)
+    source = open_huggingface(folder, log=lambda line: None)
     assert source.config.model.compute_dtype == "bfloat16"
-    assert import_run(source, tmp_path / "run", say=lambda line: None).reference < 1e-4
+    assert import_run(source, tmp_path / "run", log=lambda line: None).reference < 1e-4
     run = open_run(RunSpec(tmp_path / "run"))
     model = build_model(run.config.model, run.config.inner)
     params = run.weights(weights_template(model, make_mesh()))
@@ -165,19 +165,21 @@ def test_bfloat16_is_kept_exactly(tmp_path):
 
 
 def test_without_transformers_the_command_says_so(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "their_logits", lambda *args, **kwargs: None)
+    monkeypatch.setattr(huggingface, "transformers_logits", lambda *args, **kwargs: None)
     lines = []
-    found = import_run(open_huggingface(llama, say=lines.append), tmp_path / "run", lines.append)
-    assert found.reference is None
+    deviations = import_run(
+        open_huggingface(llama, log=lines.append), tmp_path / "run", lines.append
+    )
+    assert deviations.reference is None
     assert any("transformers is not installed" in line for line in lines)
 
 
-def test_a_configuration_cannot_ask_for_foreign_code(llama, tmp_path):
-    """transformers would fetch this kernel from the network, and run it."""
+def test_config_cannot_load_foreign_kernels(llama, tmp_path):
+    """transformers would download this kernel and run it."""
     folder = shutil.copytree(llama, tmp_path / "hf")
     edit_config(folder, attn_implementation="kernels-community/flash-attn")
-    source = open_huggingface(folder, say=lambda line: None)
-    assert import_run(source, tmp_path / "run", say=lambda line: None).reference < 1e-4
+    source = open_huggingface(folder, log=lambda line: None)
+    assert import_run(source, tmp_path / "run", log=lambda line: None).reference < 1e-4
 
 
 def edit_config(folder, **changes):
@@ -221,44 +223,44 @@ def test_bad_sources_are_one_sentence(llama, harm, sentence, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_other_logits_are_refused(llama, tmp_path, monkeypatch):
-    theirs = huggingface.their_logits
+def test_deviating_logits_are_refused(llama, tmp_path, monkeypatch):
+    theirs = huggingface.transformers_logits
 
     def other(*args, **kwargs):
         return theirs(*args, **kwargs) * 1.01
 
-    monkeypatch.setattr(huggingface, "their_logits", other)
+    monkeypatch.setattr(huggingface, "transformers_logits", other)
     with pytest.raises(UserError, match=r"differ by at most .* was not imported"):
-        import_run(open_huggingface(llama, say=lambda line: None), tmp_path / "run", print)
+        import_run(open_huggingface(llama, log=lambda line: None), tmp_path / "run", print)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_fast_mlps_can_be_added(llama):
     with pytest.raises(UserError, match=r"has no tensor for .*q_norm.*only fast MLPs can be added"):
-        open_huggingface(llama, overrides=("--config.model.qk_norm=true",), say=lambda line: None)
+        open_huggingface(llama, overrides=("--config.model.qk_norm=true",), log=lambda line: None)
 
 
-def test_our_own_exports_come_back(tmp_path):
+def test_exports_can_be_imported(tmp_path):
     config = official_config(num_kv_heads=1, rope_scaling=(4.0, 1.0, 4.0, 16.0))
     model = build_model(config.model, config.inner)
     params = model.init(jax.random.key(0))
     flat = flatten_dict(combine(params.slow, params.fast), sep="/")
 
-    def read(place):
-        return np.asarray(flat[place.path] if place.row is None else flat[place.path][place.row])
+    def read(slot):
+        return np.asarray(flat[slot.path] if slot.row is None else flat[slot.path][slot.row])
 
-    places = tensor_places(model, "tttjax")
-    write_tensors(tmp_path, places, read, dtype="float32", limit=2**30)
+    slots = tensor_slots(model, "tttjax")
+    write_tensors(tmp_path, slots, read, dtype="float32", limit=2**30)
     values = config_json(config.model, "tttjax", dtype="float32", max_length=32, tokens={})
     values |= learning_json(model, config.inner, 0.5, learn=True)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    source = open_huggingface(tmp_path, say=lambda line: None)
+    source = open_huggingface(tmp_path, log=lambda line: None)
     assert source.config.inner == dataclasses.replace(config.inner, lr=0.5)
     assert build_model(source.config.model, source.config.inner) == model
     assert source.reference is None
     template = weights_template(model, make_mesh(devices=jax.devices()[:1]))
     for got, want in zip(
-        jax.tree.leaves(assemble(template, source.pieces(model), model)),
+        jax.tree.leaves(assemble(template, source.iter_weights(model), model)),
         jax.tree.leaves(params),
         strict=True,
     ):

@@ -1,4 +1,4 @@
-"""Official checkpoints: found, opened without being read, assembled piece by piece."""
+"""Official checkpoints: opened lazily, and streamed into sharded arrays."""
 
 import json
 import platform
@@ -17,12 +17,18 @@ from tttjax.config import from_config_dict, load_config
 from tttjax.errors import UserError
 from tttjax.interop.official.checkpoint import (
     StorePath,
+    is_official_checkpoint,
     load_official_checkpoint,
-    looks_official,
     open_official_checkpoint,
 )
-from tttjax.interop.official.config import deduce_config
-from tttjax.interop.official.names import ENDS, check_arrays, from_official, official_shapes, pieces
+from tttjax.interop.official.config import infer_config
+from tttjax.interop.official.names import (
+    TOP_LEVEL_NAMES,
+    check_arrays,
+    from_official,
+    iter_weights,
+    official_shapes,
+)
 from tttjax.interop.streaming import assemble, return_freed_memory
 from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
@@ -50,20 +56,20 @@ def template(config, **mesh):
     return weights_template(build_model(config.model, config.inner), make_mesh(**mesh))
 
 
-def assert_same(params, wanted):
-    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+def assert_same(params, expected):
+    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
-def test_a_checkpoint_is_opened_by_its_step_its_folder_or_its_item(step, arrays):
+def test_a_checkpoint_opens_by_step_folder_or_item(step, arrays):
     for source in (step, step.parent, step / "model_weights", str(step.parent) + "/"):
         found = open_official_checkpoint(source)
         assert (found.source, found.step) == (str(step), 3)
         assert {name: array.shape for name, array in found.arrays.items()} == {
             name: array.shape for name, array in arrays.items()
         }
-        assert looks_official(source)
-    assert not looks_official(step.parents[1])
+        assert is_official_checkpoint(source)
+    assert not is_official_checkpoint(step.parents[1])
     loaded = load_official_checkpoint(step)
     assert loaded.opt_state is None
     for name, array in arrays.items():
@@ -71,46 +77,48 @@ def test_a_checkpoint_is_opened_by_its_step_its_folder_or_its_item(step, arrays)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"data": 8}])
-def test_pieces_make_the_weights_on_any_mesh(step, arrays, mesh):
+def test_weights_are_assembled_on_any_mesh(step, arrays, mesh):
     model = build_model(CONFIG.model, CONFIG.inner)
     found = open_official_checkpoint(step)
-    wanted = template(CONFIG, **mesh)
-    params = assemble(wanted, pieces(found.arrays, model), model)
+    expected = template(CONFIG, **mesh)
+    params = assemble(expected, iter_weights(found.arrays, model), model)
     assert_same(params, from_official(arrays, model))
-    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(
+        lambda x: x.sharding, expected
+    )
 
 
-def test_one_piece_lies_in_memory_at_a_time(step):
+def test_one_slice_is_in_memory_at_a_time(step):
     model = build_model(CONFIG.model, CONFIG.inner)
     found = open_official_checkpoint(step)
     rows = max(array.nbytes // array.shape[0] for array in found.arrays.values() if array.shape[1:])
-    largest = max(rows, found.arrays[ENDS["embedding"]].nbytes)
+    largest = max(rows, found.arrays[TOP_LEVEL_NAMES["embedding"]].nbytes)
 
     def watched():
         last = None
-        for piece in pieces(found.arrays, model):
-            assert piece.array.nbytes <= largest
+        for weight_slice in iter_weights(found.arrays, model):
+            assert weight_slice.array.nbytes <= largest
             if last is not None:
-                assert last() is None, "the piece before is still there"
-            last = weakref.ref(piece.array)
-            yield piece
-            del piece
+                assert last() is None, "the previous slice was not freed"
+            last = weakref.ref(weight_slice.array)
+            yield weight_slice
+            del weight_slice
 
-    # Devices of the test share the host's memory, and may keep a piece as their own array: here
-    # the target has another type, so that nothing but the piece itself is watched.
+    # The test's devices share host memory and may alias a slice: a target of another dtype prevents
+    # that.
     half = official_config(param_dtype="bfloat16")
     assemble(template(half, data=8), watched(), model)
 
 
 def peak_while(act) -> int:
-    """Bytes by which the resident memory of this process grows, at most, while acting."""
+    """Peak growth of this process's resident memory during `act`, in bytes."""
     return_freed_memory()
 
     def status(key):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     act()
     return status("VmHWM") - before
@@ -120,7 +128,7 @@ def peak_while(act) -> int:
     platform.libc_ver()[0] != "glibc" or not Path("/proc/self/clear_refs").exists(),
     reason="measured with Linux and glibc",
 )
-def test_memory_is_the_target_and_little_more(tmp_path):
+def test_memory_is_the_target_and_two_arrays(tmp_path):
     config = official_config(
         vocab_size=16384, embed_dim=256, num_heads=8, num_layers=24, mlp_dim=640
     )
@@ -128,14 +136,16 @@ def test_memory_is_the_target_and_little_more(tmp_path):
     found = open_official_checkpoint(write_official(tmp_path, official_arrays(config)))
     one = template(config, devices=jax.devices()[:1])
     sizes = [array.nbytes for array in found.arrays.values()]
-    kept = []
-    peak = peak_while(lambda: kept.append(assemble(one, pieces(found.arrays, model), model)))
-    programs = 48 * 2**20  # that are compiled, and what threads keep
+    results = []
+    peak = peak_while(
+        lambda: results.append(assemble(one, iter_weights(found.arrays, model), model))
+    )
+    programs = 48 * 2**20  # compiled programs and thread buffers
     assert peak < sum(sizes) + 2 * max(sizes) + programs
-    assert sum(sizes) > 2 * max(sizes) + programs  # so that all of it twice would be noticed
+    assert sum(sizes) > 2 * max(sizes) + programs  # holding two copies would fail
 
 
-def test_a_configuration_is_told_from_the_arrays_of_every_released_size():
+def test_configurations_of_the_paper_are_inferred():
     for size in ("125m", "1b", "3b"):
         recipe = load_config(f"paper:{size},ttt_e2e,pretrain")
         model = build_model(recipe.model, recipe.inner)
@@ -143,52 +153,52 @@ def test_a_configuration_is_told_from_the_arrays_of_every_released_size():
             name: jax.ShapeDtypeStruct(shape, np.float32)
             for name, shape in official_shapes(model).items()
         }
-        values, assumed = deduce_config(stored)
+        values, assumed = infer_config(stored)
         config = from_config_dict(values)
         assert config.model == recipe.model
         assert config.inner.chunk_size == recipe.inner.chunk_size == assumed["inner.chunk_size"]
         assert (config.inner.lr, config.inner.clip) == (recipe.inner.lr, recipe.inner.clip)
 
 
-def test_other_configurations_are_told_as_far_as_arrays_tell():
+def test_other_configurations_are_inferred():
     changes = {"tie_embeddings": False, "post_norm": False, "head_dim": 6}
     for model in (changes, {"suffix_layers": 0, "fast_mlp": False}):
         config = official_config(**model)
         stored = official_arrays(config)
-        told = from_config_dict(deduce_config(stored)[0])
-        check_arrays(stored, build_model(told.model, told.inner))
-        assert told.model.mixers == (("window",) if told.model.fast_mlp else ("full",))
+        inferred = from_config_dict(infer_config(stored)[0])
+        check_arrays(stored, build_model(inferred.model, inferred.inner))
+        assert inferred.model.mixers == (("window",) if inferred.model.fast_mlp else ("full",))
     del stored["language_model.model.h.blocks.seq_modeling_block.q_norm.weight"]
     with pytest.raises(UserError, match=r"q_norm.*is absent; give its configuration"):
-        deduce_config(stored)
+        infer_config(stored)
 
 
-def test_names_and_shapes_are_compared_in_one_sentence(arrays):
+def test_wrong_names_and_shapes_are_one_error(arrays):
     model = build_model(CONFIG.model, CONFIG.inner)
-    wrong = {**arrays, "more": np.zeros(3), ENDS["final_norm/weight"]: np.zeros(5)}
-    del wrong[ENDS["embedding"]]
+    wrong = {**arrays, "more": np.zeros(3), TOP_LEVEL_NAMES["final_norm/weight"]: np.zeros(5)}
+    del wrong[TOP_LEVEL_NAMES["embedding"]]
     with pytest.raises(UserError) as caught:
         check_arrays(wrong, model)
     for words in ("missing language_model.model.wte", "unexpected more", "shape (5,), not (8,)"):
         assert words in str(caught.value)
 
 
-def test_the_forms_of_paths():
-    place = StorePath.of("gs://bucket/a/b/", "mine")
-    assert str(place / "4") == "gs://bucket/a/b/4"
-    assert (place / "4").name == "4"
+def test_store_paths():
+    path = StorePath.of("gs://bucket/a/b/", "mine")
+    assert str(path / "4") == "gs://bucket/a/b/4"
+    assert (path / "4").name == "4"
     spec = {
         "driver": "zarr",
         "kvstore": {
             "driver": "ocdbt",
-            "base": (place / "4" / "model_weights").kvstore,
+            "base": (path / "4" / "model_weights").kvstore,
             "path": "x.weight/",
         },
     }
-    # tensorstore accepts it, and names the same place.
+    # tensorstore accepts the spec and gives the same URL.
     url = tensorstore.Spec(spec).kvstore.url
     assert url == "gs://bucket/a/b/4/model_weights/|ocdbt:x.weight/"
-    assert place.kvstore["gcs_user_project"] == {"project_id": "mine"}
+    assert path.kvstore["gcs_user_project"] == {"project_id": "mine"}
     assert "gcs_user_project" not in StorePath.of("gs://bucket").kvstore
     assert StorePath.of("gs://bucket").kvstore["path"] == ""
     assert str(StorePath.of("gs://bucket") / "4") == "gs://bucket/4"
@@ -198,14 +208,14 @@ def test_the_forms_of_paths():
 
 
 def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
-    with serve_bucket(step.parent) as (url, asked):
+    with serve_bucket(step.parent) as (url, paths):
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
         found = open_official_checkpoint("gs://bucket", project="mine")
         assert (found.source, found.step) == ("gs://bucket/3", 3)
         for name, array in arrays.items():
             np.testing.assert_array_equal(found.arrays[name].read(), array)
-        assert all("userProject=mine" in path for path in asked)
+        assert all("userProject=mine" in path for path in paths)
         with pytest.raises(UserError, match="gs://bucket/elsewhere is no official checkpoint"):
             open_official_checkpoint("gs://bucket/elsewhere")
 
@@ -213,7 +223,7 @@ def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
 def test_a_checkpoint_in_a_folder_with_an_odd_name(step, arrays, tmp_path):
     odd = shutil.copytree(step, tmp_path / "a b%20#c?" / "3")
     found = open_official_checkpoint(odd)
-    name = ENDS["embedding"]
+    name = TOP_LEVEL_NAMES["embedding"]
     np.testing.assert_array_equal(found.arrays[name].read(), arrays[name])
 
 
@@ -247,7 +257,7 @@ def cut_short(folder):
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (remove_metadata, "no _METADATA: it is still being written, or was copied in part"),
+        (remove_metadata, "no _METADATA: it is still being written"),
         (remove_manifest, "no manifest.ocdbt: it is still being written"),
         (begin_item, "is still being written"),
         (begin_step, "is still being written"),
@@ -255,15 +265,15 @@ def cut_short(folder):
         (cut_short, "cannot be read"),
     ],
 )
-def test_what_is_not_complete_is_refused(copy, harm, sentence):
+def test_incomplete_checkpoints_are_refused(copy, harm, sentence):
     harm(copy)
-    assert looks_official(copy.parent)
+    assert is_official_checkpoint(copy.parent)
     with pytest.raises(UserError, match=sentence) as caught:
         load_official_checkpoint(copy.parent)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    assert not looks_official(tmp_path)
+def test_other_folders_are_refused(tmp_path):
+    assert not is_official_checkpoint(tmp_path)
     with pytest.raises(UserError, match="is no official checkpoint: it has no model_weights"):
         open_official_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Source, licence and terms of imported weights, up to the model card of an export."""
+"""Origin, licence and terms of imported weights, and the model card of an export."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_trained_run_has_the_origin_it_started_from(runs):
 
 
 def test_model_cards_say_source_licence_and_terms(runs):
-    _, later, scratch, lost = (exporting._card(exporting.plan(run)) for run in runs)
+    _, later, scratch, lost = (exporting._card(exporting.plan_export(run)) for run in runs)
     assert "\nlicense: other\nlicense_name: none-found\n---\n" in later
     assert "`125m/4800`" in later
     assert "/home/me" not in later
@@ -64,6 +64,6 @@ def test_model_cards_say_source_licence_and_terms(runs):
 
 
 def test_exported_code_is_under_our_licence(runs):
-    card = exporting._card(exporting.plan(runs[0], own_code=True))
+    card = exporting._card(exporting.plan_export(runs[0], own_code=True))
     assert "`modeling_tttjax.py` are part of tttjax, under the Apache License 2.0" in card
-    assert "Apache" not in exporting._card(exporting.plan(runs[0]))
+    assert "Apache" not in exporting._card(exporting.plan_export(runs[0]))

@@ -424,7 +424,7 @@ def import_export(folder):
 def test_damaged_exports_are_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_compare", lambda *args: None)
     folder = tmp_path / "good" / "export"
-    export.write(export.plan(run), folder, limit=4000)
+    export.write_export(export.plan_export(run), folder, limit=4000)
     assert len([*folder.glob("*.safetensors")]) > 1
     outcomes = damage_outcomes(folder, import_export, tmp_path, edited=(EXPORT,))
     assert files_without_effect(outcomes) == {EXPORT}  # without it, a model of another tool

@@ -1,1 +1,1 @@
-"""Checkpoints and reference numbers of other implementations."""
+"""Import and export of models: Hugging Face transformers and official TTT-E2E checkpoints."""

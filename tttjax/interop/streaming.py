@@ -1,7 +1,6 @@
-"""Weights built up piece by piece from a checkpoint of another project.
+"""Streaming of foreign weights into sharded arrays, one tensor or row at a time.
 
-The target, arrays divided over the devices of a mesh, is filled row by row of its stacks of blocks,
-so that the host holds one piece at a time beside it.
+Stacks of blocks are filled row by row, so that beside the target the host holds one slice only.
 """
 
 import ctypes
@@ -22,10 +21,10 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def return_freed_memory() -> None:
-    """Gives back to the system what this process has freed, and from now on pieces of 1 MiB and
-    more as soon as they are freed (with glibc; else does nothing).
+    """Returns freed memory to the system, and from now on blocks of at least 1 MiB at once.
 
-    The library keeps those below 32 MiB for later otherwise, several times what is in use at once.
+    With glibc only, which otherwise retains freed blocks below 32 MiB, several times the memory in
+    use. Does nothing elsewhere.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
@@ -33,71 +32,82 @@ def return_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-class WeightPiece(NamedTuple):
-    """A whole weight (row None), or one block's part of a stack, with as many entries."""
+class WeightSlice(NamedTuple):
+    """A full weight (row None) or one row of a stack of blocks; any shape with as many entries."""
 
     path: str
     row: int | None
     array: np.ndarray
 
 
+def flat_weights(params: Params) -> dict[str, Any]:
+    """Slow and fast weights by path, such as `prefix/stage0/block0/mixer/wq`."""
+    return flatten_dict(combine(params.slow, params.fast), sep="/")
+
+
+def abstract_weights(model: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every weight by its path; blocks are stacked."""
+    return flat_weights(model.abstract_params())
+
+
 def assemble(
     template: Params,
-    pieces: Iterable[WeightPiece],
+    slices: Iterable[WeightSlice],
     model: Transformer,
-    there: Mapping[str, Array] | None = None,
+    initial: Mapping[str, Array] | None = None,
 ) -> Params:
-    """The weights of a model out of pieces, each taken when the one before has arrived.
+    """The weights of a model out of pieces, each read after the previous one is copied.
 
-    template: jax.ShapeDtypeStructs with shardings. Entries are converted to its dtypes.
-    there: weights by path that no piece is of. Raises ValueError for weights, or rows, that nothing
-    brought.
+    template: jax.ShapeDtypeStructs with shardings; entries are converted to its dtypes. initial:
+    weights by path that have no slices. Raises ValueError for missing weights or rows.
     """
-    wanted = flatten_dict(combine(template.slow, template.fast), sep="/")
-    found: dict[str, Array] = dict(there or {})
+    targets = flat_weights(template)
+    weights: dict[str, Array] = dict(initial or {})
     rows: dict[str, set[int]] = {}
-    for path, row, array in pieces:
-        target = wanted[path]
+    for path, row, array in slices:
+        target = targets[path]
         if row is None:
-            found[path] = _place(array.reshape(target.shape), target.sharding, target.dtype)
+            weights[path] = _put(array.reshape(target.shape), target.sharding, target.dtype)
         else:
-            if path not in found:
-                found[path] = _empty(target.shape, target.dtype, target.sharding)()
-            one = _place(array.reshape(target.shape[1:]), _of_row(target.sharding), target.dtype)
-            found[path] = _put_row(target.sharding)(found[path], one, row)
+            if path not in weights:
+                weights[path] = _zeros(target.shape, target.dtype, target.sharding)()
+            row_array = _put(
+                array.reshape(target.shape[1:]), _row_sharding(target.sharding), target.dtype
+            )
+            weights[path] = _put_row(target.sharding)(weights[path], row_array, row)
             rows.setdefault(path, set()).add(row)
-            del one
-        # Without waiting, rows would be read faster than they are copied, and pile up.
-        found[path].block_until_ready()
-        del array  # before the next is read
-    missing = [path for path in wanted if path not in found]
-    missing += [path for path, its in rows.items() if len(its) < wanted[path].shape[0]]
+            del row_array
+        # Wait, or rows would be read faster than they are copied, and fill the memory.
+        weights[path].block_until_ready()
+        del array  # free it before the next is read
+    missing = [path for path in targets if path not in weights]
+    missing += [path for path, filled in rows.items() if len(filled) < targets[path].shape[0]]
     if missing:
-        raise ValueError(f"no values came for {', '.join(missing)}")
-    ordered = {path: found[path] for path in wanted}
+        raise ValueError(f"no values for {', '.join(missing)}")
+    ordered = {path: weights[path] for path in targets}
     return partition(unflatten_dict(ordered, sep="/"), model.fast_paths)
 
 
-def _place(array: np.ndarray, sharding: NamedSharding, dtype: Any) -> Array:
+def _put(array: np.ndarray, sharding: NamedSharding, dtype: Any) -> Array:
     converted = np.asarray(array, dtype)
     return jax.make_array_from_callback(converted.shape, sharding, lambda index: converted[index])
 
 
-def _of_row(sharding: NamedSharding) -> NamedSharding:
-    """That of one row of a stack; stacks are never divided among devices by row."""
+def _row_sharding(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of one row of a stack; the row axis is never sharded."""
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 @cache
-def _empty(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
     return jax.jit(lambda: jax.numpy.zeros(shape, dtype), out_shardings=sharding)
 
 
 @cache
 def _put_row(sharding: NamedSharding) -> Any:
-    """put(stack, one, row) -> the stack with that row; the stack's memory is used again."""
+    """put(stack, row_array, row) -> the stack with that row; the stack is donated."""
 
-    def put(stack: Array, one: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, one, row, 0)
+    def put(stack: Array, row_array: Array, row: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, row_array, row, 0)
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)

@@ -1,4 +1,4 @@
-"""From a source to a run: read, compared with the source's own code, written, opened again."""
+"""Import of a source as a run: reads and compares the weights, writes the run, verifies it."""
 
 import dataclasses
 from pathlib import Path
@@ -6,14 +6,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tttjax.config import Config, with_absolute_paths
 from tttjax.errors import UserError, install_extra
 from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference
-from tttjax.interop.source import ImportSource, Reference, Say
-from tttjax.interop.streaming import assemble, return_freed_memory
+from tttjax.interop.source import ImportSource, Log, Reference
+from tttjax.interop.streaming import assemble, flat_weights, return_freed_memory
 from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model, combine, fast_mlps
 from tttjax.parallel.mesh import make_mesh
@@ -28,29 +27,32 @@ SAMPLE = 64  # random tokens whose logits are compared
 
 
 @dataclasses.dataclass(frozen=True)
-class Deviations:
-    """Largest differences of logits: of the source's own code from ours (None: not compared), and
-    of the run that was opened again from the weights that were read."""
+class LogitDeviations:
+    """Largest differences of logits.
+
+    reference: between the source's own code and ours; None: not compared. read_back: between the
+    written run and the weights that were read.
+    """
 
     reference: float | None
     read_back: float
 
 
-def import_run(source: ImportSource, workdir: str | Path, say: Say = print) -> Deviations:
-    """Makes `workdir` a run with the source's weights.
+def import_run(source: ImportSource, workdir: str | Path, log: Log = print) -> LogitDeviations:
+    """Creates a run in `workdir` with the source's weights.
 
-    Raises UserError for a work directory that is in use, for weights that cannot be read, and for
-    logits that deviate; then nothing is left behind.
+    Raises UserError for a work directory in use, unreadable weights, and logits that deviate;
+    nothing is left behind then.
     """
     config = with_absolute_paths(source.config)
     model = build_model(config.model, config.inner)
     with atomic_folder(workdir, "--workdir") as folder, as_configured(config):
-        # First, so that it has left memory before ours is there.
-        theirs = _reference_logits(source.reference, say)
+        # First, so that it is freed before our weights are read.
+        theirs = _reference_logits(source.reference, log)
         template = weights_template(model, _make_mesh(config))
-        params = _read(source, model, template)
+        params = _read_weights(source, model, template)
         logit_TV = _finite_logits(source, params)
-        deviation = _compare(source, params, theirs, say)
+        deviation = _compare(source, params, theirs, log)
         write_run(
             folder,
             config,
@@ -60,24 +62,24 @@ def import_run(source: ImportSource, workdir: str | Path, say: Say = print) -> D
             tokenizer=source.tokenizer,
         )
         concurrent_bytes = max_concurrent_bytes(params)
-        del params  # so that the two never lie in memory together
+        del params  # never hold both copies in memory
         return_freed_memory()
         written = open_run(RunSpec(folder))
-        again = checkpoints.restore_params(folder, template, concurrent_bytes=concurrent_bytes)
-        read_back = largest_difference(sample_logits(written.config, again), logit_TV)
-        if not read_back <= TOLERANCE:  # NaN is no agreement
+        restored = checkpoints.restore_params(folder, template, concurrent_bytes=concurrent_bytes)
+        read_back = largest_difference(sample_logits(written.config, restored), logit_TV)
+        if not read_back <= TOLERANCE:  # also for NaN
             raise UserError(
-                f"the run that was written computes other logits than the weights that were read "
-                f"(by up to {read_back:.3g}), and was removed; check the disk, and import again."
+                f"the written run computes other logits than the weights that were read (by up to "
+                f"{read_back:.3g}) and was removed; check the disk and import again."
             )
     if source.tokenizer is None:
-        say("without a tokenizer: commands that read text need --tokenizer")
-    say(f"opened again: logits of {SAMPLE} random tokens differ by at most {read_back:.3g}")
-    return Deviations(deviation, read_back)
+        log("without a tokenizer: commands that read text need --tokenizer")
+    log(f"verified the run: logits of {SAMPLE} random tokens differ by at most {read_back:.3g}")
+    return LogitDeviations(deviation, read_back)
 
 
 def _make_mesh(config: Config) -> Mesh:
-    """The devices among which the configuration divides weights; copies of them serve nobody."""
+    """A mesh with the configuration's fsdp and tensor axes; replicas would only cost memory."""
     fsdp, tensor = config.mesh.fsdp, config.mesh.tensor
     if fsdp * tensor > jax.device_count():
         fsdp = tensor = 1
@@ -90,10 +92,10 @@ def sample_tokens(vocab_size: int) -> np.ndarray:
 
 
 def sample_logits(config: Config, params: Params) -> np.ndarray:
-    """Logits [T, V] of random tokens, without learning, through every weight but embeddings."""
-    # By XLA alone: its programs may be divided among devices, and agree with others to rounding.
-    plain = dataclasses.replace(config.model, attention_kernel="xla", remat="none")
-    model = build_model(plain, config.inner)
+    """Logits [T, V] of random tokens, without inner updates."""
+    # XLA attention can be sharded and agrees with the other kernels up to rounding.
+    xla_config = dataclasses.replace(config.model, attention_kernel="xla", remat="none")
+    model = build_model(xla_config, config.inner)
     token_T = jnp.asarray(sample_tokens(config.model.vocab_size))
 
     @jax.jit
@@ -107,11 +109,11 @@ def sample_logits(config: Config, params: Params) -> np.ndarray:
     return np.asarray(logits(params))
 
 
-def _read(source: ImportSource, model: Transformer, template: Params) -> Params:
-    """The weights, and what is added to them."""
+def _read_weights(source: ImportSource, model: Transformer, template: Params) -> Params:
+    """The source's weights and the added ones."""
     return_freed_memory()
     added = _added(model, template, source.added, source.config.train.seed)
-    params = assemble(template, source.pieces(model), model, added)
+    params = assemble(template, source.iter_weights(model), model, added)
     return_freed_memory()
     return params
 
@@ -119,58 +121,59 @@ def _read(source: ImportSource, model: Transformer, template: Params) -> Params:
 def _added(
     model: Transformer, template: Params, paths: frozenset[str], seed: int
 ) -> dict[str, Array]:
-    """Weights that the source does not have, as a new model has them, on the devices."""
+    """The weights that the source lacks, initialized as in a new model, on their devices."""
     if not paths:
         return {}
-    flat = flatten_dict(combine(template.slow, template.fast), sep="/")
+    targets = flat_weights(template)
 
-    def start() -> dict[str, Array]:
+    def init() -> dict[str, Array]:
         new = fast_mlps(model, jax.random.key(seed))
         return {path: new[path] for path in sorted(paths)}
 
-    return jax.jit(start, out_shardings={path: flat[path].sharding for path in sorted(paths)})()
+    return jax.jit(init, out_shardings={path: targets[path].sharding for path in sorted(paths)})()
 
 
 def _finite_logits(source: ImportSource, params: Params) -> np.ndarray:
     logit_TV = sample_logits(source.config, params)
     if not np.isfinite(logit_TV).all():
         raise UserError(
-            f"the logits of {source.origin['source']} are not finite: its weights are damaged, or "
-            "it needs another configuration."
+            f"the logits of {source.origin['source']} are not finite: the weights are damaged or "
+            "the configuration is wrong."
         )
     return logit_TV
 
 
-def _reference_logits(reference: Reference | None, say: Say) -> np.ndarray | None:
+def _reference_logits(reference: Reference | None, log: Log) -> np.ndarray | None:
     if reference is None:
         return None
-    found = reference.logits(sample_tokens(reference.config.model.vocab_size))
-    if found is None:
-        say(
-            f"{reference.name} is not installed ({install_extra('interop')}), so that our logits "
-            "cannot be compared with its own"
+    logit_TV = reference.logits(sample_tokens(reference.config.model.vocab_size))
+    if logit_TV is None:
+        log(
+            f"{reference.name} is not installed ({install_extra('interop')}), so logits are not "
+            "compared with it"
         )
-    return found
+    return logit_TV
 
 
 def _compare(
-    source: ImportSource, params: Params, theirs: np.ndarray | None, say: Say
+    source: ImportSource, params: Params, theirs: np.ndarray | None, log: Log
 ) -> float | None:
-    """The largest deviation from the reference; UserError if it is too large to be rounding."""
+    """The largest deviation from the reference. Raises UserError if it exceeds rounding."""
     reference = source.reference
     if reference is None or theirs is None:
         return None
     deviation = largest_difference(sample_logits(reference.config, params), theirs)
     largest = float(np.max(np.abs(theirs)))
-    told = f"logits of {SAMPLE} random tokens differ by at most {deviation:.3g}"
+    summary = f"logits of {SAMPLE} random tokens differ by at most {deviation:.3g}"
     if reference.exact and not deviation <= TOLERANCE * max(1.0, largest):
         raise UserError(
-            f"{told} from those of {reference.name}, whose largest is {largest:.3g}: "
-            f"{source.origin['source']} has something that is not understood here, and was not "
+            f"{summary} from those of {reference.name}, whose largest is {largest:.3g}: "
+            f"{source.origin['source']} has a feature that tttjax does not support, and was not "
             "imported."
         )
-    rounded = "" if reference.exact else ", weights having been rounded to another type"
-    say(
-        f"compared with {reference.name} in float32: {told} (the largest is {largest:.3g}){rounded}"
+    rounded = "" if reference.exact else "; weights were rounded to another dtype"
+    log(
+        f"compared with {reference.name} in float32: {summary} (the largest is {largest:.3g})"
+        f"{rounded}"
     )
     return deviation

@@ -1,9 +1,9 @@
-"""Models in the form of Hugging Face transformers: names, configurations, files; both ways.
+"""Conversion from and to Hugging Face transformers: tensor names, configurations, files.
 
-config_from_huggingface   config.json -> fields of our `ModelConfig`
-inner_from_huggingface    the same of our `InnerConfig`, for models that learn
-tensor_places             which tensor is which weight, and how to convert it either way
-pieces                    our weights, row by row, out of tensors that are read one at a time
+config_from_huggingface   config.json -> fields of `ModelConfig`
+inner_from_huggingface    config.json -> fields of `InnerConfig`, for models with fast weights
+tensor_slots              tensor name <-> weight path, and the conversion between the two
+iter_weights              weights, row by row, from tensors that are read one at a time
 """
 
 from tttjax.interop.huggingface.configs import (
@@ -17,9 +17,9 @@ from tttjax.interop.huggingface.names import (
     TensorSlot,
     check_names,
     families,
-    pieces,
-    tensor_places,
-    unplaced,
+    iter_weights,
+    tensor_slots,
+    unmatched_weights,
 )
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "config_from_huggingface",
     "families",
     "inner_from_huggingface",
-    "pieces",
+    "iter_weights",
     "supported",
-    "tensor_places",
-    "unplaced",
+    "tensor_slots",
+    "unmatched_weights",
 ]

@@ -1,6 +1,6 @@
-"""Which architecture of transformers one of our models is exactly, and its `config.json`.
+"""The transformers architecture that matches a model exactly, and its `config.json`.
 
-Where there is none, and for whatever learns while it reads, the export carries code of its own
+Models without a match, and all with test-time training, are exported with their own modeling code
 (`exported_code`), the family "tttjax".
 """
 
@@ -11,7 +11,7 @@ from tttjax.config import InnerConfig, ModelConfig
 from tttjax.errors import UserError
 from tttjax.interop.huggingface import configs
 from tttjax.interop.huggingface.configs import OWN
-from tttjax.interop.huggingface.names import tensor_places
+from tttjax.interop.huggingface.names import tensor_slots
 from tttjax.models import Transformer
 
 CLASSES = {
@@ -22,11 +22,11 @@ CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     OWN: "TTTJaxForCausalLM",
 }
-LAYER_TYPES = {ours: theirs for theirs, ours in configs.LAYER_TYPES.items()}
+LAYER_TYPES = {mixer: layer_type for layer_type, mixer in configs.LAYER_TYPES.items()}
 RULES = ("sgd", "normalized_sgd")
 EXPORTED = (
-    "Exported are models whose blocks each have one attention, full or window, and SwiGLU MLPs, "
-    "with fast weights that learn by sgd or normalized_sgd, or without any"
+    "Only models whose blocks have full or window attention and SwiGLU MLPs can be exported, "
+    "without fast weights or with the inner rules sgd and normalized_sgd"
 )
 
 
@@ -35,35 +35,35 @@ def choose_family(
 ) -> str:
     """The family to export a model as.
 
-    learns: whether it has fast weights. own_code: not one of transformers' own architectures.
-    Raises UserError for a model that none can express.
+    learns: whether the export has fast weights. own_code: use our modeling code in any case.
+    Raises UserError for a model that no family can express.
     """
     _check_exportable(model, inner, learns)
     if own_code or learns or model.fast_mlp or not model.pre_norm:
         return OWN
     if model.qk_norm and not model.post_norm:
         return "qwen3"
-    divides = model.embed_dim % model.num_heads == 0  # the other classes refuse other sizes
+    is_divisible = model.embed_dim % model.num_heads == 0  # Llama and Gemma 3 require it
     if model.post_norm:
-        return "gemma3_text" if model.qk_norm and divides else OWN
+        return "gemma3_text" if model.qk_norm and is_divisible else OWN
     if model.mixer_kinds == {"full"}:
-        return "llama" if divides else "mistral"
+        return "llama" if is_divisible else "mistral"
     return "mistral" if model.mixer_kinds == {"window"} else "ministral"
 
 
 def _check_exportable(model: ModelConfig, inner: InnerConfig, learns: bool) -> None:
-    others = sorted(model.mixer_kinds - LAYER_TYPES.keys())
+    unsupported = sorted(model.mixer_kinds - LAYER_TYPES.keys())
     joined = [mixer for mixer in model.mixers if "+" in mixer]
-    if others or joined:
-        problem = f"model.mixers has {joined[0] if joined else others[0]!r}"
+    if unsupported or joined:
+        problem = f"model.mixers has {joined[0] if joined else unsupported[0]!r}"
     elif model.pre_conv:
-        problem = "model.pre_conv = True puts convolutions into its blocks"
+        problem = "model.pre_conv = True adds convolutions to its blocks"
     elif not model.mlp_dim:
-        problem = "model.mlp_dim = 0 leaves its blocks without MLPs"
+        problem = "model.mlp_dim = 0 removes the MLPs"
     elif model.fast_mlp and model.fast_mlp_heads:
-        problem = f"model.fast_mlp_heads = {model.fast_mlp_heads} makes its fast MLPs no SwiGLU"
+        problem = f"model.fast_mlp_heads = {model.fast_mlp_heads} makes its fast MLPs multi-head"
     elif learns and inner.rule not in RULES:
-        problem = f"its fast weights learn by inner.rule = {inner.rule!r}"
+        problem = f"its update rule is inner.rule = {inner.rule!r}"
     else:
         return
     raise UserError(f"this model cannot be exported: {problem}. {EXPORTED}.")
@@ -74,7 +74,7 @@ def config_json(
 ) -> dict[str, Any]:
     """The `config.json` of a model without fast weights, for transformers 4 and 5.
 
-    max_length: tokens that the model was trained with. tokens: bos_token_id and the like.
+    max_length: context length in training. tokens: bos_token_id and so on.
     """
     kinds = [model.mixers[i % len(model.mixers)] for i in range(model.num_layers)]
     theta, scaling = {"rope_theta": model.rope_theta}, rope_scaling(model.rope_scaling)
@@ -95,7 +95,7 @@ def config_json(
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
-        # The second and third are the older form of the first.
+        # rope_theta and rope_scaling are the older form of rope_parameters.
         "rope_parameters": rope,
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling,
@@ -117,7 +117,7 @@ def config_json(
         values |= {
             "hidden_activation": values.pop("hidden_act"),
             "query_pre_attn_scalar": model.head_size,
-            # The embeddings are divided by what this architecture multiplies them with.
+            # Gemma multiplies embeddings by sqrt(D); the export divides them, and not the head.
             "tie_word_embeddings": False,
             "rope_local_base_freq": model.rope_theta,
             "rope_parameters": {name: dict(rope) for name in LAYER_TYPES.values()},
@@ -136,26 +136,26 @@ def config_json(
 def learning_json(
     model: Transformer, inner: InnerConfig, lr: float, *, learn: bool
 ) -> dict[str, Any]:
-    """What `config.json` says of how a model learns.
+    """The fields of `config.json` that describe the inner loop.
 
-    learn: whether it does unless `generate` is told not to.
+    learn: the default of `generate(learn=...)`.
     """
     fast = model.fast_paths
     return {
-        "fast_parameters": [p.name for p in tensor_places(model, OWN) if p.path in fast],
+        "fast_parameters": [p.name for p in tensor_slots(model, OWN) if p.path in fast],
         "chunk_size": inner.chunk_size,
         "inner_lr": lr,
         "inner_clip": inner.clip,
         "inner_normalize": inner.rule == "normalized_sgd",
         "learn": learn,
-        # Not needed there, but to import the model again.
+        # Only needed to import the model again.
         "suffix_layers": model.suffix_layers,
         "fast_paths": list(model.fast_patterns),
     }
 
 
 def rope_scaling(scaling: tuple[float, ...]) -> dict[str, Any] | None:
-    """Our `rope_scaling` in transformers' words."""
+    """`model.rope_scaling` as transformers' `rope_scaling`."""
     if not scaling:
         return None
     if len(scaling) == 1:

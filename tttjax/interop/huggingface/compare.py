@@ -1,7 +1,7 @@
-"""Logits of one text, by our model and by an export under transformers, to be compared.
+"""Logits of a sample text by tttjax and by transformers, to compare a model with its export.
 
-A model that learns while it reads does so here too, chunk by chunk: the logits of later chunks
-show whether its updates are the same.
+A model with test-time training updates its fast weights here too, chunk by chunk: the logits of
+later chunks show whether the updates agree.
 """
 
 import inspect
@@ -24,29 +24,29 @@ from tttjax.ttt import inner_loop
 from tttjax.ttt.outer_loss import InnerLoop, split_chunks
 from tttjax.types import Array, Params
 
-PLACES = 64  # of a chunk, or of a text that is not learned from, whose logits are compared
-TOLERANCE = 1e-4  # of logits in float32, in units of the largest one if that is above 1
-ROOM = 512  # tokens of a text that nothing is learned from
+MAX_POSITIONS = 64  # positions compared in each chunk, or in the text if the model is static
+TOLERANCE = 1e-4  # of float32 logits, relative to the largest one if that is above 1
+STATIC_LENGTH = 512  # sample length of a static model, in tokens
 
 
 def sample_chunk(chunk_size: int) -> int:
-    """Tokens of a chunk in the comparison: of a large one, a part shows all that is computed."""
-    return min(chunk_size, PLACES)
+    """Chunk size in the comparison, in tokens; large chunks are shortened."""
+    return min(chunk_size, MAX_POSITIONS)
 
 
 def sample_length(chunk_size: int, *, learns: bool) -> int:
-    """Tokens that show everything; of chunks, four.
+    """Length of the sample in tokens: four chunks if the model learns.
 
-    Not more: each update is computed from the one before, and differences of rounding grow.
+    Not more, because rounding differences grow with every update.
     """
-    return 4 * sample_chunk(chunk_size) if learns else ROOM
+    return 4 * sample_chunk(chunk_size) if learns else STATIC_LENGTH
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(np.abs(a.astype(np.float64) - b)))
 
 
-def our_logits(
+def tttjax_logits(
     model: Transformer,
     inner: InnerLoop,
     lr: float,
@@ -55,19 +55,21 @@ def our_logits(
     *,
     learn: bool,
 ) -> np.ndarray:
-    """Logits [P, V] at `places` of all tokens but the last, in float32."""
-    read = _compiled(model, inner, lr, learn)
+    """float32 logits [P, V] at `sample_positions` of all tokens but the last."""
+    compute = _compiled(model, inner, lr, learn)
     inputs, targets = token_T[:-1], token_T[1:]
-    return np.asarray(read(params, jnp.asarray(inputs), jnp.asarray(targets)), np.float32)
+    return np.asarray(compute(params, jnp.asarray(inputs), jnp.asarray(targets)), np.float32)
 
 
 @lru_cache(maxsize=2)
 def _compiled(model: Transformer, inner: InnerLoop, lr: float, learn: bool):
-    return jax.jit(partial(_read_and_learn, model, inner, lr) if learn else partial(_read, model))
+    return jax.jit(
+        partial(_ttt_logits, model, inner, lr) if learn else partial(_static_logits, model)
+    )
 
 
-def places(length: int, chunk_size: int, *, learn: bool) -> np.ndarray:
-    """At which of `length` tokens logits are compared."""
+def sample_positions(length: int, chunk_size: int, *, learn: bool) -> np.ndarray:
+    """Positions [P], of `length` tokens, whose logits are compared."""
     size = chunk_size if learn else length
     return np.concatenate(
         [np.arange(start, start + size, _stride(size)) for start in range(0, length, size)]
@@ -75,10 +77,10 @@ def places(length: int, chunk_size: int, *, learn: bool) -> np.ndarray:
 
 
 def _stride(size: int) -> int:
-    return max(1, size // PLACES)
+    return max(1, size // MAX_POSITIONS)
 
 
-def _read(model: Transformer, params: Params, input_T: Array, target_T: Array) -> Array:
+def _static_logits(model: Transformer, params: Params, input_T: Array, target_T: Array) -> Array:
     del target_T
     weights = combine(params.slow, params.fast)
     x_TD = model.embed(params.slow, input_T)
@@ -88,7 +90,7 @@ def _read(model: Transformer, params: Params, input_T: Array, target_T: Array) -
     return model.logits(weights, model.final_norm(weights, x_PD))
 
 
-def _read_and_learn(
+def _ttt_logits(
     model: Transformer,
     inner: InnerLoop,
     lr: float,
@@ -105,10 +107,10 @@ def _read_and_learn(
         x_CD, state = model.run_part("suffix", now, state, x_CD, remat=False)
         nll_C = model.nll(now, x_CD, target_C)
         x_PD = x_CD[:: _stride(inner.chunk_size)]
-        shown = model.logits(now, model.final_norm(now, x_PD))
+        logit_PV = model.logits(now, model.final_norm(now, x_PD))
         is_target_C = jnp.ones(target_C.shape, bool)
         loss = masked_mean(nll_C, is_target_C)
-        return loss, (advance(state, len(x_CD)), jnp.any(is_target_C), shown)
+        return loss, (advance(state, len(x_CD)), jnp.any(is_target_C), logit_PV)
 
     fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
     state = model.init_state(len(input_T), parts=["suffix"])
@@ -118,20 +120,20 @@ def _read_and_learn(
     return records.aux.reshape(-1, records.aux.shape[-1])
 
 
-def their_logits(
+def transformers_logits(
     folder: Path,
     token_T: np.ndarray,
     at_P: Sequence[int] | np.ndarray,
     *,
     chunk_size: int = 0,
-    trusted: bool = True,
+    trust_code: bool = True,
 ) -> np.ndarray | None:
-    """Logits [P, V] by transformers, in float32; None if transformers or torch is not installed.
+    """float32 logits [P, V] by transformers; None if transformers or torch is not installed.
 
-    chunk_size: at which a model that learns does so (0: its own). trusted: whether code that lies
-    in the folder may be run. Raises UserError if transformers cannot open it.
+    at_P: positions. chunk_size: replaces the export's chunk size (0: keeps it). trust_code: whether
+    to run modeling code in the folder. Raises UserError if transformers cannot load it.
     """
-    with warnings.catch_warnings():  # of other libraries, about themselves
+    with warnings.catch_warnings():  # by torch and transformers
         warnings.simplefilter("ignore")
         try:
             import torch
@@ -144,38 +146,41 @@ def their_logits(
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                trust_remote_code=trusted,
-                # Neither pickles nor kernels fetched by name, which a config.json may ask for.
+                trust_remote_code=trust_code,
+                # A config.json may name pickles or kernels to download: load neither.
                 use_safetensors=True,
                 attn_implementation="sdpa",
             )
-        except Exception as error:  # the library has no common kind of errors
+        except Exception as error:  # transformers has no common base class of errors
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"transformers cannot open {folder}, so nothing could be compared ({reason})"
+                f"transformers cannot open {folder}, so logits were not compared ({reason})"
             ) from error
         model.config.chunk_size = chunk_size or getattr(model.config, "chunk_size", 0)
         with torch.no_grad():
             ids = torch.from_numpy(token_T[None, :-1].astype(np.int64))
             logit_TV = model.eval()(ids).logits[0]
         if type(model).__module__.startswith("transformers_modules."):
-            # transformers keeps a copy of the code under the folder's name, which is temporary.
-            above = Path(inspect.getfile(type(model))).parents
-            copy = next(path for path in above if path.parent.name == "transformers_modules")
+            # Remove transformers' cached copy of the code, named after the temporary folder.
+            parents = Path(inspect.getfile(type(model))).parents
+            copy = next(path for path in parents if path.parent.name == "transformers_modules")
             shutil.rmtree(copy, ignore_errors=True)
         return logit_TV[torch.from_numpy(np.asarray(at_P))].numpy()
 
 
 def same_tokens(folder: Path, tokenizer: Tokenizer, text: str) -> bool:
-    """Whether transformers cuts a text into our tokens; True where it has no tokenizer to load."""
+    """Whether transformers' tokenizer gives our tokens; True if the folder has no tokenizer."""
     if not (folder / "tokenizer.json").exists():
         return True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
 
-        # Beside code of ours, which AutoTokenizer would load too, this is what it comes to.
+        # AutoTokenizer would load our modeling code, only to pick this class.
         is_own = (folder / "modeling_tttjax.py").exists()
         loader = transformers.PreTrainedTokenizerFast if is_own else transformers.AutoTokenizer
-        theirs = loader.from_pretrained(folder)
-        return theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
+        their_tokenizer = loader.from_pretrained(folder)
+        return (
+            their_tokenizer(text, add_special_tokens=False).input_ids
+            == tokenizer.encode(text).tolist()
+        )

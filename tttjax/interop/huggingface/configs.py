@@ -1,6 +1,6 @@
-"""`config.json` of a Hugging Face model as fields of our `ModelConfig`.
+"""Conversion of a Hugging Face `config.json` to fields of `ModelConfig` and `InnerConfig`.
 
-What ours cannot compute exactly is refused, never left out.
+Features that tttjax cannot compute exactly are refused, never ignored.
 """
 
 from collections.abc import Mapping
@@ -13,65 +13,64 @@ from tttjax.interop.huggingface.names import families
 
 OWN = "tttjax"
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "window"}
-# Keys that must be absent or have one of these values, and what they would mean otherwise.
-NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
+# Keys that must be absent or have one of these values, and what any other value would mean.
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((None, False), "projections with a bias"),
     "qkv_bias": ((None, False), "projections with a bias"),
     "mlp_bias": ((None, False), "MLPs with a bias"),
     "hidden_act": ((None, "silu", "swish"), "another activation than silu"),
     "hidden_activation": ((None, "silu", "swish"), "another activation than silu"),
-    "partial_rotary_factor": ((None, 1, 1.0), "rotary positions of a part of each head"),
+    "partial_rotary_factor": ((None, 1, 1.0), "RoPE on a part of each head"),
     "final_logit_softcapping": ((None,), "capped logits"),
     "attn_logit_softcapping": ((None,), "capped attention scores"),
     "use_bidirectional_attention": ((None, False), "attention that is not causal"),
     "quantization_config": ((None,), "quantized weights"),
 }
-# Keys that mean something else in these families if they are absent than in Llama.
+# Keys whose defaults differ from Llama's, so that they must be present.
 DEFAULTS_DIFFER = {
     "qwen3": ("head_dim", "num_key_value_heads"),
     "mistral": ("num_key_value_heads", "sliding_window"),
     "ministral": ("num_key_value_heads", "sliding_window"),
     "gemma3_text": ("head_dim", "num_key_value_heads", "tie_word_embeddings"),
 }
-
-
-LARGEST = {"num_hidden_layers": 10_000}  # lists of that length are made
+LARGEST = {"num_hidden_layers": 10_000}  # we allocate lists of this length
 
 
 def supported() -> str:
-    """What can be imported, in a phrase."""
+    """The supported models, as a phrase."""
     return (
-        f"the families {', '.join(families())} with silu MLPs, no biases, rotary positions that "
-        "are plain, linear or llama3, and full or sliding-window attention"
+        f"the families {', '.join(families())} with silu MLPs, no biases, RoPE (plain, linear or "
+        "llama3), and full or sliding-window attention"
     )
 
 
 def config_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `ModelConfig` out of the contents of a `config.json`.
+    """Fields of `ModelConfig` from the contents of a `config.json`.
 
-    Raises UserError, saying what is supported, for another family or a feature that ours lacks.
+    Raises UserError, which lists what is supported, for other families and unsupported features.
     """
     family = values.get("model_type")
     if family not in families():
         hint = nearest(str(family), families())
-        raise UserError(f"the model family {family!r} is not supported.{hint} {_only()}")
-    for key, (allowed, what) in NEEDED.items():
+        raise UserError(f"the model family {family!r} is not supported.{hint} {_supported_hint()}")
+    for key, (allowed, meaning) in ALLOWED.items():
         if values.get(key) not in allowed:
             raise UserError(
-                f"{key} = {values[key]!r} means {what}, which is not supported. {_only()}"
+                f"{key} = {values[key]!r} means {meaning}, which is not supported. "
+                f"{_supported_hint()}"
             )
     heads, layers = _number(values, "num_attention_heads"), _number(values, "num_hidden_layers")
     width = _number(values, "hidden_size")
     for key in DEFAULTS_DIFFER.get(family, ()):
         if key not in values:
-            raise UserError(f"config.json does not say {key}, and a model of {family} needs it")
+            raise UserError(f"config.json has no {key}, which a {family} model needs")
     head_dim = values.get("head_dim") or width // heads
     kinds, window = _attention(family, values, layers)
     theta, scaling = _rope(values, set(kinds))
     if values.get("query_pre_attn_scalar", head_dim) != head_dim:
         raise UserError(
             f"query_pre_attn_scalar = {values['query_pre_attn_scalar']} is not head_dim = "
-            f"{head_dim}, which is not supported. {_only()}"
+            f"{head_dim}, which is not supported. {_supported_hint()}"
         )
     fields: dict[str, Any] = {
         "vocab_size": _number(values, "vocab_size"),
@@ -102,7 +101,7 @@ def config_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inner_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `InnerConfig` out of a `config.json`: none but of the family "tttjax"."""
+    """Fields of `InnerConfig` from a `config.json`; none unless the family is "tttjax"."""
     if values.get("model_type") != OWN or not values.get("fast_parameters"):
         return {}
     return {
@@ -115,7 +114,7 @@ def inner_from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shortest_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
-    """The fewest mixers whose repetition gives these."""
+    """The shortest pattern whose repetition gives `kinds`."""
     return next(
         kinds[:size]
         for size in range(1, len(kinds) + 1)
@@ -123,7 +122,7 @@ def shortest_pattern(kinds: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _only() -> str:
+def _supported_hint() -> str:
     return f"Supported are {supported()}."
 
 
@@ -131,14 +130,14 @@ def _number(values: Mapping[str, Any], key: str) -> int:
     value = values.get(key)
     if type(value) is not int or not 1 <= value <= LARGEST.get(key, INT_MAX):
         raise UserError(
-            f"config.json has {key} = {value!r}, and it must be a whole number from 1 to "
+            f"config.json has {key} = {value!r}; it must be a whole number from 1 to "
             f"{LARGEST.get(key, INT_MAX)}"
         )
     return value
 
 
 def _attention(family: str, values: Mapping[str, Any], layers: int) -> tuple[tuple[str, ...], int]:
-    """(mixer of every layer, window; 0: none)."""
+    """(mixer of every layer, window size; 0: no window layers)."""
     window = values.get("sliding_window") or 0
     if family == "qwen3" and not values.get("use_sliding_window", False):
         window = 0
@@ -147,11 +146,11 @@ def _attention(family: str, values: Mapping[str, Any], layers: int) -> tuple[tup
         types, window = None, 0
     if types is None:
         first = 0
-        if family == "qwen3":  # the first layers see everything
+        if family == "qwen3":  # the first layers use full attention
             first = values.get("max_window_layers", layers if not window else 28)
         elif family == "gemma3_text" and window:
             raise UserError(
-                "config.json must say by layer_types which layers have a sliding window"
+                "config.json must have layer_types, which say which layers have a sliding window"
             )
         types = [
             "sliding_attention" if window and i >= first else "full_attention"
@@ -159,8 +158,10 @@ def _attention(family: str, values: Mapping[str, Any], layers: int) -> tuple[tup
         ]
     unknown = sorted(set(types) - LAYER_TYPES.keys())
     if unknown or len(types) != layers:
-        what = f"has the unknown {unknown[0]!r}" if unknown else f"is not of {layers} layers"
-        raise UserError(f"layer_types {what}. {_only()}")
+        problem = (
+            f"has the unknown {unknown[0]!r}" if unknown else f"does not have {layers} entries"
+        )
+        raise UserError(f"layer_types {problem}. {_supported_hint()}")
     kinds = tuple(LAYER_TYPES[kind] for kind in types)
     if "window" not in kinds:
         return kinds, 0
@@ -170,19 +171,21 @@ def _attention(family: str, values: Mapping[str, Any], layers: int) -> tuple[tup
 
 
 def _rope(values: Mapping[str, Any], kinds: set[str]) -> tuple[float, tuple[float, ...]]:
-    """(theta, our rope_scaling), in the new form (`rope_parameters`) or the older one."""
+    """(theta, `model.rope_scaling`), from `rope_parameters` or the older `rope_scaling`."""
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = values.get("rope_theta", 10000.0)
     if "rope_local_base_freq" in values and "window" in kinds:
-        _check_same("rope_theta, rope_local_base_freq", [theta, values["rope_local_base_freq"]])
+        _check_equal("rope_theta, rope_local_base_freq", [theta, values["rope_local_base_freq"]])
     nested = [rope[name] for name, kind in LAYER_TYPES.items() if name in rope and kind in kinds]
     if nested:
-        _check_same("rope_parameters of the two kinds of attention", nested)
+        _check_equal("rope_parameters of full and window attention", nested)
         rope = dict(nested[0])
     theta = rope.pop("rope_theta", theta)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"partial_rotary_factor = {rope['partial_rotary_factor']}. {_only()}")
+        raise UserError(
+            f"partial_rotary_factor = {rope['partial_rotary_factor']}. {_supported_hint()}"
+        )
     scalings = {
         "default": (),
         "linear": ("factor",),
@@ -192,19 +195,18 @@ def _rope(values: Mapping[str, Any], kinds: set[str]) -> tuple[float, tuple[floa
         ),
     }
     if kind not in scalings:
-        raise UserError(f"rotary positions of type {kind!r} are not supported. {_only()}")
+        raise UserError(f"RoPE of type {kind!r} is not supported. {_supported_hint()}")
     if "original_max_position_embeddings" in scalings[kind]:
         rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
     missing = [key for key in scalings[kind] if rope.get(key) is None]
     if missing:
-        raise UserError(
-            f"rotary positions of type {kind!r} lack {', '.join(missing)} in config.json"
-        )
+        raise UserError(f"RoPE of type {kind!r} lacks {', '.join(missing)} in config.json")
     return float(theta), tuple(float(rope[key]) for key in scalings[kind])
 
 
-def _check_same(what: str, found: list[Any]) -> None:
-    if any(one != found[0] for one in found[1:]):
+def _check_equal(names: str, values: list[Any]) -> None:
+    if any(value != values[0] for value in values[1:]):
         raise UserError(
-            f"{what} differ ({found[0]} and {found[1]}), which is not supported. {_only()}"
+            f"{names} differ ({values[0]} and {values[1]}), which is not supported. "
+            f"{_supported_hint()}"
         )

@@ -1,4 +1,4 @@
-"""Which tokens end a text, by the files of a Hugging Face model: all of them stop a generation."""
+"""The end-of-text tokens that the files of a Hugging Face model name; each stops generation."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,43 +7,44 @@ from typing import Any
 import tokenizers
 
 from tttjax.errors import UserError
+from tttjax.interop.huggingface.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_FILE
 from tttjax.interop.source import read_json
 
-GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
-TOKENIZER = "tokenizer.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that `config.json`, `generation_config.json` and the tokenizer say end a text, in order.
+    """EOS ids of `config.json`, `generation_config.json` and the tokenizer, in that order.
 
-    config: the contents of `config.json`. Raises UserError for entries that are no token ids.
+    config: the contents of `config.json`. Raises UserError for entries that are not token ids.
     """
-    found = [*token_ids(config, "eos_token_id")]
-    if (folder / GENERATION).exists():
-        found += token_ids(read_json(folder / GENERATION), "eos_token_id")
-    if (folder / SETTINGS).exists():
-        found += _named(folder, read_json(folder / SETTINGS).get("eos_token"))
-    return tuple(dict.fromkeys(found))
+    ids = [*token_ids(config, "eos_token_id")]
+    if (folder / GENERATION_CONFIG).exists():
+        ids += token_ids(read_json(folder / GENERATION_CONFIG), "eos_token_id")
+    if (folder / TOKENIZER_CONFIG).exists():
+        ids += _token_id_of(folder, read_json(folder / TOKENIZER_CONFIG).get("eos_token"))
+    return tuple(dict.fromkeys(ids))
 
 
 def token_ids(config: Mapping[str, Any], field: str) -> list[int]:
-    """A field that holds a token id, several, or none. UserError for anything else."""
+    """The token ids in a field: one, a list, or none. Raises UserError for anything else."""
     value = config.get(field)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if type(token) is not int or token < 0:
-            raise UserError(f"the model's files say {field} = {value!r}, which is no token id.")
+            raise UserError(f"the model's files have {field} = {value!r}, which is no token id.")
     return ids
 
 
-def _named(folder: Path, name: Any) -> Iterator[int]:
-    """The id of the token of this name, if the tokenizer has it."""
+def _token_id_of(folder: Path, name: Any) -> Iterator[int]:
+    """The id of the token of this name; nothing if the tokenizer lacks it."""
     if isinstance(name, dict):
         name = name.get("content")
     if isinstance(name, str):
         try:
-            found = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)).token_to_id(name)
-        except Exception:  # of the library's own kind; opening the tokenizer says what is wrong
+            path = str(folder / TOKENIZER_FILE)
+            token = tokenizers.Tokenizer.from_file(path).token_to_id(name)
+        except Exception:  # opening the tokenizer reports the error later
             return
-        if found is not None:
-            yield found
+        if token is not None:
+            yield token

@@ -1,4 +1,4 @@
-"""A run as a folder that Hugging Face transformers opens: weights, config, tokenizer, card."""
+"""Export of a run to a Hugging Face folder: weights, config.json, tokenizer, model card."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.interop.huggingface import architectures, compare
 from tttjax.interop.huggingface.files import TensorFiles, write_tensors
-from tttjax.interop.huggingface.names import TensorSlot, check_names, pieces, tensor_places
+from tttjax.interop.huggingface.names import TensorSlot, check_names, iter_weights, tensor_slots
 from tttjax.interop.huggingface.seal import seal_export
 from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, write_tokenizer
 from tttjax.interop.official.checkpoint import StoredArray, open_item
@@ -43,124 +43,126 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 CODE = ("configuration_tttjax.py", "modeling_tttjax.py")
 CODE_TERMS = f"`{CODE[0]}` and `{CODE[1]}` are part of tttjax, under the Apache License 2.0."
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-class Deviation(Exception):
-    """The export does not compute what the run does."""
+class ExportMismatch(Exception):
+    """The export computes other logits than the run."""
 
 
 @dataclass(frozen=True)
-class Export:
-    """A run, and what it is to become. learns: whether the export has fast parameters."""
+class ExportPlan:
+    """A run and the form of its export. learns: whether the export has fast parameters."""
 
     run: Run
     mode: str
     model: Transformer
     family: str
-    places: list[TensorSlot]
+    slots: list[TensorSlot]
     dtype: str
     learns: bool
     tokenizer: Tokenizer | None
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "500MB" or "2GiB". UserError for anything else."""
+    """Bytes of a size such as "500MB" or "2GiB". Raises UserError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size={text} is no size; write it like 500MB or 5GB.")
+        raise UserError(f"--max-shard-size={text} is no size; write, for example, 500MB or 5GB.")
     return size
 
 
-def plan(
+def plan_export(
     workdir: Path | str,
     *,
     dtype: str = "",
     mode: str = "",
     own_code: bool = False,
     tokenizer: Path | str | None = None,
-    say: Say = lambda line: None,
-) -> Export:
-    """Opens a run, and settles how it is exported. UserError if it cannot be."""
-    found = open_run(RunSpec(workdir))
-    (modes,) = choose_modes([found], (mode,) if mode else ())
-    config, learns = found.config, found.has_fast_weights or modes[0] == "dynamic"
+    log: Log = lambda line: None,
+) -> ExportPlan:
+    """Opens a run and plans its export. Raises UserError if the model cannot be exported."""
+    run = open_run(RunSpec(workdir))
+    (modes,) = choose_modes([run], (mode,) if mode else ())
+    config, learns = run.config, run.has_fast_weights or modes[0] == "dynamic"
     with as_configured(config):
         model = build_model(config.model, config.inner)
         family = architectures.choose_family(
             config.model, config.inner, learns=learns, own_code=own_code
         )
-        return Export(
-            run=found,
+        return ExportPlan(
+            run=run,
             mode=modes[0],
             model=model,
             family=family,
-            places=tensor_places(model, family),
+            slots=tensor_slots(model, family),
             dtype=dtype or config.model.param_dtype.replace("float64", "float32"),
             learns=learns,
-            tokenizer=_tokenizer(found, tokenizer, say),
+            tokenizer=_tokenizer(run, tokenizer, log),
         )
 
 
-def _tokenizer(found: Run, given: Path | str | None, say: Say) -> Tokenizer | None:
+def _tokenizer(run: Run, path: Path | str | None, log: Log) -> Tokenizer | None:
     try:
-        return load_run_tokenizer(found, given)
+        return load_run_tokenizer(run, path)
     except UserError as error:
-        if given:
+        if path:
             raise
-        say(f"without a tokenizer: {error}")
+        log(f"without a tokenizer: {error}")
         return None
 
 
-def write(export: Export, target: Path, *, limit: int, say: Say = lambda line: None) -> None:
-    """Writes, reads back, compares, and only then gives the folder its name.
+def write_export(
+    export: ExportPlan, target: Path, *, limit: int, log: Log = lambda line: None
+) -> None:
+    """Writes the export under a temporary name, verifies its logits, then renames it to `target`.
 
     limit: bytes of a file. Raises Deviation if logits differ, and leaves nothing then.
     """
     with atomic_folder(target, "--to") as folder, as_configured(export.run.config):
         total = write_tensors(
-            folder, _by_stack(export.places), _reader(export), dtype=export.dtype, limit=limit
+            folder, _by_stack(export.slots), _weight_reader(export), dtype=export.dtype, limit=limit
         )
-        _write_texts(export, folder, say)
+        _write_texts(export, folder, log)
         name = architectures.CLASSES[export.family]
-        say(f"{total:,} bytes of {export.dtype} as {name}; reading them back")
-        _compare(export, folder, say)
+        log(f"{total:,} bytes of {export.dtype} as {name}; verifying the export")
+        _compare(export, folder, log)
         seal_export(folder)
-    say(f"{target} is complete")
+    log(f"{target} is complete")
 
 
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _by_stack(places: list[TensorSlot]) -> list[TensorSlot]:
-    """The rows of a stack of blocks one after the other, as they are stored."""
-    order = {path: i for i, path in enumerate(dict.fromkeys(place.path for place in places))}
-    return sorted(places, key=lambda place: order[place.path])
+def _by_stack(slots: list[TensorSlot]) -> list[TensorSlot]:
+    """Slots sorted so that the rows of a stack of blocks follow each other, as in storage."""
+    order = {path: i for i, path in enumerate(dict.fromkeys(slot.path for slot in slots))}
+    return sorted(slots, key=lambda slot: order[slot.path])
 
 
-def _reader(export: Export) -> Callable[[TensorSlot], np.ndarray]:
-    """Reads our weight at a place out of the checkpoint; of a stack, one row."""
+def _weight_reader(export: ExportPlan) -> Callable[[TensorSlot], np.ndarray]:
+    """Returns a function that reads the weight of a slot; of a stack, one row."""
     assert export.run.checkpoint is not None
     arrays: dict[str, StoredArray] = open_item(export.run.checkpoint / "params")
     fast = export.model.fast_paths
-    opened: dict[str, Callable[[int], np.ndarray]] = {}
+    row_readers: dict[str, Callable[[int], np.ndarray]] = {}
 
-    def read(place: TensorSlot) -> np.ndarray:
-        part = "fast" if place.path in fast else "slow"
-        array = arrays[".".join((part, *place.path.split("/")))]
-        if place.row is None:
+    def read(slot: TensorSlot) -> np.ndarray:
+        part = "fast" if slot.path in fast else "slow"
+        array = arrays[".".join((part, *slot.path.split("/")))]
+        if slot.row is None:
             return array.read()
-        if place.path not in opened:
-            opened.clear()  # and with it what was kept of the stack before
-            opened[place.path] = array.rows()
-        return opened[place.path](place.row)
+        if slot.path not in row_readers:
+            row_readers.clear()  # frees the rows buffered for the previous stack
+            row_readers[slot.path] = array.rows()
+        return row_readers[slot.path](slot.row)
 
     return read
 
 
-def _write_texts(export: Export, folder: Path, say: Say) -> None:
-    """Configuration, tokenizer, code and model card."""
+def _write_texts(export: ExportPlan, folder: Path, log: Log) -> None:
+    """Writes configuration, tokenizer, modeling code and model card."""
     config, tokenizer = export.run.config, export.tokenizer
     tokens = special_tokens(tokenizer) if tokenizer else {}
     scaling = config.model.rope_scaling
@@ -172,11 +174,11 @@ def _write_texts(export: Export, folder: Path, say: Say) -> None:
         model, inner = build_eval_model(export.run, export.mode, LearningOptions())
         values |= architectures.learning_json(model, inner, inner.lr, learn=export.mode != "off")
     _write_json(folder / "config.json", values)
-    known = {name: token for name, token in tokens.items() if token is not None}
-    _write_json(folder / "generation_config.json", known)
+    present = {name: token for name, token in tokens.items() if token is not None}
+    _write_json(folder / "generation_config.json", present)
     note = write_tokenizer(tokenizer, folder) if tokenizer else ""
     if note:
-        say(note)
+        log(note)
     if export.family == architectures.OWN:
         code = resources.files("tttjax.interop.huggingface") / "exported_code"
         for name in CODE:
@@ -188,16 +190,16 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _card(export: Export) -> str:
+def _card(export: ExportPlan) -> str:
     config = export.run.config
     trust = ", trust_remote_code=True" if export.family == architectures.OWN else ""
     learning = f"""
-The model learns while it reads and writes: after every {config.inner.chunk_size} tokens it takes a
-gradient step on {len(export.model.fast_paths) or "some"} of its weights, separately for each
-sequence. What it learned lies in the cache that `forward` returns (`past_key_values`).
-`generate(..., learn=False)` switches that off.
+The model is trained at test time: after every {config.inner.chunk_size} tokens of prompt or
+generated text, it takes a gradient step on {len(export.model.fast_paths) or "some"} of its weights,
+separately for each sequence. The updated weights are part of the cache that `forward` returns
+(`past_key_values`). `generate(..., learn=False)` switches test-time training off.
 """
-    origin, lost = find_origin(Path(export.run.source))
+    origin, missing_run = find_origin(Path(export.run.source))
     code = f"\n{CODE_TERMS}\n" if export.family == architectures.OWN else ""
     return f"""\
 ---
@@ -221,55 +223,61 @@ print(tokenizer.decode(model.generate(**text, max_new_tokens=50)[0]))
 {learning if export.learns else ""}
 ## Licence
 
-{card_section(origin, lost)}{code}"""
+{card_section(origin, missing_run)}{code}"""
 
 
-# --- comparing ------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------
 
 
-def _compare(export: Export, folder: Path, say: Say) -> None:
-    """Raises Deviation if the export is not the run; UserError if it cannot be read."""
+def _compare(export: ExportPlan, folder: Path, log: Log) -> None:
+    """Raises Deviation if the export differs from the run, UserError if it cannot be read."""
     files = TensorFiles(folder)
-    check_names(files.names, export.places, f"the export {folder.name}")
+    check_names(files.names, export.slots, f"the export {folder.name}")
     model = dataclasses.replace(export.run.config.model, compute_dtype="float32")
     config = dataclasses.replace(export.run.config, model=model)
-    found = dataclasses.replace(export.run, config=config)
+    run = dataclasses.replace(export.run, config=config)
 
-    def reload(template: Params) -> Params:
-        return assemble(template, pieces(export.places, files.read), export.model)
+    def reload_weights(template: Params) -> Params:
+        return assemble(template, iter_weights(export.slots, files.read), export.model)
 
-    def rounded(template: Params) -> Params:
+    def round_weights(template: Params) -> Params:
         dtype = jnp.dtype(export.dtype)
-        return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), found.weights(template))
+        return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), run.weights(template))
 
     token_T = _sample(export)
-    before = _logits(export, found, token_T)
-    limit = compare.TOLERANCE * max(1.0, float(np.max(np.abs(before))))
-    lost, note = 0.0, ""
+    run_logit_PV = _logits(export, run, token_T)
+    limit = compare.TOLERANCE * max(1.0, float(np.max(np.abs(run_logit_PV))))
+    rounding, note = 0.0, ""
     if jnp.dtype(export.dtype).itemsize < jnp.dtype(model.param_dtype).itemsize:
-        coarse = dataclasses.replace(found, weights=rounded)
-        lost = compare.largest_difference(_logits(export, coarse, token_T), before)
-        note = f"; rounding to {export.dtype} alone gives {lost:.2g}"
-    after = _logits(export, dataclasses.replace(found, weights=reload), token_T)
-    _judge("read back by tttjax", after, before, limit + 3 * lost, note, say)
+        rounded_run = dataclasses.replace(run, weights=round_weights)
+        rounding = compare.largest_difference(_logits(export, rounded_run, token_T), run_logit_PV)
+        note = f"; rounding to {export.dtype} alone gives {rounding:.2g}"
+    export_logit_PV = _logits(export, dataclasses.replace(run, weights=reload_weights), token_T)
+    _check_deviation(
+        "read back by tttjax", export_logit_PV, run_logit_PV, limit + 3 * rounding, note, log
+    )
 
     learn = export.mode != "off" and export.learns
     size = compare.sample_chunk(config.inner.chunk_size)
-    at_P = compare.places(len(token_T) - 1, size, learn=learn)
-    theirs = compare.their_logits(folder, token_T, at_P, chunk_size=size if learn else 0)
-    if theirs is None:
-        say("transformers or torch is not installed, so they have not read the export")
+    at_P = compare.sample_positions(len(token_T) - 1, size, learn=learn)
+    transformers_logit_PV = compare.transformers_logits(
+        folder, token_T, at_P, chunk_size=size if learn else 0
+    )
+    if transformers_logit_PV is None:
+        log("transformers or torch is not installed, so the export was not compared with it")
         return
-    # Where embedding and head are one weight but two tensors, they are rounded apart.
-    is_doubled = len({(place.path, place.row) for place in export.places}) < len(export.places)
-    limit += 3 * lost if is_doubled else 0
-    _judge("read by transformers, in float32", theirs, after, limit, "", say)
+    # A tied weight that is stored as two tensors is rounded twice.
+    is_tied_twice = len({(slot.path, slot.row) for slot in export.slots}) < len(export.slots)
+    limit += 3 * rounding if is_tied_twice else 0
+    _check_deviation(
+        "read by transformers, in float32", transformers_logit_PV, export_logit_PV, limit, "", log
+    )
     if export.tokenizer and not compare.same_tokens(folder, export.tokenizer, SAMPLE):
-        say("transformers cuts the sample text into other tokens than tttjax does")
+        log("transformers tokenizes the sample text differently from tttjax")
 
 
-def _sample(export: Export) -> np.ndarray:
-    """Tokens of a text, as many as are compared and one more."""
+def _sample(export: ExportPlan) -> np.ndarray:
+    """Tokens of the sample text: inputs, and one more as the last target."""
     size = export.run.config.inner.chunk_size
     count = 1 + compare.sample_length(size, learns=export.learns)
     if export.tokenizer is None or export.tokenizer.kind == "ids":
@@ -278,20 +286,22 @@ def _sample(export: Export) -> np.ndarray:
     return np.resize(export.tokenizer.encode(SAMPLE), count).astype(np.int32)
 
 
-def _logits(export: Export, found: Run, token_T: np.ndarray) -> np.ndarray:
-    size = compare.sample_chunk(found.config.inner.chunk_size)
+def _logits(export: ExportPlan, run: Run, token_T: np.ndarray) -> np.ndarray:
+    size = compare.sample_chunk(run.config.inner.chunk_size)
     mesh = make_mesh(devices=jax.devices()[:1])
-    way = next(
-        iter_eval_setups(found, (export.mode,), LearningOptions(inner={"chunk_size": size}), mesh)
+    setup = next(
+        iter_eval_setups(run, (export.mode,), LearningOptions(inner={"chunk_size": size}), mesh)
     )[0]
-    return compare.our_logits(way.model, way.inner, way.lr, way.params, token_T, learn=way.learn)
+    return compare.tttjax_logits(
+        setup.model, setup.inner, setup.lr, setup.params, token_T, learn=setup.learn
+    )
 
 
-def _judge(
-    what: str, found: np.ndarray, expected: np.ndarray, limit: float, note: str, say: Say
+def _check_deviation(
+    reader: str, actual: np.ndarray, expected: np.ndarray, limit: float, note: str, log: Log
 ) -> None:
-    deviation = compare.largest_difference(found, expected)
-    said = f"{what}, logits deviate by at most {deviation:.2g}{note}"
-    if not deviation <= limit:  # NaN is no agreement
-        raise Deviation(f"{said}, which is more than {limit:.2g}")
-    say(said)
+    deviation = compare.largest_difference(actual, expected)
+    summary = f"{reader}, logits deviate by at most {deviation:.2g}{note}"
+    if not deviation <= limit:  # also for NaN
+        raise ExportMismatch(f"{summary}, which is more than {limit:.2g}")
+    log(summary)

@@ -1,4 +1,4 @@
-"""Safetensors files of a model: written shard by shard, read tensor by tensor."""
+"""Safetensors files of a model: writes them shard by shard, reads them tensor by tensor."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,38 +15,39 @@ from tttjax.io.atomic import atomic_write
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # by an index of another form
-FLOATS = ("F64", "F32", "F16", "BF16")  # what NumPy, with JAX's types, has numbers for
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # raised for a malformed index
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that NumPy supports with ml_dtypes
 
 
-def plan_shards(places: Sequence[TensorSlot], item_size: int, limit: int) -> list[list[TensorSlot]]:
-    """The tensors in order, cut into shards of at most `limit` bytes, but for a larger tensor."""
+def plan_shards(slots: Sequence[TensorSlot], item_size: int, limit: int) -> list[list[TensorSlot]]:
+    """The tensors, in order, in shards of at most `limit` bytes; a larger tensor has its own."""
     shards: list[list[TensorSlot]] = [[]]
     size = 0
-    for place in places:
-        bytes_ = int(np.prod(place.shape)) * item_size
+    for slot in slots:
+        bytes_ = int(np.prod(slot.shape)) * item_size
         if shards[-1] and size + bytes_ > limit:
             shards.append([])
             size = 0
-        shards[-1].append(place)
+        shards[-1].append(slot)
         size += bytes_
     return shards
 
 
 def write_tensors(
     folder: Path,
-    places: Sequence[TensorSlot],
+    slots: Sequence[TensorSlot],
     read: Callable[[TensorSlot], np.ndarray],
     *,
     dtype: str,
     limit: int,
 ) -> int:
-    """Writes every tensor, one shard in memory at a time; the number of bytes.
+    """Writes every tensor, with one shard in memory at a time; returns the number of bytes.
 
-    read: our weight (its row alone) at a place. limit: bytes of a shard.
+    read: returns the weight (one row of a stack) of a slot. limit: bytes per shard.
+    Raises UserError for entries that are not finite in `dtype`.
     """
-    number_type = jnp.dtype(dtype)
-    shards = plan_shards(places, number_type.itemsize, limit)
+    np_dtype = jnp.dtype(dtype)
+    shards = plan_shards(slots, np_dtype.itemsize, limit)
     names = [SINGLE]
     if len(shards) > 1:
         count = len(shards)
@@ -55,15 +56,15 @@ def write_tensors(
     total = 0
     for name, shard in zip(names, shards, strict=True):
         tensors = {}
-        for place in shard:
-            theirs = place.to_theirs(read(place)).astype(number_type, copy=False)
-            if not np.isfinite(theirs).all():
+        for slot in shard:
+            tensor = slot.to_hf(read(slot)).astype(np_dtype, copy=False)
+            if not np.isfinite(tensor).all():
                 raise UserError(
-                    f"{place.name} has entries that are not finite numbers in {dtype}; export with "
-                    "--dtype=float32, or another checkpoint"
+                    f"{slot.name} has entries that are not finite in {dtype}; export with "
+                    "--dtype=float32, or from another checkpoint"
                 )
-            tensors[place.name] = np.ascontiguousarray(theirs)
-        with atomic_write(folder / name) as temporary:  # for its permissions
+            tensors[slot.name] = np.ascontiguousarray(tensor)
+        with atomic_write(folder / name) as temporary:  # sets the permissions of the umask
             safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -74,7 +75,7 @@ def write_tensors(
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """The file of every tensor. ValueError, KeyError or TypeError for anything else."""
+    """The file of every tensor. Raises ValueError, KeyError or TypeError for a malformed index."""
     files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{path.name} does not name the files of its tensors")
@@ -82,9 +83,9 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 class TensorFiles:
-    """The tensors of a model's folder, sharded or not, opened and not read.
+    """The tensors of a model's folder, sharded or not; opening reads no tensor.
 
-    Raises UserError for files that are missing or damaged.
+    Raises UserError for missing or damaged files.
     """
 
     def __init__(self, folder: Path):
@@ -101,16 +102,16 @@ class TensorFiles:
             raise UserError(f"the weights in {folder} cannot be read ({error})") from error
 
     def _check_index(self) -> None:
-        """UserError unless the index and its files have the same tensors, each once."""
+        """Raises UserError unless the index and its files have the same tensors, each once."""
         index, files = self._folder / INDEX, sorted(set(self._file_of.values()))
         if outside := [file for file in files if Path(file).name != file]:
             raise UserError(f"{index} names {outside[0]}, which is not a file of its folder")
-        there = {(name, file) for file in files for name in self._names(file)}
-        wanted = set(self._file_of.items())
-        if wanted - there:
-            raise UserError(f"{index} names {min(wanted - there)[0]}, which no file has")
-        if there - wanted:
-            name, file = min(there - wanted)
+        stored = {(name, file) for file in files for name in self._names(file)}
+        indexed = set(self._file_of.items())
+        if indexed - stored:
+            raise UserError(f"{index} names {min(indexed - stored)[0]}, which no file has")
+        if stored - indexed:
+            name, file = min(stored - indexed)
             raise UserError(f"{self._folder / file} has {name}, which {INDEX} does not place there")
 
     @property
@@ -125,27 +126,27 @@ class TensorFiles:
         with safetensors.safe_open(self._folder / self._file_of[name], framework="numpy") as stored:
             return tuple(stored.get_slice(name).get_shape())
 
-    def kind(self, name: str) -> str:
-        """The type of a tensor's entries, as F32 or BF16."""
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors names it, such as F32 or BF16."""
         with safetensors.safe_open(self._folder / self._file_of[name], framework="numpy") as stored:
             return stored.get_slice(name).get_dtype()
 
-    def check_kinds(self) -> None:
-        """UserError for a tensor that holds anything but floating-point numbers of 16 bits or more.
+    def check_dtypes(self) -> None:
+        """Raises UserError for tensors other than floats of at least 16 bits.
 
-        Whole numbers and float8 need scales, which only their quantisation's own code applies.
+        Integers and float8 need scales, which only the quantization's own code applies.
         """
         for name in sorted(self._file_of):
-            kind = self.kind(name)
-            if kind not in FLOATS:
+            dtype = self.dtype(name)
+            if dtype not in FLOATS:
                 raise UserError(
-                    f"{name} in {self._folder} is stored as {kind}, as quantized weights are; "
-                    f"only {', '.join(FLOATS)} can be imported, so take the model in its original "
-                    "precision, or convert it to bfloat16 first."
+                    f"{name} in {self._folder} is stored as {dtype}, as quantized weights are; "
+                    f"only {', '.join(FLOATS)} can be imported. Use the model in its original "
+                    "precision, or convert it to bfloat16."
                 )
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as it is stored."""
+        """One tensor as stored. Raises UserError if it cannot be read."""
         try:
             path = self._folder / self._file_of[name]
             with safetensors.safe_open(path, framework="numpy") as stored:

@@ -1,4 +1,4 @@
-"""Pretrained Transformers of Hugging Face as a source, as they are or to be extended."""
+"""Import of pretrained Hugging Face Transformers, optionally with fast MLPs added."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,37 +19,37 @@ from tttjax.interop.huggingface import (
     check_names,
     config_from_huggingface,
     inner_from_huggingface,
-    pieces,
-    tensor_places,
-    unplaced,
+    iter_weights,
+    tensor_slots,
+    unmatched_weights,
 )
-from tttjax.interop.huggingface.compare import their_logits
+from tttjax.interop.huggingface.compare import transformers_logits
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.end_tokens import end_tokens, token_ids
 from tttjax.interop.huggingface.files import TensorFiles
 from tttjax.interop.huggingface.seal import check_export
-from tttjax.interop.huggingface.tokenizer_files import ASIDE
+from tttjax.interop.huggingface.tokenizer_files import NATIVE_DIR, TOKENIZER_FILE
 from tttjax.interop.source import (
     ImportSource,
+    Log,
     Reference,
-    Say,
     check_tokenizer,
     describe_config,
-    given_tokenizer,
-    is_named,
+    is_overridden,
+    load_checked_tokenizer,
     read_json,
 )
 from tttjax.models import Transformer, build_model
 from tttjax.runs.origin import huggingface_terms
 
-CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer.json", "adapter_config.json"
-LONGEST = 8192  # tokens of the sequences that a run is set to train on, unless told otherwise
-# Of the model, what may be changed on purpose while every weight stays what it is.
-MAY_CHANGE = ("rope_theta", "rope_scaling", "norm_eps")
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+DEFAULT_SEQ_LEN = 8192  # largest train.seq_len that an import sets by default
+# Model fields that overrides may change: the comparison with transformers ignores the change.
+REPLACEABLE = ("rope_theta", "rope_scaling", "norm_eps")
 
 
-def looks_like_huggingface(folder: Path) -> bool:
-    """Whether a folder holds a model in this form, complete or not."""
+def is_huggingface_model(folder: Path) -> bool:
+    """Whether a folder holds a Hugging Face model, complete or not."""
     return (folder / CONFIG).exists() or any(folder.glob("*.safetensors*"))
 
 
@@ -59,14 +59,14 @@ def open_huggingface(
     config: str = "",
     overrides: Sequence[str] = (),
     tokenizer: str = "",
-    say: Say = print,
+    log: Log = print,
 ) -> ImportSource:
-    """A model's folder, compared with the configuration by names and shapes.
+    """Opens a model's folder and checks its tensors against the configuration.
 
-    config: experiment file; "": the configuration is that of `config.json`. overrides: of either;
-    what they add, such as fast MLPs, starts as in a new model, the fast MLPs' last matrix at 0.
-    Raises UserError for anything wrong with these, for an export of ours that was changed since,
-    and for a model that ours cannot express.
+    config: experiment file; "": use `config.json`. overrides: of either; weights that they add,
+    such as fast MLPs, are initialized as in a new model, the fast MLPs' last matrix to 0.
+    Raises UserError if any of these is invalid, for a tttjax export that was modified, and for a
+    model that tttjax cannot express.
     """
     check_export(folder)
     values = read_json(folder / CONFIG)
@@ -74,38 +74,38 @@ def open_huggingface(
     family = values["model_type"]
     if (folder / ADAPTER).exists():
         raise UserError(
-            f"{folder} has an adapter ({ADAPTER}), which would be left out; merge it into the "
-            "weights first, or remove it to import the model without."
+            f"{folder} has an adapter ({ADAPTER}), which cannot be imported; merge it into the "
+            "weights, or remove it to import the base model."
         )
     files = TensorFiles(folder)
-    say(f"{folder}: {family} of Hugging Face transformers, {len(files.names)} tensors")
-    files.check_kinds()
-    has_other_head = _has_other_head(files, family)
-    if stored["tie_embeddings"] and has_other_head:
+    log(f"{folder}: {family} of Hugging Face transformers, {len(files.names)} tensors")
+    files.check_dtypes()
+    has_separate_head = _has_separate_head(files, family)
+    if stored["tie_embeddings"] and has_separate_head:
         stored["tie_embeddings"] = False
-        say(f"{HEAD} is not the embedding, though config.json ties them: imported untied")
+        log(f"{HEAD} differs from the embedding, though config.json ties them: imported untied")
     resolved = _resolve(config, overrides, stored, values)
-    if resolved.model.tie_embeddings and has_other_head:
+    if resolved.model.tie_embeddings and has_separate_head:
         raise UserError(
             f"{folder} has a head ({HEAD}) that is not its embedding, and model.tie_embeddings = "
-            "true would leave it out; set --config.model.tie_embeddings=false."
+            "true would drop it; set --config.model.tie_embeddings=false."
         )
     model = build_model(resolved.model, resolved.inner)
-    places = tensor_places(model, family)
-    check_names(files.names, places, str(folder))
-    _check_shapes(files, places, folder)
-    added = frozenset(unplaced(model, places))
+    slots = tensor_slots(model, family)
+    check_names(files.names, slots, str(folder))
+    _check_shapes(files, slots, folder)
+    added = frozenset(unmatched_weights(model, slots))
     _check_added(added, model, folder)
-    describe_config(resolved, {}, say)
+    describe_config(resolved, {}, log)
     if family == OWN:
-        say("its files carry code of their own, which is not run here")
+        log("the modeling code in the folder is not run")
     if added:
         start = (
-            "at 0, so that it changes nothing"
+            "at 0, so the model's outputs are unchanged"
             if resolved.model.fast_mlp_init == "zero"
             else "at random"
         )
-        say(f"the fast MLPs are new; their last matrix starts {start} until they have learned")
+        log(f"the fast MLPs are new; their last matrix starts {start}")
     return ImportSource(
         config=resolved,
         step=0,
@@ -115,17 +115,17 @@ def open_huggingface(
             "family": family,
             **huggingface_terms(folder),
         },
-        pieces=lambda model: pieces(places, files.read),
+        iter_weights=lambda model: iter_weights(slots, files.read),
         tokenizer=_tokenizer(folder, tokenizer, values, resolved),
         added=added,
         reference=_reference(folder, family, resolved, stored, files),
     )
 
 
-def _has_other_head(files: TensorFiles, family: str) -> bool:
-    """Whether there is a head that a model with tied embeddings would leave out."""
+def _has_separate_head(files: TensorFiles, family: str) -> bool:
+    """Whether the files have a head that a model with tied embeddings would drop."""
     if family == "gemma3_text" or not {EMBEDDING, HEAD} <= files.names:
-        return False  # of Gemma's, the head is read and compared in any case
+        return False  # Gemma's head is always read and compared
     return not np.array_equal(files.read(EMBEDDING), files.read(HEAD))
 
 
@@ -135,7 +135,7 @@ def _has_other_head(files: TensorFiles, family: str) -> bool:
 def _resolve(
     file: str, overrides: Sequence[str], stored: Mapping[str, Any], values: Mapping[str, Any]
 ) -> Config:
-    """The run's configuration: the file's, or the model's own, with the overrides."""
+    """The run's configuration: the file's or the model's own, with overrides."""
     if file:
         return load_config(file, overrides)
     config = default_config()
@@ -146,20 +146,23 @@ def _resolve(
     for override in overrides:
         apply_override(config, override)
     is_added = config.model.fast_mlp and not stored.get("fast_mlp")
-    if is_added and not is_named("model.fast_mlp_init", overrides):
+    if is_added and not is_overridden("model.fast_mlp_init", overrides):
         config.model.fast_mlp_init = "zero"
-    if not is_named("train.seq_len", overrides):
-        chunk, longest = config.inner.chunk_size, values.get("max_position_embeddings") or LONGEST
-        config.train.seq_len = max(chunk, min(LONGEST, longest) // chunk * chunk)
+    if not is_overridden("train.seq_len", overrides):
+        chunk, longest = (
+            config.inner.chunk_size,
+            values.get("max_position_embeddings") or DEFAULT_SEQ_LEN,
+        )
+        config.train.seq_len = max(chunk, min(DEFAULT_SEQ_LEN, longest) // chunk * chunk)
     return from_config_dict(config)
 
 
-def _check_shapes(files: TensorFiles, places, folder: Path) -> None:
-    """UserError with the tensors that have another shape than the model's."""
+def _check_shapes(files: TensorFiles, slots, folder: Path) -> None:
+    """Raises UserError that lists tensors whose shape is not the model's."""
     wrong = [
-        f"{place.name} has shape {shape}, not {place.shape}"
-        for place in places
-        if (shape := files.shape(place.name)) != place.shape
+        f"{slot.name} has shape {shape}, not {slot.shape}"
+        for slot in slots
+        if (shape := files.shape(slot.name)) != slot.shape
     ]
     if wrong:
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -167,11 +170,11 @@ def _check_shapes(files: TensorFiles, places, folder: Path) -> None:
 
 
 def _check_added(added: frozenset[str], model: Transformer, folder: Path) -> None:
-    """UserError for weights that the source lacks, but for fast MLPs."""
-    lacking = sorted(path for path in added if "/fast_mlp" not in path)
-    if lacking:
+    """Raises UserError if the source lacks weights other than fast MLPs."""
+    missing = sorted(path for path in added if "/fast_mlp" not in path)
+    if missing:
         raise UserError(
-            f"{folder} has no tensor for {', '.join(lacking[:4])}: only fast MLPs can be added, "
+            f"{folder} has no tensor for {', '.join(missing[:4])}: only fast MLPs can be added, "
             "with --config.model.fast_mlp=true --config.model.suffix_layers=N."
         )
 
@@ -180,47 +183,47 @@ def _check_added(added: frozenset[str], model: Transformer, folder: Path) -> Non
 
 
 def _tokenizer(
-    folder: Path, given: str, values: Mapping[str, Any], config: Config
+    folder: Path, override_path: str, values: Mapping[str, Any], config: Config
 ) -> Tokenizer | None:
-    """That of --tokenizer, or the folder's own with the special tokens that its files name."""
-    if given:
-        return given_tokenizer(given, config)
-    if (aside := open_tokenizer(folder / ASIDE)) is not None:
-        return aside
-    path = folder / TOKENIZER
+    """The tokenizer at `override_path`, else the folder's own with its special tokens."""
+    if override_path:
+        return load_checked_tokenizer(override_path, config)
+    if (native := open_tokenizer(folder / NATIVE_DIR)) is not None:
+        return native
+    path = folder / TOKENIZER_FILE
     if not path.exists():
         return None
 
-    ends = end_tokens(folder, values)
-    # Where the model has no BOS, EOS stands between documents.
-    begins = (*token_ids(values, "bos_token_id"), *token_ids(values, "eos_token_id"))
-    found = HuggingFaceTokenizer(
+    eos_ids = end_tokens(folder, values)
+    # A model without BOS uses EOS between documents.
+    bos_candidates = (*token_ids(values, "bos_token_id"), *token_ids(values, "eos_token_id"))
+    result = HuggingFaceTokenizer(
         path,
-        bos_id=begins[0] if begins else None,
-        eos_id=ends[0] if ends else None,
-        eos_ids=ends,
+        bos_id=bos_candidates[0] if bos_candidates else None,
+        eos_id=eos_ids[0] if eos_ids else None,
+        eos_ids=eos_ids,
     )
-    check_tokenizer(found, str(path), config)
-    return found
+    check_tokenizer(result, str(path), config)
+    return result
 
 
 def _reference(
     folder: Path, family: str, config: Config, stored: Mapping[str, Any], files: TensorFiles
 ) -> Reference | None:
-    """transformers itself; None for a model that brings code of its own, which is not run here."""
+    """The reference logits by transformers; None for a model with its own modeling code."""
     if family == OWN:
         return None
 
     def logits(token_T: np.ndarray) -> np.ndarray | None:
-        more_T = np.concatenate((token_T, token_T[:1]))  # the last token is only a target
-        return their_logits(folder, more_T, np.arange(len(token_T)), trusted=False)
+        padded_T = np.concatenate((token_T, token_T[:1]))  # the last token is only a target
+        return transformers_logits(folder, padded_T, np.arange(len(token_T)), trust_code=False)
 
-    as_stored = {name: stored[name] for name in MAY_CHANGE}
+    as_stored = {name: stored[name] for name in REPLACEABLE}
     if config.model.mixers == stored["mixers"]:
         as_stored["window_size"] = stored.get("window_size", config.model.window_size)
-    else:  # the sample is short enough for any window to see all of it
+    else:  # large enough that the window covers the whole sample
         as_stored["window_size"] = max(config.model.window_size, 4096)
     model = dataclasses.replace(config.model, compute_dtype="float32", **as_stored)
-    is_wide = any(files.kind(name) in ("F32", "F64") for name in files.names)
-    exact = config.model.param_dtype != "bfloat16" or not is_wide
+    is_float32 = any(files.dtype(name) in ("F32", "F64") for name in files.names)
+    exact = config.model.param_dtype != "bfloat16" or not is_float32
     return Reference("transformers", logits, dataclasses.replace(config, model=model), exact)

@@ -1,6 +1,6 @@
-"""The checksums of an export: `tttjax_export.json`, which `tttjax import` compares.
+"""Checksums of an export (`tttjax_export.json`), which `tttjax import` verifies.
 
-Folders without it are models from elsewhere, or older exports, and are read as they are.
+Folders without the file, which are other models or older exports, are not checked.
 """
 
 import json
@@ -14,22 +14,22 @@ FORMAT = 1
 
 
 def seal_export(folder: Path) -> None:
-    """Writes the checksum of every file in the folder, and in the folders in it."""
+    """Writes the checksums of all files in the folder, recursively."""
     values = sealed({"format": FORMAT, "files": file_checksums(folder, _names(folder))})
     (folder / EXPORT).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def check_export(folder: Path) -> None:
-    """UserError if the folder is an export that was changed, or of a later or unknown format."""
+    """Raises UserError for an export that was modified or has a later or unknown format."""
     path = folder / EXPORT
     if not path.exists():
         return
     try:
         text = path.read_text(encoding="utf-8")
-        if (found := version_of(text, "format")) != FORMAT:
+        if (version := version_of(text, "format")) != FORMAT:
             raise UserError(
-                f"{folder} is an export of the format {found!r}, and this version of tttjax reads "
-                f"{FORMAT}; use the version that wrote it, or a later one"
+                f"{folder} is an export of format {version!r}; this version of tttjax reads format "
+                f"{FORMAT}. Use the version that wrote it, or a later one."
             )
         expected: dict[str, str] = read_object(text, is_sealed=True)["files"]
         names = sorted(name for name in expected if (folder / name).is_file())
@@ -38,14 +38,14 @@ def check_export(folder: Path) -> None:
     actual = file_checksums(folder, names)
     if changed := sorted(name for name in expected if actual.get(name) != expected[name]):
         raise UserError(
-            f"{folder} is not as it was exported: {', '.join(changed[:3])} was changed or cut "
-            f"short, or is missing; copy it again, or remove {EXPORT} if the change is meant"
+            f"{folder} was modified after the export: {', '.join(changed[:3])} was changed, "
+            f"truncated or removed. Copy it again, or remove {EXPORT} if this is intended."
         )
-    added = [n for n in _names(folder) if n.endswith((".safetensors", ".json", ".model"))]
-    if strange := sorted(set(added) - {*expected, EXPORT}):
+    candidates = [n for n in _names(folder) if n.endswith((".safetensors", ".json", ".model"))]
+    if unexpected := sorted(set(candidates) - {*expected, EXPORT}):
         raise UserError(
-            f"{folder} has {strange[0]}, which was not exported with the rest; remove it, or "
-            f"remove {EXPORT} if the change is meant"
+            f"{folder} has {unexpected[0]}, which is not part of the export. Remove it, or "
+            f"remove {EXPORT} if this is intended."
         )
 
 

@@ -1,8 +1,8 @@
-"""The configuration of an official checkpoint, as far as its arrays tell.
+"""The configuration of an official checkpoint, inferred from its arrays.
 
-Their shapes give every size, their names which norms there are. The window, the mini-batch, the
-base of the rotary embedding and the inner learning rate leave no trace in the weights: these are
-taken from the paper, which has the same at every size, and named as assumptions.
+Shapes determine all sizes, names the norms. The weights do not determine the window, the chunk
+size, RoPE's theta and the inner learning rate: these are the paper's values, which are the same at
+every size, and are reported as assumptions.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,16 @@ from ml_collections import ConfigDict
 
 from tttjax.config import default_config
 from tttjax.errors import UserError
-from tttjax.interop.official.names import BLOCKS, ENDS, OF_BLOCK, OF_FAST_MLP, PRIME
+from tttjax.interop.official.names import (
+    BLOCK_NAMES,
+    BLOCK_PREFIX,
+    FAST_MLP_NAMES,
+    PRIME_PREFIX,
+    TOP_LEVEL_NAMES,
+)
 
-# Of every TTT-E2E model of the paper (arXiv 2512.23675) and of its pretraining. What is not here
-# has the paper's value as its default: inner SGD with learning rate 1 and clip 1, epsilons.
+# Values of all TTT-E2E models in the paper (arXiv 2512.23675) during pretraining. Other fields have
+# the paper's value as their default: inner SGD with learning rate 1 and clip 1, epsilons.
 PAPER: dict[str, Any] = {
     "model.window_size": 8192,
     "model.rope_theta": 500_000.0,
@@ -27,11 +33,11 @@ PAPER: dict[str, Any] = {
 }
 
 
-def deduce_config(arrays: Mapping[str, Any]) -> tuple[ConfigDict, dict[str, Any]]:
-    """(the configuration of a checkpoint's arrays, by dotted name what of it is assumed).
+def infer_config(arrays: Mapping[str, Any]) -> tuple[ConfigDict, dict[str, Any]]:
+    """(configuration of a checkpoint, its assumed fields by dotted name).
 
-    arrays: by official name; only `shape` and `dtype` are looked at. Raises UserError if they do
-    not tell the model's sizes.
+    arrays: by official name; only `shape` and `dtype` are used. Raises UserError if they do not
+    determine the model's sizes.
     """
     model = _model(arrays)
     assumed = dict(PAPER)
@@ -46,32 +52,32 @@ def deduce_config(arrays: Mapping[str, Any]) -> tuple[ConfigDict, dict[str, Any]
 
 
 def _model(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the model that its arrays decide."""
+    """The model fields that the arrays determine."""
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        found = tuple(arrays[name].shape) if name in arrays else ()
-        if len(found) != dimensions:
-            problem = f"has shape {found}" if found else "is absent"
+        array_shape = tuple(arrays[name].shape) if name in arrays else ()
+        if len(array_shape) != dimensions:
+            problem = f"has shape {array_shape}" if array_shape else "is absent"
             raise UserError(
-                f"the sizes of the model cannot be told from its arrays: {name} {problem}; give "
-                "its configuration with --config=FILE."
+                f"the arrays do not determine the model's sizes: {name} {problem}; give the "
+                "configuration with --config=FILE."
             )
-        return found
+        return array_shape
 
-    def of_block(path: str) -> str:
-        return BLOCKS + OF_BLOCK[path]
+    def block_name(path: str) -> str:
+        return BLOCK_PREFIX + BLOCK_NAMES[path]
 
-    vocab_size, embed_dim = shape(ENDS["embedding"], 2)
-    num_layers, _, width = shape(of_block("mixer/wq"), 3)
-    _, head_dim = shape(of_block("mixer/q_norm/weight"), 2)
-    *_, mlp_dim = shape(of_block("mlp/w1"), 3)
-    fast = PRIME + OF_FAST_MLP["fast_mlp/w1"]
+    vocab_size, embed_dim = shape(TOP_LEVEL_NAMES["embedding"], 2)
+    num_layers, _, width = shape(block_name("mixer/wq"), 3)
+    _, head_dim = shape(block_name("mixer/q_norm/weight"), 2)
+    *_, mlp_dim = shape(block_name("mlp/w1"), 3)
+    fast = PRIME_PREFIX + FAST_MLP_NAMES["fast_mlp/w1"]
     if width % head_dim:
         raise UserError(
-            f"{of_block('mixer/wq')} has {width} columns, not a multiple of the {head_dim} entries "
-            "of a head; this is no checkpoint of the official code."
+            f"{block_name('mixer/wq')} has {width} columns, not a multiple of the head size "
+            f"{head_dim}; this is no checkpoint of the official code."
         )
-    dtype = arrays[ENDS["embedding"]].dtype.name
+    dtype = arrays[TOP_LEVEL_NAMES["embedding"]].dtype.name
     return {
         "vocab_size": vocab_size,
         "embed_dim": embed_dim,
@@ -81,8 +87,8 @@ def _model(arrays: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_dim": mlp_dim,
         "suffix_layers": shape(fast, 3)[0] if fast in arrays else 0,
         "fast_mlp": fast in arrays,
-        "tie_embeddings": ENDS["head"] not in arrays,
-        "pre_norm": of_block("mixer_norm/weight") in arrays,
-        "post_norm": of_block("mixer_post_norm/weight") in arrays,
+        "tie_embeddings": TOP_LEVEL_NAMES["head"] not in arrays,
+        "pre_norm": block_name("mixer_norm/weight") in arrays,
+        "post_norm": block_name("mixer_post_norm/weight") in arrays,
         "param_dtype": dtype if dtype == "bfloat16" else "float32",
     }

@@ -1,19 +1,19 @@
-"""Checkpoints of the official TTT-E2E code as a source."""
+"""Import of checkpoints of the official TTT-E2E code."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from tttjax.config import load_config
 from tttjax.interop.official.checkpoint import open_official_checkpoint
-from tttjax.interop.official.config import deduce_config
-from tttjax.interop.official.names import check_arrays, pieces
+from tttjax.interop.official.config import infer_config
+from tttjax.interop.official.names import check_arrays, iter_weights
 from tttjax.interop.source import (
     ImportSource,
-    Say,
+    Log,
+    config_with_overrides,
     describe_config,
-    given_tokenizer,
-    is_named,
-    overridden,
+    is_overridden,
+    load_checked_tokenizer,
 )
 from tttjax.models import build_model
 from tttjax.runs.origin import OFFICIAL
@@ -26,38 +26,40 @@ def open_official(
     overrides: Sequence[str] = (),
     tokenizer: str = "",
     project: str = "",
-    say: Say = print,
+    log: Log = print,
 ) -> ImportSource:
-    """A checkpoint, compared with the configuration by names and shapes.
+    """Opens a checkpoint and checks its arrays against the configuration.
 
-    config: experiment file; "": the configuration is told from the arrays. overrides: of either.
-    project: of Google Cloud, that pays for reading. Raises UserError for anything wrong with these.
+    config: experiment file; "": infer the configuration from the arrays. overrides: of either.
+    project: Google Cloud project to bill. Raises UserError if any of these is invalid.
     """
-    found = open_official_checkpoint(path, project)
-    size = sum(array.nbytes for array in found.arrays.values())
-    say(
-        f"{found.source}: official TTT-E2E checkpoint, step {found.step}, {len(found.arrays)} "
-        f"arrays, {size / 1e9:.2f} GB"
+    checkpoint = open_official_checkpoint(path, project)
+    size = sum(array.nbytes for array in checkpoint.arrays.values())
+    log(
+        f"{checkpoint.source}: official TTT-E2E checkpoint, step {checkpoint.step}, "
+        f"{len(checkpoint.arrays)} arrays, {size / 1e9:.2f} GB"
     )
     assumed: dict[str, Any] = {}
     if config:
         resolved = load_config(config, overrides)
     else:
-        values, assumed = deduce_config(found.arrays)
-        resolved = overridden(values, overrides)
-        assumed = {key: value for key, value in assumed.items() if not is_named(key, overrides)}
-    check_arrays(found.arrays, build_model(resolved.model, resolved.inner))
-    describe_config(resolved, assumed, say)
+        values, assumed = infer_config(checkpoint.arrays)
+        resolved = config_with_overrides(values, overrides)
+        assumed = {
+            key: value for key, value in assumed.items() if not is_overridden(key, overrides)
+        }
+    check_arrays(checkpoint.arrays, build_model(resolved.model, resolved.inner))
+    describe_config(resolved, assumed, log)
     return ImportSource(
         config=resolved,
-        step=found.step,
+        step=checkpoint.step,
         origin={
             "kind": "official TTT-E2E checkpoint",
-            "source": found.source,
-            "step": found.step,
+            "source": checkpoint.source,
+            "step": checkpoint.step,
             "assumed": assumed,
             **OFFICIAL,
         },
-        pieces=lambda model: pieces(found.arrays, model),
-        tokenizer=given_tokenizer(tokenizer, resolved) if tokenizer else None,
+        iter_weights=lambda model: iter_weights(checkpoint.arrays, model),
+        tokenizer=load_checked_tokenizer(tokenizer, resolved) if tokenizer else None,
     )

@@ -1,8 +1,8 @@
-"""Weights under the names of the official TTT-E2E code, both ways.
+"""Conversion between our weights and those of the official TTT-E2E code.
 
-The official code stacks all blocks on one axis, keeps matrices as [in, out] and the fast MLPs in a
-store of their own (`prime_storage`, row j for suffix block j). Here prefix and suffix are stacked
-apart and attention weights carry the head axis.
+The official code stacks all blocks on one axis, stores matrices as [in, out], and has the fast MLPs
+in a separate stack (`prime_storage`, row j for suffix block j). Here, prefix and suffix are two
+stacks, and attention weights have a head axis.
 """
 
 from collections import Counter
@@ -14,20 +14,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.errors import UserError
-from tttjax.interop.streaming import WeightPiece
-from tttjax.models import Transformer, combine, partition
+from tttjax.interop.streaming import WeightSlice, abstract_weights, flat_weights
+from tttjax.models import Transformer, partition
 from tttjax.types import Params
 
-BLOCKS = "language_model.model.h.blocks."
-PRIME = "language_model.model.h.prime_storage."
-SUFFIX = "language_model.model.h.suffix_blocks."
+BLOCK_PREFIX = "language_model.model.h.blocks."
+PRIME_PREFIX = "language_model.model.h.prime_storage."
+SUFFIX_PREFIX = "language_model.model.h.suffix_blocks."
 
-ENDS = {
+TOP_LEVEL_NAMES = {
     "embedding": "language_model.model.wte.weight",
     "final_norm/weight": "language_model.model.ln_f.weight",
     "head": "language_model.lm_head.weight",
 }
-OF_BLOCK = {
+BLOCK_NAMES = {
     **{f"mixer/{w}": f"seq_modeling_block.{w}.weight" for w in ("wq", "wk", "wv", "wo")},
     **{f"mixer/{n}/weight": f"seq_modeling_block.{n}.weight" for n in ("q_norm", "k_norm")},
     **{f"mlp/{w}": f"feed_forward.{w}.weight" for w in ("w1", "w2", "w3")},
@@ -36,15 +36,15 @@ OF_BLOCK = {
     "mlp_norm/weight": "ffn_norm.weight",
     "mlp_post_norm/weight": "ffn_post_norm.weight",
 }
-OF_FAST_MLP = {
+FAST_MLP_NAMES = {
     **{f"fast_mlp/{w}": f"feed_forward_prime.{w}.weight" for w in ("w1", "w2", "w3")},
     "fast_mlp_norm/weight": "ffn_prime_norm.weight",
     "fast_mlp_post_norm/weight": "ffn_prime_post_norm.weight",
 }
 
 
-class TensorName(NamedTuple):
-    """Where one array of one block (or an end) lies here and there."""
+class OfficialSlot(NamedTuple):
+    """A weight (row None) or one row of a stack: our path and row, official name and row."""
 
     path: str
     row: int | None
@@ -52,54 +52,55 @@ class TensorName(NamedTuple):
     official_row: int | None
 
 
-def places(model: Transformer) -> list[TensorName]:
+def weight_slots(model: Transformer) -> list[OfficialSlot]:
     """Every weight of the model, block by block, with its official name and row."""
-    paths = flatten_dict(combine(*_slow_fast(model)), sep="/")
-    found = [TensorName(path, None, name, None) for path, name in ENDS.items() if path in paths]
+    paths = abstract_weights(model)
+    slots = [
+        OfficialSlot(path, None, name, None)
+        for path, name in TOP_LEVEL_NAMES.items()
+        if path in paths
+    ]
     first_of_suffix = model.num_layers - model.suffix_layers
     for layer, (stack, row) in enumerate(model.block_paths()):
-        for of, prefix, official_row in (
-            (OF_BLOCK, BLOCKS, layer),
-            (OF_FAST_MLP, PRIME, layer - first_of_suffix),
+        for names, prefix, official_row in (
+            (BLOCK_NAMES, BLOCK_PREFIX, layer),
+            (FAST_MLP_NAMES, PRIME_PREFIX, layer - first_of_suffix),
         ):
-            found += [
-                TensorName(f"{stack}/{name}", row, prefix + official, official_row)
-                for name, official in of.items()
+            slots += [
+                OfficialSlot(f"{stack}/{name}", row, prefix + official, official_row)
+                for name, official in names.items()
                 if f"{stack}/{name}" in paths
             ]
-    return found
-
-
-def _slow_fast(model: Transformer):
-    abstract = model.abstract_params()
-    return abstract.slow, abstract.fast
+    return slots
 
 
 def suffix_names(model: Transformer) -> dict[str, str]:
-    """Path of every weight that may be fast -> its official name during the forward pass."""
-    names = {path: name for path, name in ENDS.items() if path != "embedding"}
-    for place in places(model):
-        if place.path.startswith("suffix/"):
-            names[place.path] = place.official.replace(BLOCKS, SUFFIX).replace(PRIME, SUFFIX)
+    """Path of every weight that can be fast -> its official name in the forward pass."""
+    names = {path: name for path, name in TOP_LEVEL_NAMES.items() if path != "embedding"}
+    for slot in weight_slots(model):
+        if slot.path.startswith("suffix/"):
+            names[slot.path] = slot.official.replace(BLOCK_PREFIX, SUFFIX_PREFIX).replace(
+                PRIME_PREFIX, SUFFIX_PREFIX
+            )
     return names
 
 
 def official_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape of every weight that the model has."""
-    abstract = flatten_dict(combine(*_slow_fast(model)), sep="/")
-    shapes, rows = {}, Counter(place.official for place in places(model))
-    for place in places(model):
-        shape = abstract[place.path].shape
-        if place.row is not None:
-            shape = (rows[place.official], *_matrix_shape(place.path, shape[1:]))
-        shapes[place.official] = shape
+    """Official name -> official shape of every weight of the model."""
+    abstract = abstract_weights(model)
+    shapes, rows = {}, Counter(slot.official for slot in weight_slots(model))
+    for slot in weight_slots(model):
+        shape = abstract[slot.path].shape
+        if slot.row is not None:
+            shape = (rows[slot.official], *_matrix_shape(slot.path, shape[1:]))
+        shapes[slot.official] = shape
     return shapes
 
 
 def check_arrays(arrays: Mapping[str, Any], model: Transformer) -> None:
-    """UserError with all names that are missing, left over, of another shape, or no floats.
+    """Raises UserError that lists missing and unexpected arrays, wrong shapes and dtypes.
 
-    arrays: by official name; only their `shape` and `dtype` are looked at.
+    arrays: by official name; only their `shape` and `dtype` are used.
     """
     shapes = official_shapes(model)
     problems = [f"missing {name}" for name in sorted(set(shapes) - set(arrays))]
@@ -119,45 +120,38 @@ def check_arrays(arrays: Mapping[str, Any], model: Transformer) -> None:
 
 
 def from_official(arrays: Mapping[str, np.ndarray], model: Transformer, dtype=None) -> Params:
-    """The model's weights out of arrays under official names.
-
-    Raises UserError as `check_arrays` does.
-    """
+    """The model's weights from arrays under official names. Raises as `check_arrays` does."""
     check_arrays(arrays, model)
-    abstract = flatten_dict(combine(*_slow_fast(model)), sep="/")
+    abstract = abstract_weights(model)
     flat: dict[str, np.ndarray] = {}
     stacks: dict[str, list[np.ndarray]] = {}
-    for place in places(model):
-        array, shape = np.asarray(arrays[place.official]), abstract[place.path].shape
-        if place.row is None:
-            flat[place.path] = array
+    for slot in weight_slots(model):
+        array, shape = np.asarray(arrays[slot.official]), abstract[slot.path].shape
+        if slot.row is None:
+            flat[slot.path] = array
         else:
-            stacks.setdefault(place.path, []).append(array[place.official_row].reshape(shape[1:]))
+            stacks.setdefault(slot.path, []).append(array[slot.official_row].reshape(shape[1:]))
     flat |= {path: np.stack(rows) for path, rows in stacks.items()}
     tree = {path: jnp.asarray(array, dtype) for path, array in flat.items()}
     return partition(unflatten_dict(tree, sep="/"), model.fast_paths)
 
 
 def to_official(params: Params, model: Transformer) -> dict[str, np.ndarray]:
-    """Arrays under official names and shapes; also for trees like params (gradients)."""
-    flat = {k: np.asarray(v) for k, v in _flat(params).items()}
+    """Arrays under official names and shapes. params: weights or their gradients."""
+    flat = {k: np.asarray(v) for k, v in flat_weights(params).items()}
     stacks: dict[str, list[tuple[int, np.ndarray]]] = {}
-    named: dict[str, np.ndarray] = {}
-    for place in places(model):
-        array = flat[place.path]
-        if place.row is None:
-            named[place.official] = array
+    arrays: dict[str, np.ndarray] = {}
+    for slot in weight_slots(model):
+        array = flat[slot.path]
+        if slot.row is None:
+            arrays[slot.official] = array
         else:
-            assert place.official_row is not None
-            one = _as_matrix(place.path, array[place.row])
-            stacks.setdefault(place.official, []).append((place.official_row, one))
+            assert slot.official_row is not None
+            matrix = _as_matrix(slot.path, array[slot.row])
+            stacks.setdefault(slot.official, []).append((slot.official_row, matrix))
     for name, rows in stacks.items():
-        named[name] = np.stack([one for _, one in sorted(rows, key=lambda row: row[0])])
-    return named
-
-
-def _flat(params: Params) -> dict[str, np.ndarray]:
-    return flatten_dict(combine(params.slow, params.fast), sep="/")
+        arrays[name] = np.stack([matrix for _, matrix in sorted(rows, key=lambda row: row[0])])
+    return arrays
 
 
 def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -173,32 +167,32 @@ def _as_matrix(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def fast_to_official(fast, model: Transformer) -> dict[str, np.ndarray]:
-    """Fast weights [B, layers, ...] under the official names of the forward pass."""
+    """Fast weights [B, layers, ...] under their official names in the forward pass."""
     names = suffix_names(model)
     flat = flatten_dict(fast, sep="/")
     parts: dict[str, list[np.ndarray]] = {}
-    for place in places(model):
-        if place.path in flat and place.row is not None:
-            array = np.asarray(flat[place.path])[:, place.row]
-            matrices = np.stack([_as_matrix(place.path, one) for one in array])
-            parts.setdefault(names[place.path], []).append(matrices)
-    ends = {names[path]: np.asarray(flat[path]) for path in flat if path in ENDS}
-    return {**ends, **{name: np.stack(rows, axis=1) for name, rows in parts.items()}}
+    for slot in weight_slots(model):
+        if slot.path in flat and slot.row is not None:
+            array = np.asarray(flat[slot.path])[:, slot.row]
+            matrices = np.stack([_as_matrix(slot.path, matrix) for matrix in array])
+            parts.setdefault(names[slot.path], []).append(matrices)
+    top_level = {names[path]: np.asarray(flat[path]) for path in flat if path in TOP_LEVEL_NAMES}
+    return {**top_level, **{name: np.stack(rows, axis=1) for name, rows in parts.items()}}
 
 
-def pieces(arrays: Mapping[str, Any], model: Transformer) -> Iterator[WeightPiece]:
-    """Every weight of the model out of opened arrays (`StoredArray`), read one by one.
+def iter_weights(arrays: Mapping[str, Any], model: Transformer) -> Iterator[WeightSlice]:
+    """Every weight of the model from opened arrays (`StoredArray`), read one by one.
 
-    Of an array in which blocks are stacked, one row is read at a time.
+    Stacked arrays are read one row at a time.
     """
-    by_name: dict[str, list[TensorName]] = {}
-    for place in places(model):
-        by_name.setdefault(place.official, []).append(place)
-    for name, its in by_name.items():
-        if its[0].row is None:
-            yield WeightPiece(its[0].path, None, arrays[name].read())
+    by_name: dict[str, list[OfficialSlot]] = {}
+    for slot in weight_slots(model):
+        by_name.setdefault(slot.official, []).append(slot)
+    for name, slots in by_name.items():
+        if slots[0].row is None:
+            yield WeightSlice(slots[0].path, None, arrays[name].read())
             continue
         read = arrays[name].rows()
-        for place in its:
-            assert place.official_row is not None
-            yield WeightPiece(place.path, place.row, read(place.official_row))
+        for slot in slots:
+            assert slot.official_row is not None
+            yield WeightSlice(slot.path, slot.row, read(slot.official_row))
