@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax export`."""
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
-    add("--to", required=True, metavar="DIR", help="output folder; must not exist or be empty")
+    add("--to", required=True, metavar="DIR", help="output folder; must be new or empty")
     add("--dtype", choices=DTYPES, default="", help="dtype of the weights (default: the run's own)")
     add(
         "--max-shard-size",

@@ -5,7 +5,7 @@ examples:
       a checkpoint of the official TTT-E2E code; sizes are inferred from its arrays
   tttjax import gs://BUCKET/125m-e2e/4800 --workdir=runs/125m \\
       --config=paper:125m,ttt_e2e,pretrain
-      the same from Google Cloud Storage, with a configuration of yours
+      the same from Google Cloud Storage, with an explicit configuration
   tttjax import hf/Llama-3.2-1B --workdir=runs/llama
       a Hugging Face Transformer: config.json, safetensors, tokenizer.json
   tttjax import hf/Llama-3.2-1B --workdir=runs/llama-ttt --config.model.fast_mlp=true \\
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="work directory of the new run; must not exist or be empty",
+        help="work directory of the new run; must be new or empty",
     )
     add(
         "--config",

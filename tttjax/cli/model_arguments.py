@@ -42,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def load_from_args(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:
     """Loads the model that the options of `add_model_arguments` describe."""
     if args.learn == "none" and args.mode not in ("", "off"):
-        raise UserError(f"--learn=none and --mode={args.mode} contradict each other.")
+        raise UserError(f"--learn=none and --mode={args.mode} contradict each other; remove one.")
     return load_model(
         args.workdir,
         tokenizer=args.tokenizer,

@@ -8,7 +8,7 @@ examples:
 
 The work directory gets checkpoints/, metrics.jsonl (one record per step), tensorboard/, the data's
 tokenizer/, config.json, environment.json and, at the end, summary.json and loss.png. SIGTERM or
-Ctrl-C saves a checkpoint and exits with code 75; the same command resumes. A start that fails
+Ctrl-C saves a checkpoint and exits with code 75; the same command resumes. A start that ends
 before its first step leaves no files. Only one process at a time can write a work directory.
 """
 

@@ -18,7 +18,7 @@ import tttjax
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
 from tttjax.verification.rows import VerifyRow
-from tttjax.verification.verify import _check, find_entries, format_table
+from tttjax.verification.verify import check_cases, find_cases, format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax verify` from parsed arguments; returns 1 if a check failed."""
-    entries = find_entries(args.directory)
+    entries = find_cases(args.directory)
     head = {
         "version": tttjax.__version__,
         "precision": "float64" if args.x64 else "float32",
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             **head
         )
     )
-    rows = _check(entries, args.x64, lambda name: print(f"... {name}", file=sys.stderr))
+    rows = check_cases(entries, args.x64, lambda name: print(f"... {name}", file=sys.stderr))
     print("\n".join(format_table(rows)))
     ignored = [entry.name for entry in entries if entry.kind is None]
     if ignored:
