@@ -1,4 +1,4 @@
-"""A folder served like a bucket of Google Cloud Storage: listing, and reading of byte ranges."""
+"""A local server of a folder as a Google Cloud Storage bucket: listing and range reads."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @contextlib.contextmanager
 def serve_bucket(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(URL of the server, paths that were asked for)."""
+    """(URL of the server, list of requested paths)."""
     requested: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,8 +1,8 @@
-"""The recurrent layers once more, in numpy and float64, one token at a time.
+"""Reference implementations of the recurrent layers in numpy and float64, one token at a time.
 
-Shares no code with the package. Parameters are flat dicts under the names and in the layouts of the
-reference cases; every function takes all sequences of a batch at once and returns its outputs by
-the cases' names. Gradients are central differences.
+Shares no code with the package. Parameters are flat dicts with the names and layouts of the
+reference cases; every function takes a batch and returns outputs by the cases' names. Gradients are
+central differences.
 """
 
 import json
@@ -23,7 +23,7 @@ def rms(x, eps):
 
 
 def conv(x_BTC, kernel_CJ, bias_C=0.0):
-    """The last tap meets the current token."""
+    """Causal convolution; the last tap is for the current token."""
     y = np.zeros_like(x_BTC) + bias_C
     taps = kernel_CJ.shape[1]
     for t in range(x_BTC.shape[1]):
@@ -37,7 +37,7 @@ def conv(x_BTC, kernel_CJ, bias_C=0.0):
 
 
 def ssd(x, dt, a, b, c, skip, state):
-    heads = np.arange(x.shape[2]) // (x.shape[2] // b.shape[2])  # the group of each
+    heads = np.arange(x.shape[2]) // (x.shape[2] // b.shape[2])  # group of each head
     y = np.zeros_like(x)
     for t in range(x.shape[1]):
         write = (dt[:, t, :, None] * x[:, t])[..., None] * b[:, t, heads][:, :, None]
@@ -127,7 +127,7 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def gelu_slope(x):
+def gelu_derivative(x):
     tanh = np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
     return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * np.sqrt(2 / np.pi) * (
         1 + 3 * 0.044715 * x**2
@@ -156,7 +156,7 @@ def inner_model(x_BHK, weights):
 
 
 def inner_gradient(k, v, weights, scale, bias):
-    """Of 1/2 |LN(f(k)) - (v - k)|^2 for every (w, b)."""
+    """Gradient of 1/2 |LN(f(k)) - (v - k)|^2 with respect to every (w, b)."""
     inputs, outputs = inner_model(k, weights)
     y = outputs[-1]
     std = np.sqrt(((y - y.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True) + 1e-6)
@@ -164,12 +164,13 @@ def inner_gradient(k, v, weights, scale, bias):
     error = (unit * scale + bias - (v - k)) * scale
     error = error - error.mean(-1, keepdims=True) - unit * (error * unit).mean(-1, keepdims=True)
     error = error / std
-    found = []
+    result = []
     for n in reversed(range(len(weights))):
-        found.insert(0, (inputs[n][..., None] * error[:, :, None], error))
+        result.insert(0, (inputs[n][..., None] * error[:, :, None], error))
         if n:
-            error = np.einsum("bho,bhio->bhi", error, weights[n][0]) * gelu_slope(outputs[n - 1])
-    return found
+            error = np.einsum("bho,bhio->bhi", error, weights[n][0])
+            error = error * gelu_derivative(outputs[n - 1])
+    return result
 
 
 def ttt(config, p, x):
@@ -205,10 +206,10 @@ def ttt(config, p, x):
     y = layer_norm(z.reshape(B, T, D), p["post_norm.scale"], p["post_norm.bias"])
     if "wg.kernel" in p:
         y = gelu(x @ p["wg.kernel"]) * y
-    found = {"out.y": y @ p["wo.kernel"]}
+    result = {"out.y": y @ p["wo.kernel"]}
     for n, (w, b) in enumerate(now):
-        found |= {f"state.ttt_dense_{n}": w, f"state.ttt_bias_{n}": b[:, :, None]}
-    return found
+        result |= {f"state.ttt_dense_{n}": w, f"state.ttt_bias_{n}": b[:, :, None]}
+    return result
 
 
 def _flax_conv(p, name):
@@ -218,16 +219,16 @@ def _flax_conv(p, name):
 # --- language models ------------------------------------------------------------------------------
 
 
-def below(p, prefix):
+def select_prefix(p, prefix):
     return {name[len(prefix) :]: a for name, a in p.items() if name.startswith(prefix)}
 
 
 def lm_mamba2(config, p, tokens):
     h = p["backbone.embeddings.weight"][tokens]
     for i in range(config["num_layers"]):
-        block = below(p, f"backbone.layers.{i}.")
+        block = select_prefix(p, f"backbone.layers.{i}.")
         x = rms(h, config["eps"]) * block["norm.weight"]
-        h = h + mamba2(config, below(block, "mixer."), x)["out.y"]
+        h = h + mamba2(config, select_prefix(block, "mixer."), x)["out.y"]
     h = rms(h, config["eps"]) * p["backbone.norm_f.weight"]
     return {"out.logits": h @ p["lm_head.weight"].T}
 
@@ -238,9 +239,9 @@ def lm_delta_fused(config, p, tokens):
 
     h = p["model.embed_tokens.weight"][tokens]
     for i in range(config["num_layers"]):
-        block = below(p, f"model.layers.{i}.")
+        block = select_prefix(p, f"model.layers.{i}.")
         x = normed(h, block["input_layernorm.weight"])
-        h = h + delta_fused(config, below(block, "linear_attn."), x)["out.y"]
+        h = h + delta_fused(config, select_prefix(block, "linear_attn."), x)["out.y"]
         u = normed(h, block["post_attention_layernorm.weight"])
         gate, up, down = (block[f"mlp.{n}_proj.weight"].T for n in ("gate", "up", "down"))
         h = h + (silu(u @ gate) * (u @ up)) @ down
@@ -248,15 +249,15 @@ def lm_delta_fused(config, p, tokens):
 
 
 def lm_ttt(config, p, tokens):
-    """With the convolution before every mixer, and the head tied to the embedding."""
+    """With a convolution before every mixer and a tied head."""
     eps = config["rms_norm_eps"]
     h = p["model.wte.embedding"][tokens]
     for i in range(config["num_layers"]):
-        block = below(p, f"model.h.{i}.")
+        block = select_prefix(p, f"model.h.{i}.")
         x = rms(h, eps) * block["conv.conv_norm.kernel"]
         h = h + conv(x, *_flax_conv(block, "conv.conv1"))
         x = rms(h, eps) * block["seq_norm.kernel"]
-        h = h + ttt(config, below(block, "seq_modeling_block."), x)["out.y"]
+        h = h + ttt(config, select_prefix(block, "seq_modeling_block."), x)["out.y"]
         u = rms(h, eps) * block["ffn_norm.kernel"]
         w1, w2, w3 = (block[f"feed_forward.w{n}.kernel"] for n in (1, 2, 3))
         h = h + (silu(u @ w1) * (u @ w3)) @ w2
@@ -270,30 +271,30 @@ def differences(run, arrays, cotangents, names, step=1e-6):
     """d sum(out * cotangent) / d array for every array of `names`, entry by entry."""
 
     def objective():
-        found = run(arrays)
-        return sum((found[n] * c).sum() for n, c in cotangents.items())
+        result = run(arrays)
+        return sum((result[n] * c).sum() for n, c in cotangents.items())
 
     gradients = {}
     for name in names:
         gradients[name] = np.zeros_like(arrays[name])
         for i in np.ndindex(arrays[name].shape):
-            kept = arrays[name][i]
-            ends = []
+            original = arrays[name][i]
+            values = []
             for sign in (1, -1):
-                arrays[name][i] = kept + sign * step
-                ends.append(objective())
-            arrays[name][i] = kept
-            gradients[name][i] = (ends[0] - ends[1]) / (2 * step)
+                arrays[name][i] = original + sign * step
+                values.append(objective())
+            arrays[name][i] = original
+            gradients[name][i] = (values[0] - values[1]) / (2 * step)
     return gradients
 
 
 def write_case(folder, name, layer, config, run, arrays, cotangents=None, differentiate=()):
-    """Saves a case in the reference's format. run(arrays) gives its outputs.
+    """Saves a case in the reference's format.
 
-    arrays: in.* and param.*. cotangents: stored name -> name of the output. differentiate: prefixes
-    of the arrays whose gradients are stored.
+    run(arrays) -> outputs by name. arrays: in.* and param.*. cotangents: stored name -> output.
+    differentiate: prefixes of the arrays whose gradients are stored.
     """
-    arrays = {  # of numbers that float32 holds, so that both precisions start from the same
+    arrays = {  # rounded to float32, so that both precisions have the same inputs
         n: a.astype(np.float32).astype(np.float64) if a.dtype == np.float64 else a
         for n, a in arrays.items()
     }

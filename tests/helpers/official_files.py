@@ -1,4 +1,4 @@
-"""Checkpoints as the official code writes them, of tiny models with random weights."""
+"""Writes checkpoints in the official code's format, of tiny models with random weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tttjax.models import build_model
 
 
 def official_config(**model) -> Config:
-    """TTT-E2E: two blocks of the prefix, two of the suffix."""
+    """A TTT-E2E model with two prefix and two suffix blocks."""
     fields = {"vocab_size": 264, "embed_dim": 8, "num_layers": 4, "num_heads": 2, "mlp_dim": 12}
     fast = {"suffix_layers": 2, "fast_mlp": True, "window_size": 16}
     inner = {"chunk_size": 8}
@@ -28,7 +28,7 @@ def official_arrays(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_official(folder: Path, arrays: dict[str, np.ndarray], step: int = 3) -> Path:
-    """A step's folder, `folder`/`step`; absent nodes are recorded, as officially."""
+    """Writes `folder`/`step` and returns it; absent nodes are stored as None, as officially."""
     tree = unflatten_dict(arrays, sep=".")
     tree["language_model"]["model"]["ln_f"]["bias"] = None
     manager = ocp.CheckpointManager(folder.absolute(), item_names=("model_weights",))

@@ -286,7 +286,7 @@ def test_a_transformers_error_is_one_sentence(tmp_path):
         transformers_logits(tmp_path, np.arange(4), [0])
 
 
-@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("both_directions", [False, True])
 def test_a_wrong_export_is_noticed_and_removed(both_directions, run, tmp_path, capsys, monkeypatch):
     """The conversion is wrong in one direction or in both; only transformers detects the latter."""
     monkeypatch.setattr(names, "_to_half_split", lambda x: x)

@@ -169,7 +169,7 @@ def test_other_configurations_are_inferred():
         check_arrays(stored, build_model(inferred.model, inferred.inner))
         assert inferred.model.mixers == (("window",) if inferred.model.fast_mlp else ("full",))
     del stored["language_model.model.h.blocks.seq_modeling_block.q_norm.weight"]
-    with pytest.raises(UserError, match=r"q_norm.*is absent; give its configuration"):
+    with pytest.raises(UserError, match=r"q_norm.*is absent; give the configuration"):
         infer_config(stored)
 
 

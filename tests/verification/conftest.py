@@ -1,7 +1,7 @@
-"""A tiny case in the format of the reference numbers, made by this package itself.
+"""A tiny reference case that this package computes itself.
 
-It lets the checks of `tttjax verify` be tested without the reference folder: what is compared, and
-that a wrong number is noticed. That the numbers are right is for `test_reference.py`.
+It tests `tttjax verify` without the reference folder: what is compared, and that wrong numbers
+fail. `test_reference.py` tests the numbers.
 """
 
 import copy
@@ -73,34 +73,34 @@ CASE = {
 
 def compute(case):
     """The arrays of a case: losses, gradient, and one optimizer step."""
-    (setting,) = golden.variants(case, x64=False).values()
+    (setup,) = golden.variants(case, x64=False).values()
     rng = np.random.default_rng(0)
     tokens = rng.integers(13, size=(1, 2, 9))
     batch = {"input_ids": tokens[..., :-1], "target_tokens": tokens[..., 1:]}
     batch["loss_masks"] = batch["target_tokens"] != 0
     arrays = {f"traj/{name}": x for name, x in batch.items()}
     arrays |= {f"batch/{name}": x[0] for name, x in batch.items()}
-    params = setting.model.init(jax.random.key(0))
-    loss = jax.jit(jax.value_and_grad(setting.outer_loss, has_aux=True))
-    (value, reading), grads = loss(params, golden.load_batch(arrays), jnp.asarray(1))
+    params = setup.model.init(jax.random.key(0))
+    loss = jax.jit(jax.value_and_grad(setup.outer_loss, has_aux=True))
+    (value, output), grads = loss(params, golden.load_batch(arrays), jnp.asarray(1))
     optimizer, schedule = golden.outer_optimizer(case)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    final = to_official(optax.apply_updates(params, updates), setting.model)
+    final = to_official(optax.apply_updates(params, updates), setup.model)
     arrays |= {
         "loss": value,
-        "chunk_loss": reading.chunk_loss_N,
-        "token_nll": reading.token_nll_T,
-        "inner_grad_norm": reading.grad_norm_N,
+        "chunk_loss": output.chunk_loss_N,
+        "token_nll": output.token_nll_T,
+        "inner_grad_norm": output.grad_norm_N,
         "traj/loss": value[None],
         "traj/lr": np.asarray([schedule(0)]),
         "traj/step_index": np.asarray([1]),
     }
     for name, tree in (("params", params), ("grads", grads)):
-        arrays |= {f"{name}/{k}": x for k, x in to_official(tree, setting.model).items()}
-    return {k: np.asarray(x) for k, x in {**arrays, **with_prefix("final_params", final)}.items()}
+        arrays |= {f"{name}/{k}": x for k, x in to_official(tree, setup.model).items()}
+    return {k: np.asarray(x) for k, x in {**arrays, **add_prefix("final_params", final)}.items()}
 
 
-def with_prefix(prefix, arrays):
+def add_prefix(prefix, arrays):
     return {f"{prefix}/{name}": x for name, x in arrays.items()}
 
 
@@ -111,9 +111,9 @@ def tiny_arrays():
 
 @pytest.fixture
 def write_case(tmp_path, tiny_arrays):
-    """write_case(change_json, change_arrays) -> folder with the case, changed in place by both.
+    """write_case(change_json, change_arrays) -> folder with the case, which both modify in place.
 
-    The optimizer's steps and the gradient are left out unless `everything`: they take longest.
+    Omits the slow parts, optimizer steps and gradient, unless `everything`.
     """
 
     def write(change_json=None, change_arrays=None, everything=False):

@@ -1,7 +1,7 @@
-"""`tttjax verify` of the recurrent layers, against numbers from plain loops in numpy.
+"""`tttjax verify` of the recurrent layers, against plain numpy loops.
 
-Every kind of parameter layout once, at awkward sizes: chunks that do not divide the sequence,
-several heads to a group, convolutions of another width. Then: what is wrong or unknown is noticed.
+Every parameter layout once, at awkward sizes: chunks that do not divide the sequence, several heads
+per group, other convolution widths. Then: wrong or unknown parts of a case.
 """
 
 import json
@@ -159,18 +159,18 @@ def language_models():
 
 
 def draw(shapes, rng):
-    """Random weights for which outputs are of the order of 1."""
+    """Random weights that give outputs of order 1."""
     return {f"param.{n}": rng.normal(size=s) / np.sqrt(s[-1]) for n, s in shapes.items()}
 
 
 def on_parameters(loop, config, name):
     """The loop as a function of a case's arrays, `in.<name>` its input."""
-    return lambda a: loop(config, loops.below(a, "param."), a[f"in.{name}"])
+    return lambda a: loop(config, loops.select_prefix(a, "param."), a[f"in.{name}"])
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """All cases, as files."""
+    """A folder with all cases."""
     root = tmp_path_factory.mktemp("layers")
     rng = np.random.default_rng(3)
     for name, (layer, config, loop, shapes, with_gradients) in MIXERS.items():
@@ -241,13 +241,13 @@ def test_every_form_of_every_layer(folder, name):
 
 
 @pytest.mark.parametrize("name", ["ssd", "fused", "ttt_linear"])
-def test_in_float64_to_the_rounding_of_the_stored_numbers(folder, name):
+def test_float64_agrees_to_rounding(folder, name):
     rows = verify(folder / f"{name}.json", x64=True)
     assert [row for row in rows if not row.ok] == []
     assert all(row.tolerance < 1e-5 for row in rows)
 
 
-# --- what is wrong is noticed ---------------------------------------------------------------------
+# --- wrong and unknown parts ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_one_wrong_number_fails_its_quantity_alone(changed, name, array, by, qua
         assert {row.case for row in failures} == {f"{name}/chunked", f"{name}/recurrent"}
 
 
-def test_another_setting_does_not_pass(changed):
+def test_another_setting_fails(changed):
     failures, _ = changed("delta", lambda c: c["config"].update(l2norm_in_op=False))
     assert {row.quantity for row in failures} >= {"out.o", "out.final_state"}
 
@@ -318,7 +318,7 @@ def test_another_setting_does_not_pass(changed):
         (lambda c: c.update(arrays=["out.y"]), "'arrays' is ['out.y'], not an object by array"),
     ],
 )
-def test_what_cannot_be_checked_is_one_failing_row(changed, change, message):
+def test_invalid_cases_are_one_failing_row(changed, change, message):
     failures, _ = changed("ssd", change)
     assert len(failures) == 1
     assert message in failures[0].note
@@ -335,13 +335,13 @@ def test_what_cannot_be_checked_is_one_failing_row(changed, change, message):
         ("ttt_linear", lambda a: a["in.position_ids"].__iadd__(1), "position_ids are not 0, 1"),
     ],
 )
-def test_arrays_that_do_not_fit_are_one_failing_row(changed, name, change, message):
+def test_invalid_arrays_are_one_failing_row(changed, name, change, message):
     failures, rows = changed(name, lambda c: c.pop("arrays"), change)
     assert len(failures) == len(rows) == 1
     assert message in failures[0].note
 
 
-def test_what_is_not_known_is_named(changed):
+def test_unknown_settings_and_arrays_are_named(changed):
     def change(arrays):
         arrays["mid.h"] = np.zeros(3)
         arrays["in.mask"] = np.zeros(3)
@@ -352,7 +352,7 @@ def test_what_is_not_known_is_named(changed):
     assert notes == ["not known, ignored: config.shiny = 3", "not compared: mid.h, in.mask"]
 
 
-def test_optional_arrays_may_be_left_out(changed):
+def test_optional_arrays_can_be_omitted(changed):
     def change(arrays):
         for name in list(arrays):
             if name.startswith(("cot.", "grad_in.")) or name == "in.initial_state":
@@ -360,7 +360,9 @@ def test_optional_arrays_may_be_left_out(changed):
 
     failures, rows = changed("ssd", lambda c: c.pop("arrays"), change)
     assert {row.quantity for row in rows} == {"out.y", "out.final_state"}
-    assert len(failures) == len(rows)  # of a sequence that starts from zeros, as the stored did not
+    assert len(failures) == len(
+        rows
+    )  # without the stored initial state, sequences start from zeros
 
 
 def test_a_damaged_file_is_one_sentence(folder, tmp_path, capsys):

@@ -1,7 +1,7 @@
-"""The reference numbers of public code, all of them; needs the folders they lie in.
+"""All reference cases of public code; skipped without their folders.
 
-TTTJAX_GOLDEN names that of the official code; else it is looked for beside the project. Those of
-the recurrent layers lie beside it in `layers`.
+TTTJAX_GOLDEN is the folder of the official code's cases; the default is beside the project. The
+recurrent layers' cases are beside it in `layers`.
 """
 
 import os
@@ -49,8 +49,8 @@ LEARNING = [case for case in CASES if "e2e" in case]
 
 
 @pytest.mark.parametrize("case", LEARNING)
-def test_the_reference_form_gives_the_same_numbers_in_float32(case, monkeypatch):
-    """`verify` computes with the fast form; both are held to the same reference numbers."""
+def test_the_reference_form_in_float32(case, monkeypatch):
+    """`verify` uses the fast form; this test checks the reference form."""
 
     def in_the_reference_form(inner):
         made.append(make_inner_loop(inner)._replace(form="reference"))
@@ -92,7 +92,7 @@ def test_the_zarr_batches():
 
 
 def test_the_checkpoints_bit_for_bit(monkeypatch):
-    monkeypatch.chdir(FOLDER.parent)  # paths on the command line are mostly relative
+    monkeypatch.chdir(FOLDER.parent)  # a relative path
     rows = verify(Path(FOLDER.name) / "checkpoint" / "checkpoint.json")
     assert not failures(rows)
     assert [row.quantity for row in rows].count("model_weights") == 2
@@ -107,7 +107,7 @@ def test_an_official_checkpoint_by_its_parent_folder_and_its_step(tmp_path):
     for name, array in by_parent.model_weights.items():
         np.testing.assert_array_equal(array, by_step.model_weights[name])
     arrays = golden.load_arrays(FOLDER / "01_e2e_basic.npz")
-    assert set(by_parent.model_weights) == set(golden.under(arrays, "final_params/"))
+    assert set(by_parent.model_weights) == set(golden.select_prefix(arrays, "final_params/"))
     with pytest.raises(UserError, match="is no official checkpoint"):
         load_official_checkpoint(tmp_path)
     damaged = tmp_path / "damaged"
@@ -126,7 +126,7 @@ def test_an_official_checkpoint_as_a_run(tmp_path):
     run = open_run(RunSpec(tmp_path / "run"))
     model = build_model(run.config.model, run.config.inner)
     named = to_official(run.weights(weights_template(model, make_mesh())), model)
-    wanted = golden.under(golden.load_arrays(FOLDER / "01_e2e_basic.npz"), "params/")
-    assert named.keys() == wanted.keys()
-    for name, array in wanted.items():
+    expected = golden.select_prefix(golden.load_arrays(FOLDER / "01_e2e_basic.npz"), "params/")
+    assert named.keys() == expected.keys()
+    for name, array in expected.items():
         np.testing.assert_array_equal(named[name], array)

@@ -1,4 +1,4 @@
-"""One case of the official code that travels with the project: a clone can check itself."""
+"""The reference case of the official code that is part of the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`tttjax verify` says which number is wrong, and never passes over what it cannot check."""
+"""`tttjax verify` names every wrong number and everything that it cannot check."""
 
 import json
 
@@ -11,14 +11,14 @@ from tttjax.cli.main import main
 from tttjax.errors import UserError
 from tttjax.ttt import update_rules
 from tttjax.verification import rows
-from tttjax.verification.verify import find_entries, format_table, verify
+from tttjax.verification.verify import find_cases, format_table, verify
 
 
-def failed(found):
-    return {row.quantity for row in found if not row.ok}
+def failed(results):
+    return {row.quantity for row in results if not row.ok}
 
 
-def test_a_case_that_is_right_passes(write_case, tmp_path, capsys):
+def test_a_correct_case_passes(write_case, tmp_path, capsys):
     folder = write_case(everything=True)
     report = tmp_path / "report.txt"
     assert main(["verify", str(folder), "--json", str(report)]) == 0
@@ -52,7 +52,7 @@ def test_one_wrong_number_fails_its_quantity_alone(write_case, name, quantities)
     assert failed(verify(write_case(change_arrays=scale_one(name)))) == quantities
 
 
-def test_a_wrong_gradient_and_wrong_final_weights_are_found(write_case, capsys):
+def test_wrong_gradients_and_final_weights_fail(write_case, capsys):
     def change(arrays):
         arrays["grads/language_model.model.ln_f.weight"] *= 1.001
         arrays["final_params/language_model.model.ln_f.weight"] += 1e-4
@@ -76,12 +76,12 @@ def test_a_wrong_gradient_and_wrong_final_weights_are_found(write_case, capsys):
     ],
     ids=["window", "theta", "inner warm-up", "clip"],
 )
-def test_another_setting_does_not_pass(write_case, change):
+def test_another_setting_fails(write_case, change):
     assert "token_nll" in failed(verify(write_case(change_json=change)))
 
 
-def test_a_mistake_in_the_code_does_not_pass(write_case, monkeypatch):
-    """Clipped array by array instead of over all fast weights together."""
+def test_a_bug_in_the_code_fails(write_case, monkeypatch):
+    """Clips every array separately instead of by the global norm."""
 
     def clip_each(max_norm):
         def update(g, state, params=None):
@@ -124,35 +124,35 @@ def test_another_shape_is_a_failure_with_a_reason(write_case):
         (lambda c: c["model"].update(num_hidden_layers=3), "has shape"),
     ],
 )
-def test_a_setting_that_is_not_supported_is_a_failure_not_a_crash(write_case, change, message):
+def test_unsupported_settings_are_one_failing_row(write_case, change, message):
     (row,) = [row for row in verify(write_case(change_json=change)) if not row.ok]
     assert message in row.note
 
 
-def test_an_unsupported_outer_optimizer_fails_its_steps_alone(write_case):
+def test_an_unsupported_outer_optimizer_fails_only_its_steps(write_case):
     def change(case):
         case["outer_optimizer"]["bf16_momentum"] = True
 
-    found = verify(write_case(change_json=change, everything=True))
-    (row,) = [row for row in found if not row.ok]
+    results = verify(write_case(change_json=change, everything=True))
+    (row,) = [row for row in results if not row.ok]
     assert "unsupported setting: outer_optimizer.bf16_momentum = True" in row.note
-    assert {"loss", "grads, tree"} <= {row.quantity for row in found if row.ok}
+    assert {"loss", "grads, tree"} <= {row.quantity for row in results if row.ok}
 
 
-def test_what_is_not_known_is_named(write_case):
+def test_unknown_fields_and_arrays_are_named(write_case):
     def change_arrays(arrays):
         arrays["entropy"] = np.zeros(3)
 
-    found = verify(write_case(lambda case: case["model"].update(shiny=3), change_arrays))
-    notes = [row.note for row in found if row.note]
+    results = verify(write_case(lambda case: case["model"].update(shiny=3), change_arrays))
+    notes = [row.note for row in results if row.note]
     assert notes == ["not known, ignored: model.shiny = 3", "not compared: entropy"]
-    assert not failed(found)
+    assert not failed(results)
 
 
 def test_damaged_or_missing_numbers_are_one_sentence(write_case, capsys):
     folder = write_case()
-    whole = (folder / "tiny.npz").read_bytes()
-    (folder / "tiny.npz").write_bytes(whole[: len(whole) // 2])
+    content_bytes = (folder / "tiny.npz").read_bytes()
+    (folder / "tiny.npz").write_bytes(content_bytes[: len(content_bytes) // 2])
     (row,) = verify(folder)
     assert not row.ok
     assert "tiny.npz is damaged" in row.note
@@ -186,14 +186,14 @@ def test_array_stores_are_not_searched(tmp_path):
     store.mkdir()
     (store / "zarr.json").write_text("{}")
     with pytest.raises(UserError, match="none of its 0 JSON files"):
-        find_entries(tmp_path)
+        find_cases(tmp_path)
 
 
 def test_tolerances_are_tighter_in_float64():
-    for quantity, limits in rows.LIMITS.items():
+    for quantity, limits in rows.TOLERANCES.items():
         assert limits.float64_to_32 <= limits.float32 <= limits.bfloat16, quantity
         assert (limits.float64 or 0) <= limits.float64_to_32, quantity
-    assert rows.limit("loss", "float64", True) < rows.limit("loss", "float64", False)
+    assert rows.tolerance_of("loss", "float64", True) < rows.tolerance_of("loss", "float64", False)
 
 
 def test_the_table_is_aligned():

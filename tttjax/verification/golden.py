@@ -1,8 +1,8 @@
-"""Reference cases of the `e2e` family: a case's JSON turned into a model and its two loops.
+"""Reference cases of the `e2e` family: builds the model, inner loop and optimizer of a case's JSON.
 
-The semantics are those of the official code: which positions a block sees in which mode is decided
-by `seq_modeling_block` and `train_mode` together (`_mixers`). A setting that this package does not
-have raises UserError; a field that is not known at all is listed by `unknown_fields`.
+The semantics are those of the official code: `seq_modeling_block` and `train_mode` together
+determine a block's attention mask (`_mixers`). An unsupported setting raises UserError;
+`unknown_fields` lists fields that are not known at all.
 """
 
 import re
@@ -20,15 +20,15 @@ import optax
 
 from tttjax.config import InnerConfig, ModelConfig, OptimConfig
 from tttjax.errors import UserError
-from tttjax.interop.official.names import ENDS, suffix_names
+from tttjax.interop.official.names import TOP_LEVEL_NAMES, suffix_names
 from tttjax.models import Transformer, build_model, path_filter
 from tttjax.training.optimizer import make_optimizer, make_schedule
 from tttjax.ttt.outer_loss import InnerLoop, inner_lr, make_inner_loop, make_outer_loss
 from tttjax.types import Array, Batch, Params
 
-LOCAL_BLOCKS = ("self_attention", "SWAFull")  # no cache: a chunk is a sequence of its own
+LOCAL_BLOCKS = ("self_attention", "SWAFull")  # no KV cache: every chunk is a separate sequence
 
-# Fields that decide something here, and fields that cannot change a number.
+# Fields that are used, and fields that cannot change a number.
 _USED = {
     "model": (
         "vocab_size output_size hidden_size intermediate_size num_hidden_layers prime suffix_len "
@@ -50,7 +50,7 @@ _USED = {
 
 
 def unknown_fields(case: Mapping[str, Any]) -> list[str]:
-    """Settings of a case that nothing here reads, as `section.field = value`."""
+    """Unknown settings of a case, as `section.field = value`."""
     return [
         f"{section}.{field} = {value!r}"
         for section, used in _USED.items()
@@ -69,8 +69,8 @@ def _require(section: str, values: Mapping[str, Any], allowed: Mapping[str, tupl
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to read the case's batch: a model, an inner loop and its learning rate."""
+class CaseSetup:
+    """One setup of a case: a model, an inner loop and its learning rate."""
 
     model: Transformer
     inner: InnerLoop
@@ -78,7 +78,7 @@ class Setting:
     lr: float
     lr_init: float
     lr_warmup_steps: int
-    pieces: int  # independent sequences that each row of the batch is cut into
+    sequences_per_row: int  # independent sequences in each row of the batch
     dtype: str  # of compute
 
     def inner_lr(self, step: Array | int) -> Array | float:
@@ -86,10 +86,12 @@ class Setting:
         return inner_lr(step, lr=self.lr, lr_init=self.lr_init, warmup_steps=self.lr_warmup_steps)
 
     def outer_loss(self, params: Params, batch: Batch, step: Array | int):
-        """(loss, Reading) with the inner learning rate of outer step `step`."""
-        cut = jax.tree.map(lambda x: x.reshape(x.shape[0] * self.pieces, -1), batch)
+        """(loss, ForwardOutput) with the inner learning rate of outer step `step`."""
+        sequences = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] * self.sequences_per_row, -1), batch
+        )
         loss = make_outer_loss(self.model, self.inner, learn=self.learn)
-        return loss(params, cut, self.inner_lr(step))
+        return loss(params, sequences, self.inner_lr(step))
 
     def prefix_output(self, params: Params, batch: Batch) -> Array:
         """Hidden states entering the suffix, [B, T, D]."""
@@ -107,14 +109,14 @@ def _mixers(block: str, meta: bool, layers: int, suffix: int) -> tuple[str, ...]
             f"unsupported setting: seq_modeling_block {block!r} is none of SWA, "
             + ", ".join(LOCAL_BLOCKS)
         )
-    whole = "full" if block == "self_attention" else "window"
+    mixer = "full" if block == "self_attention" else "window"
     if not meta or block == "SWA":
-        return (whole,) * layers
-    return (whole,) * (layers - suffix) + ("local",) * suffix
+        return (mixer,) * layers
+    return (mixer,) * (layers - suffix) + ("local",) * suffix
 
 
 def _dtype(model: Mapping[str, Any], field: str, x64: bool) -> str:
-    """The dtype that a field names; in x64 float32 is raised to float64, bfloat16 is not."""
+    """The dtype that a field names; with x64, float32 becomes float64, bfloat16 does not."""
     name = model.get(field, "fp32")
     dtypes = {"fp32": "float64" if x64 else "float32", "bf16": "bfloat16"}
     if x64:
@@ -140,16 +142,16 @@ def _check_model(model: Mapping[str, Any]) -> None:
         _require("model", model, {"output_size": (model["vocab_size"],)})
 
 
-def make_setting(
+def make_case_setup(
     model: Mapping[str, Any],
     training: Mapping[str, Any],
     inner_optimizer: Mapping[str, Any] | None,
     x64: bool,
-) -> Setting:
-    """The setting that a case's `model`, `training` and `inner_optimizer` describe.
+) -> CaseSetup:
+    """The setup that a case's `model`, `training` and `inner_optimizer` describe.
 
     x64: compute in float64 what the case computed in float32.
-    Raises UserError for a setting that is not supported.
+    Raises UserError for unsupported settings.
     """
     _check_model(model)
     _require("training", training, {"train_mode": ("meta", "pretrain")})
@@ -202,27 +204,27 @@ def make_setting(
         inner,
     )
     if meta:
-        chosen = _inner_paths(transformer, training["spec_inner"])
-        transformer = replace(transformer, fast_patterns=chosen)
-    return Setting(
+        fast_patterns = _inner_paths(transformer, training["spec_inner"])
+        transformer = replace(transformer, fast_patterns=fast_patterns)
+    return CaseSetup(
         model=transformer,
         inner=make_inner_loop(inner),
         learn=meta,
         lr=optimizer["lr"] or 0.0,
         lr_init=training.get("ilr_init", 0.0),
         lr_warmup_steps=training.get("ilr_warmup_steps", 0),
-        pieces=length // chunk if not meta and block in LOCAL_BLOCKS else 1,
+        sequences_per_row=length // chunk if not meta and block in LOCAL_BLOCKS else 1,
         dtype=_dtype(model, "compute_dtype", x64),
     )
 
 
 def _inner_paths(model: Transformer, specs: str | list[str]) -> tuple[str, ...]:
-    """Paths of the weights that a case's `spec_inner` chooses by their official names."""
+    """Paths of the weights that a case's `spec_inner` selects by official name."""
     specs = [specs] if isinstance(specs, str) else specs
     names = suffix_names(model)
     for spec in specs:
         matches = path_filter([spec.replace(".", "/")])
-        if matches(ENDS["embedding"].replace(".", "/")):
+        if matches(TOP_LEVEL_NAMES["embedding"].replace(".", "/")):
             raise UserError(
                 f"unsupported setting: spec_inner {spec!r} makes the embedding an inner weight"
             )
@@ -232,11 +234,11 @@ def _inner_paths(model: Transformer, specs: str | list[str]) -> tuple[str, ...]:
     return tuple(sorted(p for p, name in names.items() if matches(name.replace(".", "/"))))
 
 
-def variants(case: Mapping[str, Any], x64: bool) -> dict[str, Setting]:
-    """Every setting of a case by the prefix of its arrays ("" for the case itself)."""
+def variants(case: Mapping[str, Any], x64: bool) -> dict[str, CaseSetup]:
+    """Every setup of a case by the prefix of its arrays ("" for the case itself)."""
     model, training = case["model"], case["training"]
     if "variants" not in case:
-        found = {"": make_setting(model, training, case.get("inner_optimizer"), x64)}
+        setups = {"": make_case_setup(model, training, case.get("inner_optimizer"), x64)}
         for name in case.get("alternates", {}):
             match = re.fullmatch(r"alt_(\w+)_chunk(\d+)", name)
             if not match:
@@ -245,11 +247,11 @@ def variants(case: Mapping[str, Any], x64: bool) -> dict[str, Setting]:
                 "seq_modeling_block": match[1],
                 "mini_batch_size": int(match[2]),
             }
-            found[f"{name}/"] = make_setting(
+            setups[f"{name}/"] = make_case_setup(
                 {**model, **changed}, training, case.get("inner_optimizer"), x64
             )
-        return found
-    found = {}
+        return setups
+    setups = {}
     for name, variant in case["variants"].items():
         optimizer = {
             "type": "sgd",
@@ -257,10 +259,10 @@ def variants(case: Mapping[str, Any], x64: bool) -> dict[str, Setting]:
             "clip_gradient": variant["inner_clip"],
             "momentum": variant.get("inner_momentum"),
         }
-        found[f"{name}/"] = make_setting(
+        setups[f"{name}/"] = make_case_setup(
             {**model, **variant}, {**training, **variant}, optimizer, x64
         )
-    return found
+    return setups
 
 
 def outer_optimizer(
@@ -268,30 +270,30 @@ def outer_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The outer optimizer of a case, and its learning rate at update 0, 1, ...
 
-    Raises UserError for a setting that is not supported.
+    Raises UserError for unsupported settings.
     """
-    spec = case["outer_optimizer"]
+    fields = case["outer_optimizer"]
     _require(
         "outer_optimizer",
-        spec,
+        fields,
         {"optimizer_type": ("adamw",), "bf16_momentum": (False, None), "eps_root": (0, None)},
     )
     _require("training", case["training"], {"spec_outer": (["**"], "**", None)})
     cfg = OptimConfig(
-        peak_lr=spec["lr"],
-        init_lr=spec["init_lr"] if spec["lr"] else 0.0,
-        end_lr=spec["end_lr"] if spec["lr"] else 0.0,
-        warmup_steps=spec["lr_warmup_steps"],
-        decay_steps=spec["lr_decay_steps"],
-        b1=spec["b1"],
-        b2=spec["b2"],
-        eps=spec.get("eps", 1e-8),
-        weight_decay=spec["weight_decay"],
-        decay_embeddings=spec["emb_wd"],
-        clip=spec["clip_gradient"] or 0.0,
+        peak_lr=fields["lr"],
+        init_lr=fields["init_lr"] if fields["lr"] else 0.0,
+        end_lr=fields["end_lr"] if fields["lr"] else 0.0,
+        warmup_steps=fields["lr_warmup_steps"],
+        decay_steps=fields["lr_decay_steps"],
+        b1=fields["b1"],
+        b2=fields["b2"],
+        eps=fields.get("eps", 1e-8),
+        weight_decay=fields["weight_decay"],
+        decay_embeddings=fields["emb_wd"],
+        clip=fields["clip_gradient"] or 0.0,
     )
     optimizer = make_optimizer(cfg, cfg.decay_steps)
-    if spec["clip_gradient"] == 0:  # the official clip of 0 makes every gradient 0
+    if fields["clip_gradient"] == 0:  # the official clip of 0 makes every gradient 0
         optimizer = optax.chain(optax.scale(0.0), optimizer)
     return optimizer, make_schedule(cfg, cfg.decay_steps)
 
@@ -302,7 +304,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file) as stored:
             return dict(stored)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; the case has no numbers without it") from None
+        raise UserError(f"{path} is missing; it holds the arrays of the case") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again") from error
 
@@ -317,6 +319,6 @@ def load_batch(arrays: Mapping[str, np.ndarray], prefix: str = "batch/") -> Batc
     return Batch(inputs=inputs, targets=targets, mask=mask.astype(bool))
 
 
-def under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays whose key starts with `prefix`, by the rest of their key."""
+def select_prefix(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays whose key starts with `prefix`, without the prefix."""
     return {key[len(prefix) :]: arrays[key] for key in arrays if key.startswith(prefix)}

@@ -1,9 +1,9 @@
-"""Recomputes the batches of the official TTT-E2E loader through this package's own pipeline.
+"""Verification of the data pipeline against batches of the official TTT-E2E loader.
 
-A case is a folder with `batches.json`, `batches.npz` and Zarr token folders `tokens_*`. What an
-array holds follows from its name:
+A case is a folder with `batches.json`, `batches.npz` and Zarr token folders `tokens_*`. The name of
+an array determines its contents:
 
-    tokens/SPLIT                                                the tokens themselves
+    tokens/SPLIT                                                the tokens
     permutation_seedS_epochE                                    the record order of an epoch
     SPLIT_(unshuffled|shuffled)[_seedS][_epochE][_shardPofQ]/ARRAY    the first batches, with ARRAY
         one of input_ids, target_tokens, loss_masks, record_index
@@ -39,14 +39,14 @@ def check_zarr_case(case: str | Path) -> list[tuple[str, float]]:
     """(array name, largest deviation) for every array of every token folder of a case.
 
     case: the folder, or its `batches.json`. A deviation is 0.0 or a difference of integers;
-    infinity if the shapes differ. Raises UserError if the case cannot be read.
+    infinity if shapes differ. Raises UserError if the case cannot be read.
     """
     path = Path(case)
     path = path / "batches.json" if path.is_dir() else path
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         with np.load(path.with_suffix(".npz")) as arrays:
-            expected = dict(arrays)
+            references = dict(arrays)
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read the golden case {path}: {error}.") from error
     folders = sorted(p for p in path.parent.iterdir() if p.is_dir() and p.name.startswith("tokens"))
@@ -55,14 +55,14 @@ def check_zarr_case(case: str | Path) -> list[tuple[str, float]]:
     results = []
     for folder in folders:
         with tempfile.TemporaryDirectory() as work:
-            data = _prepared(folder, work, description)
-            for name, wanted in expected.items():
-                got = recompute(data, description, name, wanted.shape)
-                results.append((f"{folder.name}/{name}", _deviation(got, wanted)))
+            data = _prepare(folder, work, description)
+            for name, expected in references.items():
+                actual = recompute(data, description, name, expected.shape)
+                results.append((f"{folder.name}/{name}", _deviation(actual, expected)))
     return results
 
 
-def _prepared(folder: Path, work: str, description: dict[str, Any]) -> PreparedData:
+def _prepare(folder: Path, work: str, description: dict[str, Any]) -> PreparedData:
     return prepare(
         [folder],
         Path(work) / "data",
@@ -76,7 +76,7 @@ def _prepared(folder: Path, work: str, description: dict[str, Any]) -> PreparedD
 def recompute(
     data: PreparedData, description: dict[str, Any], name: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The array called `name`; `shape[0]` says how many batches it has."""
+    """The array called `name`, with `shape[0]` batches."""
     if name.startswith("tokens/"):
         split = data.split(name.removeprefix("tokens/"))
         return split.read(0, split.num_tokens)
@@ -87,7 +87,7 @@ def recompute(
         return np.array([order[first + i] for i in range(length)])
     match = _BATCHES.fullmatch(name)
     if not match:
-        raise UserError(f"The golden case has an array {name!r} whose name says nothing known.")
+        raise UserError(f"The golden case has an array with the unknown name {name!r}.")
     steps = _Steps(data, description, match)
     return np.stack([value for value, _ in zip(steps.values(), range(shape[0]), strict=False)])
 
@@ -99,7 +99,7 @@ class _Steps:
         self._data, self._description, self._match = data, description, match
         self._shuffle = match["order"] == "shuffled"
         self._seed = int(match["seed"] or description.get("seed", 0))
-        self._place: dict[str, Any] = {
+        self._shard: dict[str, Any] = {
             "process_index": int(match["index"] or 0),
             "process_count": int(match["count"] or 1),
         }
@@ -110,7 +110,7 @@ class _Steps:
         step = int(self._match["epoch"] or 0) * (records // batch_size)
         if self._match["array"] == "record_index":
             order = epoch_order(range(records), shuffle=self._shuffle, seed=self._seed)
-            indices = local_batches(order, batch_size, **self._place).repeat()
+            indices = local_batches(order, batch_size, **self._shard).repeat()
             yield from (indices[i] for i in range(step, len(indices)))
         options = StreamOptions(
             self._description["seq_len"],
@@ -119,7 +119,7 @@ class _Steps:
             shuffle=self._shuffle,
             split=split,
         )
-        stream = make_train_stream([self._data], options, **self._place)
+        stream = make_train_stream([self._data], options, **self._shard)
         stream.set_state({**stream.get_state(), "step": step})
         try:
             for batch in stream:
@@ -132,7 +132,7 @@ def _num_records(data: PreparedData, split: str, description: dict[str, Any]) ->
     return len(stream_records(data.split(split), description["seq_len"]))
 
 
-def _deviation(got: np.ndarray, wanted: np.ndarray) -> float:
-    if got.shape != wanted.shape:
+def _deviation(actual: np.ndarray, expected: np.ndarray) -> float:
+    if actual.shape != expected.shape:
         return float("inf")
-    return float(np.abs(got.astype(np.int64) - wanted.astype(np.int64)).max(initial=0))
+    return float(np.abs(actual.astype(np.int64) - expected.astype(np.int64)).max(initial=0))

@@ -1,10 +1,10 @@
-"""One case of the `layers` family: outputs and states of every form of the layer, its gradients.
+"""Verification of a reference case of the `layers` family: outputs, states and gradients.
 
-What lies between (`mid.`, `aux.`) is named and not compared.
+Every form of the layer is compared. Intermediate arrays (`mid.`, `aux.`) are listed, not compared.
 
 Measure: the largest difference of an array. In float32 it is divided by the array's largest entry
-and held to the limits that the reference's README gives; in float64 it is compared as it is with
-twice the difference that the case's own float64 restatement found.
+and compared with the tolerances of the reference's README; in float64 the tolerance of the absolute
+difference is twice that of the case's own float64 restatement.
 """
 
 import json
@@ -19,22 +19,22 @@ import numpy as np
 from tttjax.errors import UserError
 from tttjax.verification import layers
 from tttjax.verification.golden import load_arrays
-from tttjax.verification.layer_format import DESCRIPTIVE, Stored, is_number
-from tttjax.verification.layers import Layer
-from tttjax.verification.rows import VerifyRow, absolute
+from tttjax.verification.layer_format import DESCRIPTIVE, CaseArrays, is_number
+from tttjax.verification.layers import LayerForms
+from tttjax.verification.rows import VerifyRow, max_abs_diff
 
-OUTPUT_LIMIT = 1e-5  # float32: outputs and states
-GRADIENT_LIMIT = 5e-5
-INIT_GRADIENT_LIMIT = 1e-4  # the inner layer norm divides by a tiny standard deviation
-# An epsilon of 1e-5 instead of 1e-6 in a TTT layer's last norm moves its output by about 1e-5, the
-# noise is 1.5e-6: absolute for outputs up to 4, in proportion above that.
-TTT_OUTPUT_LIMIT = 5e-6
-TTT_OUTPUT_SIZE = 4.0
+OUTPUT_TOLERANCE = 1e-5  # float32: outputs and states
+GRADIENT_TOLERANCE = 5e-5
+INIT_GRADIENT_TOLERANCE = 1e-4  # the inner layer norm divides by a tiny standard deviation
+# An epsilon of 1e-5 instead of 1e-6 in a TTT layer's last norm changes its output by about 1e-5;
+# the noise is 1.5e-6. Absolute for outputs up to 4, proportional above that.
+TTT_OUTPUT_TOLERANCE = 5e-6
+TTT_OUTPUT_SCALE = 4.0
 
 POSITIONS = "in.position_ids"
 INPUTS = ("in.", "param.", "cot.")
 OUTPUTS = ("out.", "state.", "mid.", "aux.")
-BETWEEN = ("mid.", "aux.")
+INTERMEDIATE = ("mid.", "aux.")
 GRADIENTS = {"grad_in.": "in.", "grad.": "param."}  # of which arrays
 
 
@@ -44,18 +44,18 @@ def check_layer_case(
     """Rows of the case described by `case`, the JSON at `path`."""
     dtype = "float64" if x64 else "float32"
     try:
-        layer = layers.read_layer(case, dtype)
+        layer = layers.build_layer(case, dtype)
         arrays = load_arrays(path.with_suffix(".npz"))
         _check_listing(case, arrays)
         _check_positions(arrays)
-        found = _compute(case, layer, arrays, dtype, cache)
-        yield from _rows(layer, found, _Limits(case, x64), arrays, name)
+        results = _compute(case, layer, arrays, dtype, cache)
+        yield from _rows(layer, results, _LayerTolerances(case, x64), arrays, name)
     except UserError as error:
         yield VerifyRow(name, "settings", None, None, False, str(error))
 
 
 def _check_listing(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """The arrays that the JSON lists are there, and as large as it says."""
+    """Raises UserError unless the arrays have the names and shapes that the JSON lists."""
     for name, shape in _object(case, "arrays").items():
         if name not in arrays:
             raise UserError(f"the case has no array {name}, which its JSON lists")
@@ -64,7 +64,7 @@ def _check_listing(case: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
 
 
 def _object(case: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A field of the JSON that may be missing; UserError if it is something else than an object."""
+    """An optional object in the JSON. Raises UserError if it is not an object."""
     value = case.get(name) or {}
     if not isinstance(value, Mapping):
         raise UserError(f"the JSON's field {name!r} is {value!r}, not an object by array")
@@ -72,39 +72,44 @@ def _object(case: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _rows(
-    layer: Layer,
-    found: "Computed",
-    limits: "_Limits",
+    layer: LayerForms,
+    results: "LayerResults",
+    tolerances: "_LayerTolerances",
     arrays: Mapping[str, np.ndarray],
     name: str,
 ) -> Iterator[VerifyRow]:
     for setting in layer.unknown:
         yield VerifyRow(name, "settings", None, None, True, f"not known, ignored: {setting}")
-    unused = [n for n in arrays if n.startswith("param.") and n not in found.asked]
+    unused = [n for n in arrays if n.startswith("param.") and n not in results.requested]
     if unused:
         raise UserError(f"the layer has no parameter {', '.join(unused)}")
 
     compared: set[str] = set()
     rows = []
     for form in layer.forms:
-        computed = found.outputs[form]
+        computed = results.outputs[form]
         for array in sorted(set(computed) & set(arrays), key=_order):
-            rows.append(limits.row(f"{name}/{form}", {array: computed[array]}, arrays))
+            rows.append(tolerances.row(f"{name}/{form}", {array: computed[array]}, arrays))
             compared.add(array)
     for prefix in GRADIENTS:
-        group = {n: g for n, g in found.gradients.items() if n.startswith(prefix)}
-        if group:
-            rows.append(limits.row(name, group, arrays, f"{prefix}*, worst array"))
-            compared |= set(group)
+        gradients = {n: g for n, g in results.gradients.items() if n.startswith(prefix)}
+        if gradients:
+            rows.append(tolerances.row(name, gradients, arrays, f"{prefix}*, worst array"))
+            compared |= set(gradients)
     if not rows:
         raise UserError("the case stores nothing to compare")
     yield from rows
-    left = [n for n in arrays if n not in compared and not n.startswith(INPUTS)]
-    inputs = [n for n in arrays if n.startswith("in.") and n not in found.asked | {POSITIONS}]
-    if left or inputs:
-        between = all(array.startswith(BETWEEN) for array in left)
+    uncompared = [n for n in arrays if n not in compared and not n.startswith(INPUTS)]
+    inputs = [n for n in arrays if n.startswith("in.") and n not in results.requested | {POSITIONS}]
+    if uncompared or inputs:
+        only_intermediate = all(array.startswith(INTERMEDIATE) for array in uncompared)
         yield VerifyRow(
-            name, "arrays", None, None, between, f"not compared: {', '.join(left + inputs)}"
+            name,
+            "arrays",
+            None,
+            None,
+            only_intermediate,
+            f"not compared: {', '.join(uncompared + inputs)}",
         )
 
 
@@ -121,84 +126,84 @@ def _check_positions(arrays: Mapping[str, np.ndarray]) -> None:
 # --- computation ----------------------------------------------------------------------------------
 
 
-class Computed(NamedTuple):
-    """outputs: of every form, by name. gradients: by name, as far as the case stores them.
+class LayerResults(NamedTuple):
+    """outputs: of every form, by name. gradients: by name, those that the case stores.
 
-    asked: names of the arrays that the layer took.
+    requested: names of the arrays that the layer uses.
     """
 
     outputs: dict[str, dict[str, np.ndarray]]
     gradients: dict[str, np.ndarray]
-    asked: set[str]
+    requested: set[str]
 
 
-class _Function:
-    """Everything of a layer in one compiled function: (differentiated, given) -> results.
+class _CompiledLayer:
+    """All forms of a layer in one compiled function: (differentiated, inputs) -> results.
 
     Both arguments are arrays of a case by name; gradients are those of the first form with respect
     to `differentiated`, none if that is empty.
     """
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: LayerForms):
         self.layer = layer
-        self.asked: set[str] = set()
-        self.training, *self.others = layer.forms
-        # On a CPU half the time: the code is run once and need not be fast.
+        self.requested: set[str] = set()
+        self.training, *self.other_forms = layer.forms
+        # Halves the time on a CPU: the code runs once, so compile time dominates.
         on_cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
         self.run = jax.jit(self._everything, compiler_options=options)
 
-    def _everything(self, differentiated, given):
+    def _everything(self, differentiated, inputs):
         if differentiated:
-            gradients, outputs = jax.grad(self._objective, has_aux=True)(differentiated, given)
+            gradients, outputs = jax.grad(self._objective, has_aux=True)(differentiated, inputs)
         else:
-            gradients, outputs = {}, self._form(self.training, given)
-        given = {**given, **differentiated}
-        others = {name: self._form(name, given) for name in self.others}
-        return {self.training: outputs, **others}, gradients
+            gradients, outputs = {}, self._form(self.training, inputs)
+        inputs = {**inputs, **differentiated}
+        other_forms = {name: self._form(name, inputs) for name in self.other_forms}
+        return {self.training: outputs, **other_forms}, gradients
 
-    def _objective(self, differentiated, given):
-        """The sum over outputs and their cotangents, and the outputs."""
-        outputs = self._form(self.training, {**given, **differentiated})
+    def _objective(self, differentiated, inputs):
+        """(sum of outputs times their cotangents, outputs)."""
+        outputs = self._form(self.training, {**inputs, **differentiated})
         total = jnp.zeros(())
         for cotangent, name in self.layer.cotangents.items():
-            if cotangent in given:
-                weights = Stored(given)(cotangent, *outputs[name].shape)
+            if cotangent in inputs:
+                weights = CaseArrays(inputs)(cotangent, *outputs[name].shape)
                 total += jnp.sum(outputs[name] * weights)
         return total, outputs
 
-    def _form(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        return self.layer.forms[name](Stored(given, asked=self.asked))
+    def _form(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return self.layer.forms[name](CaseArrays(inputs, requested=self.requested))
 
 
-# Compiled functions by the settings of the layer: cases may differ in their numbers alone.
-LayerCache = dict[str, _Function]
+# Compiled functions by the settings of the layer, which cases can share.
+LayerCache = dict[str, _CompiledLayer]
 
 
 def _compute(
     case: Mapping[str, Any],
-    layer: Layer,
+    layer: LayerForms,
     arrays: Mapping[str, np.ndarray],
     dtype: str,
     cache: LayerCache,
-) -> Computed:
-    given = {n: _cast(a, dtype) for n, a in arrays.items() if n.startswith(INPUTS)}
+) -> LayerResults:
+    inputs = {n: _cast(a, dtype) for n, a in arrays.items() if n.startswith(INPUTS)}
     sources = {
         name: of + name[len(prefix) :]
         for prefix, of in GRADIENTS.items()
         for name in arrays
         if name.startswith(prefix)
     }
-    sources = {name: source for name, source in sources.items() if source in given}
-    if sources and not set(layer.cotangents) & set(given):
+    sources = {name: source for name, source in sources.items() if source in inputs}
+    if sources and not set(layer.cotangents) & set(inputs):
         raise UserError(f"the case has gradients, but no {' or '.join(layer.cotangents)}")
     settings = {k: v for k, v in case["config"].items() if k not in DESCRIPTIVE}
     key = json.dumps([case["layer"], settings, dtype], sort_keys=True)
-    function = cache.setdefault(key, _Function(layer))
-    differentiated = {source: given.pop(source) for source in sources.values()}
-    outputs, gradients = jax.device_get(function.run(differentiated, given))
-    found = {name: gradients[source] for name, source in sources.items()}
-    return Computed(outputs, found, function.asked)
+    function = cache.setdefault(key, _CompiledLayer(layer))
+    differentiated = {source: inputs.pop(source) for source in sources.values()}
+    outputs, gradients = jax.device_get(function.run(differentiated, inputs))
+    results = {name: gradients[source] for name, source in sources.items()}
+    return LayerResults(outputs, results, function.requested)
 
 
 def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -208,20 +213,20 @@ def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
 # --- tolerances -----------------------------------------------------------------------------------
 
 
-class _Limits:
-    """How far the arrays of a case may be off, and the rows that follow."""
+class _LayerTolerances:
+    """The tolerances of a case's arrays; compares arrays with them."""
 
     def __init__(self, case: Mapping[str, Any], x64: bool):
         self.x64 = x64
-        self.figures: dict[str, float] = {}
-        for name, found in _object(case, "float64_restatement").items():
-            figure: Any = found.get("max_abs_diff") if isinstance(found, Mapping) else None
-            if not is_number(figure):
-                raise UserError(f"float64_restatement.{name} is {found!r}, without max_abs_diff")
-            self.figures[name] = figure
+        self.noise: dict[str, float] = {}
+        for name, entry in _object(case, "float64_restatement").items():
+            noise: Any = entry.get("max_abs_diff") if isinstance(entry, Mapping) else None
+            if not is_number(noise):
+                raise UserError(f"float64_restatement.{name} is {entry!r}, without max_abs_diff")
+            self.noise[name] = noise
         self.is_ttt_layer = str(case["layer"]).startswith("ttt_")
         is_init = case["config"].get("params") == "reference_init"
-        self.gradient = INIT_GRADIENT_LIMIT if is_init else GRADIENT_LIMIT
+        self.gradient = INIT_GRADIENT_TOLERANCE if is_init else GRADIENT_TOLERANCE
 
     def row(
         self,
@@ -230,34 +235,34 @@ class _Limits:
         arrays: Mapping[str, np.ndarray],
         quantity: str = "",
     ) -> VerifyRow:
-        """The array that is farthest beyond, or nearest to, its limit stands for all of them."""
-        each = {n: self._measure(n, got, arrays[n]) for n, got in computed.items()}
-        worst = max(each, key=lambda n: _ratio(*each[n]))
-        deviation, tolerance = each[worst]
+        """A row for the array with the largest deviation relative to its tolerance."""
+        measured = {n: self._measure(n, actual, arrays[n]) for n, actual in computed.items()}
+        worst = max(measured, key=lambda n: _ratio(*measured[n]))
+        deviation, tolerance = measured[worst]
         note = "" if worst == (quantity or worst) else worst
         if computed[worst].shape != arrays[worst].shape:
             note = f"{worst}: shape {computed[worst].shape} was computed"
-        ok = all(deviation <= tolerance for deviation, tolerance in each.values())
+        ok = all(deviation <= tolerance for deviation, tolerance in measured.values())
         return VerifyRow(case, quantity or worst, deviation, tolerance, ok, note)
 
-    def _measure(self, name: str, got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    def _measure(self, name: str, actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
         """(deviation, tolerance)"""
-        size = float(np.max(np.abs(wanted), initial=0.0)) or 1.0
-        deviation = absolute(got, wanted)
+        size = float(np.max(np.abs(expected), initial=0.0)) or 1.0
+        deviation = max_abs_diff(actual, expected)
         if not self.x64:
             return deviation / size, self._relative(name, size)
-        figure = self.figures.get(name)
-        if figure is None:
+        noise = self.noise.get(name)
+        if noise is None:
             return deviation, self._relative(name, size) * size
         rounding = float(np.finfo(np.float32).eps) / 2 * size  # of an array stored in float32
-        return deviation, max(2 * figure, rounding)
+        return deviation, max(2 * noise, rounding)
 
     def _relative(self, name: str, size: float) -> float:
         if name.startswith(tuple(GRADIENTS)):
             return self.gradient
         if self.is_ttt_layer and name == "out.y":
-            return min(OUTPUT_LIMIT, TTT_OUTPUT_LIMIT / min(size, TTT_OUTPUT_SIZE))
-        return OUTPUT_LIMIT
+            return min(OUTPUT_TOLERANCE, TTT_OUTPUT_TOLERANCE / min(size, TTT_OUTPUT_SCALE))
+        return OUTPUT_TOLERANCE
 
 
 def _ratio(deviation: float, tolerance: float) -> float:

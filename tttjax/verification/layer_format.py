@@ -1,7 +1,7 @@
-"""Reading the `layers` family of reference cases: settings by field, parameters by name and shape.
+"""Access to the settings and arrays of reference cases of the `layers` family.
 
-Both readers remember what they were asked for, so that nothing in a case is passed over in silence:
-a setting that nothing asked for is listed, a parameter that nothing asked for is refused.
+Both classes record what was requested, so that no part of a case is ignored silently: settings that
+are never requested are listed, parameters that are never requested are an error.
 """
 
 import math
@@ -11,30 +11,30 @@ from typing import Any
 from tttjax.errors import UserError
 from tttjax.types import Array
 
-# Settings that say how the numbers were made and change none of them.
+# Settings that describe how the numbers were made and do not affect them.
 DESCRIPTIVE = frozenset({"batch", "seq_len", "input_scale", "params", "beta_max"})
 
 _REQUIRED = object()
 
 
-class Fields:
-    """The `config` of a case. Reading raises UserError for a field that is missing or unfit."""
+class CaseFields:
+    """The `config` of a case. Raises UserError for a missing or invalid field."""
 
     def __init__(self, values: Any):
         if not isinstance(values, Mapping):
             raise UserError(f"config is {values!r}, not an object of settings")
         self.values = values
-        self.asked: set[str] = set()
+        self.requested: set[str] = set()
 
     def _value(self, name: str, default: Any) -> Any:
-        self.asked.add(name)
+        self.requested.add(name)
         if name in self.values:
             return self.values[name]
         if default is _REQUIRED:
             raise UserError(f"the config has no field {name!r}")
         return default
 
-    def whole(self, name: str, default: Any = _REQUIRED) -> int:
+    def positive_int(self, name: str, default: Any = _REQUIRED) -> int:
         """A positive whole number."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -55,7 +55,7 @@ class Fields:
         return value
 
     def limits(self, name: str) -> tuple[float, ...]:
-        """(low, high), or nothing where there is no such field."""
+        """(low, high); empty if the field is absent."""
         value = self._value(name, None)
         if value is None:
             return ()
@@ -65,15 +65,15 @@ class Fields:
         return float(value[0]), float(value[1])
 
     def require(self, name: str, allowed: tuple[Any, ...], default: Any = _REQUIRED) -> None:
-        """Refuses any other value than the allowed ones."""
+        """Raises UserError for any value that is not allowed."""
         value = self._value(name, default)
         if value not in allowed:
             choices = " or ".join(map(repr, allowed))
             raise UserError(f"unsupported setting: config.{name} = {value!r}, not {choices}")
 
     def unknown(self) -> list[str]:
-        """The settings that nothing asked for, as `config.field = value`."""
-        known = self.asked | DESCRIPTIVE
+        """The settings that were never requested, as `config.field = value`."""
+        known = self.requested | DESCRIPTIVE
         return [f"config.{k} = {v!r}" for k, v in self.values.items() if k not in known]
 
 
@@ -81,37 +81,37 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Stored:
+class CaseArrays:
     """A case's arrays whose names begin with `prefix` ("in.", "param.", "param.mixer.").
 
-    Calling it with the rest of a name and a shape (None: any size) gives the array; UserError if
-    there is none, or of another shape. It works on traced arrays, so that what is made of them can
-    be differentiated.
+    Called with the name after the prefix and a shape (None: any size), it returns the array. Raises
+    UserError for a missing array or another shape. Arrays may be traced, so that results can be
+    differentiated.
     """
 
     def __init__(
-        self, arrays: Mapping[str, Array], prefix: str = "", asked: set[str] | None = None
+        self, arrays: Mapping[str, Array], prefix: str = "", requested: set[str] | None = None
     ):
         self.arrays, self.prefix = arrays, prefix
-        self.asked: set[str] = set() if asked is None else asked
+        self.requested: set[str] = set() if requested is None else requested
 
     def __call__(self, name: str, *shape: int | None) -> Array:
         name = self.prefix + name
-        self.asked.add(name)
+        self.requested.add(name)
         if name not in self.arrays:
             raise UserError(f"the case has no array {name}")
         array = self.arrays[name]
         fits = len(shape) == len(array.shape) and all(
-            wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=True)
+            expected in (None, size) for expected, size in zip(shape, array.shape, strict=True)
         )
         if not fits:
-            wanted = ", ".join("any" if size is None else str(size) for size in shape)
-            raise UserError(f"{name} has shape {array.shape}; the config asks for ({wanted})")
+            expected = ", ".join("any" if size is None else str(size) for size in shape)
+            raise UserError(f"{name} has shape {array.shape}; the config requires ({expected})")
         return array
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self.arrays
 
-    def below(self, prefix: str) -> "Stored":
-        """The arrays under a further prefix such as `mixer.`."""
-        return Stored(self.arrays, self.prefix + prefix, self.asked)
+    def scoped(self, prefix: str) -> "CaseArrays":
+        """The arrays with a further prefix such as `mixer.`."""
+        return CaseArrays(self.arrays, self.prefix + prefix, self.requested)

@@ -1,4 +1,4 @@
-"""The language models of the `layers` family: our Transformer, and its weights from theirs."""
+"""Language models of the `layers` family: our Transformer with the reference's parameters."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +11,14 @@ from tttjax.errors import UserError
 from tttjax.models import Transformer, build_model
 from tttjax.types import Array, Params, PyTree
 from tttjax.verification import layer_weights as lw
-from tttjax.verification.layer_format import Fields, Stored
+from tttjax.verification.layer_format import CaseArrays, CaseFields
 
 TTT_EPS = 1e-6  # of every layer norm in the reference's TTT layers
 
 
 @dataclass(frozen=True)
-class Names:
-    """What a reference calls its parameters. zero_centred: norm weights are stored minus 1.
+class ParamNames:
+    """Parameter names of a reference. zero_centred: norm weights are stored minus 1.
 
     transposed: matrices are stored (out, in). mlp: gate, up and down projection.
     """
@@ -35,7 +35,7 @@ class Names:
     zero_centred: bool = False
 
 
-TTT_NAMES = Names(
+TTT_NAMES = ParamNames(
     embedding="model.wte.embedding",
     block="model.h.{}.",
     mixer="seq_modeling_block.",
@@ -46,7 +46,7 @@ TTT_NAMES = Names(
     mlp=("feed_forward.w1.kernel", "feed_forward.w3.kernel", "feed_forward.w2.kernel"),
     transposed=False,
 )
-MAMBA2_NAMES = Names(
+MAMBA2_NAMES = ParamNames(
     embedding="backbone.embeddings.weight",
     block="backbone.layers.{}.",
     mixer="mixer.",
@@ -55,7 +55,7 @@ MAMBA2_NAMES = Names(
     head="lm_head.weight",
 )
 DELTA_NAMES = {
-    zero_centred: Names(
+    zero_centred: ParamNames(
         embedding="model.embed_tokens.weight",
         block="model.layers.{}.",
         mixer="linear_attn.",
@@ -71,24 +71,24 @@ DELTA_NAMES = {
 
 
 @dataclass(frozen=True)
-class LanguageModel:
-    """A language model of the reference: our config of it, and where its weights come from."""
+class ReferenceLM:
+    """A reference language model: our config of it, and the conversion of its parameters."""
 
     config: ModelConfig
-    names: Names
-    mixer: Callable[[Stored], lw.Weights]
+    names: ParamNames
+    mixer: Callable[[CaseArrays], lw.Weights]
 
     @property
     def transformer(self) -> Transformer:
         model = build_model(self.config, InnerConfig())
-        # The reference's TTT layers have an epsilon of their own, whatever that of the blocks is.
+        # The reference's TTT layers have their own epsilon, independent of the blocks'.
         ttt = replace(model.shape.ttt, norm_eps=TTT_EPS)
         return replace(model, shape=replace(model.shape, ttt=ttt))
 
-    def params(self, take: Stored) -> Params:
+    def params(self, take: CaseArrays) -> Params:
         """The reference's parameters as those of `transformer`."""
         c, names = self.config, self.names
-        blocks = [self._block(take.below(names.block.format(i))) for i in range(c.num_layers)]
+        blocks = [self._block(take.scoped(names.block.format(i))) for i in range(c.num_layers)]
         slow: dict[str, Any] = {
             "embedding": take(names.embedding, c.vocab_size, c.embed_dim),
             "final_norm": self._norm(take, names.final_norm),
@@ -98,11 +98,11 @@ class LanguageModel:
             slow["head"] = self._matrix(take, names.head, c.embed_dim, c.vocab_size)
         return Params(slow=slow, fast={})
 
-    def _block(self, take: Stored) -> PyTree:
+    def _block(self, take: CaseArrays) -> PyTree:
         c, names = self.config, self.names
         weights: dict[str, Any] = {
             "mixer_norm": self._norm(take, names.mixer_norm),
-            "mixer": self.mixer(take.below(names.mixer)),
+            "mixer": self.mixer(take.scoped(names.mixer)),
         }
         if c.pre_conv:
             kernel = take("conv.conv1.kernel", c.conv_size, 1, c.embed_dim)
@@ -121,11 +121,11 @@ class LanguageModel:
             }
         return weights
 
-    def _norm(self, take: Stored, name: str) -> PyTree:
+    def _norm(self, take: CaseArrays, name: str) -> PyTree:
         weight = take(name, self.config.embed_dim)
         return {"weight": weight + 1 if self.names.zero_centred else weight}
 
-    def _matrix(self, take: Stored, name: str, rows: int, columns: int) -> Array:
+    def _matrix(self, take: CaseArrays, name: str, rows: int, columns: int) -> Array:
         if self.names.transposed:
             return take(name, columns, rows).T
         return take(name, rows, columns)
@@ -138,10 +138,10 @@ def _stack(trees: Sequence[PyTree]) -> PyTree:
     return jnp.stack(trees)
 
 
-def _config(fields: Fields, mixer: str, dtype: str, **settings: Any) -> ModelConfig:
+def _config(fields: CaseFields, mixer: str, dtype: str, **settings: Any) -> ModelConfig:
     return ModelConfig(
-        vocab_size=fields.whole("vocab_size"),
-        num_layers=fields.whole("num_layers"),
+        vocab_size=fields.positive_int("vocab_size"),
+        num_layers=fields.positive_int("num_layers"),
         tie_embeddings=fields.flag("tie", False),
         mixers=(mixer,),
         pre_norm=True,
@@ -154,8 +154,8 @@ def _config(fields: Fields, mixer: str, dtype: str, **settings: Any) -> ModelCon
     )
 
 
-def mamba2_model(fields: Fields, dtype: str) -> LanguageModel:
-    s = lw.Mamba2Sizes.read(fields)
+def mamba2_model(fields: CaseFields, dtype: str) -> ReferenceLM:
+    s = lw.Mamba2Sizes.from_fields(fields)
     eps = fields.number("eps", 1e-5)
     config = _config(
         fields,
@@ -166,30 +166,30 @@ def mamba2_model(fields: Fields, dtype: str) -> LanguageModel:
         norm_eps=eps,
         mixer_norm_eps=eps,
         conv_size=s.J,
-        scan_chunk=fields.whole("chunk_size", 64),
+        scan_chunk=fields.positive_int("chunk_size", 64),
         mamba_expand=s.expand,
         mamba_head_dim=s.P,
         mamba_state=s.N,
         mamba_groups=s.G,
         mamba_dt_limits=fields.limits("time_step_limit"),
     )
-    return LanguageModel(config, MAMBA2_NAMES, lambda take: lw.mamba2(s, take))
+    return ReferenceLM(config, MAMBA2_NAMES, lambda take: lw.mamba2(s, take))
 
 
-def delta_model(fields: Fields, dtype: str, fused: bool) -> LanguageModel:
-    """fused: Qwen3-Next's parameters, else those of flash-linear-attention."""
-    s = lw.DeltaSizes.read(fields)
+def delta_model(fields: CaseFields, dtype: str, fused: bool) -> ReferenceLM:
+    """fused: Qwen3-Next's parameter layout, else that of flash-linear-attention."""
+    s = lw.DeltaSizes.from_fields(fields)
     eps = fields.number("eps", 1e-6 if fused else 1e-5)
     config = _config(
         fields,
         "gated_deltanet",
         dtype,
         embed_dim=s.D,
-        mlp_dim=fields.whole("intermediate_size"),
+        mlp_dim=fields.positive_int("intermediate_size"),
         norm_eps=eps if fused else fields.number("lm_eps", 1e-6),
         mixer_norm_eps=eps,
         conv_size=s.J,
-        scan_chunk=fields.whole("chunk_size", 64),
+        scan_chunk=fields.positive_int("chunk_size", 64),
         delta_heads=s.G,
         delta_value_heads=s.H,
         delta_key_dim=s.K,
@@ -197,11 +197,11 @@ def delta_model(fields: Fields, dtype: str, fused: bool) -> LanguageModel:
         delta_negative=fields.flag("allow_neg_eigval", False),
     )
     convert = lw.delta_fused if fused else lw.delta_separate
-    return LanguageModel(config, DELTA_NAMES[fused], lambda take: convert(s, take))
+    return ReferenceLM(config, DELTA_NAMES[fused], lambda take: convert(s, take))
 
 
-def ttt_model(fields: Fields, dtype: str, inner: str, plain: bool, form: str) -> LanguageModel:
-    s = lw.TTTSizes.read(fields, inner, plain)
+def ttt_model(fields: CaseFields, dtype: str, inner: str, plain: bool, form: str) -> ReferenceLM:
+    s = lw.TTTSizes.from_fields(fields, inner, plain)
     lr = fields.number("ttt_base_lr")
     if lr <= 0:
         raise UserError(f"unsupported setting: config.ttt_base_lr = {lr}, not above 0")
@@ -210,7 +210,7 @@ def ttt_model(fields: Fields, dtype: str, inner: str, plain: bool, form: str) ->
         f"ttt_{inner}",
         dtype,
         embed_dim=s.D,
-        mlp_dim=fields.whole("intermediate_size"),
+        mlp_dim=fields.positive_int("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         pre_conv=fields.flag("pre_conv", False),
         conv_size=s.J,
@@ -221,4 +221,4 @@ def ttt_model(fields: Fields, dtype: str, inner: str, plain: bool, form: str) ->
         ttt_backbone="plain" if plain else "mamba",
         ttt_form=form,
     )
-    return LanguageModel(config, TTT_NAMES, lambda take: lw.ttt(s, take))
+    return ReferenceLM(config, TTT_NAMES, lambda take: lw.ttt(s, take))

@@ -1,8 +1,8 @@
-"""Parameters of the reference layers turned into the weights of our mixers, and nothing computed.
+"""Conversion of the reference layers' parameters to the weights of our mixers.
 
-Every function takes the sizes of a layer and its reference parameters and returns the mixer's own
-weights by name. They only transpose, split and reshape: `jax.grad` through them gives gradients
-with respect to the reference's parameters. Letters: D width, H heads, J convolution taps.
+Every function takes a layer's sizes and reference parameters and returns the mixer's weights by
+name. They only transpose, split and reshape, so `jax.grad` through them gives gradients with
+respect to the reference's parameters. Letters: D width, H heads, J convolution taps.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from tttjax.errors import UserError
 from tttjax.types import Array
-from tttjax.verification.layer_format import Fields, Stored
+from tttjax.verification.layer_format import CaseArrays, CaseFields
 
 Weights = dict[str, Array]
 
 
 def _split(array: Array, sizes: tuple[int, ...], axis: int = 0) -> list[Array]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    return jnp.split(array, ends, axis=axis)
+    offsets = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return jnp.split(array, offsets, axis=axis)
 
 
 def _linear(weight_OD: Array, *heads: int) -> Array:
@@ -47,14 +47,14 @@ class Mamba2Sizes:
         return self.inner // self.D
 
     @classmethod
-    def read(cls, config: Fields) -> "Mamba2Sizes":
+    def from_fields(cls, config: CaseFields) -> "Mamba2Sizes":
         sizes = cls(
-            D=config.whole("hidden_size"),
-            H=config.whole("num_heads"),
-            P=config.whole("head_dim"),
-            G=config.whole("n_groups", 1),
-            N=config.whole("state_size"),
-            J=config.whole("conv_kernel"),
+            D=config.positive_int("hidden_size"),
+            H=config.positive_int("num_heads"),
+            P=config.positive_int("head_dim"),
+            G=config.positive_int("n_groups", 1),
+            N=config.positive_int("state_size"),
+            J=config.positive_int("conv_kernel"),
         )
         inner = sizes.inner
         if inner % sizes.D:
@@ -68,28 +68,31 @@ class Mamba2Sizes:
         return sizes
 
 
-def mamba2(s: Mamba2Sizes, take: Stored) -> Weights:
-    inner, group = s.inner, s.G * s.N
+def mamba2(s: Mamba2Sizes, take: CaseArrays) -> Weights:
+    inner, bc_channels = s.inner, s.G * s.N
     rows = _split(
-        take("in_proj.weight", 2 * inner + 2 * group + s.H, s.D), (inner, inner, group, group, s.H)
+        take("in_proj.weight", 2 * inner + 2 * bc_channels + s.H, s.D),
+        (inner, inner, bc_channels, bc_channels, s.H),
     )
-    heads, groups = (s.H, s.P), (s.G, s.N)
-    channels = inner + 2 * group
+    heads, bc_shape = (s.H, s.P), (s.G, s.N)
+    channels = inner + 2 * bc_channels
     taps_JC = take("conv1d.weight", channels, 1, s.J)[:, 0].T
-    conv_x, conv_b, conv_c = _split(taps_JC, (inner, group, group), axis=1)
-    bias_x, bias_b, bias_c = _split(take("conv1d.bias", channels), (inner, group, group))
+    conv_x, conv_b, conv_c = _split(taps_JC, (inner, bc_channels, bc_channels), axis=1)
+    bias_x, bias_b, bias_c = _split(
+        take("conv1d.bias", channels), (inner, bc_channels, bc_channels)
+    )
     return {
         "wz": _linear(rows[0], *heads),
         "wx": _linear(rows[1], *heads),
-        "wb": _linear(rows[2], *groups),
-        "wc": _linear(rows[3], *groups),
+        "wb": _linear(rows[2], *bc_shape),
+        "wc": _linear(rows[3], *bc_shape),
         "wdt": _linear(rows[4], s.H),
         "conv_x": conv_x.reshape(s.J, *heads),
-        "conv_b": conv_b.reshape(s.J, *groups),
-        "conv_c": conv_c.reshape(s.J, *groups),
+        "conv_b": conv_b.reshape(s.J, *bc_shape),
+        "conv_c": conv_c.reshape(s.J, *bc_shape),
         "conv_x_bias": bias_x.reshape(heads),
-        "conv_b_bias": bias_b.reshape(groups),
-        "conv_c_bias": bias_c.reshape(groups),
+        "conv_b_bias": bias_b.reshape(bc_shape),
+        "conv_c_bias": bias_c.reshape(bc_shape),
         "dt_bias": take("dt_bias", s.H),
         "a_log": take("A_log", s.H),
         "skip": take("D", s.H),
@@ -110,21 +113,21 @@ class DeltaSizes:
     J: int
 
     @classmethod
-    def read(cls, config: Fields) -> "DeltaSizes":
+    def from_fields(cls, config: CaseFields) -> "DeltaSizes":
         sizes = cls(
-            D=config.whole("hidden_size"),
-            G=config.whole("num_k_heads"),
-            H=config.whole("num_v_heads"),
-            K=config.whole("head_k_dim"),
-            V=config.whole("head_v_dim"),
-            J=config.whole("conv_kernel"),
+            D=config.positive_int("hidden_size"),
+            G=config.positive_int("num_k_heads"),
+            H=config.positive_int("num_v_heads"),
+            K=config.positive_int("head_k_dim"),
+            V=config.positive_int("head_v_dim"),
+            J=config.positive_int("conv_kernel"),
         )
         if sizes.H % sizes.G:
             raise UserError(f"config.num_k_heads = {sizes.G} does not divide num_v_heads {sizes.H}")
         return sizes
 
 
-def _delta_common(s: DeltaSizes, take: Stored, norm: str, out: str) -> Weights:
+def _delta_common(s: DeltaSizes, take: CaseArrays, norm: str, out: str) -> Weights:
     keys, values = s.G * s.K, s.H * s.V
     taps_JC = take("conv1d.weight", 2 * keys + values, 1, s.J)[:, 0].T
     conv_q, conv_k, conv_v = _split(taps_JC, (keys, keys, values), axis=1)
@@ -139,8 +142,8 @@ def _delta_common(s: DeltaSizes, take: Stored, norm: str, out: str) -> Weights:
     }
 
 
-def delta_separate(s: DeltaSizes, take: Stored) -> Weights:
-    """Gated DeltaNet with one projection for each of q, k, v, the gate z, b and a."""
+def delta_separate(s: DeltaSizes, take: CaseArrays) -> Weights:
+    """Gated DeltaNet with separate projections of q, k, v, the gate z, b and a."""
     return {
         "wq": _linear(take("q_proj.weight", s.G * s.K, s.D), s.G, s.K),
         "wk": _linear(take("k_proj.weight", s.G * s.K, s.D), s.G, s.K),
@@ -152,7 +155,7 @@ def delta_separate(s: DeltaSizes, take: Stored) -> Weights:
     }
 
 
-def delta_fused(s: DeltaSizes, take: Stored) -> Weights:
+def delta_fused(s: DeltaSizes, take: CaseArrays) -> Weights:
     """Gated DeltaNet with fused projections, whose rows are grouped by key head."""
     shared = s.H // s.G
     parts = (s.K, s.K, shared * s.V, shared * s.V)
@@ -187,20 +190,20 @@ class TTTSizes:
     plain: bool
 
     @classmethod
-    def read(cls, config: Fields, inner: str, plain: bool) -> "TTTSizes":
-        D, H = config.whole("hidden_size"), config.whole("num_heads")
+    def from_fields(cls, config: CaseFields, inner: str, plain: bool) -> "TTTSizes":
+        D, H = config.positive_int("hidden_size"), config.positive_int("num_heads")
         if D % H:
             raise UserError(f"config.num_heads = {H} does not divide hidden_size {D}")
         config.require("head_dim", (D // H,), D // H)
         if (D // H) % 2:
             raise UserError(f"head_dim {D // H} is odd; RoPE needs pairs")
-        C = config.whole("mini_batch_size")
-        return cls(D, H, D // H, C, config.whole("conv_width", 4), inner, plain)
+        C = config.positive_int("mini_batch_size")
+        return cls(D, H, D // H, C, config.positive_int("conv_width", 4), inner, plain)
 
 
-def ttt(s: TTTSizes, take: Stored) -> Weights:
+def ttt(s: TTTSizes, take: CaseArrays) -> Weights:
     heads = s.H, s.K
-    first = s.K if s.inner == "linear" else 4 * s.K
+    hidden = s.K if s.inner == "linear" else 4 * s.K
     weights = {
         "wq": take("wq.kernel", s.D, s.D).reshape(s.D, *heads),
         "wv": take("wv.kernel", s.D, s.D).reshape(s.D, *heads),
@@ -210,13 +213,13 @@ def ttt(s: TTTSizes, take: Stored) -> Weights:
         "token_idx": take("learnable_token_idx", s.C),
         "norm_scale": take("ttt_norm.scale", *heads),
         "norm_bias": take("ttt_norm.bias", *heads),
-        "w1": take("ttt_dense_0", s.H, s.K, first),
-        "b1": take("ttt_bias_0", s.H, 1, first)[:, 0],
+        "w1": take("ttt_dense_0", s.H, s.K, hidden),
+        "b1": take("ttt_bias_0", s.H, 1, hidden)[:, 0],
         "post_norm_scale": take("post_norm.scale", s.D).reshape(heads),
         "post_norm_bias": take("post_norm.bias", s.D).reshape(heads),
     }
     if s.inner == "mlp":
-        weights["w2"] = take("ttt_dense_1", s.H, first, s.K)
+        weights["w2"] = take("ttt_dense_1", s.H, hidden, s.K)
         weights["b2"] = take("ttt_bias_1", s.H, 1, s.K)[:, 0]
     if s.plain:
         weights["wk"] = take("wk.kernel", s.D, s.D).reshape(s.D, *heads)

@@ -1,4 +1,4 @@
-"""Finds the cases of a folder, checks them all and prints the table."""
+"""Finds and verifies the reference cases of a folder, and formats the result table."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -9,18 +9,18 @@ from typing import Any
 import jax
 
 from tttjax.errors import UserError
-from tttjax.verification.cases import Cache, check_case
+from tttjax.verification.cases import Cache, check_e2e_case
 from tttjax.verification.imports import check_checkpoints, check_zarr
 from tttjax.verification.layer_cases import LayerCache, check_layer_case
 from tttjax.verification.rows import VerifyRow
 
-# Folders with these files are stores of arrays: what JSON lies in them is not ours to judge.
+# Folders with these files are array stores; their JSON files are not cases.
 STORES = ("_CHECKPOINT_METADATA", "zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
 @dataclass(frozen=True)
 class CaseFile:
-    """One JSON file: its name, and what it describes: a kind that `_check_entry` knows, or None."""
+    """One JSON file. kind: of its case, as `_check_case` handles it; None: not a case."""
 
     path: Path
     name: str
@@ -42,31 +42,31 @@ def _kind(content: Any) -> str | None:
     return None
 
 
-def find_entries(directory: str | Path) -> list[CaseFile]:
-    """Every JSON file in the folder and below (or the one given), except within array stores.
+def find_cases(directory: str | Path) -> list[CaseFile]:
+    """All JSON files in a folder, recursively, except in array stores; or a single file.
 
-    Raises UserError if there is no such folder, or no case in it.
+    Raises UserError if the folder does not exist or has no case.
     """
     root = Path(directory)
     if not root.exists():
-        raise UserError(f"there is no folder {root}; name one with reference cases (JSON)")
+        raise UserError(f"there is no folder {root}; give one with reference cases (JSON)")
     paths = list(_json_files(root)) if root.is_dir() else [root]
     base = root if root.is_dir() else root.parent
-    entries = []
+    cases = []
     for path in paths:
         name = str(path.relative_to(base).with_suffix(""))
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            entries.append(CaseFile(path, name, "damaged", f"{path} is damaged: {error}"))
+            cases.append(CaseFile(path, name, "damaged", f"{path} is damaged: {error}"))
             continue
-        entries.append(CaseFile(path, name, _kind(content), content))
-    if not any(entry.kind for entry in entries):
+        cases.append(CaseFile(path, name, _kind(content), content))
+    if not any(case.kind for case in cases):
         raise UserError(
-            f"{root} has no reference case: none of its {len(entries)} JSON files describes a "
+            f"{root} has no reference case: none of its {len(cases)} JSON files describes a "
             "model and its training, a layer, official checkpoints, or Zarr batches"
         )
-    return entries
+    return cases
 
 
 def _json_files(folder: Path) -> Iterator[Path]:
@@ -82,45 +82,44 @@ def _json_files(folder: Path) -> Iterator[Path]:
 def verify(
     directory: str | Path, *, x64: bool = False, progress: Callable[[str], None] | None = None
 ) -> list[VerifyRow]:
-    """Checks every case of the folder; one row for each quantity of each case.
+    """Verifies every case of a folder; returns one row per quantity and case.
 
-    x64: compute in float64 and hold it to the tighter limits of that. progress: called with the
-    name of each case before it is computed.
-    Raises UserError if the folder has no case that is recognised.
+    x64: compute in float64, with its tighter tolerances. progress: called with the name of each
+    case before it is computed. Raises UserError if the folder has no case.
     """
-    return _check(find_entries(directory), x64, progress)
+    return check_cases(find_cases(directory), x64, progress)
 
 
-def _check(entries: Sequence[CaseFile], x64: bool, progress) -> list[VerifyRow]:
+def check_cases(cases: Sequence[CaseFile], x64: bool, progress) -> list[VerifyRow]:
     rows = []
     cache: Cache = {}
     layer_cache: LayerCache = {}
     with jax.enable_x64(x64), jax.default_matmul_precision("highest"):
-        for entry in entries:
-            if progress and entry.kind:
-                progress(entry.name)
-            rows += _check_entry(entry, x64, cache, layer_cache)
+        for case in cases:
+            if progress and case.kind:
+                progress(case.name)
+            rows += _check_case(case, x64, cache, layer_cache)
     return rows
 
 
-def _check_entry(
-    entry: CaseFile, x64: bool, cache: Cache, layer_cache: LayerCache
+def _check_case(
+    case: CaseFile, x64: bool, cache: Cache, layer_cache: LayerCache
 ) -> list[VerifyRow]:
-    if entry.kind == "case":
-        return list(check_case(entry.path, entry.content, entry.name, x64, cache))
-    if entry.kind == "layer":
-        return list(check_layer_case(entry.path, entry.content, entry.name, x64, layer_cache))
-    if entry.kind == "checkpoints":
-        return list(check_checkpoints(entry.path, entry.content, entry.name, x64, cache))
-    if entry.kind == "zarr":
-        return list(check_zarr(entry.path, entry.name))
-    if entry.kind == "damaged":
-        return [VerifyRow(entry.name, "file", None, None, False, entry.content)]
+    if case.kind == "case":
+        return list(check_e2e_case(case.path, case.content, case.name, x64, cache))
+    if case.kind == "layer":
+        return list(check_layer_case(case.path, case.content, case.name, x64, layer_cache))
+    if case.kind == "checkpoints":
+        return list(check_checkpoints(case.path, case.content, case.name, x64, cache))
+    if case.kind == "zarr":
+        return list(check_zarr(case.path, case.name))
+    if case.kind == "damaged":
+        return [VerifyRow(case.name, "file", None, None, False, case.content)]
     return []
 
 
 def format_table(rows: Sequence[VerifyRow]) -> list[str]:
-    """One line for each row: case, quantity, largest deviation, tolerance, verdict, note."""
+    """One line per row: case, quantity, largest deviation, tolerance, verdict, note."""
     lines = [("case", "quantity", "largest deviation", "tolerance", "", "")]
     lines += [
         (
@@ -134,12 +133,12 @@ def format_table(rows: Sequence[VerifyRow]) -> list[str]:
         for row in rows
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    aligned = "<", "<", ">", ">", "<"
+    alignments = "<", "<", ">", ">", "<"
     return [
         "  ".join(
             [
-                f"{cell:{way}{width}}"
-                for cell, way, width in zip(line, aligned, widths, strict=False)
+                f"{cell:{alignment}{width}}"
+                for cell, alignment, width in zip(line, alignments, widths, strict=False)
             ]
             + [line[5]]
         ).rstrip()
