@@ -56,7 +56,7 @@ def assemble(
     model: Transformer,
     initial: Mapping[str, Array] | None = None,
 ) -> Params:
-    """The weights of a model out of pieces, each read after the previous one is copied.
+    """Builds the weights of a model from slices, each read after the previous one is copied.
 
     template: jax.ShapeDtypeStructs with shardings; entries are converted to its dtypes. initial:
     weights by path that have no slices. Raises ValueError for missing weights or rows.

@@ -1,6 +1,7 @@
 """Import of a source as a run: reads and compares the weights, writes the run, verifies it."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,11 +11,11 @@ from jax.sharding import Mesh
 
 from tttjax.config import Config, with_absolute_paths
 from tttjax.errors import UserError, install_extra
-from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference
+from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference, static_logits
 from tttjax.interop.source import ImportSource, Log, Reference
 from tttjax.interop.streaming import assemble, flat_weights, return_freed_memory
 from tttjax.io.atomic import atomic_folder
-from tttjax.models import Transformer, build_model, combine, fast_mlps
+from tttjax.models import Transformer, build_model, fast_mlps
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import as_configured
 from tttjax.runs.run import RunSpec, open_run
@@ -48,11 +49,11 @@ def import_run(source: ImportSource, workdir: str | Path, log: Log = print) -> L
     model = build_model(config.model, config.inner)
     with atomic_folder(workdir, "--workdir") as folder, as_configured(config):
         # First, so that it is freed before our weights are read.
-        theirs = _reference_logits(source.reference, log)
+        reference_logit_TV = _reference_logits(source.reference, log)
         template = weights_template(model, _make_mesh(config))
         params = _read_weights(source, model, template)
         logit_TV = _finite_logits(source, params)
-        deviation = _compare(source, params, theirs, log)
+        deviation = _compare(source, params, reference_logit_TV, log)
         write_run(
             folder,
             config,
@@ -97,16 +98,7 @@ def sample_logits(config: Config, params: Params) -> np.ndarray:
     xla_config = dataclasses.replace(config.model, attention_kernel="xla", remat="none")
     model = build_model(xla_config, config.inner)
     token_T = jnp.asarray(sample_tokens(config.model.vocab_size))
-
-    @jax.jit
-    def logits(params: Params) -> Array:
-        weights = combine(params.slow, params.fast)
-        x_TD = model.embed(params.slow, token_T)
-        for part in ("prefix", "suffix"):
-            x_TD, _ = model.run_part(part, weights, None, x_TD)
-        return model.logits(weights, model.final_norm(weights, x_TD))
-
-    return np.asarray(logits(params))
+    return np.asarray(jax.jit(partial(static_logits, model))(params, token_T))
 
 
 def _read_weights(source: ImportSource, model: Transformer, template: Params) -> Params:
@@ -156,14 +148,14 @@ def _reference_logits(reference: Reference | None, log: Log) -> np.ndarray | Non
 
 
 def _compare(
-    source: ImportSource, params: Params, theirs: np.ndarray | None, log: Log
+    source: ImportSource, params: Params, reference_logit_TV: np.ndarray | None, log: Log
 ) -> float | None:
     """The largest deviation from the reference. Raises UserError if it exceeds rounding."""
     reference = source.reference
-    if reference is None or theirs is None:
+    if reference is None or reference_logit_TV is None:
         return None
-    deviation = largest_difference(sample_logits(reference.config, params), theirs)
-    largest = float(np.max(np.abs(theirs)))
+    deviation = largest_difference(sample_logits(reference.config, params), reference_logit_TV)
+    largest = float(np.max(np.abs(reference_logit_TV)))
     summary = f"logits of {SAMPLE} random tokens differ by at most {deviation:.3g}"
     if reference.exact and not deviation <= TOLERANCE * max(1.0, largest):
         raise UserError(

@@ -116,7 +116,7 @@ def check_e2e_case(
         yield VerifyRow(name, "settings", None, None, True, f"not known, ignored: {field}")
     try:
         arrays = golden.load_arrays(path.with_suffix(".npz"))
-        settings = golden.variants(case, x64)
+        setups = golden.case_setups(case, x64)
     except UserError as error:
         yield VerifyRow(name, "settings", None, None, False, str(error))
         return
@@ -124,7 +124,7 @@ def check_e2e_case(
         yield VerifyRow(name, "settings", None, None, False, f"the JSON has no field {error}")
         return
     used: set[str] = set()
-    for prefix, setup in settings.items():
+    for prefix, setup in setups.items():
         comparison = _Comparison(name, prefix, arrays, setup)
         try:
             yield from _check_setup(case, comparison, cache)

@@ -234,7 +234,7 @@ def _inner_paths(model: Transformer, specs: str | list[str]) -> tuple[str, ...]:
     return tuple(sorted(p for p, name in names.items() if matches(name.replace(".", "/"))))
 
 
-def variants(case: Mapping[str, Any], x64: bool) -> dict[str, CaseSetup]:
+def case_setups(case: Mapping[str, Any], x64: bool) -> dict[str, CaseSetup]:
     """Every setup of a case by the prefix of its arrays ("" for the case itself)."""
     model, training = case["model"], case["training"]
     if "variants" not in case:

@@ -59,7 +59,7 @@ def _check_checkpoint(path, description, folder, entry, case, x64, cache) -> Ite
 
 def _loss(case, config, arrays, weights, x64: bool, cache: Cache) -> Iterator[VerifyRow]:
     """The losses of the case, recomputed with the imported weights."""
-    for prefix, setup in golden.variants(config, x64).items():
+    for prefix, setup in golden.case_setups(config, x64).items():
         is_f64 = setup.dtype == "float64" and f"f64/{prefix}loss" in arrays
         reference = arrays[("f64/" if is_f64 else "") + prefix + "loss"]
         dtype = setup.model.shape.param_dtype

@@ -151,9 +151,9 @@ class _CompiledLayer:
         # Halves the time on a CPU: the code runs once, so compile time dominates.
         on_cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        self.run = jax.jit(self._everything, compiler_options=options)
+        self.run = jax.jit(self._all_forms, compiler_options=options)
 
-    def _everything(self, differentiated, inputs):
+    def _all_forms(self, differentiated, inputs):
         if differentiated:
             gradients, outputs = jax.grad(self._objective, has_aux=True)(differentiated, inputs)
         else:

@@ -57,15 +57,15 @@ def tttjax_logits(
 ) -> np.ndarray:
     """float32 logits [P, V] at `sample_positions` of all tokens but the last."""
     compute = _compiled(model, inner, lr, learn)
-    inputs, targets = token_T[:-1], token_T[1:]
-    return np.asarray(compute(params, jnp.asarray(inputs), jnp.asarray(targets)), np.float32)
+    return np.asarray(compute(params, jnp.asarray(token_T)), np.float32)
 
 
 @lru_cache(maxsize=2)
 def _compiled(model: Transformer, inner: InnerLoop, lr: float, learn: bool):
-    return jax.jit(
-        partial(_ttt_logits, model, inner, lr) if learn else partial(_static_logits, model)
-    )
+    def static(params: Params, token_T: Array) -> Array:
+        return static_logits(model, params, token_T[:-1], _stride(len(token_T) - 1))
+
+    return jax.jit(partial(_ttt_logits, model, inner, lr) if learn else static)
 
 
 def sample_positions(length: int, chunk_size: int, *, learn: bool) -> np.ndarray:
@@ -80,14 +80,13 @@ def _stride(size: int) -> int:
     return max(1, size // MAX_POSITIONS)
 
 
-def _static_logits(model: Transformer, params: Params, input_T: Array, target_T: Array) -> Array:
-    del target_T
+def static_logits(model: Transformer, params: Params, token_T: Array, stride: int = 1) -> Array:
+    """Logits [T / stride, V] of every `stride`-th token, without inner updates."""
     weights = combine(params.slow, params.fast)
-    x_TD = model.embed(params.slow, input_T)
+    x_TD = model.embed(params.slow, token_T)
     for part in ("prefix", "suffix"):
         x_TD, _ = model.run_part(part, weights, None, x_TD)
-    x_PD = x_TD[:: _stride(len(input_T))]
-    return model.logits(weights, model.final_norm(weights, x_PD))
+    return model.logits(weights, model.final_norm(weights, x_TD[::stride]))
 
 
 def _ttt_logits(
@@ -95,19 +94,19 @@ def _ttt_logits(
     inner: InnerLoop,
     lr: float,
     params: Params,
-    input_T: Array,
-    target_T: Array,
+    token_T: Array,
 ) -> Array:
-    weights = combine(params.slow, params.fast)
-    x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, input_T))
+    input_T, target_T = token_T[:-1], token_T[1:]
+    x_TD = model.embed(params.slow, input_T)
+    x_TD, _ = model.run_part("prefix", combine(params.slow, params.fast), None, x_TD)
 
     def chunk_loss(fast, state, chunk):
         x_CD, target_C = chunk
-        now = combine(params.slow, fast)
-        x_CD, state = model.run_part("suffix", now, state, x_CD, remat=False)
-        nll_C = model.nll(now, x_CD, target_C)
+        weights = combine(params.slow, fast)
+        x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
+        nll_C = model.nll(weights, x_CD, target_C)
         x_PD = x_CD[:: _stride(inner.chunk_size)]
-        logit_PV = model.logits(now, model.final_norm(now, x_PD))
+        logit_PV = model.logits(weights, model.final_norm(weights, x_PD))
         is_target_C = jnp.ones(target_C.shape, bool)
         loss = masked_mean(nll_C, is_target_C)
         return loss, (advance(state, len(x_CD)), jnp.any(is_target_C), logit_PV)
@@ -123,15 +122,15 @@ def _ttt_logits(
 def transformers_logits(
     folder: Path,
     token_T: np.ndarray,
-    at_P: Sequence[int] | np.ndarray,
+    position_P: Sequence[int] | np.ndarray,
     *,
     chunk_size: int = 0,
     trust_code: bool = True,
 ) -> np.ndarray | None:
     """float32 logits [P, V] by transformers; None if transformers or torch is not installed.
 
-    at_P: positions. chunk_size: replaces the export's chunk size (0: keeps it). trust_code: whether
-    to run modeling code in the folder. Raises UserError if transformers cannot load it.
+    chunk_size: replaces the export's chunk size (0: keeps it). trust_code: whether to run modeling
+    code in the folder. Raises UserError if transformers cannot load it.
     """
     with warnings.catch_warnings():  # by torch and transformers
         warnings.simplefilter("ignore")
@@ -165,7 +164,7 @@ def transformers_logits(
             parents = Path(inspect.getfile(type(model))).parents
             copy = next(path for path in parents if path.parent.name == "transformers_modules")
             shutil.rmtree(copy, ignore_errors=True)
-        return logit_TV[torch.from_numpy(np.asarray(at_P))].numpy()
+        return logit_TV[torch.from_numpy(np.asarray(position_P))].numpy()
 
 
 def same_tokens(folder: Path, tokenizer: Tokenizer, text: str) -> bool:

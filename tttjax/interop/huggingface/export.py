@@ -20,6 +20,7 @@ from tttjax.interop.huggingface.names import TensorSlot, check_names, iter_weigh
 from tttjax.interop.huggingface.seal import seal_export
 from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, write_tokenizer
 from tttjax.interop.official.checkpoint import StoredArray, open_item
+from tttjax.interop.source import Log
 from tttjax.interop.streaming import assemble
 from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model
@@ -42,8 +43,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CODE = ("configuration_tttjax.py", "modeling_tttjax.py")
 CODE_TERMS = f"`{CODE[0]}` and `{CODE[1]}` are part of tttjax, under the Apache License 2.0."
-
-Log = Callable[[str], None]
 
 
 class ExportMismatch(Exception):
@@ -118,13 +117,13 @@ def write_export(
 ) -> None:
     """Writes the export under a temporary name, verifies its logits, then renames it to `target`.
 
-    limit: bytes of a file. Raises Deviation if logits differ, and leaves nothing then.
+    limit: bytes per file. Raises ExportMismatch if logits differ; nothing is left then.
     """
     with atomic_folder(target, "--to") as folder, as_configured(export.run.config):
         total = write_tensors(
             folder, _by_stack(export.slots), _weight_reader(export), dtype=export.dtype, limit=limit
         )
-        _write_texts(export, folder, log)
+        _write_metadata(export, folder, log)
         name = architectures.CLASSES[export.family]
         log(f"{total:,} bytes of {export.dtype} as {name}; verifying the export")
         _compare(export, folder, log)
@@ -161,7 +160,7 @@ def _weight_reader(export: ExportPlan) -> Callable[[TensorSlot], np.ndarray]:
     return read
 
 
-def _write_texts(export: ExportPlan, folder: Path, log: Log) -> None:
+def _write_metadata(export: ExportPlan, folder: Path, log: Log) -> None:
     """Writes configuration, tokenizer, modeling code and model card."""
     config, tokenizer = export.run.config, export.tokenizer
     tokens = special_tokens(tokenizer) if tokenizer else {}
@@ -230,7 +229,7 @@ print(tokenizer.decode(model.generate(**text, max_new_tokens=50)[0]))
 
 
 def _compare(export: ExportPlan, folder: Path, log: Log) -> None:
-    """Raises Deviation if the export differs from the run, UserError if it cannot be read."""
+    """Raises ExportMismatch if the export differs from the run, UserError if it cannot be read."""
     files = TensorFiles(folder)
     check_names(files.names, export.slots, f"the export {folder.name}")
     model = dataclasses.replace(export.run.config.model, compute_dtype="float32")
@@ -259,9 +258,9 @@ def _compare(export: ExportPlan, folder: Path, log: Log) -> None:
 
     learn = export.mode != "off" and export.learns
     size = compare.sample_chunk(config.inner.chunk_size)
-    at_P = compare.sample_positions(len(token_T) - 1, size, learn=learn)
+    position_P = compare.sample_positions(len(token_T) - 1, size, learn=learn)
     transformers_logit_PV = compare.transformers_logits(
-        folder, token_T, at_P, chunk_size=size if learn else 0
+        folder, token_T, position_P, chunk_size=size if learn else 0
     )
     if transformers_logit_PV is None:
         log("transformers or torch is not installed, so the export was not compared with it")

@@ -27,6 +27,7 @@ from tttjax.interop.huggingface.compare import transformers_logits
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.end_tokens import end_tokens, token_ids
 from tttjax.interop.huggingface.files import TensorFiles
+from tttjax.interop.huggingface.names import raise_mismatch
 from tttjax.interop.huggingface.seal import check_export
 from tttjax.interop.huggingface.tokenizer_files import NATIVE_DIR, TOKENIZER_FILE
 from tttjax.interop.source import (
@@ -43,7 +44,7 @@ from tttjax.models import Transformer, build_model
 from tttjax.runs.origin import huggingface_terms
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
-DEFAULT_SEQ_LEN = 8192  # largest train.seq_len that an import sets by default
+MAX_DEFAULT_SEQ_LEN = 8192  # largest train.seq_len that an import sets by default
 # Model fields that overrides may change: the comparison with transformers ignores the change.
 REPLACEABLE = ("rope_theta", "rope_scaling", "norm_eps")
 
@@ -149,24 +150,20 @@ def _resolve(
     if is_added and not is_overridden("model.fast_mlp_init", overrides):
         config.model.fast_mlp_init = "zero"
     if not is_overridden("train.seq_len", overrides):
-        chunk, longest = (
-            config.inner.chunk_size,
-            values.get("max_position_embeddings") or DEFAULT_SEQ_LEN,
-        )
-        config.train.seq_len = max(chunk, min(DEFAULT_SEQ_LEN, longest) // chunk * chunk)
+        chunk = config.inner.chunk_size
+        longest = values.get("max_position_embeddings") or MAX_DEFAULT_SEQ_LEN
+        config.train.seq_len = max(chunk, min(MAX_DEFAULT_SEQ_LEN, longest) // chunk * chunk)
     return from_config_dict(config)
 
 
 def _check_shapes(files: TensorFiles, slots, folder: Path) -> None:
     """Raises UserError that lists tensors whose shape is not the model's."""
-    wrong = [
+    problems = [
         f"{slot.name} has shape {shape}, not {slot.shape}"
         for slot in slots
         if (shape := files.shape(slot.name)) != slot.shape
     ]
-    if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise UserError(f"{folder} does not fit this model: {'; '.join(wrong[:8])}{more}")
+    raise_mismatch(str(folder), problems)
 
 
 def _check_added(added: frozenset[str], model: Transformer, folder: Path) -> None:
@@ -224,6 +221,6 @@ def _reference(
     else:  # large enough that the window covers the whole sample
         as_stored["window_size"] = max(config.model.window_size, 4096)
     model = dataclasses.replace(config.model, compute_dtype="float32", **as_stored)
-    is_float32 = any(files.dtype(name) in ("F32", "F64") for name in files.names)
-    exact = config.model.param_dtype != "bfloat16" or not is_float32
+    has_float32 = any(files.dtype(name) in ("F32", "F64") for name in files.names)
+    exact = config.model.param_dtype != "bfloat16" or not has_float32
     return Reference("transformers", logits, dataclasses.replace(config, model=model), exact)

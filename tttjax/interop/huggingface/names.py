@@ -10,7 +10,7 @@ Tensors are converted one at a time, so that a model need not be in memory twice
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -230,6 +230,11 @@ def check_names(names: Iterable[str], slots: Iterable[TensorSlot], where: str) -
         extra.discard(HEAD)
     problems = [f"missing {name}" for name in sorted(expected - actual)]
     problems += [f"unexpected {name}" for name in sorted(extra)]
+    raise_mismatch(where, problems)
+
+
+def raise_mismatch(where: str, problems: Sequence[str]) -> None:
+    """Raises UserError that lists the first problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{where} does not fit this model: {'; '.join(problems[:8])}{more}")
