@@ -7,7 +7,7 @@ import numpy as np
 
 from helpers.small import shaken, small_config
 from tttjax.inference.engine import Engine
-from tttjax.inference.prefill import divide, make_inference_model
+from tttjax.inference.prefill import make_inference_model, split_weights
 from tttjax.models import build_model
 from tttjax.ttt.outer_loss import make_inner_loop
 
@@ -37,22 +37,22 @@ def make_engine(name: str):
 
 @functools.cache
 def _make_engine(name: str, x64: bool):
-    del x64  # another one makes another engine
+    del x64  # part of the cache key
     config = small_config(**SYSTEMS[name])
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
+    inference_model = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH))
-    return Engine(reader, params, max_length=64), token.astype(np.int32)
+    return Engine(inference_model, params, max_length=64), token.astype(np.int32)
 
 
 def setting(sections: dict, learn: bool = True):
-    """(config, model, params, reader, its weights, random tokens [2, PREFILL_LENGTH + 1])."""
+    """(config, model, params, inference_model, its weights, tokens [2, PREFILL_LENGTH + 1])."""
     config = small_config(**sections)
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = make_inference_model(
+    inference_model = make_inference_model(
         model, make_inner_loop(config.inner), config.inner.lr, learn=learn
     )
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, PREFILL_LENGTH + 1))
-    return config, model, params, reader, divide(reader, params), token
+    return config, model, params, inference_model, split_weights(inference_model, params), token

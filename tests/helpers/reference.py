@@ -1,4 +1,4 @@
-"""TTT-E2E once more, written to be read: one token, one head, one chunk at a time.
+"""A second, readable implementation of TTT-E2E: one token, one head, one chunk at a time.
 
 Shares no code with the package: no scan, no vmap, no mask matrices, no modules. Keys and values
 are Python lists, positions are absolute, RoPE multiplies complex numbers. It takes weights as the
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the weights do not say themselves."""
+    """Settings that the weights do not imply."""
 
     prefix_layers: int
     layers: int
@@ -45,8 +45,8 @@ def swiglu(x, w, name):
     return (a / (1 + jnp.exp(-a)) * (x @ w[f"{name}/w3"])) @ w[f"{name}/w2"]
 
 
-def attention(x, w, past, position, shape):
-    """One token; `past` is a list of (position, keys, values), and grows by this token."""
+def attention(x, w, cache, position, shape):
+    """One token; `cache` is a list of (position, keys, values), and grows by this token."""
     heads = []
     entry = ([], [])
     for h in range(w["mixer/wq"].shape[1]):
@@ -55,23 +55,23 @@ def attention(x, w, past, position, shape):
         k = turn(norm(k, w["mixer/k_norm/weight"], shape.eps), position, shape.theta)
         entry[0].append(k)
         entry[1].append(v)
-        near = [p for p in past if p[0] > position - shape.window]
+        near = [p for p in cache if p[0] > position - shape.window]
         keys = jnp.stack([p[1][h] for p in near] + [k])
         values = jnp.stack([p[2][h] for p in near] + [v])
         e = jnp.exp(keys @ q / math.sqrt(len(q)))
         heads.append((e / e.sum()) @ values @ w["mixer/wo"][h])
-    past.append((position, *entry))
+    cache.append((position, *entry))
     return sum(heads)
 
 
-def block(x, w, past, position, shape):
+def block(x, w, cache, position, shape):
     """One token through one block, `w` the block's weights."""
 
     def branch(x, name, f):
         y = f(norm(x, w[f"{name}_norm/weight"], shape.eps))
         return x + norm(y, w[f"{name}_post_norm/weight"], shape.eps)
 
-    x = branch(x, "mixer", lambda y: attention(y, w, past, position, shape))
+    x = branch(x, "mixer", lambda y: attention(y, w, cache, position, shape))
     if "fast_mlp/w1" in w:
         x = branch(x, "fast_mlp", lambda y: swiglu(y, w, "fast_mlp"))
     return branch(x, "mlp", lambda y: swiglu(y, w, "mlp"))
@@ -89,28 +89,28 @@ def sequence(slow, fast, tokens, targets, mask, shape, lr, frozen=()):
     """
     hidden = [slow["embedding"][t] for t in tokens]
     for row in range(shape.prefix_layers):
-        w, past = block_weights(slow, "prefix", row), []
-        hidden = [block(x, w, past, t, shape) for t, x in enumerate(hidden)]
+        w, cache = block_weights(slow, "prefix", row), []
+        hidden = [block(x, w, cache, t, shape) for t, x in enumerate(hidden)]
 
-    pasts = [[] for _ in range(shape.layers - shape.prefix_layers)]
+    caches = [[] for _ in range(shape.layers - shape.prefix_layers)]
     shown = {"loss": [], "nll": [], "grad_norm": [], "update": []}
     for number, first in enumerate(range(0, len(tokens), shape.chunk)):
         positions = range(first, first + shape.chunk)
 
-        def chunk_loss(fast, pasts=pasts, positions=positions):
-            pasts = [list(past) for past in pasts]
+        def chunk_loss(fast, caches=caches, positions=positions):
+            caches = [list(cache) for cache in caches]
             nll = []
             for t in positions:
                 x = hidden[t]
-                for row, past in enumerate(pasts):
-                    x = block(x, block_weights({**slow, **fast}, "suffix", row), past, t, shape)
+                for row, cache in enumerate(caches):
+                    x = block(x, block_weights({**slow, **fast}, "suffix", row), cache, t, shape)
                 x = norm(x, slow["final_norm/weight"], shape.eps)
                 logits = slow["embedding"] @ x if shape.tied else x @ slow["head"]
                 nll.append(jnp.log(jnp.exp(logits).sum()) - logits[targets[t]])
             counted = [n for n, t in zip(nll, positions, strict=True) if mask[t]]
-            return sum(counted) / max(len(counted), 1), (nll, pasts)
+            return sum(counted) / max(len(counted), 1), (nll, caches)
 
-        (loss, (nll, pasts)), g = jax.value_and_grad(chunk_loss, has_aux=True)(fast)
+        (loss, (nll, caches)), g = jax.value_and_grad(chunk_loss, has_aux=True)(fast)
         length = jnp.sqrt(sum((a**2).sum() for a in g.values()))
         scale = shape.clip / length if shape.clip and length >= shape.clip else 1.0
         update = {k: -lr * scale * a for k, a in g.items()}

@@ -1,4 +1,4 @@
-"""TTT layers once more, written to be read: one token, one head, one inner weight at a time.
+"""A second, readable implementation of TTT layers: one token, one head, one inner weight at a time.
 
 Shares no code with the package. Inner gradients are those that JAX takes of the loss as it is
 written; weights are made for every token. Weights of a layer are a flat dict, one sequence only.
@@ -64,10 +64,10 @@ def all_heads(q, k, v, lam, tau, step, learned, fixed):
     return np.stack(outs, 1), {n: np.stack([f[n] for f in finals]) for n in finals[0]}
 
 
-def turn(x, place, theta):
+def apply_rope(x, position, theta):
     """RoPE of one head of one token."""
     z = x[0::2] + 1j * x[1::2]
-    z = z * np.exp(1j * place * theta ** (-np.arange(len(z)) * 2 / len(x)))
+    z = z * np.exp(1j * position * theta ** (-np.arange(len(z)) * 2 / len(x)))
     return np.stack([z.real, z.imag], axis=1).reshape(-1)
 
 
@@ -98,7 +98,7 @@ def layer(x, w, *, base_lr, theta, eps):
     heads = range(w["wlr"].shape[1])
     for n, a in made.items():
         made[n] = np.array(
-            [[turn(a[t, h], t % places, theta) for h in heads] for t in range(tokens)]
+            [[apply_rope(a[t, h], t % places, theta) for h in heads] for t in range(tokens)]
         )
     lam = 1 / (1 + np.exp(-(x @ w["wlr"] + w["lr_bias"])))
     tau = np.maximum(0, 1 / np.arange(1, places + 1) + w["token_idx"])

@@ -1,4 +1,4 @@
-"""A session goes on from its file as if it had never stopped, and only with its own model."""
+"""Saved sessions continue bit-identically, and only with their own model."""
 
 import jax
 import numpy as np
@@ -18,16 +18,16 @@ def same(a, b) -> bool:
 
 
 def session_of(engine, token, length=11):
-    """Half read at once, half token by token, as generation leaves it."""
+    """Half prefilled, half decoded token by token."""
     session, _ = engine.read(engine.start(), token[0, : length - 5])
-    group = engine.start_batch([session])
+    batch = engine.start_batch([session])
     for t in token[0, length - 5 : length]:
-        group.step([int(t)])
-    return group.session(0)
+        batch.step([int(t)])
+    return batch.session(0)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_going_on_from_a_file_is_going_on_bit_for_bit(tmp_path, name):
+def test_loaded_session_continues_bit_identically(tmp_path, name):
     engine, token = make_engine(name)
     session = session_of(engine, token)
     about = save_session(tmp_path / "s", engine, session, model=MODEL, tokenizer="t")
@@ -35,17 +35,17 @@ def test_going_on_from_a_file_is_going_on_bit_for_bit(tmp_path, name):
     assert read_about(tmp_path / "s") == about
     loaded, _ = load_session(tmp_path / "s", engine, model=MODEL)
     assert loaded.tokens == session.tokens
-    groups = [engine.start_batch([s]) for s in (session, loaded)]
+    batches = [engine.start_batch([s]) for s in (session, loaded)]
     for t in token[0, 11:17]:
-        for group in groups:
-            group.step([int(t)])
-        assert same(groups[0].logit_RV, groups[1].logit_RV)
-    ends = [group.session(0) for group in groups]
-    assert same(ends[0].learned.fast, ends[1].learned.fast)
+        for batch in batches:
+            batch.step([int(t)])
+        assert same(batches[0].logit_RV, batches[1].logit_RV)
+    results = [batch.session(0) for batch in batches]
+    assert same(results[0].learned.fast, results[1].learned.fast)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_session_of_which_nothing_was_read_is_kept_too(tmp_path, name):
+def test_empty_session_round_trip(tmp_path, name):
     engine, _ = make_engine(name)
     save_session(tmp_path / "s", engine, engine.start(), model=MODEL)
     loaded, about = load_session(tmp_path / "s", engine, model=MODEL)
@@ -55,7 +55,7 @@ def test_a_session_of_which_nothing_was_read_is_kept_too(tmp_path, name):
     assert same(loaded.now, engine.start().now)
 
 
-def test_the_size_does_not_depend_on_what_was_read(tmp_path):
+def test_file_size_does_not_depend_on_text_length(tmp_path):
     engine, token = make_engine("ttt_e2e")
     sizes = []
     for length in (7, 11, 19):
@@ -64,7 +64,7 @@ def test_the_size_does_not_depend_on_what_was_read(tmp_path):
     assert max(sizes) - min(sizes) < 64  # numbers in the header have more digits or fewer
 
 
-def test_smaller_files_lose_what_they_say(tmp_path):
+def test_compressed_files_report_their_error(tmp_path):
     engine, token = make_engine("ttt_e2e")
     session = session_of(engine, token)
     fast = session.learned.fast
@@ -80,7 +80,7 @@ def test_smaller_files_lose_what_they_say(tmp_path):
     assert errors[0] < 0.01 * drift < errors[2]
 
 
-def test_bad_files_are_refused_in_a_sentence(tmp_path):
+def test_bad_files_are_refused(tmp_path):
     engine, token = make_engine("ttt_e2e")
     path = tmp_path / "s"
     with pytest.raises(UserError, match="there is no session"):
@@ -88,11 +88,11 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path):
     save_session(path, engine, session_of(engine, token), model=MODEL)
     with pytest.raises(UserError, match="session of another model"):
         load_session(path, engine, model="b" * 64)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="not a whole session file"):
         load_session(path, engine, model=MODEL)
-    path.write_bytes(whole.replace(b"tttjax-session-3", b"tttjax-session-9"))
+    path.write_bytes(content.replace(b"tttjax-session-3", b"tttjax-session-9"))
     with pytest.raises(UserError, match=r"session-9.*this version reads tttjax-session-3"):
         read_about(path)
     with pytest.raises(UserError, match="needs the precision bfloat16"):

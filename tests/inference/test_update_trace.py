@@ -1,4 +1,4 @@
-"""What the telescope shows is what a plain loop over chunks finds, and looking changes nothing."""
+"""The update trace equals a plain loop over chunks and does not change the context."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from helpers.inference import setting
 from helpers.small import worst
 
 from tttjax.inference.engine import Engine
-from tttjax.inference.prefill import read_chunks, start
+from tttjax.inference.prefill import init_context, read_chunks
 from tttjax.inference.update_trace import start_norms, trace_chunks
 from tttjax.ttt import inner_loop
 from tttjax.ttt.layer_norms import fast_layers, norms, squares
@@ -27,8 +27,8 @@ SYSTEMS: dict[str, dict] = {
         "inner": {"fast_paths": ("head", "final_norm/**", "suffix/**/mlp/w2"), "rule": "momentum"},
     },
 }
-# Where each layer's weights lie: (path, row), by hand.
-PLACES = {
+# The weights of each layer, by hand: (path, row).
+LAYERS = {
     "three layers in stacks, clipped": {
         "layer1": ("suffix/stage0/block0", 0),
         "layer2": ("suffix/stage0/block1", 0),
@@ -42,79 +42,84 @@ PLACES = {
 }
 
 
-def norm_of(tree, place) -> float:
-    """Of the weights under a path, in numpy."""
-    path, row = place
+def norm_of(tree, layer) -> float:
+    """The norm of the weights under a path, in numpy."""
+    path, row = layer
     for name in path.split("/"):
         tree = tree[name]
     leaves = [np.asarray(x) if row is None else np.asarray(x)[row] for x in jax.tree.leaves(tree)]
     return float(np.sqrt(sum((x**2).sum() for x in leaves)))
 
 
-def plain(config, model, params, rule, token_T, places):
+def plain(config, model, params, rule, token_T, layers):
     """One sequence by a Python loop over the definition: [N, ...] before, after, grads, drifts."""
     chunk_loss, size = make_chunk_loss(model, params.slow), config.inner.chunk_size
 
     @jax.jit
-    def step(progress, chunk):
-        loss, (state, _, _) = chunk_loss(progress.fast, progress.state, chunk)
-        g = jax.grad(lambda fast: chunk_loss(fast, progress.state, chunk)[0])(progress.fast)
+    def step(read_state, chunk):
+        loss, (state, _, _) = chunk_loss(read_state.fast, read_state.state, chunk)
+        g = jax.grad(lambda fast: chunk_loss(fast, read_state.state, chunk)[0])(read_state.fast)
         fast, rule_state, _ = inner_loop.update(
-            rule, config.inner.lr, progress.fast, progress.rule_state, g, jnp.array(True)
+            rule, config.inner.lr, read_state.fast, read_state.rule_state, g, jnp.array(True)
         )
-        again, _ = chunk_loss(fast, progress.state, chunk)
+        again, _ = chunk_loss(fast, read_state.state, chunk)
         return inner_loop.ReadState(fast, rule_state, state), g, loss, again
 
     x_TD, _ = model.run_part("prefix", params.slow, None, model.embed(params.slow, token_T[:-1]))
-    progress = inner_loop.start(rule, params.fast, model.init_state(LENGTH, parts=["suffix"]))
+    read_state = inner_loop.start(rule, params.fast, model.init_state(LENGTH, parts=["suffix"]))
     rows = []
     for at in range(0, len(token_T) - 1, size):
         chunk = x_TD[at : at + size], token_T[at + 1 : at + size + 1], jnp.ones(size, bool)
-        progress, g, loss, again = step(progress, chunk)
-        moved = jax.tree.map(np.subtract, progress.fast, params.fast)
-        shown = [[norm_of(tree, place) for place in places] for tree in (g, moved)]
-        rows.append((loss, again, *shown))
+        read_state, g, loss, again = step(read_state, chunk)
+        drift = jax.tree.map(np.subtract, read_state.fast, params.fast)
+        layer_norms = [[norm_of(tree, layer) for layer in layers] for tree in (g, drift)]
+        rows.append((loss, again, *layer_norms))
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_what_is_shown_is_what_a_plain_loop_finds(x64, name):
-    config, model, params, reader, weights, token = setting(SYSTEMS[name])
-    assert fast_layers(model) == PLACES[name]
-    context = start(reader, params, 2, LENGTH)
-    look = jax.jit(partial(trace_chunks, reader, at_start=True))
+def test_trace_equals_a_plain_loop(x64, name):
+    config, model, params, inference_model, weights, token = setting(SYSTEMS[name])
+    assert fast_layers(model) == LAYERS[name]
+    context = init_context(inference_model, params, 2, LENGTH)
+    run_trace = jax.jit(partial(trace_chunks, inference_model, at_start=True))
     first = jax.tree.map(lambda w: w[:1], context.fast)
-    _, seen = look(first, weights, context, token[:, :-1], token[:, -1])
+    _, trace = run_trace(first, weights, context, token[:, :-1], token[:, -1])
     before, after, grad, drift = plain(
-        config, model, params, reader.learner.rule, jnp.asarray(token[1]), PLACES[name].values()
+        config,
+        model,
+        params,
+        inference_model.chunk_model.rule,
+        jnp.asarray(token[1]),
+        LAYERS[name].values(),
     )
-    np.testing.assert_allclose(seen.loss_NB[:, 1], before, atol=1e-11)
-    np.testing.assert_allclose(seen.loss_after_NB[:, 1], after, atol=1e-11)
-    np.testing.assert_allclose(seen.grad_norm_NBL[:, 1], grad, atol=1e-11)
-    np.testing.assert_allclose(seen.drift_NBL[:, 1], drift, atol=1e-11)
-    whole = np.sqrt((np.asarray(seen.grad_norm_NBL) ** 2).sum(axis=-1))
-    np.testing.assert_allclose(seen.grad_norm_NB, whole, atol=1e-11)
-    assert float(seen.grad_norm_NB.max()) > config.inner.clip  # else nothing was clipped
-    assert worst(seen.loss_after_NB, seen.loss_NB) > 1e-3
+    np.testing.assert_allclose(trace.loss_NB[:, 1], before, atol=1e-11)
+    np.testing.assert_allclose(trace.loss_after_NB[:, 1], after, atol=1e-11)
+    np.testing.assert_allclose(trace.grad_norm_NBL[:, 1], grad, atol=1e-11)
+    np.testing.assert_allclose(trace.drift_NBL[:, 1], drift, atol=1e-11)
+    total = np.sqrt((np.asarray(trace.grad_norm_NBL) ** 2).sum(axis=-1))
+    np.testing.assert_allclose(trace.grad_norm_NB, total, atol=1e-11)
+    assert float(trace.grad_norm_NB.max()) > config.inner.clip  # else nothing was clipped
+    assert worst(trace.loss_after_NB, trace.loss_NB) > 1e-3
 
 
-def test_looking_changes_nothing(x64):
-    _, _, params, reader, weights, token = setting({})
-    read = start(reader, params, 2, LENGTH), token[:, :-1], token[:, -1]
-    context, records = jax.jit(partial(read_chunks, reader, at_start=True))(weights, *read)
-    look = jax.jit(partial(trace_chunks, reader, at_start=True))
-    seen_context, seen = look(jax.tree.map(lambda w: w[:1], read[0].fast), weights, *read)
-    assert worst(seen_context, context) < 1e-12
+def test_trace_does_not_change_context_or_records(x64):
+    _, _, params, inference_model, weights, token = setting({})
+    read = init_context(inference_model, params, 2, LENGTH), token[:, :-1], token[:, -1]
+    context, records = jax.jit(partial(read_chunks, inference_model, at_start=True))(weights, *read)
+    run_trace = jax.jit(partial(trace_chunks, inference_model, at_start=True))
+    traced_context, trace = run_trace(jax.tree.map(lambda w: w[:1], read[0].fast), weights, *read)
+    assert worst(traced_context, context) < 1e-12
     for name in records._fields:
-        assert worst(getattr(seen, name), getattr(records, name)) < 1e-12
+        assert worst(getattr(trace, name), getattr(records, name)) < 1e-12
 
 
-def test_the_start_is_measured_by_layer_and_sums_are_wide(x64):
+def test_start_norms_by_layer_in_float32(x64):
     name = "head and norm, momentum"
-    _, model, params, reader, _, _ = setting(SYSTEMS[name])
-    sizes = start_norms(Engine(reader, params, 64))
-    expected = [norm_of(params.fast, place) for place in PLACES[name].values()]
-    np.testing.assert_allclose(sizes, expected, rtol=1e-12)
+    _, model, params, inference_model, _, _ = setting(SYSTEMS[name])
+    start = start_norms(Engine(inference_model, params, 64))
+    expected = [norm_of(params.fast, layer) for layer in LAYERS[name].values()]
+    np.testing.assert_allclose(start, expected, rtol=1e-12)
     low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params.fast)
     assert {x.dtype for x in jax.tree.leaves(squares(low))} == {jnp.dtype("float32")}
     np.testing.assert_allclose(norms(model, squares(low)), expected, rtol=0.01)

@@ -1,4 +1,4 @@
-"""The Gated DeltaNet mixer against numpy, in pieces, token by token, in half precision."""
+"""The Gated DeltaNet mixer against numpy, in parts, token by token, in half precision."""
 
 from functools import cache
 
@@ -105,7 +105,7 @@ def test_any_split_gives_the_same_outputs_and_state(lengths):
     assert worst(state, whole_state) < 1e-12
 
 
-def test_the_state_has_a_size_of_its_own():
+def test_state_has_constant_size():
     mixer = build(dtype=jnp.float32)
     state = mixer.init_state(10**9, jnp.bfloat16)
     assert {name: (x.shape, x.dtype.name) for name, x in state.items()} == {
@@ -124,7 +124,7 @@ def test_the_state_has_a_size_of_its_own():
 
 def test_every_weight_has_a_finite_gradient_under_vmap():
     apply, weights, _ = layer()
-    x_BTD = np.stack([X_TD, 0 * X_TD])  # the second: nothing but zeros, keys of length zero
+    x_BTD = np.stack([X_TD, 0 * X_TD])  # the second: zeros, keys of length zero
 
     def loss(weights):
         y_BTD, _ = jax.vmap(lambda x_TD: apply(weights, x_TD, None))(x_BTD)
@@ -136,7 +136,7 @@ def test_every_weight_has_a_finite_gradient_under_vmap():
         assert np.abs(value).max() > 0, name
 
 
-def test_initial_values_lie_where_the_authors_put_them():
+def test_initial_values_are_those_of_the_authors():
     mixer = build(value_heads=512, dtype=jnp.float32, std=0.1)
     rate, bias = np.exp(mixer.a_log[...]), mixer.dt_bias[...]
     time_step = np.log1p(np.exp(bias))
@@ -151,6 +151,6 @@ def test_initial_values_lie_where_the_authors_put_them():
     np.testing.assert_array_equal(mixer.norm[...], 1)
 
 
-def test_value_heads_that_cannot_share_the_key_heads_are_refused():
+def test_indivisible_heads_are_refused():
     with pytest.raises(UserError, match="3 value heads cannot share 2 key heads"):
         build(key_heads=2, value_heads=3)

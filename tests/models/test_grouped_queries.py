@@ -1,4 +1,4 @@
-"""Grouped queries are attention whose heads of keys and values are copies of each other."""
+"""Grouped-query attention equals attention with repeated heads of keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ def summed(gradient):
     return change_heads(gradient, one)
 
 
-def test_loss_and_gradient_are_those_of_repeated_heads():
-    found = []
+def test_loss_and_gradient_equal_repeated_heads():
+    results = []
     for kv_heads in (KV_HEADS, 0):
         config, model = built(kv_heads)
         inner = make_inner_loop(config.inner)._replace(form="reference")
@@ -54,12 +54,12 @@ def test_loss_and_gradient_are_those_of_repeated_heads():
         params = shaken(built(KV_HEADS)[1].init(jax.random.key(0)))
         params = params if kv_heads else repeated(params)
         derive = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (value, reading), gradient = derive(params, random_batch(config), 0.7)
-        found.append((value, reading, gradient if kv_heads else summed(gradient)))
-    assert worst(*found) < 1e-12
+        (value, output), gradient = derive(params, random_batch(config), 0.7)
+        results.append((value, output, gradient if kv_heads else summed(gradient)))
+    assert worst(*results) < 1e-12
 
 
-def test_logits_are_those_of_repeated_heads_and_the_state_is_smaller():
+def test_logits_equal_repeated_heads_with_smaller_state():
     config, grouped = built(KV_HEADS)
     _, plain = built(HEADS)
     params = shaken(grouped.init(jax.random.key(0)))
@@ -72,6 +72,6 @@ def test_logits_are_those_of_repeated_heads_and_the_state_is_smaller():
     assert small * HEADS == large * KV_HEADS
 
 
-def test_as_many_heads_of_keys_as_of_queries_change_nothing():
+def test_equal_numbers_of_heads_change_nothing():
     (_, unset), (_, same) = built(0), built(HEADS)
     assert unset == same

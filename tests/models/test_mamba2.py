@@ -1,4 +1,4 @@
-"""The Mamba-2 layer against its definition, in pieces, its limits and its first weights."""
+"""The Mamba-2 layer against its definition, in parts, its limits and initial weights."""
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +52,14 @@ def silu(x):
 def by_definition(w, x, limits=(0, np.inf), eps=1e-5):
     """The layer one token at a time, in float64."""
     w = {name: np.asarray(value, np.float64) for name, value in w.items()}
-    past = {name: np.zeros((J, *w[f"w{name}"].shape[1:])) for name in "xbc"}
+    inputs = {name: np.zeros((J, *w[f"w{name}"].shape[1:])) for name in "xbc"}
     state, outputs = np.zeros((H, P, N)), []
     for token in x:
         now = {}
         for name in "xbc":
             new = np.tensordot(token, w[f"w{name}"], 1)
-            past[name] = np.concatenate([past[name][1:], new[None]])
-            mixed = (past[name] * w[f"conv_{name}"]).sum(0) + w[f"conv_{name}_bias"]
+            inputs[name] = np.concatenate([inputs[name][1:], new[None]])
+            mixed = (inputs[name] * w[f"conv_{name}"]).sum(0) + w[f"conv_{name}_bias"]
             now[name] = silu(mixed)
         dt = np.clip(np.log1p(np.exp(token @ w["wdt"] + w["dt_bias"])), *limits)
         z = np.tensordot(token, w["wz"], 1)
@@ -76,7 +76,7 @@ def by_definition(w, x, limits=(0, np.inf), eps=1e-5):
 
 
 @pytest.mark.parametrize("limits", [(), (0.4, 0.6)], ids=["no limits", "limits"])
-def test_is_the_definition(limits):
+def test_equals_the_definition(limits):
     layer, weights = make_layer(dt_limits=limits)
     x = make_input()
     y, state = jax.jit(lambda w, x: layer(w)(x, None, 0))(weights, x)
@@ -84,8 +84,8 @@ def test_is_the_definition(limits):
     np.testing.assert_allclose(y, by_definition(weights, x, limits or (0, np.inf)), atol=1e-12)
 
 
-def test_the_limits_cut_steps_on_both_sides():
-    """Otherwise the definition with limits would be met by a layer without them."""
+def test_limits_clip_steps_on_both_sides():
+    """Else a layer without limits would pass the test of the definition."""
     layer, weights = make_layer(dt_limits=(0.4, 0.6))
     free, _ = make_layer()
     x = jnp.asarray(make_input())
@@ -95,7 +95,7 @@ def test_the_limits_cut_steps_on_both_sides():
     np.testing.assert_array_equal(limited_TH, np.clip(dt_TH, 0.4, 0.6))
 
 
-def test_gradient_is_that_of_the_definition():
+def test_gradient_equals_the_definition():
     """By central differences of the numpy loop, along a random direction for each weight."""
     layer, weights = make_layer()
     rng, x, step = np.random.default_rng(3), jnp.asarray(make_input()), 1e-5
@@ -107,8 +107,8 @@ def test_gradient_is_that_of_the_definition():
             (by_definition({**weights, name: value + sign * step * direction}, x) * cot).sum()
             for sign in (1, -1)
         )
-        slope = float(jnp.sum(gradient[name] * direction))
-        assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-6, abs=1e-7), name
+        derivative = float(jnp.sum(gradient[name] * direction))
+        assert derivative == pytest.approx((ahead - behind) / (2 * step), rel=1e-6, abs=1e-7), name
 
 
 @pytest.mark.parametrize("cuts", [(1,) * T, (3, 1, 6), (7, 3)], ids=["tokens", "mixed", "two"])
@@ -116,18 +116,18 @@ def test_any_split_gives_the_same(cuts):
     layer, weights = make_layer()
     empty, x = layer(weights).init_state(T, jnp.float64), jnp.asarray(make_input())
     read = jax.jit(lambda x, state, position: layer(weights)(x, state, position))
-    whole, last = read(x, empty, 0)
-    np.testing.assert_allclose(whole, by_definition(weights, x), atol=1e-12)
+    full, last = read(x, empty, 0)
+    np.testing.assert_allclose(full, by_definition(weights, x), atol=1e-12)
     state, outputs, start = empty, [], 0
     for size in cuts:
         y, state = read(x[start : start + size], state, jnp.int32(start))
         outputs.append(y)
         start += size
-    np.testing.assert_allclose(jnp.concatenate(outputs), whole, atol=1e-12)
+    np.testing.assert_allclose(jnp.concatenate(outputs), full, atol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, last)
 
 
-def test_the_state_is_wide_and_does_not_grow():
+def test_state_is_float32_and_does_not_grow():
     module = Mamba2(D, nnx.Rngs(0), **{**SIZES, "dtype": jnp.bfloat16})
     state = module.init_state(10, jnp.bfloat16)
     assert {name: (a.shape, a.dtype.name) for name, a in state.items()} == {
@@ -154,7 +154,7 @@ def test_bfloat16_is_finite_with_its_gradient():
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_first_weights():
+def test_initial_weights():
     """Step sizes within [1e-3, 0.1] and rates within [1, 16], spread over those ranges."""
     wide = Mamba2(256, nnx.Rngs(0), **{**SIZES, "head_dim": 1, "dtype": jnp.float32})
     dt, rate = jax.nn.softplus(wide.dt_bias[...]), jnp.exp(wide.a_log[...])

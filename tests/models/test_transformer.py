@@ -49,14 +49,14 @@ def read_in(name, *lengths):
 @pytest.mark.parametrize("lengths", [(8, 4), (4, 8), (1,) * LENGTH], ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_any_split_gives_the_same_logits_and_state(name, lengths):
-    whole, whole_state = read_in(name, LENGTH)
+    full, full_state = read_in(name, LENGTH)
     logits, state = read_in(name, *lengths)
-    np.testing.assert_allclose(logits, whole, atol=1e-12)
-    assert worst(state, whole_state) < 1e-12
+    np.testing.assert_allclose(logits, full, atol=1e-12)
+    assert worst(state, full_state) < 1e-12
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_whole_sequence_without_state_gives_the_same(name):
+def test_sequence_without_state_gives_the_same(name):
     model, params, _ = built(name)
     weights = combine(params.slow, params.fast)
     x_TD = model.embed(params.slow, TOKENS)
@@ -72,7 +72,7 @@ def test_a_whole_sequence_without_state_gives_the_same(name):
 
 @pytest.mark.parametrize("position", [0, 5, LENGTH - 1])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_no_logit_sees_a_later_token(name, position):
+def test_logits_do_not_depend_on_later_tokens(name, position):
     model, params, apply = built(name)
     changed = TOKENS.copy()
     changed[position] = (changed[position] + 1) % 11
@@ -82,7 +82,7 @@ def test_no_logit_sees_a_later_token(name, position):
     assert (np.abs(before[position] - after[position]) > 1e-6).any()
 
 
-def test_a_window_sees_exactly_its_keys():
+def test_window_attends_to_exactly_its_keys():
     """One block, window 5: a token reaches itself and the 4 after it, no further."""
     config = small_config(model={"num_layers": 1, "suffix_layers": 0, "fast_mlp": False})
     model = build_model(config.model, config.inner)
@@ -94,7 +94,7 @@ def test_a_window_sees_exactly_its_keys():
     assert moved.nonzero()[0].tolist() == [3, 4, 5, 6, 7]
 
 
-def test_state_has_constant_size_but_for_full_attention():
+def test_state_size_is_constant_except_for_full_attention():
     def sizes(name, length):
         model, _, _ = built(name)
         return sum(x.size for x in jax.tree.leaves(model.init_state(length)))
@@ -103,7 +103,7 @@ def test_state_has_constant_size_but_for_full_attention():
     assert sizes("full", 100) < sizes("full", 10_000)
 
 
-def test_a_window_longer_than_the_sequence_and_any_table_is_finite():
+def test_window_longer_than_the_sequence():
     config = small_config(model={"window_size": 500}, train={"seq_len": 8})
     model = build_model(config.model, config.inner)
     params = model.init(jax.random.key(0))
@@ -111,7 +111,7 @@ def test_a_window_longer_than_the_sequence_and_any_table_is_finite():
     assert np.isfinite(logits).all()
 
 
-def test_full_attention_in_the_suffix_sees_the_whole_past():
+def test_full_attention_in_the_suffix_reaches_the_first_token():
     """The first token reaches the last chunk through attention alone (no learning)."""
     config = small_config(model={"mixers": ("full",), "suffix_layers": 2})
     model = build_model(config.model, config.inner)
@@ -124,7 +124,7 @@ def test_full_attention_in_the_suffix_sees_the_whole_past():
     assert (np.abs(before.token_nll_T - after.token_nll_T)[:, -4:] > 1e-9).all()
 
 
-def test_initial_weights_are_normal_and_every_copy_its_own():
+def test_initial_weights_are_normal_and_copies_differ():
     config = small_config(model={"num_layers": 6, "embed_dim": 32, "init_std": 0.02})
     model = build_model(config.model, config.inner)
     flat = flatten_dict(model.init(jax.random.key(0)).slow, sep="/")
@@ -136,7 +136,7 @@ def test_initial_weights_are_normal_and_every_copy_its_own():
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_every_weight_has_a_name_for_every_dimension(name):
+def test_every_weight_names_every_dimension(name):
     model, params, _ = built(name)
     for part in ("slow", "fast"):
         axes = flatten_dict(getattr(model.axes(), part))
@@ -145,7 +145,7 @@ def test_every_weight_has_a_name_for_every_dimension(name):
         assert all(len(axes[k]) == shapes[k].ndim for k in shapes)
 
 
-def test_fast_weights_are_the_declared_ones_or_those_of_the_patterns():
+def test_fast_weights_are_declared_or_match_patterns():
     model, params, _ = built("window")
     declared = set(flatten_dict(params.fast, sep="/"))
     assert declared == {f"suffix/stage0/block0/fast_mlp/{w}" for w in ("w1", "w2", "w3")}
@@ -164,13 +164,13 @@ def test_fast_weights_are_the_declared_ones_or_those_of_the_patterns():
         ("embedding", "lies before the suffix"),
     ],
 )
-def test_a_pattern_that_cannot_be_meant_is_refused(pattern, message):
+def test_invalid_patterns_are_refused(pattern, message):
     model, _, _ = built("window")
     with pytest.raises(UserError, match=message):
         _ = dataclasses.replace(model, fast_patterns=(pattern,)).fast_paths
 
 
-def test_two_stars_stand_for_any_number_of_parts():
+def test_two_stars_match_any_number_of_parts():
     matches = path_filter(["a/**/z", "b/*"])
     assert [p for p in ("a/z", "a/b/z", "a/b/c/z", "a/z/c", "b/c", "b/c/d") if matches(p)] == [
         "a/z",
@@ -180,8 +180,8 @@ def test_two_stars_stand_for_any_number_of_parts():
     ]
 
 
-def test_relayout_keeps_the_function_and_comes_back():
-    """A model without suffix, given one for dynamic evaluation, says the same until it learns."""
+def test_relayout_keeps_the_function_and_inverts():
+    """A model without suffix, given one for dynamic evaluation: equal logits before any update."""
     plain = small_config(model={"num_layers": 3, "suffix_layers": 0, "fast_mlp": False})
     source = build_model(plain.model, plain.inner)
     target = dataclasses.replace(source, suffix_layers=2, fast_patterns=("suffix/**/mlp/**",))

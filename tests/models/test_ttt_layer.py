@@ -1,4 +1,4 @@
-"""The TTT layer as a whole: its definition, its weights, its state, and the key-read rule."""
+"""The TTT layer: its definition, weights, state, and the output rule "key"."""
 
 from functools import cache
 
@@ -89,7 +89,7 @@ def test_any_split_gives_the_same_outputs_and_state(lengths):
         assert worst(read_in(kind, *lengths), read_in(kind, LENGTH)) < 1e-11
 
 
-def test_there_are_no_weights_that_nothing_uses():
+def test_every_weight_is_used():
     always = {"wv", "wo", "wlr", "lr_bias", "token_idx", "norm_scale", "norm_bias"}
     always |= {"w1", "b1", "post_norm_scale", "post_norm_bias"}
     gated = {"wq", "wg", "conv_k", "conv_k_bias"}
@@ -103,8 +103,8 @@ def test_there_are_no_weights_that_nothing_uses():
         assert set(built(*kind)[1]) == always | own[kind]
 
 
-def test_key_rule_reads_before_the_mini_batch_is_learned():
-    """Within a mini-batch nothing that was written is seen; the next one sees it."""
+def test_key_rule_uses_weights_before_the_update():
+    """A change within a mini-batch affects only the next one."""
     _, weights, call = built("mlp", "plain", "key")
     before, _ = call(weights, inputs(), None, 0)
     after, _ = call(weights, inputs().at[1].add(1.0), None, 0)
@@ -112,7 +112,7 @@ def test_key_rule_reads_before_the_mini_batch_is_learned():
     assert moved.tolist() == [False, True, False, False] + [True] * (LENGTH - CHUNK)
 
 
-def test_states_are_wide_and_outputs_as_the_inputs():
+def test_states_are_float32_and_outputs_as_inputs():
     module = layer(jnp.bfloat16)
     state = module.init_state(100, jnp.bfloat16)
     assert {name: x.shape for name, x in state.items()} == {
@@ -137,7 +137,7 @@ def test_initial_weights():
             assert (weight == (name in ones)).all()
         elif name in ("conv_q", "conv_k"):
             assert float(weight.std()) == pytest.approx(0.5, rel=0.1)  # 1 / sqrt(4 taps)
-            assert float(np.abs(weight).max()) < 1.2  # cut at two standard deviations
+            assert float(np.abs(weight).max()) < 1.2  # truncated at two standard deviations
         else:
             assert float(weight.std()) == pytest.approx(0.02, rel=0.1), name
 
@@ -152,6 +152,6 @@ def test_initial_weights():
         ({"chunk_size": 0}, "mini-batch of 0 tokens"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         layer(**changes)

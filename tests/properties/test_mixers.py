@@ -1,4 +1,4 @@
-"""What every mixer has to be able to do, asked of all of them alike. A new one joins MIXERS."""
+"""Properties that every mixer must have. Add a new mixer to MIXERS."""
 
 from functools import cache, partial
 
@@ -39,7 +39,8 @@ MIXERS = {
         {"pre_conv": True, "num_kv_heads": 1, "rope_scaling": (4.0, 1.0, 4.0, 64.0)},
     ),
 }
-GROWS = ("full", "mamba2+full, convolution first, grouped queries")  # their state keeps all tokens
+# Mixers whose state grows with the sequence.
+GROWS = ("full", "mamba2+full, convolution first, grouped queries")
 LONG = tuple(kind for kind in KINDS if kind != "none")
 SMALL_SIZES = {
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "mlp_dim": 0},
@@ -52,14 +53,14 @@ every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 
 def block_of(kind, **changes) -> Stack:
-    """One block that is nothing but the mixer, with its norms and residual."""
+    """One block with only the mixer, its norms and residual."""
     config = small_config(model={**SMALL_SIZES, "mixers": (kind,), **changes})
     shape = build_model(config.model, config.inner).shape
     return Stack(Block, 1, (kind, False, shape))
 
 
 def weights_of(block, scale=1.0, dtype=None):
-    """Random weights with noise on every one, so that nothing is at its trivial start."""
+    """Random weights with noise on every one, so that none has its initial value."""
     keys = jax.random.split(jax.random.key(1), 2)
     weights = jax.tree.map(lambda w: w[0], block.init(keys[0]))
     leaves, tree = jax.tree.flatten(weights)
@@ -95,8 +96,8 @@ def read(name, x_TD, *lengths):
     return jnp.concatenate(out), state
 
 
-def whole(name, x_TD):
-    """Outputs of the form that training uses: all tokens, no state."""
+def train_form(name, x_TD):
+    """Outputs of the training form: all tokens, no state."""
     _, weights, apply = built(name)
     y_TD, state = apply(weights, x_TD, None, jnp.zeros((), jnp.int32))
     assert state is None
@@ -126,7 +127,7 @@ def finite(tree) -> bool:
     return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
 
 
-def test_every_mixer_there_is_is_asked():
+def test_every_mixer_is_tested():
     assert {kind for joined, _ in MIXERS.values() for kind in joined.split("+")} == set(KINDS)
 
 
@@ -141,23 +142,23 @@ def test_any_split_gives_the_same_outputs_and_state(x64, name, lengths):
 
 
 @every_mixer
-def test_training_and_reading_over_a_state_agree(x64, name):
+def test_training_form_and_state_form_agree(x64, name):
     x_TD = inputs()
-    np.testing.assert_allclose(whole(name, x_TD), read(name, x_TD, LENGTH)[0], atol=1e-10)
+    np.testing.assert_allclose(train_form(name, x_TD), read(name, x_TD, LENGTH)[0], atol=1e-10)
 
 
 @every_mixer
 @pytest.mark.parametrize("position", [0, 9, LENGTH - 1])
-def test_no_output_sees_a_later_token(x64, name, position):
+def test_outputs_do_not_depend_on_later_tokens(x64, name, position):
     x_TD = inputs()
-    changed = whole(name, x_TD.at[position].add(1.0))
-    moved_T = np.abs(changed - whole(name, x_TD)).max(-1)
-    assert moved_T[:position].max(initial=0) < 1e-12
-    assert moved_T[position] > 1e-6
+    changed = train_form(name, x_TD.at[position].add(1.0))
+    change_T = np.abs(changed - train_form(name, x_TD)).max(-1)
+    assert change_T[:position].max(initial=0) < 1e-12
+    assert change_T[position] > 1e-6
 
 
 @every_mixer
-def test_sequences_of_a_batch_do_not_meet(x64, name):
+def test_sequences_of_a_batch_are_independent(x64, name):
     block, weights, _ = built(name)
     apply = partial(block.apply, weights)
     batch = jax.jit(jax.vmap(lambda x: apply(x, None, jnp.zeros((), jnp.int32))[0]))
@@ -165,11 +166,11 @@ def test_sequences_of_a_batch_do_not_meet(x64, name):
     before = batch(x_BTD)
     after = batch(x_BTD.at[1].add(1.0))
     np.testing.assert_array_equal(before[::2], after[::2])
-    np.testing.assert_allclose(before[2], whole(name, x_BTD[2]), atol=1e-10)
+    np.testing.assert_allclose(before[2], train_form(name, x_BTD[2]), atol=1e-10)
 
 
 @every_mixer
-def test_the_state_has_one_size_whatever_was_read(name):
+def test_state_size_is_constant(name):
     kind, changes = MIXERS[name]
     stack = block_of(kind, **changes)
     block = stack.module()
@@ -184,12 +185,12 @@ def test_the_state_has_one_size_whatever_was_read(name):
         x_TD = jax.ShapeDtypeStruct((length, WIDTH), jnp.bfloat16)
         position = jax.ShapeDtypeStruct((), jnp.int32)
         _, after = jax.eval_shape(stack.apply, weights, x_TD, before, position)
-        kept = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (before, after)]
-        assert kept[0] == kept[1]
+        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in (before, after)]
+        assert shapes[0] == shapes[1]
 
 
 @every_mixer
-def test_gradients_in_float32_are_those_of_float64(name):
+def test_gradients_in_float32_match_float64(name):
     kind, changes = MIXERS[name]
     with jax.enable_x64(True):
         block = block_of(kind, **changes)
@@ -226,7 +227,7 @@ def test_long_sequences_stay_finite(kind, dtype):
 
 
 @pytest.mark.parametrize("name", ["window", "mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp"])
-def test_factors_are_read_in_the_compute_dtype_anyway(name):
+def test_cast_to_compute_weights_are_used_in_compute_dtype(name):
     """So they can be gathered and cast before they are used."""
     kind, changes = MIXERS[name]
     block = block_of(kind, **changes)

@@ -1,4 +1,4 @@
-"""No token profits from its own update, and nothing sees the future: with learning on."""
+"""With inner updates: no token profits from its own update, and the model is causal."""
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ CHUNK, LENGTH = 4, 12
 
 @pytest.fixture(scope="module")
 def read(x64):
-    """read(batch, lr) -> Reading, jitted once; two of three blocks in the suffix."""
+    """read(batch, lr) -> ForwardOutput, jitted once; two of three blocks in the suffix."""
     config = small_config(model={"num_layers": 3, "suffix_layers": 2})
     model = build_model(config.model, config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    reader = jax.jit(make_forward(model, make_inner_loop(config.inner), learn=True))
-    return lambda batch, lr: reader(params, batch, lr)
+    forward = jax.jit(make_forward(model, make_inner_loop(config.inner), learn=True))
+    return lambda batch, lr: forward(params, batch, lr)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def changed(x, position):
 
 
 @pytest.mark.parametrize("position", range(LENGTH))
-def test_a_target_changes_no_earlier_loss_and_in_its_own_chunk_only_its_own(read, batch, position):
-    """A target enters the future only through the update of its chunk."""
+def test_target_changes_own_loss_and_later_chunks_only(read, batch, position):
+    """A target affects later tokens only through the update of its chunk."""
     before = read(batch, 1.0).token_nll_T
     after = read(batch.replace(targets=changed(batch.targets, position)), 1.0).token_nll_T
     differs = np.asarray(before != after).any(0)
@@ -45,22 +45,22 @@ def test_a_target_changes_no_earlier_loss_and_in_its_own_chunk_only_its_own(read
 
 
 @pytest.mark.parametrize("position", range(LENGTH))
-def test_an_input_changes_its_own_chunk_through_attention_alone(read, batch, position):
-    """Up to the end of its chunk the effect of a token is the same with learning as without."""
+def test_input_affects_own_chunk_through_attention_alone(read, batch, position):
+    """Within its chunk the effect of a token is the same with and without updates."""
     other = batch.replace(inputs=changed(batch.inputs, position))
     before, after = read(batch, 1.0).token_nll_T, read(other, 1.0).token_nll_T
     np.testing.assert_array_equal(before[:, :position], after[:, :position])
     assert (np.asarray(before != after)).any(0)[position]
 
 
-def test_the_first_chunk_is_scored_without_learning(read, batch):
+def test_first_chunk_is_scored_with_initial_weights(read, batch):
     on, off = read(batch, 1.0).token_nll_T, read(batch, 0.0).token_nll_T
     np.testing.assert_array_equal(on[:, :CHUNK], off[:, :CHUNK])
     assert (np.asarray(on != off)[:, CHUNK:]).all()
 
 
-def test_masking_a_chunk_changes_it_nowhere_and_what_follows_only_by_its_update(read, batch):
-    """The NLL is reported for masked tokens too: only what is learned from them goes away."""
+def test_masked_chunk_changes_only_later_chunks(read, batch):
+    """The NLL of masked tokens is reported too; only their update is missing."""
     mask = np.array(batch.mask)
     mask[:, CHUNK : 2 * CHUNK] = False
     before, after = read(batch, 1.0), read(batch.replace(mask=mask), 1.0)
@@ -69,8 +69,8 @@ def test_masking_a_chunk_changes_it_nowhere_and_what_follows_only_by_its_update(
     assert (np.asarray(before.token_nll_T != after.token_nll_T)[:, end:]).all()
 
 
-def test_the_last_update_changes_no_loss(read, batch):
-    """It is made (the weights move) but nothing is read after it."""
+def test_last_update_changes_no_loss(read, batch):
+    """The weights change, but no token follows."""
     targets = changed(batch.targets, LENGTH - 1)
     before, after = read(batch, 1.0), read(batch.replace(targets=targets), 1.0)
     np.testing.assert_array_equal(before.token_nll_T[:, :-1], after.token_nll_T[:, :-1])

@@ -33,9 +33,9 @@ def outer_loss(name, exact_chunks=None, remat=False):
     rule = make_rule(name, clip=0.7)
 
     def loss(fast, chunks, lr):
-        reader = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
+        read_state = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
         _, records = inner_loop.adapt(
-            chunk_loss, rule, lr, reader, chunks, exact_chunks=exact_chunks, remat=remat
+            chunk_loss, rule, lr, read_state, chunks, exact_chunks=exact_chunks, remat=remat
         )
         return jnp.mean(records.loss)
 
@@ -48,7 +48,7 @@ def losses(x64):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_outer_gradient_of_every_rule_equals_finite_differences(losses, name):
+def test_outer_gradient_of_every_rule_equals_finite_differences(losses, name):
     fast, chunks = make_data()
     direction, _ = make_data(seed=1)
     size, lr = 1e-6, 0.3
@@ -59,36 +59,36 @@ def test_the_outer_gradient_of_every_rule_equals_finite_differences(losses, name
         )
         for s in (size, -size)
     )
-    got = sum(float(jnp.vdot(g[k], direction[k])) for k in g)
-    assert got == pytest.approx((plus - minus) / (2 * size), rel=1e-5, abs=1e-8)
+    result = sum(float(jnp.vdot(g[k], direction[k])) for k in g)
+    assert result == pytest.approx((plus - minus) / (2 * size), rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("position", [0, 1, CHUNKS - 1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("name", RULES)
-def test_a_chunk_without_targets_is_left_out_by_every_rule(losses, name, position):
-    """Finite gradient, and the weights and the rule's memory pass by it unchanged."""
+def test_chunk_without_targets_is_skipped_by_every_rule(losses, name, position):
+    """The gradient is finite; weights and rule state do not change."""
     fast, (x, y, mask) = make_data()
     loss, g = losses[name](fast, (x, y, mask.at[position].set(False)), 0.3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(g))
     rule = make_rule(name, clip=0.7)
-    reader = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
-    seen = []
+    read_state = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
+    chunk_losses = []
     for i in range(CHUNKS):
         chunk = (x[i], y[i], mask[i])
         if i == position:
-            _, (state, *_) = chunk_loss(reader.fast, reader.state, chunk)
-            reader = reader._replace(state=state)
+            _, (state, *_) = chunk_loss(read_state.fast, read_state.state, chunk)
+            read_state = read_state._replace(state=state)
             continue
-        reader, record = inner_loop.read_chunk(chunk_loss, rule, 0.3, reader, chunk)
-        seen.append(float(record.loss))
-    assert float(loss) == pytest.approx(sum(seen) / CHUNKS, abs=1e-12)
+        read_state, record = inner_loop.read_chunk(chunk_loss, rule, 0.3, read_state, chunk)
+        chunk_losses.append(float(record.loss))
+    assert float(loss) == pytest.approx(sum(chunk_losses) / CHUNKS, abs=1e-12)
 
 
 def test_sgd_equals_a_python_loop():
     fast, chunks = make_data()
     rule = make_rule("sgd", clip=0.7)
-    reader = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
-    end, records = inner_loop.adapt(chunk_loss, rule, 0.3, reader, chunks)
+    read_state = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
+    end, records = inner_loop.adapt(chunk_loss, rule, 0.3, read_state, chunks)
     state = {"sum": jnp.zeros(())}
     for i in range(CHUNKS):
         chunk = jax.tree.map(lambda a, i=i: a[i], chunks)
@@ -104,7 +104,7 @@ def test_sgd_equals_a_python_loop():
 
 
 @pytest.mark.parametrize("exact", [0, 1, 2, CHUNKS, CHUNKS + 1])
-def test_how_far_the_gradient_reaches_does_not_change_the_loss(losses, exact):
+def test_truncation_does_not_change_the_loss(losses, exact):
     fast, chunks = make_data()
     loss, g = outer_loss("sgd", exact)(fast, chunks, 0.3)
     expected, exact_g = losses["sgd"](fast, chunks, 0.3)
@@ -120,14 +120,14 @@ def test_rematerialisation_changes_nothing(losses):
     assert float(global_norm(jax.tree.map(jnp.subtract, g, expected))) < 1e-13
 
 
-def test_the_loss_of_a_chunk_comes_before_its_update():
-    """Another target in chunk 2 changes losses from 2 on through the data, none before."""
+def test_chunk_loss_precedes_its_update():
+    """Another target in chunk 2 changes the losses of chunks 2 and 3, none before."""
     fast, (x, y, mask) = make_data()
     rule = make_rule("sgd", clip=0.7)
 
     def losses_of(y, lr):
-        reader = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
-        return inner_loop.adapt(chunk_loss, rule, lr, reader, (x, y, mask))[1].loss
+        read_state = inner_loop.start(rule, fast, {"sum": jnp.zeros(())})
+        return inner_loop.adapt(chunk_loss, rule, lr, read_state, (x, y, mask))[1].loss
 
     before, after = losses_of(y, 0.3), losses_of(y.at[2, 0].add(1.0), 0.3)
     np.testing.assert_array_equal(before[:2], after[:2])
@@ -135,11 +135,11 @@ def test_the_loss_of_a_chunk_comes_before_its_update():
     assert float(losses_of(y, 0.3)[0]) == float(losses_of(y, 0.0)[0])
 
 
-def test_fast_weights_keep_their_dtype_under_another_learning_rate_dtype():
+def test_fast_weights_keep_dtype_for_float64_learning_rate():
     fast, chunks = make_data()
     fast = jax.tree.map(lambda w: w.astype(jnp.float32), fast)
     chunks = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype != bool else a, chunks)
     rule = make_rule("adam")
-    reader = inner_loop.start(rule, fast, {"sum": jnp.zeros((), jnp.float32)})
-    end, _ = inner_loop.adapt(chunk_loss, rule, jnp.asarray(0.3, jnp.float64), reader, chunks)
+    read_state = inner_loop.start(rule, fast, {"sum": jnp.zeros((), jnp.float32)})
+    end, _ = inner_loop.adapt(chunk_loss, rule, jnp.asarray(0.3, jnp.float64), read_state, chunks)
     assert {leaf.dtype for leaf in jax.tree.leaves(end.fast)} == {jnp.dtype("float32")}

@@ -1,4 +1,4 @@
-"""The fast form of the outer gradient gives the reference's numbers, whatever is configured."""
+"""The fast form of the meta-gradient equals the reference form for all configurations."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ CASES = {
     "three suffix blocks, window of a chunk": {
         "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
     },
-    "the whole model is suffix, long window, adam": {
+    "the total model is suffix, long window, adam": {
         "model": {"suffix_layers": 2, "window_size": 50},
         "inner": {"rule": "adam", "lr": 0.1},
     },
@@ -82,16 +82,16 @@ CASES = {
 
 
 def both_forms(config, batch, dtype):
-    """(loss, reading, gradients in weights and inner learning rate) of each form."""
+    """(loss, output, gradients in weights and inner learning rate) of each form."""
     model = build_model(config.model, config.inner)
     inner = make_inner_loop(config.inner)
     params = shaken(model.init(jax.random.key(0)))
-    found = {}
+    results = {}
     for form in ("reference", "fast"):
         loss = make_outer_loss(model, inner._replace(form=form), learn=True)
         derive = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
-        found[form] = derive(params, batch, jnp.asarray(0.7, dtype))
-    return found["reference"], found["fast"]
+        results[form] = derive(params, batch, jnp.asarray(0.7, dtype))
+    return results["reference"], results["fast"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,7 +109,7 @@ def test_both_forms_agree(x64, name):
 
 
 def drawn(seed):
-    """A configuration by lot: depth, window, chunks, batch, clip, rule, trajectory, and more."""
+    """A random configuration: depth, window, chunks, batch, clip, rule, trajectory, and more."""
     rng = np.random.default_rng(seed)
 
     def pick(*choices):
@@ -138,7 +138,7 @@ def drawn(seed):
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
-def test_whatever_is_drawn_both_forms_agree_in_float64(x64, seed):
+def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     config = drawn(seed)
     (_, grads), (_, fast_grads) = both_forms(config, random_batch(config, seed, 0.3), "float64")
     largest = max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
@@ -146,17 +146,17 @@ def test_whatever_is_drawn_both_forms_agree_in_float64(x64, seed):
 
 
 @pytest.mark.parametrize("seed", [2, 3])
-def test_whatever_is_drawn_both_forms_agree_in_float32(seed):
+def test_both_forms_agree_for_random_configurations_in_float32(seed):
     config = drawn(seed)
     with jax.default_matmul_precision("highest"):
-        found = both_forms(config, random_batch(config, seed, 0.3), "float32")
-    (_, grads), (_, fast_grads) = found
+        results = both_forms(config, random_batch(config, seed, 0.3), "float32")
+    (_, grads), (_, fast_grads) = results
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True))
-    whole = np.sqrt(sum(np.linalg.norm(a) ** 2 for a, _ in pairs))
-    assert np.sqrt(sum(np.linalg.norm(a - b) ** 2 for a, b in pairs)) <= 1e-5 * whole
+    total = np.sqrt(sum(np.linalg.norm(a) ** 2 for a, _ in pairs))
+    assert np.sqrt(sum(np.linalg.norm(a - b) ** 2 for a, b in pairs)) <= 1e-5 * total
 
 
-def test_a_chunk_without_targets_teaches_nothing(x64):
+def test_chunk_without_targets_has_no_update(x64):
     config = small_config()
     batch = random_batch(config)
     mask = batch.mask.copy()
@@ -174,7 +174,7 @@ def test_in_float32():
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-7
 
 
-def test_the_mixers_below_the_lowest_fast_weight_run_in_parallel():
+def test_mixers_before_the_first_fast_weight_are_parallel():
     lifted = {
         name: SplitModel(build_model(config.model, config.inner)).first_mixers_are_parallel
         for name, config in {

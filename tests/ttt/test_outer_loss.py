@@ -40,19 +40,19 @@ def batch(config):
 
 
 def gradient_of(model, inner, learn=True):
-    """Jitted: (params, batch, lr) -> ((loss, reading), gradient)."""
+    """Jitted: (params, batch, lr) -> ((loss, output), gradient)."""
     return jax.jit(jax.value_and_grad(make_outer_loss(model, inner, learn=learn), has_aux=True))
 
 
 @pytest.fixture(scope="module")
 def gradients(config, model):
-    """By how many of the last updates the gradient goes through; None: all."""
+    """By the number of last updates that the gradient goes through; None: all."""
     inner = make_inner_loop(config.inner)
     return {m: gradient_of(model, inner._replace(exact_chunks=m)) for m in (None, 2, 0)}
 
 
-def read_slowly(config, params, batch, frozen=()):
-    """The reference on every sequence: a list of what it showed."""
+def run_reference(config, params, batch, frozen=()):
+    """The results of the reference for every sequence."""
     m = config.model
     shape = Shape(
         prefix_layers=m.num_layers - m.suffix_layers,
@@ -77,37 +77,37 @@ def read_slowly(config, params, batch, frozen=()):
     ]
 
 
-def mean_loss(shown):
-    return float(np.mean([np.mean(one["loss"]) for one in shown]))
+def mean_loss(results):
+    return float(np.mean([np.mean(one["loss"]) for one in results]))
 
 
 @pytest.fixture(scope="module")
-def slow_reading(config, params, batch):
-    return read_slowly(config, params, batch)
+def reference(config, params, batch):
+    return run_reference(config, params, batch)
 
 
-def test_loss_nll_and_inner_norms_equal_the_slow_form(gradients, params, batch, slow_reading):
-    (loss, reading), _ = gradients[None](params, batch, LR)
-    assert float(loss) == pytest.approx(mean_loss(slow_reading), abs=1e-12)
-    for i, shown in enumerate(slow_reading):
-        np.testing.assert_allclose(reading.chunk_loss_N[i], shown["loss"], atol=1e-12)
-        np.testing.assert_allclose(reading.token_nll_T[i], np.ravel(shown["nll"]), atol=1e-12)
-        np.testing.assert_allclose(reading.grad_norm_N[i], shown["grad_norm"], atol=1e-12)
-    norms = np.asarray(reading.grad_norm_N)
+def test_loss_nll_and_inner_norms_equal_the_reference(gradients, params, batch, reference):
+    (loss, output), _ = gradients[None](params, batch, LR)
+    assert float(loss) == pytest.approx(mean_loss(reference), abs=1e-12)
+    for i, result in enumerate(reference):
+        np.testing.assert_allclose(output.chunk_loss_N[i], result["loss"], atol=1e-12)
+        np.testing.assert_allclose(output.token_nll_T[i], np.ravel(result["nll"]), atol=1e-12)
+        np.testing.assert_allclose(output.grad_norm_N[i], result["grad_norm"], atol=1e-12)
+    norms = np.asarray(output.grad_norm_N)
     assert norms.min() < 1 < norms.max(), "some chunks must be clipped, some not"
 
 
-def test_fast_weights_and_drift_equal_the_slow_form(gradients, params, batch, slow_reading):
-    (_, reading), _ = gradients[None](params, batch, LR)
-    final = flatten_dict(reading.fast, sep="/")
+def test_fast_weights_and_drift_equal_the_reference(gradients, params, batch, reference):
+    (_, output), _ = gradients[None](params, batch, LR)
+    final = flatten_dict(output.fast, sep="/")
     start = flatten_dict(params.fast, sep="/")
-    for i, shown in enumerate(slow_reading):
-        moved = {k: sum(update[k] for update in shown["update"]) for k in start}
+    for i, result in enumerate(reference):
+        change = {k: sum(update[k] for update in result["update"]) for k in start}
         for name in start:
-            np.testing.assert_allclose(final[name][i], start[name] + moved[name], atol=1e-12)
-        drift = np.sqrt(sum((a**2).sum() for a in moved.values()))
-        assert float(reading.drift[i]) == pytest.approx(float(drift), abs=1e-12)
-        assert np.linalg.norm(reading.layer_drift_L[i]) == pytest.approx(float(drift), abs=1e-12)
+            np.testing.assert_allclose(final[name][i], start[name] + change[name], atol=1e-12)
+        drift = np.sqrt(sum((a**2).sum() for a in change.values()))
+        assert float(output.drift[i]) == pytest.approx(float(drift), abs=1e-12)
+        assert np.linalg.norm(output.layer_drift_L[i]) == pytest.approx(float(drift), abs=1e-12)
 
 
 def direction_like(tree, seed):
@@ -125,17 +125,17 @@ def along(params, direction, size):
     [(None, "slow"), (None, "fast"), (2, "fast"), (0, "slow")],
     ids=["exact-slow", "exact-fast", "truncated-fast", "first_order-slow"],
 )
-def test_gradient_equals_finite_differences_of_the_slow_form(
-    config, params, batch, gradients, slow_reading, m, part
+def test_gradient_equals_finite_differences_of_the_reference(
+    config, params, batch, gradients, reference, m, part
 ):
-    """Truncated to m: the first updates stay what they are, whatever the weights become."""
+    """Truncated to m: the first updates are constants."""
     zero = jax.tree.map(jnp.zeros_like, params)
     direction = zero.replace(**{part: direction_like(getattr(params, part), seed=1)})
-    kept = CHUNKS if m == 0 else CHUNKS - m if m else 0
-    frozen = [shown["update"][:kept] for shown in slow_reading]
+    constant = CHUNKS if m == 0 else CHUNKS - m if m else 0
+    frozen = [result["update"][:constant] for result in reference]
     size = 1e-5
     plus, minus = (
-        mean_loss(read_slowly(config, along(params, direction, sign * size), batch, frozen))
+        mean_loss(run_reference(config, along(params, direction, sign * size), batch, frozen))
         for sign in (1, -1)
     )
     _, grads = gradients[m](params, batch, LR)
@@ -144,7 +144,7 @@ def test_gradient_equals_finite_differences_of_the_slow_form(
     assert sum(jax.tree.leaves(products)) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_the_choices_differ_and_end_in_each_other(config, model, gradients, params, batch):
+def test_truncations_differ_and_reach_the_exact_gradient(config, model, gradients, params, batch):
     by_m = {m: f(params, batch, LR)[1] for m, f in gradients.items()}
     assert worst(by_m[None], by_m[0]) > 1e-3
     assert worst(by_m[None], by_m[2]) > 1e-4
@@ -161,7 +161,7 @@ def test_the_choices_differ_and_end_in_each_other(config, model, gradients, para
     assert exact_chunks("exact", 0) is None
 
 
-def test_the_loss_does_not_depend_on_the_choice(gradients, params, batch):
+def test_loss_does_not_depend_on_truncation(gradients, params, batch):
     losses = [float(f(params, batch, LR)[0][0]) for f in gradients.values()]
     np.testing.assert_allclose(losses, losses[0], atol=1e-13)
 
@@ -175,54 +175,52 @@ def test_rematerialisation_changes_nothing(config, model, gradients, params, bat
     assert worst(grads, expected_grads) < 1e-12
 
 
-def test_without_steps_it_is_the_static_model(config, model, gradients, params, batch):
-    (loss, reading), grads = gradients[None](params, batch, 0.0)
+def test_learning_rate_zero_equals_the_static_model(config, model, gradients, params, batch):
+    (loss, output), grads = gradients[None](params, batch, 0.0)
     static = gradient_of(model, make_inner_loop(config.inner), learn=False)
-    (expected, static_reading), static_grads = static(params, batch, LR)
+    (expected, static_output), static_grads = static(params, batch, LR)
     assert float(loss) == pytest.approx(float(expected), abs=1e-13)
-    np.testing.assert_allclose(reading.token_nll_T, static_reading.token_nll_T, atol=1e-12)
+    np.testing.assert_allclose(output.token_nll_T, static_output.token_nll_T, atol=1e-12)
     assert worst(grads, static_grads) < 1e-12
-    assert worst(reading.drift, jnp.zeros(2)) == 0
+    assert worst(output.drift, jnp.zeros(2)) == 0
     assert not learns(model, "none")
     assert learns(model, "exact")
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_a_chunk_without_targets_has_a_finite_gradient_and_teaches_nothing(
-    gradients, params, batch, chunk
-):
+def test_chunk_without_targets_has_finite_gradient(gradients, params, batch, chunk):
     """The derivative of the clip's norm at zero must not reach the outer gradient."""
     mask = np.array(batch.mask)
     mask[:, 4 * chunk : 4 * chunk + 4] = False
-    (loss, reading), grads = gradients[None](params, batch.replace(mask=mask), LR)
+    (loss, output), grads = gradients[None](params, batch.replace(mask=mask), LR)
     assert np.isfinite(float(loss))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    assert float(reading.chunk_loss_N[0, chunk]) == 0
-    assert float(reading.grad_norm_N[0, chunk]) == 0
+    assert float(output.chunk_loss_N[0, chunk]) == 0
+    assert float(output.grad_norm_N[0, chunk]) == 0
 
 
-def test_a_chunk_without_targets_equals_leaving_its_update_out(config, params, batch, gradients):
+def test_chunk_without_targets_has_no_update(config, params, batch, gradients):
     mask = np.array(batch.mask)
     mask[:, 4:8] = False
     masked = batch.replace(mask=mask)
-    nothing = {k: jnp.zeros_like(v) for k, v in flatten_dict(params.fast, sep="/").items()}
-    first = [shown["update"][:1] for shown in read_slowly(config, params, masked)]
-    frozen = [[*updates, nothing] for updates in first]
-    slow = read_slowly(config, params, masked, frozen)
-    (_, reading), _ = gradients[None](params, masked, LR)
-    np.testing.assert_allclose(reading.token_nll_T[0], np.ravel(slow[0]["nll"]), atol=1e-12)
+    zero = {k: jnp.zeros_like(v) for k, v in flatten_dict(params.fast, sep="/").items()}
+    first = [result["update"][:1] for result in run_reference(config, params, masked)]
+    frozen = [[*updates, zero] for updates in first]
+    slow = run_reference(config, params, masked, frozen)
+    (_, output), _ = gradients[None](params, masked, LR)
+    np.testing.assert_allclose(output.token_nll_T[0], np.ravel(slow[0]["nll"]), atol=1e-12)
 
 
 def test_all_masked_is_zero_loss_and_zero_gradient(gradients, params, batch):
-    nothing = batch.replace(mask=np.zeros_like(batch.mask))
-    (loss, reading), grads = gradients[None](params, nothing, LR)
+    masked = batch.replace(mask=np.zeros_like(batch.mask))
+    (loss, output), grads = gradients[None](params, masked, LR)
     assert float(loss) == 0
     assert worst(grads, jax.tree.map(jnp.zeros_like, grads)) == 0
-    assert worst(reading.drift, jnp.zeros(2)) == 0
+    assert worst(output.drift, jnp.zeros(2)) == 0
 
 
-def test_sequences_learn_apart(gradients, params, batch):
-    """One sequence's reading does not depend on what else is in the batch."""
+def test_sequences_of_a_batch_are_independent(gradients, params, batch):
+    """A sequence's result does not depend on the rest of the batch."""
     swapped = jax.tree.map(lambda x: x[::-1], batch)
     (_, a), _ = gradients[None](params, batch, LR)
     (_, b), _ = gradients[None](params, swapped, LR)
@@ -232,16 +230,16 @@ def test_sequences_learn_apart(gradients, params, batch):
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.1 + 0.9 / 4), (1, 0.55), (3, 1.0), (4, 1.0), (10**9, 1.0)]
 )
-def test_the_inner_rate_ramps_from_the_first_step_on(step, expected):
-    got = inner_lr(step, lr=1.0, lr_init=0.1, warmup_steps=4)
-    assert float(got) == pytest.approx(expected, abs=1e-12)
+def test_inner_rate_ramps_from_the_first_step(step, expected):
+    result = inner_lr(step, lr=1.0, lr_init=0.1, warmup_steps=4)
+    assert float(result) == pytest.approx(expected, abs=1e-12)
 
 
 def test_without_warmup_the_inner_rate_is_constant():
     assert inner_lr(0, lr=0.3, lr_init=0.1, warmup_steps=0) == 0.3
 
 
-def test_params_travel_as_two_disjoint_trees(params):
+def test_params_are_two_disjoint_trees(params):
     slow, fast = flatten_dict(params.slow), flatten_dict(params.fast)
     assert not set(slow) & set(fast)
     assert {"/".join(k).split("/")[-2] for k in fast} == {"fast_mlp"}

@@ -53,23 +53,23 @@ def test_global_norm_and_its_derivative_at_zero():
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
 def test_clip_has_optax_value(max_norm):
     tree = make_tree()
-    got, _ = clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
-    wanted, _ = optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
-    assert_close(got, wanted)
+    result, _ = clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
+    expected, _ = optax.clip_by_global_norm(max_norm).update(tree, optax.EmptyState())
+    assert_close(result, expected)
 
 
-def test_the_clip_is_over_all_arrays_together_and_leaves_smaller_ones_alone():
+def test_clip_uses_the_norm_of_all_arrays():
     tree = make_tree()
-    got, _ = clip_by_global_norm(0.5).update(tree, optax.EmptyState())
-    assert norm_of(got) == pytest.approx(0.5, rel=1e-12)
-    assert_close(got, {k: v * (0.5 / norm_of(tree)) for k, v in tree.items()})
+    result, _ = clip_by_global_norm(0.5).update(tree, optax.EmptyState())
+    assert norm_of(result) == pytest.approx(0.5, rel=1e-12)
+    assert_close(result, {k: v * (0.5 / norm_of(tree)) for k, v in tree.items()})
     small = make_tree(scale=1e-3)
     same, _ = clip_by_global_norm(0.5).update(small, optax.EmptyState())
     for k in small:
         np.testing.assert_array_equal(same[k], small[k])
 
 
-def test_the_clip_is_differentiated_with_its_norm():
+def test_clip_derivative_includes_its_norm():
     """d(g c/|g|) along g is 0: a longer gradient gives the same clipped one."""
     tree = make_tree()
 
@@ -90,9 +90,9 @@ def test_sgd_without_clip_is_minus_the_gradient():
 
 def test_momentum_is_heavy_ball_of_clipped_gradients():
     gradients = [make_tree(seed, scale=2.0) for seed in range(3)]
-    got = updates_of(make_rule("momentum", clip=1.0, momentum=0.8), gradients)
+    result = updates_of(make_rule("momentum", clip=1.0, momentum=0.8), gradients)
     m = dict.fromkeys(gradients[0], 0)
-    for u, g in zip(got, gradients, strict=True):
+    for u, g in zip(result, gradients, strict=True):
         m = {k: 0.8 * m[k] + g[k] / norm_of(g) for k in g}
         assert_close(u, {k: -m[k] for k in m})
 
@@ -108,9 +108,9 @@ def test_normalised_steps_have_one_length(clip, length):
 
 def test_adam_is_optax_adam():
     gradients = [make_tree(seed) for seed in range(3)]
-    got = updates_of(make_rule("adam", clip=0.0, b1=0.8, b2=0.9, eps=1e-6), gradients)
-    wanted = updates_of(optax.adam(1.0, b1=0.8, b2=0.9, eps=1e-6), gradients)
-    for u, w in zip(got, wanted, strict=True):
+    result = updates_of(make_rule("adam", clip=0.0, b1=0.8, b2=0.9, eps=1e-6), gradients)
+    expected = updates_of(optax.adam(1.0, b1=0.8, b2=0.9, eps=1e-6), gradients)
+    for u, w in zip(result, expected, strict=True):
         assert_close(u, w, atol=1e-8)
 
 

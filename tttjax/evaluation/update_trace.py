@@ -1,11 +1,11 @@
-"""The telescope's files: every chunk as a line of JSON, a summary, a plot.
+"""Files of an update trace: one JSON line per chunk, a summary, a plot.
 
-    chunks.jsonl     {"tokens": ..., "loss": ..., "loss_after": ..., ...}, appended while reading
-    telescope.json   what was read by what; means over all chunks; drift by layer at the end
-    telescope.png    losses before and after, gradient norms and the clip, drift by layer
+    chunks.jsonl     {"tokens": ..., "loss": ..., "loss_after": ..., ...}, appended during prefill
+    telescope.json   model and text; means over all chunks; final drift by layer
+    telescope.png    losses before and after updates, gradient norms and clip, drift by layer
 
-Lines are on disk before a session that comes after them, and those that came after the session are
-dropped when reading goes on: so the files of a reading with stops are those of one without.
+Lines are synced to disk before the session of the same chunks. Resuming drops lines that are later
+than the session, so a resumed prefill leaves the same files as an uninterrupted one.
 """
 
 import json
@@ -29,21 +29,21 @@ from tttjax.ttt.layer_norms import fast_layers
 
 FORMAT = "tttjax-telescope-1"
 CHUNKS, SUMMARY, PLOT = "chunks.jsonl", "telescope.json", "telescope.png"
-SAME = ("format", "model", "text", "mark")  # of a folder that is written on
-MOST_BINS = 512  # of the plot
+MATCHED_KEYS = ("format", "model", "text", "mark")  # must match to append to a folder
+MAX_BINS = 512  # points of the plot
 
 
 class Bins:
-    """Means of rows over stretches of equal length, at most MOST_BINS, however many rows come."""
+    """Means of rows over bins of equal width, at most MOST_BINS, for any number of rows."""
 
     def __init__(self, columns: int):
-        self._sums = np.zeros((MOST_BINS, columns))
+        self._sums = np.zeros((MAX_BINS, columns))
         self._width, self.count = 1, 0
 
     def add(self, row: Sequence[float]) -> None:
-        if self.count == MOST_BINS * self._width:
-            halves = self._sums[0::2] + self._sums[1::2]
-            self._sums = np.concatenate((halves, np.zeros_like(halves)))
+        if self.count == MAX_BINS * self._width:
+            pair_sums = self._sums[0::2] + self._sums[1::2]
+            self._sums = np.concatenate((pair_sums, np.zeros_like(pair_sums)))
             self._width *= 2
         self._sums[self.count // self._width] += row
         self.count += 1
@@ -61,14 +61,14 @@ class Bins:
 
 
 class UpdateTraceWriter:
-    """Files in a folder that follow a reading.
+    """Writes the update trace of a prefill into a folder.
 
-    Raises UserError for a folder that is a file, or holds what another model or text showed.
+    Raises UserError if the folder is a file or holds the trace of another model or text.
     """
 
-    def __init__(self, folder: str | os.PathLike, opened: LoadedModel, reading: TextPrefill):
+    def __init__(self, folder: str | os.PathLike, loaded: LoadedModel, prefill: TextPrefill):
         self._folder = Path(folder)
-        self._about = _describe(opened, reading)
+        self._about = _describe(loaded, prefill)
         self._check()
         self._layers: list[str] = self._about["layers"]
         self._bins = Bins(5 + 2 * len(self._layers))
@@ -76,30 +76,30 @@ class UpdateTraceWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / CHUNKS
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for line, values in _earlier(path, reading.learned_tokens):
+            for line, values in _lines_until(path, prefill.learned_tokens):
                 file.write(line)
-                self._note(values)
+                self._add_values(values)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._write_summary()
 
     def _check(self) -> None:
         path = self._folder / SUMMARY
         if self._folder.exists() and not self._folder.is_dir():
-            raise UserError(f"--telescope={self._folder} is a file; name a folder")
+            raise UserError(f"--telescope={self._folder} is a file; give a folder")
         if not path.exists():
             return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            previous = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            before = {}
-        if any(before.get(name) != self._about[name] for name in SAME):
+            previous = {}
+        if any(previous.get(name) != self._about[name] for name in MATCHED_KEYS):
             raise UserError(
-                f"--telescope={self._folder} holds what another model or another text showed; "
-                "name another folder"
+                f"--telescope={self._folder} holds the trace of another model or text; give another "
+                "folder"
             )
 
     def add(self, rows: Sequence[ChunkRow]) -> None:
-        """Notes chunks that have just become full."""
+        """Appends the rows of newly completed chunks."""
         for row in rows:
             values = {
                 "tokens": row.tokens,
@@ -111,10 +111,10 @@ class UpdateTraceWriter:
                 "layer_drift": [_digits(x) for x in row.layer_drift],
             }
             self._file.write(json.dumps(values, allow_nan=False) + "\n")
-            self._note(values)
+            self._add_values(values)
         self._file.flush()
 
-    def _note(self, values: Mapping[str, Any]) -> None:
+    def _add_values(self, values: Mapping[str, Any]) -> None:
         names = ("tokens", "loss", "loss_after", "grad_norm", "clipped")
         row = [values[name] for name in names]
         self._bins.add(
@@ -123,7 +123,7 @@ class UpdateTraceWriter:
         self._last = values
 
     def sync(self) -> None:
-        """Has all lines on disk, before a session that comes after them."""
+        """Syncs all lines to disk; call before saving a session."""
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
@@ -158,26 +158,26 @@ class UpdateTraceWriter:
         self._file.close()
 
 
-def _describe(opened: LoadedModel, reading: TextPrefill) -> dict[str, Any]:
-    reader = opened.engine.inference_model
+def _describe(loaded: LoadedModel, prefill: TextPrefill) -> dict[str, Any]:
+    inference_model = loaded.engine.inference_model
     return {
         "format": FORMAT,
-        "model": opened.model_fingerprint,
-        "text": reading.file.id,
-        "mark": reading.text_fingerprint,
-        "chunk_size": reader.chunk_size,
-        "inner_lr": reader.lr,
-        "clip": reader.clip,
-        "layers": list(fast_layers(reader.chunk_model.split.model)),
-        "start_norm": [_digits(x) for x in np.asarray(start_norms(opened.engine)).tolist()],
+        "model": loaded.model_fingerprint,
+        "text": prefill.file.id,
+        "mark": prefill.text_fingerprint,
+        "chunk_size": inference_model.chunk_size,
+        "inner_lr": inference_model.lr,
+        "clip": inference_model.clip,
+        "layers": list(fast_layers(inference_model.chunk_model.split.model)),
+        "start_norm": [_digits(x) for x in np.asarray(start_norms(loaded.engine)).tolist()],
     }
 
 
-def _earlier(path: Path, done: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines up to where reading goes on.
+def _lines_until(path: Path, done: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of the first `done` tokens, with their values.
 
-    Lines are on disk before the session, so one that is damaged before that is a UserError; behind
-    it may be one that was cut off.
+    Lines are synced before the session is saved, so a damaged line before `done` is a UserError; a
+    later one may be truncated.
     """
     if not path.exists():
         return
@@ -186,24 +186,24 @@ def _earlier(path: Path, done: int) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             try:
                 values = json.loads(line)
-                is_past = values["tokens"] > done
-                if not line.endswith("\n") or (not is_past and not _is_line(values)):
-                    raise ValueError("it is cut off, or lacks numbers")
+                is_later = values["tokens"] > done
+                if not line.endswith("\n") or (not is_later and not _is_line(values)):
+                    raise ValueError("truncated, or lacks numbers")
             except (ValueError, KeyError, TypeError) as error:
                 if reached == done:
                     return
                 raise UserError(
-                    f"line {number} of {path} is damaged ({error}); remove the folder, or name "
+                    f"line {number} of {path} is damaged ({error}); remove the folder, or give "
                     "another one"
                 ) from error
-            if is_past:
+            if is_later:
                 return
             yield line, values
             reached = values["tokens"]
 
 
 def _is_line(values: Mapping[str, Any]) -> bool:
-    """Whether a line has all that is noted of a chunk, as numbers or their names."""
+    """Whether a line has all values of a chunk, as numbers or "nan" and "inf"."""
     rows = [values["layer_grad_norm"], values["layer_drift"]]
     flat = [values[n] for n in ("tokens", "loss", "loss_after", "grad_norm", "clipped")]
     for x in (*flat, *rows[0], *rows[1]):
@@ -212,7 +212,7 @@ def _is_line(values: Mapping[str, Any]) -> bool:
 
 
 def _digits(value: float | None) -> Any:
-    """As many digits as float32 has; not finite: "nan", "inf"."""
+    """Rounded to the digits of float32; "nan" or "inf" if not finite."""
     if value is None or not math.isfinite(value):
         return json_safe(value)
     return float(f"{value:.7g}")

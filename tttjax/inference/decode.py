@@ -1,8 +1,9 @@
-"""Writing, a token at a time, for R sequences at places of their own.
+"""Decoding: one token for each of R sequences, which may be at different positions.
 
-Reading keeps a window of keys and values as rows in order, and moves it on by a copy. Writing opens
-it: a buffer with room for some more rows, keys turned already, each new row put in its place. So a
-token costs one look at weights and window. Closed again, it is what reading would have left.
+Prefill keeps the window's keys and values as rows in order and shifts them by a copy. Decoding
+converts the window to a buffer with free slots and RoPE already applied, and writes one row per
+token in place: a token costs one pass over weights and window. Converted back, the context is the
+one that prefill would give.
 """
 
 from typing import NamedTuple
@@ -15,87 +16,101 @@ from tttjax.models import combine
 from tttjax.parallel.batching import over_sequences
 from tttjax.types import Array, PyTree
 
-HALF_AXES = {"position": 0, "blocks": 1}
+STEP_AXES = {"position": 0, "blocks": 1}  # of R sequences in what `decode_one` returns
 
 
 class DecodeState(NamedTuple):
-    """Contexts that are open for writing: of one sequence, or of R with another axis (`axes`)."""
+    """Contexts for decoding: of one sequence, or of R with another axis (`decode_axes`)."""
 
-    below: PyTree
-    above: PyTree
+    parallel: PyTree
+    sequential: PyTree
     fast: PyTree
 
 
 def to_decode_state(
-    reader: InferenceModel, past: Context, now: Context, pending: Array, room: int
+    inference_model: InferenceModel,
+    committed: Context,
+    current: Context,
+    uncommitted: Array,
+    capacity: int,
 ) -> DecodeState:
-    """For up to `room` tokens after `past`; `now` is `past` after `pending` of them.
+    """The decode state for up to `capacity` tokens after `committed`.
 
-    Contexts are of one sequence, [1, ...]; of `past`, states alone are looked at.
+    current: `committed` after `uncommitted` more tokens. Contexts are of one sequence, [1, ...]; of
+    `committed`, only the states are used.
     """
-    halves = reader.learner.cut.opened(_halves(past), _halves(now), pending, room)
-    return DecodeState(*halves, _one(now.fast))
+    parts = inference_model.chunk_model.split.to_decode_cache(
+        _parts(committed), _parts(current), uncommitted, capacity
+    )
+    return DecodeState(*parts, _unbatch(current.fast))
 
 
-def write(
-    reader: InferenceModel, weights: Weights, writing: DecodeState, token_R: Array
+def decode_step(
+    inference_model: InferenceModel, weights: Weights, state: DecodeState, token_R: Array
 ) -> tuple[DecodeState, Array]:
-    """R contexts after a token each, and the logits [R, V] of the next, in float32 at least."""
-    cut = reader.learner.cut
+    """R contexts after one token each, and the logits [R, V] of the next, in float32 at least."""
+    split = inference_model.chunk_model.split
 
-    def one(writing: DecodeState, token: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
-        upper = combine(weights.upper, writing.fast)
-        halves = writing.below, writing.above
-        x_D, new = cut.decode_one(weights.lower, upper, halves, token)
-        h_1D = cut.model.final_norm(upper, x_D[None])
-        return cut.model.logits(upper, h_1D)[0], new
+    def one(state: DecodeState, token: Array) -> tuple[Array, tuple[PyTree, PyTree]]:
+        sequential = combine(weights.sequential, state.fast)
+        parts = state.parallel, state.sequential
+        x_D, new = split.decode_one(weights.parallel, sequential, parts, token)
+        h_1D = split.model.final_norm(sequential, x_D[None])
+        return split.model.logits(sequential, h_1D)[0], new
 
-    every = over_sequences(one, in_axes=(axes(writing), 0), out_axes=(0, (HALF_AXES, HALF_AXES)))
-    logit_RV, new = every(writing, token_R)
-    halves = cut.committed((writing.below, writing.above), new)
-    return DecodeState(*halves, writing.fast), logit_RV
+    run_all = over_sequences(
+        one, in_axes=(decode_axes(state), 0), out_axes=(0, (STEP_AXES, STEP_AXES))
+    )
+    logit_RV, new = run_all(state, token_R)
+    parts = split.append_kv((state.parallel, state.sequential), new)
+    return DecodeState(*parts, state.fast), logit_RV
 
 
 def from_decode_state(
-    reader: InferenceModel, past: Context, writing: DecodeState, pending: Array
+    inference_model: InferenceModel, committed: Context, state: DecodeState, uncommitted: Array
 ) -> Context:
-    """The context for reading on, `pending` tokens after `past`."""
-    states = writing.below, writing.above
-    below, above = reader.learner.cut.closed(_halves(past), states, pending)
-    return Context(_batch(below), _batch(above), _expand(writing.fast), past.rule_state)
+    """The context `uncommitted` tokens after `committed`."""
+    states = state.parallel, state.sequential
+    parallel, sequential = inference_model.chunk_model.split.from_decode_cache(
+        _parts(committed), states, uncommitted
+    )
+    return Context(
+        _batch(parallel), _batch(sequential), _add_axis(state.fast), committed.rule_state
+    )
 
 
-def axes(writing: DecodeState) -> DecodeState:
-    """Where many of them have their axis: after that of the layers, over which the model loops."""
+def decode_axes(state: DecodeState) -> DecodeState:
+    """The axis of sequences in every array: after that of layers, over which the model loops."""
 
-    def half(state: PyTree) -> PyTree:
+    def part(state: PyTree) -> PyTree:
         return {"position": 0, "blocks": _ones(state["blocks"])}
 
     fast = {
         name: _ones(tree) if name == "suffix" else jax.tree.map(lambda _: 0, tree)
-        for name, tree in writing.fast.items()
+        for name, tree in state.fast.items()
     }
-    return DecodeState(half(writing.below), half(writing.above), fast)
+    return DecodeState(part(state.parallel), part(state.sequential), fast)
 
 
 def _ones(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda _: 1, tree)
 
 
-def _one(tree: PyTree) -> PyTree:
+def _unbatch(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def _expand(tree: PyTree) -> PyTree:
+def _add_axis(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
-def _halves(context: Context) -> tuple[PyTree, PyTree]:
-    below, above = (
-        {**half, "blocks": _one(half["blocks"])} for half in (context.below, context.above)
+def _parts(context: Context) -> tuple[PyTree, PyTree]:
+    parallel, sequential = (
+        {**part, "blocks": _unbatch(part["blocks"])}
+        for part in (context.parallel, context.sequential)
     )
-    return below, above
+    return parallel, sequential
 
 
-def _batch(half: PyTree) -> PyTree:
-    return {**half, "blocks": _expand(half["blocks"])}
+def _batch(part: PyTree) -> PyTree:
+    return {**part, "blocks": _add_axis(part["blocks"])}

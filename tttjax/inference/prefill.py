@@ -1,12 +1,12 @@
-"""Reading for its own sake: the inner loop without an outer gradient.
+"""Prefill: the inner loop without an outer gradient.
 
-A context is what was read, at constant size. Whole chunks are read and learned from
-(`read_chunks`), each once its last token's successor is known, since that is its last target; what
-comes after the last whole chunk is only read (`extend`) until its chunk is full. So any split of a
-text into calls gives the same context.
+A context is the state of B sequences, of constant size. `read_chunks` processes full chunks with
+their inner updates, once the token after them, their last target, is known. `extend` processes the
+tokens of an incomplete chunk without update. So any split of a text into calls gives the same
+context.
 
-All functions are pure, for B sequences that stand at the same place. Losses come for free where a
-chunk is learned from; otherwise logits are computed of the last token alone.
+All functions are pure, for B sequences at the same position. Updates compute the losses anyway;
+elsewhere only the last token's logits are computed.
 """
 
 from typing import NamedTuple
@@ -16,18 +16,26 @@ import jax.numpy as jnp
 
 from tttjax.models import SplitModel, Transformer, combine
 from tttjax.parallel.batching import over_sequences
-from tttjax.ttt.chunk import STATE_AXES, ChunkModel, ChunkRecords, Chunks, learn, loss_and_gradient
+from tttjax.ttt.chunk import (
+    STATE_AXES,
+    ChunkModel,
+    ChunkRecords,
+    Chunks,
+    apply_inner_update,
+    loss_and_gradient,
+)
 from tttjax.ttt.outer_loss import LOGIT_ROWS, InnerLoop, split_chunks
 from tttjax.types import Array, Params, PyTree
 
 
 class InferenceModel(NamedTuple):
-    """How a model reads. chunk_size: tokens of an update, at rate `lr`; 0: it does not learn.
+    """A model and its inner loop at test time.
 
-    clip: the norm to which the rule clips gradients (0: it does not).
+    chunk_size: tokens per inner update, at rate `lr`; 0: no updates.
+    clip: the norm to which the rule clips gradients (0: no clipping).
     """
 
-    learner: ChunkModel
+    chunk_model: ChunkModel
     chunk_size: int
     lr: float
     fast_dtype: jnp.dtype
@@ -35,21 +43,21 @@ class InferenceModel(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The slow weights by the half of the model that reads them; W0 lies in the context."""
+    """The slow weights by part of the model (`SplitModel`); the context has the fast weights."""
 
-    lower: PyTree
-    upper: PyTree
+    parallel: PyTree
+    sequential: PyTree
 
 
 class Context(NamedTuple):
-    """What B sequences have left behind; arrays are [B, ...] but for the positions.
+    """The state of B sequences; arrays are [B, ...] but for the positions.
 
-    below, above: states of the two halves of the model (`SplitModel`). fast: the weights, as
-    `SplitModel.above` lays them out.
+    parallel, sequential: states of the two parts of the model (`SplitModel`). fast: the fast
+    weights, laid out by `SplitModel.sequential_weights`.
     """
 
-    below: PyTree
-    above: PyTree
+    parallel: PyTree
+    sequential: PyTree
     fast: PyTree
     rule_state: PyTree
 
@@ -57,7 +65,7 @@ class Context(NamedTuple):
 def make_inference_model(
     model: Transformer, inner: InnerLoop, lr: float, *, learn: bool = True
 ) -> InferenceModel:
-    """A reader with a configuration's inner loop; a model without fast weights does not learn."""
+    """The model with a configuration's inner loop; without fast weights there are no updates."""
     learns = learn and bool(model.fast_paths)
     return InferenceModel(
         ChunkModel(SplitModel(model), inner.rule, LOGIT_ROWS),
@@ -68,163 +76,180 @@ def make_inference_model(
     )
 
 
-def divide(reader: InferenceModel, params: Params) -> Weights:
-    """The slow weights of `params` for this reader."""
-    cut = reader.learner.cut
-    return Weights(cut.lower(params.slow), cut.above(params.slow))
+def split_weights(inference_model: InferenceModel, params: Params) -> Weights:
+    """The slow weights of `params` by part of the model."""
+    split = inference_model.chunk_model.split
+    return Weights(split.parallel_weights(params.slow), split.sequential_weights(params.slow))
 
 
-def start(reader: InferenceModel, params: Params, batch: int, max_length: int) -> Context:
-    """Nothing has been read. max_length: tokens that full attention must have room for."""
-    learner = reader.learner
-    cut = learner.cut
+def init_context(
+    inference_model: InferenceModel, params: Params, batch: int, max_length: int
+) -> Context:
+    """The context before the first token. max_length: capacity of full attention, in tokens."""
+    chunk_model = inference_model.chunk_model
+    split = chunk_model.split
 
-    def spread(tree: PyTree) -> PyTree:
+    def broadcast(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape)), tree)
 
     def state(one: PyTree) -> PyTree:
-        return {**one, "blocks": spread(one["blocks"])}
+        return {**one, "blocks": broadcast(one["blocks"])}
 
-    fast = jax.tree.map(lambda w: w.astype(reader.fast_dtype), cut.above(params.fast))
+    fast = jax.tree.map(
+        lambda w: w.astype(inference_model.fast_dtype), split.sequential_weights(params.fast)
+    )
     return Context(
-        below=state(cut.init_parallel(max_length)),
-        above=state(cut.init_state(max_length)),
-        fast=spread(fast),
-        rule_state=spread(learner.rule.init(fast)),
+        parallel=state(split.init_parallel(max_length)),
+        sequential=state(split.init_sequential(max_length)),
+        fast=broadcast(fast),
+        rule_state=broadcast(chunk_model.rule.init(fast)),
     )
 
 
 def read_chunks(
-    reader: InferenceModel,
+    inference_model: InferenceModel,
     weights: Weights,
     context: Context,
     token_BT: Array,
     next_B: Array,
-    counted_BT: Array | None = None,
+    mask_BT: Array | None = None,
     *,
     at_start: bool = False,
 ) -> tuple[Context, ChunkRecords]:
-    """Reads N = T / C whole chunks and learns from each, at rate `reader.lr`.
+    """Processes N = T / C full chunks, with an inner update after each.
 
-    context: with a multiple of C tokens read. next_B: the tokens that follow. counted_BT: whether
-    the token after each is one to learn from (None: all are). at_start: nothing has been read yet;
-    then attention below is that of a whole sequence.
+    context: after a multiple of C tokens. next_B: the tokens that follow. mask_BT: whether the
+    token after each is a target (None: all are). at_start: these are the first tokens, so that the
+    parallel part uses attention without a cache.
     """
-    chunks, below = whole_chunks(reader, weights, context, token_BT, next_B, counted_BT, at_start)
+    chunks, parallel = prepare_chunks(
+        inference_model, weights, context, token_BT, next_B, mask_BT, at_start
+    )
 
     def step(carry, chunk):
-        carry, records, _ = learn_from(reader, weights, carry, chunk)
+        carry, records, _ = update_from_chunk(inference_model, weights, carry, chunk)
         return carry, records
 
-    carry = context.above, context.fast, context.rule_state
-    (above, fast, rule_state), seen = jax.lax.scan(step, carry, chunks)
-    return Context(below, above, fast, rule_state), seen
+    carry = context.sequential, context.fast, context.rule_state
+    (sequential, fast, rule_state), records = jax.lax.scan(step, carry, chunks)
+    return Context(parallel, sequential, fast, rule_state), records
 
 
-def whole_chunks(
-    reader: InferenceModel,
+def prepare_chunks(
+    inference_model: InferenceModel,
     weights: Weights,
     context: Context,
     token_BT: Array,
     next_B: Array,
-    counted_BT: Array | None,
+    mask_BT: Array | None,
     at_start: bool,
 ) -> tuple[Chunks, PyTree]:
-    """What the upper half of the model reads of N whole chunks, and the lower half's new state."""
-    x_BTD, below = _extend_parallel(reader, weights, context, token_BT, at_start)
+    """The sequential part's inputs for N full chunks, and the parallel part's new state."""
+    x_BTD, parallel = _extend_parallel(inference_model, weights, context, token_BT, at_start)
     target_BT = jnp.concatenate((token_BT[:, 1:], next_B[:, None]), axis=1)
 
     def by_chunk(x_BT: Array) -> Array:
-        rows = jax.vmap(split_chunks, in_axes=(0, None))(x_BT, reader.chunk_size)
+        rows = jax.vmap(split_chunks, in_axes=(0, None))(x_BT, inference_model.chunk_size)
         return jnp.swapaxes(rows, 0, 1)
 
-    if counted_BT is None:
-        counted_BT = jnp.ones(token_BT.shape, bool)
-    return Chunks(by_chunk(x_BTD), by_chunk(target_BT), by_chunk(counted_BT)), below
+    if mask_BT is None:
+        mask_BT = jnp.ones(token_BT.shape, bool)
+    return Chunks(by_chunk(x_BTD), by_chunk(target_BT), by_chunk(mask_BT)), parallel
 
 
-def learn_from(
-    reader: InferenceModel, weights: Weights, carry: tuple[PyTree, PyTree, PyTree], chunk: Chunks
+def update_from_chunk(
+    inference_model: InferenceModel,
+    weights: Weights,
+    carry: tuple[PyTree, PyTree, PyTree],
+    chunk: Chunks,
 ) -> tuple[tuple[PyTree, PyTree, PyTree], ChunkRecords, PyTree]:
-    """One chunk, learned from: (the new carry, its records, the gradient of each sequence).
+    """One chunk and its update: (the new carry, its records, the gradient of each sequence).
 
-    carry: the upper half's state, the fast weights and the rule's state. chunk: without its N.
+    carry: the sequential part's state, fast weights, rule state. chunk: without axis N.
     """
-    above, fast, rule_state = carry
-    (loss_B, (above, nll_BC, _)), g = loss_and_gradient(
-        reader.learner, weights.upper, fast, above, chunk
+    sequential, fast, rule_state = carry
+    (loss_B, (sequential, nll_BC, _)), g = loss_and_gradient(
+        inference_model.chunk_model, weights.sequential, fast, sequential, chunk
     )
-    fast, rule_state, norm_B = learn(reader.learner, fast, rule_state, g, chunk, reader.lr)
-    return (above, fast, rule_state), ChunkRecords(loss_B, nll_BC, norm_B), g
+    fast, rule_state, norm_B = apply_inner_update(
+        inference_model.chunk_model, fast, rule_state, g, chunk, inference_model.lr
+    )
+    return (sequential, fast, rule_state), ChunkRecords(loss_B, nll_BC, norm_B), g
 
 
 def extend(
-    reader: InferenceModel,
+    inference_model: InferenceModel,
     weights: Weights,
     context: Context,
     token_BT: Array,
     *,
     at_start: bool = False,
 ) -> tuple[Context, Array]:
-    """Reads T tokens without learning; the hidden states after the last norm, [B, T, D]."""
-    cut = reader.learner.cut
-    x_BTD, below = _extend_parallel(reader, weights, context, token_BT, at_start)
-    form = _form(token_BT.shape[1], at_start)
+    """Processes T tokens without update; returns the final normed hidden states [B, T, D]."""
+    split = inference_model.chunk_model.split
+    x_BTD, parallel = _extend_parallel(inference_model, weights, context, token_BT, at_start)
+    form = _attention_form(token_BT.shape[1], at_start)
 
     def run(fast: PyTree, state: PyTree, x_TD: Array) -> tuple[Array, PyTree]:
-        whole = combine(weights.upper, fast)
-        x_TD, state = cut.run(whole, state, x_TD, form)
-        return cut.model.final_norm(whole, x_TD), state
+        combined = combine(weights.sequential, fast)
+        x_TD, state = split.run_sequential(combined, state, x_TD, form)
+        return split.model.final_norm(combined, x_TD), state
 
     axes = (0, STATE_AXES, 0)
     run_all = over_sequences(run, in_axes=axes, out_axes=(0, STATE_AXES))
-    h_BTD, above = run_all(context.fast, context.above, x_BTD)
-    return context._replace(below=below, above=above), h_BTD
+    h_BTD, sequential = run_all(context.fast, context.sequential, x_BTD)
+    return context._replace(parallel=parallel, sequential=sequential), h_BTD
 
 
-def logits(reader: InferenceModel, weights: Weights, context: Context, h_BTD: Array) -> Array:
+def logits(
+    inference_model: InferenceModel, weights: Weights, context: Context, h_BTD: Array
+) -> Array:
     """Logits [B, T, V] of hidden states from `extend`, in float32 at least."""
-    model = reader.learner.cut.model
+    model = inference_model.chunk_model.split.model
 
     def one(fast: PyTree, h_TD: Array) -> Array:
-        return model.logits(combine(weights.upper, fast), h_TD)
+        return model.logits(combine(weights.sequential, fast), h_TD)
 
     return over_sequences(one)(context.fast, h_BTD)
 
 
 def prefill(
-    reader: InferenceModel, weights: Weights, context: Context, token_BT: Array
+    inference_model: InferenceModel, weights: Weights, context: Context, token_BT: Array
 ) -> tuple[Context, Context, Array]:
-    """Reads a prompt, the first T tokens of its sequences.
+    """Processes a prompt, the first T tokens of B sequences.
 
-    Returns the context after the last chunk that was learned from; that after all tokens, for what
-    follows; and the logits of the last token, [B, V]. Without learning both contexts are one.
+    Returns the context after the last update, the context after all tokens, and the logits of the
+    last token, [B, V]. Without inner updates both contexts are the same.
     """
-    length = token_BT.shape[1]
-    whole = (length - 1) // reader.chunk_size * reader.chunk_size if reader.chunk_size else 0
-    if whole:
+    size = inference_model.chunk_size
+    end = (token_BT.shape[1] - 1) // size * size if size else 0  # of the full chunks
+    if end:
         context, _ = read_chunks(
-            reader, weights, context, token_BT[:, :whole], token_BT[:, whole], at_start=True
+            inference_model, weights, context, token_BT[:, :end], token_BT[:, end], at_start=True
         )
-    now, h_BTD = extend(reader, weights, context, token_BT[:, whole:], at_start=whole == 0)
-    logit_BV = logits(reader, weights, now, h_BTD[:, -1:])[:, 0]
-    return context if reader.chunk_size else now, now, logit_BV
+    now, h_BTD = extend(inference_model, weights, context, token_BT[:, end:], at_start=end == 0)
+    logit_BV = logits(inference_model, weights, now, h_BTD[:, -1:])[:, 0]
+    return context if size else now, now, logit_BV
 
 
-def _form(length: int, at_start: bool) -> str:
-    """Of attention. A single query's scores are few; longer stretches go in blocks."""
+def _attention_form(length: int, at_start: bool) -> str:
+    """The form of attention: a single query has few scores; more queries go in blocks."""
     if at_start:
-        return "start"
-    return "dense" if length == 1 else "once"
+        return "prefill"
+    return "dense" if length == 1 else "blocked"
 
 
 def _extend_parallel(
-    reader: InferenceModel, weights: Weights, context: Context, token_BT: Array, at_start: bool
+    inference_model: InferenceModel,
+    weights: Weights,
+    context: Context,
+    token_BT: Array,
+    at_start: bool,
 ) -> tuple[Array, PyTree]:
-    cut, form = reader.learner.cut, _form(token_BT.shape[1], at_start)
+    split, form = inference_model.chunk_model.split, _attention_form(token_BT.shape[1], at_start)
 
     def run(state: PyTree, token_T: Array) -> tuple[Array, PyTree]:
-        return cut.extend_parallel(weights.lower, state, token_T, form)
+        return split.extend_parallel(weights.parallel, state, token_T, form)
 
     run_all = over_sequences(run, in_axes=(STATE_AXES, 0), out_axes=(0, STATE_AXES))
-    return run_all(context.below, token_BT)
+    return run_all(context.parallel, token_BT)

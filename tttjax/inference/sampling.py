@@ -1,6 +1,6 @@
-"""Choosing the next token from logits: temperature, top-k, top-p, min-p, repetition penalty.
+"""Sampling a token from logits: temperature, top-k, top-p, min-p, repetition penalty.
 
-Everything is an array, so that requests with different wishes are sampled together.
+Parameters are arrays, so that requests with different parameters are sampled together.
 """
 
 from dataclasses import dataclass, fields
@@ -25,12 +25,13 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request wants its tokens to be chosen.
+    """Sampling parameters of a request.
 
-    temperature: 0 takes the likeliest. top_k: among so many of the likeliest (0: all). top_p: among
-    the fewest likeliest that together have this probability (1: all). min_p: among those at least
-    this fraction as likely as the likeliest (0: all). repetition_penalty: positive logits of tokens
-    that occurred before are divided by it, negative ones multiplied (1: off).
+    temperature: 0 is greedy decoding. top_k: sample from the k most likely tokens (0: all). top_p:
+    from the smallest set of most likely tokens with this total probability (1: all). min_p: from
+    tokens with at least this fraction of the highest probability (0: all). repetition_penalty:
+    positive logits of tokens that occurred before are divided by it, negative ones multiplied (1:
+    off).
     """
 
     temperature: float = 1.0
@@ -43,8 +44,8 @@ class Sampling:
         for field in fields(self):
             value, (low, high) = getattr(self, field.name), LIMITS[field.name]
             if not low <= value <= high:
-                above = f"at least {low:g}" if high == FLOAT_MAX else f"from {low:g} to {high}"
-                raise UserError(f"{field.name}={value} must be {above}.")
+                limits = f"at least {low:g}" if high == FLOAT_MAX else f"from {low:g} to {high}"
+                raise UserError(f"{field.name}={value} must be {limits}.")
             if not fits_float(value):
                 raise UserError(f"{field.name}={value} must be {FLOAT_WORDS}.")
         if self.top_p == 0 or self.repetition_penalty == 0:
@@ -65,49 +66,49 @@ class SamplingParams:
     repetition_penalty: Array
 
 
-def stack(wishes: list[Sampling]) -> SamplingParams:
-    """The wishes of several requests together."""
+def stack(requests: list[Sampling]) -> SamplingParams:
+    """The parameters of several requests as arrays."""
     columns: dict[str, Any] = {
-        field.name: jnp.asarray([getattr(wish, field.name) for wish in wishes])
+        field.name: jnp.asarray([getattr(request, field.name) for request in requests])
         for field in fields(Sampling)
     }
     return SamplingParams(**columns)
 
 
 def penalise(logit_V: Array, has_occurred_V: Array, penalty: Array) -> Array:
-    """Logits with those of tokens that occurred made less likely, and finite."""
+    """Logits with the repetition penalty for tokens that occurred, and finite."""
     limit = jnp.finfo(logit_V.dtype).max
     lower_V = jnp.where(logit_V > 0, logit_V / penalty, logit_V * penalty)
     lower_V = jnp.clip(lower_V, -limit, limit)
     return jnp.where(has_occurred_V, lower_V, logit_V)
 
 
-def filter_logits(logit_V: Array, wish: SamplingParams) -> Array:
-    """Logits with those of tokens that top-k, top-p or min-p leave out at -inf.
+def filter_logits(logit_V: Array, params: SamplingParams) -> Array:
+    """Logits with -inf for tokens that top-k, top-p or min-p exclude.
 
-    At least the likeliest stays. Of equally likely ones at the edge, all stay.
+    The most likely token always stays. Ties at the threshold all stay.
     """
     sorted_V = jnp.sort(logit_V, descending=True)
     p_V = jax.nn.softmax(sorted_V)
-    before_V = jnp.cumsum(p_V) - p_V  # probability of the likelier ones
+    before_V = jnp.cumsum(p_V) - p_V  # total probability of more likely tokens
     rank_V = jnp.arange(logit_V.size)
-    kept_V = (rank_V < jnp.where(wish.top_k > 0, wish.top_k, logit_V.size)) & (
-        ((wish.top_p >= 1) | (before_V < wish.top_p)) & (p_V >= wish.min_p * p_V[0])
+    is_kept_V = (rank_V < jnp.where(params.top_k > 0, params.top_k, logit_V.size)) & (
+        ((params.top_p >= 1) | (before_V < params.top_p)) & (p_V >= params.min_p * p_V[0])
     )
-    lowest = jnp.min(jnp.where(kept_V | (rank_V == 0), sorted_V, jnp.inf))
+    lowest = jnp.min(jnp.where(is_kept_V | (rank_V == 0), sorted_V, jnp.inf))
     return jnp.where(logit_V >= lowest, logit_V, -jnp.inf)
 
 
-def choose(
-    key: Array, logit_V: Array, has_occurred_V: Array, wish: SamplingParams
+def sample_token(
+    key: Array, logit_V: Array, has_occurred_V: Array, params: SamplingParams
 ) -> tuple[Array, Array]:
-    """(token, its log-probability by the model itself: before anything was changed)."""
-    penalised_V = penalise(logit_V, has_occurred_V, wish.repetition_penalty)
-    likeliest = jnp.argmax(penalised_V)
-    warm = jnp.where(wish.temperature > 0, wish.temperature, 1)
-    # From the likeliest, so that no temperature, however low, makes it infinite.
-    drawn = jax.random.categorical(
-        key, filter_logits((penalised_V - penalised_V[likeliest]) / warm, wish)
+    """(token, its log-probability under the model, before penalty and filters)."""
+    penalised_V = penalise(logit_V, has_occurred_V, params.repetition_penalty)
+    greedy = jnp.argmax(penalised_V)
+    temperature = jnp.where(params.temperature > 0, params.temperature, 1)
+    # Relative to the largest logit, so that low temperatures do not overflow.
+    sampled = jax.random.categorical(
+        key, filter_logits((penalised_V - penalised_V[greedy]) / temperature, params)
     )
-    token = jnp.where(wish.temperature > 0, drawn, likeliest)
+    token = jnp.where(params.temperature > 0, sampled, greedy)
     return token, jax.nn.log_softmax(logit_V)[token]

@@ -1,4 +1,4 @@
-"""A sequence that is being read: what was read of it, and the pieces in which the rest is."""
+"""Sessions, and the buckets in which their prompts are prefilled."""
 
 from dataclasses import dataclass, field, replace
 
@@ -9,45 +9,45 @@ from tttjax.ttt.chunk import ChunkRecords
 from tttjax.types import Array
 
 CHUNKS_PER_CALL = 8
-PIECE = 4  # the rest of a text is read in pieces of 1, 4, 16, ... tokens
-LARGEST_PIECE = 1024
-NO_TOKENS, NO_MARKS = np.zeros(0, np.int32), np.zeros(0, bool)
+BUCKET_BASE = 4  # tokens after the last full chunk: buckets of 1, 4, 16, ...
+LARGEST_BUCKET = 1024
+NO_TOKENS, NO_TARGETS = np.zeros(0, np.int32), np.zeros(0, bool)
 
 
 @dataclass(frozen=True)
 class Session:
-    """One sequence: what was read of it and learned from it. Never changed, always replaced.
+    """The state of one sequence. Immutable.
 
-    pending: int32 [n], the tokens read since `learned`; counted: bool [n], whether each is one to
-    learn from. tokens: all that were read. logit_V: of the next token, float32 (None: nothing has
-    been read).
+    learned: the context after the last inner update. now: the context after all tokens.
+    uncommitted: int32 [n], the tokens after `learned`; is_target: bool [n], for each of these.
+    tokens: the number of all tokens. logit_V: of the next token, float32 (None before the first).
     """
 
     learned: Context
     now: Context
-    pending: np.ndarray
-    counted: np.ndarray
+    uncommitted: np.ndarray
+    is_target: np.ndarray
     tokens: int
     logit_V: Array | None
 
-    def settled(self) -> "Session":
-        """As it stands where nothing more is learned: nothing is pending."""
-        return replace(self, learned=self.now, pending=NO_TOKENS, counted=NO_MARKS)
+    def commit(self) -> "Session":
+        """The session without uncommitted tokens, for a model without inner updates."""
+        return replace(self, learned=self.now, uncommitted=NO_TOKENS, is_target=NO_TARGETS)
 
 
-def pieces(length: int) -> list[int]:
-    """Sizes that add up to `length`: powers of PIECE, the largest first."""
-    sizes, size = [], LARGEST_PIECE
+def bucket_sizes(length: int) -> list[int]:
+    """Powers of BUCKET_BASE that add up to `length`, the largest first."""
+    sizes, size = [], LARGEST_BUCKET
     while length:
         count, length = divmod(length, size)
         sizes += [size] * count
-        size //= PIECE
+        size //= BUCKET_BASE
     return sizes
 
 
 @dataclass(frozen=True)
 class PrefillBucket:
-    """tokens: how many. chunks: whether they are whole chunks, to learn from."""
+    """tokens: how many. chunks: whether they are full chunks, with inner updates."""
 
     tokens: int
     chunks: bool
@@ -55,43 +55,46 @@ class PrefillBucket:
 
 @dataclass
 class PrefillRequest:
-    """A session and the tokens that it has still to read, in `pieces`; seen: of chunks, so far."""
+    """A session, its remaining tokens, and the `buckets` that they are split into.
+
+    records: of the chunks processed so far.
+    """
 
     session: Session
     token_T: np.ndarray
-    counted_T: np.ndarray
-    pieces: list[PrefillBucket]
-    seen: list[ChunkRecords] = field(default_factory=list)
+    is_target_T: np.ndarray
+    buckets: list[PrefillBucket]
+    records: list[ChunkRecords] = field(default_factory=list)
 
     @classmethod
     def of(cls, session: Session, token_T: np.ndarray, learn: bool, size: int) -> "PrefillRequest":
-        """New tokens for a session; `pending` ones too, if their chunk becomes full."""
-        counted_T = np.full(len(token_T), learn)
-        known = len(session.pending) + len(token_T)
-        chunks = (known - 1) // size if size and len(token_T) else 0
+        """New tokens for a session; also its `uncommitted` ones, if their chunk becomes full."""
+        is_target_T = np.full(len(token_T), learn)
+        total = len(session.uncommitted) + len(token_T)
+        chunks = (total - 1) // size if size and len(token_T) else 0
         if chunks:
-            token_T = np.concatenate((session.pending, token_T))
-            counted_T = np.concatenate((session.counted, counted_T))
+            token_T = np.concatenate((session.uncommitted, token_T))
+            is_target_T = np.concatenate((session.is_target, is_target_T))
             session = replace(
                 session,
-                pending=NO_TOKENS,
-                counted=NO_MARKS,
-                tokens=session.tokens - len(session.pending),
+                uncommitted=NO_TOKENS,
+                is_target=NO_TARGETS,
+                tokens=session.tokens - len(session.uncommitted),
             )
         many, few = divmod(chunks, CHUNKS_PER_CALL)
-        whole = [PrefillBucket(CHUNKS_PER_CALL * size, True)] * many + [
-            PrefillBucket(size, True)
-        ] * few
-        rest = [PrefillBucket(length, False) for length in pieces(len(token_T) - chunks * size)]
-        return cls(session, token_T, counted_T, whole + rest)
+        buckets = [PrefillBucket(CHUNKS_PER_CALL * size, True)] * many
+        buckets += [PrefillBucket(size, True)] * few
+        remaining = len(token_T) - chunks * size
+        buckets += [PrefillBucket(length, False) for length in bucket_sizes(remaining)]
+        return cls(session, token_T, is_target_T, buckets)
 
     @property
-    def place(self) -> int:
-        """Tokens before the next piece."""
+    def position(self) -> int:
+        """Tokens before the next bucket."""
         return self.session.tokens
 
     def take(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens and their marks."""
-        taken = self.token_T[:length], self.counted_T[:length]
-        self.token_T, self.counted_T = self.token_T[length:], self.counted_T[length:]
-        return taken
+        """Removes and returns the next tokens and whether each is a target."""
+        rows = self.token_T[:length], self.is_target_T[:length]
+        self.token_T, self.is_target_T = self.token_T[length:], self.is_target_T[length:]
+        return rows

@@ -1,18 +1,17 @@
-"""Sessions as files: everything that was read, in one file of constant size.
+"""Saves and loads sessions, each in one file.
 
-The file is in the safetensors format. Of windows of keys and values, each row lies in it once:
-those before the last chunk that was learned from, and those after; of full attention, the rows that
-were read. Fast weights are stored as they are, so that going on from the file is going on, bit for
-bit; or smaller, as their difference from W0 in bfloat16, or that difference as the best product of
-two thin matrices (`rank`), at a loss that is measured and told.
+The file is in the safetensors format; its size is constant except for full attention. Each row of
+a window of keys and values is stored once: the rows up to the last update and those after it; of
+full attention, the used rows. Fast weights are stored exactly, so that continuing from the file is
+bit-identical; or smaller, as the difference from W0 in bfloat16, or as the best low-rank
+approximation of that difference (`rank`), with the error measured and reported.
 
-A file belongs to one model: its fingerprint is over the configuration of the network and the inner
-loop and a sample of every weight.
+A file belongs to one model: its fingerprint covers the configuration of the network and the inner
+loop, and a sample of every weight.
 
-What the file says of itself has a checksum, and in it stands the checksum of all arrays, so that
-both are known to be what was saved. Nothing that is not a finite number is written, or read. Files
-of the format before, "tttjax-session-2", have no checksums: of these, shapes, types and counts are
-compared with the model's.
+The header has a checksum and holds the checksum of all arrays. Values that are not finite are
+neither written nor read. Files of the previous format, "tttjax-session-2", have no checksums: their
+shapes, types and counts are compared with the model's.
 """
 
 import hashlib
@@ -50,13 +49,13 @@ from tttjax.io.paths import local_path
 from tttjax.ttt.layer_norms import fast_layers, sequential_norms
 from tttjax.types import Array, Params, PyTree
 
-SAMPLE = 4096  # entries of each weight that the fingerprint is over
-LOSSES = 256  # of the last chunks, that are kept
+SAMPLE = 4096  # entries of each weight in the fingerprint
+LOSSES = 256  # stored losses: those of the last chunks
 CHANGES_NO_NUMBER = ("remat", "form", "trajectory", "attention_kernel", "scan_chunk")
 
 
 def fingerprint(config: Config, params: Params) -> str:
-    """sha256 (hex) of a network, its inner loop, and a sample of every weight."""
+    """sha256 (hex) of a network's configuration, its inner loop, and a sample of every weight."""
     digest = hashlib.sha256()
     for section in (config.model, config.inner):
         values = {name: repr(value) for name, value in sorted(vars(section).items())}
@@ -84,11 +83,11 @@ def save_session(
     chunk_losses_after: Sequence[float | None] = (),
     source: Mapping[str, Any] | None = None,
 ) -> About:
-    """Writes the session; what stands at `path` before is replaced only when all is written.
+    """Writes the session to `path`, atomically.
 
-    model: its `fingerprint`. precision: "float32" keeps the fast weights as they are, "bfloat16"
-    their difference from W0. rank: of that difference; 0: not made smaller.
-    Raises UserError for impossible choices, and for a session with entries that are not finite.
+    model: its `fingerprint`. precision: "float32" stores the fast weights exactly, "bfloat16" their
+    difference from W0. rank: of a low-rank approximation of that difference; 0: none.
+    Raises UserError for invalid options, and for a session with values that are not finite.
     """
     check_stored(precision, rank)
     start = engine.start()
@@ -99,14 +98,14 @@ def save_session(
         arrays[f"rule/{i}"] = leaf
     if session.logit_V is not None:
         arrays["logits"] = session.logit_V
-    arrays |= {"pending": session.pending, "counted": session.counted.astype(np.uint8)}
+    arrays |= {"pending": session.uncommitted, "counted": session.is_target.astype(np.uint8)}
     host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     about = About(
         format=FORMAT,
         model=model,
         tokenizer=tokenizer,
         tokens=session.tokens,
-        pending=len(session.pending),
+        pending=len(session.uncommitted),
         precision=precision,
         rank=rank,
         drift=drift,
@@ -119,29 +118,28 @@ def save_session(
     )
     if bad := not_finite(host, about):
         raise UserError(
-            f"{path} is not written: after {session.tokens:,} tokens {bad} is not finite, so "
-            "nothing can go on from there; read with a lower inner.lr, or go on from an earlier "
-            "session"
+            f"{path} is not written: after {session.tokens:,} tokens {bad} is not finite; use a "
+            "lower inner.lr, or continue from an earlier session"
         )
     _write(local_path(path), host, format_about(about))
     return about
 
 
 def read_about(path: str | os.PathLike) -> About:
-    """What a session file says of itself. UserError if it is none, or damaged."""
+    """The header of a session file. UserError if the file is no session, or damaged."""
     with _open(path) as file:
         return parse_about(path, file.metadata())
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """UserError if a session file is damaged in any part. Without a model: counts and checksums."""
+    """UserError if a session file is damaged. Needs no model: checks counts and checksums."""
     with _open(path) as file:
         about = parse_about(path, file.metadata())
         _check_content(path, _arrays(path, file), about)
 
 
 def check_stored(precision: str, rank: int) -> None:
-    """UserError for what no session can be stored as."""
+    """UserError for an invalid precision or rank."""
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: choose {' or '.join(PRECISIONS)}.")
     if rank < 0 or (rank and precision == "float32"):
@@ -153,20 +151,20 @@ def load_session(
 ) -> tuple[Session, About]:
     """The session in a file, for the engine of the model that wrote it.
 
-    Raises UserError for the session of another model or tokenizer, one that needs more room than
-    `engine.max_length`, and a file that is damaged.
+    Raises UserError for the session of another model or tokenizer, for one longer than
+    `engine.max_length`, and for a damaged file.
     """
     with _open(path) as file:
         about = parse_about(path, file.metadata())
         if about.model != model:
             raise UserError(
                 f"{path} is the session of another model (fingerprint {about.model[:12]}, this one "
-                f"has {model[:12]}): what was read lies in the weights, so open it with its own."
+                f"has {model[:12]}); open it with the model that wrote it."
             )
         if tokenizer and about.tokenizer and about.tokenizer != tokenizer:
             raise UserError(
-                f"{path} was read with another tokenizer (fingerprint {about.tokenizer[:12]}, this "
-                f"one has {tokenizer[:12]}); give that one with --tokenizer=DIR"
+                f"{path} is the session of another tokenizer (fingerprint {about.tokenizer[:12]}, "
+                f"this one has {tokenizer[:12]}); give its tokenizer with --tokenizer=DIR"
             )
         engine.check((), about.tokens)
         arrays = _arrays(path, file)
@@ -182,7 +180,7 @@ def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> 
     rules = [jnp.asarray(arrays[f"rule/{i}"]) for i in range(len(leaves))]
     rule_state = jax.tree.unflatten(structure, rules)
     learned, now = _contexts(engine, start.learned, arrays, about)
-    # Placed as those that reading leaves, else it would be compiled once more.
+    # Same shardings as after prefill, else functions would be compiled again.
     learned, now = (
         jax.tree.map(
             lambda x, like: jax.device_put(x, like.sharding),
@@ -192,40 +190,40 @@ def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> 
         for context in (learned, now)
     )
     logit_V = jnp.asarray(arrays["logits"]) if "logits" in arrays else None
-    counted = arrays["counted"].astype(bool)
-    return Session(learned, now, arrays["pending"], counted, about.tokens, logit_V)
+    is_target = arrays["counted"].astype(bool)
+    return Session(learned, now, arrays["pending"], is_target, about.tokens, logit_V)
 
 
 # --- states -------------------------------------------------------------------------------------
 
 
-HALVES = ("below", "above")
+PARTS = {"below": "parallel", "above": "sequential"}  # names in the file: fields of `Context`
 
 
-def _kinds(engine: Engine) -> dict[str, list[str]]:
-    """How the arrays of both halves' states grow, in the order of their leaves."""
-    cut = engine.reader.learner.cut
-    kinds = {"below": cut.parallel_kinds(), "above": cut.keeps()}
-    return {half: jax.tree.leaves(kinds[half]) for half in HALVES}
+def _cache_kinds(engine: Engine) -> dict[str, list[str]]:
+    """`Block.cache_kinds` of the arrays of both parts, by name in the file."""
+    split = engine.inference_model.chunk_model.split
+    kinds = {"below": split.parallel_cache_kinds(), "above": split.sequential_cache_kinds()}
+    return {part: jax.tree.leaves(kinds[part]) for part in PARTS}
 
 
-def _leaves(context: Context, half: str) -> list[Array]:
-    return jax.tree.leaves(getattr(context, half)["blocks"])
+def _leaves(context: Context, part: str) -> list[Array]:
+    return jax.tree.leaves(getattr(context, PARTS[part])["blocks"])
 
 
 def _states(engine: Engine, session: Session) -> dict[str, Array]:
-    """What both contexts keep, each row once."""
-    pending, tokens = len(session.pending), session.tokens
+    """The arrays of both contexts, each row once."""
+    uncommitted, tokens = len(session.uncommitted), session.tokens
     arrays: dict[str, Array] = {}
-    for half, kinds in _kinds(engine).items():
-        both = (_leaves(context, half) for context in (session.learned, session.now))
+    for part, kinds in _cache_kinds(engine).items():
+        both = (_leaves(context, part) for context in (session.learned, session.now))
         for i, (kind, learned, now) in enumerate(zip(kinds, *both, strict=True)):
-            name = f"{half}/{i}"
-            if kind == "whole":  # what stands behind the learned rows is never looked at
+            name = f"{part}/{i}"
+            if kind == "full":  # `learned` has the same rows up to its position
                 arrays[name] = now[:, :, :tokens]
             elif kind == "window":
                 arrays[name] = learned
-                arrays[f"{name}/new"] = now[:, :, max(0, now.shape[2] - pending) :]
+                arrays[f"{name}/new"] = now[:, :, max(0, now.shape[2] - uncommitted) :]
             else:
                 arrays |= {name: learned, f"{name}/now": now}
     return arrays
@@ -235,14 +233,14 @@ def _contexts(
     engine: Engine, start: Context, arrays: Mapping[str, np.ndarray], about: About
 ) -> tuple[Context, Context]:
     """The contexts that `_states` came from, with the fast weights of `start`."""
-    places = about.tokens - about.pending, about.tokens
+    positions = about.tokens - about.pending, about.tokens
     contexts = [start, start]
-    for half, kinds in _kinds(engine).items():
+    for part, kinds in _cache_kinds(engine).items():
         pairs = []
-        for i, (kind, empty) in enumerate(zip(kinds, _leaves(start, half), strict=True)):
-            name = f"{half}/{i}"
+        for i, (kind, empty) in enumerate(zip(kinds, _leaves(start, part), strict=True)):
+            name = f"{part}/{i}"
             stored = jnp.asarray(arrays[name])
-            if kind == "whole":
+            if kind == "full":
                 filled = empty.at[:, :, : about.tokens].set(stored)
                 pairs.append((filled, filled))
             elif kind == "window":
@@ -250,11 +248,11 @@ def _contexts(
                 pairs.append((stored, rows[:, :, rows.shape[2] - stored.shape[2] :]))
             else:
                 pairs.append((stored, jnp.asarray(arrays[f"{name}/now"])))
-        structure = jax.tree.structure(getattr(start, half)["blocks"])
-        for which, place in enumerate(places):
+        structure = jax.tree.structure(getattr(start, PARTS[part])["blocks"])
+        for which, position in enumerate(positions):
             blocks = jax.tree.unflatten(structure, [pair[which] for pair in pairs])
-            state = {"position": jnp.asarray(place, jnp.int32), "blocks": blocks}
-            contexts[which] = contexts[which]._replace(**{half: state})
+            state = {"position": jnp.asarray(position, jnp.int32), "blocks": blocks}
+            contexts[which] = contexts[which]._replace(**{PARTS[part]: state})
     return contexts[0], contexts[1]
 
 
@@ -295,12 +293,12 @@ def _change(stored: Iterable[Any], dtype: jnp.dtype) -> Array:
 
 def _layers(engine: Engine, fast: PyTree, start: PyTree) -> dict[str, list[float]]:
     """(||W - W0||, ||W0||) by layer, to seven digits."""
-    cut = engine.reader.learner.cut
-    names = fast_layers(cut.model)
+    split = engine.inference_model.chunk_model.split
+    names = fast_layers(split.model)
     if not names:
         return {}
-    moved = jax.tree.map(lambda a, b: (a - b)[0], fast, start)
-    sizes = [sequential_norms(cut, tree) for tree in (moved, jax.tree.map(lambda w: w[0], start))]
+    drift = jax.tree.map(lambda a, b: (a - b)[0], fast, start)
+    sizes = [sequential_norms(split, tree) for tree in (drift, jax.tree.map(lambda w: w[0], start))]
     rows = np.stack(sizes, axis=1).tolist()
     return {name: [float(f"{x:.7g}") for x in row] for name, row in zip(names, rows, strict=True)}
 
@@ -315,8 +313,7 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
         if f"fast/{path}" in arrays:
             fast[path] = jnp.asarray(arrays[f"fast/{path}"])
             continue
-        whole = f"change/{path}" in arrays
-        names = ("change",) if whole else ("left", "right")
+        names = ("change",) if f"change/{path}" in arrays else ("left", "right")
         fast[path] = zero + _change((arrays[f"{n}/{path}"] for n in names), zero.dtype)
     return {**start, **unflatten_dict(fast, sep="/")}
 
@@ -325,10 +322,10 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Known before anything is read: whether a session can be written there.
+    """Checks in advance that a session can be written to `path`.
 
-    Raises UserError for a folder, and for a file that is no session; OSError, with the path, where
-    nothing can be written.
+    Raises UserError for a folder, and for a file that is not a session; OSError, with the path, if
+    the folder is not writable.
     """
     path = local_path(path)
     if path.is_dir():
@@ -357,7 +354,7 @@ def _open(path: str | os.PathLike) -> Any:
         raise UserError(f"there is no session {path}")
     try:
         return safetensors.safe_open(path, "numpy")
-    except Exception as error:  # the library has its own kinds of errors
+    except Exception as error:  # safetensors has its own exceptions
         raise damaged(path, error) from error
 
 
@@ -365,11 +362,11 @@ def _arrays(path: str | os.PathLike, file: Any) -> dict[str, np.ndarray]:
     try:
         # An open file has keys(), but cannot be iterated over.
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # the library has its own kinds of errors
+    except Exception as error:  # safetensors has its own exceptions
         raise damaged(path, error) from error
 
 
-# --- what must be true of a file ----------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------
 
 
 def _check_content(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], about: About) -> None:
@@ -382,10 +379,10 @@ def _check_content(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], ab
 def _check_shapes(
     path: str | os.PathLike, engine: Engine, arrays: Mapping[str, np.ndarray], about: About
 ) -> None:
-    """UserError unless the arrays are those that the engine's sessions of this length have."""
+    """UserError unless names, shapes and types are those of the engine's sessions."""
     expected = _expected(engine, about)
     if about.tokens:
-        logits = (engine.reader.learner.cut.model.vocab_size,)
+        logits = (engine.inference_model.chunk_model.split.model.vocab_size,)
         expected["logits"] = (logits, np.dtype(np.float32))
     if missing := sorted(expected.keys() - arrays.keys()):
         raise UserError(
@@ -395,19 +392,19 @@ def _check_shapes(
     if unknown := sorted(arrays.keys() - expected.keys()):
         raise damaged(path, f"it holds {unknown[0]}, which no session of this model has")
     for name, (shape, dtype) in expected.items():
-        found = arrays[name]
-        if (found.shape, found.dtype) != (shape, dtype):
+        array = arrays[name]
+        if (array.shape, array.dtype) != (shape, dtype):
             raise damaged(
                 path,
-                f"{name} is {found.dtype.name}{list(found.shape)}, not {dtype.name}{list(shape)}",
+                f"{name} is {array.dtype.name}{list(array.shape)}, not {dtype.name}{list(shape)}",
             )
-    pending, vocab = arrays["pending"], engine.reader.learner.cut.model.vocab_size
+    pending, vocab = arrays["pending"], engine.inference_model.chunk_model.split.model.vocab_size
     if len(pending) and not 0 <= pending.min() <= pending.max() < vocab:
         raise damaged(path, f"pending holds tokens outside the vocabulary of {vocab}")
 
 
 def _expected(engine: Engine, about: About) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of every array but the logits, by name."""
+    """Shape and type of every array except the logits, by name."""
     start = engine.start()
     expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         "pending": ((about.pending,), np.dtype(np.int32)),
@@ -417,10 +414,10 @@ def _expected(engine: Engine, about: About) -> dict[str, tuple[tuple[int, ...], 
     def add(name: str, like: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
         expected[name] = (shape, np.dtype(dtype or like.dtype))
 
-    for half, kinds in _kinds(engine).items():
-        for i, (kind, leaf) in enumerate(zip(kinds, _leaves(start.learned, half), strict=True)):
-            name, shape = f"{half}/{i}", leaf.shape
-            if kind == "whole":
+    for part, kinds in _cache_kinds(engine).items():
+        for i, (kind, leaf) in enumerate(zip(kinds, _leaves(start.learned, part), strict=True)):
+            name, shape = f"{part}/{i}", leaf.shape
+            if kind == "full":
                 add(name, leaf, (*shape[:2], about.tokens, *shape[3:]))
                 continue
             add(name, leaf, shape)

@@ -1,4 +1,4 @@
-"""What a session file says of itself, and the checksums that hold it and the arrays together."""
+"""The header of a session file, and the checksums of header and arrays."""
 
 import dataclasses
 import hashlib
@@ -21,13 +21,13 @@ HEADER = "session"
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a file says of itself, without a model.
+    """The header of a session file.
 
     drift: ||W - W0|| of every fast weight by its path. lost: the relative error of the stored
-    difference from W0, largest over weights; 0 if it is stored as it is. chunk_losses: NLL of the
-    last chunks before learning from each, oldest first. source: of `tttjax read`, the text and how
-    far it was read. layers: (||W - W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of
-    the same chunks, read again with the weights that they left; None where nobody looked.
+    difference from W0, largest over weights; 0 if it is exact. chunk_losses: NLL of the last chunks
+    before their updates, oldest first. source: of `tttjax read`, the text and the position in it.
+    layers: (||W - W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of the same chunks
+    after their updates; None if not computed.
     """
 
     format: str
@@ -52,19 +52,19 @@ def format_about(about: About) -> dict[str, str]:
 
 
 def parse_about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> About:
-    """What the metadata of a file say. UserError for another format, or a damaged one."""
+    """The header in a file's metadata. UserError for another format, or if it is damaged."""
     try:
         text = (metadata or {})[HEADER]
     except KeyError as error:
-        raise UserError(f"{path} is a safetensors file, but no session of tttjax") from error
+        raise UserError(f"{path} is a safetensors file, but not a session of tttjax") from error
     try:
-        found = version_of(text, "format")
-        if found not in (FORMAT, UNSEALED):
+        version = version_of(text, "format")
+        if version not in (FORMAT, UNSEALED):
             raise UserError(
-                f"{path} has the session format {found!r}; this version reads {FORMAT} and "
+                f"{path} has the session format {version!r}; this version reads {FORMAT} and "
                 f"{UNSEALED}: open it with the version of tttjax that wrote it, or a later one"
             )
-        values = read_object(text, is_sealed=found == FORMAT)
+        values = read_object(text, is_sealed=version == FORMAT)
         values.pop(SEAL, None)
         about = About(**values)
         _check_about(about)
@@ -73,16 +73,16 @@ def parse_about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> 
     return about
 
 
-def damaged(path: str | os.PathLike, why: object) -> UserError:
-    """The sentence for a file that is not what was saved."""
+def damaged(path: str | os.PathLike, reason: object) -> UserError:
+    """The error for a file that is truncated or damaged."""
     return UserError(
-        f"{path} is not a whole session file ({why}); it was cut short or is something else: take "
-        "a copy of it, or read the text again"
+        f"{path} is not a whole session file ({reason}); restore it from a copy, or read the text "
+        "again"
     )
 
 
 def _check_about(about: About) -> None:
-    """ValueError with what no session says of itself."""
+    """ValueError for a field with an invalid value."""
     numbers = {"tokens": 2**31, "pending": about.tokens + 1 if _is_count(about.tokens) else 0}
     for name, limit in {**numbers, "rank": 2**31}.items():
         value = getattr(about, name)
@@ -100,8 +100,8 @@ def _check_about(about: About) -> None:
     if any(not isinstance(row, list) or len(row) != 2 for row in about.layers.values()):
         raise ValueError("layers has rows that are not two numbers")
     after = [loss for loss in about.chunk_losses_after if loss is not None]
-    known = (*about.drift.values(), *(x for row in about.layers.values() for x in row), about.lost)
-    if not all(_is_finite(x) for x in (*known, *about.chunk_losses, *after)):
+    norms = (*about.drift.values(), *(x for row in about.layers.values() for x in row), about.lost)
+    if not all(_is_finite(x) for x in (*norms, *about.chunk_losses, *after)):
         raise ValueError("a norm or a loss is not a finite number")
     source = about.source
     if source and not (
@@ -129,7 +129,7 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def not_finite(arrays: Mapping[str, np.ndarray], about: About) -> str:
-    """The name of an array, or of a field, with an entry that is not finite; else empty."""
+    """The name of an array or field with a value that is not finite; "" if there is none."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             return name

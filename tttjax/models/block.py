@@ -21,14 +21,14 @@ from tttjax.models.ttt_layer import TTTLayer
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.types import Array
 
-BlockState = dict[str, dict[str, Array]] | None  # by the name of the branch that keeps it
+BlockState = dict[str, dict[str, Array]] | None  # by name of the branch
 
 Mixer = Attention | NoMixer | Mamba2 | GatedDeltaNet | TTTLayer
 
 
 @dataclass(frozen=True)
 class MambaShape:
-    """Sizes of Mamba-2 layers, by the names of its arguments."""
+    """Sizes of Mamba-2 layers: arguments of `Mamba2`."""
 
     expand: int
     head_dim: int
@@ -40,7 +40,7 @@ class MambaShape:
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Sizes of Gated DeltaNet layers, by the names of its arguments."""
+    """Sizes of Gated DeltaNet layers: arguments of `GatedDeltaNet`."""
 
     key_heads: int
     value_heads: int
@@ -52,7 +52,7 @@ class DeltaShape:
 
 @dataclass(frozen=True)
 class TTTShape:
-    """Sizes and choices of TTT layers."""
+    """Sizes and settings of TTT layers."""
 
     num_heads: int
     chunk_size: int
@@ -67,7 +67,7 @@ class TTTShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Sizes and choices that all blocks of a model share."""
+    """Sizes and settings that all blocks of a model share."""
 
     embed_dim: int
     num_heads: int
@@ -99,7 +99,7 @@ class BlockShape:
 
 
 def attention_masks(shape: BlockShape) -> dict[str, AttentionMask]:
-    """What a query sees, by kind of attention."""
+    """Attention masks by kind of attention."""
     return {
         "full": AttentionMask(),
         "window": AttentionMask(window=shape.window_size),
@@ -108,10 +108,7 @@ def attention_masks(shape: BlockShape) -> dict[str, AttentionMask]:
 
 
 def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
-    """The mixer called `kind`; a new mixer joins here.
-
-    Raises ValueError for a kind that there is not.
-    """
+    """The mixer called `kind`. Add a new mixer here. Raises ValueError for an unknown kind."""
     if kind == "none":
         return NoMixer()
     common: dict[str, Any] = {"std": shape.init_std, "dtype": shape.param_dtype}
@@ -137,8 +134,8 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
             norm_eps=shape.ttt.norm_eps,
             **common,
         )
-    sights = attention_masks(shape)
-    if kind not in sights:
+    masks = attention_masks(shape)
+    if kind not in masks:
         raise ValueError(f"unknown mixer {kind!r}")
     return Attention(
         shape.embed_dim,
@@ -146,7 +143,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
         shape.head_dim,
         rngs,
         kv_heads=shape.kv_heads,
-        attention_mask=sights[kind],
+        attention_mask=masks[kind],
         rope_theta=shape.rope_theta,
         rope_scaling=shape.rope_scaling,
         qk_norm=shape.qk_norm,
@@ -159,7 +156,7 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
 
 
 class Block(nnx.Module):
-    """The branches of one block in the order in which they run, each x += post(branch(pre(x))).
+    """The branches of one block in order, each x += post(branch(pre(x))).
 
     A convolution if the model has pre_conv (its norm is its own); the mixers of `kind`, several
     joined by `+`; the fast MLP if `fast`; the MLP if it has a width.
@@ -190,43 +187,49 @@ class Block(nnx.Module):
         setattr(self, f"{name}_post_norm", norm(shape.post_norm))
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, dict[str, Array]]:
-        """What the branches keep of a sequence of which nothing has been read."""
+        """The state of every branch before the first token."""
         state = {name: getattr(self, name).init_state(max_length, dtype) for name in self.mixers}
         if self.has_conv:
             state["pre_conv"] = self.pre_conv.init_state(dtype)
         return state
 
-    def keeps(self) -> dict[str, str]:
-        """How each branch's state grows: "window", "whole" or "carried"."""
-        kinds = {name: getattr(self, name).keeps for name in self.mixers}
-        return kinds | ({"pre_conv": "carried"} if self.has_conv else {})
+    def cache_kinds(self) -> dict[str, str]:
+        """The kind of each branch's state.
 
-    def opened(self, past, now, first: Array, pending: Array, room: int) -> dict[str, Any]:
-        """The state for writing (`Attention.opened`); most mixers' stays what it is."""
-        return self._each("opened", now, past, now, first=first, pending=pending, room=room)
+        "window": the last rows of keys and values. "full": all rows. "recurrent": constant size,
+        replaced by every call.
+        """
+        kinds = {name: getattr(self, name).cache_kind for name in self.mixers}
+        return kinds | ({"pre_conv": "recurrent"} if self.has_conv else {})
 
-    def committed(self, state, new, position_R: Array) -> dict[str, Any]:
-        """The state of R sequences after a token each, from what the block has returned for it."""
-        return self._each("committed", new, state, new, position_R=position_R)
+    def to_decode_cache(self, committed, current, **arguments: Any) -> dict[str, Any]:
+        """The state for decoding (`Attention.to_decode_cache`); other mixers' is unchanged."""
+        return self._map_branches("to_decode_cache", current, committed, current, **arguments)
 
-    def closed(self, past, state, pending: Array) -> dict[str, Any]:
-        """The state for reading on, from that for writing."""
-        return self._each("closed", state, past, state, pending=pending)
+    def append_kv(self, state, new, position_R: Array) -> dict[str, Any]:
+        """The state of R sequences after one token each; new: what the block returned for it."""
+        return self._map_branches("append_kv", new, state, new, position_R=position_R)
 
-    def _each(self, method: str, otherwise, *states, **rest) -> dict[str, Any]:
-        """The method of every branch on its part of the states, where it has one."""
+    def from_decode_cache(self, committed, state, uncommitted: Array) -> dict[str, Any]:
+        """The inverse of `to_decode_cache`."""
+        return self._map_branches(
+            "from_decode_cache", state, committed, state, uncommitted=uncommitted
+        )
+
+    def _map_branches(self, method: str, default, *states, **arguments) -> dict[str, Any]:
+        """Calls the method of every branch on its states; `default` for branches without it."""
 
         def one(name):
             run = getattr(getattr(self, name), method, None)
-            return otherwise[name] if run is None else run(*(s[name] for s in states), **rest)
+            return default[name] if run is None else run(*(s[name] for s in states), **arguments)
 
-        return {name: one(name) for name in otherwise}
+        return {name: one(name) for name in default}
 
     def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
         new_state: dict[str, Any] = {}
         if self.has_conv:
-            past = None if state is None else state["pre_conv"]
-            y_TD, new_state["pre_conv"] = self.pre_conv(x_TD, past)
+            conv_state = None if state is None else state["pre_conv"]
+            y_TD, new_state["pre_conv"] = self.pre_conv(x_TD, conv_state)
             x_TD = x_TD + y_TD
         for name in self.mixers:
             pre, mixer, post = self._branch(name)

@@ -1,4 +1,4 @@
-"""From the fields of a configuration to a model; this package imports no configuration."""
+"""Builds a model from a configuration, whose classes this package does not import."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tttjax.models.transformer import Transformer
 
 
 def build_model(model: Any, inner: Any) -> Transformer:
-    """The model of a `ModelConfig` and an `InnerConfig` (fast weights and chunk size)."""
+    """The model of a `ModelConfig`, with fast weights and chunk size of an `InnerConfig`."""
     return Transformer(
         shape=_block_shape(model, inner.chunk_size),
         vocab_size=model.vocab_size,

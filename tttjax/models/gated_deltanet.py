@@ -1,6 +1,6 @@
-"""Gated DeltaNet (arXiv 2412.06464): a recurrent mixer that corrects what it remembers.
+"""Gated DeltaNet (arXiv 2412.06464): a recurrent mixer with the gated delta rule.
 
-With `negative`, beta reaches 2 and the memory's transition may have negative eigenvalues
+With `negative`, beta reaches 2 and the transition of the state may have negative eigenvalues
 (arXiv 2411.12537).
 """
 
@@ -12,9 +12,9 @@ from tttjax.errors import UserError
 from tttjax.models.attention import State
 from tttjax.models.layers import normal_weight
 from tttjax.models.recurrent import (
+    empty_conv_states,
     initial_a_log,
     initial_dt_bias,
-    no_inputs,
     project,
     uniform_taps,
 )
@@ -79,22 +79,22 @@ class GatedDeltaNet(nnx.Module):
         self.norm_eps = norm_eps
         self.chunk = chunk
 
-    keeps = "carried"  # the whole state is new after every call
+    cache_kind = "recurrent"
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state before the first token; its size does not depend on `max_length`."""
         del max_length
         kernels = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
-        return {"memory": self._empty_memory(dtype), **no_inputs(kernels, dtype)}
+        return {"memory": self._empty_memory(dtype), **empty_conv_states(kernels, dtype)}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]: exactly one sequence or the next piece of one (see attention)."""
+        """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
         del position
-        past = state or {}
+        cache = state or {}
 
         def convolved(weight, name):
             kernel_JHK = getattr(self, name)[...]
-            out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, past.get(name))
+            out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, cache.get(name))
             return jax.nn.silu(out_THK), last
 
         q_THK, last_q = convolved(self.wq, "conv_q")
@@ -113,7 +113,7 @@ class GatedDeltaNet(nnx.Module):
         return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
 
     def _gates(self, x_TD: Array) -> tuple[Array, Array]:
-        """Log-decay g <= 0 and writing strength beta of each token, float32 at least: [T, H]."""
+        """Log-decay g <= 0 and beta of each token, float32 at least: [T, H]."""
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
         wa_DH, wb_DH = (weight[...].astype(x_TD.dtype) for weight in (self.wa, self.wb))
         a_TH = jnp.matmul(x_TD, wa_DH, preferred_element_type=wide)

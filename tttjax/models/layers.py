@@ -1,8 +1,8 @@
-"""Weights and the layers made of them.
+"""Weight declarations, norms, MLPs and the short convolution.
 
 A weight is declared once: shape, initialiser, and `axes`, one logical name per dimension, which
-`tttjax.parallel.mesh` maps to the device mesh. Its type says which loop owns it: `FastWeight` is
-rewritten by the inner loop while reading, `nnx.Param` only by the outer optimizer.
+`tttjax.parallel.mesh` maps to the device mesh. Its type says which loop updates it: `FastWeight`
+the inner loop, `nnx.Param` only the outer optimizer.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from tttjax.types import Array
 
 
 class FastWeight(nnx.Param):
-    """A weight that the inner loop copies for each sequence and rewrites while reading."""
+    """A weight that the inner loop copies and updates for each sequence."""
 
 
 def normal_weight(
@@ -30,9 +30,9 @@ def normal_weight(
     kind: type[nnx.Param] = nnx.Param,
     cast_to_compute: bool = False,
 ) -> nnx.Param:
-    """A weight drawn from N(0, std^2): neither truncated nor scaled with depth, as officially.
+    """A weight drawn from N(0, std^2), not truncated, not scaled with depth (as official).
 
-    cast_to_compute: it is only ever multiplied with, in the dtype of the other factor.
+    cast_to_compute: it is only used in products, in the dtype of the other factor.
     """
     value = std * jax.random.normal(rngs.params(), shape, dtype)
     return kind(value, axes=axes, cast_to_compute=cast_to_compute)
@@ -50,7 +50,7 @@ class RMSNorm(nnx.Module):
 
 
 class Identity(nnx.Module):
-    """Stands where a norm is switched off."""
+    """In place of a norm that is switched off."""
 
     def __call__(self, x_TD: Array) -> Array:
         return x_TD
@@ -87,7 +87,7 @@ class SwiGLU(nnx.Module):
         return _gated(x_TD @ w1_DF, x_TD @ w3_DF) @ w2_FD
 
 
-# Rematerialised: the backward pass keeps the two products, and nothing of what is made of them.
+# Rematerialised: the backward pass stores only the two products.
 @partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate_TF: Array, value_TF: Array) -> Array:
     return jax.nn.silu(gate_TF) * value_TF
@@ -96,8 +96,8 @@ def _gated(gate_TF: Array, value_TF: Array) -> Array:
 class MultiHeadMLP(nnx.Module):
     """gelu(x w1 + b1) w2 + b2 in each of H heads: K entries to 4 K and back. [T, D] -> [T, D].
 
-    The inner model of TTT-MLP (arXiv 2407.04620) without its norm and projections: what the fast
-    MLP is on the way from TTT-KVB to TTT-E2E (arXiv 2512.23675, table 1). std: of w1; out_std: of
+    The inner model of TTT-MLP (arXiv 2407.04620) without its norm and projections: the fast MLP in
+    the steps from TTT-KVB to TTT-E2E (arXiv 2512.23675, table 1). std: of w1; out_std: of
     w2; biases start at 0.
     """
 
@@ -153,7 +153,7 @@ class NormedConv(nnx.Module):
         return {"conv": jnp.zeros((taps - 1, embed_dim), dtype)}
 
     def __call__(self, x_TD: Array, state: dict[str, Array] | None):
-        """(y [T, D], state of the convolution; None if none was given)."""
+        """(y [T, D], the new state; None if `state` is None)."""
         past_JD = None if state is None else state["conv"]
         y_TD, past_JD = short_conv(self.norm(x_TD), self.kernel[...], self.bias[...], past_JD)
         return y_TD, None if state is None else {"conv": past_JD}

@@ -1,4 +1,4 @@
-"""Mamba-2 (arXiv 2405.21060): a state-space model whose decay is one number per head and token."""
+"""Mamba-2 (arXiv 2405.21060): a state-space model with one decay per head and token."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from tttjax.errors import UserError
 from tttjax.models.attention import State
 from tttjax.models.layers import normal_weight
 from tttjax.models.recurrent import (
+    empty_conv_states,
     initial_a_log,
     initial_dt_bias,
-    no_inputs,
     project,
     uniform_taps,
 )
@@ -26,9 +26,9 @@ class Mamba2(nnx.Module):
     """The Mamba-2 mixer: projections, short convolutions, SSD, gated norm, projection.
 
     H = expand * embed_dim / head_dim heads of P = head_dim entries; b and c of N = state_size
-    entries are shared by the H/G consecutive heads of a group. `dt_limits`: nothing, or the least
-    and largest step size. `chunk`: tokens that the training form takes together; it changes no
-    result. Raises UserError where the sizes do not divide each other.
+    entries are shared by the H/G consecutive heads of a group. `dt_limits`: empty, or the smallest
+    and largest step size. `chunk`: tokens per block of the training form; it changes no result.
+    Raises UserError for sizes that do not divide.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Mamba2(nnx.Module):
         per_head = (heads, head_dim), ("heads", "head_dim")
         per_group = (groups, state_size), ("kv_groups", "state")
 
-        def read(shape, axes):
+        def input_weight(shape, axes):
             return weight((embed_dim, *shape), ("embed", *axes))
 
         def taps(shape, axes):
@@ -65,8 +65,8 @@ class Mamba2(nnx.Module):
         def full(value, shape, axes):
             return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
-        self.wz, self.wx = read(*per_head), read(*per_head)
-        self.wb, self.wc = read(*per_group), read(*per_group)
+        self.wz, self.wx = input_weight(*per_head), input_weight(*per_head)
+        self.wb, self.wc = input_weight(*per_group), input_weight(*per_group)
         self.wdt = weight((embed_dim, heads), ("embed", "heads"))
         self.conv_x, self.conv_x_bias = taps(*per_head), full(0, *per_head)
         self.conv_b, self.conv_b_bias = taps(*per_group), full(0, *per_group)
@@ -80,7 +80,7 @@ class Mamba2(nnx.Module):
         self.norm_eps = norm_eps
         self.chunk = chunk
 
-    keeps = "carried"  # the whole state is new after every call
+    cache_kind = "recurrent"
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state before the first token; its size does not depend on `max_length`."""
@@ -88,16 +88,16 @@ class Mamba2(nnx.Module):
         wide = jnp.promote_types(dtype, jnp.float32)
         kernels = {"conv_x": self.conv_x, "conv_b": self.conv_b, "conv_c": self.conv_c}
         empty_HPN = jnp.zeros((*self.norm.shape[-2:], self.wb.shape[-1]), wide)
-        return {"ssm": empty_HPN, **no_inputs(kernels, dtype)}
+        return {"ssm": empty_HPN, **empty_conv_states(kernels, dtype)}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]: exactly one sequence or the next piece of one (see attention)."""
+        """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
         del position
-        past = state or {}
+        cache = state or {}
 
         def convolved(weight, name):
             kernel, bias = getattr(self, name), getattr(self, f"{name}_bias")
-            out, last = short_conv(project(x_TD, weight), kernel[...], bias[...], past.get(name))
+            out, last = short_conv(project(x_TD, weight), kernel[...], bias[...], cache.get(name))
             return jax.nn.silu(out), last
 
         x_THP, last_x = convolved(self.wx, "conv_x")
@@ -138,11 +138,11 @@ class Mamba2(nnx.Module):
 
 
 def _count_heads(inner_dim: int, head_dim: int, groups: int) -> int:
-    heads, rest = divmod(inner_dim, head_dim)
-    if rest or not heads:
+    heads, remainder = divmod(inner_dim, head_dim)
+    if remainder or not heads:
         raise UserError(
             f"Mamba-2: the inner width expand * embed_dim = {inner_dim} is not a multiple of the "
-            f"head dimension {head_dim}; choose another head dimension or expansion"
+            f"head dimension {head_dim}; change the head dimension or the expansion"
         )
     if heads % groups:
         raise UserError(
@@ -155,6 +155,6 @@ def _count_heads(inner_dim: int, head_dim: int, groups: int) -> int:
 def _check_limits(dt_limits: tuple[float, ...]) -> None:
     if dt_limits and not (len(dt_limits) == 2 and 0 <= dt_limits[0] <= dt_limits[1]):
         raise UserError(
-            f"Mamba-2: dt_limits is {dt_limits}; give the least and the largest step size, "
-            "0 <= least <= largest, or nothing for no limits"
+            f"Mamba-2: dt_limits is {dt_limits}; give the smallest and the largest step "
+            "size, 0 <= smallest <= largest, or nothing for no limits"
         )

@@ -1,4 +1,4 @@
-"""What recurrent mixers share: their convolutions and gates before the recurrence itself."""
+"""Shared by recurrent mixers: projections, convolution kernels, and initial decay and step size."""
 
 from collections.abc import Mapping
 from math import log
@@ -26,10 +26,10 @@ def uniform_taps(
     return nnx.Param(value, axes=("taps", *axes))
 
 
-def no_inputs(kernels: Mapping[str, nnx.Param], dtype: jnp.dtype) -> dict[str, Array]:
-    """What the convolutions have met before a sequence: zeros, [J - 1, H, K] by name."""
-    sizes = {name: kernel.shape[-3:] for name, kernel in kernels.items()}
-    return {name: jnp.zeros((taps - 1, *rest), dtype) for name, (taps, *rest) in sizes.items()}
+def empty_conv_states(kernels: Mapping[str, nnx.Param], dtype: jnp.dtype) -> dict[str, Array]:
+    """The convolutions' states before a sequence: zeros, [J - 1, H, K] by name."""
+    shapes = {name: kernel.shape[-3:] for name, kernel in kernels.items()}
+    return {name: jnp.zeros((taps - 1, *hk), dtype) for name, (taps, *hk) in shapes.items()}
 
 
 def initial_a_log(rngs: nnx.Rngs, heads: int, low: float, high: float, dtype: jnp.dtype):

@@ -1,4 +1,4 @@
-"""The same weights for a model with another suffix, other fast weights, or fast MLPs besides."""
+"""Moves weights to a model with another suffix, other fast weights, or added fast MLPs."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from tttjax.models.stacking import combine, partition
 from tttjax.models.transformer import PARTS, Transformer
 from tttjax.types import Array, Params
 
-FAST_MLP = "fast_mlp"  # how the names begin of the branch's weights: the MLP's, its norms'
+FAST_MLP = "fast_mlp"  # name prefix of the weights of the fast MLP and its norms
 
 
 def relayout(
@@ -20,7 +20,7 @@ def relayout(
 ) -> Params:
     """The weights of `source` in the layout of `target`, which has the same blocks.
 
-    For a model that was trained without an inner loop and shall now have one.
+    For example to add an inner loop to a model that was trained without one.
     new_mlps: `fast_mlps` of the target, for those of its blocks that have none in the source.
     """
     flat = flatten_dict(combine(params.slow, params.fast), sep="/")
@@ -35,15 +35,15 @@ def relayout(
     for path, leaf in (new_mlps or {}).items():
         rows = rows_of.setdefault(path, {})
         rows |= {row: leaf[row] for row in range(len(leaf)) if row not in rows}
-    ends = {path: leaf for path, leaf in flat.items() if path.split("/")[0] not in PARTS}
+    outside_blocks = {path: leaf for path, leaf in flat.items() if path.split("/")[0] not in PARTS}
     stacked = {path: jnp.stack([x for _, x in sorted(r.items())]) for path, r in rows_of.items()}
-    return partition(unflatten_dict({**ends, **stacked}, sep="/"), target.fast_paths)
+    return partition(unflatten_dict({**outside_blocks, **stacked}, sep="/"), target.fast_paths)
 
 
 def fast_mlps(model: Transformer, key: Array) -> dict[str, Array]:
-    """The fast MLPs and their norms as `model.init(key)` has them, by path, [blocks, ...].
+    """The fast MLPs and their norms from `model.init(key)`, by path, [blocks, ...].
 
-    Under `jax.jit` only they are computed.
+    Under `jax.jit` no other weight is computed.
     """
     params = model.init(key)
     flat = flatten_dict(combine(params.slow, params.fast), sep="/")
@@ -51,6 +51,6 @@ def fast_mlps(model: Transformer, key: Array) -> dict[str, Array]:
 
 
 def _is_of_fast_mlp(path: str) -> bool:
-    """Of paths such as `suffix/stage0/block0/fast_mlp_norm/weight`."""
+    """For paths such as `suffix/stage0/block0/fast_mlp_norm/weight`."""
     parts = path.split("/")
     return parts[0] in PARTS and parts[3].startswith(FAST_MLP)

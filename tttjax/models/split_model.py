@@ -1,7 +1,8 @@
-"""A model cut at its lowest fast weight: what runs in parallel below, what learns above.
+"""A model split at its lowest fast weight, into a parallel and a sequential part.
 
-The prefix has no fast weights and runs once over a sequence. So can the mixers of the first suffix
-block, if only its MLPs or what comes after them are fast: nothing below them changes while reading.
+The parallel part runs once over all tokens of a sequence: the prefix, which has no fast weights,
+and the mixers of the first suffix block where no weight in or before them is fast. The inner loop
+runs the sequential part, the rest, chunk by chunk.
 """
 
 import dataclasses
@@ -18,15 +19,15 @@ from tttjax.models.stacking import Stack, empty_state, run_stage
 from tttjax.models.transformer import Transformer, advance
 from tttjax.types import Array, PyTree
 
-MIXING = ("mixer", "pre_conv")  # how the names begin of a block's weights before its MLPs
-ATTENTION_FORMS = ("dense", "once", "twice", "start", "one")
-PartStates = tuple[PyTree, PyTree]  # the states of the lower and of the upper half
-FIRST = "first"  # the segment of the first row of stage 0, where that is apart from the others
+MIXING = ("mixer", "pre_conv")  # name prefixes of a block's weights before its MLPs
+ATTENTION_FORMS = ("dense", "blocked", "blocked_jvp", "prefill", "decode")
+PartStates = tuple[PyTree, PyTree]  # states of the parallel and of the sequential part
+FIRST = "first"  # the segment of row 0 of stage 0, if its mixers are in the parallel part
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one stage of the suffix that run one after the other, by the name of the stack."""
+    """Consecutive rows of one stage of the suffix; `stacks` by name of the block."""
 
     stage: str
     rows: slice
@@ -35,18 +36,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class SplitModel:
-    """The two halves of `model` as pure functions, and the layout of weights for the upper one.
+    """The two parts of `model` as pure functions, and the weight layout of the sequential part.
 
-    In that layout the blocks' weights lie by segment: `above(tree)["suffix"][segment][block]`.
+    That layout is by segment: `sequential_weights(tree)["suffix"][segment][block]`.
     """
 
     model: Transformer
 
     @cached_property
     def first_mixers_are_parallel(self) -> bool:
-        """Whether the mixers of the first suffix block run below."""
+        """Whether the mixers of the first suffix block belong to the parallel part."""
         first = "suffix/stage0/block0/"
-        if first.rstrip("/") not in self.model.stacks or not self._first_block.keeps():
+        if first.rstrip("/") not in self.model.stacks or not self._first_block.cache_kinds():
             return False
         mixing = tuple(first + name for name in MIXING)
         return not any(path.startswith(mixing) for path in self.model.fast_paths)
@@ -67,7 +68,7 @@ class SplitModel:
         }
 
     def _first_mixers(self, form: str) -> dict[str, Stack]:
-        """The first suffix block without its MLPs, if its mixers run below."""
+        """The first suffix block without its MLPs, if its mixers are in the parallel part."""
         if not self.first_mixers_are_parallel:
             return {}
         kind = self.model.stages["suffix"][0].kinds[0]
@@ -76,7 +77,7 @@ class SplitModel:
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
-        """The upper half by name, in the order in which it runs."""
+        """The sequential part by name, in the order in which it runs."""
         return self._segments_by_form["dense"]
 
     @cached_property
@@ -84,7 +85,7 @@ class SplitModel:
         return {form: self._make_segments(form) for form in ATTENTION_FORMS}
 
     def _make_segments(self, form: str) -> dict[str, Segment]:
-        model, found = self.model, {}
+        model, segments = self.model, {}
         shape = self._shape(form)
 
         def stack(kind: str, height: int, shape: BlockShape = shape) -> Stack:
@@ -96,17 +97,17 @@ class SplitModel:
                 first = {f"block{j}": stack(kind, 1) for j, kind in enumerate(stage.kinds)}
                 only_mlps = dataclasses.replace(shape, pre_conv=False)
                 first["block0"] = stack("none", 1, only_mlps)
-                found[FIRST] = Segment("stage0", slice(0, 1), first)
+                segments[FIRST] = Segment("stage0", slice(0, 1), first)
                 rows = slice(1, stage.repeats)
             height = rows.stop - rows.start
             if height:
                 stacks = {f"block{j}": stack(kind, height) for j, kind in enumerate(stage.kinds)}
-                found[f"stage{i}"] = Segment(f"stage{i}", rows, stacks)
-        return found
+                segments[f"stage{i}"] = Segment(f"stage{i}", rows, stacks)
+        return segments
 
     @property
     def sequential_mixers(self) -> frozenset[str]:
-        """Kinds of mixers that read chunk by chunk, joined ones taken apart."""
+        """Kinds of the sequential part's mixers; `a+b` counts as two."""
         kinds = {
             str(stack.arguments[0])
             for segment in self.segments.values()
@@ -116,36 +117,37 @@ class SplitModel:
 
     # --- weights ------------------------------------------------------------------------------
 
-    def above(self, tree: PyTree) -> PyTree:
-        """The part of a tree of slow or of fast weights that the upper half reads, by segment."""
+    def sequential_weights(self, tree: PyTree) -> PyTree:
+        """The sequential part of a tree of slow or of fast weights, by segment."""
         stages = tree.get("suffix", {})
         suffix = {}
         for name, segment in self.segments.items():
             blocks = dict(stages.get(segment.stage, {}))
             if name == FIRST and "block0" in blocks:
-                kept = {k: w for k, w in blocks["block0"].items() if not k.startswith(MIXING)}
-                blocks["block0"] = kept
+                block = blocks["block0"]
+                blocks["block0"] = {k: w for k, w in block.items() if not k.startswith(MIXING)}
             suffix[name] = jax.tree.map(lambda w, rows=segment.rows: w[rows], blocks)
-        ends = {name: w for name, w in tree.items() if name not in ("prefix", "suffix")}
+        outside_blocks = {name: w for name, w in tree.items() if name not in ("prefix", "suffix")}
         if not self.model.tied:
-            ends.pop("embedding", None)
-        return {**ends, "suffix": suffix}
+            outside_blocks.pop("embedding", None)
+        return {**outside_blocks, "suffix": suffix}
 
-    def lower(self, slow: PyTree) -> PyTree:
-        """The part of the slow weights that `below` and `extend_parallel` read."""
-        kept = {name: w for name, w in slow.items() if name in ("embedding", "prefix")}
+    def parallel_weights(self, slow: PyTree) -> PyTree:
+        """The slow weights of the parallel part."""
+        weights = {name: w for name, w in slow.items() if name in ("embedding", "prefix")}
         if self.first_mixers_are_parallel:
             first = slow["suffix"]["stage0"]["block0"]
-            kept["suffix"] = {"stage0": {"block0": _first_row_of_mixers(first)}}
-        return kept
+            weights["suffix"] = {"stage0": {"block0": _first_row_of_mixers(first)}}
+        return weights
 
     def join(self, tree: PyTree) -> PyTree:
-        """The inverse of `above` for a tree of fast weights."""
+        """The inverse of `sequential_weights` for a tree of fast weights."""
         suffix = dict(tree["suffix"])
         first = suffix.pop(FIRST, None)
         if first is not None and "stage0" in suffix:
-            rest = suffix["stage0"]
-            suffix["stage0"] = jax.tree.map(lambda a, b: jnp.concatenate((a, b)), first, rest)
+            suffix["stage0"] = jax.tree.map(
+                lambda a, b: jnp.concatenate((a, b)), first, suffix["stage0"]
+            )
         elif first is not None:
             suffix["stage0"] = first
         suffix = {name: blocks for name, blocks in suffix.items() if blocks}
@@ -154,46 +156,55 @@ class SplitModel:
 
     # --- functions ----------------------------------------------------------------------------
 
-    def below(self, slow: PyTree, token_T: Array) -> Array:
-        """What enters the upper half, for all tokens of a sequence at once, [T, D]."""
-        return self._run_parallel(slow, None, token_T, "dense", self.model.remat)[0]
+    def run_parallel(self, slow: PyTree, token_T: Array) -> Array:
+        """The input of the sequential part for a whole sequence, [T, D]."""
+        return self._forward_parallel(slow, None, token_T, "dense", self.model.remat)[0]
 
     def extend_parallel(
         self, slow: PyTree, state: PyTree, token_T: Array, form: str = "dense"
     ) -> tuple[Array, PyTree]:
-        """`below` for T further tokens of a sequence, and the new state.
+        """`run_parallel` for the next T tokens of a sequence, and the new state.
 
-        state: of `init_parallel`. form: of attention; "start" where nothing has been read yet.
+        state: from `init_parallel` or an earlier call. form: of attention (`Attention`); "prefill"
+        only for the first tokens.
         """
-        x_TD, blocks = self._run_parallel(slow, state, token_T, form, remat=False)
+        x_TD, blocks = self._forward_parallel(slow, state, token_T, form, remat=False)
         return x_TD, advance({**state, "blocks": blocks}, token_T.shape[0])
 
-    def _run_parallel(self, slow, state: PyTree | None, token_T, form: str, remat: bool):
-        model, lifted = self._models[form], self._first_mixers(form)
+    def _forward_parallel(self, slow, state: PyTree | None, token_T, form: str, remat: bool):
+        model, first_mixers = self._models[form], self._first_mixers(form)
         x_TD = model.embed(slow, token_T)
         x_TD, after = model.run_part("prefix", slow, state, x_TD, remat=remat)
         blocks = after and dict(after["blocks"])
-        if lifted:
+        if first_mixers:
             first = slow["suffix"]["stage0"]["block0"]
             mixing = _first_row_of_mixers(first)
-            past = state and state["blocks"]["lifted"]
+            mixer_state = state and state["blocks"]["first_mixers"]
             position = jnp.zeros((), jnp.int32) if state is None else state["position"]
-            x_TD, now = run_stage(
-                lifted, {"block0": mixing}, past, x_TD, position, remat=remat, cast=state is None
+            x_TD, mixer_state = run_stage(
+                first_mixers,
+                {"block0": mixing},
+                mixer_state,
+                x_TD,
+                position,
+                remat=remat,
+                cast=state is None,
             )
-            blocks = blocks and {**blocks, "lifted": now}
+            blocks = blocks and {**blocks, "first_mixers": mixer_state}
         return x_TD, blocks
 
     def init_parallel(self, max_length: int) -> PyTree:
-        """The lower half's state of a sequence of which nothing has been read."""
+        """The state of the parallel part before the first token."""
         dtype = self.model.compute_dtype
         blocks = self.model.init_state(max_length, parts=["prefix"])["blocks"]
-        lifted = self._first_mixers("dense").items()
-        blocks["lifted"] = {k: empty_state(stack, max_length, dtype) for k, stack in lifted}
+        blocks["first_mixers"] = {
+            name: empty_state(stack, max_length, dtype)
+            for name, stack in self._first_mixers("dense").items()
+        }
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
-    def init_state(self, max_length: int) -> PyTree:
-        """The upper half's state of a sequence of which nothing has been read."""
+    def init_sequential(self, max_length: int) -> PyTree:
+        """The state of the sequential part before the first token."""
         blocks = {
             name: {
                 block: empty_state(stack, max_length, self.model.compute_dtype)
@@ -203,19 +214,19 @@ class SplitModel:
         }
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
-    def keeps(self) -> PyTree:
-        """How each array of the state grows (`Block.keeps`), in the structure of its `blocks`."""
-        return _kinds(self._sequential_stacks, jax.eval_shape(lambda: self.init_state(1))["blocks"])
+    def sequential_cache_kinds(self) -> PyTree:
+        """`Block.cache_kinds` of every array in the sequential part's state `blocks`."""
+        state = jax.eval_shape(lambda: self.init_sequential(1))
+        return _cache_kinds(self._sequential_stacks, state["blocks"])
 
-    def parallel_kinds(self) -> PyTree:
-        """The same for the lower half."""
-        return _kinds(
-            self._parallel_stacks, jax.eval_shape(lambda: self.init_parallel(1))["blocks"]
-        )
+    def parallel_cache_kinds(self) -> PyTree:
+        """`Block.cache_kinds` of every array in the parallel part's state `blocks`."""
+        state = jax.eval_shape(lambda: self.init_parallel(1))
+        return _cache_kinds(self._parallel_stacks, state["blocks"])
 
     @cached_property
     def _parallel_stacks(self) -> PyTree:
-        """The lower half's stacks, in the structure of its state."""
+        """The parallel part's stacks, in the structure of its state."""
         stages = {
             f"stage{i}": {
                 f"block{j}": self.model.stacks[f"prefix/stage{i}/block{j}"]
@@ -223,18 +234,18 @@ class SplitModel:
             }
             for i, stage in enumerate(self.model.stages["prefix"])
         }
-        return {"prefix": stages, "lifted": self._first_mixers("dense")}
+        return {"prefix": stages, "first_mixers": self._first_mixers("dense")}
 
     @cached_property
     def _sequential_stacks(self) -> PyTree:
         return {name: segment.stacks for name, segment in self.segments.items()}
 
-    def run(
+    def run_sequential(
         self, weights: PyTree, state: PyTree, x_CD: Array, form: str = "dense"
     ) -> tuple[Array, PyTree]:
-        """The upper half over C further tokens.
+        """Runs the sequential part over the next C tokens.
 
-        weights: `above` of slow and fast together. form: of window attention (`Attention`).
+        weights: `sequential_weights` of slow and fast combined. form: of attention (`Attention`).
         """
         blocks = {}
         for name, segment in self._segments_by_form[form].items():
@@ -245,85 +256,110 @@ class SplitModel:
                 x_CD,
                 state["position"],
                 remat=False,
-                cast=form in ("once", "twice"),
+                cast=form in ("blocked", "blocked_jvp"),
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
 
-    # --- writing, a token at a time -------------------------------------------------------------
+    # --- decoding, one token at a time ----------------------------------------------------------
 
-    def opened(self, past: PartStates, now: PartStates, pending: Array, room: int) -> PartStates:
-        """The states of both halves for writing up to `room` tokens after `past`.
+    def to_decode_cache(
+        self, committed: PartStates, current: PartStates, uncommitted: Array, capacity: int
+    ) -> PartStates:
+        """The states of both parts for decoding up to `capacity` tokens after `committed`.
 
-        now: `past` after `pending` more tokens.
+        current: `committed` after `uncommitted` more tokens.
         """
 
-        def half(stacks: PyTree, past: PyTree, now: PyTree) -> PyTree:
-            rest = {"first": past["position"], "pending": pending, "room": room}
-            blocks = _of_blocks(stacks, "opened", past["blocks"], now["blocks"], **rest)
-            return {**now, "blocks": blocks}
+        def convert(stacks: PyTree, committed: PyTree, current: PyTree) -> PyTree:
+            blocks = _map_blocks(
+                stacks,
+                "to_decode_cache",
+                committed["blocks"],
+                current["blocks"],
+                first=committed["position"],
+                uncommitted=uncommitted,
+                capacity=capacity,
+            )
+            return {**current, "blocks": blocks}
 
-        return self._both(half, past, now)
+        return self._map_parts(convert, committed, current)
 
-    def closed(self, past: PartStates, states: PartStates, pending: Array) -> PartStates:
-        """The states for reading on, from those for writing, `pending` tokens after `past`."""
+    def from_decode_cache(
+        self, committed: PartStates, states: PartStates, uncommitted: Array
+    ) -> PartStates:
+        """The inverse of `to_decode_cache`, `uncommitted` tokens after `committed`."""
 
-        def half(stacks: PyTree, past: PyTree, state: PyTree) -> PyTree:
-            blocks = past["blocks"], state["blocks"]
-            return {**state, "blocks": _of_blocks(stacks, "closed", *blocks, pending=pending)}
+        def convert(stacks: PyTree, committed: PyTree, state: PyTree) -> PyTree:
+            blocks = _map_blocks(
+                stacks,
+                "from_decode_cache",
+                committed["blocks"],
+                state["blocks"],
+                uncommitted=uncommitted,
+            )
+            return {**state, "blocks": blocks}
 
-        return self._both(half, past, states)
+        return self._map_parts(convert, committed, states)
 
     def decode_one(
-        self, lower: PyTree, upper: PyTree, states: PartStates, token: Array
+        self, parallel: PyTree, sequential: PyTree, states: PartStates, token: Array
     ) -> tuple[Array, PartStates]:
-        """(what the last block gives for one token [D], what is to be `committed` for it).
+        """(the last block's output for one token [D], the new rows for `append_kv`).
 
-        lower, upper: the halves' weights, the upper one's of slow and fast together.
+        parallel, sequential: weights of the parts; sequential: slow and fast combined.
         """
-        x_1D, below = self.extend_parallel(lower, states[0], token[None], "one")
-        x_1D, above = self.run(upper, states[1], x_1D, "one")
-        return x_1D[0], (below, above)
+        x_1D, new_parallel = self.extend_parallel(parallel, states[0], token[None], "decode")
+        x_1D, new_sequential = self.run_sequential(sequential, states[1], x_1D, "decode")
+        return x_1D[0], (new_parallel, new_sequential)
 
-    def committed(self, states: PartStates, new: PartStates) -> PartStates:
-        """The states of R sequences for writing, after `decode_one` of each.
+    def append_kv(self, states: PartStates, new: PartStates) -> PartStates:
+        """The decode states of R sequences with the new rows of `decode_one`.
 
-        Positions are [R], what blocks keep is [L, R, ...], with L layers of a stack.
+        Positions are [R]; blocks have [L, R, ...], with L layers of a stack.
         """
 
-        def half(stacks: PyTree, state: PyTree, new: PyTree) -> PyTree:
-            blocks = state["blocks"], new["blocks"]
-            rest = {"position_R": state["position"]}
-            return {**new, "blocks": _of_blocks(stacks, "committed", *blocks, by_row=False, **rest)}
+        def append(stacks: PyTree, state: PyTree, new: PyTree) -> PyTree:
+            blocks = _map_blocks(
+                stacks,
+                "append_kv",
+                state["blocks"],
+                new["blocks"],
+                by_row=False,
+                position_R=state["position"],
+            )
+            return {**new, "blocks": blocks}
 
-        return self._both(half, states, new)
+        return self._map_parts(append, states, new)
 
-    def _both(self, half: Callable[..., PyTree], *states: PartStates) -> PartStates:
-        below, above = zip(*states, strict=True)
-        return half(self._parallel_stacks, *below), half(self._sequential_stacks, *above)
+    def _map_parts(self, run: Callable[..., PyTree], *states: PartStates) -> PartStates:
+        parallel, sequential = zip(*states, strict=True)
+        return run(self._parallel_stacks, *parallel), run(self._sequential_stacks, *sequential)
 
 
-def _of_blocks(
-    stacks: PyTree, method: str, *states: PyTree, by_row: bool = True, **rest: Any
+def _map_blocks(
+    stacks: PyTree, method: str, *states: PyTree, by_row: bool = True, **arguments: Any
 ) -> PyTree:
-    """A method of `Block` on the states of all stacks, row by row or of all rows at once."""
+    """Calls a method of `Block` on the states of all stacks, row by row or on all rows at once."""
     if isinstance(stacks, Stack):
-        if not jax.tree.leaves(states):  # a block without a mixer keeps nothing
+        if not jax.tree.leaves(states):  # a block without a mixer has no state
             return states[0]
-        run = partial(getattr(stacks.module(), method), **rest)
+        run = partial(getattr(stacks.module(), method), **arguments)
         return jax.vmap(run)(*states) if by_row else run(*states)
     return {
-        name: _of_blocks(inner, method, *(s[name] for s in states), by_row=by_row, **rest)
+        name: _map_blocks(inner, method, *(s[name] for s in states), by_row=by_row, **arguments)
         for name, inner in stacks.items()
     }
 
 
-def _kinds(stacks: PyTree, blocks: PyTree) -> PyTree:
-    """`Block.keeps` of every stack, spread over the arrays of `blocks`."""
+def _cache_kinds(stacks: PyTree, blocks: PyTree) -> PyTree:
+    """`Block.cache_kinds` of every stack, one string per array of `blocks`."""
     kinds = jax.tree.map(
-        lambda stack: stack.module().keeps(), stacks, is_leaf=lambda node: isinstance(node, Stack)
+        lambda stack: stack.module().cache_kinds(),
+        stacks,
+        is_leaf=lambda node: isinstance(node, Stack),
     )
     return jax.tree.map(
-        lambda kind, below: jax.tree.map(lambda _: kind, below),
+        lambda kind, arrays: jax.tree.map(lambda _: kind, arrays),
         kinds,
         blocks,
         is_leaf=lambda node: isinstance(node, str),
@@ -331,6 +367,6 @@ def _kinds(stacks: PyTree, blocks: PyTree) -> PyTree:
 
 
 def _first_row_of_mixers(block: PyTree) -> PyTree:
-    """Of a stack's weights, what comes before the MLPs of its first row."""
+    """The weights before the MLPs in the first row of a stack."""
     mixing = {name: w for name, w in block.items() if name.startswith(MIXING)}
     return jax.tree.map(lambda w: w[:1], mixing)

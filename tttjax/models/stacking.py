@@ -1,4 +1,4 @@
-"""From nnx modules to plain nested dicts: stacks of like blocks, and the fast/slow partition."""
+"""Stacks of equal blocks as nested dicts of arrays; the partition into fast and slow weights."""
 
 import fnmatch
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,12 +15,12 @@ from tttjax.models.layers import FastWeight
 from tttjax.parallel.fsdp import all_gather_params, is_sharded
 from tttjax.types import Array, Params, PyTree
 
-UNROLL_UP_TO = 2  # a loop over so few blocks costs more than it saves, above all inside another
+UNROLL_UP_TO = 2  # up to so many blocks a loop costs more than it saves
 
 
 @lru_cache(maxsize=512)
 def _abstract(make: Callable[..., nnx.Module], arguments: tuple[Hashable, ...]) -> nnx.Module:
-    """A module without values. Kept, since every trace of a model asks for its modules often."""
+    """A module without values. Cached, since every trace of a model asks for its modules often."""
     return nnx.eval_shape(lambda: make(*arguments, nnx.Rngs(0)))
 
 
@@ -36,7 +36,7 @@ class Stack:
     arguments: tuple[Hashable, ...] = ()
 
     def init(self, key: Array) -> PyTree:
-        """Random weights, every copy with a key of its own."""
+        """Random weights, with a different key for every copy."""
 
         def init_one(key):
             module = self.make(*self.arguments, nnx.Rngs(params=key))
@@ -50,13 +50,13 @@ class Stack:
         return dict(flat)
 
     def module(self) -> Any:
-        """One copy without values, to ask it for sizes; not to be changed."""
+        """One copy without values, for shapes and settings. Do not change it."""
         return _abstract(self.make, self.arguments)
 
     def cast_params(self, weights: PyTree, dtype: jnp.dtype, *, arrays: bool) -> PyTree:
-        """Weights of all copies, those that are only multiplied with in `dtype`.
+        """Casts weights declared `cast_to_compute` to `dtype`.
 
-        arrays: False leaves those as they are that are not still to be gathered.
+        arrays: False casts only FSDP-sharded weights, when they are gathered.
         """
         flat = flatten_dict(weights)
         for path, variable in self.variables().items():
@@ -88,8 +88,8 @@ def run_stage(
     """Runs stacks of equal height row by row: row 0 of each in order, then row 1 of each, ...
 
     weights, state: by the name of the stack; state None: the sequence starts here and ends here.
-    remat: whether the backward pass computes each row again. cast: whether weights are cast to the
-    compute dtype all at once, for a derivative that would else keep a copy of each row's.
+    remat: recompute each row in the backward pass. cast: cast all weights to the compute dtype at
+    once, since the derivative would else store a copy of each row's.
     Returns the hidden states [T, D] and the new state.
     """
 
@@ -114,7 +114,7 @@ def run_stage(
 
 
 def empty_state(stack: Stack, max_length: int, dtype: jnp.dtype) -> PyTree:
-    """What a stack keeps of a sequence of which nothing has been read, [repeats, ...]."""
+    """The state of a stack before the first token, [repeats, ...]."""
     one = jax.eval_shape(lambda: stack.module().init_state(max_length, dtype))
     return jax.tree.map(lambda x: jnp.zeros((stack.repeats, *x.shape), x.dtype), one)
 
@@ -151,7 +151,7 @@ def path_filter(patterns: Sequence[str]) -> Callable[[str], bool]:
 
 
 def partition(tree: PyTree, fast_paths: frozenset[str]) -> Params:
-    """Divides a nested dict into the leaves at `fast_paths` and the rest."""
+    """Splits a nested dict into fast weights (`fast_paths`) and slow weights."""
     flat = flatten_dict(tree, sep="/")
     fast = {path: leaf for path, leaf in flat.items() if path in fast_paths}
     slow = {path: leaf for path, leaf in flat.items() if path not in fast_paths}

@@ -1,9 +1,9 @@
 """The model: a pure function from (parameters, state, tokens) to (outputs, state).
 
-The blocks are cut in two. The *prefix* has no fast weights: it does not change while reading and
-runs over all tokens at once. The *suffix*, the last blocks, holds the fast weights: the inner loop
-runs it chunk by chunk. Like blocks are stacked and scanned, so that compile time does not grow with
-depth; a pattern such as 5 window : 1 full is scanned by the period of the pattern.
+The *prefix* has no fast weights and runs over all tokens at once. The *suffix*, the last blocks,
+holds the fast weights: the inner loop runs it chunk by chunk. Equal blocks are stacked and scanned,
+so that compile time does not grow with depth; a pattern such as 5 window : 1 full is scanned by its
+period.
 
 Everything here is for one sequence; `over_sequences` adds the batch.
 """
@@ -42,14 +42,14 @@ PARTS = ("prefix", "suffix")
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive blocks of the kinds `kinds`, that sequence `repeats` times over."""
+    """Consecutive blocks: the sequence `kinds`, `repeats` times."""
 
     kinds: tuple[str, ...]
     repeats: int
 
 
 def advance(state: PyTree, tokens: int) -> PyTree:
-    """The state after `tokens` more tokens have gone through all parts that it is kept for."""
+    """The state after all its parts have processed `tokens` more tokens."""
     return {**state, "position": state["position"] + tokens}
 
 
@@ -68,17 +68,17 @@ def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:
         for p in range(1, len(kinds) + 1)
         if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
     )
-    repeats, rest = divmod(len(kinds), period)
+    repeats, remainder = divmod(len(kinds), period)
     stages = []
     if repeats:
         stages.append(Stage(tuple(kinds[:period]), repeats))
-    if rest:
-        stages.append(Stage(tuple(kinds[-rest:]), 1))
+    if remainder:
+        stages.append(Stage(tuple(kinds[-remainder:]), 1))
     return tuple(stages)
 
 
 class EmbedAndHead(nnx.Module):
-    """What stands before the first block and after the last: embedding, final norm, head."""
+    """The weights outside the blocks: embedding, final norm, head."""
 
     def __init__(self, vocab_size: int, tied: bool, shape: BlockShape, rngs: nnx.Rngs):
         def weight(size, axes):
@@ -94,10 +94,10 @@ class EmbedAndHead(nnx.Module):
 
 @dataclass(frozen=True)
 class Transformer:
-    """Sizes of a model, and its pure functions. Holds no weights.
+    """Sizes and pure functions of a model, without weights.
 
-    suffix_layers: blocks of the suffix; with `fast_mlp` each has the extra fast MLP.
-    fast_patterns: paths of the fast weights instead of the declared ones (`FastWeight`).
+    suffix_layers: blocks of the suffix; with `fast_mlp` each has an extra fast MLP.
+    fast_patterns: paths of the fast weights, in place of the declared ones (`FastWeight`).
     """
 
     shape: BlockShape
@@ -128,7 +128,7 @@ class Transformer:
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:
-        """Every stack of blocks by its path, in the order in which they run."""
+        """Every stack of blocks by path, in order of execution."""
 
         def stack(kind: str, fast: bool, repeats: int) -> Stack:
             return Stack(Block, repeats, (kind, fast, self.shape))
@@ -143,7 +143,7 @@ class Transformer:
         }
 
     @cached_property
-    def _ends(self) -> Stack:
+    def _embed_and_head(self) -> Stack:
         return Stack(EmbedAndHead, 1, (self.vocab_size, self.tied, self.shape))
 
     def block_paths(self) -> list[tuple[str, int]]:
@@ -159,11 +159,13 @@ class Transformer:
     @cached_property
     def _variables(self) -> dict[str, tuple[nnx.Variable, bool]]:
         """Every declared weight by path, and whether it is stacked."""
-        found = {"/".join(path): (v, False) for path, v in self._ends.variables().items()}
+        variables = {
+            "/".join(path): (v, False) for path, v in self._embed_and_head.variables().items()
+        }
         for prefix, stack in self.stacks.items():
             for path, variable in stack.variables().items():
-                found["/".join((prefix, *path))] = (variable, True)
-        return found
+                variables["/".join((prefix, *path))] = (variable, True)
+        return variables
 
     @cached_property
     def fast_paths(self) -> frozenset[str]:
@@ -207,7 +209,7 @@ class Transformer:
     def init(self, key: Array) -> Params:
         """Random weights: matrices N(0, init_std^2), norms 1."""
         end_key, *keys = jax.random.split(key, 1 + len(self.stacks))
-        ends = jax.tree.map(lambda x: x[0], self._ends.init(end_key))
+        ends = jax.tree.map(lambda x: x[0], self._embed_and_head.init(end_key))
         blocks = {
             path: stack.init(k) for (path, stack), k in zip(self.stacks.items(), keys, strict=True)
         }
@@ -218,17 +220,16 @@ class Transformer:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def init_state(self, max_length: int, parts: Sequence[str] = PARTS) -> PyTree:
-        """The state of a sequence of which nothing has been read.
+        """The state before the first token.
 
-        max_length: tokens that full attention must have room for; other mixers ignore it.
+        max_length: capacity of full attention, in tokens; other mixers ignore it.
         """
-
         state: dict[str, Any] = {
             path: empty_state(stack, max_length, self.compute_dtype)
             for path, stack in self.stacks.items()
             if path.split("/")[0] in parts
         }
-        # A part without blocks has an entry too, as it has in the state that `apply` returns.
+        # A part without blocks has an entry too, as in the state that `apply` returns.
         blocks = {part: {} for part in parts} | unflatten_dict(state, sep="/")
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
@@ -246,13 +247,13 @@ class Transformer:
         x_TD: Array,
         remat: bool | None = None,
     ) -> tuple[Array, PyTree | None]:
-        """Runs the blocks of "prefix" or "suffix" over T further tokens of a sequence.
+        """Runs the blocks of "prefix" or "suffix" over the next T tokens of a sequence.
 
         weights: the nested dict of all weights (`combine(slow, fast)`), or at least this part.
-        state: from `init_state` or an earlier call; None: the sequence starts here and ends here.
-        remat: overrides the model's own choice to compute blocks again in the backward pass.
-        Returns the hidden states [T, D] and the new state, whose position is still the old one:
-        `advance` it once all parts have run.
+        state: from `init_state` or an earlier call; None: x_TD is the whole sequence.
+        remat: overrides whether the backward pass recomputes blocks.
+        Returns the hidden states [T, D] and the new state with the old position: call `advance`
+        once all parts have run.
         """
         position = jnp.zeros((), jnp.int32) if state is None else state["position"]
         new_blocks: dict[str, Any] = {}
@@ -298,9 +299,9 @@ class Transformer:
         return token_nll_in_blocks(h_TD, head_DV, target_T, block)
 
     def apply(self, params: Params, state: PyTree, token_T: Array) -> tuple[Array, PyTree]:
-        """(parameters, state, tokens) -> (logits float32 [T, V], state), without learning.
+        """(parameters, state, tokens) -> (logits float32 [T, V], state), without inner updates.
 
-        Any split of a sequence into calls gives the same logits and the same last state.
+        Any split of a sequence into calls gives the same logits and the same final state.
         """
         weights = combine(params.slow, params.fast)
         x_TD = self.embed(params.slow, token_T)

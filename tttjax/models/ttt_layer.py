@@ -1,7 +1,7 @@
-"""Layers that learn while they read: TTT-Linear and TTT-MLP (arXiv 2407.04620), as mixers.
+"""TTT layers: TTT-Linear and TTT-MLP (arXiv 2407.04620), as mixers.
 
-The inner model and its learning are `tttjax.ops.ttt`; here are the projections around it. Two
-backbones: "plain" projects queries, keys and values; "mamba" makes queries and keys from one
+The inner model and its updates are in `tttjax.ops.ttt`; this file has the projections around it.
+Two backbones: "plain" projects queries, keys and values; "mamba" computes queries and keys from one
 projection by two short convolutions, and gates the output.
 """
 
@@ -37,19 +37,19 @@ INNER_MLP_WIDTH = 4  # hidden entries of the inner MLP for each entry of a head
 class TTTLayer(nnx.Module):
     """One TTT layer, [T, D] -> [T, D].
 
-    inner: "linear" or "mlp", what learns. chunk_size: tokens C of an inner mini-batch. base_lr: the
-        inner learning rate before its division by the head's size. rope_theta: base of RoPE, whose
-        positions start anew in every mini-batch.
+    inner: "linear" or "mlp", the inner model. chunk_size: tokens C of an inner mini-batch.
+    base_lr: the inner learning rate before division by the head dimension. rope_theta: base of
+        RoPE, whose positions restart at 0 in every mini-batch.
     backbone: "mamba" or "plain"; conv_size: taps of the convolutions of "mamba".
-    form: "dual" or "primal", the same numbers in two ways.
-    output: "query" reads with the query and the weights after the token's own gradient; "key" is
-        the simplified output rule of the TTT-E2E paper: the key reads, before the mini-batch is
-        learned, and there is nothing that makes queries.
-    norm_eps: of all the layer's norms. std: of the initial matrices, those of the inner model too.
-    Raises UserError for an unknown choice and for sizes that do not fit.
+    form: "dual" or "primal", two ways to compute the same result.
+    output: "query" applies the weights after the token's own gradient to the query; "key" is the
+        simplified output rule of the TTT-E2E paper: it applies the weights before the mini-batch's
+        update to the key, and there are no queries.
+    norm_eps: of all norms. std: of the initial matrices, also of the inner model.
+    Raises UserError for an unknown setting and for sizes that do not fit.
     """
 
-    # Where its own learning starts; no other mixer has weights of these names.
+    # The inner model before the first token; no other mixer has weights of these names.
     INNER_WEIGHTS = ("w1", "b1", "w2", "b2")
 
     def __init__(
@@ -79,7 +79,7 @@ class TTTLayer(nnx.Module):
         def matrix(shape, axes):
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
-        def inner_matrix(shape, axes):  # learns while it reads, in float32 at least
+        def inner_matrix(shape, axes):  # updated by the layer, in float32 at least
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
 
         def constant(value, shape, axes):
@@ -117,25 +117,25 @@ class TTTLayer(nnx.Module):
 
     @property
     def _convolved(self) -> tuple[str, ...]:
-        """What the convolutions of the mamba backbone make out of the shared projection."""
+        """What the mamba backbone computes by convolutions of the shared projection."""
         if self.backbone == "plain":
             return ()
         return ("q", "k") if self.output == "query" else ("k",)
 
     @property
-    def _learned(self) -> Weights:
+    def _initial_weights(self) -> Weights:
         """The inner model at the start of a sequence."""
         return {name: getattr(self, name)[...] for name in self.inner_names}
 
     @property
     def rate_C(self) -> Array:
-        """The inner learning rate of each place in a mini-batch, without that of the token."""
+        """The inner learning rate at each position in a mini-batch, without the token's factor."""
         return learning_rates(self.base_lr, self.head_dim, self.token_idx[...])
 
-    keeps = "carried"  # the whole state is new after every call
+    cache_kind = "recurrent"
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
-        """The state of a sequence of which nothing has been read; its size is constant.
+        """The state before the first token; its size is constant.
 
         The inner model at the start of the current mini-batch (`w1`, ...), the sum of the weighted
         gradients within it (`g_w1`, ...), both float32 at least, and the last inputs of the
@@ -144,31 +144,31 @@ class TTTLayer(nnx.Module):
         del max_length
         shapes = {name: getattr(self, name).shape for name in self.inner_names}
         state = initial_state(shapes, jnp.promote_types(dtype, jnp.float32))
-        past = (self.conv_size - 1, *self.norm_scale.shape)
-        return state | {f"conv_{name}": jnp.zeros(past, dtype) for name in self._convolved}
+        shape = (self.conv_size - 1, *self.norm_scale.shape)
+        return state | {f"conv_{name}": jnp.zeros(shape, dtype) for name in self._convolved}
 
     def final_weights(self, state: dict[str, Array], position: Array | int) -> Weights:
-        """The inner model after the last of `position` tokens, that of `state`."""
-        return final_weights(state, self._learned, self.rate_C, position)
+        """The inner model after `position` tokens, from the `state` after them."""
+        return final_weights(state, self._initial_weights, self.rate_C, position)
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
-        made, convs = self._queries_and_keys(x_TD, state)
+        qk, convs = self._queries_and_keys(x_TD, state)
         first = 0 if state is None else position
-        place_T = (first + jnp.arange(x_TD.shape[0])) % self.token_idx.shape[0]
-        made = {name: rotate(x_THK, place_T, self.rope_theta) for name, x_THK in made.items()}
+        position_T = (first + jnp.arange(x_TD.shape[0])) % self.token_idx.shape[0]
+        qk = {name: rotate(x_THK, position_T, self.rope_theta) for name, x_THK in qk.items()}
         lam_TH = jnp.einsum("td,dh->th", x_TD, self.wlr[...].astype(x_TD.dtype))
         lam_TH = jax.nn.sigmoid(lam_TH.astype(wide) + self.lr_bias[...].astype(wide))
         norm = InnerNorm(
             self.norm_scale[...].astype(wide), self.norm_bias[...].astype(wide), self.norm_eps
         )
         z_THK, inner_state = ttt(
-            made.get("q"),
-            made["k"],
+            qk.get("q"),
+            qk["k"],
             self._project(self.wv, x_TD),
             lam_TH,
             self.rate_C,
-            self._learned,
+            self._initial_weights,
             norm,
             state,
             position,
@@ -187,16 +187,16 @@ class TTTLayer(nnx.Module):
             names = ("q", "k") if self.output == "query" else ("k",)
             return {name: self._project(getattr(self, f"w{name}"), x_TD) for name in names}, {}
         u_THK = self._project(self.wq, x_TD)
-        made, convs = {}, {}
+        qk, convs = {}, {}
         for name in self._convolved:
             conv = f"conv_{name}"
             kernel, bias = getattr(self, conv)[...], getattr(self, f"{conv}_bias")[...]
-            past = None if state is None else state[conv]
-            made[name], convs[conv] = short_conv(u_THK, kernel, bias, past)
-        return made, convs
+            conv_state = None if state is None else state[conv]
+            qk[name], convs[conv] = short_conv(u_THK, kernel, bias, conv_state)
+        return qk, convs
 
     def _join_heads(self, z_THK: Array, x_TD: Array) -> Array:
-        """Norm over all heads together, gate, output projection."""
+        """Norm over all heads, gate, output projection."""
         wide = z_THK.dtype
         scale_HK = self.post_norm_scale[...].astype(wide)
         bias_HK = self.post_norm_bias[...].astype(wide)
@@ -208,14 +208,16 @@ class TTTLayer(nnx.Module):
 
 
 def _check_choices(*, inner: str, backbone: str, form: str, output: str) -> None:
-    for what, choice, known in (
+    for what, choice, choices in (
         ("inner model", inner, INNER_MODELS),
         ("backbone", backbone, BACKBONES),
         ("form", form, FORMS),
         ("output rule", output, OUTPUTS),
     ):
-        if choice not in known:
-            raise UserError(f"unknown {what} {choice!r} of a TTT layer; one of {', '.join(known)}.")
+        if choice not in choices:
+            raise UserError(
+                f"unknown {what} {choice!r} of a TTT layer; one of {', '.join(choices)}."
+            )
 
 
 def _head_dim(embed_dim: int, num_heads: int, chunk_size: int) -> int:

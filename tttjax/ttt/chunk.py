@@ -1,8 +1,7 @@
-"""One chunk of B sequences read by the upper half of a model: its loss, its gradient, its update.
+"""One chunk of B sequences in the sequential part of a model: loss, gradient and inner update.
 
-`inner_loop.read_chunk` for a whole batch of sequences that stand at the same place, with blocked
-attention and no logits in memory: training (`fast_gradient`) and reading (`inference`) loop over
-it.
+`inner_loop.read_chunk` for a batch of sequences at the same position, with blocked attention and
+logits in blocks. Training (`meta_gradient`) and inference (`inference.prefill`) loop over it.
 """
 
 from functools import partial
@@ -24,23 +23,23 @@ from tttjax.parallel.kernel_mesh import free_axes
 from tttjax.ttt import inner_loop
 from tttjax.types import Array
 
-LOGIT_COLUMNS = 2**14  # of the vocabulary at a time, where it is not divided among devices
-STATE_AXES = {"position": None, "blocks": 0}  # sequences that are read together stand together
+LOGIT_COLUMNS = 2**14  # block of the vocabulary, if it is not sharded
+STATE_AXES = {"position": None, "blocks": 0}  # all sequences of a batch have one position
 
 
 class ChunkModel(NamedTuple):
-    """Who reads: a model in two halves, and the rule by which its fast weights change.
+    """A split model and the update rule of its fast weights.
 
     logit_rows: rows of logits in memory at a time.
     """
 
-    cut: SplitModel
+    split: SplitModel
     rule: optax.GradientTransformation
     logit_rows: int
 
 
 class Chunks(NamedTuple):
-    """What the loop reads, for N chunks of B sequences."""
+    """The inputs of the loop: N chunks of B sequences."""
 
     x_NBCD: Array
     target_NBC: Array
@@ -48,72 +47,76 @@ class Chunks(NamedTuple):
 
 
 class ChunkRecords(NamedTuple):
-    """What N chunks showed, each before it was learned from."""
+    """Records of N chunks, each before its update."""
 
     loss_NB: Array
     nll_NBC: Array
     grad_norm_NB: Array
 
 
-def batch_loss(learner: ChunkModel, slow, fast, state, chunk: Chunks, form: str, slope=None):
-    """Of B sequences: (loss [B], (new state, nll [B, C], slope)); `chunk` without its N.
+def batch_loss(
+    chunk_model: ChunkModel, slow, fast, state, chunk: Chunks, form: str, ce_residuals=None
+):
+    """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)); `chunk` without axis N.
 
-    form: "once" for jax.grad alone, "twice" for jax.grad of jax.jvp. slope: what an earlier call
-    with the same weights and inputs has returned (`ops.cross_entropy.CEResiduals`).
+    form: "blocked" for jax.grad, "blocked_jvp" for jax.grad of jax.jvp. ce_residuals: from an
+    earlier call with the same weights and inputs (`ops.cross_entropy.CEResiduals`).
     """
-    model, cut = learner.cut.model, learner.cut
+    model, split = chunk_model.split.model, chunk_model.split
 
     def run(fast, state, x_CD):
         weights = combine(slow, fast)
-        x_CD, state = cut.run(weights, state, x_CD, form)
+        x_CD, state = split.run_sequential(weights, state, x_CD, form)
         return model.final_norm(weights, x_CD), state
 
     axes = (0, STATE_AXES, 0)
     run_all = over_sequences(run, in_axes=axes, out_axes=(0, STATE_AXES))
     h_BCD, state = run_all(fast, state, chunk.x_NBCD)
-    if "head" in cut.model.fast_paths:
-        nll = partial(token_nll_in_blocks, block=learner.logit_rows)
+    if "head" in split.model.fast_paths:
+        nll = partial(token_nll_in_blocks, block=chunk_model.logit_rows)
         head_BDV = fast["head"].astype(h_BCD.dtype)
-        nll_BC, slope = over_sequences(nll)(h_BCD, head_BDV, chunk.target_NBC), None
+        nll_BC, ce_residuals = over_sequences(nll)(h_BCD, head_BDV, chunk.target_NBC), None
     else:
         head_DV = model.head(slow)
         read = h_BCD, head_DV, chunk.target_NBC
-        sizes: dict[str, Any] = {"rows_block": learner.logit_rows}
-        sizes["vocab_block"] = _columns(head_DV.shape[1])
-        if form == "twice":
-            nll_BC = blocked_nll_jvp(*read, slope, **sizes)
+        sizes: dict[str, Any] = {"rows_block": chunk_model.logit_rows}
+        sizes["vocab_block"] = _vocab_block(head_DV.shape[1])
+        if form == "blocked_jvp":
+            nll_BC = blocked_nll_jvp(*read, ce_residuals, **sizes)
         else:
-            nll_BC, slope = blocked_nll_with_residuals(*read, **sizes)
-    return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, slope)
+            nll_BC, ce_residuals = blocked_nll_with_residuals(*read, **sizes)
+    return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, ce_residuals)
 
 
-def _columns(vocab: int) -> int | None:
-    """Columns of a block of logits: even parts of at most LOGIT_COLUMNS; None: all.
+def _vocab_block(vocab: int) -> int | None:
+    """Columns in a block of logits: equal parts of at most LOGIT_COLUMNS; None: all.
 
-    A vocabulary that the mesh divides is left whole: each device has a part of it anyway.
+    A sharded vocabulary is not split further.
     """
     if any(size > 1 for size in free_axes().values()):
         return None
     return -(-vocab // -(-vocab // LOGIT_COLUMNS))
 
 
-def loss_and_gradient(learner: ChunkModel, slow, fast, state, chunk: Chunks):
-    """(what `batch_loss` gives, the gradient of each sequence's own loss [B, ...])."""
+def loss_and_gradient(chunk_model: ChunkModel, slow, fast, state, chunk: Chunks):
+    """(the result of `batch_loss`, the gradient of each sequence's loss [B, ...])."""
 
     def total(fast):
-        loss_B, aux = batch_loss(learner, slow, fast, state, chunk, "once")
+        loss_B, aux = batch_loss(chunk_model, slow, fast, state, chunk, "blocked")
         return jnp.sum(loss_B), (loss_B, aux)
 
     (_, out), g = jax.value_and_grad(total, has_aux=True)(fast)
     return out, g
 
 
-def learn(learner: ChunkModel, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False):
-    """`inner_loop.update` of B sequences: (fast, rule_state, norm of g [B])."""
+def apply_inner_update(
+    chunk_model: ChunkModel, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False
+):
+    """`inner_loop.update` for B sequences: (fast, rule_state, norm of g [B])."""
 
     def one(fast, rule_state, g, mask_C):
         return inner_loop.update(
-            learner.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant
+            chunk_model.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant
         )
 
     return over_sequences(one)(fast, rule_state, g, chunk.mask_NBC)

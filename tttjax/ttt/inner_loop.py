@@ -1,4 +1,4 @@
-"""The inner loop: a model that learns from every chunk of tokens as it reads.
+"""The inner loop: one update of the fast weights after every chunk of tokens.
 
 For chunks i = 1..n of one sequence (arXiv 2512.23675, eq. 5 and section 3 of the method):
 
@@ -6,8 +6,8 @@ For chunks i = 1..n of one sequence (arXiv 2512.23675, eq. 5 and section 3 of th
     g_i    = d loss_i / d W_{i-1}                    profits from its own gradient
     W_i    = W_{i-1} + lr * rule(g_i)                rule: clipped SGD in the paper
 
-The very same function reads at training and at test time. For training, `meta` differentiates
-through it: gradients of gradients.
+Training and inference use the same function. In training, `outer_loss` differentiates through it:
+gradients of gradients.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,18 @@ from tttjax.types import Array, PyTree
 
 
 class ReadState(NamedTuple):
-    """How far one sequence has been read: everything that changes on the way."""
+    """Everything that changes from chunk to chunk of one sequence."""
 
     fast: PyTree  # W_i
     rule_state: PyTree  # momentum and the like; empty for SGD
-    state: PyTree  # what the model carries from chunk to chunk: windows of keys and values
+    state: PyTree  # of the model: windows of keys and values, recurrent states
 
 
 class ChunkRecord(NamedTuple):
-    """What one chunk showed; stacked over chunks by `adapt`."""
+    """The record of one chunk; `adapt` stacks them."""
 
-    loss: Array  # mean NLL over the chunk's counted tokens, before the update
-    aux: Any  # whatever chunk_loss returned beside its loss
+    loss: Array  # mean NLL over the chunk's targets, before the update
+    aux: Any  # the auxiliary output of chunk_loss
     grad_norm: Array  # ||g_i|| over all fast weights, before the rule
 
 
@@ -42,7 +42,7 @@ ChunkLoss = Callable[[PyTree, PyTree, PyTree], tuple[Array, tuple[PyTree, Array,
 
 
 def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> ReadState:
-    """Nothing has been read: W = W0."""
+    """The state before the first chunk: W = W0."""
     return ReadState(fast=fast, rule_state=rule.init(fast), state=state)
 
 
@@ -50,19 +50,19 @@ def read_chunk(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
     lr: Array | float,
-    progress: ReadState,
+    read_state: ReadState,
     chunk: PyTree,
     update_is_constant: bool = False,
 ) -> tuple[ReadState, ChunkRecord]:
-    """Scores one chunk with the weights as they are, then learns from it.
+    """Computes the loss of one chunk with the current weights, then updates them.
 
     update_is_constant: the outer gradient treats the change of W as a constant (first order).
-    A chunk without a single counted target teaches nothing: W and the rule's state stay.
+    A chunk without targets changes neither W nor the rule's state.
     """
     value_and_grad = jax.value_and_grad(chunk_loss, has_aux=True)
-    (loss, (state, has_targets, aux)), g = value_and_grad(progress.fast, progress.state, chunk)
+    (loss, (state, has_targets, aux)), g = value_and_grad(read_state.fast, read_state.state, chunk)
     fast, rule_state, grad_norm = update(
-        rule, lr, progress.fast, progress.rule_state, g, has_targets, update_is_constant
+        rule, lr, read_state.fast, read_state.rule_state, g, has_targets, update_is_constant
     )
     return ReadState(fast, rule_state, state), ChunkRecord(loss, aux, grad_norm)
 
@@ -78,20 +78,20 @@ def update(
 ) -> tuple[PyTree, PyTree, Array]:
     """W_i = W_{i-1} + lr * rule(g_i): the new weights, the rule's new state, and ||g_i||."""
     grad_norm = global_norm(g)
-    # The rule sees ones instead of an empty gradient, whatever it does with them is dropped: so no
-    # rule's derivative at zero can turn the whole meta-gradient into NaN.
+    # Without targets the rule gets ones instead of zeros, and its result is dropped: its derivative
+    # at zero might be NaN, and with it the whole meta-gradient.
     g = jax.tree.map(lambda leaf: jnp.where(has_targets, leaf, jnp.ones_like(leaf)), g)
     change, new_rule_state = rule.update(g, rule_state, fast)
     if update_is_constant:
         change, new_rule_state = jax.lax.stop_gradient((change, new_rule_state))
 
-    def learn(w, u):
+    def add_update(w, u):
         return w + jnp.where(has_targets, jnp.asarray(lr, w.dtype) * u.astype(w.dtype), 0)
 
     def keep_if_empty(new, old):
         return jnp.where(has_targets, new, old)
 
-    fast = jax.tree.map(learn, fast, change)
+    fast = jax.tree.map(add_update, fast, change)
     return fast, jax.tree.map(keep_if_empty, new_rule_state, rule_state), grad_norm
 
 
@@ -99,35 +99,35 @@ def adapt(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
     lr: Array | float,
-    progress: ReadState,
+    read_state: ReadState,
     chunks: PyTree,
     *,
     exact_chunks: int | None = None,
     remat: bool = True,
 ) -> tuple[ReadState, ChunkRecord]:
-    """Reads the chunks [N, C, ...] of one sequence in order; records are stacked [N, ...].
+    """Runs the inner loop over the chunks [N, C, ...] of one sequence; records are [N, ...].
 
-    exact_chunks: the outer gradient goes through the updates of the last so many chunks only
-        (None: through all of them; 0: first order).
-    remat: compute each chunk again in the outer backward pass instead of keeping its activations.
+    exact_chunks: the outer gradient goes through the updates of only the last so many chunks
+        (None: all; 0: first order).
+    remat: recompute each chunk in the outer backward pass instead of storing its activations.
     """
     length = jax.tree.leaves(chunks)[0].shape[0]
     first_exact = 0 if exact_chunks is None else max(length - exact_chunks, 0)
 
-    def scan(progress: ReadState, chunks: PyTree, update_is_constant: bool):
-        def step(progress, chunk):
-            return read_chunk(chunk_loss, rule, lr, progress, chunk, update_is_constant)
+    def scan(read_state: ReadState, chunks: PyTree, update_is_constant: bool):
+        def step(read_state, chunk):
+            return read_chunk(chunk_loss, rule, lr, read_state, chunk, update_is_constant)
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        return jax.lax.scan(step, progress, chunks)
+        return jax.lax.scan(step, read_state, chunks)
 
     if first_exact == 0:
-        return scan(progress, chunks, update_is_constant=False)
-    early = jax.tree.map(lambda x: x[:first_exact], chunks)
-    progress, records = scan(progress, early, update_is_constant=True)
+        return scan(read_state, chunks, update_is_constant=False)
+    constant = jax.tree.map(lambda x: x[:first_exact], chunks)
+    read_state, records = scan(read_state, constant, update_is_constant=True)
     if first_exact == length:
-        return progress, records
-    late = jax.tree.map(lambda x: x[first_exact:], chunks)
-    progress, late_records = scan(progress, late, update_is_constant=False)
-    return progress, jax.tree.map(lambda a, b: jnp.concatenate((a, b)), records, late_records)
+        return read_state, records
+    exact = jax.tree.map(lambda x: x[first_exact:], chunks)
+    read_state, exact_records = scan(read_state, exact, update_is_constant=False)
+    return read_state, jax.tree.map(lambda a, b: jnp.concatenate((a, b)), records, exact_records)

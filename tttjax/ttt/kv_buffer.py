@@ -1,8 +1,8 @@
-"""What the upper half of a model keeps of its past, for B sequences read chunk by chunk.
+"""Keys and values of the sequential part for B sequences, in one buffer per sequence.
 
-A window of keys and values, rolled on at every chunk, would have to be stored at every chunk for
-the backward pass. Here each lies once, in a buffer as long as the sequence, from which a chunk
-takes its window by place. What has no rows, a recurrent state, is carried and stored per chunk.
+A window that is shifted at every chunk would have to be stored at every chunk for the backward
+pass. Here each key is stored once, in a buffer as long as the sequence, and a chunk slices its
+window from it. Recurrent states are stored per chunk.
 """
 
 from typing import NamedTuple
@@ -13,30 +13,30 @@ import jax.numpy as jnp
 from tttjax.models import SplitModel
 from tttjax.types import Array, PyTree
 
-ROWS = 2  # the axis of a buffer along which tokens lie: [B, blocks, rows, ...]
+ROWS = 2  # the axis of tokens in a buffer: [B, blocks, rows, ...]
 
 
 class BufferState(NamedTuple):
-    """Leaves of the state in order: `kept` by place (windows, whole pasts), `carried` otherwise.
+    """Leaves of the state in order: `buffered` (window and full attention) or `recurrent`.
 
-    A leaf that belongs to the other list is None.
+    A leaf of the other kind is None.
     """
 
-    kept: tuple[Array | None, ...]
-    carried: tuple[Array | None, ...]
+    buffered: tuple[Array | None, ...]
+    recurrent: tuple[Array | None, ...]
 
 
 class KVBuffer:
-    """How the leaves of the upper half's state are kept, and views of them. Holds no arrays."""
+    """Layout of the sequential part's state in buffers, and its cotangents. Holds no arrays."""
 
-    def __init__(self, cut: SplitModel, chunks: int, chunk_size: int, batch: int):
-        shapes = jax.eval_shape(lambda: cut.init_state(chunks * chunk_size))["blocks"]
+    def __init__(self, split: SplitModel, chunks: int, chunk_size: int, batch: int):
+        shapes = jax.eval_shape(lambda: split.init_sequential(chunks * chunk_size))["blocks"]
         self.leaves, self.tree = jax.tree.flatten(shapes)
-        self.kinds = tuple(jax.tree.leaves(cut.keeps()))
+        self.kinds = tuple(jax.tree.leaves(split.sequential_cache_kinds()))
         self.chunks, self.chunk_size, self.batch = chunks, chunk_size, batch
 
     def start(self) -> BufferState:
-        """Nothing has been read: zeros."""
+        """The buffers before the first chunk: zeros."""
 
         def zeros(leaf, kind):
             shape = [self.batch, *leaf.shape]
@@ -44,61 +44,61 @@ class KVBuffer:
                 shape[ROWS] += self.chunks * self.chunk_size
             return jnp.zeros(shape, leaf.dtype)
 
-        return self._divide(list(map(zeros, self.leaves, self.kinds)))
+        return self._by_kind(list(map(zeros, self.leaves, self.kinds)))
 
-    def _divide(self, leaves) -> BufferState:
-        is_carried = [kind == "carried" for kind in self.kinds]
+    def _by_kind(self, leaves) -> BufferState:
+        is_recurrent = [kind == "recurrent" for kind in self.kinds]
         return BufferState(
-            tuple(None if c else x for x, c in zip(leaves, is_carried, strict=True)),
-            tuple(x if c else None for x, c in zip(leaves, is_carried, strict=True)),
+            tuple(None if c else x for x, c in zip(leaves, is_recurrent, strict=True)),
+            tuple(x if c else None for x, c in zip(leaves, is_recurrent, strict=True)),
         )
 
-    def state(self, past: BufferState, i: Array) -> PyTree:
-        """The state before chunk i, as `SplitModel.run` takes it."""
+    def state(self, buffers: BufferState, i: Array) -> PyTree:
+        """The state before chunk i, as `SplitModel.run_sequential` takes it."""
         first = i * self.chunk_size
 
-        def view(kind, leaf, kept, carried):
+        def view(kind, leaf, buffered, recurrent):
             if kind == "window":
-                return jax.lax.dynamic_slice_in_dim(kept, first, leaf.shape[ROWS - 1], ROWS)
-            return kept if kind == "whole" else carried
+                return jax.lax.dynamic_slice_in_dim(buffered, first, leaf.shape[ROWS - 1], ROWS)
+            return buffered if kind == "full" else recurrent
 
-        views = [view(*row) for row in zip(self.kinds, self.leaves, *past, strict=True)]
+        views = [view(*row) for row in zip(self.kinds, self.leaves, *buffers, strict=True)]
         blocks = jax.tree.unflatten(self.tree, views)
         return {"position": first.astype(jnp.int32), "blocks": blocks}
 
-    def write(self, past: BufferState, state: PyTree, i: Array) -> BufferState:
-        """`past` with what chunk i added; state: that after the chunk."""
+    def append(self, buffers: BufferState, state: PyTree, i: Array) -> BufferState:
+        """`buffers` with the rows of chunk i. state: after the chunk."""
 
-        def one(kind, leaf, kept, new):
+        def one(kind, leaf, buffered, new):
             if kind != "window":
                 return new
             rows = self._own_rows(new)
             start = leaf.shape[ROWS - 1] + i * self.chunk_size
-            return jax.lax.dynamic_update_slice_in_dim(kept, rows, start, ROWS)
+            return jax.lax.dynamic_update_slice_in_dim(buffered, rows, start, ROWS)
 
         new = jax.tree.leaves(state["blocks"])
-        rows = zip(self.kinds, self.leaves, past.kept, new, strict=True)
-        return self._divide([one(*row) for row in rows])
+        rows = zip(self.kinds, self.leaves, buffers.buffered, new, strict=True)
+        return self._by_kind([one(*row) for row in rows])
 
-    def carried(self, state: PyTree) -> tuple[Array | None, ...]:
-        """Of a state after a chunk, what has no rows."""
-        return self._divide(jax.tree.leaves(state["blocks"])).carried
+    def recurrent(self, state: PyTree) -> tuple[Array | None, ...]:
+        """The recurrent leaves of a state after a chunk."""
+        return self._by_kind(jax.tree.leaves(state["blocks"])).recurrent
 
     def _own_rows(self, window: Array) -> Array:
-        """The rows that the last chunk added to a window."""
+        """The rows of the last chunk in a window."""
         return jax.lax.slice_in_dim(window, -self.chunk_size, None, axis=ROWS)
 
-    # --- cotangents: of the state after a chunk, a window's as long as that ---------------------
+    # --- cotangents: of the state after a chunk, windows of their own length -------------------
 
     def zero_cotangent(self) -> list[Array]:
-        """Of the state after the last chunk, which nothing depends on; float32 at least."""
+        """The cotangent of the state after the last chunk: zeros, float32 at least."""
         return [
             jnp.zeros((self.batch, *leaf.shape), jnp.promote_types(leaf.dtype, jnp.float32))
             for leaf in self.leaves
         ]
 
     def pairing(self, state: PyTree, cotangent: list[Array]) -> Array:
-        """<cotangent, state> of what the last chunk made. state: that after the chunk."""
+        """<cotangent, state> over what the last chunk computed. state: after the chunk."""
 
         def one(kind, bar, new):
             if kind == "window":
@@ -108,8 +108,8 @@ class KVBuffer:
         new = jax.tree.leaves(state["blocks"])
         return sum(map(one, self.kinds, cotangent, new), jnp.zeros(()))
 
-    def before(self, cotangent: list[Array], blocks_bar: PyTree) -> list[Array]:
-        """The cotangent before a chunk, from that after it and that of the state it read."""
+    def cotangent_before(self, cotangent: list[Array], blocks_bar: PyTree) -> list[Array]:
+        """The cotangent before a chunk, from the one after it and the one of its input state."""
 
         def one(kind, after, bar):
             bar = bar.astype(after.dtype)

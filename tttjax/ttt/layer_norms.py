@@ -1,4 +1,4 @@
-"""Norms of fast weights, or of their gradients, layer by layer."""
+"""Norms of fast weights, or of their gradients, by layer."""
 
 from functools import cache
 
@@ -12,23 +12,23 @@ from tttjax.types import Array, PyTree
 
 @cache
 def fast_layers(model: Transformer) -> dict[str, tuple[str, int | None]]:
-    """What has fast weights, in the order in which it runs: name to (path, row in the stack).
+    """The layers with fast weights, in order of execution: name to (path, row in the stack).
 
-    Blocks are called layer0, layer1, ... as they are counted in the whole model; what stands behind
-    the last one has its own name, and no row.
+    Blocks are called layer0, layer1, ... by their index in the whole model; final norm and head
+    have their own name, and no row.
     """
-    found: dict[str, tuple[str, int | None]] = {}
-    for number, (path, row) in enumerate(model.block_paths()):
+    layers: dict[str, tuple[str, int | None]] = {}
+    for index, (path, row) in enumerate(model.block_paths()):
         if any(weight.startswith(path + "/") for weight in model.fast_paths):
-            found[f"layer{number}"] = path, row
+            layers[f"layer{index}"] = path, row
     fast = {weight.split("/")[0] for weight in model.fast_paths}
-    return {**found, **{name: (name, None) for name in ("final_norm", "head") if name in fast}}
+    return {**layers, **{name: (name, None) for name in ("final_norm", "head") if name in fast}}
 
 
 def squares(tree: PyTree) -> PyTree:
-    """Sums of squares of fast weights: of each row of the blocks' stacks, and of all else whole.
+    """Sums of squares of fast weights: of each row of stacked blocks, of each other array.
 
-    In float32 at least; of a tree laid out as `Params.fast` or as `SplitModel.above`.
+    In float32 at least; for a tree like `Params.fast` or `SplitModel.sequential_weights`.
     """
 
     def of_leaf(path, leaf: Array) -> Array:
@@ -40,9 +40,10 @@ def squares(tree: PyTree) -> PyTree:
 
 
 def norms(model: Transformer, square: PyTree) -> Array:
-    """Norms by layer, [L] in the order of `fast_layers`, from `squares` laid out as `Params.fast`.
+    """Norms by layer, [L] in the order of `fast_layers`.
 
-    Together they make the norm of everything: the root of the sum of their squares.
+    square: `squares` of a tree like `Params.fast`. The root of the sum of the squared norms is the
+    norm of all fast weights.
     """
     flat = flatten_dict(square, sep="/")
 
@@ -50,12 +51,12 @@ def norms(model: Transformer, square: PyTree) -> Array:
         parts = [x for name, x in flat.items() if name == path or name.startswith(path + "/")]
         return sum((x if row is None else x[row] for x in parts), start=jnp.zeros(()))
 
-    totals = [total(*place) for place in fast_layers(model).values()]
+    totals = [total(*layer) for layer in fast_layers(model).values()]
     square_L = jnp.stack(totals) if totals else jnp.zeros(0)
-    # As of `global_norm`, the slope at 0 is 0.
+    # As in `global_norm`, the derivative at 0 is 0.
     return jnp.sqrt(jnp.where(square_L == 0, 1.0, square_L)) * (square_L != 0)
 
 
-def sequential_norms(cut: SplitModel, tree: PyTree) -> Array:
-    """`norms` of a tree as `SplitModel.above` lays it out."""
-    return norms(cut.model, cut.join(squares(tree)))
+def sequential_norms(split: SplitModel, tree: PyTree) -> Array:
+    """`norms` of a tree laid out by `SplitModel.sequential_weights`."""
+    return norms(split.model, split.join(squares(tree)))

@@ -1,19 +1,20 @@
-"""The fast form of reading with learning: the numbers of `meta.forward_ttt`, its own derivative.
+"""The fast form of the inner loop: the values of `outer_loss.forward_ttt`, with a custom VJP.
 
-What is below the lowest fast weight runs once over the sequence, with ordinary reverse mode. The
-loop above it carries a derivative of its own, for a whole batch of sequences. Forwards, per chunk,
+The parallel part of the model, below the lowest fast weight, runs once over the sequence, with
+ordinary reverse mode. The loop over the sequential part has a custom VJP, for a batch of sequences.
+Forward, per chunk,
 
     l_i, g_i = value and gradient of the chunk's loss in W_{i-1};  W_i = update(W_{i-1}, g_i).
 
-Backwards the chunks come in reverse. The cotangent of W_i is pulled back through the update; what
-of it meets g_i is v. The rest of a chunk's share is one ordinary gradient, in W_{i-1}, the slow
-weights, the inputs and the keys and values of the past, of the scalar
+Backward, the chunks come in reverse. The cotangent of W_i is pulled back through the update; its
+part for g_i is v. The remaining contribution of a chunk is one ordinary gradient, in W_{i-1}, the
+slow weights, the inputs and the cached keys and values, of the scalar
 
     S = sum (cotangents x outputs) + d/de l_i(W_{i-1} + e v) at e = 0,
 
 since <grad l, v> is a directional derivative: reverse over forward mode (arXiv 2505.00793) instead
-of reverse over reverse. Derivatives of slow weights are summed over the batch as they arise, never
-kept per sequence.
+of reverse over reverse. Gradients of slow weights are summed over the batch at once, never stored
+per sequence.
 """
 
 import math
@@ -25,40 +26,47 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.ops.cross_entropy.nll import CEResiduals
-from tttjax.ttt.chunk import ChunkModel, ChunkRecords, Chunks, batch_loss, learn, loss_and_gradient
+from tttjax.ttt.chunk import (
+    ChunkModel,
+    ChunkRecords,
+    Chunks,
+    apply_inner_update,
+    batch_loss,
+    loss_and_gradient,
+)
 from tttjax.ttt.kv_buffer import BufferState, KVBuffer
 from tttjax.types import Array, PyTree
 
 
 class LoopConfig(NamedTuple):
-    """The choices of the loop, as values.
+    """Settings of the loop.
 
-    exact_chunks: as of `inner_loop.adapt`. trajectory: how the backward pass comes by W_{i-1}.
-    "rewind": from W_i, minus the change that the kept gradient made; "store": kept as well;
-    "recompute": the gradients are made again, segment by segment, from the weights at its start.
+    exact_chunks: as in `inner_loop.adapt`. trajectory: how the backward pass obtains W_{i-1}.
+    "rewind": from W_i minus the update of the stored gradient; "store": it is stored;
+    "recompute": segment by segment, from the stored weights at the start of each segment.
     """
 
-    learner: ChunkModel
+    chunk_model: ChunkModel
     exact_chunks: int | None
     trajectory: str
 
 
 class _Start(NamedTuple):
-    """What a chunk is read with, beside its inputs and what `KVBuffer` keeps."""
+    """What is needed to run a chunk, beside its inputs and the buffered keys and values."""
 
     fast: PyTree  # W_{i-1}
     rule_state: PyTree
-    carried: tuple[Array | None, ...]
+    recurrent: tuple[Array | None, ...]
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs of a chunk, beside its inputs and what `KVBuffer` keeps."""
+    """Residuals of a chunk, beside its inputs and the buffered keys and values."""
 
     fast: PyTree  # W_{i-1}; None if it is rewound
     rule_state: PyTree
     g: PyTree
-    carried: tuple[Array | None, ...]
-    slope: CEResiduals | None  # of the losses, in the last hidden states; None with a fast head
+    recurrent: tuple[Array | None, ...]
+    ce_residuals: CEResiduals | None  # None with a fast head
 
 
 # --- the loop ---------------------------------------------------------------------------------
@@ -67,29 +75,29 @@ class _Saved(NamedTuple):
 def make_loop(
     loop: LoopConfig,
 ) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[ChunkRecords, PyTree]]:
-    """read(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
+    """run(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
-    slow, fast: by segment (`SplitModel.above`), without a batch; fast in the dtype that it keeps.
-    The derivative is exact in slow, fast, x and lr, by the losses, the NLL and the last fast
-    weights. `grad_norm_NB` has none.
+    slow, fast: by segment (`SplitModel.sequential_weights`), no batch; fast in its final dtype.
+    The derivative is exact with respect to slow, fast, x and lr, for the losses, the NLL and the
+    final fast weights. `grad_norm_NB` has no derivative.
     """
 
     @jax.custom_vjp
-    def read(slow, fast, chunks, lr):
+    def run(slow, fast, chunks, lr):
         (records, fast_end), _ = _forward(loop, slow, fast, chunks, lr)
         return records, fast_end
 
     def forward(slow, fast, chunks, lr):
-        (records, fast_end), (saved, kept) = _forward(loop, slow, fast, chunks, lr)
-        return (records, fast_end), (slow, fast_end, chunks, lr, saved, kept)
+        (records, fast_end), (saved, buffered) = _forward(loop, slow, fast, chunks, lr)
+        return (records, fast_end), (slow, fast_end, chunks, lr, saved, buffered)
 
-    read.defvjp(forward, partial(_backward, loop))
-    return read
+    run.defvjp(forward, partial(_backward, loop))
+    return run
 
 
-def _history(loop: LoopConfig, chunks: Chunks) -> KVBuffer:
+def _make_kv_buffer(loop: LoopConfig, chunks: Chunks) -> KVBuffer:
     number, batch, size = chunks.target_NBC.shape
-    return KVBuffer(loop.learner.cut, number, size, batch)
+    return KVBuffer(loop.chunk_model.split, number, size, batch)
 
 
 def _exact_from(loop: LoopConfig, chunks: int) -> int:
@@ -98,12 +106,12 @@ def _exact_from(loop: LoopConfig, chunks: int) -> int:
 
 
 def _segment(loop: LoopConfig, chunks: int) -> int:
-    """Chunks from one kept start to the next, so that starts and segments together are few.
+    """Chunks per segment: at most the square root of their number, to limit memory.
 
-    A divisor, also of the part of the sequence whose updates are constants.
+    Divides the number of chunks and the number of those with constant updates.
     """
-    whole = math.gcd(chunks, _exact_from(loop, chunks))
-    return max(n for n in range(1, math.isqrt(chunks) + 1) if whole % n == 0)
+    common = math.gcd(chunks, _exact_from(loop, chunks))
+    return max(n for n in range(1, math.isqrt(chunks) + 1) if common % n == 0)
 
 
 def _by_segment(tree: PyTree, size: int) -> PyTree:
@@ -111,95 +119,103 @@ def _by_segment(tree: PyTree, size: int) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
 
 
-def _joined(tree: PyTree) -> PyTree:
+def _join_segments(tree: PyTree) -> PyTree:
     """The inverse of `_by_segment`."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def _read(loop: LoopConfig, history: KVBuffer, slow, lr, start: _Start, kept, row):
-    """One chunk: (its records, what to save of it, fast, rule state, the model's state after)."""
+def _run_chunk(loop: LoopConfig, kv_buffer: KVBuffer, slow, lr, start: _Start, buffered, row):
+    """One chunk: (records, residuals, new fast weights, new rule state, new model state)."""
     i, chunk = row
-    fast, rule_state, carried = start
-    state = history.state(BufferState(kept, carried), i)
-    (loss_B, (state, nll_BC, slope)), g = loss_and_gradient(loop.learner, slow, fast, state, chunk)
-    new_fast, new_rule_state, norm_B = learn(loop.learner, fast, rule_state, g, chunk, lr)
+    fast, rule_state, recurrent = start
+    state = kv_buffer.state(BufferState(buffered, recurrent), i)
+    (loss_B, (state, nll_BC, ce_residuals)), g = loss_and_gradient(
+        loop.chunk_model, slow, fast, state, chunk
+    )
+    new_fast, new_rule_state, norm_B = apply_inner_update(
+        loop.chunk_model, fast, rule_state, g, chunk, lr
+    )
     stored = fast if loop.trajectory == "store" else None
-    saved = _Saved(stored, rule_state, g, carried, slope)
+    saved = _Saved(stored, rule_state, g, recurrent, ce_residuals)
     return ChunkRecords(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
 
 
 def _forward(loop: LoopConfig, slow, fast, chunks: Chunks, lr):
-    """((records, fast_end), what the backward pass needs: (saved, kept past)).
+    """((records, fast_end), (saved, buffered)).
 
     saved: _Saved [N, ...], or with "recompute" the _Start of every segment.
     """
-    history = _history(loop, chunks)
+    kv_buffer = _make_kv_buffer(loop, chunks)
 
     def step(carry, row):
-        fast, rule_state, past = carry
-        start = _Start(fast, rule_state, past.carried)
-        records, saved, fast, rule_state, state = _read(
-            loop, history, slow, lr, start, past.kept, row
+        fast, rule_state, buffers = carry
+        start = _Start(fast, rule_state, buffers.recurrent)
+        records, saved, fast, rule_state, state = _run_chunk(
+            loop, kv_buffer, slow, lr, start, buffers.buffered, row
         )
-        return (fast, rule_state, history.write(past, state, row[0])), (records, saved)
+        return (fast, rule_state, kv_buffer.append(buffers, state, row[0])), (records, saved)
 
     def segment(carry, rows):
-        fast, rule_state, past = carry
+        fast, rule_state, buffers = carry
         carry, (records, _) = jax.lax.scan(step, carry, rows)
-        return carry, (records, _Start(fast, rule_state, past.carried))
+        return carry, (records, _Start(fast, rule_state, buffers.recurrent))
 
-    fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (history.batch, *w.shape)), fast)
-    start = fast, jax.vmap(loop.learner.rule.init)(fast), history.start()
-    rows = jnp.arange(history.chunks), chunks
+    fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (kv_buffer.batch, *w.shape)), fast)
+    start = fast, jax.vmap(loop.chunk_model.rule.init)(fast), kv_buffer.start()
+    rows = jnp.arange(kv_buffer.chunks), chunks
     if loop.trajectory == "recompute":
-        rows = _by_segment(rows, _segment(loop, history.chunks))
-        (fast_end, _, past), (records, starts) = jax.lax.scan(segment, start, rows)
-        return (_joined(records), fast_end), (starts, past.kept)
-    (fast_end, _, past), (records, saved) = jax.lax.scan(step, start, rows)
-    return (records, fast_end), (saved, past.kept)
+        rows = _by_segment(rows, _segment(loop, kv_buffer.chunks))
+        (fast_end, _, buffers), (records, starts) = jax.lax.scan(segment, start, rows)
+        return (_join_segments(records), fast_end), (starts, buffers.buffered)
+    (fast_end, _, buffers), (records, saved) = jax.lax.scan(step, start, rows)
+    return (records, fast_end), (saved, buffers.buffered)
 
 
-def _read_again(loop: LoopConfig, history: KVBuffer, slow, lr, start: _Start, kept, rows):
-    """(fast weights after a segment, what the backward pass needs of its chunks [n, ...])."""
+def _recompute_segment(
+    loop: LoopConfig, kv_buffer: KVBuffer, slow, lr, start: _Start, buffered, rows
+):
+    """(fast weights after a segment, the residuals of its chunks [n, ...])."""
 
     def step(start, row):
-        _, saved, fast, rule_state, state = _read(loop, history, slow, lr, start, kept, row)
-        return _Start(fast, rule_state, history.carried(state)), saved
+        _, saved, fast, rule_state, state = _run_chunk(
+            loop, kv_buffer, slow, lr, start, buffered, row
+        )
+        return _Start(fast, rule_state, kv_buffer.recurrent(state)), saved
 
     end, saved = jax.lax.scan(step, start, rows)
     return end.fast, saved
 
 
 class _Cotangents(NamedTuple):
-    """Of everything that goes from chunk to chunk, and the sums over chunks."""
+    """Cotangents passed from chunk to chunk, and sums over chunks."""
 
     fast: PyTree
-    rule_state: list[Array]  # of its `_numbers`
-    past: list[Array]  # as `KVBuffer.zero_cotangent`
+    rule_state: list[Array]  # of its `_inexact_leaves`
+    state: list[Array]  # as `KVBuffer.zero_cotangent`
     slow: PyTree
     lr: Array
 
 
 def _backward(loop: LoopConfig, residuals, cotangents):
-    slow, fast_end, chunks, lr, saved, kept = residuals
+    slow, fast_end, chunks, lr, saved, buffered = residuals
     records_bar, fast_bar = cotangents
-    history = _history(loop, chunks)
-    first_exact = _exact_from(loop, history.chunks)
+    kv_buffer = _make_kv_buffer(loop, chunks)
+    first_exact = _exact_from(loop, kv_buffer.chunks)
 
     def step(carry, row, is_exact):
         fast, bar = carry
         i, chunk, records_bar_i, saved = row
-        fast, bar, v = _through_update(loop, fast, bar, saved, chunk, lr, is_exact)
-        state = history.state(BufferState(kept, saved.carried), i)
+        fast, bar, v = _backward_update(loop, fast, bar, saved, chunk, lr, is_exact)
+        state = kv_buffer.state(BufferState(buffered, saved.recurrent), i)
 
-        outer = records_bar_i, bar.past, v
-        slow_bar, fast_bar, blocks_bar, x_bar = _share(
-            loop, history, slow, fast, state, chunk, saved.slope, outer
+        outer = records_bar_i, bar.state, v
+        slow_bar, fast_bar, blocks_bar, x_bar = _chunk_gradient(
+            loop, kv_buffer, slow, fast, state, chunk, saved.ce_residuals, outer
         )
         bar = _Cotangents(
             jax.tree.map(jnp.add, bar.fast, fast_bar),
             bar.rule_state,
-            history.before(bar.past, blocks_bar),
+            kv_buffer.cotangent_before(bar.state, blocks_bar),
             jax.tree.map(lambda total, new: total + new.astype(total.dtype), bar.slow, slow_bar),
             bar.lr,
         )
@@ -209,8 +225,8 @@ def _backward(loop: LoopConfig, residuals, cotangents):
         fast_end,
         _Cotangents(
             fast_bar,
-            [jnp.zeros_like(x[0]) for x in _numbers(saved.rule_state)],
-            history.zero_cotangent(),
+            [jnp.zeros_like(x[0]) for x in _inexact_leaves(saved.rule_state)],
+            kv_buffer.zero_cotangent(),
             jax.tree.map(
                 lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), slow
             ),
@@ -220,27 +236,27 @@ def _backward(loop: LoopConfig, residuals, cotangents):
 
     def segment(carry, row, is_exact):
         (i, chunks, records_bar), start = row
-        fast, saved = _read_again(loop, history, slow, lr, start, kept, (i, chunks))
+        fast, saved = _recompute_segment(loop, kv_buffer, slow, lr, start, buffered, (i, chunks))
         rows = i, chunks, records_bar, saved
         carry = fast, carry[1]
         return jax.lax.scan(partial(step, is_exact=is_exact), carry, rows, reverse=True)
 
-    rows = jnp.arange(history.chunks), chunks, records_bar
+    rows = jnp.arange(kv_buffer.chunks), chunks, records_bar
     if loop.trajectory == "recompute":
-        size = _segment(loop, history.chunks)
+        size = _segment(loop, kv_buffer.chunks)
         segments = _by_segment(rows, size), saved
         (_, bar), x_bar = _scan_back(segment, carry, segments, first_exact // size)
-        x_bar = _joined(x_bar)
+        x_bar = _join_segments(x_bar)
     else:
         (_, bar), x_bar = _scan_back(step, carry, (*rows, saved), first_exact)
     slow_bar = jax.tree.map(lambda total, w: total.astype(w.dtype), bar.slow, slow)
     fast_bar = jax.tree.map(lambda x: x.sum(0), bar.fast)
-    nothing: Any = None  # the cotangent of integers
-    return slow_bar, fast_bar, Chunks(x_bar, nothing, nothing), bar.lr
+    no_cotangent: Any = None  # of integers
+    return slow_bar, fast_bar, Chunks(x_bar, no_cotangent, no_cotangent), bar.lr
 
 
 def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
-    """`lax.scan` of body(carry, row, is_exact=...) in reverse, in two parts if there are two."""
+    """`lax.scan` of body(carry, row, is_exact=...) in reverse; is_exact from row first_exact on."""
     length = jax.tree.leaves(rows)[0].shape[0]
     parts: list[Array] = []
     for first, last, is_exact in ((first_exact, length, True), (0, first_exact, False)):
@@ -251,19 +267,23 @@ def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
     return carry, jnp.concatenate(parts)
 
 
-def _share(loop: LoopConfig, history: KVBuffer, slow, fast, state, chunk: Chunks, slope, outer):
-    """The gradient of S, a chunk's share, in (slow, fast, the state's blocks, x).
+def _chunk_gradient(
+    loop: LoopConfig, kv_buffer: KVBuffer, slow, fast, state, chunk: Chunks, ce_residuals, outer
+):
+    """The gradient of S, a chunk's contribution, in (slow, fast, the state's blocks, x).
 
-    outer: the cotangents of its records and of the past after it, and v (None: the update is a
+    outer: the cotangents of its records and of the state after it, and v (None: the update is a
     constant).
     """
-    records_bar, past_bar, v = outer
+    records_bar, state_bar, v = outer
 
     def outputs(slow, fast, blocks, x_BCD):
         before = {**state, "blocks": blocks}
-        form = "once" if v is None else "twice"
-        read = chunk._replace(x_NBCD=x_BCD)
-        loss_B, (after, nll_BC, _) = batch_loss(loop.learner, slow, fast, before, read, form, slope)
+        form = "blocked" if v is None else "blocked_jvp"
+        inputs = chunk._replace(x_NBCD=x_BCD)
+        loss_B, (after, nll_BC, _) = batch_loss(
+            loop.chunk_model, slow, fast, before, inputs, form, ce_residuals
+        )
         return loss_B, (after, nll_BC)
 
     def total(slow, fast, blocks, x_BCD):
@@ -275,40 +295,40 @@ def _share(loop: LoopConfig, history: KVBuffer, slow, fast, state, chunk: Chunks
                 lambda fast: outputs(slow, fast, blocks, x_BCD), (fast,), (v,), has_aux=True
             )
         paired = jnp.vdot(records_bar.loss_NB, loss_B) + jnp.vdot(records_bar.nll_NBC, nll_BC)
-        return paired + history.pairing(after, past_bar) + jnp.sum(change_B)
+        return paired + kv_buffer.pairing(after, state_bar) + jnp.sum(change_B)
 
     return jax.grad(total, argnums=(0, 1, 2, 3))(slow, fast, state["blocks"], chunk.x_NBCD)
 
 
-def _through_update(loop: LoopConfig, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):
-    """(W_{i-1}, the cotangents before the update, the part of them that meets g_i: v or None)."""
+def _backward_update(loop: LoopConfig, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):
+    """(W_{i-1}, the cotangents before the update, v: the cotangent of g_i, or None)."""
     leaves, tree = jax.tree.flatten(saved.rule_state)
 
-    def update(fast, numbers, g, lr):
-        remaining = iter(numbers)
-        mixed = [next(remaining) if _is_number(leaf) else leaf for leaf in leaves]
-        rule_state = jax.tree.unflatten(tree, mixed)
-        fast, rule_state, norm_B = learn(
-            loop.learner, fast, rule_state, g, chunk, lr, is_constant=not is_exact
+    def update(fast, inexact, g, lr):
+        remaining = iter(inexact)
+        merged = [next(remaining) if _is_inexact(leaf) else leaf for leaf in leaves]
+        rule_state = jax.tree.unflatten(tree, merged)
+        fast, rule_state, norm_B = apply_inner_update(
+            loop.chunk_model, fast, rule_state, g, chunk, lr, is_constant=not is_exact
         )
-        return fast, _numbers(rule_state), norm_B
+        return fast, _inexact_leaves(rule_state), norm_B
 
     def rewind():
         zero = jax.tree.map(jnp.zeros_like, fast)
-        change, _, _ = update(zero, _numbers(saved.rule_state), saved.g, lr)
+        change, _, _ = update(zero, _inexact_leaves(saved.rule_state), saved.g, lr)
         return jax.tree.map(jnp.subtract, fast, change)
 
     before = rewind() if saved.fast is None else saved.fast
-    (_, _, norm_B), pull = jax.vjp(update, before, _numbers(saved.rule_state), saved.g, lr)
+    (_, _, norm_B), pull = jax.vjp(update, before, _inexact_leaves(saved.rule_state), saved.g, lr)
     fast_bar, rule_bar, v, lr_bar = pull((bar.fast, bar.rule_state, jnp.zeros_like(norm_B)))
     bar = bar._replace(fast=fast_bar, rule_state=rule_bar, lr=bar.lr + lr_bar)
     return before, bar, v if is_exact else None
 
 
-def _is_number(leaf: Array) -> bool:
+def _is_inexact(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _numbers(rule_state: PyTree) -> list[Array]:
-    """The leaves of a rule's state that have derivatives: not its counts."""
-    return [leaf for leaf in jax.tree.leaves(rule_state) if _is_number(leaf)]
+def _inexact_leaves(rule_state: PyTree) -> list[Array]:
+    """The leaves of a rule's state that have derivatives: all but integer counts."""
+    return [leaf for leaf in jax.tree.leaves(rule_state) if _is_inexact(leaf)]

@@ -1,11 +1,10 @@
-"""The outer loss: the mean of the losses that the inner loop meets, and how far it is derived.
+"""The outer loss: the mean over chunks of the inner loop's losses. This file defines the method.
 
     loss(theta, W0) = mean over sequences of mean over chunks of loss_i(W_{i-1})     (eq. 6)
 
 with W_i from `inner_loop.adapt`. The outer gradient is plain `jax.grad` of this function, through
-every update, the clip's norm, the cached keys and values, and the prefix: this file is the
-definition of the method. `fast_gradient` has a loop with the same numbers and a derivative of its
-own, which training uses (`InnerLoop.form`).
+every update, the clip's norm, the cached keys and values, and the prefix. `meta_gradient` has
+a loop with the same values and a custom VJP, which training uses (`InnerLoop.form`).
 """
 
 from collections.abc import Callable
@@ -31,32 +30,32 @@ LOGIT_ROWS = 1024  # rows of logits in memory at a time
 
 
 class ForwardOutput(NamedTuple):
-    """What reading one sequence showed. N chunks, T tokens; [B, ...] of a batch."""
+    """The result of a forward pass over one sequence. N chunks, T tokens; [B, ...] for a batch."""
 
     loss: Array  # mean of chunk_loss_N
     chunk_loss_N: Array
     token_nll_T: Array  # not masked
-    grad_norm_N: Array  # inner gradient norms before the rule; zeros without learning
+    grad_norm_N: Array  # inner gradient norms before the rule; zeros without updates
     fast: PyTree  # the fast weights after the last update
     drift: Array  # ||W_n - W0||
     layer_drift_L: Array  # the same by layer (`fast_layers`)
 
 
 class InnerLoop(NamedTuple):
-    """The choices of the inner loop, as values (from `InnerConfig` by `make_inner_loop`)."""
+    """Settings of the inner loop (from `InnerConfig` by `make_inner_loop`)."""
 
     chunk_size: int
     rule: optax.GradientTransformation
     clip: float  # the norm to which the rule clips (0: it does not)
     fast_dtype: jnp.dtype
-    exact_chunks: int | None  # the outer gradient goes through so many of the last updates
+    exact_chunks: int | None  # the outer gradient goes through the last so many updates
     remat: bool
     form: str = "fast"  # of the outer gradient; "reference": plain jax.grad
     trajectory: str = "rewind"  # of the fast weights, in the fast form
 
 
 def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
-    """How many of the last updates the outer gradient goes through; None for all."""
+    """The number of last updates that the outer gradient goes through; None: all."""
     return {"exact": None, "truncated": truncate_chunks, "first_order": 0, "none": 0}[meta_gradient]
 
 
@@ -85,7 +84,7 @@ def make_inner_loop(inner) -> InnerLoop:
 def inner_lr(step: Array | int, *, lr: float, lr_init: float, warmup_steps: int) -> Array | float:
     """Learning rate of the inner loop at outer step 0, 1, ...: linear from lr_init to lr.
 
-    Step 0 already takes the first part of the way; without warm-up it is lr.
+    Step 0 is already one increment above lr_init; without warm-up it is lr.
     """
     if warmup_steps == 0:
         return lr
@@ -97,11 +96,11 @@ def split_chunks(x_T: Array, chunk_size: int) -> Array:
     return x_T.reshape((-1, chunk_size, *x_T.shape[1:]))
 
 
-def _reading(
+def _make_output(
     model: Transformer, chunk_loss_N, nll_T, grad_norm_N, fast: PyTree, fast_start: PyTree
 ) -> ForwardOutput:
-    moved = jax.tree.map(jnp.subtract, fast, fast_start)
-    drift, by_layer = global_norm(moved), norms(model, squares(moved))
+    change = jax.tree.map(jnp.subtract, fast, fast_start)
+    drift, by_layer = global_norm(change), norms(model, squares(change))
     loss = jnp.mean(chunk_loss_N)
     return ForwardOutput(loss, chunk_loss_N, nll_T, grad_norm_N, fast, drift, by_layer)
 
@@ -109,9 +108,9 @@ def _reading(
 def forward_static(
     model: Transformer, params: Params, inputs_T: Array, targets_T: Array, mask_T: Array, chunk: int
 ) -> ForwardOutput:
-    """One sequence read without learning: a single pass over all tokens.
+    """One sequence without inner updates: a single pass over all tokens.
 
-    The loss is the mean of the means over chunks of `chunk` tokens, as with learning.
+    The loss is the mean over chunks of `chunk` tokens of their means, as in `forward_ttt`.
     """
     weights = combine(params.slow, params.fast)
     x_TD = model.embed(params.slow, inputs_T)
@@ -119,14 +118,14 @@ def forward_static(
         x_TD, _ = model.run_part(part, weights, None, x_TD)
     nll_T = model.nll(weights, x_TD, targets_T, block=LOGIT_ROWS)
     chunk_loss_N = masked_mean(split_chunks(nll_T, chunk), split_chunks(mask_T, chunk))
-    nothing_N = jnp.zeros_like(chunk_loss_N)
-    return _reading(model, chunk_loss_N, nll_T, nothing_N, params.fast, params.fast)
+    zero_N = jnp.zeros_like(chunk_loss_N)
+    return _make_output(model, chunk_loss_N, nll_T, zero_N, params.fast, params.fast)
 
 
 def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
     """The inner loss of one chunk as a function of the fast weights.
 
-    A chunk is (x_CD, targets_C, mask_C): prefix outputs, targets and what counts.
+    A chunk is (x_CD, targets_C, mask_C): prefix outputs, targets, whether they count.
     """
 
     def chunk_loss(fast, state, chunk):
@@ -149,7 +148,7 @@ def forward_ttt(
     mask_T: Array,
     lr: Array | float,
 ) -> ForwardOutput:
-    """One sequence read with learning: the prefix once over all tokens, then chunk by chunk."""
+    """One sequence with inner updates: the prefix over all tokens, then the suffix by chunks."""
     length = inputs_T.shape[0]
     weights = combine(params.slow, params.fast)
     x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, inputs_T))
@@ -164,69 +163,73 @@ def forward_ttt(
         remat=inner.remat,
     )
     nll_T = records.aux.reshape(-1)
-    return _reading(model, records.loss, nll_T, records.grad_norm, end.fast, fast)
+    return _make_output(model, records.loss, nll_T, records.grad_norm, end.fast, fast)
 
 
 def forward_ttt_fast(
     model: Transformer, inner: InnerLoop, params: Params, batch: Batch, lr: Array | float
 ) -> ForwardOutput:
-    """`forward_ttt` of B sequences, [B, ...], with the fast form of the gradient."""
-    cut = SplitModel(model)
-    loop = LoopConfig(ChunkModel(cut, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory)
+    """`forward_ttt` for B sequences, [B, ...], with the fast form of the meta-gradient."""
+    split = SplitModel(model)
+    loop = LoopConfig(
+        ChunkModel(split, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory
+    )
     start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
-    x_BTD = over_sequences(partial(cut.below, params.slow))(batch.inputs)
+    x_BTD = over_sequences(partial(split.run_parallel, params.slow))(batch.inputs)
 
     def by_chunk(x_BT: Array) -> Array:
         x_BNC = jax.vmap(partial(split_chunks, chunk_size=inner.chunk_size))(x_BT)
         return jnp.swapaxes(x_BNC, 0, 1)
 
     records, fast = make_loop(loop)(
-        cut.above(params.slow),
-        cut.above(start),
+        split.sequential_weights(params.slow),
+        split.sequential_weights(start),
         Chunks(by_chunk(x_BTD), by_chunk(batch.targets), by_chunk(batch.mask)),
         jnp.asarray(lr),
     )
     loss_BN, nll_BNC, norm_BN = (jnp.swapaxes(x, 0, 1) for x in records)
     nll_BT = nll_BNC.reshape(batch.inputs.shape)
-    reading = jax.vmap(partial(_reading, model), in_axes=(0, 0, 0, 0, None))
-    return reading(loss_BN, nll_BT, norm_BN, jax.vmap(cut.join)(fast), start)
+    make_outputs = jax.vmap(partial(_make_output, model), in_axes=(0, 0, 0, 0, None))
+    return make_outputs(loss_BN, nll_BT, norm_BN, jax.vmap(split.join)(fast), start)
 
 
 def make_forward(
     model: Transformer, inner: InnerLoop, *, learn: bool
 ) -> Callable[[Params, Batch, Array | float], ForwardOutput]:
-    """reader(params, batch, inner_lr) -> Reading of every sequence, stacked [B, ...].
+    """forward(params, batch, inner_lr) -> `ForwardOutput` of every sequence, stacked [B, ...].
 
-    learn: False reads without updates (TTT off, and every model without fast weights).
+    learn: False for no inner updates (TTT off, and every model without fast weights).
     """
     if learn and inner.form == "fast":
         return partial(forward_ttt_fast, model, inner)
 
-    def read_one(params: Params, one: Batch, lr: Array | float) -> ForwardOutput:
+    def forward_one(params: Params, one: Batch, lr: Array | float) -> ForwardOutput:
         if not learn:
             return forward_static(
                 model, params, one.inputs, one.targets, one.mask, inner.chunk_size
             )
         return forward_ttt(model, inner, params, one.inputs, one.targets, one.mask, lr)
 
-    return over_sequences(read_one, in_axes=(None, 0, None))
+    return over_sequences(forward_one, in_axes=(None, 0, None))
 
 
 def learns(model: Transformer, meta_gradient: str) -> bool:
-    """Whether training reads with learning: there are fast weights, and the loss follows them."""
+    """Whether training runs the inner loop: there are fast weights, and a meta-gradient."""
     return bool(model.fast_paths) and meta_gradient != "none"
 
 
 def make_outer_loss(
     model: Transformer, inner: InnerLoop, *, learn: bool
 ) -> Callable[[Params, Batch, Array | float], tuple[Array, ForwardOutput]]:
-    """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, Reading [B, ...])."""
-    reader = make_forward(model, inner, learn=learn)
+    """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, ForwardOutput [B, ...])."""
+    forward = make_forward(model, inner, learn=learn)
 
     def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, ForwardOutput]:
-        chex.assert_rank(batch.inputs, 2)  # [B, T]: without a batch, the sequence would be one
+        chex.assert_rank(
+            batch.inputs, 2
+        )  # [B, T]; a sequence without batch axis would be taken for a batch
         chex.assert_equal_shape([batch.inputs, batch.targets, batch.mask])
-        reading = reader(params, batch, lr)
-        return jnp.mean(reading.loss), reading
+        output = forward(params, batch, lr)
+        return jnp.mean(output.loss), output
 
     return outer_loss

@@ -1,11 +1,11 @@
-"""Inner update rules: optax transformations that can be differentiated again.
+"""Inner update rules: optax transformations with finite second derivatives.
 
-The outer gradient goes through every update, so a rule's own derivative must be finite wherever
-its value is. Norms and square roots are the danger: sqrt has an infinite slope at 0, which turns
-the meta-gradient of a zero gradient (a chunk without targets, a weight behind a zero) into NaN.
+The outer gradient goes through every update, so a rule's derivative must be finite wherever its
+value is. Norms and square roots need care: sqrt has an infinite derivative at 0, which turns the
+meta-gradient of a zero gradient (a chunk without targets, a weight multiplied by zero) into NaN.
 
-A rule gives the update for a learning rate of 1; `inner_loop.adapt` multiplies it by the rate of
-the moment, which may ramp up over training.
+A rule gives the update for a learning rate of 1; `inner_loop.adapt` multiplies it by the current
+rate, which may ramp up over training.
 """
 
 import jax
@@ -54,7 +54,7 @@ def normalize_by_global_norm(norm: float) -> optax.GradientTransformation:
 
 
 def _spare_zeros(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keeps arrays that are exactly 0 out of a rule that divides by their norm."""
+    """Passes zeros through, for a rule that divides arrays by their norm."""
 
     def update(g, state, params=None):
         is_zero = jax.tree.map(lambda leaf: jnp.all(leaf == 0), g)
@@ -70,7 +70,7 @@ def _spare_zeros(rule: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _muon_dimensions(params: PyTree) -> PyTree:
-    """Every array of two or more axes is a stack of matrices [..., in, out]; vectors are none."""
+    """Arrays of two or more axes are stacks of matrices [..., in, out]; vectors are not."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return jax.tree.map(lambda leaf: matrix if leaf.ndim >= 2 else None, params)
 
@@ -86,14 +86,14 @@ def make_rule(
 ) -> optax.GradientTransformation:
     """The inner rule called `name`, for a learning rate of 1.
 
-    sgd             -g, g clipped to global norm `clip` (0: not clipped). The papers' rule.
+    sgd             -g, g clipped to global norm `clip` (0: not clipped). The rule of the papers.
     momentum        heavy ball: m = momentum m + g, update -m; g clipped first.
     normalized_sgd  -g / ||g|| (times `clip` where that is set): every step has the same length.
-    adam            Adam with `b1`, `b2`, `eps`; eps^2 is also added under the root, whose slope is
-                    infinite at 0. g clipped first.
-    muon            momentum, then every matrix replaced by its nearest orthogonal one (five
-                    Newton-Schulz steps, optax.contrib); arrays that are no matrices follow Adam
-                    with Nesterov momentum.
+    adam            Adam with `b1`, `b2`, `eps`; eps^2 is also added under the root, whose
+                    derivative is infinite at 0. g clipped first.
+    muon            momentum, then every matrix is replaced by the nearest orthogonal one (five
+                    Newton-Schulz steps, optax.contrib); other arrays use Adam with Nesterov
+                    momentum.
     """
     clipping = [clip_by_global_norm(clip)] if clip else []
     descend = optax.scale(-1.0)

@@ -1,4 +1,4 @@
-"""Asking a model for needles: what it writes, and how likely it found the right answer."""
+"""Runs needle prompts on a model: generates answers and scores their likelihood."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from tttjax.inference.scoring import Score, score_batch
 from tttjax.inference.session import Session
 from tttjax.runs.run import EvalSetup
 
-MORE_TOKENS = 16  # that are written beyond as many as the value has
+MORE_TOKENS = 16  # generated beyond the length of the value
 LONGEST_VALUE = 64  # tokens; a UUID has 36 characters
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a value after a prompt, all its tokens given.
+    """Likelihood of a value after a prompt, with teacher forcing.
 
-    logprob: nats per token, up to 0. top: part of the tokens that were the likeliest.
+    logprob: nats per token, at most 0. top: fraction of its tokens that were the argmax.
     """
 
     logprob: float
@@ -36,10 +36,10 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model makes of a prompt.
+    """A model's answer to a prompt.
 
-    text: written after it, greedily. value: likelihood of the right value. absent: of the same
-    value where there was no needle. decoy: of another value after the prompt with the needle.
+    text: greedy continuation. value: likelihood of the correct value. absent: of the same value
+    after the prompt without the needle. decoy: of another value after the prompt with the needle.
     """
 
     text: str
@@ -52,38 +52,40 @@ NeedleModel = Callable[[Sequence[Prompt]], list[Answer]]
 
 
 class EngineModel:
-    """Asks a way of reading, several prompts at a time."""
+    """Answers batches of prompts with the engine of an eval setup."""
 
-    def __init__(self, way: EvalSetup, tokenizer: Tokenizer, longest: int):
-        """longest: tokens of a prompt, for which full attention needs room."""
-        reader = make_inference_model(way.model, way.inner, way.lr, learn=way.learn)
-        self._engine = Engine(reader, way.params, longest + LONGEST_VALUE + MORE_TOKENS)
+    def __init__(self, setup: EvalSetup, tokenizer: Tokenizer, longest: int):
+        """longest: tokens of the longest prompt; sets the capacity of full attention."""
+        inference_model = make_inference_model(
+            setup.model, setup.inner, setup.lr, learn=setup.learn
+        )
+        self._engine = Engine(inference_model, setup.params, longest + LONGEST_VALUE + MORE_TOKENS)
         self._tokenizer = tokenizer
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
         engine = self._engine
-        # What comes before the needle is read once for both prompts, with it and without.
+        # The prefix before the needle is prefilled once for both prompts, with and without needle.
         starts = [prompt.needle[0] for prompt in prompts]
-        heads = [prompt.token_T[:at] for prompt, at in zip(prompts, starts, strict=True)]
-        begun = self._read([engine.start() for _ in prompts], heads)
-        rests = [prompt.control_T[at:] for prompt, at in zip(prompts, starts, strict=True)]
+        prefixes = [prompt.token_T[:at] for prompt, at in zip(prompts, starts, strict=True)]
+        prefix_sessions = self._prefill([engine.start() for _ in prompts], prefixes)
+        suffixes = [prompt.control_T[at:] for prompt, at in zip(prompts, starts, strict=True)]
         answers_A = [prompt.answer_A for prompt in prompts]
-        absent = score_batch(engine, self._read(begun, rests), answers_A)
-        rests = [prompt.token_T[at:] for prompt, at in zip(prompts, starts, strict=True)]
-        read = self._read(begun, rests)
-        del begun
-        value = score_batch(engine, read, answers_A)
-        decoy = score_batch(engine, read, [prompt.decoy_A for prompt in prompts])
-        texts = self._write(read, answers_A)
+        absent = score_batch(engine, self._prefill(prefix_sessions, suffixes), answers_A)
+        suffixes = [prompt.token_T[at:] for prompt, at in zip(prompts, starts, strict=True)]
+        prompt_sessions = self._prefill(prefix_sessions, suffixes)
+        del prefix_sessions
+        value = score_batch(engine, prompt_sessions, answers_A)
+        decoy = score_batch(engine, prompt_sessions, [prompt.decoy_A for prompt in prompts])
+        texts = self._generate(prompt_sessions, answers_A)
         return [
             Answer(text, *map(Likelihood.of, scores))
             for text, *scores in zip(texts, value, absent, decoy, strict=True)
         ]
 
-    def _read(self, sessions: Sequence[Session], texts: Sequence[np.ndarray]) -> list[Session]:
+    def _prefill(self, sessions: Sequence[Session], texts: Sequence[np.ndarray]) -> list[Session]:
         return [session for session, _ in self._engine.read_batch(sessions, texts)]
 
-    def _write(self, sessions: Sequence[Session], answers: Sequence[np.ndarray]) -> list[str]:
+    def _generate(self, sessions: Sequence[Session], answers: Sequence[np.ndarray]) -> list[str]:
         requests = [
             Request(session, Sampling(temperature=0), len(answer_A) + MORE_TOKENS)
             for session, answer_A in zip(sessions, answers, strict=True)
