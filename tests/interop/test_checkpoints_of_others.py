@@ -154,8 +154,8 @@ def test_every_end_token_stops_generation(folder, tmp_path, without_transformers
     opened = load_model(run)
     session, _ = opened.engine.read(opened.engine.start(), np.array([1, 4]))
     request = Request(session, Sampling(temperature=0), max_tokens=8)
-    (piece,) = Generator(opened.engine, opened.tokenizer, [request])
-    assert (piece.token, piece.finished, piece.text) == (5, "eos", "")
+    (generated,) = Generator(opened.engine, opened.tokenizer, [request])
+    assert (generated.token, generated.finished, generated.text) == (5, "eos", "")
 
     assert main.main(["export", str(run), f"--to={out}", "--own-code"]) == 0
     for name in ("config.json", "generation_config.json"):
@@ -218,18 +218,18 @@ def test_a_quantization_configuration_is_refused(folder):
 # --- every tensor is used -------------------------------------------------------------------------
 
 
-def split(folder, **placed):
-    """Splits the weights into two shards; returns an index with `placed` in it."""
+def split(folder, **overrides):
+    """Splits the weights into two shards; returns an index with `overrides` in it."""
     tensors = load_file(folder / SINGLE)
     (folder / SINGLE).unlink()
     files = {name: f"{int(name.startswith('lm_head'))}.safetensors" for name in tensors}
     for file in set(files.values()):
         save_file({n: t for n, t in tensors.items() if files[n] == file}, folder / file)
-    return {"weight_map": {**files, **placed}}
+    return {"weight_map": {**files, **overrides}}
 
 
 @pytest.mark.parametrize(
-    ("harm", "sentence"),
+    ("damage", "sentence"),
     [
         (lambda index: index["weight_map"].pop("model.norm.weight"), "which .* does not place"),
         (lambda index: index["weight_map"].update({"x": "0.safetensors"}), "names x, which no"),
@@ -238,9 +238,9 @@ def split(folder, **placed):
         (lambda index: index["weight_map"].update({HEAD: 5}), "cannot be read"),
     ],
 )
-def test_an_index_must_fit_its_files(harm, sentence, folder):
+def test_an_index_must_fit_its_files(damage, sentence, folder):
     index = split(folder)
-    harm(index)
+    damage(index)
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=sentence):
         open_quietly(folder)

@@ -134,7 +134,7 @@ def test_greedy_generation_learns_as_tttjax_does(opened, model):
     ids = tokens(17)
     session, _ = opened.engine.read(opened.engine.start(), ids)
     request = Request(session, Sampling(temperature=0), max_tokens=24)
-    ours = [piece.token for piece in Generator(opened.engine, opened.tokenizer, [request])]
+    ours = [generated.token for generated in Generator(opened.engine, opened.tokenizer, [request])]
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
     batch = torch.from_numpy(ids[None])
     theirs = model.generate(batch, **options)[0, 17:].tolist()

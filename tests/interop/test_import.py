@@ -53,8 +53,10 @@ def test_the_run_holds_weights_configuration_origin_and_tokenizer(imported, step
     assert run.config.model == official_config(rope_theta=1e4).model
     params = run.weights(weights_template(model, make_mesh()))
     expected = from_official(official_arrays(CONFIG), model)
-    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(got, want)
+    for actual, expected_leaf in zip(
+        jax.tree.leaves(params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected_leaf)
     origin = json.loads((imported / ORIGIN).read_text())
     assert origin["source"] == str(step)
     assert "model.rope_theta" not in origin["assumed"]
@@ -184,8 +186,8 @@ def test_arrays_that_are_no_floats_are_refused(tmp_path):
 def test_a_wrongly_written_run_is_removed(step, tmp_path, monkeypatch):
     """The run is written with other weights than those that were read."""
 
-    def wrong(folder, config, params, **rest):
-        write_run.write_run(folder, config, jax.tree.map(lambda x: 2 * x, params), **rest)
+    def wrong(folder, config, params, **options):
+        write_run.write_run(folder, config, jax.tree.map(lambda x: 2 * x, params), **options)
 
     monkeypatch.setattr(transfer, "write_run", wrong)
     source = open_official(str(step), overrides=OVERRIDES, log=lambda line: None)

@@ -200,7 +200,7 @@ def reshape(folder):
 
 
 @pytest.mark.parametrize(
-    ("harm", "sentence"),
+    ("damage", "sentence"),
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
@@ -212,9 +212,9 @@ def reshape(folder):
         (reshape, r"model.norm.weight has shape \(5,\), not \(16,\)"),
     ],
 )
-def test_bad_sources_are_one_sentence(llama, harm, sentence, tmp_path, capsys):
+def test_bad_sources_are_one_sentence(llama, damage, sentence, tmp_path, capsys):
     folder = shutil.copytree(llama, tmp_path / "hf")
-    harm(folder)
+    damage(folder)
     assert main.main(["import", str(folder), f"--workdir={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
     with pytest.raises(AssertionError, match=sentence):
@@ -226,10 +226,10 @@ def test_bad_sources_are_one_sentence(llama, harm, sentence, tmp_path, capsys):
 def test_deviating_logits_are_refused(llama, tmp_path, monkeypatch):
     theirs = huggingface.transformers_logits
 
-    def other(*args, **kwargs):
+    def scaled_logits(*args, **kwargs):
         return theirs(*args, **kwargs) * 1.01
 
-    monkeypatch.setattr(huggingface, "transformers_logits", other)
+    monkeypatch.setattr(huggingface, "transformers_logits", scaled_logits)
     with pytest.raises(UserError, match=r"differ by at most .* was not imported"):
         import_run(open_huggingface(llama, log=lambda line: None), tmp_path / "run", print)
     assert list(tmp_path.iterdir()) == []
@@ -259,9 +259,9 @@ def test_exports_can_be_imported(tmp_path):
     assert build_model(source.config.model, source.config.inner) == model
     assert source.reference is None
     template = weights_template(model, make_mesh(devices=jax.devices()[:1]))
-    for got, want in zip(
+    for actual, expected_leaf in zip(
         jax.tree.leaves(assemble(template, source.iter_weights(model), model)),
         jax.tree.leaves(params),
         strict=True,
     ):
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(actual, expected_leaf)

@@ -57,15 +57,17 @@ def template(config, **mesh):
 
 
 def assert_same(params, expected):
-    for got, want in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(got, want)
+    for actual, expected_leaf in zip(
+        jax.tree.leaves(params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected_leaf)
 
 
 def test_a_checkpoint_opens_by_step_folder_or_item(step, arrays):
     for source in (step, step.parent, step / "model_weights", str(step.parent) + "/"):
-        found = open_official_checkpoint(source)
-        assert (found.source, found.step) == (str(step), 3)
-        assert {name: array.shape for name, array in found.arrays.items()} == {
+        checkpoint = open_official_checkpoint(source)
+        assert (checkpoint.source, checkpoint.step) == (str(step), 3)
+        assert {name: array.shape for name, array in checkpoint.arrays.items()} == {
             name: array.shape for name, array in arrays.items()
         }
         assert is_official_checkpoint(source)
@@ -79,9 +81,9 @@ def test_a_checkpoint_opens_by_step_folder_or_item(step, arrays):
 @pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"data": 8}])
 def test_weights_are_assembled_on_any_mesh(step, arrays, mesh):
     model = build_model(CONFIG.model, CONFIG.inner)
-    found = open_official_checkpoint(step)
+    checkpoint = open_official_checkpoint(step)
     expected = template(CONFIG, **mesh)
-    params = assemble(expected, iter_weights(found.arrays, model), model)
+    params = assemble(expected, iter_weights(checkpoint.arrays, model), model)
     assert_same(params, from_official(arrays, model))
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(
         lambda x: x.sharding, expected
@@ -90,13 +92,15 @@ def test_weights_are_assembled_on_any_mesh(step, arrays, mesh):
 
 def test_one_slice_is_in_memory_at_a_time(step):
     model = build_model(CONFIG.model, CONFIG.inner)
-    found = open_official_checkpoint(step)
-    rows = max(array.nbytes // array.shape[0] for array in found.arrays.values() if array.shape[1:])
-    largest = max(rows, found.arrays[TOP_LEVEL_NAMES["embedding"]].nbytes)
+    checkpoint = open_official_checkpoint(step)
+    rows = max(
+        array.nbytes // array.shape[0] for array in checkpoint.arrays.values() if array.shape[1:]
+    )
+    largest = max(rows, checkpoint.arrays[TOP_LEVEL_NAMES["embedding"]].nbytes)
 
     def watched():
         last = None
-        for weight_slice in iter_weights(found.arrays, model):
+        for weight_slice in iter_weights(checkpoint.arrays, model):
             assert weight_slice.array.nbytes <= largest
             if last is not None:
                 assert last() is None, "the previous slice was not freed"
@@ -133,12 +137,12 @@ def test_memory_is_the_target_and_two_arrays(tmp_path):
         vocab_size=16384, embed_dim=256, num_heads=8, num_layers=24, mlp_dim=640
     )
     model = build_model(config.model, config.inner)
-    found = open_official_checkpoint(write_official(tmp_path, official_arrays(config)))
-    one = template(config, devices=jax.devices()[:1])
-    sizes = [array.nbytes for array in found.arrays.values()]
+    checkpoint = open_official_checkpoint(write_official(tmp_path, official_arrays(config)))
+    target = template(config, devices=jax.devices()[:1])
+    sizes = [array.nbytes for array in checkpoint.arrays.values()]
     results = []
     peak = peak_while(
-        lambda: results.append(assemble(one, iter_weights(found.arrays, model), model))
+        lambda: results.append(assemble(target, iter_weights(checkpoint.arrays, model), model))
     )
     programs = 48 * 2**20  # compiled programs and thread buffers
     assert peak < sum(sizes) + 2 * max(sizes) + programs
@@ -211,10 +215,10 @@ def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
     with serve_bucket(step.parent) as (url, paths):
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
-        found = open_official_checkpoint("gs://bucket", project="mine")
-        assert (found.source, found.step) == ("gs://bucket/3", 3)
+        checkpoint = open_official_checkpoint("gs://bucket", project="mine")
+        assert (checkpoint.source, checkpoint.step) == ("gs://bucket/3", 3)
         for name, array in arrays.items():
-            np.testing.assert_array_equal(found.arrays[name].read(), array)
+            np.testing.assert_array_equal(checkpoint.arrays[name].read(), array)
         assert all("userProject=mine" in path for path in paths)
         with pytest.raises(UserError, match="gs://bucket/elsewhere is no official checkpoint"):
             open_official_checkpoint("gs://bucket/elsewhere")
@@ -222,9 +226,9 @@ def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
 
 def test_a_checkpoint_in_a_folder_with_an_odd_name(step, arrays, tmp_path):
     odd = shutil.copytree(step, tmp_path / "a b%20#c?" / "3")
-    found = open_official_checkpoint(odd)
+    checkpoint = open_official_checkpoint(odd)
     name = TOP_LEVEL_NAMES["embedding"]
-    np.testing.assert_array_equal(found.arrays[name].read(), arrays[name])
+    np.testing.assert_array_equal(checkpoint.arrays[name].read(), arrays[name])
 
 
 def remove_metadata(folder):
@@ -255,7 +259,7 @@ def cut_short(folder):
 
 
 @pytest.mark.parametrize(
-    ("harm", "sentence"),
+    ("damage", "sentence"),
     [
         (remove_metadata, "no _METADATA: it is still being written"),
         (remove_manifest, "no manifest.ocdbt: it is still being written"),
@@ -265,8 +269,8 @@ def cut_short(folder):
         (cut_short, "cannot be read"),
     ],
 )
-def test_incomplete_checkpoints_are_refused(copy, harm, sentence):
-    harm(copy)
+def test_incomplete_checkpoints_are_refused(copy, damage, sentence):
+    damage(copy)
     assert is_official_checkpoint(copy.parent)
     with pytest.raises(UserError, match=sentence) as caught:
         load_official_checkpoint(copy.parent)

@@ -26,14 +26,14 @@ def test_the_licence_is_that_of_the_model_card(card, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(make_run):
-    """One that was imported, one that was trained from it, one from random weights, one lost."""
+    """An imported run, one trained from it, one from scratch, one whose initial run is missing."""
     first = make_run("origin-imported")
-    told = {
+    contents = {
         "kind": "official TTT-E2E checkpoint",
         "source": "/home/me/125m/4800",
         **origin.OFFICIAL,
     }
-    (first / ORIGIN).write_text(json.dumps(told))
+    (first / ORIGIN).write_text(json.dumps(contents))
     later = make_run("origin-later", init_from=first)
     return (
         first,
@@ -44,23 +44,23 @@ def runs(make_run):
 
 
 def test_a_trained_run_has_the_origin_it_started_from(runs):
-    imported, later, scratch, lost = runs
+    imported, later, scratch, orphan = runs
     assert find_origin(imported)[0]["license"] == "none found"
     assert find_origin(later) == find_origin(imported)
     assert find_origin(next((later / "checkpoints").iterdir())) == find_origin(imported)
     assert find_origin(scratch) == (None, "")
-    assert find_origin(lost) == (None, str(imported.parent / "gone"))
+    assert find_origin(orphan) == (None, str(imported.parent / "gone"))
 
 
 def test_model_cards_say_source_licence_and_terms(runs):
-    _, later, scratch, lost = (exporting._card(exporting.plan_export(run)) for run in runs)
+    _, later, scratch, orphan = (exporting._card(exporting.plan_export(run)) for run in runs)
     assert "\nlicense: other\nlicense_name: none-found\n---\n" in later
     assert "`125m/4800`" in later
     assert "/home/me" not in later
     assert "carry no licence that we found" in later
     assert "license:" not in scratch.split("---")[1]
     assert "Whoever trained them decides" in scratch
-    assert "which was not found" in lost
+    assert "which was not found" in orphan
 
 
 def test_exported_code_is_under_our_licence(runs):

@@ -112,21 +112,23 @@ MIXERS = {
 def language_models():
     """name: layer, config, loop, shapes of its parameters."""
 
-    def blocks(prefix, mixer, mixer_shapes, rest):
+    def blocks(prefix, mixer, mixer_shapes, other_shapes):
         return {
             prefix.format(i) + name: shape
             for i in range(LM["num_layers"])
-            for name, shape in ({mixer + n: s for n, s in mixer_shapes.items()} | rest).items()
+            for name, shape in (
+                {mixer + n: s for n, s in mixer_shapes.items()} | other_shapes
+            ).items()
         }
 
-    delta_rest = {
+    delta_shapes = {
         "input_layernorm.weight": (6,),
         "post_attention_layernorm.weight": (6,),
         **{f"mlp.{n}_proj.weight": (4, 6) for n in ("gate", "up")},
         "mlp.down_proj.weight": (6, 4),
     }
-    delta = blocks("model.layers.{}.", "linear_attn.", FUSED_SHAPES, delta_rest)
-    ttt_rest = {
+    delta = blocks("model.layers.{}.", "linear_attn.", FUSED_SHAPES, delta_shapes)
+    ttt_shapes = {
         "conv.conv_norm.kernel": (8,),
         "conv.conv1.kernel": (3, 1, 8),
         "conv.conv1.bias": (8,),
@@ -135,7 +137,7 @@ def language_models():
         **{f"feed_forward.w{n}.kernel": (8, 4) for n in (1, 3)},
         "feed_forward.w2.kernel": (4, 8),
     }
-    ttt = blocks("model.h.{}.", "seq_modeling_block.", GATED_SHAPES, ttt_rest)
+    ttt = blocks("model.h.{}.", "seq_modeling_block.", GATED_SHAPES, ttt_shapes)
     mamba = blocks("backbone.layers.{}.", "mixer.", MAMBA_SHAPES, {"norm.weight": (6,)})
     head = {"lm_head.weight": (VOCAB, 6)}
     return {
@@ -367,8 +369,8 @@ def test_optional_arrays_can_be_omitted(changed):
 
 def test_a_damaged_file_is_one_sentence(folder, tmp_path, capsys):
     shutil.copy(folder / "ssd.json", tmp_path)
-    whole = (folder / "ssd.npz").read_bytes()
-    (tmp_path / "ssd.npz").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "ssd.npz").read_bytes()
+    (tmp_path / "ssd.npz").write_bytes(content[: len(content) // 2])
     assert main(["verify", str(tmp_path)]) == 1
     assert "ssd.npz is damaged" in capsys.readouterr().out
     (tmp_path / "ssd.npz").unlink()
