@@ -126,8 +126,15 @@ def test_other_commands(workspace, capsys, words, message):
     check_rejected(workspace, capsys, words, message)
 
 
-@pytest.mark.parametrize("out", ["file", "file/results", "closed/results"])
-def test_out_is_checked_before_evaluation(workspace, capsys, monkeypatch, out):
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "file is a file; .*--out"),
+        ("file/results", "file is a file; .*--out"),
+        ("closed/results", "no write permission for .*closed; .*--out"),
+    ],
+)
+def test_out_is_checked_before_evaluation(workspace, capsys, monkeypatch, out, message):
     """Also if the tests run as a user who can write everywhere."""
     run = Run("first", load_config(f"{TINY}", []), weights=None)
     monkeypatch.setattr(evaluate, "open_run", lambda spec: run)
@@ -137,7 +144,6 @@ def test_out_is_checked_before_evaluation(workspace, capsys, monkeypatch, out):
     monkeypatch.setattr(
         files.os, "access", lambda path, mode: path.name != "closed" and access(path, mode)
     )
-    message = f"{out.split('/')[0]} is .*--out"
     check_rejected(workspace, capsys, ["evaluate", "run", f"--out={out}"], message)
 
 

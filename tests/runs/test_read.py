@@ -219,12 +219,12 @@ def test_progress_without_update_trace(run, text, tmp_path, call):
         (["--rewind=5"], "both --rewind=TOKENS and --to=NEW"),
         (["--rewind=-5", "--to=new"], "--rewind=-5 must be at least 0"),
         (["--rewind=0", "--to=new"], "cannot rewind to 0 tokens: it has no snapshots before 1 tokens"),
-        (["--rewind=999", "--to=new"], "has read 457 tokens, not 999"),
+        (["--rewind=999", "--to=new"], "has 457 tokens; give a smaller --rewind"),
         (["--rewind=50", "--to=SELF"], "exists already"),
         (["--rewind=50", "--to=new", "--text=TEXT"], "both --run=WORKDIR and --text=FILE"),
         (["--rewind=50", "--to=new", "--text=OTHER", "--run=RUN"], "is not the text of"),
-        (["more", "--rewind=50", "--to=new"], "in one session, and 2 are named"),
-        (["--text=TEXT"], "--run and --text are for --rewind=TOKENS"),
+        (["more", "--rewind=50", "--to=new"], "needs one session file, not 2"),
+        (["--text=TEXT"], "--run and --text need --rewind=TOKENS"),
     ],
 )
 def test_invalid_rewinds_are_refused(
@@ -251,7 +251,7 @@ def test_rewind_without_snapshots_explains_keep_every(uninterrupted, tmp_path, c
 
 def test_invalid_read_options_are_refused(run, text, uninterrupted, tmp_path, call):
     read = ("read", run, text, "--save-session", tmp_path / "s")
-    assert "makes none: it has no fast weights, or --learn=none" in refused(
+    assert "has no fast weights, or --learn=none" in refused(
         call, *read, "--learn=none", "--telescope", tmp_path / "trace"
     )
     assert "--keep-most=1 must be at least 2" in refused(call, *read, "--keep-most=1")
