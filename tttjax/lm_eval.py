@@ -1,4 +1,4 @@
-"""`python -m tttjax.lm_eval`: the lm-evaluation-harness with the model `tttjax`."""
+"""`python -m tttjax.lm_eval`: lm-evaluation-harness with the model `tttjax` registered."""
 
 import sys
 
@@ -6,7 +6,7 @@ if __name__ == "__main__":
     from tttjax.cli.lm_eval import main
 
     sys.exit(main())
-else:  # as `from tttjax.lm_eval import TTTJaxLM`
+else:  # `from tttjax.lm_eval import TTTJaxLM`
     from tttjax.evaluation.lm_eval import TTTJaxLM
 
     __all__ = ["TTTJaxLM"]

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from tttjax.data.tokenizers.base import ByteTokenizer  # noqa: E402
 from tttjax.errors import UserError  # noqa: E402
-from tttjax.evaluation.lm_eval import TTTJaxLM, _shared, _wishes  # noqa: E402
+from tttjax.evaluation.lm_eval import TTTJaxLM, _common_prefix, _request_options  # noqa: E402
 
 CONTEXTS = ("the sea was calm", "the sea was rough, and", "a")
 
@@ -39,7 +39,7 @@ def ask(*pairs):
 
 def by_hand(lm, context, continuation):
     """Log-probability and greediness with `Engine.read` alone, BOS and all, token by token."""
-    engine, tokenizer = lm._engine, lm._opened.tokenizer
+    engine, tokenizer = lm._engine, lm._loaded.tokenizer
     head_T = np.append(tokenizer.bos_id, tokenizer.encode(context)).astype(np.int32)
     session, _ = engine.read(engine.start(), head_T)
     total, greedy = 0.0, True
@@ -55,7 +55,7 @@ def greedy_text(lm, context, length):
     """The likeliest ASCII continuation, as far as it is one."""
     text = ""
     while len(text) < length:
-        engine, tokenizer = lm._engine, lm._opened.tokenizer
+        engine, tokenizer = lm._engine, lm._loaded.tokenizer
         head_T = np.append(tokenizer.bos_id, tokenizer.encode(context + text)).astype(np.int32)
         token = int(np.argmax(engine.read(engine.start(), head_T)[0].logit_V))
         if token >= 128:
@@ -113,7 +113,7 @@ def test_what_is_written_keeps_its_first_blank(lm, monkeypatch):
             raw = super().bytes_after(token, previous)
             return raw if raw is None or previous is None else b" " + raw
 
-    monkeypatch.setattr(lm, "_opened", replace(lm._opened, tokenizer=Spelled()))
+    monkeypatch.setattr(lm, "_loaded", replace(lm._loaded, tokenizer=Spelled()))
     wanted = {"until": [], "max_gen_toks": 4, "do_sample": False}
     (text,) = lm.generate_until(ask((CONTEXTS[0], wanted)), disable_tqdm=True)
     assert text.startswith(" ")
@@ -143,21 +143,21 @@ def test_a_request_that_is_repeated_is_sampled_anew(lm):
 
 
 def test_wishes_of_tasks_are_understood_or_refused():
-    wish = _wishes({"until": ["\n", ""], "max_tokens": 5, "temperature": 0.7})
+    wish = _request_options({"until": ["\n", ""], "max_tokens": 5, "temperature": 0.7})
     assert wish["stop"] == ("\n",)
     assert wish["max_tokens"] == 5
     assert wish["sampling"].temperature == 0  # without do_sample
-    wish = _wishes({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    wish = _request_options({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
     assert (wish["sampling"].temperature, wish["sampling"].top_p) == (0.7, 0.9)
     assert (wish["max_tokens"], wish["stop"]) == (256, ())
-    with pytest.raises(UserError, match="generation option num_beams of this task is not known"):
-        _wishes({"num_beams": 4})
+    with pytest.raises(UserError, match="generation option num_beams"):
+        _request_options({"num_beams": 4})
 
 
 def test_the_beginning_that_all_share_is_found():
-    assert _shared([(1, 2, 3), (1, 2), (1, 2, 4, 5)]) == (1, 2)
-    assert _shared([(1, 2)]) == (1, 2)
-    assert _shared([(1,), (2,)]) == ()
+    assert _common_prefix([(1, 2, 3), (1, 2), (1, 2, 4, 5)]) == (1, 2)
+    assert _common_prefix([(1, 2)]) == (1, 2)
+    assert _common_prefix([(1,), (2,)]) == ()
 
 
 @pytest.mark.parametrize(

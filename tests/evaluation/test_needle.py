@@ -1,5 +1,4 @@
-"""Needle tests: prompts to the token, regions by the attention mask, and askers known to be right,
-wrong or a model."""
+"""Needle tests: exact prompts, regions by the attention mask, models with known answers."""
 
 import csv
 import dataclasses
@@ -26,7 +25,7 @@ from tttjax.evaluation.needle.prompts import (
     make_prompt,
 )
 from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, difference, mean, wilson
-from tttjax.evaluation.needle.runner import NeedleSettings, ask_all
+from tttjax.evaluation.needle.runner import NeedleSettings, run_prompts
 from tttjax.evaluation.needle.tables import sentence, table
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
@@ -91,7 +90,7 @@ def test_prompts_are_exact_to_the_token(tokenizers, kind, task):
             assert whole == f"{text} {prompt.value}"
             decoy = tokenizer.decode(np.concatenate((prompt.token_T, prompt.decoy_A)))[len(text) :]
             assert decoy != f" {prompt.value}"
-            form = r" \d{7}" if prompt.place.task.kind == "number" else r" [0-9a-f-]{36}"
+            form = r" \d{7}" if prompt.spec.task.kind == "number" else r" [0-9a-f-]{36}"
             assert re.fullmatch(form, decoy)
         assert prompt.distance <= 1  # at a depth of 100 %: nothing is between needle and question
         first = len(tokenizer.encode(INTRODUCTION.format(kind="number"))) + 1
@@ -100,24 +99,24 @@ def test_prompts_are_exact_to_the_token(tokenizers, kind, task):
             assert (starts[1] - first) / (starts[2] - first) == pytest.approx(0.3, abs=0.1)
 
 
-def test_the_same_seed_gives_the_same_prompts_in_any_order(tokenizers):
+def test_prompts_depend_on_seed_not_order(tokenizers):
     settings = NeedleSettings((400, 500), depths=(0.0, 1.0), samples=2)
 
-    def make(places, seed):
+    def make(prompt_specs, seed):
         hay = haystack.noise(tokenizers["bytes"])
-        return {place: make_prompt(place, hay, seed).token_T.tolist() for place in places}
+        return {spec: make_prompt(spec, hay, seed).token_T.tolist() for spec in prompt_specs}
 
-    places = settings.places()
-    assert len(places) == len(set(places)) == 2 * 3 * 2 * 2
-    forward, backward = make(places, 5), make(places[::-1], 5)
+    prompt_specs = settings.prompt_specs()
+    assert len(prompt_specs) == len(set(prompt_specs)) == 2 * 3 * 2 * 2
+    forward, backward = make(prompt_specs, 5), make(prompt_specs[::-1], 5)
     assert forward == backward
     values = list(map(tuple, forward.values()))
     assert len(set(values)) == len(values)
-    assert all(prompt != forward[place] for place, prompt in make(places, 6).items())
+    assert all(prompt != forward[spec] for spec, prompt in make(prompt_specs, 6).items())
 
 
 @pytest.mark.parametrize("window", [0, 100, 300, 690, 800])
-def test_regions_are_what_the_attention_mask_says(tokenizers, window):
+def test_regions_match_the_attention_mask(tokenizers, window):
     attention_mask, found = AttentionMask(window=window), set()
     for depth in np.linspace(0, 1, 9):
         hay = haystack.noise(tokenizers["bytes"])
@@ -135,7 +134,7 @@ def test_regions_are_what_the_attention_mask_says(tokenizers, window):
     assert window != 300 or found == {"inside", "edge", "outside"}
 
 
-def test_text_that_is_given_is_cut_into_short_sentences():
+def test_text_is_split_into_short_sentences():
     found = haystack.sentences("One.  Two?\nThree - " + "word " * 100 + "\n***\n")
     assert found[:2] == ["One.", "Two?"]
     assert max(map(len, found)) <= haystack.LONGEST_SENTENCE
@@ -143,7 +142,7 @@ def test_text_that_is_given_is_cut_into_short_sentences():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_too_short_a_context_is_refused_by_its_need(tokenizers, task):
+def test_too_short_a_context_is_refused(tokenizers, task):
     hay = haystack.noise(tokenizers["bytes"])
     with pytest.raises(UserError, match=rf"100 tokens is too short for the task {task}") as caught:
         make_prompt(PromptSpec(TASKS[task], 100, 0.5, 0), hay, seed=0)
@@ -151,7 +150,7 @@ def test_too_short_a_context_is_refused_by_its_need(tokenizers, task):
     assert len(make_prompt(PromptSpec(TASKS[task], least, 0.5, 0), hay, seed=0).token_T) == least
 
 
-def test_tokenizers_that_cannot_tell_an_answer_are_refused(monkeypatch):
+def test_lossy_tokenizers_are_refused(monkeypatch):
     with pytest.raises(UserError, match="unknown tokenizer, so text cannot be encoded"):
         check_tokenizer(IdsTokenizer(50, 0, 1), list(TASKS.values()))
 
@@ -159,17 +158,17 @@ def test_tokenizers_that_cannot_tell_an_answer_are_refused(monkeypatch):
         def decode(self, tokens):
             return super().decode(tokens).upper()
 
-    with pytest.raises(UserError, match="does not keep the text of the task"):
+    with pytest.raises(UserError, match="does not keep the text"):
         check_tokenizer(Shouting(), list(TASKS.values()))
 
 
-# Askers that are known ---------------------------------------------------------------------------
+# Models with known answers -----------------------------------------------------------------------
 
 NEVER = Likelihood(-2.0, 0.0)
 
 
 def ask_text(read):
-    """An asker that writes what `read` makes of a prompt's text and does nothing else."""
+    """A needle model whose text is `read(prompt)`."""
 
     def ask(prompts):
         return [Answer(f" {read(prompt)} and so on", NEVER, NEVER, NEVER) for prompt in prompts]
@@ -189,11 +188,11 @@ def ask_with(tokenizers, ask, kind="sentencepiece"):
     settings = NeedleSettings((400, 600), depths=(0.0, 0.5, 1.0), samples=4, batch_size=5)
     hays = {"passkey": haystack.noise(tokenizer)}
     hays |= dict.fromkeys(("number", "uuid"), story(tokenizer))
-    return ask_all(ask, settings, hays, window=WINDOW)
+    return run_prompts(ask, settings, hays, window=WINDOW)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_one_who_reads_finds_all_and_nothing_without_the_needle(tokenizers, kind):
+def test_an_oracle_finds_every_needle_and_none_without(tokenizers, kind):
     decode = tokenizers[kind].decode
     found = ask_with(tokenizers, ask_text(lambda p: oracle(decode(p.token_T))), kind)
     assert len(found) == 2 * 3 * 3 * 4
@@ -202,13 +201,13 @@ def test_one_who_reads_finds_all_and_nothing_without_the_needle(tokenizers, kind
     assert not any(sample.is_correct for sample in without)
 
 
-def test_one_who_guesses_finds_nothing(tokenizers):
+def test_guessing_finds_nothing(tokenizers):
     rng = np.random.default_rng(0)
     guess = ask_text(lambda prompt: rng.integers(10**6, 10**7))
     assert not any(sample.is_correct for sample in ask_with(tokenizers, guess))
 
 
-def test_one_who_sees_a_window_alone_finds_what_is_inside(tokenizers):
+def test_a_windowed_oracle_finds_the_needles_inside(tokenizers):
     """And not what is outside: regions and results agree sample by sample."""
     tokenizer = tokenizers["sentencepiece"]
 
@@ -318,15 +317,15 @@ def workdir(make_run):
     return make_run("needle", **FAST)
 
 
-def test_the_engine_is_asked_for_what_is_reported(workdir, tokenizers):
-    """Against reading prompt and value token by token, without sharing and without company."""
+def test_engine_answers_equal_token_by_token_decoding(workdir, tokenizers):
+    """Against token-by-token decoding of single prompts, without prefix sharing or batching."""
     run, tokenizer = open_run(RunSpec(workdir)), tokenizers["bytes"]
     hay = haystack.noise(tokenizer)
     prompts = [make_prompt(PromptSpec(TASKS["passkey"], 300, d, 0), hay, 0) for d in (0.1, 0.7)]
     mesh = make_mesh(devices=jax.devices()[:1])
-    (way,) = next(iter_eval_setups(run, ["on"], LearningOptions(), mesh))
-    asker = EngineModel(way, tokenizer, 300)
-    answers, engine = asker(prompts), asker._engine  # its functions are compiled already
+    (setup,) = next(iter_eval_setups(run, ["on"], LearningOptions(), mesh))
+    model = EngineModel(setup, tokenizer, 300)
+    answers, engine = model(prompts), model._engine  # its functions are compiled already
 
     def follow(token_T, answer_A):
         session, _ = engine.read(engine.start(), token_T)
@@ -409,7 +408,7 @@ def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys)
         (["--modes=dynamic"], "does not fit the run needle"),
     ],
 )
-def test_what_cannot_be_asked_is_one_sentence(workdir, words, said, tmp_path, capsys):
+def test_invalid_settings_are_user_errors(workdir, words, said, tmp_path, capsys):
     words = ["--context-lengths=400", *words, f"--out={tmp_path / 'out'}"]
     assert main.main(["evaluate", str(workdir), "--needle", *words]) == 2
     err = capsys.readouterr().err
@@ -420,12 +419,10 @@ def test_what_cannot_be_asked_is_one_sentence(workdir, words, said, tmp_path, ca
 
 def test_needle_options_alone_are_refused(workdir, capsys):
     assert main.main(["evaluate", str(workdir), "--needle-samples=3"]) == 2
-    assert "--needle-samples is an option of needle tests" in (
-        capsys.readouterr().err
-    )
+    assert "--needle-samples is an option of needle tests" in (capsys.readouterr().err)
 
 
-def test_without_text_the_haystack_is_noise_and_said_to_be(workdir, tmp_path):
+def test_without_text_the_haystack_is_noise_with_a_note(workdir, tmp_path):
     from tttjax.evaluation.needle.runner import _haystacks
 
     run = open_run(RunSpec(workdir))
@@ -433,7 +430,7 @@ def test_without_text_the_haystack_is_noise_and_said_to_be(workdir, tmp_path):
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=gone))
     found = _haystacks(run, ByteTokenizer(), NeedleSettings((400,)))
     assert found.by_task["number"].is_noise
-    assert "S-NIAH-2 (number) and S-NIAH-3 (UUID) of needle are in noise" in found.notes[0]
+    assert "S-NIAH-2 (number) and S-NIAH-3 (UUID) of needle use noise" in found.notes[0]
     assert "gone does not exist" in found.notes[0]
 
 

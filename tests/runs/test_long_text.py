@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tttjax.evaluation.update_trace import MOST_BINS, Bins
+from tttjax.evaluation.update_trace import MAX_BINS, Bins
 from tttjax.evaluation.update_trace_plot import draw
 from tttjax.runs.long_text import _split_at_multiples
 from tttjax.runs.snapshots import Snapshots
@@ -36,12 +36,12 @@ def test_snapshots_are_few_and_evenly_spaced(tmp_path, every, max_count):
 
 
 def test_bins_hold_means_of_any_number_of_rows():
-    rows = np.random.default_rng(0).normal(size=(2 * MOST_BINS + 1, 3))
+    rows = np.random.default_rng(0).normal(size=(2 * MAX_BINS + 1, 3))
     bins = Bins(3)
     for row in rows:
         bins.add(row)
     means = bins.means()
-    assert len(means) == MOST_BINS // 2 + 1
+    assert len(means) == MAX_BINS // 2 + 1
     np.testing.assert_allclose(means[:-1], rows[:-1].reshape(-1, 4, 3).mean(axis=1), atol=1e-12)
     np.testing.assert_allclose(means[-1], rows[-1], atol=1e-12)
     np.testing.assert_allclose(bins.mean(), rows.mean(axis=0), atol=1e-12)

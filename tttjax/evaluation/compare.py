@@ -1,4 +1,4 @@
-"""Evaluates runs on the same held-out tokens: opens data and weights, reads, compares."""
+"""Loss of several runs on the same held-out tokens, by position and context length."""
 
 import dataclasses
 import time
@@ -33,7 +33,7 @@ from tttjax.runs.run import (
 )
 from tttjax.types import Params
 
-LEARNING_COST = 3  # one token read with learning, in tokens read without: forward and backward
+LEARNING_COST = 3  # forward and backward of a token with TTT, in forward passes
 
 
 def compare(
@@ -49,40 +49,42 @@ def compare(
     mesh: Mesh | None = None,
     progress: TextIO | None = None,
 ) -> Comparison:
-    """Loss by position and context length of several runs, on the same held-out tokens.
+    """Evaluates several runs on the same held-out tokens, by position and context length.
 
-    The text is cut into sequences of the longest context, each within one document. A shorter
-    context cuts these further, so at every length it is the same tokens that are scored.
+    The text is split into sequences of the longest context, each within one document. Shorter
+    contexts split these further, so every length scores the same tokens.
 
     Arguments:
       data, split: a prepared data set (default: the first run's) and its split (data.val_split).
-      settings: context lengths, numbers and sizes; default those of the first run's configuration.
-      modes: of "on", "off", "dynamic"; default on and off, or off for runs without fast weights.
-      window: where "beyond the window" begins; default the largest window of the runs.
-      longest: tokens of the sequences that the text is cut into; default the longest context.
+      settings: evaluation settings (default: `eval` of the first run's configuration).
+      modes: "on", "off", "dynamic" (default: on and off; off for runs without fast weights).
+      window: tokens after which "beyond the window" begins (default: the largest of the runs).
+      longest: sequence length in tokens (default: the longest context).
       learning: changes to the inner loop.
-      mesh: default all devices, arranged like each run's own.
-      progress: where the progress line goes; None: nowhere.
+      mesh: default: all devices, with the mesh shape of each run.
+      progress: stream for the progress line; None for no output.
 
     Raises:
-      UserError: runs, data, tokenizers, lengths or modes that do not fit together.
+      UserError: incompatible runs, data, tokenizers, lengths or modes.
     """
     learning = learning or LearningOptions()
-    opened = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
-    check_names(opened)
-    settings = settings or opened[0].config.eval
-    chosen = choose_modes(opened, modes)
-    window = window or largest_window(opened, settings)
-    lengths = context_lengths(opened, chosen, settings, window, learning)
-    held_out, text = open_text(opened, data, split, settings, max(longest, *lengths))
-    bar = Progress(_total_work(opened, chosen, learning, lengths, held_out), progress)
+    loaded = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
+    check_names(loaded)
+    settings = settings or loaded[0].config.eval
+    chosen = choose_modes(loaded, modes)
+    window = window or largest_window(loaded, settings)
+    lengths = context_lengths(loaded, chosen, settings, window, learning)
+    held_out, text = open_text(loaded, data, split, settings, max(longest, *lengths))
+    bar = Progress(_total_work(loaded, chosen, learning, lengths, held_out), progress)
     series: list[Series] = []
-    for run, its_modes in zip(opened, chosen, strict=True):
+    for run, run_modes in zip(loaded, chosen, strict=True):
         with precision.as_configured(run.config):
-            for ways in iter_eval_setups(
-                run, its_modes, learning, mesh or make_run_mesh(run.config)
+            for setups in iter_eval_setups(
+                run, run_modes, learning, mesh or make_run_mesh(run.config)
             ):
-                series += _read(run, ways, text, held_out, lengths, settings.batch_size, bar)
+                series += _score_setups(
+                    run, setups, text, held_out, lengths, settings.batch_size, bar
+                )
     bar.close()
     comparison = Comparison(
         series=tuple(series),
@@ -91,7 +93,7 @@ def compare(
         bins=settings.bins,
         runs=tuple(
             {"name": run.name, "step": run.step, "source": run.source, "window": run.window}
-            for run in opened
+            for run in loaded
         ),
         text=text.describe(held_out),
     )
@@ -108,22 +110,24 @@ def evaluate(
     name: str = "model",
     **options,
 ) -> Comparison:
-    """`compare` for one model whose weights are in memory; the same options."""
+    """`compare` for one model with weights in memory; takes the same options."""
     return compare([run_of_params(config, params, name)], data=data, **options)
 
 
 def check_names(runs: Sequence[Run]) -> None:
-    """UserError if there are no runs, or two of the same name."""
+    """Raises UserError if there are no runs, or two with the same name."""
     if not runs:
-        raise UserError("there is nothing to evaluate; give the work directory of a run")
+        raise UserError("no runs to evaluate; give the work directory of a run")
     names = [run.name for run in runs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"two runs are called {twice!r}; give them different names with --names")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UserError(
+            f"two runs are called {duplicate!r}; give them different names with --names"
+        )
 
 
 def largest_window(runs: Sequence[Run], settings: EvalConfig) -> int:
-    """The largest window; where no run has one, the shortest context or the runs' own size."""
+    """The largest window of the runs; without any, the shortest context or model.window_size."""
     largest = max(run.window for run in runs)
     shortest = min(settings.context_lengths, default=runs[0].config.model.window_size)
     return largest or shortest
@@ -136,19 +140,22 @@ def context_lengths(
     window: int,
     learning: LearningOptions,
 ) -> tuple[int, ...]:
-    """Those of the settings, else 1, 2, 4 and 8 windows. UserError if one does not fit a run."""
+    """Context lengths of the settings, else 1, 2, 4 and 8 windows.
+
+    Raises UserError for a length that is not a multiple of a learning run's chunk size.
+    """
     lengths = settings.context_lengths or tuple(window * n for n in (1, 2, 4, 8))
     lengths = tuple(sorted(set(lengths)))
     if lengths[0] < 1:
         raise UserError(f"a context length of {lengths[0]} tokens must be at least 1")
-    for run, its_modes in zip(runs, modes, strict=True):
-        if its_modes == ("off",):
+    for run, run_modes in zip(runs, modes, strict=True):
+        if run_modes == ("off",):
             continue
         chunk = inner_config(run, learning).chunk_size
         for length in lengths:
             if length % chunk:
-                below = length - length % chunk
-                near = f"{below} or {below + chunk}" if below else str(chunk)
+                lower = length - length % chunk
+                near = f"{lower} or {lower + chunk}" if lower else str(chunk)
                 raise UserError(
                     f"the context length {length} is not a multiple of the chunk size {chunk} of "
                     f"the run {run.name}; the nearest is {near}"
@@ -156,37 +163,37 @@ def context_lengths(
     return lengths
 
 
-def _read(
+def _score_setups(
     run: Run,
-    ways: Sequence[EvalSetup],
+    setups: Sequence[EvalSetup],
     text: Text,
     held_out: HeldOut,
     lengths: Sequence[int],
     batch_size: int,
     bar: Progress,
 ) -> list[Series]:
-    """One mode of a run at all context lengths, once per learning rate, compiled once."""
-    scorer = make_scorer(ways[0])
+    """Scores all context lengths for one mode of a run; one series per inner learning rate."""
+    scorer = make_scorer(setups[0])
     series = []
-    for way in ways:
+    for setup in setups:
         started = time.perf_counter()
         contexts = {}
         for length in lengths:
-            bar.doing(f"{way.label} at {length} tokens", LEARNING_COST if way.learn else 1)
-            nll_NT = token_losses(way, scorer, held_out, length, batch_size, on_tokens=bar.add)
+            bar.doing(f"{setup.label} at {length} tokens", LEARNING_COST if setup.learn else 1)
+            nll_NT = token_losses(setup, scorer, held_out, length, batch_size, on_tokens=bar.add)
             contexts[length] = text.sums(nll_NT, length)
         inner = {
-            "rule": way.rule,
-            "lr": way.lr,
-            "clip": way.inner.clip,
-            "chunk_size": way.inner.chunk_size,
+            "rule": setup.rule,
+            "lr": setup.lr,
+            "clip": setup.inner.clip,
+            "chunk_size": setup.inner.chunk_size,
         }
         series.append(
             Series(
                 run=run.name,
-                mode=way.mode,
-                label=way.label,
-                inner=inner if way.learn else None,
+                mode=setup.mode,
+                label=setup.label,
+                inner=inner if setup.learn else None,
                 contexts=contexts,
                 seconds=time.perf_counter() - started,
             )
@@ -201,12 +208,12 @@ def _total_work(
     lengths: Sequence[int],
     held_out: HeldOut,
 ) -> int:
-    """Tokens that will be read, those with learning counted for what they cost."""
+    """Tokens to score, those with TTT weighted by LEARNING_COST."""
     longest = held_out.tokens.shape[1] - 1
     tokens = sum(longest // length * length for length in lengths) * len(held_out)
     costs = sum(
         (LEARNING_COST if mode != "off" else 1) * len(inner_learning_rates(run, mode, learning))
-        for run, its_modes in zip(runs, modes, strict=True)
-        for mode in its_modes
+        for run, run_modes in zip(runs, modes, strict=True)
+        for mode in run_modes
     )
     return tokens * costs

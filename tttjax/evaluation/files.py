@@ -1,4 +1,4 @@
-"""The results on disk: results.json with everything, two CSV tables, two plots."""
+"""Evaluation results on disk: results.json, two CSV tables, two plots."""
 
 import csv
 import io
@@ -25,9 +25,9 @@ FORMAT = 1
 def write_results(
     comparison: Comparison, out: str | os.PathLike, *, log_x: bool = False
 ) -> dict[str, Path]:
-    """Writes everything under `out`, each file whole or not at all; returns their paths by name.
+    """Writes all files under `out`, each atomically; returns their paths by name.
 
-    log_x: whether loss by position is drawn over a logarithmic axis.
+    log_x: whether loss by position has a logarithmic x axis.
     """
     writers: dict[str, Callable[[Path], None]] = {
         "results.json": lambda path: write_text(path, to_json(comparison)),
@@ -44,15 +44,15 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def check_writable(out: str | os.PathLike) -> None:
-    """UserError if `write_results` could not write under `out`. Creates nothing."""
+    """Raises UserError if `write_results` cannot write under `out`. Creates nothing."""
     folder = local_path(out, "--out").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"{existing} is a file; name a folder for the results with --out=DIR")
+        raise UserError(f"{existing} is a file; give a results folder with --out=DIR")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"the results cannot be written to {folder}: {existing} is read-only for you; name "
-            "another folder with --out=DIR"
+            f"cannot write results to {folder}: no write permission for {existing}; give another "
+            "folder with --out=DIR"
         )
 
 
@@ -60,13 +60,13 @@ def check_writable(out: str | os.PathLike) -> None:
 
 
 def to_json(comparison: Comparison) -> str:
-    """Everything that was found, as JSON; what is not known is null."""
+    """All results as JSON; unknown values are null."""
     values = to_dict(comparison)
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
-    """The results as plain values. The keys are described in docs/evaluation.md."""
+    """The results as plain values; docs/evaluation.md describes the keys."""
     return {
         "format": FORMAT,
         "text": comparison.text,
@@ -117,18 +117,18 @@ def _contexts(comparison: Comparison, a: Series, b: Series) -> dict[str, Any]:
 
 
 def _regions(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
-    found = {}
+    regions = {}
     for name, (first, stop) in comparison.regions(length).items():
         part = sums.between(first, stop)
         bits = part.bits_per_byte()
-        found[name] = {
+        regions[name] = {
             "first_token": first + 1,
             "last_token": stop,
             "targets": int(part.count_DL.sum()),
             "nats_per_token": _estimate(part.loss()),
             "bits_per_byte": None if bits is None else _estimate(bits),
         }
-    return found
+    return regions
 
 
 def _bins(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _estimate(estimate: Estimate) -> dict[str, float | None]:
 
 
 def _number(value: Any) -> float | None:
-    """Seven digits are more than any standard error needs, and keep long contexts' files small."""
+    """Seven significant digits, which keeps the files of long contexts small."""
     return float(f"{float(value):.7g}") if math.isfinite(float(value)) else None
 
 

@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as matplotlib Figures without any global state."""
+"""Plots of an evaluation as matplotlib Figures, without global state."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,64 +10,66 @@ from matplotlib.figure import Figure
 from tttjax.evaluation.results import Comparison, Series
 from tttjax.evaluation.statistics import Estimate, Sums
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart; a colour for each run.
+# The colour-blind-safe palette of Okabe and Ito; one colour per run.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = {"on": "-", "off": "--", "dynamic": "-."}
 DPI = 150
 
 
 def by_position(comparison: Comparison, log_x: bool = False) -> Figure:
-    """Loss by token position at the longest context; below it the differences, token by token.
+    """Loss by token position at the longest context; lower panel: paired differences.
 
-    Differences have much smaller errors than the curves: every document is compared with itself.
+    Pairing by document makes the errors of differences much smaller than those of the losses.
     """
     pairs, longest = comparison.main_pairs(), comparison.longest
-    figure, above, below = _panels(bool(pairs), width=8)
+    figure, top, bottom = _panels(bool(pairs), width=8)
     curves = [
-        _curve(above, comparison, s.contexts[longest], **_look(comparison, s))
+        _curve(top, comparison, s.contexts[longest], **_style(comparison, s))
         for s in comparison.series
     ]
-    _fit_to_the_later_tokens(above, comparison, curves)
-    above.set_ylabel("loss (nats per token)")
+    edges = comparison.edges(longest)
+    set_loss_limits(top, edges, comparison.window, curves)
+    top.set_ylabel("loss (nats per token)")
     documents = comparison.text["documents"]
-    above.set_title(f"Loss by position ({documents} documents, shaded: ± 1 s.e.)", loc="left")
-    if below is not None:
+    top.set_title(f"Loss by position ({documents} documents, shaded: ± 1 s.e.)", loc="left")
+    if bottom is not None:
         curves = [
-            _curve(below, comparison, a.contexts[longest] - b.contexts[longest], **look)
-            for a, b, look in _pairs_and_looks(pairs)
+            _curve(bottom, comparison, a.contexts[longest] - b.contexts[longest], **style)
+            for a, b, style in _styled_pairs(pairs)
         ]
-        _fit_to_the_later_tokens(below, comparison, [*curves, np.zeros_like(curves[0])])
-        _decorate_differences(below)
-    for axes in (above, below):
+        curves.append(np.zeros_like(curves[0]))
+        set_loss_limits(bottom, edges, comparison.window, curves)
+        _decorate_differences(bottom)
+    for axes in (top, bottom):
         if axes is not None:
             _mark_windows(axes, comparison)
             _decorate(axes)
-    _name_the_window(above, comparison)
-    _set_positions(below or above, comparison, log_x)
+    _label_window(top, comparison)
+    _set_positions(bottom or top, comparison, log_x)
     return figure
 
 
 def by_context(comparison: Comparison) -> Figure:
-    """Mean loss of the same tokens, read with more and more context; below it the differences.
+    """Mean loss of the same tokens by context length; lower panel: paired differences.
 
-    Where there are differences to show, only they have error bars: those of the losses say how
-    documents differ from each other, which concerns all curves alike.
+    With differences, only they have error bars: the errors of the losses come mostly from variation
+    between documents, which all curves share.
     """
     pairs, lengths = comparison.main_pairs(), comparison.lengths
-    figure, above, below = _panels(bool(pairs), width=6.5)
+    figure, top, bottom = _panels(bool(pairs), width=6.5)
     for series in comparison.series:
         losses = [series.contexts[length].loss() for length in lengths]
-        _points(above, lengths, losses, bars=not pairs, **_look(comparison, series))
-    above.set_ylabel("loss (nats per token)")
-    above.set_title("The same tokens, read with more context", loc="left")
-    _decorate(above)
-    if below is not None:
-        for a, b, look in _pairs_and_looks(pairs):
+        _points(top, lengths, losses, bars=not pairs, **_style(comparison, series))
+    top.set_ylabel("loss (nats per token)")
+    top.set_title("The same tokens, read with more context", loc="left")
+    _decorate(top)
+    if bottom is not None:
+        for a, b, style in _styled_pairs(pairs):
             changes = [(a.contexts[length] - b.contexts[length]).loss() for length in lengths]
-            _points(below, lengths, changes, bars=True, **look)
-        _decorate_differences(below)
-        _decorate(below)
-    last = below or above
+            _points(bottom, lengths, changes, bars=True, **style)
+        _decorate_differences(bottom)
+        _decorate(bottom)
+    last = bottom or top
     last.set_xscale("log", base=2)
     last.set_xticks(lengths, [f"{length:,}" for length in lengths])
     last.minorticks_off()
@@ -82,28 +84,28 @@ def _panels(two: bool, width: float) -> tuple[Figure, Axes, Axes | None]:
     return figure, panels[0], panels[1] if two else None
 
 
-def _look(comparison: Comparison, series: Series) -> dict[str, Any]:
-    """A colour for each run (and for each further way in which it learns), dashes for TTT off."""
-    colours = list(dict.fromkeys(_coloured_as(comparison, other) for other in comparison.series))
+def _style(comparison: Comparison, series: Series) -> dict[str, Any]:
+    """Line style: a colour for each run and further TTT setup, dashes for TTT off."""
+    colours = list(dict.fromkeys(_colour_label(comparison, other) for other in comparison.series))
     learns = any(other.learns and other.run == series.run for other in comparison.series)
     return {
         "label": series.label,
-        "color": COLOURS[colours.index(_coloured_as(comparison, series)) % len(COLOURS)],
+        "color": COLOURS[colours.index(_colour_label(comparison, series)) % len(COLOURS)],
         "linestyle": STYLES[series.mode] if learns else "-",
     }
 
 
-def _coloured_as(comparison: Comparison, series: Series) -> str:
-    """The label of the series whose colour it shares: off has that of the run's first learning."""
+def _colour_label(comparison: Comparison, series: Series) -> str:
+    """Label of the series that gives the colour: for off, the run's first series with TTT."""
     of_run = [other for other in comparison.series if other.run == series.run]
     first = next((other for other in of_run if other.learns), of_run[0])
     return series.label if series.learns else first.label
 
 
-def _pairs_and_looks(
+def _styled_pairs(
     pairs: Sequence[tuple[Series, Series]],
 ) -> Iterator[tuple[Series, Series, dict[str, Any]]]:
-    """Colours for differences, other than those of the first two runs while there are enough."""
+    """Pairs with line styles; colours start after those of the first two runs."""
     for i, (a, b) in enumerate(pairs):
         color = COLOURS[(2 + i) % len(COLOURS)]
         yield a, b, {"label": f"{a.label} - {b.label}", "color": color, "linestyle": "-"}
@@ -115,31 +117,30 @@ def _points(
     values: Sequence[Estimate],
     *,
     bars: bool,
-    **look: Any,
+    **style: Any,
 ) -> None:
     error = np.nan_to_num([float(value.stderr) for value in values]) if bars else None
     means = [float(value.mean) for value in values]
-    axes.errorbar(lengths, means, yerr=error, marker="o", markersize=4, capsize=3, **look)
+    axes.errorbar(lengths, means, yerr=error, marker="o", markersize=4, capsize=3, **style)
 
 
-def _curve(axes: Axes, comparison: Comparison, sums: Sums, **look: Any) -> np.ndarray:
-    """Draws means of the bins at their centres, shaded by one standard error; returns the means."""
+def _curve(axes: Axes, comparison: Comparison, sums: Sums, **style: Any) -> np.ndarray:
+    """Draws bin means at bin centres, shaded by one standard error; returns the means."""
     edges = comparison.edges(comparison.longest)
     loss = sums.binned(edges).loss_by_position()
     centre = (edges[:-1] + edges[1:] + 1) / 2  # of tokens edges[i] + 1, ..., edges[i + 1]
-    axes.plot(centre, loss.mean, linewidth=1.6, **look)
+    axes.plot(centre, loss.mean, linewidth=1.6, **style)
     error = np.nan_to_num(loss.stderr)
     low, high = loss.mean - error, loss.mean + error
-    axes.fill_between(centre, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    axes.fill_between(centre, low, high, color=style["color"], alpha=0.12, linewidth=0)
     return loss.mean
 
 
-def _fit_to_the_later_tokens(
-    axes: Axes, comparison: Comparison, curves: Sequence[np.ndarray]
+def set_loss_limits(
+    axes: Axes, edges: np.ndarray, window: int, curves: Sequence[np.ndarray]
 ) -> None:
-    """The very first tokens' losses are several times higher and would flatten all that follows."""
-    edges = comparison.edges(comparison.longest)
-    later = edges[:-1] >= min(comparison.window, comparison.longest) / 8
+    """Fits the y axis without the first tokens, whose loss is several times higher."""
+    later = edges[:-1] >= min(window, edges[-1]) / 8
     values = np.concatenate([curve[later] for curve in curves])
     values = values[np.isfinite(values)]
     if len(values):
@@ -148,7 +149,7 @@ def _fit_to_the_later_tokens(
 
 
 def _mark_windows(axes: Axes, comparison: Comparison) -> None:
-    """A line where the first window ends, fainter ones at the others while they are few."""
+    """A line at the end of the first window; fainter lines at up to 15 further windows."""
     if not comparison.has_beyond():
         return
     axes.axvline(comparison.window, color="0.35", linewidth=1, linestyle=(0, (5, 3)))
@@ -157,7 +158,7 @@ def _mark_windows(axes: Axes, comparison: Comparison) -> None:
             axes.axvline(end, color="0.85", linewidth=0.6)
 
 
-def _name_the_window(axes: Axes, comparison: Comparison) -> None:
+def _label_window(axes: Axes, comparison: Comparison) -> None:
     if comparison.has_beyond():
         axes.annotate(
             " beyond the window",

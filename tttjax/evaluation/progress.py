@@ -1,4 +1,4 @@
-"""The progress line of reading: in an evaluation, or into a session."""
+"""The progress line of evaluations and prefills, with rate and ETA."""
 
 import time
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from tttjax.runtime import progress
 
 @dataclass
 class _Work:
-    """What was done, and in how many seconds."""
+    """Work done, and the seconds it took."""
 
     tokens: int = 0
     cost: int = 0
@@ -23,7 +23,7 @@ class _Work:
         self.seconds += seconds
 
     def describe(self, remaining: int) -> str:
-        """Rate and ETA; empty before there are any."""
+        """Rate and ETA; empty before the first measurement."""
         if not self.cost:
             return ""
         eta = timedelta(seconds=round(self.seconds * remaining / self.cost))
@@ -32,9 +32,9 @@ class _Work:
 
 @dataclass
 class Progress:
-    """How far the evaluation is: one line that rewrites itself, on a file one every 10 s.
+    """A progress line, updated in place on a terminal; one line every 10 s in a file.
 
-    Rate and ETA leave the first step of every program out, which is compiled then.
+    Rate and ETA exclude the first step of every program, which includes compilation.
     """
 
     total: int
@@ -43,18 +43,18 @@ class Progress:
     title: str = "evaluate"
     _cost: int = 1
     _done: int = 0
-    _steady: _Work = field(default_factory=_Work)  # what rate and ETA go by
-    _is_first: bool = True  # of a program, which is compiled then
+    _steady: _Work = field(default_factory=_Work)  # steps for rate and ETA
+    _is_first: bool = True  # the first step of a program includes compilation
     _last: float = field(default_factory=time.perf_counter)
     _shown: float = -1e9
 
     def doing(self, what: str, cost: int) -> None:
-        """What is read next, and what a token of it costs."""
+        """Names the next stage, with the cost of one token."""
         self.what, self._cost, self._is_first = what, cost, True
         progress.now(f"{self.title}: {what}, compiling or reading")
 
     def add(self, tokens: int) -> None:
-        """So many tokens have been read."""
+        """Counts processed tokens and updates the line."""
         now = time.perf_counter()
         if not self._is_first:
             self._steady.add(tokens, tokens * self._cost, now - self._last)

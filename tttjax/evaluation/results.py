@@ -1,4 +1,4 @@
-"""What an evaluation found: for every way of reading and context length, losses by document."""
+"""Results of an evaluation: losses by document, for every run, mode and context length."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from tttjax.evaluation.statistics import Estimate, Sums, position_bins
 
 @dataclass(frozen=True)
 class Series:
-    """One way of reading: a run and a mode.
+    """Losses of one run in one mode.
 
-    label: its name in tables and plots. inner: rule, lr, clip and chunk size if it learned, else
-    None. contexts: by context length, what every position had, summed by document.
-    seconds: time spent on it, compilation included.
+    label: name in tables and plots. inner: rule, lr, clip and chunk size; None without TTT.
+    contexts: context length -> sums by document and position. seconds: wall time, including
+    compilation.
     """
 
     run: str
@@ -32,11 +32,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several ways of reading the same held-out tokens.
+    """Losses of several series on the same held-out tokens.
 
-    window: tokens after which "beyond the window" begins. bins: about how many bins by position.
-    runs: name, step, source and parameters of each run. text: where the tokens come from.
-    table, sentence: the results in words, from `tables`.
+    window: tokens after which "beyond the window" begins. bins: approximate number of position
+    bins. runs: name, step, source and window of each run. text: source and size of the text.
+    table, sentence: the results as text, from `tables`.
     """
 
     series: tuple[Series, ...]
@@ -53,31 +53,31 @@ class Comparison:
         return max(self.lengths)
 
     def edges(self, length: int) -> np.ndarray:
-        """Edges of the bins by position at a context length."""
+        """Edges of the position bins at a context length."""
         return position_bins(length, self.window, self.bins)
 
     def has_beyond(self) -> bool:
-        """Whether any position lies beyond the window."""
+        """Whether any position is beyond the window."""
         return self.longest > self.window
 
     def regions(self, length: int) -> dict[str, tuple[int, int]]:
-        """Name -> (first position, stop) of the parts of a context that are reported."""
+        """Name -> (first position, stop) of the reported parts of a context."""
         regions = {"all": (0, length), "within_window": (0, min(length, self.window))}
         if length > self.window:
             regions["beyond_window"] = (self.window, length)
         return regions
 
     def pairs(self) -> Iterator[tuple[Series, Series]]:
-        """(a, b) of every two series: a - b is to be reported, learning first."""
+        """All pairs (a, b) to report as a - b; a series with TTT comes first."""
         for i, a in enumerate(self.series):
             for b in self.series[i + 1 :]:
                 yield (b, a) if b.learns and not a.learns else (a, b)
 
     def main_pairs(self) -> list[tuple[Series, Series]]:
-        """The pairs that answer a question.
+        """The pairs of the tables and plots.
 
-        What learning changes in the same weights; and how each run at its first mode (learning,
-        where it has fast weights) stands against the other runs.
+        Within a run: TTT against no TTT. Between runs: the first mode of each run (TTT on, if it
+        has fast weights) against the other runs.
         """
         first: dict[str, Series] = {}
         for series in self.series:
@@ -89,10 +89,10 @@ class Comparison:
         return [(a, b) for a, b in self.pairs() if matters(a, b)]
 
     def context_change(self, series: Series) -> Estimate | None:
-        """Loss at the longest context minus that at the shortest, of the same tokens.
+        """Loss at the longest context minus loss at the shortest, on the same tokens.
 
-        None if there is one length only, or the shortest does not divide the longest, so that they
-        are not the same tokens.
+        None for a single length, or if the shortest does not divide the longest: then the tokens
+        differ.
         """
         short, long = min(self.lengths), self.longest
         if short == long or long % short:

@@ -1,12 +1,12 @@
-"""Means with standard errors over documents, from the losses of single tokens. NumPy only.
+"""Means with standard errors over documents, from token losses. NumPy only.
 
-Tokens of one document are not independent, and the sequences cut from it are not either. So the
-unit is the document: all its tokens are summed first, and a mean is the ratio of two sums over
-documents, sum_d S_d / sum_d W_d, with the standard error of a ratio of cluster sums
+Tokens and sequences of one document are not independent, so the unit is the document: tokens are
+summed per document, and a mean is the ratio of two sums over documents, sum_d S_d / sum_d W_d, with
+the standard error of a ratio of cluster sums
 
     stderr = sqrt(n / (n - 1) * sum_d (S_d - mean W_d)^2) / sum_d W_d
 
-Where all n documents weigh the same this is the usual standard error of their n means.
+With equal weights this is the usual standard error of n document means.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ LN2 = float(np.log(2))
 
 
 class Estimate(NamedTuple):
-    """A mean over documents, or an array of them; stderr is NaN for fewer than two documents."""
+    """A mean over documents, or an array of means; stderr is NaN for fewer than two documents."""
 
     mean: np.ndarray
     stderr: np.ndarray
 
-    def is_clear(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the mean is more than two standard errors from zero."""
         return bool(abs(self.mean) > 2 * self.stderr)
 
 
 def ratio_of_sums(sum_D: np.ndarray, weight_D: np.ndarray) -> Estimate:
-    """The ratio of the sums over the first axis (documents); NaN where nothing has weight."""
+    """The ratio of the sums over the first axis (documents); NaN where the weight is 0."""
     total = weight_D.sum(axis=0, dtype=np.float64)
     documents = (weight_D > 0).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -42,10 +42,10 @@ def ratio_of_sums(sum_D: np.ndarray, weight_D: np.ndarray) -> Estimate:
 
 @dataclass(frozen=True)
 class Sums:
-    """What D documents have at each of L positions (tokens, or bins of them), summed.
+    """Sums over the valid targets of D documents at each of L positions (tokens or bins).
 
-    loss_DL: nats of the targets that count. count_DL: how many count. bytes_DL: their UTF-8
-    bytes, None if the tokenizer does not know.
+    loss_DL: nats. count_DL: number of targets. bytes_DL: UTF-8 bytes of the targets, None if the
+    tokenizer does not know them.
     """
 
     loss_DL: np.ndarray
@@ -53,27 +53,27 @@ class Sums:
     bytes_DL: np.ndarray | None
 
     def __sub__(self, other: "Sums") -> "Sums":
-        """The paired difference, token by token; ValueError unless both are of the same tokens."""
+        """The paired difference, token by token. Raises ValueError for different tokens."""
         if not np.array_equal(self.count_DL, other.count_DL):
-            raise ValueError("a paired difference needs the same tokens on both sides")
+            raise ValueError("a paired difference needs the same tokens in both operands")
         return Sums(self.loss_DL - other.loss_DL, self.count_DL, self.bytes_DL)
 
     def between(self, first: int, stop: int) -> "Sums":
-        """The positions first, ..., stop - 1 as one."""
+        """Positions first, ..., stop - 1, summed into one."""
         return self.binned([first, stop])
 
     def binned(self, edges: Sequence[int] | np.ndarray) -> "Sums":
-        """Position i is made of the positions edges[i], ..., edges[i+1] - 1."""
+        """Bins: position i sums the positions edges[i], ..., edges[i+1] - 1."""
 
         def add(x_DL: np.ndarray) -> np.ndarray:
-            cut = x_DL[:, : edges[-1]]
-            return np.add.reduceat(cut, np.asarray(edges[:-1]), axis=1)
+            covered_DL = x_DL[:, : edges[-1]]
+            return np.add.reduceat(covered_DL, np.asarray(edges[:-1]), axis=1)
 
         bytes_DL = None if self.bytes_DL is None else add(self.bytes_DL)
         return Sums(add(self.loss_DL), add(self.count_DL), bytes_DL)
 
     def total(self) -> "Sums":
-        """All positions as one."""
+        """All positions, summed into one."""
         return self.between(0, self.loss_DL.shape[1])
 
     def loss_by_position(self) -> Estimate:
@@ -98,12 +98,12 @@ class Sums:
 
 
 def sum_by_document(x_NT: np.ndarray, document_N: np.ndarray, length: int) -> np.ndarray:
-    """[N, T] -> float64 [D, length]: sums over a document's sequences and their stretches.
+    """[N, T] -> float64 [D, length]: sums over a document's sequences and contexts.
 
-    T is cut into stretches of `length`; position i of the result has position i of each.
+    T is split into contexts of `length` tokens; position i of the result sums position i of each.
     """
-    pieces_NPL = x_NT.reshape(len(x_NT), -1, length)
-    x_NL = pieces_NPL.sum(axis=1, dtype=np.float64)
+    x_NPL = x_NT.reshape(len(x_NT), -1, length)
+    x_NL = x_NPL.sum(axis=1, dtype=np.float64)
     order = np.argsort(document_N, kind="stable")
     _, starts = np.unique(document_N[order], return_index=True)
     return np.add.reduceat(x_NL[order], starts, axis=0)
@@ -112,9 +112,8 @@ def sum_by_document(x_NT: np.ndarray, document_N: np.ndarray, length: int) -> np
 def position_bins(length: int, window: int, bins: int) -> np.ndarray:
     """Edges of about `bins` bins over positions 0, ..., length: [0, ..., length], int.
 
-    Inside the first window, where the loss falls fast, a quarter of them with widths that grow
-    like powers; beyond it, where reading on is what matters, bins of equal width that end at every
-    window's end if there are enough.
+    A quarter of the bins is inside the first window, where the loss falls fast, with geometrically
+    growing widths. Beyond it bins have equal width and, if there are enough, end at window ends.
     """
     if bins == 1:
         return np.asarray([0, length])
@@ -132,7 +131,7 @@ def position_bins(length: int, window: int, bins: int) -> np.ndarray:
 
 
 def doubling_windows(length: int, window: int) -> list[int]:
-    """Edges 0, k, 2k, 4k, ..., length: few columns that still show what lies beyond the window."""
+    """Edges 0, k, 2k, 4k, ..., length: few columns that resolve what is beyond the window."""
     edges = [0]
     edge = window
     while edge < length:

@@ -1,4 +1,4 @@
-"""The held-out tokens that are evaluated on, and what is known of them beside their losses."""
+"""The held-out tokens of an evaluation, with their masks, byte counts and documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tttjax.runs.run import Run
 
 @dataclass(frozen=True)
 class Text:
-    """What is known of the target tokens beside their losses."""
+    """Metadata of the target tokens [N, T]: masks, UTF-8 bytes, document ids."""
 
     folder: str
     split: str
@@ -28,7 +28,7 @@ class Text:
     document_N: np.ndarray
 
     def sums(self, nll_NT: np.ndarray, length: int) -> Sums:
-        """Losses of a context length by document and position."""
+        """Sums losses at one context length by document and position."""
         stop = nll_NT.shape[1]
 
         def add(x_NT: np.ndarray) -> np.ndarray:
@@ -56,6 +56,10 @@ def open_text(
     settings: EvalConfig,
     longest: int,
 ) -> tuple[HeldOut, Text]:
+    """The held-out sequences of `longest` tokens, with their metadata.
+
+    Raises UserError for missing data, another tokenizer, or documents that are too short.
+    """
     data = _open_data(runs, data)
     for run in runs:
         _check_tokenizer(run, data)
@@ -83,29 +87,26 @@ def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> P
     sources = runs[0].config.data.sources
     if len(sources) != 1:
         have = f"was trained on {len(sources)} ({', '.join(sources)})" if sources else "names none"
-        raise UserError(
-            f"which data set to evaluate on is not clear: the run {runs[0].name} {have}; say "
-            "--data=DIR"
-        )
+        raise UserError(f"cannot choose a data set: the run {runs[0].name} {have}; give --data=DIR")
     if not Path(sources[0]).exists():
         raise UserError(
-            f"the data of the run {runs[0].name} are not there (tried "
-            f"{', '.join(map(str, _tried(runs[0], sources[0])))}); say where they are with "
+            f"the data of the run {runs[0].name} were not found (tried "
+            f"{', '.join(map(str, _candidate_paths(runs[0], sources[0])))}); give "
             "--data=DIR"
         )
     return open_prepared(sources[0])
 
 
-def _tried(run: Run, source: str) -> list[Path]:
+def _candidate_paths(run: Run, source: str) -> list[Path]:
     return possible_places(source, run.workdir) if run.workdir else [Path(source)]
 
 
 def _check_tokenizer(run: Run, data: PreparedData) -> None:
-    """Refuses data of another tokenizer than the run's, where that is known."""
+    """Raises UserError if the data's tokenizer is known to differ from the run's."""
     for trained in _fingerprints(run):
         if trained != data.fingerprint:
             raise UserError(
-                f"the data in {data.folder} were made by another tokenizer (fingerprint "
+                f"the data in {data.folder} use another tokenizer (fingerprint "
                 f"{data.fingerprint[:12]}) than those of the run {run.name} ({trained[:12]}); "
                 "prepare them with the run's tokenizer, or evaluate the run alone and compare bits "
                 "per byte"
@@ -113,18 +114,18 @@ def _check_tokenizer(run: Run, data: PreparedData) -> None:
     if data.tokenizer.vocab_size > run.config.model.vocab_size:
         raise UserError(
             f"the vocabulary of {data.folder}, {data.tokenizer.vocab_size} tokens, is larger than "
-            f"that of the run {run.name}, {run.config.model.vocab_size}; evaluate on data that "
-            "were prepared with its tokenizer"
+            f"that of the run {run.name}, {run.config.model.vocab_size}; use data prepared with "
+            "its tokenizer"
         )
 
 
 def _fingerprints(run: Run) -> list[str]:
-    """Of the run's tokenizer: as saved with its weights; else of its data that are there."""
+    """Tokenizer fingerprints: from the checkpoint, else from the run's data that exist."""
     if run.tokenizer:
         return [run.tokenizer]
     folders = [Path(source) for source in run.config.data.sources]
-    found = [read_manifest(folder) for folder in folders if (folder / MANIFEST).exists()]
-    return [manifest["tokenizer"]["fingerprint"] for manifest in found]
+    manifests = [read_manifest(folder) for folder in folders if (folder / MANIFEST).exists()]
+    return [manifest["tokenizer"]["fingerprint"] for manifest in manifests]
 
 
 def _sequences(data: PreparedData, split: str, settings: EvalConfig, longest: int) -> HeldOut:

@@ -94,8 +94,8 @@ class UpdateTraceWriter:
             previous = {}
         if any(previous.get(name) != self._about[name] for name in MATCHED_KEYS):
             raise UserError(
-                f"--telescope={self._folder} holds the trace of another model or text; give another "
-                "folder"
+                f"--telescope={self._folder} holds the trace of another model or text; give "
+                "another folder"
             )
 
     def add(self, rows: Sequence[ChunkRow]) -> None:

@@ -1,4 +1,4 @@
-"""The telescope's plot: what updates did to the loss, how large gradients were, where W went."""
+"""The plot of an update trace: losses around each update, gradient norms, weight drift."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from tttjax.evaluation.plots import COLOURS, DPI
 
-MOST_LINES = 8  # layers that are drawn as lines; more make a map
+MAX_LINES = 8  # with more layers, drift is drawn as a heat map
 
 
 def draw(about: Mapping[str, Any], means: np.ndarray) -> Figure:
-    """about: the description in the summary. means: [bins, columns] of `Bins`."""
+    """about: the summary file's description. means: [bins, columns] from `Bins`."""
     layers = about["layers"]
-    tokens, loss, after, norm, clipped, *rest = means.T
-    norms, drifts = np.array(rest[: len(layers)]), np.array(rest[len(layers) :])
+    tokens, loss, after, norm, clipped, *layer_columns = means.T
+    norms, drifts = np.array(layer_columns[: len(layers)]), np.array(layer_columns[len(layers) :])
     figure = Figure(figsize=(8, 10), dpi=DPI, layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     _losses(top, tokens, loss, after)
@@ -29,17 +29,17 @@ def draw(about: Mapping[str, Any], means: np.ndarray) -> Figure:
 
 
 def _losses(axes: Axes, tokens, loss, after) -> None:
-    axes.plot(tokens, loss, color=COLOURS[0], label="before learning from the chunk")
-    axes.plot(tokens, after, color=COLOURS[1], label="after it")
+    axes.plot(tokens, loss, color=COLOURS[0], label="before the update")
+    axes.plot(tokens, after, color=COLOURS[1], label="after the update")
     axes.set_ylabel("loss (nats per token)")
     _decorate(axes)
 
 
 def _gradients(axes: Axes, tokens, norm, norms, layers, clip: float, rate: float) -> None:
-    if 1 < len(layers) <= MOST_LINES:
+    if 1 < len(layers) <= MAX_LINES:
         for name, line, color in zip(layers, norms, _shades(len(layers)), strict=True):
             axes.plot(tokens, line, color=color, linewidth=0.8, label=name)
-    axes.plot(tokens, norm, color=COLOURS[6], label="all together")
+    axes.plot(tokens, norm, color=COLOURS[6], label="all layers")
     if clip:
         label = f"clip {clip:g}: {rate:.0%} of chunks"
         axes.axhline(clip, color=COLOURS[1], linestyle="--", linewidth=1, label=label)
@@ -53,7 +53,7 @@ def _drifts(axes: Axes, tokens, drifts, layers, start) -> None:
     if relative:
         drifts = 100 * drifts / start[:, None]
     label = r"$\|W - W_0\|$" + (r" (% of $\|W_0\|$)" if relative else "")
-    if len(layers) <= MOST_LINES:
+    if len(layers) <= MAX_LINES:
         for name, line, color in zip(layers, drifts, _shades(len(layers)), strict=True):
             axes.plot(tokens, line, color=color, label=name)
         axes.set_ylabel(label)

@@ -84,7 +84,7 @@ def test_runs_that_do_not_fit_together_are_refused(runs, tmp_path):
     full, other, ttt = runs
     several = LearningOptions(dynamic_lrs=(0.1, 1.0))
     for entries, sentence in (
-        ([], "nothing to report on"),
+        ([], "no runs to report on"),
         ([ReportEntry("a", tmp_path)], "holds no checkpoint"),
         (
             [ReportEntry("a", full), ReportEntry("a", full)],

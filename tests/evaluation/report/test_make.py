@@ -146,7 +146,7 @@ def test_markdown_and_plots(report, folder):
     assert text == to_markdown(report)
     assert "over the 5 held-out documents, paired by document for differences" in text
     assert "over seeds (runs: full 2)" in text
-    assert "Of one seed only, so without the second part: ttt." in text
+    assert "Systems with one seed have no error over seeds: ttt." in text
     assert "With `--scale cpu`:\n\n```\ncommand <x>\n```" in text
     for name in PLOTS:
         assert f"({name}.png)" in text

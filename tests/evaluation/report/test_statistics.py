@@ -76,7 +76,7 @@ def test_what_documents_have_in_common_cancels_in_a_difference():
     assert value.mean == pytest.approx(0.75)
     assert value.documents == pytest.approx(0, abs=1e-12)
     assert loss([a]).documents > 1
-    assert value.is_clear()
+    assert value.is_significant()
 
 
 def test_bins_are_treated_like_totals():
@@ -101,8 +101,8 @@ def test_what_is_not_known_adds_nothing():
     single = Sums(A[0].loss_DL[:1], COUNT_DL[:1], None)
     alone = loss([single])
     assert np.isnan(alone.stderr)
-    assert not alone.is_clear()
-    assert not Value(*np.zeros((3, 1))).is_clear()
+    assert not alone.is_significant()
+    assert not Value(*np.zeros((3, 1))).is_significant()
 
 
 def test_a_change_with_position_is_that_of_the_same_documents():

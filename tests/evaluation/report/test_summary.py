@@ -37,7 +37,7 @@ def make_system(label, losses, *, mode="off", seeds=1, **options):
         mode=mode,
         inner=None,
         parameters={"total": 1_234_567, "non_embedding": 1000, "fast": 0},
-        readings={
+        sums={
             length: tuple(
                 make_sums(length, loss + 0.002 * s, seed=crc32(f"{label}{s}".encode()), **options)
                 for s in range(seeds)
@@ -70,7 +70,7 @@ def test_a_clear_advantage_is_told_with_its_error():
     assert first.startswith("At 16 tokens full has the lowest loss, 3.0")
     assert "the next, ttt, is 0.100 ± 0.00" in first
     assert second.startswith("At 64 tokens ttt has the lowest loss, 2.8")
-    assert standing.startswith("The loss of ttt (learning while it reads) against that of full is ")
+    assert standing.startswith("The loss of ttt (with TTT) against that of full is ")
     assert "higher at 16 tokens (+0.100 ± 0.00" in standing
     assert "lower at 64 tokens (-0.100 ± 0.00" in standing
     assert "from 16 to 64 tokens the difference moves in its favour (-0.200 ± 0.00" in standing
@@ -111,7 +111,7 @@ def test_the_errors_are_named():
     several = make_system("several", {16: 3.0, 64: 2.9}, seeds=3)
     text = about_errors(make_report(FULL, several))
     assert "over seeds (runs: several 3)" in text
-    assert "Of one seed only, so without the second part: full." in text
+    assert "Systems with one seed have no error over seeds: full." in text
     assert "uncertain" not in text
 
 

@@ -1,4 +1,4 @@
-"""Needle tests on disk: needle.json, two CSV tables, and a heat map of every task."""
+"""Needle results on disk: needle.json, two CSV tables, one heat map per task."""
 
 import json
 import math
@@ -29,7 +29,7 @@ WHERE = ("length", "depth", "distance", "distance_stop", "region")
 
 
 def write_needle(results: NeedleResults, out: str | os.PathLike) -> dict[str, Path]:
-    """Writes everything under `out`, each file whole or not at all; returns their paths by name."""
+    """Writes all files under `out`, each atomically; returns their paths by name."""
     writers: dict[str, Callable[[Path], None]] = {
         "needle.json": lambda path: write_text(path, to_json(results)),
         "needle.csv": lambda path: write_text(path, to_csv(*_groups(results))),
@@ -45,12 +45,12 @@ def _save(results: NeedleResults, task: str, path: Path) -> None:
 
 
 def to_json(results: NeedleResults) -> str:
-    """Everything but the single answers, as JSON; what is not known is null."""
+    """All results but single answers, as JSON; unknown values are null."""
     return json.dumps(to_dict(results), indent=1, allow_nan=False) + "\n"
 
 
 def to_dict(results: NeedleResults) -> dict[str, Any]:
-    """The results as plain values. The keys are described in docs/evaluation.md."""
+    """The results as plain values; docs/evaluation.md describes the keys."""
     return {
         "format": FORMAT,
         "window": results.window,
@@ -82,13 +82,13 @@ def to_dict(results: NeedleResults) -> dict[str, Any]:
 
 
 def _group(group: SampleGroup) -> dict[str, Any]:
-    found: dict[str, Any] = {"by": group.by, **group.where, "needles": len(group.samples)}
+    values: dict[str, Any] = {"by": group.by, **group.where, "needles": len(group.samples)}
     low, high = wilson(group.correct, len(group.samples))
-    found |= {"found": group.correct, "found_low": _number(low), "found_high": _number(high)}
+    values |= {"found": group.correct, "found_low": _number(low), "found_high": _number(high)}
     for name in MEASURES:
         if group.samples:
-            found[name] = _estimate(mean(group.samples, name))
-    return found
+            values[name] = _estimate(mean(group.samples, name))
+    return values
 
 
 def _differences(results: NeedleResults) -> Iterator[dict[str, Any]]:
@@ -122,7 +122,7 @@ Rows = Iterator[Sequence[Any]]
 
 
 def _groups(results: NeedleResults) -> tuple[Sequence[str], Rows]:
-    """A row for everything that is averaged."""
+    """One row per group of samples."""
     measures = [word for name in MEASURES for word in (name, f"{name}_stderr")]
     head = (
         *("run", "mode", "label", "task", "by", *WHERE),
@@ -148,7 +148,7 @@ def _groups(results: NeedleResults) -> tuple[Sequence[str], Rows]:
 
 
 def _samples(results: NeedleResults) -> tuple[Sequence[str], Rows]:
-    """A row for every answer."""
+    """One row per answer."""
     head = (
         *("run", "mode", "label", "task", "length", "depth", "number", "distance", "region"),
         *("value", "written", *MEASURES),
@@ -158,7 +158,7 @@ def _samples(results: NeedleResults) -> tuple[Sequence[str], Rows]:
         for series in results.series:
             for sample in series.samples:
                 yield (
-                    *(series.run, series.mode, series.label, *_place(sample)),
+                    *(series.run, series.mode, series.label, *_spec_columns(sample)),
                     *(sample.distance, sample.region, sample.value, sample.answer.text),
                     *(_number(measure(sample)) for measure in MEASURES.values()),
                 )
@@ -166,6 +166,6 @@ def _samples(results: NeedleResults) -> tuple[Sequence[str], Rows]:
     return head, rows()
 
 
-def _place(sample: Sample) -> tuple[Any, ...]:
-    place = sample.place
-    return place.task.name, place.length, place.depth, place.number
+def _spec_columns(sample: Sample) -> tuple[Any, ...]:
+    spec = sample.spec
+    return spec.task.name, spec.length, spec.depth, spec.number

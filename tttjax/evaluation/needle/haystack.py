@@ -1,4 +1,4 @@
-"""Text to hide a needle in: repeated noise, or sentences of a text that was given."""
+"""Haystacks of needle tests: repeated noise, or sentences of a given text."""
 
 import re
 import textwrap
@@ -21,15 +21,15 @@ NOISE = (
     "On we walk.",
     "Evening comes and we walk back.",
 )
-LONGEST_SENTENCE = 120  # characters; longer ones are cut between words, so that needles fit in
-ENDS = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
+LONGEST_SENTENCE = 120  # characters; longer sentences are split between words
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 
 @dataclass
 class Haystack:
-    """Sentences that follow each other, the first after the last.
+    """A cyclic sequence of sentences.
 
-    source: where they are from, in words. is_noise: whether they are the same few ones repeated.
+    source: description of their origin. is_noise: whether a few sentences are repeated.
     """
 
     source: str
@@ -39,63 +39,65 @@ class Haystack:
     _sizes: dict[int, int] = field(default_factory=dict)
 
     def _size(self, i: int) -> int:
-        """Tokens of sentence i and the blank before it."""
+        """Tokens of sentence i and the space before it."""
         i %= len(self.sentences)
         if i not in self._sizes:
             self._sizes[i] = len(self.tokenizer.encode(" " + self.sentences[i]))
         return self._sizes[i]
 
     def after(self, first: int, tokens: int) -> list[str]:
-        """From sentence `first` on, as many as come nearest to so many tokens."""
-        stop, left = first, tokens
-        while 2 * left >= self._size(stop):
-            left -= self._size(stop)
+        """Sentences from `first` on, with a total as close as possible to `tokens`."""
+        stop, remaining = first, tokens
+        while 2 * remaining >= self._size(stop):
+            remaining -= self._size(stop)
             stop += 1
         return self._between(first, stop)
 
     def before(self, stop: int, tokens: int) -> list[str]:
-        """Those before sentence `stop`, as few as have at least so many tokens."""
-        first, left = stop, tokens
-        while left > 0:
+        """The fewest sentences before `stop` with at least `tokens` tokens."""
+        first, remaining = stop, tokens
+        while remaining > 0:
             first -= 1
-            left -= self._size(first)
+            remaining -= self._size(first)
         return self._between(first, stop)
 
     def _between(self, first: int, stop: int) -> list[str]:
         return [self.sentences[i % len(self.sentences)] for i in range(first, stop)]
 
     def tokens(self) -> int:
-        """Of all sentences once."""
+        """Number of tokens of all sentences."""
         return sum(self._size(i) for i in range(len(self.sentences)))
 
 
 def noise(tokenizer: Tokenizer) -> Haystack:
-    """The same few sentences, again and again."""
+    """The same few sentences, repeated."""
     return Haystack("repeated noise", list(NOISE), tokenizer, is_noise=True)
 
 
 def sentences(text: str) -> list[str]:
-    """Cut at ends of sentences and lines, long ones also between words; white space is one blank.
+    """Splits at ends of sentences and lines, and long sentences between words.
 
-    Sentences without any letter or digit are left out.
+    Collapses white space to one space. Drops sentences without a letter or digit.
     """
     return [
         piece
-        for sentence in ENDS.split(text)
+        for sentence in SENTENCE_END.split(text)
         for piece in textwrap.wrap(sentence, LONGEST_SENTENCE)
         if any(character.isalnum() for character in piece)
     ]
 
 
 def from_file(path: Path | str, tokenizer: Tokenizer, characters: int) -> Haystack:
-    """The beginning of a file or folder, as `tttjax prepare` reads it, about so many characters.
+    """The first `characters` characters of a file or folder, parsed like `tttjax prepare` does.
 
     Raises UserError if it cannot be read or has no sentence.
     """
     text = ""
-    files = [file for file in list_inputs([path]) if file.kind != JSON]  # settings, hardly text
+    files = [
+        file for file in list_inputs([path]) if file.kind != JSON
+    ]  # usually settings, not text
     if not files:
-        raise UserError(f"{path} is a JSON document, not text or JSON lines; name another.")
+        raise UserError(f"{path} is a JSON document, not text or JSON lines; give another file.")
     items = chain.from_iterable(map(read_items, files))
     for piece in chain.from_iterable(map(pieces_of, items)):
         text += piece.text + "\n" * piece.ends
@@ -107,12 +109,12 @@ def from_file(path: Path | str, tokenizer: Tokenizer, characters: int) -> Haysta
 def from_held_out(
     data: PreparedData, split: str, tokenizer: Tokenizer, characters: int, seed: int
 ) -> Haystack:
-    """Documents of a split, in an order drawn with `seed`, about so many characters of them.
+    """About `characters` characters of a split's documents, in random order from `seed`.
 
-    Raises UserError if there are none, or no text in them.
+    Raises UserError if there are none, or they hold no text.
     """
     if not data.tokenizer.token_bytes().any():
-        raise UserError(f"{data.folder} holds token ids without text")
+        raise UserError(f"{data.folder} holds token ids without text; use another haystack")
     text = ""
     for document in _documents(data, split, characters, seed):
         text += document + "\n"
@@ -130,7 +132,7 @@ def _documents(data: PreparedData, split: str, characters: int, seed: int) -> It
 
 
 def _of_text(source: str, text: str, tokenizer: Tokenizer) -> Haystack:
-    found = sentences(text)
-    if not found:
-        raise UserError(f"there is no sentence in {source} to hide a needle among")
-    return Haystack(source, found, tokenizer)
+    parts = sentences(text)
+    if not parts:
+        raise UserError(f"{source} has no sentence for a haystack; give another text")
+    return Haystack(source, parts, tokenizer)

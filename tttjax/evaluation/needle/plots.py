@@ -13,7 +13,7 @@ from tttjax.evaluation.plots import DPI
 
 
 def heat_maps(results: NeedleResults, task: str) -> Figure:
-    """A column for every way of reading: what was found above, recall in nats per token below."""
+    """One column per series: fraction found (top), recall in nats per token (bottom)."""
     columns = len(results.series)
     width, height = 1.4 + 0.8 * len(results.lengths), 1.1 + 0.42 * len(results.depths)
     size = (0.9 + max(3.2, width) * columns, 0.9 + 2 * max(2.3, height))
@@ -27,17 +27,17 @@ def heat_maps(results: NeedleResults, task: str) -> Figure:
         ),
         default=1.0,
     )
-    looks: list[tuple[str, dict[str, Any]]] = [
+    styles: list[tuple[str, dict[str, Any]]] = [
         ("correct", {"cmap": "viridis", "vmin": 0, "vmax": 1}),
         ("recall", {"cmap": "PuOr", "vmin": -largest or -1, "vmax": largest or 1}),
     ]
-    for row, (measure, look) in enumerate(looks):
+    for row, (measure, style) in enumerate(styles):
         for column, series in enumerate(results.series):
             cells = _cells(results, task, series)
-            image = _draw(axes[row, column], results, cells, measure, look)
+            image = _draw(axes[row, column], results, cells, measure, style)
             if row == 0:
                 axes[row, column].set_title(series.label, fontsize=9)
-        name = {"correct": "part found", "recall": "recall (nats per token)"}[measure]
+        name = {"correct": "fraction found", "recall": "recall (nats per token)"}[measure]
         figure.colorbar(image, ax=axes[row].tolist(), label=name)
     title = TASKS[task].title
     if results.window:
@@ -54,10 +54,10 @@ def _cell(group: SampleGroup, measure: str) -> float:
     return float(mean(group.samples, measure).mean)
 
 
-def _draw(axes: Axes, results: NeedleResults, cells: list[SampleGroup], measure: str, look: dict):
+def _draw(axes: Axes, results: NeedleResults, cells: list[SampleGroup], measure: str, style: dict):
     shape = len(results.lengths), len(results.depths)
     values_LD = np.array([_cell(group, measure) for group in cells]).reshape(shape)
-    image = axes.imshow(values_LD.T, aspect="auto", **look)
+    image = axes.imshow(values_LD.T, aspect="auto", **style)
     for i, group in enumerate(cells):
         length, depth = divmod(i, shape[1])
         value = values_LD[length, depth]

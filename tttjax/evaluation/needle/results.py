@@ -1,4 +1,4 @@
-"""What needle tests found: every answer, and means by length, depth, distance and region."""
+"""Results of needle tests: all answers, and means by length, depth, distance and region."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +17,9 @@ REGIONS = ("inside", "edge", "outside")
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what was answered. See `Prompt.region` for region."""
+    """One prompt with its answer. `Prompt.region` defines region."""
 
-    place: PromptSpec
+    spec: PromptSpec
     distance: int
     region: str
     value: str
@@ -28,25 +28,25 @@ class Sample:
     @classmethod
     def of(cls, prompt: Prompt, answer: Answer, window: int) -> "Sample":
         region = prompt.region(window)
-        return cls(prompt.place, prompt.distance, region, prompt.value, answer)
+        return cls(prompt.spec, prompt.distance, region, prompt.value, answer)
 
     @property
     def is_correct(self) -> bool:
-        """Whether the value stands in what was written."""
+        """Whether the generated text contains the value."""
         return self.value in self.answer.text
 
     @property
     def gain(self) -> float:
-        """Nats per token by which the needle made its value likelier."""
+        """Log-probability of the value with minus without the needle, nats per token."""
         return self.answer.value.logprob - self.answer.absent.logprob
 
     @property
     def recall(self) -> float:
-        """Nats per token by which the value is likelier than another that was never read."""
+        """Log-probability of the value minus that of the decoy, nats per token."""
         return self.answer.value.logprob - self.answer.decoy.logprob
 
 
-# What is averaged, and its name in files.
+# Averaged measures, by their names in files.
 MEASURES: dict[str, Callable[[Sample], float]] = {
     "correct": lambda sample: sample.is_correct,
     "logprob": lambda sample: sample.answer.value.logprob,
@@ -59,7 +59,7 @@ MEASURES: dict[str, Callable[[Sample], float]] = {
 
 
 def mean(samples: Sequence[Sample], measure: str) -> Estimate:
-    """With the standard error over samples; NaN for fewer than two."""
+    """Mean with standard error over samples; NaN error for fewer than two."""
     return _estimate(_values(samples, measure))
 
 
@@ -74,18 +74,20 @@ def _estimate(values: np.ndarray) -> Estimate:
 
 
 def wilson(correct: int, number: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson): wide for few samples, also at 0 and at 1."""
+    """The 95 % Wilson interval of a proportion; wide for few samples, also at 0 and 1."""
     if not number:
         return math.nan, math.nan
     z, p = 1.959964, correct / number
     middle = (p + z * z / (2 * number)) / (1 + z * z / number)
-    half = z / (1 + z * z / number) * math.sqrt(p * (1 - p) / number + (z / (2 * number)) ** 2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    half_width = (
+        z / (1 + z * z / number) * math.sqrt(p * (1 - p) / number + (z / (2 * number)) ** 2)
+    )
+    return max(0.0, middle - half_width), min(1.0, middle + half_width)
 
 
 @dataclass(frozen=True)
 class NeedleSeries:
-    """One way of reading, asked all prompts. inner: how it learned, None if it did not."""
+    """All samples of one run in one mode. inner: inner-loop settings, None without TTT."""
 
     run: str
     mode: str
@@ -94,22 +96,24 @@ class NeedleSeries:
     samples: tuple[Sample, ...]
     seconds: float
 
-    def of(self, **wanted: Any) -> list[Sample]:
-        """Samples by task (its name), length, depth or region."""
+    def of(self, **criteria: Any) -> list[Sample]:
+        """Samples selected by task name, length, depth or region."""
         return [
-            sample for sample in self.samples if all(_has(sample, *pair) for pair in wanted.items())
+            sample
+            for sample in self.samples
+            if all(_matches(sample, *pair) for pair in criteria.items())
         ]
 
 
-def _has(sample: Sample, name: str, value: Any) -> bool:
+def _matches(sample: Sample, name: str, value: Any) -> bool:
     if name == "task":
-        return sample.place.task.name == value
-    return getattr(sample if name == "region" else sample.place, name) == value
+        return sample.spec.task.name == value
+    return getattr(sample if name == "region" else sample.spec, name) == value
 
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """Samples that are reported together. by: what they share; where: its values."""
+    """Samples averaged into one row. by: the grouping; where: its values."""
 
     by: str
     where: dict[str, Any]
@@ -122,11 +126,10 @@ class SampleGroup:
 
 @dataclass(frozen=True)
 class NeedleResults:
-    """Several ways of reading, asked the same prompts.
+    """Results of several series on the same prompts.
 
-    window: tokens that attention is taken to see, for `Prompt.region`. haystacks: of each task,
-    where its text is from. notes: what a reader must know of them. runs: name, step, source and
-    window of each.
+    window: attention window in tokens for `Prompt.region`. haystacks: origin of the text of each
+    task. notes: caveats. runs: name, step, source and window of each run.
     """
 
     series: tuple[NeedleSeries, ...]
@@ -150,7 +153,7 @@ class NeedleResults:
         return list(pairwise(edges))
 
     def groups(self, series: NeedleSeries, task: str) -> Iterator[SampleGroup]:
-        """What is reported of a task: by length, by length and depth, by distance, by region."""
+        """The groups of a task: by length, by length and depth, by distance, by region."""
         samples = series.of(task=task)
         for length in self.lengths:
             yield SampleGroup("length", {"length": length}, series.of(task=task, length=length))
@@ -165,7 +168,7 @@ class NeedleResults:
             yield SampleGroup("region", {"region": region}, series.of(task=task, region=region))
 
     def pairs(self) -> list[tuple[NeedleSeries, NeedleSeries]]:
-        """(a, b) of the same run, of which a learns and b does not."""
+        """Pairs (a, b) of the same run: a with TTT, b without."""
         return [
             (a, b)
             for a in self.series
@@ -175,7 +178,7 @@ class NeedleResults:
 
 
 def difference(a: Sequence[Sample], b: Sequence[Sample], measure: str) -> Estimate:
-    """Mean of a - b, prompt by prompt; ValueError unless both answered the same prompts."""
-    if [sample.place for sample in a] != [sample.place for sample in b]:
-        raise ValueError("a paired difference needs the same prompts on both sides")
+    """Mean of a - b, paired by prompt. Raises ValueError for different prompts."""
+    if [sample.spec for sample in a] != [sample.spec for sample in b]:
+        raise ValueError("a paired difference needs the same prompts in both operands")
     return _estimate(_values(a, measure) - _values(b, measure))

@@ -1,4 +1,4 @@
-"""Needle tests of runs: opens weights, tokenizers and haystacks, and asks every prompt."""
+"""Runs needle tests: loads runs, tokenizers and haystacks, and answers all prompts."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,14 +39,16 @@ from tttjax.runs.run import (
 )
 from tttjax.runs.tokenizer import load_run_tokenizer
 
-CONTEXTS_OF_TEXT = 32  # characters of text that are looked at, for each token of context
+CHARACTERS_PER_TOKEN = 32  # characters of haystack text to load, per token of context
 
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """Which prompts. lengths: of the prompts, in tokens. depths: parts of the haystack before the
-    needle, from 0 to 1. samples: of each task, length and depth. text, data, split, tokenizer:
-    where text and tokens are from, if not from the run. batch_size: prompts asked at once.
+    """Settings of needle tests.
+
+    lengths: prompt lengths in tokens. depths: fractions of the haystack before the needle, 0 to 1.
+    samples: per task, length and depth. text, data, split, tokenizer: sources of the haystack and
+    the tokenizer (default: those of the run). batch_size: prompts per batch.
     """
 
     lengths: tuple[int, ...]
@@ -73,8 +75,8 @@ class NeedleSettings:
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
 
-    def places(self) -> list[PromptSpec]:
-        """Every prompt; those of one length stand together."""
+    def prompt_specs(self) -> list[PromptSpec]:
+        """All prompt specs, ordered by length."""
         return [
             PromptSpec(TASKS[task], length, depth, number)
             for length in self.lengths
@@ -97,39 +99,54 @@ def needle_tests(
     learning: LearningOptions | None = None,
     progress: TextIO | None = None,
 ) -> NeedleResults:
-    """Asks every way of reading of every run for the same needles, on one device.
+    """Runs the same needle prompts in every mode of every run, on one device.
 
-    window: for inside and outside (0: the largest of the runs). The other arguments are those of
-    `tttjax.evaluation.compare`. Raises UserError for what does not fit together.
+    window: attention window that defines the regions (0: the largest of the runs). Other arguments
+    are those of `compare`. Raises UserError for incompatible runs or settings.
     """
     learning = learning or LearningOptions()
-    opened = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
-    check_names(opened)
-    chosen = choose_modes(opened, modes)
-    window = window or max(run.window for run in opened)
-    texts = [load_run_tokenizer(run, settings.tokenizer) for run in opened]
-    found = [
-        _haystacks(run, tokenizer, settings) for run, tokenizer in zip(opened, texts, strict=True)
+    loaded = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
+    check_names(loaded)
+    chosen = choose_modes(loaded, modes)
+    window = window or max(run.window for run in loaded)
+    tokenizers = [load_run_tokenizer(run, settings.tokenizer) for run in loaded]
+    run_haystacks = [
+        _haystacks(run, tokenizer, settings)
+        for run, tokenizer in zip(loaded, tokenizers, strict=True)
     ]
     notes: list[str] = []
     series: list[NeedleSeries] = []
-    for haystacks_of_run in found:  # all prompts are possible, or nothing is computed
-        for place in {(p.task.name, p.length): p for p in settings.places()}.values():
-            make_prompt(place, haystacks_of_run.by_task[place.task.name], settings.seed)
-        notes += [note for note in haystacks_of_run.notes if note not in notes]
-    if len({_told_apart(its, t) for its, t in zip(found, texts, strict=True)}) > 1:
-        notes.append(
-            "The runs differ in tokenizer or in the text that needles are hidden in, and so in "
-            "their prompts; give --needle-text, and compare runs of one tokenizer."
+    for sources in run_haystacks:  # check all prompts before any computation
+        for spec in {(p.task.name, p.length): p for p in settings.prompt_specs()}.values():
+            make_prompt(spec, sources.by_task[spec.task.name], settings.seed)
+        notes += [note for note in sources.notes if note not in notes]
+    if (
+        len(
+            {
+                _prompts_hash(sources, t)
+                for sources, t in zip(run_haystacks, tokenizers, strict=True)
+            }
         )
-    bar = Progress(_total_work(opened, chosen, learning, settings), progress, title="needle")
+        > 1
+    ):
+        notes.append(
+            "The runs differ in tokenizer or haystack text, so their prompts differ; give "
+            "--needle-text, and compare runs with the same tokenizer."
+        )
+    bar = Progress(_total_work(loaded, chosen, learning, settings), progress, title="needle")
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    for run, its_modes, tokenizer, its in zip(opened, chosen, texts, found, strict=True):
+    for run, run_modes, tokenizer, sources in zip(
+        loaded, chosen, tokenizers, run_haystacks, strict=True
+    ):
         with precision.as_configured(run.config):
-            for ways in iter_eval_setups(run, its_modes, learning, mesh):
-                for way in ways:
-                    bar.doing(way.label, LEARNING_COST if way.learn else 1)
-                    series.append(_ask(run, way, tokenizer, its.by_task, settings, window, bar.add))
+            for setups in iter_eval_setups(run, run_modes, learning, mesh):
+                for setup in setups:
+                    bar.doing(setup.label, LEARNING_COST if setup.learn else 1)
+                    series.append(
+                        _run_setup(
+                            run, setup, tokenizer, sources.by_task, settings, window, bar.add
+                        )
+                    )
     bar.close()
     return NeedleResults(
         series=tuple(series),
@@ -141,30 +158,30 @@ def needle_tests(
         window=window,
         runs=tuple(
             {"name": run.name, "step": run.step, "source": run.source, "window": run.window}
-            for run in opened
+            for run in loaded
         ),
-        haystacks={task: its.source for task, its in found[0].by_task.items()},
+        haystacks={task: haystack.source for task, haystack in run_haystacks[0].by_task.items()},
         notes=tuple(notes),
     )
 
 
-def ask_all(
-    ask: NeedleModel,
+def run_prompts(
+    model: NeedleModel,
     settings: NeedleSettings,
     by_task: Mapping[str, Haystack],
     window: int,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[Sample, ...]:
-    """Every prompt's sample, in the order of `NeedleSettings.places`."""
+    """One sample per prompt, in the order of `NeedleSettings.prompt_specs`."""
     samples: list[Sample] = []
     for length in settings.lengths:
-        places = [place for place in settings.places() if place.length == length]
-        for at in range(0, len(places), settings.batch_size):
+        prompt_specs = [spec for spec in settings.prompt_specs() if spec.length == length]
+        for start in range(0, len(prompt_specs), settings.batch_size):
             prompts = [
-                make_prompt(place, by_task[place.task.name], settings.seed)
-                for place in places[at : at + settings.batch_size]
+                make_prompt(spec, by_task[spec.task.name], settings.seed)
+                for spec in prompt_specs[start : start + settings.batch_size]
             ]
-            answers = ask(prompts)
+            answers = model(prompts)
             samples += [
                 Sample.of(prompt, answer, window)
                 for prompt, answer in zip(prompts, answers, strict=True)
@@ -173,9 +190,9 @@ def ask_all(
     return tuple(samples)
 
 
-def _ask(
+def _run_setup(
     run: Run,
-    way: EvalSetup,
+    setup: EvalSetup,
     tokenizer: Tokenizer,
     by_task: Mapping[str, Haystack],
     settings: NeedleSettings,
@@ -183,19 +200,19 @@ def _ask(
     on_tokens: Callable[[int], None],
 ) -> NeedleSeries:
     started = time.perf_counter()
-    asker = EngineModel(way, tokenizer, max(settings.lengths))
-    samples = ask_all(asker, settings, by_task, window, on_tokens)
+    model = EngineModel(setup, tokenizer, max(settings.lengths))
+    samples = run_prompts(model, settings, by_task, window, on_tokens)
     inner = {
-        "rule": way.rule,
-        "lr": way.lr,
-        "clip": way.inner.clip,
-        "chunk_size": way.inner.chunk_size,
+        "rule": setup.rule,
+        "lr": setup.lr,
+        "clip": setup.inner.clip,
+        "chunk_size": setup.inner.chunk_size,
     }
     return NeedleSeries(
         run=run.name,
-        mode=way.mode,
-        label=way.label,
-        inner=inner if way.learn else None,
+        mode=setup.mode,
+        label=setup.label,
+        inner=inner if setup.learn else None,
         samples=samples,
         seconds=time.perf_counter() - started,
     )
@@ -207,14 +224,14 @@ class _Haystacks:
     notes: tuple[str, ...]
 
 
-def _told_apart(its: _Haystacks, tokenizer: Tokenizer) -> int:
-    """The same for runs whose prompts are the same."""
-    sentences = (tuple(haystack.sentences) for haystack in its.by_task.values())
+def _prompts_hash(sources: _Haystacks, tokenizer: Tokenizer) -> int:
+    """Equal for runs with equal prompts."""
+    sentences = (tuple(haystack.sentences) for haystack in sources.by_task.values())
     return hash((tokenizer.fingerprint(), *sentences))
 
 
 def _haystacks(run: Run, tokenizer: Tokenizer, settings: NeedleSettings) -> _Haystacks:
-    """The haystack of every task for a run, and what must be said of them."""
+    """The haystacks of a run by task, with notes."""
     tasks = [TASKS[name] for name in settings.tasks]
     check_tokenizer(tokenizer, tasks)
     noise = haystacks.noise(tokenizer)
@@ -227,8 +244,8 @@ def _haystacks(run: Run, tokenizer: Tokenizer, settings: NeedleSettings) -> _Hay
             if settings.text or settings.data or settings.split:
                 raise
             notes.append(
-                f"{_listed(tasks)} of {run.name} are in noise instead of natural text, and easier "
-                f"or harder for that: {error}. --needle-text=FILE gives them text."
+                f"{_listed(tasks)} of {run.name} use noise instead of natural text, which changes "
+                f"their difficulty: {error}. --needle-text=FILE gives natural text."
             )
     if not text.is_noise and (tokens := text.tokens()) < max(settings.lengths):
         notes.append(
@@ -242,12 +259,12 @@ def _listed(tasks: Sequence[NeedleTask]) -> str:
 
 
 def _text(run: Run, tokenizer: Tokenizer, settings: NeedleSettings) -> Haystack:
-    characters = CONTEXTS_OF_TEXT * max(settings.lengths)
+    characters = CHARACTERS_PER_TOKEN * max(settings.lengths)
     if settings.text:
         return haystacks.from_file(settings.text, tokenizer, characters)
     sources = (settings.data,) if settings.data else run.config.data.sources
     if not sources:
-        raise UserError(f"the run {run.name} names no data")
+        raise UserError(f"the configuration of the run {run.name} names no data")
     split = settings.split or run.config.data.val_split
     data = open_prepared(sources[0])
     return haystacks.from_held_out(data, split, tokenizer, characters, settings.seed)
@@ -259,13 +276,13 @@ def _total_work(
     learning: LearningOptions,
     settings: NeedleSettings,
 ) -> int:
-    """Tokens of all prompts, those read with learning counted for what they cost."""
-    tokens = sum(place.length for place in settings.places())
+    """Tokens of all prompts, those with TTT weighted by LEARNING_COST."""
+    tokens = sum(spec.length for spec in settings.prompt_specs())
     costs = 0
-    for run, its_modes in zip(runs, modes, strict=True):
-        for mode in its_modes:
+    for run, run_modes in zip(runs, modes, strict=True):
+        for mode in run_modes:
             if mode != "off":
-                inner_config(run, learning)  # refuses what is impossible before anything is read
+                inner_config(run, learning)  # raises before any computation
             rates = len(inner_learning_rates(run, mode, learning))
             costs += (LEARNING_COST if mode != "off" else 1) * rates
     return tokens * costs

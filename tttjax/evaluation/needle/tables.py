@@ -1,4 +1,4 @@
-"""Needle tests in words: aligned Markdown tables, and one sentence for every task."""
+"""Needle results as text: aligned Markdown tables and a summary sentence."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,14 +15,18 @@ from tttjax.evaluation.needle.results import (
     wilson,
 )
 from tttjax.evaluation.statistics import Estimate
-from tttjax.evaluation.tables import fit, show
+from tttjax.evaluation.tables import fit_table, format_estimate
 
-SAID = {"outside": "Outside the window", "inside": "Inside the window", "edge": "On its edge"}
-WHERE = {"inside": "inside the window", "edge": "on its edge", "outside": "outside it"}
+REGION_TITLES = {
+    "outside": "Outside the window",
+    "inside": "Inside the window",
+    "edge": "On its edge",
+}
+REGION_LABELS = {"inside": "inside the window", "edge": "on its edge", "outside": "outside it"}
 
 
 def table(results: NeedleResults) -> str:
-    """All tables, under a heading that says what is in them."""
+    """All tables, with a heading that defines their columns."""
     steps = ", ".join(
         run["name"] + ("" if run["step"] is None else f" after {run['step']} steps")
         for run in results.runs
@@ -30,11 +34,11 @@ def table(results: NeedleResults) -> str:
     window = f"{results.window} tokens" if results.window else "all tokens (no run has a window)"
     heading = (
         f"{steps}: {results.samples} needles for each task, length and depth (seed {results.seed});"
-        f" attention sees {window}.\n"
-        "found: part of the needles whose value was written, with its 95 % interval. recall: nats "
-        "per token\nby which the value is likelier than another that was never read; gain: than "
-        "without the needle.\nBoth ± standard error. likeliest: part of the value's tokens that "
-        "were, all before them given."
+        f" attention window: {window}.\n"
+        "found: fraction of needles whose value was generated, with its 95 % interval. recall: "
+        "log-probability\nof the value minus that of a decoy, nats per token; gain: with minus "
+        "without the needle. Both ± standard\nerror. likeliest: fraction of the value's tokens "
+        "that are the argmax, with teacher forcing."
     )
     parts = [heading, *(_task(results, task) for task in results.tasks)]
     return "\n\n".join([*parts, *results.notes])
@@ -61,16 +65,16 @@ def _by(
     name: str,
     cell: Callable[[Sequence[Sample]], str],
 ) -> str:
-    """A column for every length or range of distances that has samples."""
-    found = [
+    """One column per length or distance range with samples."""
+    series_groups = [
         [group for group in results.groups(series, task) if group.by == by and group.samples]
         for series in results.series
     ]
     rows = [
         [series.label, *(cell(group.samples) for group in groups)]
-        for series, groups in zip(results.series, found, strict=True)
+        for series, groups in zip(results.series, series_groups, strict=True)
     ]
-    return fit([name, *map(_column, found[0])], rows)
+    return fit_table([name, *map(_column, series_groups[0])], rows)
 
 
 def _column(group: SampleGroup) -> str:
@@ -87,7 +91,7 @@ def _share(samples: Sequence[Sample]) -> str:
 
 
 def _recall(samples: Sequence[Sample]) -> str:
-    return show(mean(samples, "recall"), signed=True)
+    return format_estimate(mean(samples, "recall"), signed=True)
 
 
 def _regions(results: NeedleResults, task: str) -> str:
@@ -97,11 +101,11 @@ def _regions(results: NeedleResults, task: str) -> str:
         for region in REGIONS:
             samples = series.of(task=task, region=region)
             if samples:
-                values = [_recall(samples), show(mean(samples, "gain"), signed=True)]
+                values = [_recall(samples), format_estimate(mean(samples, "gain"), signed=True)]
                 tops = [f"{mean(samples, name).mean:.3f}" for name in ("top", "top_decoy")]
-                label = f"{series.label}, {WHERE[region]}"
+                label = f"{series.label}, {REGION_LABELS[region]}"
                 rows.append([label, str(len(samples)), _share(samples), *values, *tops])
-    return fit(head, rows)
+    return fit_table(head, rows)
 
 
 def _differences(results: NeedleResults, task: str) -> str:
@@ -112,22 +116,22 @@ def _differences(results: NeedleResults, task: str) -> str:
             ours, theirs = (series.of(task=task, region=region) for series in (a, b))
             if ours:
                 values = [difference(ours, theirs, name) for name in ("correct", "recall")]
-                label = f"{a.label} - {b.label}, {WHERE[region]}"
-                rows.append([label, *(show(value, signed=True) for value in values)])
-    return fit(head, rows)
+                label = f"{a.label} - {b.label}, {REGION_LABELS[region]}"
+                rows.append([label, *(format_estimate(value, signed=True) for value in values)])
+    return fit_table(head, rows)
 
 
 def sentence(results: NeedleResults) -> str:
-    """What the numbers say of needles that attention no longer sees."""
-    asked = [r for r in SAID if any(s.of(region=r) for s in results.series)]
-    region = asked[0]
-    where = SAID[region] + ("" if region == "outside" else " (none was outside)")
-    said = [
+    """A summary of recall outside the attention window."""
+    regions = [r for r in REGION_TITLES if any(s.of(region=r) for s in results.series)]
+    region = regions[0]
+    where = REGION_TITLES[region] + ("" if region == "outside" else " (none was outside)")
+    parts = [
         f"{series.label} found {_counted(series, region)}, with a recall of "
-        f"{_clear(mean(series.of(region=region), 'recall'))}"
+        f"{_recall_in_words(mean(series.of(region=region), 'recall'))}"
         for series in results.series
     ]
-    return f"{where}, {'; '.join(said)}."
+    return f"{where}, {'; '.join(parts)}."
 
 
 def _counted(series: NeedleSeries, region: str) -> str:
@@ -135,9 +139,9 @@ def _counted(series: NeedleSeries, region: str) -> str:
     return f"{sum(sample.is_correct for sample in samples)} of {len(samples)} needles"
 
 
-def _clear(recall: Estimate) -> str:
+def _recall_in_words(recall: Estimate) -> str:
     value = f"{recall.mean:+.3f}"
     if math.isnan(recall.stderr):
         return f"{value} nats per token"
-    verdict = "" if recall.is_clear() else ", not significantly different from none"
+    verdict = "" if recall.is_significant() else ", not significantly different from none"
     return f"{value} ± {recall.stderr:.3f} nats per token{verdict}"

@@ -1,4 +1,4 @@
-"""What training cost: FLOPs by formula, seconds as measured, back to the first random weights."""
+"""Training cost of a run and its ancestors: FLOPs by formula, measured seconds."""
 
 import math
 import statistics
@@ -19,12 +19,12 @@ from tttjax.runs.run import Run
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.metrics import read_records
 
-SLOW = 20.0  # times the median
+OUTLIER = 20.0  # steps slower than this many medians count as the median
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Of a run, or of a chain of runs. seconds: None where no record is left."""
+    """Training cost of a run or a chain of runs. seconds: None without records."""
 
     tokens: int
     flops: float
@@ -37,10 +37,10 @@ class RunCost:
 
 
 def run_facts(member: Member) -> RunFacts:
-    """How far a member's run got, and what it cost with those that it was started from."""
+    """Progress and training cost of a member's run, including the runs it was initialized from."""
     run = member.run
     steps = run.config.train.steps
-    cost, complete = _with_ancestors(run.config, Path(run.source), run.step, frozenset())
+    cost, complete = _cost_with_ancestors(run.config, Path(run.source), run.step, frozenset())
     rates = [record["time"]["tokens_per_second"] for record in _records(Path(run.source), run.step)]
     return RunFacts(
         workdir=shown_path(run.source),
@@ -57,7 +57,7 @@ def run_facts(member: Member) -> RunFacts:
 
 
 def warn_unfinished(label: str, run: Run) -> str:
-    """A sentence if the run stopped before its last step; else empty."""
+    """A warning if the run stopped before its last step; else empty."""
     steps = run.config.train.steps
     if run.step is None or run.step >= steps:
         return ""
@@ -67,10 +67,10 @@ def warn_unfinished(label: str, run: Run) -> str:
     )
 
 
-def _with_ancestors(
-    config: Config, source: Path, step: int | None, seen: frozenset[Path]
+def _cost_with_ancestors(
+    config: Config, source: Path, step: int | None, visited: frozenset[Path]
 ) -> tuple[RunCost, bool]:
-    """(cost, whether every run it goes back to was found)."""
+    """(cost, whether all ancestors were found)."""
     train = config.train
     tokens = (train.steps if step is None else step) * train.batch_size * train.seq_len
     flops = tokens * _flops_per_token(config.model, config.inner, train.seq_len)
@@ -79,54 +79,55 @@ def _with_ancestors(
     cost = RunCost(tokens, flops, seconds)
     if not train.init_from:
         return cost, True
-    places = possible_places(train.init_from, workdir_of(source))
-    origin = next((place for place in places if place.exists()), places[0])
-    if origin.resolve() in seen:
+    paths = possible_places(train.init_from, workdir_of(source))
+    origin = next((path for path in paths if path.exists()), paths[0])
+    if origin.resolve() in visited:
         return cost, False
-    its_config, its_step = read_config(workdir_of(origin)), _step(origin)
-    if its_config is None or its_step is None:
+    origin_config, origin_step = read_config(workdir_of(origin)), _step(origin)
+    if origin_config is None or origin_step is None:
         return cost, False
-    before, complete = _with_ancestors(its_config, origin, its_step, seen | {origin.resolve()})
-    return before + cost, complete
+    earlier, complete = _cost_with_ancestors(
+        origin_config, origin, origin_step, visited | {origin.resolve()}
+    )
+    return earlier + cost, complete
 
 
 def _time(seconds: list[float]) -> float | None:
-    """Of all steps together. One that took very long was compiled, or slept through with the
-    machine, and counts as the median."""
+    """Total of all steps. Outliers (compilation, a suspended machine) count as the median."""
     if not seconds:
         return None
-    usual = statistics.median(seconds)
-    return sum(usual if s > SLOW * usual else s for s in seconds)
+    median = statistics.median(seconds)
+    return sum(median if s > OUTLIER * median else s for s in seconds)
 
 
 @cache
 def _flops_per_token(model: ModelConfig, inner: InnerConfig, seq_len: int) -> float:
-    """Counting takes the model's shapes, and a moment; runs of one shape share it."""
+    """Cached: runs with one configuration share the result."""
     return train_flops_per_token(model, inner, seq_len)
 
 
 def _step(source: Path) -> int | None:
     """The step of a checkpoint, or of a work directory's newest; None if there is none.
 
-    Nothing is read, so it may be damaged: the weights that came from it are elsewhere by now.
+    Uses file names alone, so the checkpoint may be damaged.
     """
     folder = epath.Path(source)
     if not (folder / checkpoint_format.META).exists():
-        found = checkpoint_format.completed_checkpoints(folder / checkpoints.CHECKPOINT_DIR)
-        folder = found[-1] if found else folder
+        completed = checkpoint_format.completed_checkpoints(folder / checkpoints.CHECKPOINT_DIR)
+        folder = completed[-1] if completed else folder
     return int(folder.name) if folder.name.isdigit() else None
 
 
 def workdir_of(source: Path) -> Path:
-    """The work directory that a checkpoint lies in; `source` itself if it is one."""
+    """The work directory of a checkpoint; `source` itself if it is one."""
     folders = (source, *source.absolute().parents[:2])
     return next((folder for folder in folders if (folder / CONFIG).exists()), source)
 
 
 def _records(source: Path, step: int | None) -> list[dict[str, Any]]:
-    """The run's metrics up to the step, one record for each step.
+    """The run's metrics up to `step`, one record per step.
 
-    Raises UserError for records that are damaged.
+    Raises UserError for damaged records.
     """
     records = read_records(workdir_of(source))
     for record in records:

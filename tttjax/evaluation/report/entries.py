@@ -1,4 +1,4 @@
-"""The runs of a report: which belong to one system, and which of them is read at which context."""
+"""Report entries: groups runs into systems and selects the runs for each context length."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ AUTO, DYNAMIC = "auto", "dynamic"
 
 @dataclass(frozen=True)
 class ReportEntry:
-    """One run of a system. Entries with one label are its seeds, and its runs at other contexts.
+    """One run of a system. Entries with one label are seeds and context lengths of one system.
 
-    system: label in tables and plots. workdir: work directory, or one checkpoint.
-    mode: how it reads: "on", "off", "dynamic", or "auto" (on if it has fast weights, else off).
-    context: tokens for which it was made, 0 for its train.seq_len: where a system has runs of
-        several contexts, each is evaluated at its own; the only one is evaluated at all.
-    seed: which repetition it belongs to; None for its train.seed.
-    learning: changes to how it learns while reading.
+    system: label in tables and plots. workdir: work directory or checkpoint.
+    mode: "on", "off", "dynamic", or "auto" (on if the run has fast weights, else off).
+    context: training context in tokens (0: its train.seq_len). If a system has runs for several
+        contexts, each is evaluated at its own; a single run is evaluated at all.
+    seed: repetition (None: its train.seed).
+    learning: changes to the inner loop.
     """
 
     system: str
@@ -43,7 +43,7 @@ class ReportEntry:
 
 @dataclass(frozen=True)
 class Member:
-    """An entry whose run has been found."""
+    """An entry with its opened run."""
 
     run: Run
     context: int
@@ -61,7 +61,7 @@ class Member:
 
 @dataclass(frozen=True)
 class System:
-    """What is compared: all runs under one label, read in one mode."""
+    """All runs with one label, evaluated in one mode."""
 
     label: str
     members: tuple[Member, ...]
@@ -76,22 +76,22 @@ class System:
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """For which contexts it has runs, shortest first."""
+        """Context lengths of its runs, shortest first."""
         return tuple(sorted({member.context for member in self.members}))
 
     def at(self, length: int) -> tuple[Member, ...]:
-        """The runs that are read with this much context, one for each seed; () if it has none."""
+        """The runs for this context length, one per seed."""
         several = len(self.contexts) > 1
-        found = [m for m in self.members if not several or m.context == length]
-        return tuple(sorted(found, key=lambda member: member.seed))
+        members = [m for m in self.members if not several or m.context == length]
+        return tuple(sorted(members, key=lambda member: member.seed))
 
     def is_full_attention(self) -> bool:
-        """Whether nothing but full attention mixes tokens, and nothing learns while reading."""
+        """Whether all mixers are full attention, without TTT."""
         return set(self.config.model.mixers) == {"full"} and self.mode == "off"
 
 
 def parse_entry(text: str) -> ReportEntry:
-    """`label=DIR`, `label=DIR:mode`, `DIR` or `DIR:mode`; without a label the folder's name."""
+    """`label=DIR`, `label=DIR:mode`, `DIR` or `DIR:mode`; default label: the folder's name."""
     label, folder = "", text
     if "=" in text and not Path(text).exists():
         label, _, folder = text.partition("=")
@@ -106,22 +106,22 @@ def parse_entry(text: str) -> ReportEntry:
             )
         folder, mode = head, tail
     if not folder:
-        raise UserError(f"{text!r} names no directory; write LABEL=DIR")
+        raise UserError(f"{text!r} names no directory; give LABEL=DIR")
     label = label or Path(folder).resolve().name
     return ReportEntry(label, Path(folder), mode)
 
 
 def open_systems(entries: Sequence[ReportEntry]) -> tuple[System, ...]:
-    """Finds all runs, and groups them by label in the order of their first entries.
+    """Opens all runs and groups them by label, in the order of first appearance.
 
-    Raises UserError for runs that are not there, and for two that would stand for the same.
+    Raises UserError for missing or duplicate runs.
     """
     if not entries:
-        raise UserError("there is nothing to report on; give the work directories of runs")
+        raise UserError("no runs to report on; give the work directories of runs")
     members: dict[str, list[Member]] = {}
     for entry in entries:
-        members.setdefault(entry.system, []).append(_open(entry))
-    systems = tuple(System(label, tuple(found)) for label, found in members.items())
+        members.setdefault(entry.system, []).append(_resolve(entry))
+    systems = tuple(System(label, tuple(of_label)) for label, of_label in members.items())
     for system in systems:
         _check(system)
     _check_distinct(systems)
@@ -129,13 +129,13 @@ def open_systems(entries: Sequence[ReportEntry]) -> tuple[System, ...]:
 
 
 def shown_path(path: str | Path) -> str:
-    """As a report names it: from the current directory if it lies there, so that it can travel."""
-    full, here = Path(path).absolute(), Path.cwd()
-    return str(full.relative_to(here)) if full.is_relative_to(here) else str(path)
+    """Path for a report: relative to the current directory if inside it."""
+    full, current = Path(path).absolute(), Path.cwd()
+    return str(full.relative_to(current)) if full.is_relative_to(current) else str(path)
 
 
 def choose_baseline(systems: Sequence[System], label: str = "") -> System:
-    """The one with the label; without, the first of full attention alone, else the first."""
+    """The system with the label; default: the first with full attention only, else the first."""
     if not label:
         return next((s for s in systems if s.is_full_attention()), systems[0])
     for system in systems:
@@ -145,13 +145,13 @@ def choose_baseline(systems: Sequence[System], label: str = "") -> System:
     raise UserError(f"the baseline {label!r} is not among the systems {have}; choose one of them")
 
 
-def _open(entry: ReportEntry) -> Member:
+def _resolve(entry: ReportEntry) -> Member:
     run = open_run(RunSpec(entry.workdir, entry.system))
     auto = "on" if run.has_fast_weights else "off"
     run = dataclasses.replace(run, modes=(auto if entry.mode == AUTO else entry.mode,))
-    choose_modes([run], ())  # refuses a mode that does not fit
+    choose_modes([run], ())  # raises for a mode that does not fit
     if len(inner_learning_rates(run, run.modes[0], entry.learning)) > 1:
-        raise UserError(f"{entry.system} has several dynamic_lrs; give each a label of its own")
+        raise UserError(f"{entry.system} has several dynamic_lrs; give each its own label")
     train = run.config.train
     seed = train.seed if entry.seed is None else entry.seed
     return Member(run, entry.context or train.seq_len, seed, entry.learning)
@@ -161,29 +161,29 @@ def _check(system: System) -> None:
     modes = sorted({member.mode for member in system.members})
     if len(modes) > 1:
         raise UserError(
-            f"the runs of {system.label} are read in different modes ({', '.join(modes)}); give "
-            "each mode a label of its own"
+            f"the runs of {system.label} use different modes ({', '.join(modes)}); give "
+            "each mode its own label"
         )
-    seen: dict[tuple[int, int], str] = {}
+    sources: dict[tuple[int, int], str] = {}
     for member in system.members:
         key = member.context, member.seed
-        if key in seen:
+        if key in sources:
             raise UserError(
                 f"{system.label} has two runs with context {member.context} and seed {member.seed}:"
-                f" {seen[key]} and {member.run.source}; leave one out, or give it another label"
+                f" {sources[key]} and {member.run.source}; remove one, or give it another label"
             )
-        seen[key] = member.run.source
+        sources[key] = member.run.source
 
 
 def _check_distinct(systems: Sequence[System]) -> None:
-    seen: dict[tuple, str] = {}
+    sources: dict[tuple, str] = {}
     for system in systems:
         for member in system.members:
             source = Path(member.run.source).resolve()
             key = (source, member.mode, repr(member.learning))
-            if key in seen:
+            if key in sources:
                 raise UserError(
-                    f"{member.run.source} is given twice, as {seen[key]} and as {system.label}, "
-                    "and would be read in the same way; leave one out"
+                    f"{member.run.source} is given twice, as {sources[key]} and as {system.label}, "
+                    "with the same settings; remove one"
                 )
-            seen[key] = system.label
+            sources[key] = system.label

@@ -1,4 +1,4 @@
-"""The report on disk: Markdown, a page, a table in long form, JSON, plots."""
+"""Report files: Markdown, an HTML page, a CSV table in long form, JSON, plots."""
 
 import json
 import math
@@ -28,7 +28,7 @@ ALL = "all"
 
 
 def write_report(report: Report, out: str | os.PathLike) -> dict[str, Path]:
-    """Writes all files under `out`, each whole or not at all; returns their paths by name."""
+    """Writes all files under `out`, each atomically; returns their paths by name."""
     images = {name: plots.images(name, report) for name in plots.PLOTS}
     writers: dict[str, Callable[[Path], None]] = {
         f"{name}.png": partial(_write_bytes, light) for name, (light, _) in images.items()
@@ -48,7 +48,7 @@ def _write_bytes(content: bytes, path: Path) -> None:
 
 
 def to_markdown(report: Report) -> str:
-    """The whole report; the plots are files beside it."""
+    """The report as Markdown; plots are separate files."""
     parts = [f"# {report.title}", f"{about_text(report)} {about_errors(report)}"]
     if report.warnings:
         parts.append("\n".join(f"- **Note:** {warning}" for warning in report.warnings))
@@ -68,7 +68,7 @@ Row = dict[str, Any]
 
 
 def to_json(report: Report) -> str:
-    """Everything that was found; what is not known is null."""
+    """All results as JSON; unknown values are null."""
     values = {
         "format": FORMAT,
         "title": report.title,
@@ -84,13 +84,13 @@ def to_json(report: Report) -> str:
         "columns": COLUMNS,
     }
     head = json.dumps(values, indent=1, allow_nan=False)
-    # A line for each row: an indented number to a line would make most of the file blanks.
+    # One row per line: indented numbers would make most of the file white space.
     body = ",\n  ".join(json.dumps(list(row.values()), allow_nan=False) for row in rows(report))
     return f'{head[:-2]},\n "rows": [\n  {body}\n ]\n}}\n'
 
 
 def _system(system: SystemResult) -> Row:
-    runs = {run.workdir: run for found in system.runs.values() for run in found}
+    runs = {run.workdir: run for runs in system.runs.values() for run in runs}
     return {
         "label": system.label,
         "mode": system.mode,
@@ -101,24 +101,24 @@ def _system(system: SystemResult) -> Row:
 
 
 def rows(report: Report) -> Iterator[Row]:
-    """Every number as a row of its own, with the columns of report.csv.
+    """One row per number, with the columns of report.csv.
 
-    quantity: loss (and, of single seeds, seed_loss), difference (from the baseline), both also
-    _by_position; training_flops, training_tokens, training_seconds of each run with those that it
-    was started from; state_bytes.
+    quantity: loss (seed_loss for single seeds), difference (from the baseline), both also
+    _by_position; training_flops, training_tokens, training_seconds of each run including its
+    ancestors; state_bytes.
     """
     for system in report.systems:
         for length in report.lengths:
-            if system.readings.get(length):
+            if system.sums.get(length):
                 yield from _of_length(report, system, length)
 
 
 def _of_length(report: Report, system: SystemResult, length: int) -> Iterator[Row]:
     row = partial(_row, system, length)
-    readings, theirs = system.readings[length], report.baseline.readings.get(length)
+    sums, theirs = system.sums[length], report.baseline.sums.get(length)
     edges = position_bins(length, report.window, report.bins)
-    yield row("loss", "nats per token", 1, length, loss(readings))
-    for run, one in zip(system.runs[length], readings, strict=True):
+    yield row("loss", "nats per token", 1, length, loss(sums))
+    for run, one in zip(system.runs[length], sums, strict=True):
         yield row("seed_loss", "nats per token", 1, length, loss([one]), run.seed)
         for quantity, unit, value in (
             ("training_flops", "FLOPs", run.flops),
@@ -129,9 +129,9 @@ def _of_length(report: Report, system: SystemResult, length: int) -> Iterator[Ro
     if theirs and system is not report.baseline:
         yield row("difference", "nats per token", 1, length, report.difference(system, length))
     yield row("state_bytes", "bytes", 1, length, system.state_bytes.get(length))
-    curves = {"loss_by_position": by_position(readings, edges)}
+    curves = {"loss_by_position": by_position(sums, edges)}
     if theirs and system is not report.baseline:
-        curves["difference_by_position"] = difference_by_position(readings, theirs, edges)
+        curves["difference_by_position"] = difference_by_position(sums, theirs, edges)
     for quantity, curve in curves.items():
         for i in range(len(edges) - 1):
             of_bin = Value(curve.mean[i], curve.documents[i], curve.seeds[i])

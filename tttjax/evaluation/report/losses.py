@@ -1,4 +1,4 @@
-"""Losses of every system at every context length, kept in a folder so that none is read twice."""
+"""Losses of every system at every context length, cached in a folder."""
 
 import dataclasses
 import hashlib
@@ -28,8 +28,8 @@ CACHE = "cache"
 
 
 @dataclass(frozen=True)
-class LossReader:
-    """The held-out tokens that all systems read, and where what they lost on them is kept."""
+class LossEvaluator:
+    """Evaluates systems on shared held-out tokens, with cached losses."""
 
     data: PreparedData | Path | str
     split: str
@@ -41,28 +41,30 @@ class LossReader:
     cache: Path
     progress: TextIO | None
 
-    def read(self, systems: Sequence[System]) -> dict[str, dict[int, tuple[Sums, ...]]]:
-        """By label and context length, the losses of each seed's run."""
+    def evaluate(self, systems: Sequence[System]) -> dict[str, dict[int, tuple[Sums, ...]]]:
+        """Losses by label and context length, one `Sums` per seed."""
         plan = [
             (system, length, member)
             for system in systems
             for length in self.lengths
             for member in system.at(length)
         ]
-        found: dict[str, dict[int, tuple[Sums, ...]]] = {system.label: {} for system in systems}
+        losses: dict[str, dict[int, tuple[Sums, ...]]] = {system.label: {} for system in systems}
         for i, (system, length, member) in enumerate(plan):
             path = self._path(member, length)
             sums = load(path) if path.exists() else None
             if sums is None:
-                self._say(f"report: {i + 1} of {len(plan)}, {_name(member)} at {length:,} tokens")
-                sums = self._evaluate(member, length)
+                self._report_progress(
+                    f"report: {i + 1} of {len(plan)}, {_name(member)} at {length:,} tokens"
+                )
+                sums = self._evaluate_member(member, length)
                 if jax.process_index() == 0:
                     save(path, sums)
-            of_system = found[system.label]
+            of_system = losses[system.label]
             of_system[length] = (*of_system.get(length, ()), sums)
-        return found
+        return losses
 
-    def _evaluate(self, member: Member, length: int) -> Sums:
+    def _evaluate_member(self, member: Member, length: int) -> Sums:
         comparison = compare(
             [member.run],
             data=self.data,
@@ -77,8 +79,8 @@ class LossReader:
         return series.contexts[length]
 
     def _path(self, member: Member, length: int) -> Path:
-        """A name made of everything that the numbers depend on, batch size and devices left out."""
-        assert member.run.checkpoint is not None  # runs of a report come from disk
+        """Cache file; its name hashes all inputs of the numbers but batch size and devices."""
+        assert member.run.checkpoint is not None  # runs of a report are on disk
         facts = {
             "format": FORMAT,
             "run": str(Path(member.run.source).resolve()),
@@ -98,13 +100,13 @@ class LossReader:
         hashed.update(np.ascontiguousarray(self.held_out.document).tobytes())
         return f"{self.text.fingerprint} {hashed.hexdigest()}"
 
-    def _say(self, line: str) -> None:
+    def _report_progress(self, line: str) -> None:
         if self.progress is not None and jax.process_index() == 0:
             self.progress.write(line + "\n")
             self.progress.flush()
 
 
-def open_reader(
+def make_loss_evaluator(
     systems: Sequence[System],
     data: PreparedData | Path | str | None,
     split: str,
@@ -112,15 +114,15 @@ def open_reader(
     window: int,
     out: Path,
     progress: TextIO | None,
-) -> LossReader:
-    """Chooses the held-out tokens. UserError if one of the runs has another tokenizer.
+) -> LossEvaluator:
+    """Selects the held-out tokens. Raises UserError if a run has another tokenizer.
 
-    The first system's first run says which data and split, where they are not given.
+    Data and split default to those of the first system's first run.
     """
     runs = [member.run for system in systems for member in system.members]
     lengths = settings.context_lengths
     held_out, text = open_text(runs, data, split, settings, max(lengths))
-    return LossReader(
+    return LossEvaluator(
         data=data if isinstance(data, PreparedData) else Path(text.folder),
         split=text.split,
         settings=settings,
@@ -134,16 +136,16 @@ def open_reader(
 
 
 def save(path: Path, sums: Sums) -> None:
-    """Writes sums under a name of their own, whole or not at all."""
+    """Writes sums as .npz, atomically."""
     arrays = {f.name: getattr(sums, f.name) for f in dataclasses.fields(sums)}
-    known = {name: value for name, value in arrays.items() if value is not None}
+    present = {name: value for name, value in arrays.items() if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **known)
+        np.savez(file, **present)
 
 
 def load(path: Path) -> Sums | None:
-    """What `save` wrote; None if it cannot be read, so that it is computed again."""
+    """The sums of a cache file; None if it is unreadable."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             return Sums(arrays["loss_DL"], arrays["count_DL"], arrays.get("bytes_DL"))

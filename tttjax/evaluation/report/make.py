@@ -1,4 +1,4 @@
-"""Makes a report: opens the runs, reads what was not read before, writes."""
+"""Makes a report: opens runs, evaluates missing losses, writes files."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from tttjax.evaluation.report.entries import (
     shown_path,
 )
 from tttjax.evaluation.report.files import write_report
-from tttjax.evaluation.report.losses import open_reader
+from tttjax.evaluation.report.losses import make_loss_evaluator
 from tttjax.evaluation.report.results import Report, SystemResult
 from tttjax.evaluation.report.state import state_bytes
 from tttjax.evaluation.report.summary import several, summarise
@@ -45,21 +45,21 @@ def make_report(
     progress: TextIO | None = None,
     notes: str = "",
 ) -> Report:
-    """Compares the systems on the same held-out tokens, and writes the report under `out`.
+    """Compares systems on the same held-out tokens and writes the report under `out`.
 
     Arguments:
-      entries: the runs; those with one label are seeds and contexts of one system.
+      entries: the runs; entries with one label are seeds and contexts of one system.
       data, split: a prepared data set (default: the baseline's own) and its split.
-      lengths: contexts in tokens (default: those that systems have a run of their own for, else
-        the baseline's eval.context_lengths).
+      lengths: contexts in tokens (default: the training contexts of systems with several, else the
+        baseline's eval.context_lengths).
       num_sequences: sequences of the longest context (0: the baseline's eval.num_sequences).
-      baseline: label of the system that differences are taken from (default: the first of full
-        attention alone, else the first).
-      progress: where progress goes; None: nowhere.
-      notes: Markdown paragraphs that are put below the summary.
+      baseline: label of the reference system for differences (default: the first with full
+        attention only, else the first).
+      progress: stream for progress; None for no output.
+      notes: Markdown paragraphs to add below the summary.
 
     Raises:
-      UserError: runs, data, tokenizers or lengths that do not fit together.
+      UserError: incompatible runs, data, tokenizers or lengths.
     """
     out = local_path(out, "--out")
     systems = open_systems(entries)
@@ -67,22 +67,20 @@ def make_report(
     check_writable(out)
     settings, window = _settings(systems, chosen, lengths, num_sequences)
     ordered = [chosen, *(system for system in systems if system is not chosen)]
-    reader = open_reader(ordered, data, split, settings, window, out, progress)
-    readings = reader.read(systems)
-    results = tuple(
-        _result(system, readings[system.label]) for system in systems if readings[system.label]
-    )
-    described = reader.text.describe(reader.held_out)
+    evaluator = make_loss_evaluator(ordered, data, split, settings, window, out, progress)
+    sums = evaluator.evaluate(systems)
+    results = tuple(_result(system, sums[system.label]) for system in systems if sums[system.label])
+    described = evaluator.text.describe(evaluator.held_out)
     report = Report(
         title=title or _title([result.label for result in results]),
         systems=results,
         baseline=next(result for result in results if result.label == chosen.label),
-        lengths=reader.lengths,
+        lengths=evaluator.lengths,
         window=window,
         bins=settings.bins,
         text={**described, "data": shown_path(described["data"])},
         notes=notes,
-        warnings=_warnings(systems, results, reader.lengths, described["documents"]),
+        warnings=_warnings(systems, results, evaluator.lengths, described["documents"]),
     )
     report = dataclasses.replace(report, summary=summarise(report))
     if jax.process_index() == 0:
@@ -98,7 +96,7 @@ def _title(labels: Sequence[str]) -> str:
 def _settings(
     systems: Sequence[System], baseline: System, lengths: Sequence[int], num_sequences: int
 ) -> tuple[EvalConfig, int]:
-    """(the baseline's settings with the contexts to be read, the largest window).
+    """(the baseline's settings with the chosen context lengths, the largest window).
 
     Raises UserError for a context that does not fit a run, or if the baseline has no run for any.
     """
@@ -110,34 +108,34 @@ def _settings(
         number = check_value("eval.num_sequences", num_sequences)
         settings = dataclasses.replace(settings, num_sequences=number)
     window = largest_window([m.run for s in systems for m in s.members], settings)
-    found = context_lengths([], [], settings, window, LearningOptions())
+    chosen = context_lengths([], [], settings, window, LearningOptions())
     for system in systems:
         for member in system.members:
-            its_lengths = tuple(length for length in found if member in system.at(length))
-            if its_lengths:
-                its_settings = dataclasses.replace(settings, context_lengths=its_lengths)
+            member_lengths = tuple(length for length in chosen if member in system.at(length))
+            if member_lengths:
+                member_settings = dataclasses.replace(settings, context_lengths=member_lengths)
                 modes = [(member.mode,)]
-                context_lengths([member.run], modes, its_settings, window, member.learning)
-    if not any(map(baseline.at, found)):
+                context_lengths([member.run], modes, member_settings, window, member.learning)
+    if not any(map(baseline.at, chosen)):
         raise UserError(
             f"the baseline {baseline.label} has no run for any of the contexts "
-            f"{', '.join(map(str, found))}, only for {', '.join(map(str, baseline.contexts))}; "
+            f"{', '.join(map(str, chosen))}, only for {', '.join(map(str, baseline.contexts))}; "
             "choose another with --baseline, or other --lengths"
         )
-    return dataclasses.replace(settings, context_lengths=found), window
+    return dataclasses.replace(settings, context_lengths=chosen), window
 
 
-def _result(system: System, readings: dict[int, tuple[Sums, ...]]) -> SystemResult:
+def _result(system: System, sums: dict[int, tuple[Sums, ...]]) -> SystemResult:
     facts = {id(member): run_facts(member) for member in system.members}
-    at = {length: system.at(length) for length in readings}
+    at = {length: system.at(length) for length in sums}
     return SystemResult(
         label=system.label,
         mode=system.mode,
         inner=_inner(system.members[0]),
         parameters=parameter_count(system.config.model),
-        readings=readings,
-        runs={length: tuple(facts[id(member)] for member in at[length]) for length in readings},
-        state_bytes={length: state_bytes(at[length][0], length) for length in readings},
+        sums=sums,
+        runs={length: tuple(facts[id(member)] for member in at[length]) for length in sums},
+        state_bytes={length: state_bytes(at[length][0], length) for length in sums},
     )
 
 
@@ -155,25 +153,27 @@ def _warnings(
     lengths: Sequence[int],
     documents: int,
 ) -> tuple[str, ...]:
-    read = {result.label for result in results}
-    found = [
+    evaluated = {result.label for result in results}
+    warnings = [
         warn_unfinished(system.label, member.run) for system in systems for member in system.members
     ]
-    found += [
-        f"{system.label} has runs for contexts of {', '.join(map(str, system.contexts))} tokens "
-        "and none of those that were read; it is left out."
+    warnings += [
+        f"{system.label} has runs for contexts of {', '.join(map(str, system.contexts))} tokens, "
+        "but not for the evaluated ones; it is left out."
         for system in systems
-        if system.label not in read
+        if system.label not in evaluated
     ]
     for system in systems:
         for length in lengths:
             seeds = {member.seed for member in system.at(length)}
             missing = {member.seed for member in system.members} - seeds
             if seeds and missing:
-                found.append(
+                warnings.append(
                     f"{system.label} has no run with context {length} of seed "
                     f"{', '.join(map(str, sorted(missing)))}."
                 )
     if documents < 2:
-        found.append("There is one held-out document only, so no standard error over documents.")
-    return tuple(filter(None, found))
+        warnings.append(
+            "There is only one held-out document, so there is no standard error over documents."
+        )
+    return tuple(filter(None, warnings))

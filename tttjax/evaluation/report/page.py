@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: plots inside, light and dark, any width."""
+"""The report as one self-contained, responsive HTML page, for light and dark mode."""
 
 import base64
 import re
@@ -40,7 +40,7 @@ Images = Mapping[str, tuple[bytes, bytes]]
 
 
 def to_html(report: Report, images: Images) -> str:
-    """The whole page. images: by plot, as PNG on light and on dark ground."""
+    """The page. images: plot name -> (PNG on a light, on a dark background)."""
     title = escape(report.title)
     return "\n".join(
         [
@@ -76,7 +76,7 @@ def _section(section: Section, image: tuple[bytes, bytes] | None, baseline: str)
     title = escape(section.title)
     parts = [f'<div class="section"><h2>{title}</h2>', f"<p>{escape(section.text)}</p>"]
     if image:
-        light, dark = map(_address, image)
+        light, dark = map(_data_url, image)
         parts.append(
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{title}"></picture>'
@@ -84,8 +84,8 @@ def _section(section: Section, image: tuple[bytes, bytes] | None, baseline: str)
     return "\n".join([*parts, _table(section.table, baseline), "</div>"])
 
 
-def _address(png: bytes) -> str:
-    """An image as the text of an address that holds it whole."""
+def _data_url(png: bytes) -> str:
+    """A PNG as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -106,7 +106,7 @@ def _table(table: Table, baseline: str) -> str:
 
 
 def _notes(markdown: str) -> Iterator[str]:
-    """The little Markdown of notes: headings, lists, fenced code, `code`, **bold**."""
+    """Renders the Markdown subset of notes: headings, lists, fenced code, `code`, **bold**."""
     for block in _blocks(markdown):
         lines = block.splitlines()
         if block.startswith("```"):
@@ -121,7 +121,7 @@ def _notes(markdown: str) -> Iterator[str]:
 
 
 def _blocks(markdown: str) -> Iterator[str]:
-    """Fenced code whole, everything else divided at empty lines."""
+    """Splits at empty lines, except within fenced code."""
     for part in re.split(r"(^```.*?^```[^\n]*$)", markdown, flags=re.MULTILINE | re.DOTALL):
         if part.startswith("```"):
             yield part

@@ -1,4 +1,4 @@
-"""Plots of a report, on light and on dark ground, as matplotlib Figures without global state."""
+"""Plots of a report on light and dark backgrounds, as matplotlib Figures without global state."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tttjax.evaluation.plots import COLOURS, DPI
+from tttjax.evaluation.plots import COLOURS, DPI, set_loss_limits
 from tttjax.evaluation.report.results import Report, SystemResult, systems_at
 from tttjax.evaluation.report.statistics import Value, by_position, difference_by_position
 from tttjax.evaluation.report.tables import mean_flops, trained
 from tttjax.evaluation.statistics import position_bins
 
-HUES = COLOURS[:-1]  # black would vanish on dark ground
+HUES = COLOURS[:-1]  # without black, which is invisible on a dark background
 BASELINE = "0.55"
-PALETTE = 96  # colours of a file: some twenty, each with its shades towards the ground
+PALETTE = 96  # colours per file: about twenty, with shades towards the background
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 DARK: dict[Any, Any] = {
@@ -31,12 +31,12 @@ Draw = Callable[[Axes, Report], None]
 
 
 def images(name: str, report: Report) -> tuple[bytes, bytes]:
-    """The plot as PNG on light ground, and on dark."""
+    """The plot as PNG on a light and on a dark background."""
     return _png(draw(name, report)), _png(draw(name, report, dark=True))
 
 
 def _png(figure: Figure) -> bytes:
-    """With a palette: a third of the size, since a plot has few colours."""
+    """The figure as PNG with a palette, a third of the size."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
     with Image.open(drawn) as image:
@@ -45,17 +45,17 @@ def _png(figure: Figure) -> bytes:
 
 
 def draw(name: str, report: Report, dark: bool = False) -> Figure:
-    """The plot of that name, one of `PLOTS`."""
+    """The plot with this name, one of `PLOTS`."""
     with matplotlib.rc_context(DARK if dark else {}):
-        two = name == "loss_by_position" and _has_others(report)
+        two = name == "loss_by_position" and _has_differences(report)
         legend = 0.2 * -(-len(report.systems) // 4)
         height = (7.0 if two else 4.2) + legend
         figure = Figure(figsize=(7.5, height), dpi=DPI, layout="constrained")
         if two:
-            above, below = figure.subplots(2, 1, sharex=True)
-            _loss_by_position(above, report)
-            _difference_by_position(below, report)
-            panels = [above, below]
+            top, bottom = figure.subplots(2, 1, sharex=True)
+            _loss_by_position(top, report)
+            _difference_by_position(bottom, report)
+            panels = [top, bottom]
         else:
             panels = [figure.subplots()]
             PLOTS[name](panels[0], report)
@@ -69,7 +69,7 @@ def draw(name: str, report: Report, dark: bool = False) -> Figure:
     return figure
 
 
-# What is drawn -----------------------------------------------------------------------------------
+# Plots -------------------------------------------------------------------------------------------
 
 
 def _difference_by_context(axes: Axes, report: Report) -> None:
@@ -77,7 +77,7 @@ def _difference_by_context(axes: Axes, report: Report) -> None:
     for i, system in enumerate(others):
         values = [(n, report.difference(system, n)) for n in report.lengths]
         known = [(n, v) for n, v in values if v is not None]
-        # Side by side, so that error bars do not hide each other.
+        # Offset in x, so that error bars do not overlap.
         shift = 2 ** (0.04 * (i - (len(others) - 1) / 2))
         _errorbar(axes, [n * shift for n, _ in known], [v for _, v in known], report, system)
     axes.axhline(0, color=BASELINE, linewidth=1.4, label=report.baseline.label)
@@ -91,10 +91,10 @@ def _loss_by_position(axes: Axes, report: Report) -> None:
     centre = (edges[:-1] + edges[1:] + 1) / 2
     curves = []
     for system in systems_at(report, report.longest):
-        value = by_position(system.readings[report.longest], edges)
-        axes.plot(centre, value.mean, linewidth=1.5, **_look(report, system))
+        value = by_position(system.sums[report.longest], edges)
+        axes.plot(centre, value.mean, linewidth=1.5, **_style(report, system))
         curves.append(value.mean)
-    _fit(axes, edges, curves, report)
+    set_loss_limits(axes, edges, report.window, curves)
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"By position in {report.longest:,} tokens", loc="left", fontsize=10)
     _positions(axes, report)
@@ -107,17 +107,17 @@ def _difference_by_position(axes: Axes, report: Report) -> None:
     for system in systems_at(report, report.longest):
         if system is report.baseline:
             continue
-        theirs = report.baseline.readings[report.longest]
-        value = difference_by_position(system.readings[report.longest], theirs, edges)
-        look = _look(report, system)
-        axes.plot(centre, value.mean, linewidth=1.5, **look)
+        theirs = report.baseline.sums[report.longest]
+        value = difference_by_position(system.sums[report.longest], theirs, edges)
+        style = _style(report, system)
+        axes.plot(centre, value.mean, linewidth=1.5, **style)
         error = np.nan_to_num(value.stderr)
         low, high = value.mean - error, value.mean + error
         alpha = 0.14 if len(report.systems) <= 4 else 0.08
-        axes.fill_between(centre, low, high, color=look["color"], alpha=alpha, linewidth=0)
+        axes.fill_between(centre, low, high, color=style["color"], alpha=alpha, linewidth=0)
         curves.append(value.mean)
     axes.axhline(0, color=BASELINE, linewidth=1.4)
-    _fit(axes, edges, curves, report)
+    set_loss_limits(axes, edges, report.window, curves)
     axes.set_ylabel(f"minus {report.baseline.label} (nats)")
     axes.set_title("Difference at the same tokens; shaded: ± 1 s.e.", loc="left", fontsize=10)
     axes.set_xlabel("position of the token in the context")
@@ -126,9 +126,9 @@ def _difference_by_position(axes: Axes, report: Report) -> None:
 
 def _loss_by_flops(axes: Axes, report: Report) -> None:
     points: dict[str, list[tuple[float, float]]] = {system.label: [] for system in report.systems}
-    found = list(trained(report))
-    several = len({length for _, length, _ in found}) > 1
-    for system, length, runs in found:
+    trained_runs = list(trained(report))
+    several = len({length for _, length, _ in trained_runs}) > 1
+    for system, length, runs in trained_runs:
         point = mean_flops(runs), float(report.loss(system, length).mean)  # type: ignore[union-attr]
         points[system.label].append(point)
         text = f"{length:,}" if several else ""
@@ -137,9 +137,11 @@ def _loss_by_flops(axes: Axes, report: Report) -> None:
         x, y = zip(*points[system.label], strict=True)
         axes.plot(x, y, **_point(report, system))
     axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs, those of earlier stages included")
+    axes.set_xlabel("training FLOPs, including earlier stages")
     axes.set_ylabel("loss (nats per token)")
-    contexts = "its context (small numbers)" if several else f"a context of {found[0][1]:,} tokens"
+    contexts = (
+        "its context (small numbers)" if several else f"a context of {trained_runs[0][1]:,} tokens"
+    )
     axes.set_title(f"Every trained run, read with {contexts}", loc="left", fontsize=10)
 
 
@@ -147,7 +149,7 @@ def _state(axes: Axes, report: Report) -> None:
     _plain(axes, report, lambda system: system.state_bytes)
     axes.set_yscale("log")
     axes.set_ylabel("state of one sequence (bytes)")
-    axes.set_title("What is kept to read on", loc="left", fontsize=10)
+    axes.set_title("Decode state", loc="left", fontsize=10)
 
 
 PLOTS: dict[str, Draw] = {
@@ -158,17 +160,17 @@ PLOTS: dict[str, Draw] = {
 }
 
 
-# How it is drawn ---------------------------------------------------------------------------------
+# Styles ------------------------------------------------------------------------------------------
 
 
-def _has_others(report: Report) -> bool:
-    """Whether there are differences by position to draw."""
-    found = systems_at(report, report.longest)
-    return report.baseline in found and len(found) > 1
+def _has_differences(report: Report) -> bool:
+    """Whether there are differences by position."""
+    systems = systems_at(report, report.longest)
+    return report.baseline in systems and len(systems) > 1
 
 
-def _look(report: Report, system: SystemResult) -> dict[str, Any]:
-    """The baseline in grey, the others in colours, dashed once these have run out."""
+def _style(report: Report, system: SystemResult) -> dict[str, Any]:
+    """Line style: the baseline in grey, the others in colours, then dashed colours."""
     if system is report.baseline:
         return {"label": system.label, "color": BASELINE, "linestyle": "-"}
     number = _number(report, system)
@@ -181,10 +183,10 @@ def _number(report: Report, system: SystemResult) -> int:
 
 
 def _point(report: Report, system: SystemResult) -> dict[str, Any]:
-    """Look and marker of a system that is drawn by its points."""
+    """Line style with the system's marker."""
     number = 0 if system is report.baseline else 1 + _number(report, system)
     marker = MARKERS[number % len(MARKERS)]
-    return {**_look(report, system), "marker": marker, "markersize": 5}
+    return {**_style(report, system), "marker": marker, "markersize": 5}
 
 
 def _errorbar(
@@ -201,8 +203,7 @@ def _errorbar(
 
 def _plain(axes: Axes, report: Report, values: Callable[[SystemResult], Any]) -> None:
     for system in report.systems:
-        found = sorted(values(system).items())
-        x, y = [n for n, _ in found], [v for _, v in found]
+        x, y = zip(*sorted(values(system).items()), strict=True)
         axes.plot(x, y, **_point(report, system))
     _contexts(axes, report)
 
@@ -219,13 +220,3 @@ def _positions(axes: Axes, report: Report) -> None:
         axes.axvline(report.window, color=BASELINE, linewidth=1, linestyle=(0, (5, 3)))
     axes.set_xlim(0, report.longest)
     axes.set_xticks([0, *report.lengths], [f"{n:,}" for n in (0, *report.lengths)])
-
-
-def _fit(axes: Axes, edges: np.ndarray, curves: Sequence[np.ndarray], report: Report) -> None:
-    """The very first tokens' losses are several times higher and would flatten all that follows."""
-    later = edges[:-1] >= min(report.window, report.longest) / 8
-    values = np.concatenate([curve[later] for curve in curves])
-    values = values[np.isfinite(values)]
-    if len(values):
-        margin = 0.15 * (values.max() - values.min()) or 0.1
-        axes.set_ylim(values.min() - margin, values.max() + margin)

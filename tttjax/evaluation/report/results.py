@@ -1,4 +1,4 @@
-"""What a report holds: for every system, losses by document and context, costs, speed, size."""
+"""Report data: losses by document and context, training cost and state size of every system."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from tttjax.evaluation.statistics import Sums
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run as it stood when it was read.
+    """One evaluated run.
 
-    step, steps: done and configured. tokens, flops: of its training with that of the runs it was
-    started from; known_from_start: whether all of these were found. seconds: of its training,
-    measured, likewise; None where no record is left. tokens_per_second: median of its own steps.
+    step, steps: completed and configured. tokens, flops, seconds: of its training including its
+    ancestors; seconds are measured, None without records. known_from_start: whether all ancestors
+    were found. tokens_per_second: median of its own steps.
     """
 
     workdir: str
@@ -32,18 +32,17 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class SystemResult:
-    """One system.
+    """Results of one system.
 
-    mode: on, off or dynamic. parameters: total, non_embedding, fast. readings: by context length,
-    the losses by document and position of each seed's run. runs: by context length, the runs that
-    were read, one for each seed. state_bytes: by context length.
+    mode: on, off or dynamic. parameters: total, non_embedding, fast. By context length: sums, the
+    losses by document and position of each seed's run; runs, one per seed; state_bytes.
     """
 
     label: str
     mode: str
     inner: Mapping[str, Any] | None
     parameters: Mapping[str, int]
-    readings: Mapping[int, tuple[Sums, ...]]
+    sums: Mapping[int, tuple[Sums, ...]]
     runs: Mapping[int, tuple[RunFacts, ...]]
     state_bytes: Mapping[int, int]
 
@@ -52,18 +51,17 @@ class SystemResult:
         return self.mode != "off"
 
     def seeds(self) -> int:
-        """The most seeds that any context has."""
-        return max(len(runs) for runs in self.readings.values())
+        """The largest number of seeds at any context."""
+        return max(len(runs) for runs in self.sums.values())
 
 
 @dataclass(frozen=True)
 class Report:
     """The comparison of several systems on the same held-out tokens.
 
-    lengths: contexts in tokens. window: where "beyond the window" begins. bins: about how many
-    bins by position. text: where the tokens come from. warnings: what a reader must know before
-    the numbers. summary: sentences that follow from them. paths: the files that were written, by
-    name.
+    lengths: contexts in tokens. window: tokens after which "beyond the window" begins. bins:
+    approximate number of position bins. text: source and size of the text. warnings: caveats.
+    summary: sentences. paths: written files by name.
     """
 
     title: str
@@ -87,19 +85,19 @@ class Report:
         return tuple(system for system in self.systems if system is not self.baseline)
 
     def loss(self, system: SystemResult, length: int) -> Value | None:
-        """Nats per token with so much context; None if it was not read with it."""
-        found = system.readings.get(length)
-        return loss(found) if found else None
+        """Nats per token at a context length; None if not evaluated there."""
+        sums = system.sums.get(length)
+        return loss(sums) if sums else None
 
     def difference(
         self, system: SystemResult, length: int, other: SystemResult | None = None
     ) -> Value | None:
-        """Nats per token that it loses more than the other (the baseline), paired by document."""
-        mine = system.readings.get(length)
-        theirs = (other or self.baseline).readings.get(length)
+        """Loss minus that of `other` (default: the baseline) in nats per token, documents paired."""
+        mine = system.sums.get(length)
+        theirs = (other or self.baseline).sums.get(length)
         return difference(mine, theirs) if mine and theirs else None
 
 
 def systems_at(report: Report, length: int) -> Sequence[SystemResult]:
-    """Those that were read with this much context."""
-    return [system for system in report.systems if system.readings.get(length)]
+    """Systems evaluated at this context length."""
+    return [system for system in report.systems if system.sums.get(length)]

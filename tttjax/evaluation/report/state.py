@@ -1,4 +1,4 @@
-"""How much has to be kept of a sequence that was read, to read on from there."""
+"""Size of one sequence's decode state."""
 
 import math
 from typing import Any
@@ -14,10 +14,10 @@ from tttjax.ttt.outer_loss import make_inner_loop
 
 
 def state_bytes(member: Member, length: int) -> int:
-    """Bytes that one sequence of `length` tokens leaves for the next token.
+    """Bytes of the decode state after `length` tokens of one sequence.
 
-    What the mixers carry (keys and values, recurrent states), and where it learns its own fast
-    weights with the state of their update rule. Weights that all sequences share are not counted.
+    Counts buffered keys and values, recurrent states and, with TTT, the sequence's fast weights
+    with the state of their update rule. Shared weights are not counted.
     """
     with as_configured(member.config):
         model, inner = build_eval_model(member.run, member.mode, member.learning)

@@ -1,18 +1,18 @@
 """Standard errors over documents and over seeds, from the sums by document of `evaluate`. NumPy.
 
-A system may have several runs that differ in their seed alone. Its loss is the mean over them; two
-things would make it come out differently another time:
+A system may have several runs that differ only in seed. Its loss is their mean, with two sources of
+error:
 
-    documents  another draw of held-out documents. The seeds' losses of a document are averaged
-               first, and the error is that of `evaluate.statistics`. For a difference of two
-               systems the documents are paired, which cancels what makes documents differ.
-    seeds      another draw of seeds: s / sqrt(R) for R seeds with standard deviation s of their
-               losses. In a difference of two systems with equally many runs these are paired in
-               their order, which cancels what the same seed, data or pretraining have in common;
-               with other numbers of runs the squares are added.
+    documents  the sample of held-out documents. Losses of a document are averaged over seeds, then
+               the error is that of `evaluation.statistics`. For a difference of two systems the
+               documents are paired, which cancels variation between documents.
+    seeds      the sample of seeds: s / sqrt(R) for R seeds with standard deviation s of their
+               losses. In a difference of two systems with equal numbers of runs these are paired in
+               order, which cancels effects of a common seed, data or pretraining; otherwise the
+               squares are added.
 
-The error of both together is the root of the sum of their squares. One run has no error over
-seeds, one document none over documents: NaN, and the other one is all that is known.
+The total error is the root of the sum of squares. A single run or document has no error over seeds
+or documents (NaN); then the other error is the total.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Value:
 
     @property
     def stderr(self) -> np.ndarray:
-        """Of both together; NaN where neither is known."""
+        """Total error; NaN where neither is known."""
         squares = np.square(np.stack([self.documents, self.seeds]))
         known = np.isfinite(squares)
         total = np.sqrt(np.where(known, squares, 0).sum(axis=0))
@@ -43,16 +43,19 @@ class Value:
     def estimate(self) -> Estimate:
         return Estimate(self.mean, self.stderr)
 
-    def is_clear(self) -> bool:
-        """Whether the mean is more than two standard errors from zero; False if none is known."""
-        return self.estimate.is_clear()
+    def is_significant(self) -> bool:
+        """Whether the mean is more than two standard errors from zero; False if unknown."""
+        return self.estimate.is_significant()
 
 
 def mean_of(seeds: Sequence[Sums]) -> Sums:
-    """The seeds' losses of every document and position, averaged. ValueError: other tokens."""
+    """Losses of every document and position, averaged over seeds.
+
+    Raises ValueError for different tokens.
+    """
     first = seeds[0]
     if not all(np.array_equal(first.count_DL, other.count_DL) for other in seeds[1:]):
-        raise ValueError("runs of one system were read on different tokens")
+        raise ValueError("runs of one system were evaluated on different tokens")
     loss_DL = np.mean([sums.loss_DL for sums in seeds], axis=0)
     return Sums(loss_DL, first.count_DL, first.bytes_DL)
 
@@ -67,20 +70,20 @@ def by_position(seeds: Sequence[Sums], edges: Sequence[int] | np.ndarray) -> Val
 def difference_by_position(
     a: Sequence[Sums], b: Sequence[Sums], edges: Sequence[int] | np.ndarray
 ) -> Value:
-    """Of a - b in each bin, documents paired. ValueError unless both are of the same tokens."""
-    a, b = ([sums.binned(edges) for sums in side] for side in (a, b))
+    """a - b in each bin, paired by document. Raises ValueError for different tokens."""
+    a, b = ([sums.binned(edges) for sums in seeds] for seeds in (a, b))
     mean, documents = (mean_of(a) - mean_of(b)).loss_by_position()
     return Value(mean, documents, _over_seeds_of_difference(a, b))
 
 
 def loss(seeds: Sequence[Sums]) -> Value:
     """Nats per token over all positions."""
-    return _only(by_position(seeds, [0, seeds[0].loss_DL.shape[1]]))
+    return _single(by_position(seeds, [0, seeds[0].loss_DL.shape[1]]))
 
 
 def difference(a: Sequence[Sums], b: Sequence[Sums]) -> Value:
-    """Of a - b over all positions."""
-    return _only(difference_by_position(a, b, [0, a[0].loss_DL.shape[1]]))
+    """a - b over all positions, nats per token."""
+    return _single(difference_by_position(a, b, [0, a[0].loss_DL.shape[1]]))
 
 
 def change_with_position(
@@ -109,18 +112,18 @@ def change_with_position(
 def change_with_context(
     long: tuple[Sequence[Sums], Sequence[Sums]], short: tuple[Sequence[Sums], Sequence[Sums]]
 ) -> Value | None:
-    """(a - b) at a long context minus (a - b) at a short one, documents paired throughout.
+    """(a - b) at a long context minus (a - b) at a short one, paired by document.
 
-    None where the two contexts were not read on the same tokens. The same number of runs at both
-    contexts are taken for the same seeds in the same order.
+    None if the contexts cover different tokens. Equal numbers of runs are paired in order, as the
+    same seeds.
     """
-    (a, b), (c, d) = ([[s.total() for s in side] for side in pair] for pair in (long, short))
+    (a, b), (c, d) = ([[s.total() for s in seeds] for seeds in pair] for pair in (long, short))
     try:
         change = (mean_of(a) - mean_of(b)) - (mean_of(c) - mean_of(d))
     except ValueError:
         return None
     mean, documents = change.loss()
-    if len({len(side) for side in (a, b, c, d)}) == 1:
+    if len({len(seeds) for seeds in (a, b, c, d)}) == 1:
         seeds = _stderr(_means(a) - _means(b) - _means(c) + _means(d))
     else:
         seeds = _add_errors(*(_over_seeds_of_difference(*pair) for pair in ((a, c), (b, d))))
@@ -133,12 +136,12 @@ def _over_seeds_of_difference(a: Sequence[Sums], b: Sequence[Sums]) -> np.ndarra
     return _add_errors(_over_seeds(a), _over_seeds(b))
 
 
-def _only(value: Value) -> Value:
+def _single(value: Value) -> Value:
     return Value(value.mean[0], value.documents[0], value.seeds[0])
 
 
 def _means(seeds: Sequence[Sums]) -> np.ndarray:
-    """The mean loss of every seed, [R, L]."""
+    """Mean loss of every seed, [R, L]."""
     return np.stack([sums.loss_by_position().mean for sums in seeds])
 
 
@@ -155,5 +158,5 @@ def _stderr(value_R: np.ndarray) -> np.ndarray:
 
 
 def _add_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The root of the sum of squares; what is not known counts as nothing, unless neither is."""
+    """Root of the sum of squares; an unknown error counts as 0, unless both are unknown."""
     return Value(np.zeros_like(a), np.asarray(a), np.asarray(b)).stderr

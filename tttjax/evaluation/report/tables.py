@@ -1,4 +1,4 @@
-"""The report's tables and the text around them, as values that Markdown and HTML are made of."""
+"""The sections of a report: titles, text and tables, rendered as Markdown or HTML elsewhere."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,25 +14,25 @@ from tttjax.evaluation.report.statistics import (
     difference_by_position,
 )
 from tttjax.evaluation.statistics import Estimate, doubling_windows
-from tttjax.evaluation.tables import align, show
+from tttjax.evaluation.tables import format_estimate, markdown_table
 
-NOTHING = "-"
+MISSING = "-"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column is to the left, the others to the right."""
+    """Cells as text; the first column is left-aligned, the others right-aligned."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        return align(self.head, self.rows)
+        return markdown_table(self.head, self.rows)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what is in it, its table, and the name of its plot ("" for none)."""
+    """A heading with text, a table, and the name of a plot ("" for none)."""
 
     title: str
     text: str
@@ -41,21 +41,21 @@ class Section:
 
 
 def sections(report: Report) -> list[Section]:
-    """All of the report below its summary."""
+    """All sections below the summary."""
     base, longest = report.baseline.label, report.longest
     return [
         Section(
             f"Loss by context, as difference from {base}",
-            f"Nats per token more than {base}; below 0 is better than it. At every context length "
-            "the same tokens are scored. The last column is how the difference changes from the "
-            "shortest context to the longest.",
+            f"Loss minus that of {base}, nats per token; below 0 is better. Every context length "
+            "scores the same tokens. The last column is the change of the difference from the "
+            "shortest to the longest context.",
             _differences(report),
             "loss_difference_by_context",
         ),
         Section(
             "Loss by context",
-            "Nats per token. These errors say above all how documents differ, which concerns all "
-            "systems alike; the differences above do not have it.",
+            "Nats per token. These errors come mostly from variation between documents, which all "
+            "systems share; the paired differences above do not contain it.",
             _losses(report),
         ),
         Section(
@@ -67,21 +67,21 @@ def sections(report: Report) -> list[Section]:
         ),
         Section(
             f"Loss by position, as difference from {base}",
-            f"Nats per token more than {base} at the same positions.",
+            f"Loss minus that of {base} at the same positions, nats per token.",
             _positions(report, _difference_at),
         ),
         Section(
             "Loss against training FLOPs",
-            "Model FLOPs by formula, second-order terms counted, and measured time, both with "
-            "those of the runs that a run was started from (≥: one of these was not found). "
-            "Times of runs on different machines do not compare.",
+            "Model FLOPs by formula, including second-order terms, and measured time, both "
+            "including the runs that a run was initialized from (≥: one of these was not found). "
+            "Times on different machines are not comparable.",
             _costs(report),
             "loss_by_flops",
         ),
         Section(
             "State",
-            "Bytes kept of one sequence to read on from there: keys and values, recurrent states, "
-            "and the fast weights of systems that learn.",
+            "Bytes of one sequence's decode state: keys and values, recurrent states, and the fast "
+            "weights of systems with TTT.",
             _by_length(report, lambda s, n: _bytes(s.state_bytes.get(n))),
             "state_by_context",
         ),
@@ -89,17 +89,17 @@ def sections(report: Report) -> list[Section]:
 
 
 def about_text(report: Report) -> str:
-    """Which tokens were read."""
+    """The evaluated tokens."""
     text = report.text
     return (
         f"{text['tokens']:,} target tokens of {text['documents']} held-out documents (split "
         f"{text['split']} of {text['data']}), as {text['sequences']} sequences of "
-        f"{report.longest:,} tokens, cut further for shorter contexts."
+        f"{report.longest:,} tokens, split further for shorter contexts."
     )
 
 
 def about_errors(report: Report) -> str:
-    """What ± means in this report."""
+    """The definition of ± in this report."""
     documents = report.text["documents"]
     several = [s for s in report.systems if s.seeds() > 1]
     single = [s.label for s in report.systems if s.seeds() == 1]
@@ -109,13 +109,13 @@ def about_errors(report: Report) -> str:
     else:
         seeds = ", ".join(f"{s.label} {s.seeds()}" for s in several)
         text = (
-            f"± is one standard error: that {over}, and that over seeds (runs: {seeds}), as the "
-            "root of the sum of their squares."
+            f"± is one standard error: the root of the sum of squares of that {over}, and that "
+            f"over seeds (runs: {seeds})."
         )
         if min(s.seeds() for s in several) == 2:
-            text += " An error that comes from two seeds is itself uncertain."
+            text += " An error from two seeds is itself uncertain."
         if single:
-            text += f" Of one seed only, so without the second part: {', '.join(single)}."
+            text += f" Systems with one seed have no error over seeds: {', '.join(single)}."
     return (
         f"{text} * marks differences of more than two standard errors; they are not corrected for "
         "the number of comparisons."
@@ -128,8 +128,8 @@ COMMON = ("parameters", "non-embedding")
 
 
 def _common(system: SystemResult) -> tuple[str, str, str]:
-    total, rest = (system.parameters[key] for key in ("total", "non_embedding"))
-    return system.label, _count(total), _count(rest)
+    total, non_embedding = (system.parameters[key] for key in ("total", "non_embedding"))
+    return system.label, _count(total), _count(non_embedding)
 
 
 def _by_length(report: Report, cell: Callable[[SystemResult, int], str]) -> Table:
@@ -154,9 +154,9 @@ def _differences(report: Report) -> Table:
 
 
 def change(report: Report, system: SystemResult) -> Value | None:
-    """How its difference from the baseline at the longest context stands to the shortest's."""
+    """Difference from the baseline at the longest context minus that at the shortest."""
     short, long = min(report.lengths), report.longest
-    mine, theirs = system.readings, report.baseline.readings
+    mine, theirs = system.sums, report.baseline.sums
     if short == long or not all(n in r for n in (short, long) for r in (mine, theirs)):
         return None
     return change_with_context((mine[long], theirs[long]), (mine[short], theirs[short]))
@@ -165,7 +165,7 @@ def change(report: Report, system: SystemResult) -> Value | None:
 def _losses(report: Report) -> Table:
     def cell(system: SystemResult, length: int) -> str:
         value = report.loss(system, length)
-        return show(value.estimate) if value else NOTHING
+        return format_estimate(value.estimate) if value else MISSING
 
     return _by_length(report, cell)
 
@@ -174,14 +174,14 @@ Position = Callable[[Report, SystemResult, Sequence[int]], Value | None]
 
 
 def _loss_at(report: Report, system: SystemResult, edges: Sequence[int]) -> Value | None:
-    return by_position(system.readings[report.longest], edges)
+    return by_position(system.sums[report.longest], edges)
 
 
 def _difference_at(report: Report, system: SystemResult, edges: Sequence[int]) -> Value | None:
-    theirs = report.baseline.readings.get(report.longest)
+    theirs = report.baseline.sums.get(report.longest)
     if theirs is None or system is report.baseline:
         return None
-    return difference_by_position(system.readings[report.longest], theirs, edges)
+    return difference_by_position(system.sums[report.longest], theirs, edges)
 
 
 def _positions(report: Report, values: Position) -> Table:
@@ -191,7 +191,7 @@ def _positions(report: Report, values: Position) -> Table:
     rows = []
     for system in systems_at(report, report.longest):
         value = values(report, system, edges)
-        cells = [NOTHING] * len(ranges) if value is None else _cells(value, signed)
+        cells = [MISSING] * len(ranges) if value is None else _cells(value, signed)
         if signed and system is report.baseline:
             cells = ["0"] * len(ranges)
         rows.append((*_common(system), *cells))
@@ -200,11 +200,11 @@ def _positions(report: Report, values: Position) -> Table:
 
 def _cells(value: Value, signed: bool) -> list[str]:
     pairs = zip(value.mean, value.stderr, strict=True)
-    return [show(Estimate(m, s), signed) for m, s in pairs]
+    return [format_estimate(Estimate(m, s), signed) for m, s in pairs]
 
 
 def trained(report: Report) -> Iterator[tuple[SystemResult, int, tuple[RunFacts, ...]]]:
-    """(system, context, runs) for all runs that differ: the longest context each was read with."""
+    """(system, context, runs) for all distinct runs, at the longest context of each."""
     for system in report.systems:
         found: dict[tuple[str, ...], int] = {}
         for length, runs in system.runs.items():
@@ -214,12 +214,12 @@ def trained(report: Report) -> Iterator[tuple[SystemResult, int, tuple[RunFacts,
 
 
 def mean_flops(runs: Sequence[RunFacts]) -> float:
-    """Training FLOPs of one run, over the seeds."""
+    """Training FLOPs of one run, averaged over seeds."""
     return mean(run.flops for run in runs)
 
 
 def _costs(report: Report) -> Table:
-    head = ("", *COMMON, "read with", "trained on", "FLOPs", "time", "tokens/s", "loss")
+    head = ("", *COMMON, "context", "trained on", "FLOPs", "time", "tokens/s", "loss")
     rows = []
     for system, length, runs in trained(report):
         seconds = [run.seconds for run in runs if run.seconds is not None]
@@ -234,7 +234,7 @@ def _costs(report: Report) -> Table:
                 f"{at_least}{mean_flops(runs):.3g}",
                 at_least + _duration(mean(seconds)) if seconds else "unknown",
                 f"{mean(rates):,.0f}" if rates else "unknown",
-                show(value.estimate) if value else NOTHING,
+                format_estimate(value.estimate) if value else MISSING,
             )
         )
     return Table(head, tuple(rows))
@@ -244,7 +244,7 @@ def _costs(report: Report) -> Table:
 
 
 def _signed(value: Value | None) -> str:
-    return show(value.estimate, signed=True) if value else NOTHING
+    return format_estimate(value.estimate, signed=True) if value else MISSING
 
 
 def _count(number: int) -> str:
@@ -256,7 +256,7 @@ def _count(number: int) -> str:
 
 def _bytes(value: int | None) -> str:
     if value is None:
-        return NOTHING
+        return MISSING
     power = min(3, int(math.log(value, 1024))) if value else 0
     return f"{value:,} B" if power == 0 else f"{value / 1024**power:.4g} {' KMG'[power]}iB"
 
@@ -264,7 +264,7 @@ def _bytes(value: int | None) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, secs = divmod(round(seconds), 60)
     return (
-        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+        f"{minutes // 60}:{minutes % 60:02}:{secs:02}" if minutes >= 60 else f"{minutes}:{secs:02}"
     )
