@@ -23,21 +23,12 @@ is installed (pip install -e '.[interop]'). See docs/exchange.md.
 """
 
 import argparse
-from pathlib import Path
 
 from absl import logging
 
-from tttjax.config.files import split_spec
-from tttjax.errors import UserError
-from tttjax.interop.huggingface import supported
-from tttjax.interop.huggingface.import_ import is_huggingface_model, open_huggingface
-from tttjax.interop.official.checkpoint import is_official_checkpoint
-from tttjax.interop.official.import_ import open_official
-from tttjax.interop.source import ImportSource, Log
+from tttjax.interop.open_source import open_source
 from tttjax.interop.transfer import import_run
 from tttjax.io.atomic import require_empty_dir
-from tttjax.io.paths import local_path
-from tttjax.training import checkpoints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,40 +71,14 @@ def run(args: argparse.Namespace) -> int:
     """`tttjax import` from parsed arguments; returns the exit code."""
     logging.set_verbosity(logging.FATAL)  # silences Orbax
     require_empty_dir(args.workdir, "--workdir")  # before any network access
-    source = open_source(args)
+    source = open_source(
+        args.source,
+        config=args.config or "",
+        overrides=args.overrides,
+        tokenizer=args.tokenizer or "",
+        project=args.gcs_project,
+    )
     import_run(source, args.workdir)
     print(f"licence of the weights: {source.origin['license']}. {source.origin['terms']}")
     print(f"imported into {args.workdir}")
     return 0
-
-
-def open_source(args: argparse.Namespace, log: Log = print) -> ImportSource:
-    """Opens the source of the weights. Raises UserError if it cannot be imported."""
-    if args.config:
-        split_spec(args.config)  # checks it before any network access
-    is_bucket = "://" in args.source
-    folder = Path() if is_bucket else local_path(args.source)
-    settings = {
-        "config": args.config or "",
-        "overrides": args.overrides,
-        "tokenizer": args.tokenizer or "",
-        "log": log,
-    }
-    if not is_bucket:
-        if not folder.exists():
-            raise UserError(f"There is no folder {folder} to import; check the spelling.")
-        if not folder.is_dir():
-            raise UserError(f"{folder} is a file; give the folder of a model or checkpoint.")
-        if (folder / checkpoints.CHECKPOINT_DIR).is_dir() or (folder / "meta").is_dir():
-            raise UserError(f"{folder} is a tttjax run already; use it directly.")
-        if is_huggingface_model(folder):
-            return open_huggingface(folder, **settings)
-        if not is_official_checkpoint(folder):
-            raise UserError(
-                f"{folder} is neither a checkpoint of the official TTT-E2E code (model_weights in "
-                "the folder of a step) nor a Hugging Face model (config.json and safetensors); "
-                f"supported Hugging Face models: {supported()}."
-            )
-    return open_official(
-        args.source if is_bucket else str(folder), project=args.gcs_project, **settings
-    )

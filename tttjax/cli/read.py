@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> in
     loaded = load_from_args(args, trace_updates=bool(args.telescope))
     if args.telescope and not loaded.engine.inference_model.chunk_size:
         raise UserError(
-            f"--telescope needs inner updates, but there are none: {args.workdir} has no fast "
+            f"--telescope needs inner updates; remove it, because {args.workdir} has no fast "
             "weights, or --learn=none or --mode=off is set"
         )
     with as_configured(loaded.config):

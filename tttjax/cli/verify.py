@@ -1,7 +1,8 @@
 """Check this build against reference values.
 
-tttjax verify DIR --x64
-    compares losses, gradients and weights with the reference cases in DIR, in float64
+examples:
+  tttjax verify DIR --x64
+      compares losses, gradients and weights with the reference cases in DIR, in float64
 """
 
 import argparse

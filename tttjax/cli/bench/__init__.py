@@ -1,6 +1,6 @@
 """Measure speed and memory on this machine.
 
-tttjax bench NAME --help
+`tttjax bench NAME --help` shows the options of a benchmark, with examples.
 """
 
 import argparse
