@@ -115,7 +115,7 @@ def series_of(comparison, label):
 
 
 def nll_by_hand(config, params, data, length, learn):
-    """[(document, NLL of the counted targets)] of every stretch, read alone."""
+    """[(document, NLL, targets)] of every context, evaluated alone."""
     model, inner = build_model(config.model, config.inner), make_inner_loop(config.inner)
     read = jax.jit(make_forward(model, inner, learn=learn), static_argnums=2)
     held_out = eval_sequences(data, length=LONGEST, num=9, seed=config.eval.seed)
@@ -134,7 +134,7 @@ def nll_by_hand(config, params, data, length, learn):
 
 
 @pytest.mark.parametrize(("length", "mode"), [(16, "on"), (64, "on"), (64, "off")])
-def test_losses_equal_reading_every_stretch_alone(comparison, config, params, data, length, mode):
+def test_losses_equal_those_of_single_contexts(comparison, config, params, data, length, mode):
     found = nll_by_hand(config, params, data, length, learn=mode == "on")
     sums = series_of(comparison, f"ttt, TTT {mode}").contexts[length]
     every = np.stack([nll for _, nll, _ in found])
@@ -271,7 +271,7 @@ def test_a_difference_is_paired():
         a - Sums(b.loss_DL, count + 1, None)
 
 
-def test_stretches_of_a_sequence_are_summed_by_position():
+def test_contexts_of_a_sequence_are_summed_by_position():
     x_NT = np.arange(6.0)[None]
     np.testing.assert_array_equal(sum_by_document(x_NT, np.array([0]), 2), [[0 + 2 + 4, 1 + 3 + 5]])
 
@@ -296,7 +296,7 @@ def test_binning_keeps_sums_and_doubling_windows_reach_the_end():
     assert doubling_windows(16, 16) == [0, 16]
 
 
-# What is said and written ------------------------------------------------------------------------
+# Text and files ----------------------------------------------------------------------------------
 
 
 def fake(comparison, beyond):
@@ -312,28 +312,28 @@ def fake(comparison, beyond):
 
 
 @pytest.mark.parametrize(
-    ("beyond", "said"),
+    ("beyond", "expected"),
     [
         (-0.5, "lowered the loss of ttt by 0."),
         (+0.5, "raised the loss of ttt by 0."),
         (0.0, "did not change the loss of ttt significantly"),
     ],
 )
-def test_the_sentence_says_what_the_numbers_say(comparison, beyond, said):
+def test_the_sentence_says_what_the_numbers_say(comparison, beyond, expected):
     text = sentence(fake(comparison, beyond))
     assert text.startswith("Beyond the window (tokens 17-64 of 5 held-out documents), learning")
-    assert said in text
+    assert expected in text
     assert "with learning off" in text
 
 
-def test_the_sentence_names_the_control_and_what_was_so_from_the_start(comparison):
+def test_the_sentence_gives_the_difference_at_the_start(comparison):
     assert re.search(
         r"that of control \(before its first step, tokens 1-\d+: ", comparison.sentence
     )
     assert comparison.sentence.count("\n") == 0
 
 
-def test_a_run_without_learning_is_told_by_its_context(comparison):
+def test_without_learning_the_sentence_compares_contexts(comparison):
     alone = dataclasses.replace(comparison, series=comparison.series[2:])
     assert sentence(alone).startswith("With a context of 64 tokens, control had a loss of")
     assert "against one of 16 tokens" in sentence(alone)
@@ -347,8 +347,8 @@ def test_all_files_are_written_and_agree(comparison, tmp_path):
     on = values["series"][0]["contexts"]["64"]
     assert len(on["by_token"]["loss"]) == 64
     rows = list(csv.DictReader(io.StringIO(paths["by_context.csv"].read_text())))
-    wanted = ["ttt, TTT on", "64", "beyond_window"]
-    row = next(r for r in rows if [r["label"], r["context"], r["tokens"]] == wanted)
+    expected = ["ttt, TTT on", "64", "beyond_window"]
+    row = next(r for r in rows if [r["label"], r["context"], r["tokens"]] == expected)
     assert float(row["loss"]) == on["beyond_window"]["nats_per_token"]["mean"]
     assert float(row["bits_per_byte"]) == on["beyond_window"]["bits_per_byte"]["mean"]
     rows = list(csv.DictReader(io.StringIO(paths["by_position.csv"].read_text())))
@@ -409,23 +409,23 @@ def test_tables_fit_100_columns(names, second):
         assert format_estimate(series.contexts[512].loss()) in text
 
 
-def test_tables_of_the_quickstart_need_one_break():
+def test_tables_of_the_quickstart_are_split_once():
     parts = table(made_up({"ttt_e2e": ("on", "off"), "window": ("",)})).split("\n\n")
     heads = [next(line for line in part.splitlines() if line[0] == "|") for part in parts[1:]]
     assert [len(head.split("|")) - 3 for head in heads] == [4, 2, 4, 3]
 
 
-def test_columns_that_do_not_fit_follow_below():
+def test_wide_tables_are_split():
     head = ["name", *(f"column {i} of those" for i in range(12))]
     rows = [[name, *(f"{name}{i}" for i in range(12))] for name in ("a" * 20, "b")]
     parts = [part.splitlines() for part in fit_table(head, rows).split("\n\n")]
     assert all(len(line) <= 100 for part in parts for line in part)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for part in parts for line in part]
-    for i, wanted in enumerate((head, None, *rows)):
-        if wanted:
+    for i, expected in enumerate((head, None, *rows)):
+        if expected:
             found = cells[i :: len(rows) + 2]
-            assert {line[0] for line in found} == {wanted[0]}
-            assert [cell for line in found for cell in line[1:]] == wanted[1:]
+            assert {line[0] for line in found} == {expected[0]}
+            assert [cell for line in found for cell in line[1:]] == expected[1:]
     assert fit_table(["n", "x" * 200], [["a", "1"]]) == markdown_table(
         ["n", "x" * 200], [["a", "1"]]
     )
@@ -477,7 +477,7 @@ def test_the_command_evaluates_a_work_directory(workdir, comparison, capsys):
         (["--names=a,b"], "2 names for 1 work directories"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_sentence(workdir, words, sentence, tmp_path, capsys):
+def test_invalid_arguments_are_user_errors(workdir, words, sentence, tmp_path, capsys):
     assert main.main(["evaluate", str(workdir), f"--out={tmp_path / 'out'}", *words]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -486,7 +486,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(workdir, words, sentence, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_no_checkpoint_is_one_sentence(tmp_path, capsys):
+def test_no_checkpoint_is_a_user_error(tmp_path, capsys):
     assert main.main(["evaluate", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
 
@@ -511,7 +511,7 @@ def test_data_of_another_tokenizer_are_refused(config, params, data, tmp_path):
         evaluate(unknown, params, other)
 
 
-def test_which_data_is_asked_for_where_it_is_not_clear(config, params):
+def test_ambiguous_or_missing_data_are_user_errors(config, params):
     several = dataclasses.replace(config, data=DataConfig(sources=("a", "b")))
     with pytest.raises(UserError, match=r"was trained on 2 \(a, b\)"):
         evaluate(several, params)

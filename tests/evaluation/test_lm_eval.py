@@ -1,4 +1,4 @@
-"""The model of lm-evaluation-harness: its numbers by hand, and the harness's own evaluation."""
+"""The lm-evaluation-harness model, against token-by-token decoding and in the harness."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ CONTEXTS = ("the sea was calm", "the sea was rough, and", "a")
 
 @pytest.fixture(scope="module")
 def workdir(make_run):
-    """Chunks of 8 bytes, so that contexts and continuations are learned from."""
+    """Chunks of 8 bytes: contexts and continuations trigger inner updates."""
     return make_run("harness", suffix_layers=1, fast_mlp=True)
 
 
@@ -52,7 +52,7 @@ def by_hand(lm, context, continuation):
 
 
 def greedy_text(lm, context, length):
-    """The likeliest ASCII continuation, as far as it is one."""
+    """Greedy continuation, up to the first token that is not ASCII."""
     text = ""
     while len(text) < length:
         engine, tokenizer = lm._engine, lm._loaded.tokenizer
@@ -64,7 +64,7 @@ def greedy_text(lm, context, length):
     return text
 
 
-def test_loglikelihood_is_that_of_token_by_token(lm):
+def test_loglikelihood_equals_token_by_token_scoring(lm):
     pairs = [(context, more) for context in CONTEXTS for more in (" and deep", " b", "x" * 70)]
     pairs += [("", "from nothing"), (CONTEXTS[0], " b")]
     found = lm.loglikelihood(ask(*pairs), disable_tqdm=True)
@@ -89,7 +89,7 @@ def test_what_greedy_decoding_writes_is_greedy(lm):
     assert greedy is False
 
 
-def test_company_and_order_change_nothing(lm):
+def test_batching_and_order_change_nothing(lm):
     pairs = [(context, more) for context in CONTEXTS for more in (" and deep", " b")]
     found = lm.loglikelihood(ask(*pairs), disable_tqdm=True)
     backward = lm.loglikelihood(ask(*pairs[::-1]), disable_tqdm=True)[::-1]
@@ -98,78 +98,78 @@ def test_company_and_order_change_nothing(lm):
     np.testing.assert_allclose(found[3], alone[0], rtol=1e-5)
 
 
-def test_a_whole_text_is_read_from_its_beginning(lm):
+def test_rolling_scores_the_full_text(lm):
     text = "the sea was calm, the sea was rough, " * 4
     (found,) = lm.loglikelihood_rolling(ask((text,)), disable_tqdm=True)
     assert found == pytest.approx(by_hand(lm, "", text)[0], rel=1e-5)
     assert lm.loglikelihood_rolling(ask(("",)), disable_tqdm=True) == [0.0]
 
 
-def test_what_is_written_keeps_its_first_blank(lm, monkeypatch):
+def test_generated_text_keeps_its_first_space(lm, monkeypatch):
     class Spelled(ByteTokenizer):
-        """A blank before every byte but the first, as before words."""
+        """Adds a space before every byte but the first."""
 
         def bytes_after(self, token, previous):
             raw = super().bytes_after(token, previous)
             return raw if raw is None or previous is None else b" " + raw
 
     monkeypatch.setattr(lm, "_loaded", replace(lm._loaded, tokenizer=Spelled()))
-    wanted = {"until": [], "max_gen_toks": 4, "do_sample": False}
-    (text,) = lm.generate_until(ask((CONTEXTS[0], wanted)), disable_tqdm=True)
+    options = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    (text,) = lm.generate_until(ask((CONTEXTS[0], options)), disable_tqdm=True)
     assert text.startswith(" ")
-    stopped = {**wanted, "until": [text[:3]]}
+    stopped = {**options, "until": [text[:3]]}
     assert lm.generate_until(ask((CONTEXTS[0], stopped)), disable_tqdm=True) == [""]
 
 
-def test_writing_stops_where_it_should(lm):
-    wanted = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    full = lm.generate_until(ask(*((c, wanted) for c in CONTEXTS)), disable_tqdm=True)
+def test_generation_stops_at_stop_strings(lm):
+    options = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    full = lm.generate_until(ask(*((c, options) for c in CONTEXTS)), disable_tqdm=True)
     for context, text in zip(CONTEXTS, full, strict=True):
         expected = greedy_text(lm, context, 12)
         assert text.startswith(expected)
     text = max(full, key=len)
     context = CONTEXTS[full.index(text)]
     stop = text[len(text) // 2]
-    (cut,) = lm.generate_until(ask((context, {**wanted, "until": stop})), disable_tqdm=True)
+    (cut,) = lm.generate_until(ask((context, {**options, "until": stop})), disable_tqdm=True)
     assert cut == text[: text.index(stop)]
 
 
-def test_a_request_that_is_repeated_is_sampled_anew(lm):
-    wanted = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
-    asked = ask((CONTEXTS[0], wanted), (CONTEXTS[1], wanted), (CONTEXTS[0], wanted))
-    first, _, again = lm.generate_until(asked, disable_tqdm=True)
+def test_repeated_requests_get_new_samples(lm):
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    requests = ask((CONTEXTS[0], options), (CONTEXTS[1], options), (CONTEXTS[0], options))
+    first, _, again = lm.generate_until(requests, disable_tqdm=True)
     assert first != again
-    assert lm.generate_until(asked[:1], disable_tqdm=True) == [first]
+    assert lm.generate_until(requests[:1], disable_tqdm=True) == [first]
 
 
-def test_wishes_of_tasks_are_understood_or_refused():
-    wish = _request_options({"until": ["\n", ""], "max_tokens": 5, "temperature": 0.7})
-    assert wish["stop"] == ("\n",)
-    assert wish["max_tokens"] == 5
-    assert wish["sampling"].temperature == 0  # without do_sample
-    wish = _request_options({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
-    assert (wish["sampling"].temperature, wish["sampling"].top_p) == (0.7, 0.9)
-    assert (wish["max_tokens"], wish["stop"]) == (256, ())
+def test_generation_options_are_converted_or_refused():
+    request = _request_options({"until": ["\n", ""], "max_tokens": 5, "temperature": 0.7})
+    assert request["stop"] == ("\n",)
+    assert request["max_tokens"] == 5
+    assert request["sampling"].temperature == 0  # without do_sample
+    request = _request_options({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    assert (request["sampling"].temperature, request["sampling"].top_p) == (0.7, 0.9)
+    assert (request["max_tokens"], request["stop"]) == (256, ())
     with pytest.raises(UserError, match="generation option num_beams"):
         _request_options({"num_beams": 4})
 
 
-def test_the_beginning_that_all_share_is_found():
+def test_common_prefix_of_contexts():
     assert _common_prefix([(1, 2, 3), (1, 2), (1, 2, 4, 5)]) == (1, 2)
     assert _common_prefix([(1, 2)]) == (1, 2)
     assert _common_prefix([(1,), (2,)]) == ()
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "expected"),
     [
         ({"learn": "some"}, "learn=some is unknown; choose from all, prompt, none"),
         ({"learn": "none", "mode": "on"}, "contradict each other"),
         ({"batch_size": 0}, "batch_size=0 must be a number of at least 1, or auto"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(workdir, values, said):
-    with pytest.raises(UserError, match=said):
+def test_invalid_arguments_are_user_errors(workdir, values, expected):
+    with pytest.raises(UserError, match=expected):
         TTTJaxLM(str(workdir), **values)
 
 
@@ -228,7 +228,7 @@ def test_the_harness_evaluates_a_run(workdir, lm):
     assert found["config"]["chunk_size"] == 8
 
 
-def test_lone_surrogates_are_one_sentence(lm):
+def test_lone_surrogates_are_user_errors(lm):
     half = "a\ud83d"
     for call in (
         lambda: lm.loglikelihood(ask((half, "b")), disable_tqdm=True),

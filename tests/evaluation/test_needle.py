@@ -301,10 +301,10 @@ def test_tables_count_what_was_found(tokenizers):
     )
     assert f"run, TTT off found 0 of {outside} needles" in sentence(results)
     for region, words in (("inside", "Inside the window"), ("edge", "On its edge")):
-        kept = tuple(dataclasses.replace(s, samples=s.of(region=region)) for s in series)
-        assert kept[0].samples
-        said = sentence(dataclasses.replace(results, series=kept))
-        assert said.startswith(f"{words} (none was outside), run, TTT on found")
+        selected = tuple(dataclasses.replace(s, samples=s.of(region=region)) for s in series)
+        assert selected[0].samples
+        text = sentence(dataclasses.replace(results, series=selected))
+        assert text.startswith(f"{words} (none was outside), run, TTT on found")
 
 
 # Models ------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["--context-lengths=64"], "64 tokens is too short for the task passkey"),
         (["--needle-tasks=key"], "needle task 'key' is unknown; choose from passkey, number, uuid"),
@@ -408,12 +408,12 @@ def test_the_command_writes_tables_files_and_pictures(workdir, tmp_path, capsys)
         (["--modes=dynamic"], "does not fit the run needle"),
     ],
 )
-def test_invalid_settings_are_user_errors(workdir, words, said, tmp_path, capsys):
+def test_invalid_settings_are_user_errors(workdir, words, expected, tmp_path, capsys):
     words = ["--context-lengths=400", *words, f"--out={tmp_path / 'out'}"]
     assert main.main(["evaluate", str(workdir), "--needle", *words]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert said in err
+    assert expected in err
     assert not (tmp_path / "out").exists()
 
 

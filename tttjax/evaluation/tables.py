@@ -186,7 +186,8 @@ def _about_runs(comparison: Comparison) -> str:
 
 def _about_context(comparison: Comparison, series: Series) -> str:
     long = comparison.longest
-    loss = f"{series.label} had a loss of {format_estimate(series.contexts[long].loss())} nats per token"
+    value = format_estimate(series.contexts[long].loss())
+    loss = f"{series.label} had a loss of {value} nats per token"
     change = comparison.context_change(series)
     if change is None:
         return f"With a context of {long} tokens, {loss}."

@@ -34,7 +34,7 @@ MAX_BINS = 512  # points of the plot
 
 
 class Bins:
-    """Means of rows over bins of equal width, at most MOST_BINS, for any number of rows."""
+    """Means of rows over bins of equal width, at most MAX_BINS, for any number of rows."""
 
     def __init__(self, columns: int):
         self._sums = np.zeros((MAX_BINS, columns))

@@ -1,4 +1,4 @@
-"""Runs into systems: what is read with which context, and what is refused."""
+"""Report entries: grouping into systems, contexts, and user errors."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_a_folder_may_have_any_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"), [("a=x:of", "mode 'of' is unknown"), ("a=", "names no directory")]
 )
-def test_what_names_no_run_is_refused(text, sentence):
+def test_invalid_entries_are_refused(text, sentence):
     with pytest.raises(UserError, match=sentence):
         parse_entry(text)
 
@@ -59,7 +59,7 @@ def test_seeds_and_contexts_are_grouped_by_label(runs, short):
     assert len(single.at(8)) == len(single.at(512)) == 1  # the only run reads every context
 
 
-def test_an_entry_may_say_what_its_run_stands_for(short):
+def test_an_entry_may_override_context_and_seed(short):
     (system,) = open_systems(
         [ReportEntry("a", short[0], context=64, seed=5), ReportEntry("a", short[1])]
     )

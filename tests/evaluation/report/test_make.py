@@ -82,7 +82,7 @@ def test_the_state_is_keys_and_values_and_fast_weights(report):
 
 
 def test_times_of_the_reference_form_are_reported_nowhere(report, folder):
-    """Nobody reads by it: how long a command takes is for `tttjax bench prefill` to say."""
+    """Prefill speed is measured by `tttjax bench prefill`, not here."""
     for name in ("report.md", "report.html", "report.csv", "report.json"):
         text = (folder / name).read_text().lower()
         assert "prefill" not in text
@@ -114,7 +114,7 @@ def test_the_csv_has_a_row_for_every_number(report, folder):
     ]
 
 
-def test_the_page_needs_nothing_else_and_holds_every_table(report, folder):
+def test_the_page_is_self_contained_with_every_table(report, folder):
     page = (folder / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
@@ -132,7 +132,7 @@ def test_the_page_needs_nothing_else_and_holds_every_table(report, folder):
         assert html.escape(sentence) in page
 
 
-def test_every_table_tells_the_parameters(report):
+def test_every_table_has_parameter_counts(report):
     for section in sections(report):
         assert section.table.head[1:3] == ("parameters", "non-embedding")
         assert [row[:3] for row in section.table.rows] == [
@@ -155,7 +155,7 @@ def test_markdown_and_plots(report, folder):
     assert sorted(p.name for p in folder.iterdir()) == sorted([*report.paths, "cache"])
 
 
-# Once more ---------------------------------------------------------------------------------------
+# The cache ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def no_computing(monkeypatch):
     monkeypatch.setattr(losses, "compare", lambda *args, **options: pytest.fail("it reads"))
 
 
-def test_the_command_makes_it_again_from_what_was_kept(report, folder, runs, no_computing, capsys):
+def test_the_command_reuses_cached_losses(report, folder, runs, no_computing, capsys):
     before = (folder / "report.csv").read_text()
     words = [f"full={runs[0]}", f"full={runs[1]}", f"ttt={runs[2]}:on", f"--out={folder}"]
     assert main.main(["report", *words, "--title=Two & more"]) == 0
@@ -174,21 +174,21 @@ def test_the_command_makes_it_again_from_what_was_kept(report, folder, runs, no_
     assert "<h1>Two &amp; more</h1>" in (folder / "report.html").read_text()
 
 
-def test_an_interrupted_report_goes_on_where_it_stopped(folder, runs, no_computing):
-    """One of the kept files is lost, another is torn: only these are read again."""
-    kept = sorted((folder / "cache").glob("losses-*.npz"))
-    assert len(kept) == 3 * len(LENGTHS)
-    content = kept[0].read_bytes()
-    kept[0].write_bytes(content[:50])
+def test_an_interrupted_report_resumes_from_the_cache(folder, runs, no_computing):
+    """A damaged cache file is computed again."""
+    cached = sorted((folder / "cache").glob("losses-*.npz"))
+    assert len(cached) == 3 * len(LENGTHS)
+    content = cached[0].read_bytes()
+    cached[0].write_bytes(content[:50])
     with pytest.raises(pytest.fail.Exception, match="it reads"):
         make_report(
             [ReportEntry("full", runs[0]), ReportEntry("full", runs[1]), ReportEntry("t", runs[2])],
             folder,
         )
-    kept[0].write_bytes(content)
+    cached[0].write_bytes(content)
 
 
-def test_other_settings_are_not_taken_from_what_was_kept(folder, runs, no_computing):
+def test_other_settings_do_not_use_the_cache(folder, runs, no_computing):
     for options in ({"num_sequences": 4}, {"lengths": (8, 16)}):
         with pytest.raises(pytest.fail.Exception, match="it reads"):
             make_report([ReportEntry("full", runs[0])], folder, **options)
@@ -197,7 +197,7 @@ def test_other_settings_are_not_taken_from_what_was_kept(folder, runs, no_comput
 # A run for every context -------------------------------------------------------------------------
 
 
-def test_runs_of_several_contexts_are_read_at_their_own(make_run, tmp_path):
+def test_runs_of_several_contexts_use_their_own(make_run, tmp_path):
     """The cost of an extension has that of the run before it; the first of these has stopped."""
     mixers = ("full",)
     first = make_run("first", seq_len=8, step=2, mixers=mixers)
@@ -226,7 +226,7 @@ def test_runs_of_several_contexts_are_read_at_their_own(make_run, tmp_path):
 # What is refused ---------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_compared_is_one_sentence(runs, make_run, tmp_path, capsys):
+def test_invalid_arguments_are_user_errors(runs, make_run, tmp_path, capsys):
     out = tmp_path / "out"
     words = [f"full={runs[0]}", f"ttt={runs[2]}", f"--out={out}"]
     for more, sentence in (

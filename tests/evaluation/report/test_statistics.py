@@ -66,7 +66,7 @@ def test_a_difference_pairs_documents_and_seeds():
         np.testing.assert_allclose(found, (mean, documents, seeds))
 
 
-def test_what_documents_have_in_common_cancels_in_a_difference():
+def test_common_document_effects_cancel_in_a_difference():
     hard_D1 = np.arange(DOCUMENTS)[:, None] * 10.0
     a, b = (
         Sums(np.broadcast_to(hard_D1 + shift, COUNT_DL.shape) * COUNT_DL, COUNT_DL, None)
@@ -92,7 +92,7 @@ def test_bins_are_treated_like_totals():
         np.testing.assert_allclose((paired.mean[i], paired.documents[i]), (mean, documents))
 
 
-def test_what_is_not_known_adds_nothing():
+def test_unknown_errors_add_nothing():
     one = loss(A[:1])
     assert np.isnan(one.seeds)
     assert one.stderr == one.documents

@@ -1,4 +1,4 @@
-"""What a report says follows from its numbers, also when they show nothing."""
+"""Summary sentences of a report, for significant and insignificant differences."""
 
 import dataclasses
 from zlib import crc32
@@ -64,7 +64,7 @@ def make_report(*systems):
 FULL = make_system("full", {16: 3.0, 64: 2.9})
 
 
-def test_a_clear_advantage_is_told_with_its_error():
+def test_a_significant_advantage_is_given_with_its_error():
     ttt = make_system("ttt", {16: 3.1, 64: 2.8}, mode="on")
     first, second, standing, *_ = summarise(make_report(FULL, ttt))
     assert first.startswith("At 16 tokens full has the lowest loss, 3.0")

@@ -129,7 +129,9 @@ def _loss_by_flops(axes: Axes, report: Report) -> None:
     trained_runs = list(trained(report))
     several = len({length for _, length, _ in trained_runs}) > 1
     for system, length, runs in trained_runs:
-        point = mean_flops(runs), float(report.loss(system, length).mean)  # type: ignore[union-attr]
+        loss = report.loss(system, length)
+        assert loss is not None  # `trained` gives evaluated lengths
+        point = mean_flops(runs), float(loss.mean)
         points[system.label].append(point)
         text = f"{length:,}" if several else ""
         axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=6, color=BASELINE)

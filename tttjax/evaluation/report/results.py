@@ -92,7 +92,7 @@ class Report:
     def difference(
         self, system: SystemResult, length: int, other: SystemResult | None = None
     ) -> Value | None:
-        """Loss minus that of `other` (default: the baseline) in nats per token, documents paired."""
+        """Loss minus that of `other` (default: the baseline) in nats per token, paired."""
         mine = system.sums.get(length)
         theirs = (other or self.baseline).sums.get(length)
         return difference(mine, theirs) if mine and theirs else None

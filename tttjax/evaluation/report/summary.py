@@ -21,7 +21,7 @@ def _best(report: Report, length: int) -> str:
     if len(systems) < 2:
         return ""
     values = {system.label: report.loss(system, length) for system in systems}
-    ranked = sorted(systems, key=lambda system: values[system.label].mean)  # type: ignore[union-attr]
+    ranked = sorted(systems, key=lambda s: values[s.label].mean)  # type: ignore[union-attr]
     first, others = ranked[0], ranked[1:]
     against = [(other, report.difference(other, length, first)) for other in others]
     same = [
@@ -32,13 +32,15 @@ def _best(report: Report, length: int) -> str:
     loss = format_difference(values[first.label].estimate)  # type: ignore[union-attr]
     text = f"At {length:,} tokens {first.label} has the lowest loss, {loss} nats per token; "
     if same:
-        names = several(
-            [f"{name} ({format_difference(v.estimate, signed=True)})" for name, v in same]
-        )
-        return text + f"not significantly different from it: {names}."
+        return text + f"not significantly different from it: {_with_differences(same)}."
     second, value = against[0]
     assert value is not None  # both were evaluated at this length
     return text + f"the next, {second.label}, is {describe_difference(value.estimate)}."
+
+
+def _with_differences(values: Sequence[tuple[str, Value]]) -> str:
+    """`a (+0.012 ± 0.003) and b (+0.034 ± 0.003)`."""
+    return several([f"{name} ({format_difference(v.estimate, signed=True)})" for name, v in values])
 
 
 def _difference_from_baseline(report: Report, system: SystemResult) -> str:
@@ -94,7 +96,7 @@ def _beyond_the_window(report: Report) -> Iterator[str]:
     rises = [(name, v) for name, v in changes if not is_insignificant(v.estimate) and v.mean > 0]
     same = [(name, v) for name, v in changes if is_insignificant(v.estimate)]
     parts = [
-        f"{words} {several([f'{name} ({format_difference(v.estimate, signed=True)})' for name, v in group])}"
+        f"{words} {_with_differences(group)}"
         for words, group in (
             ("it keeps falling for", falls),
             ("it rises for", rises),

@@ -206,10 +206,10 @@ def _cells(value: Value, signed: bool) -> list[str]:
 def trained(report: Report) -> Iterator[tuple[SystemResult, int, tuple[RunFacts, ...]]]:
     """(system, context, runs) for all distinct runs, at the longest context of each."""
     for system in report.systems:
-        found: dict[tuple[str, ...], int] = {}
+        longest: dict[tuple[str, ...], int] = {}
         for length, runs in system.runs.items():
-            found[tuple(run.workdir for run in runs)] = length
-        for length in sorted(found.values()):
+            longest[tuple(run.workdir for run in runs)] = length
+        for length in sorted(longest.values()):
             yield system, length, system.runs[length]
 
 
