@@ -14,6 +14,7 @@ from tttjax.inference.sampling import Sampling
 from tttjax.interop.huggingface import export as exporting
 from tttjax.interop.huggingface import names
 from tttjax.interop.huggingface.compare import transformers_logits
+from tttjax.io.atomic import require_empty_dir
 from tttjax.io.locks import hold
 from tttjax.runs.load import load_model
 
@@ -233,9 +234,9 @@ def test_dynamic_evaluation_of_a_static_model(make_run, tmp_path, capsys):
 def test_a_folder_in_use_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="exists"):
-        exporting.require_empty_dir(tmp_path, "--to")
+        require_empty_dir(tmp_path, "--to")
     with pytest.raises(UserError, match="exists"):
-        exporting.require_empty_dir(tmp_path / "file", "--to")
+        require_empty_dir(tmp_path / "file", "--to")
     for size in ("five", "0", "5TB"):
         with pytest.raises(UserError, match="is no size"):
             exporting.parse_size(size)
