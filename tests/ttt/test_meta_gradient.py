@@ -30,7 +30,7 @@ CASES = {
     "three suffix blocks, window of a chunk": {
         "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
     },
-    "the total model is suffix, long window, adam": {
+    "the whole model is suffix, long window, adam": {
         "model": {"suffix_layers": 2, "window_size": 50},
         "inner": {"rule": "adam", "lr": 0.1},
     },
