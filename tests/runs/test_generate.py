@@ -166,7 +166,10 @@ def test_text_is_read_to_its_end_once(run, tmp_path, capsys):
         (["--prompt", "x", "--session=nowhere"], "there is no session nowhere"),
         (["--prompt", "x", "--tokenizer=nowhere"], "there is no tokenizer in nowhere"),
         (["--prompt-file=nowhere"], "nowhere does not exist"),
-        (["--prompt", "x", "--samples=2", "--save-session=s"], "does not go with --samples"),
+        (
+            ["--prompt", "x", "--samples=2", "--save-session=s"],
+            "saves one text: remove it, or --samples",
+        ),
     ],
 )
 def test_bad_input_is_refused(run, options, sentence, capsys):

@@ -218,7 +218,10 @@ def test_progress_without_update_trace(run, text, tmp_path, call):
     [
         (["--rewind=5"], "both --rewind=TOKENS and --to=NEW"),
         (["--rewind=-5", "--to=new"], "--rewind=-5 must be at least 0"),
-        (["--rewind=0", "--to=new"], "cannot rewind to 0 tokens: it has no snapshots before 1 tokens"),
+        (
+            ["--rewind=0", "--to=new"],
+            "cannot rewind to 0 tokens: it has no snapshots before 1",
+        ),
         (["--rewind=999", "--to=new"], "has 457 tokens; give a smaller --rewind"),
         (["--rewind=50", "--to=SELF"], "exists already"),
         (["--rewind=50", "--to=new", "--text=TEXT"], "both --run=WORKDIR and --text=FILE"),
@@ -266,7 +269,7 @@ def test_invalid_read_options_are_refused(run, text, uninterrupted, tmp_path, ca
     read = ("read", run, other, "--save-session", tmp_path / "t")
     before = content(uninterrupted)
     trace_flags = ("--telescope", uninterrupted / "trace")
-    assert "another model or another text showed" in refused(call, *read, *trace_flags)
+    assert "the trace of another model or text" in refused(call, *read, *trace_flags)
     assert content(uninterrupted) == before
     assert not (tmp_path / "s").exists()
     assert not (tmp_path / "t").exists()
