@@ -155,7 +155,7 @@ def test_every_end_token_stops_generation(folder, tmp_path, without_transformers
     session, _ = opened.engine.read(opened.engine.start(), np.array([1, 4]))
     request = Request(session, Sampling(temperature=0), max_tokens=8)
     (generated,) = Generator(opened.engine, opened.tokenizer, [request])
-    assert (generated.token, generated.finished, generated.text) == (5, "eos", "")
+    assert (generated.token, generated.finish_reason, generated.text) == (5, "eos", "")
 
     assert main.main(["export", str(run), f"--to={out}", "--own-code"]) == 0
     for name in ("config.json", "generation_config.json"):
