@@ -113,5 +113,5 @@ def test_bad_zarr(case, tmp_path):
 
 def test_an_array_of_unknown_meaning(case):
     np.savez(case / "batches.npz", **{"train_sorted/input_ids": np.zeros(3)})
-    with pytest.raises(UserError, match="'train_sorted/input_ids' whose name says nothing"):
+    with pytest.raises(UserError, match="the unknown name 'train_sorted/input_ids'"):
         check_zarr_case(case)
