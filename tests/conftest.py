@@ -10,6 +10,14 @@ import os
 import shutil
 import tempfile
 
+# What a test process compiles, it and its subprocesses read again. JAX looks here at its import.
+# Each process of pytest-xdist has a folder of its own: JAX writes entries without a lock.
+MADE = "tttjax-tests-"
+if MADE in os.environ.get("JAX_COMPILATION_CACHE_DIR", MADE):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=MADE)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 import jax
 import pytest
 
@@ -18,6 +26,7 @@ from tttjax.runtime import progress
 pytest_plugins = ["helpers.tiny_runs"]  # the fixtures `data` and `make_run`
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # small programs are not worth more
 if jax.__version_info__ < (0, 11):  # XLA stops at a flag that it does not know
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time to compile
 

@@ -18,7 +18,7 @@ from tttjax.io.locks import FOLDER_LOCK, hold
 QUICK = {"beat_s": 0.02, "watch_s": 0.3}
 HOLDER = """
 import sys, time
-from tttjax.locks import hold
+from tttjax.io.locks import hold
 with hold(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

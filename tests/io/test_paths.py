@@ -52,7 +52,7 @@ def all_arguments():
     for name, command in main.COMMANDS.items():
         parser = argparse.ArgumentParser()
         importlib.import_module(command.module).add_arguments(parser)
-        main._take_paths(parser)
+        main._expand_path_arguments(parser)
         for words, action, needed in arguments(parser, name):
             label = f"{words} {(action.option_strings or [action.dest])[0]}"
             if label not in TEXTS:

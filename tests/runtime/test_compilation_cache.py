@@ -11,7 +11,7 @@ from tttjax.runtime import compilation_cache
 from tttjax.runtime.compilation_cache import enable_compilation_cache, last_seconds, note_seconds
 
 PROGRAM = """
-from tttjax.compilation_cache import enable_compilation_cache
+from tttjax.runtime.compilation_cache import enable_compilation_cache
 enable_compilation_cache()
 import jax, jax.numpy as jnp
 hits = []
