@@ -15,9 +15,6 @@ CASES = {
         "inner": {"clip": 0.0, "chunk_size": 2},
         "train": {"batch_size": 1},
     },
-    "trajectory stored, normalised": {
-        "inner": {"trajectory": "store", "rule": "normalized_sgd"},
-    },
     "recomputed and truncated": {
         "inner": {
             "trajectory": "recompute",
@@ -44,7 +41,6 @@ CASES = {
         }
     },
     "blocks of the official code": {"model": {"mixers": ("local",), "suffix_layers": 2}},
-    "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
     "recurrent layers, recomputed": {
         "model": {
             "suffix_layers": 2,
@@ -54,12 +50,14 @@ CASES = {
         "inner": {"trajectory": "recompute", "chunk_size": 3},
     },
     "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
-    "muon": {"inner": {"rule": "muon"}},
-    "truncated": {
-        "inner": {"meta_gradient": "truncated", "truncate_chunks": 2},
+    "muon, truncated": {
+        "inner": {"rule": "muon", "meta_gradient": "truncated", "truncate_chunks": 2},
         "train": {"seq_len": 16},
     },
-    "first order": {"inner": {"meta_gradient": "first_order"}},
+    "no mixers, first order": {
+        "model": {"mixers": ("none",), "suffix_layers": 2},
+        "inner": {"meta_gradient": "first_order"},
+    },
     "static MLPs and the last norm are fast": {
         "model": {"fast_mlp": False},
         "inner": {"fast_paths": ("suffix/**/mlp/**", "final_norm/**")},
@@ -69,7 +67,7 @@ CASES = {
         "model": {"tie_embeddings": False},
         "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
     },
-    "untied, no norms, multi-head fast MLPs, one head of keys": {
+    "untied, no norms, multi-head fast MLPs, one KV head, trajectory stored, normalised": {
         "model": {
             "tie_embeddings": False,
             "post_norm": False,
@@ -77,6 +75,7 @@ CASES = {
             "fast_mlp_heads": 2,
             "num_kv_heads": 1,
         },
+        "inner": {"trajectory": "store", "rule": "normalized_sgd"},
     },
 }
 
@@ -137,7 +136,7 @@ def drawn(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", [1, 2])
 def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     config = drawn(seed)
     (_, grads), (_, fast_grads) = both_forms(config, random_batch(config, seed, 0.3), "float64")
@@ -145,8 +144,8 @@ def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     assert worst(grads, fast_grads) < 1e-11 * largest
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_both_forms_agree_for_random_configurations_in_float32(seed):
+def test_both_forms_agree_for_a_random_configuration_in_float32():
+    seed = 3
     config = drawn(seed)
     with jax.default_matmul_precision("highest"):
         results = both_forms(config, random_batch(config, seed, 0.3), "float32")
@@ -164,14 +163,6 @@ def test_chunk_without_targets_has_no_update(x64):
     (_, grads), (_, fast_grads) = both_forms(config, batch.replace(mask=mask), "float64")
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(fast_grads))
     assert worst(grads, fast_grads) < 1e-11
-
-
-def test_in_float32():
-    config = small_config()
-    with jax.default_matmul_precision("highest"):
-        (_, grads), (_, fast_grads) = both_forms(config, random_batch(config), "float32")
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-7
 
 
 def test_mixers_before_the_first_fast_weight_are_parallel():
