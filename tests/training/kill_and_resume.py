@@ -21,11 +21,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from helpers.paths import TINY
 
 from tttjax.data.preparation import prepare
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.metrics import deterministic_records, read_records
+
+TINY = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
 
 
 def start(workdir: Path, data: Path, options: argparse.Namespace) -> subprocess.Popen:
