@@ -18,5 +18,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     first = str(error).partition("\n")[0]
-    says_so = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
-    return isinstance(error, RuntimeError) and says_so
+    is_named = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
+    return isinstance(error, RuntimeError) and is_named

@@ -74,11 +74,11 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path, process):
     process.send_signal(signal.SIGKILL)
     while process.poll() is None:  # also while the system still keeps its entry
         time.sleep(0.01)
-    said = []
-    with hold(tmp_path / "run", say=said.append, watch_s=60):
+    logged = []
+    with hold(tmp_path / "run", log=logged.append, watch_s=60):
         pass
-    assert len(said) == 1
-    assert f"taking over {tmp_path / 'run'} from process {process.pid}" in said[0]
+    assert len(logged) == 1
+    assert f"taking over {tmp_path / 'run'} from process {process.pid}" in logged[0]
 
 
 def test_sigterm_releases(tmp_path, process):
@@ -89,18 +89,18 @@ def test_sigterm_releases(tmp_path, process):
 
 def test_a_reused_pid_is_no_holder(tmp_path):
     left_behind(tmp_path / "run", started="1")
-    with hold(tmp_path / "run", say=lambda line: None, watch_s=60):
+    with hold(tmp_path / "run", log=lambda line: None, watch_s=60):
         pass
 
 
 @pytest.mark.parametrize("where", [{"host": "node3"}, {"boot": "b"}, {"namespace": "pid:[1]"}])
 def test_a_silent_holder_elsewhere_is_replaced(tmp_path, where):
     left_behind(tmp_path / "run", **where)
-    said = []
-    with hold(tmp_path / "run", say=said.append, **QUICK):
+    logged = []
+    with hold(tmp_path / "run", log=logged.append, **QUICK):
         pass
-    assert [line.split()[1] for line in said] == [str(tmp_path / "run"), "taking"]
-    assert "looking for 0.3 s" in said[0]
+    assert [line.split()[1] for line in logged] == [str(tmp_path / "run"), "taking"]
+    assert "looking for 0.3 s" in logged[0]
 
 
 def test_a_holder_elsewhere_that_beats_is_refused(tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_holder_elsewhere_that_beats_is_refused(tmp_path, monkeypatch):
         held = hold(tmp_path / "run", **QUICK)
         held.__enter__()
     with pytest.raises(UserError, match="on node3, since"):
-        hold(tmp_path / "run", say=lambda line: None, **QUICK).__enter__()
+        hold(tmp_path / "run", log=lambda line: None, **QUICK).__enter__()
     held.__exit__(None, None, None)
     with hold(tmp_path / "run", **QUICK):  # watched or not, it is free now
         pass
@@ -117,8 +117,8 @@ def test_a_holder_elsewhere_that_beats_is_refused(tmp_path, monkeypatch):
 
 def test_a_torn_lock_file_does_not_lock_for_ever(tmp_path):
     (tmp_path / FOLDER_LOCK).write_text('{"host": ')
-    with hold(tmp_path, say=lambda line: None, **QUICK):
-        assert locks._look(tmp_path / FOLDER_LOCK).holder.pid == os.getpid()
+    with hold(tmp_path, log=lambda line: None, **QUICK):
+        assert locks._read_lock(tmp_path / FOLDER_LOCK).holder.pid == os.getpid()
 
 
 def test_one_of_many_newcomers_takes_over(tmp_path):
@@ -128,7 +128,7 @@ def test_one_of_many_newcomers_takes_over(tmp_path):
     def newcomer():
         start.wait()
         try:
-            with hold(tmp_path, say=lambda line: None):
+            with hold(tmp_path, log=lambda line: None):
                 results.append("held")
                 end.wait(30)
         except UserError:

@@ -37,8 +37,10 @@ def arrays(x64):
     return tuple(jnp.asarray(x) for x in (h, head, target, h_dot, head_dot, a, b))
 
 
-def close(got, wanted, atol=1e-12):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=atol), got, wanted)
+def close(got, expected, atol=1e-12):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=atol), got, expected
+    )
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -49,8 +51,8 @@ def test_value_and_gradient(arrays, blocks):
         return jnp.sum(a * jnp.sin(nll(*of, target)))
 
     got = jax.value_and_grad(lambda *x: loss(lambda *y: blocked_nll(*y, **blocks), *x), (0, 1))
-    wanted = jax.value_and_grad(lambda *x: loss(token_nll, *x), (0, 1))
-    close(jax.jit(got)(h, head), wanted(h, head))
+    expected = jax.value_and_grad(lambda *x: loss(token_nll, *x), (0, 1))
+    close(jax.jit(got)(h, head), expected(h, head))
     close(blocked_nll(h, head, target, **blocks), token_nll(h, head, target))
 
 
@@ -79,12 +81,14 @@ def test_pair_and_its_gradient(arrays, blocks, moving):
     close(got, jax.value_and_grad(dense, of, has_aux=True)(h, head, h_dot, head_dot))
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("with_residuals", [False, True])
 @pytest.mark.parametrize("blocks", [BLOCKS[1], BLOCKS[3]])
-def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, known):
+def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, with_residuals):
     """Along weights below h alone; then along the head too, which the pair must notice."""
     h, head, target, h_dot, head_dot, a, _ = arrays
-    slope = blocked_nll_with_residuals(h, head, target, **blocks)[1] if known else None
+    residuals = None
+    if with_residuals:
+        residuals = blocked_nll_with_residuals(h, head, target, **blocks)[1]
 
     def outer(nll, directions):
         def chunk_loss(h, head, *moving):
@@ -98,11 +102,11 @@ def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, known):
         return jax.jit(jax.grad(of, (0, 1)))(h, head)
 
     def blocked(h, head):
-        return blocked_nll_jvp(h, head, target, slope, **blocks)
+        return blocked_nll_jvp(h, head, target, residuals, **blocks)
 
     for directions in ((h_dot,), (h_dot, head_dot)):
-        wanted = outer(lambda h, head: token_nll(h, head, target), directions)
-        close(outer(blocked, directions), wanted)
+        expected = outer(lambda h, head: token_nll(h, head, target), directions)
+        close(outer(blocked, directions), expected)
 
 
 @pytest.mark.parametrize("blocks", [BLOCKS[3]])
@@ -112,9 +116,9 @@ def test_gradient_of_gradient(arrays, blocks):
 
     def twice(nll, inner):
         def of(h, head, a):
-            slopes = jax.grad(lambda *x: jnp.sum(a * nll(*x, target)), inner)(h, head)
-            along = (h_dot, head_dot)[: len(slopes)]
-            return sum(map(jnp.vdot, slopes, along))
+            grads = jax.grad(lambda *x: jnp.sum(a * nll(*x, target)), inner)(h, head)
+            along = (h_dot, head_dot)[: len(grads)]
+            return sum(map(jnp.vdot, grads, along))
 
         return jax.jit(jax.grad(of, (0, 1, 2)))(h, head, a)
 
@@ -151,22 +155,22 @@ def test_extreme_logits_are_finite_and_exact(arrays, blocks):
     """Logits of 10^4: targets that are certain, impossible, and neither; in float32."""
     h, head, target, h_dot, *_ = (jnp.asarray(x) for x in arrays)
     h, target = h.at[:3].multiply(5e3), target.at[0].set(jnp.argmax(h[0] @ head))
-    narrow = [x.astype(jnp.float32) for x in (h, head, h_dot)]
+    args_float32 = [x.astype(jnp.float32) for x in (h, head, h_dot)]
 
     def of(nll, h, head, h_dot):
         return jax.value_and_grad(meta, (1, 2, 3))(nll, h, head, h_dot)
 
-    got = of(lambda h, head: blocked_nll_jvp(h, head, target, **blocks), *narrow)
-    wanted = of(lambda h, head: token_nll(h, head, target), h, head, h_dot)
+    got = of(lambda h, head: blocked_nll_jvp(h, head, target, **blocks), *args_float32)
+    expected = of(lambda h, head: token_nll(h, head, target), h, head, h_dot)
     assert float(jnp.max(jnp.abs(h @ head))) > 1e4
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(y))))
 
 
 @pytest.mark.parametrize("blocks", [{"rows_block": 20}, {"rows_block": 20, "vocab_block": 30}])
 def test_bfloat16_accumulates_in_float32(blocks):
-    """No bfloat16 steps in losses and tangents; slopes as near as factors of 8 bits allow."""
+    """No bfloat16 steps in losses and tangents; grads as near as factors of 8 bits allow."""
     rng = np.random.default_rng(1)
     h, h_dot, head = (
         jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((50, 6), (50, 6), (6, 99))
@@ -175,13 +179,13 @@ def test_bfloat16_accumulates_in_float32(blocks):
     exact = [x.astype(jnp.float32) for x in (h, head, h_dot)]
     pair = blocked_nll_pair(h, head, target, h_dot, **blocks)
     dense = dense_pair(exact[0], exact[1], target, exact[2], jnp.zeros_like(exact[1]))
-    for got, wanted, tolerance in zip(pair, dense, (1e-5, 3e-2), strict=True):
+    for got, expected, tolerance in zip(pair, dense, (1e-5, 3e-2), strict=True):
         assert got.dtype == jnp.float32
         assert int(jnp.sum(got == got.astype(jnp.bfloat16).astype(jnp.float32))) < 5
-        np.testing.assert_allclose(got, wanted, atol=tolerance)
+        np.testing.assert_allclose(got, expected, atol=tolerance)
     grads = jax.grad(lambda *x: jnp.sum(blocked_nll(*x, target, **blocks)), (0, 1))(h, head)
-    wanted = jax.grad(lambda *x: jnp.sum(token_nll(*x, target)), (0, 1))(*exact[:2])
-    for x, y in zip(grads, wanted, strict=True):
+    expected = jax.grad(lambda *x: jnp.sum(token_nll(*x, target)), (0, 1))(*exact[:2])
+    for x, y in zip(grads, expected, strict=True):
         assert x.dtype == jnp.bfloat16
         np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=2e-2, atol=2e-2)
 
@@ -212,14 +216,14 @@ def test_products_are_as_few_as_the_docstrings_say(blocks):
     assert products(jax.value_and_grad(nll), h, head) == 2
     assert products(jax.value_and_grad(nll, (0, 1)), h, head) == 4
 
-    def pair(h, head, h_dot, known):
-        return meta(lambda *x: blocked_nll_jvp(*x, target, known, **blocks), h, head, h_dot)
+    def pair(h, head, h_dot, residuals):
+        return meta(lambda *x: blocked_nll_jvp(*x, target, residuals, **blocks), h, head, h_dot)
 
-    known = blocked_nll_with_residuals(h, head, target, **blocks)[1]
+    residuals = blocked_nll_with_residuals(h, head, target, **blocks)[1]
     assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, None) == 7
-    assert products(pair, h, head, h, known) == 0
-    assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, known) == 5
-    assert products(jax.value_and_grad(pair, 0), h, head, h, known) == 3
+    assert products(pair, h, head, h, residuals) == 0
+    assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, residuals) == 5
+    assert products(jax.value_and_grad(pair, 0), h, head, h, residuals) == 3
 
     def moving(h, head):
         return sum(map(jnp.sum, blocked_nll_pair(h, head, target, h, head, **blocks)))
@@ -283,14 +287,14 @@ def test_a_divided_vocabulary_is_not_gathered():
         axis_names={"data"},
         check_vma=False,
     )
-    wanted = of(*map(jnp.asarray, host))
+    expected = of(*map(jnp.asarray, host))
     for f in (of, manual):
         compiled = jax.jit(f).lower(*args).compile()
         assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
         assert "all-reduce" in compiled.as_text()
         got = compiled(*args)
         assert got[1][1].sharding.spec == parts[1]
-        close(got, wanted)
+        close(got, expected)
 
 
 def test_what_is_not_differentiable_says_so(arrays):

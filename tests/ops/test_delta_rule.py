@@ -50,8 +50,8 @@ def by_hand(q, k, v, g, beta, state):
     return out, last
 
 
-def close(results, wanted, tolerance):
-    for result, target in zip(results, wanted, strict=True):
+def close(results, expected, tolerance):
+    for result, target in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, target, atol=tolerance, rtol=0)
 
 
@@ -76,9 +76,9 @@ CASES = [
 @pytest.mark.parametrize(("length", "chunk", "key_heads", "value_heads"), CASES)
 def test_both_forms_equal_the_definition(length, chunk, key_heads, value_heads):
     x = operands(length, key_heads, value_heads)
-    wanted = by_hand(*x)
-    close(in_chunks(chunk)(*x), wanted, 1e-13)
-    close(recurrent(*x), wanted, 1e-13)
+    expected = by_hand(*x)
+    close(in_chunks(chunk)(*x), expected, 1e-13)
+    close(recurrent(*x), expected, 1e-13)
 
 
 def test_no_tokens_leave_the_state_as_it_is():
@@ -105,8 +105,8 @@ def test_gradients_equal_finite_differences_of_the_definition():
             moved = list(x)
             moved[index] = x[index] + step * direction
             ends.append(loss_of(by_hand)(*moved))
-        slope = (ends[0] - ends[1]) / 2e-5
-        np.testing.assert_allclose(np.vdot(gradient, direction), slope, rtol=1e-7, atol=1e-8)
+        derivative = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(np.vdot(gradient, direction), derivative, rtol=1e-7, atol=1e-8)
 
 
 def test_extreme_gates_keep_float32_finite_and_precise():
@@ -117,17 +117,17 @@ def test_extreme_gates_keep_float32_finite_and_precise():
     g[20] = -np.inf
     g[1::4] = 0
     beta[::3] = 0
-    wanted = by_hand(q, k, v, g, beta, state)
-    narrow = [x.astype(np.float32) for x in (q, k, v, g, beta, state)]
+    expected = by_hand(q, k, v, g, beta, state)
+    args_float32 = [x.astype(np.float32) for x in (q, k, v, g, beta, state)]
 
     def loss(form):
         return lambda *x: sum(jnp.sum(y**2) for y in form(*x))
 
     for form in (in_chunks(32), recurrent):
-        results = form(*narrow)
+        results = form(*args_float32)
         assert all(y.dtype == jnp.float32 for y in results)
-        close(results, wanted, 3e-6)
-        for gradient in jax.jit(jax.grad(loss(form), tuple(range(6))))(*narrow):
+        close(results, expected, 3e-6)
+        for gradient in jax.jit(jax.grad(loss(form), tuple(range(6))))(*args_float32):
             assert np.isfinite(gradient).all()
 
 
@@ -156,8 +156,8 @@ def test_half_precision_keeps_its_state_in_float32():
 def test_unit_lower_inverse(size):
     rng = np.random.default_rng(size)
     a = np.tril(rng.normal(size=(2, size, size)), -1)
-    wanted = np.linalg.inv(np.eye(size) + a)
-    np.testing.assert_allclose(jax.jit(unit_lower_inverse)(a), wanted, rtol=1e-10, atol=1e-10)
+    expected = np.linalg.inv(np.eye(size) + a)
+    np.testing.assert_allclose(jax.jit(unit_lower_inverse)(a), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_unit_lower_inverse_has_derivatives_of_derivatives():

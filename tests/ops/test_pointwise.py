@@ -7,7 +7,7 @@ import pytest
 
 from tttjax.ops.cross_entropy.nll import masked_mean, token_nll, token_nll_in_blocks
 from tttjax.ops.norms import layer_norm, rms_norm
-from tttjax.ops.rope import frequencies, rotate
+from tttjax.ops.rope import apply_rope, frequencies
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -18,15 +18,15 @@ def test_rotation_is_a_complex_product_of_neighbouring_pairs():
     position = np.array([0, 5, 1000])
     z = x[..., 0::2] + 1j * x[..., 1::2]
     z = z * np.exp(1j * position[:, None, None] * theta ** (-2 * np.arange(3) / 6))
-    wanted = np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), position, theta), wanted, atol=1e-12)
+    expected = np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+    np.testing.assert_allclose(apply_rope(jnp.asarray(x), position, theta), expected, atol=1e-12)
 
 
 def test_rotated_products_depend_on_the_difference_of_positions():
     q, k = RNG.normal(size=(2, 1, 1, 8))
 
     def product(i, j):
-        a, b = rotate(q, jnp.array([i]), 1e4), rotate(k, jnp.array([j]), 1e4)
+        a, b = apply_rope(q, jnp.array([i]), 1e4), apply_rope(k, jnp.array([j]), 1e4)
         return float(jnp.sum(a * b))
 
     assert product(7, 3) == pytest.approx(product(1007, 1003), abs=1e-10)
@@ -43,8 +43,8 @@ def test_llama_3s_scaling_keeps_fast_pairs_and_slows_long_ones():
     np.testing.assert_allclose(scaled[long], plain[long] / 8, rtol=1e-12)
     between = ~short & ~long
     share = (length / wavelength[between] - 1) / 3
-    wanted = (1 - share) * plain[between] / 8 + share * plain[between]
-    np.testing.assert_allclose(scaled[between], wanted, rtol=1e-12)
+    expected = (1 - share) * plain[between] / 8 + share * plain[between]
+    np.testing.assert_allclose(scaled[between], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -64,24 +64,24 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, names):
         max_position_embeddings=4096,
         rope_parameters={"rope_theta": 1e4, **names},
     )
-    wanted, factor = rope.ROPE_INIT_FUNCTIONS[names["rope_type"]](config, "cpu")
+    expected, factor = rope.ROPE_INIT_FUNCTIONS[names["rope_type"]](config, "cpu")
     assert factor == 1.0
-    np.testing.assert_allclose(frequencies(32, 1e4, scaling), wanted.numpy(), rtol=2e-6)
+    np.testing.assert_allclose(frequencies(32, 1e4, scaling), expected.numpy(), rtol=2e-6)
 
 
 def test_positions_have_no_end():
     """No table to run out of: a million tokens on, still finite and still a rotation."""
     x = jnp.asarray(RNG.normal(size=(2, 1, 4)), jnp.float32)
-    y = rotate(x, jnp.array([10**6, 2**30]), 5e5)
+    y = apply_rope(x, jnp.array([10**6, 2**30]), 5e5)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
 
 
 def test_rms_norm_has_its_epsilon_inside_the_root():
     x, w = RNG.normal(size=(2, 5)), RNG.normal(size=5)
-    wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * w
-    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(w), 0.1), wanted, atol=1e-12)
-    np.testing.assert_allclose(rms_norm(jnp.asarray(x), None, 0.1), wanted / w, atol=1e-12)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * w
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(w), 0.1), expected, atol=1e-12)
+    np.testing.assert_allclose(rms_norm(jnp.asarray(x), None, 0.1), expected / w, atol=1e-12)
 
 
 def test_rms_norm_of_bfloat16_computes_in_float32():
@@ -101,8 +101,8 @@ def make_nll_inputs(dtype, length=7):
 def test_nll_is_minus_the_log_of_the_softmax():
     h, head, target = make_nll_inputs("float64")
     p = np.exp(np.asarray(h) @ np.asarray(head))
-    wanted = -np.log(p[np.arange(7), target] / p.sum(-1))
-    np.testing.assert_allclose(token_nll(h, head, target), wanted, atol=1e-12)
+    expected = -np.log(p[np.arange(7), target] / p.sum(-1))
+    np.testing.assert_allclose(token_nll(h, head, target), expected, atol=1e-12)
 
 
 def test_nll_of_bfloat16_is_float32_and_off_the_bfloat16_grid():
@@ -120,10 +120,10 @@ def test_nll_in_blocks_is_the_same_with_its_gradient(block):
         return jnp.sum(jnp.sin(f(h, head, target, *args)))
 
     got = jax.value_and_grad(lambda h: jnp.sum(token_nll_in_blocks(h, head, target, block) ** 2))(h)
-    wanted = jax.value_and_grad(lambda h: jnp.sum(token_nll(h, head, target) ** 2))(h)
+    expected = jax.value_and_grad(lambda h: jnp.sum(token_nll(h, head, target) ** 2))(h)
     assert float(loss(token_nll_in_blocks, block)) == pytest.approx(float(loss(token_nll)))
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-12)
-    np.testing.assert_allclose(got[1], wanted[1], atol=1e-11)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-12)
+    np.testing.assert_allclose(got[1], expected[1], atol=1e-11)
 
 
 def test_masked_mean_counts_what_counts_and_is_zero_for_nothing():

@@ -21,10 +21,10 @@ def arrays():
     )
 
 
-def by_channel(x, kernel, bias, past):
+def by_channel(x, kernel, bias, previous):
     """numpy's own convolution, which flips the kernel, channel by channel."""
-    x = np.concatenate([past, x])
-    out = np.empty((len(x) - len(past), *CHANNELS))
+    x = np.concatenate([previous, x])
+    out = np.empty((len(x) - len(previous), *CHANNELS))
     for channel in np.ndindex(*CHANNELS):
         index = (slice(None), *channel)
         out[index] = np.convolve(x[index], kernel[::-1][index], "valid") + bias[channel]
@@ -46,14 +46,14 @@ def test_is_the_causal_convolution_with_the_last_tap_on_the_current_token(arrays
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 6), (2, 0, 7), (5, 4), (9,)], ids=str)
 def test_any_split_gives_the_same(arrays, cuts):
     x, kernel, bias = map(jnp.asarray, arrays)
-    past = np.random.default_rng(1).normal(size=(TAPS - 1, *CHANNELS))
-    state, outputs, start = jnp.asarray(past), [], 0
+    previous = np.random.default_rng(1).normal(size=(TAPS - 1, *CHANNELS))
+    state, outputs, start = jnp.asarray(previous), [], 0
     for size in cuts:
         y, state = short_conv(x[start : start + size], kernel, bias, state)
         outputs.append(y)
         start += size
-    np.testing.assert_allclose(jnp.concatenate(outputs), by_channel(*arrays, past), atol=1e-12)
-    np.testing.assert_array_equal(state, np.concatenate([past, arrays[0]])[-(TAPS - 1) :])
+    np.testing.assert_allclose(jnp.concatenate(outputs), by_channel(*arrays, previous), atol=1e-12)
+    np.testing.assert_array_equal(state, np.concatenate([previous, arrays[0]])[-(TAPS - 1) :])
 
 
 def test_gradient_is_the_transposed_convolution(arrays):

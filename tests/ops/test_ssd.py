@@ -39,8 +39,8 @@ def by_definition(x, dt, a, b, c, skip, state):
 # Chunks that divide T and do not, one token, and one chunk for all; together and one by one.
 FORMS = {
     "chunks of 4": lambda *args: ssd(*args, 4),
-    "chunks of 4, two at once": lambda *args: ssd(*args, 4, at_once=2),
-    "chunks of 3, all at once": lambda *args: ssd(*args, 3, at_once=100),
+    "chunks of 4, two at once": lambda *args: ssd(*args, 4, chunks_per_segment=2),
+    "chunks of 3, all at once": lambda *args: ssd(*args, 3, chunks_per_segment=100),
     "chunks of 1": lambda *args: ssd(*args, 1),
     "one chunk": lambda *args: ssd(*args, 100),
     "recurrent": ssd_recurrent,
@@ -50,8 +50,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_is_the_definition(form):
     inputs = make_inputs()
-    for got, wanted in zip(jax.jit(form)(*inputs), by_definition(*inputs), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-12)
+    for got, expected in zip(jax.jit(form)(*inputs), by_definition(*inputs), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
 def weighted(form):
@@ -72,14 +72,14 @@ def test_gradient_is_that_of_the_definition(name):
     inputs = make_inputs()
     gradient = jax.jit(jax.grad(weighted(FORMS[name])))(inputs)
     loop, rng, step = weighted(by_definition), np.random.default_rng(2), 1e-5
-    for place, value in enumerate(inputs):
+    for index, value in enumerate(inputs):
         direction = rng.normal(size=value.shape)
         ahead, behind = (
-            loop((*inputs[:place], value + sign * step * direction, *inputs[place + 1 :]))
+            loop((*inputs[:index], value + sign * step * direction, *inputs[index + 1 :]))
             for sign in (1, -1)
         )
-        slope = float(jnp.sum(gradient[place] * direction))
-        assert slope == pytest.approx((ahead - behind) / (2 * step), rel=1e-6, abs=1e-7)
+        derivative = float(jnp.sum(gradient[index] * direction))
+        assert derivative == pytest.approx((ahead - behind) / (2 * step), rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("form", [FORMS["chunks of 4"], ssd_recurrent], ids=["chunks", "tokens"])
@@ -98,20 +98,20 @@ def test_a_token_that_erases_the_state_does_not_blur_those_after_it():
     dt = np.full_like(dt, 0.01)
     dt[1] = 1e6
     x[1] = 0
-    wanted, _ = by_definition(x, dt, *rest)
+    expected, _ = by_definition(x, dt, *rest)
     got, _ = jax.jit(FORMS["one chunk"])(*(jnp.float32(value) for value in (x, dt, *rest)))
-    np.testing.assert_allclose(got[2:], wanted[2:], atol=2e-5)
+    np.testing.assert_allclose(got[2:], expected[2:], atol=2e-5)
 
 
 def test_bfloat16_stays_near_float64_and_the_state_is_float32():
     inputs = make_inputs()
     x, dt, a, b, c, skip, state = (jnp.asarray(value, jnp.bfloat16) for value in inputs)
     args = x, dt.astype(jnp.float32), a, b, c, skip, state.astype(jnp.float32)
-    wanted, _ = by_definition(*(np.asarray(value, np.float64) for value in args))
+    expected, _ = by_definition(*(np.asarray(value, np.float64) for value in args))
     for form in (FORMS["chunks of 4"], ssd_recurrent):
         y, last = jax.jit(form)(*args)
         assert (y.dtype, last.dtype) == (jnp.bfloat16, jnp.float32)
-        assert np.abs(np.asarray(y, np.float64) - wanted).max() < 0.02 * np.abs(wanted).max()
+        assert np.abs(np.asarray(y, np.float64) - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_no_tokens_change_nothing():

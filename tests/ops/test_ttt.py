@@ -82,13 +82,13 @@ def test_equals_the_definition_token_by_token(inner, output):
     fixed = {"scale": p["scale"], "bias": p["bias"], "eps": EPS}
     q = p["q"] if output == "query" else None
     tokens = q, p["k"], p["v"], p["lam"]
-    wanted, wanted_last = by_hand.all_heads(*tokens, tau, BASE_LR / SIZE, p["weights"], fixed)
+    expected, expected_last = by_hand.all_heads(*tokens, tau, BASE_LR / SIZE, p["weights"], fixed)
     for form in FORMS:
-        np.testing.assert_allclose(run(p, form=form, output=output)[0], wanted, atol=1e-11)
+        np.testing.assert_allclose(run(p, form=form, output=output)[0], expected, atol=1e-11)
         z_THK, state = run_split(p, (LENGTH,), form=form, output=output)
-        np.testing.assert_allclose(z_THK, wanted, atol=1e-11)
+        np.testing.assert_allclose(z_THK, expected, atol=1e-11)
         last = final_weights(state, p["weights"], rates(p), LENGTH)
-        assert worst(last, wanted_last) < 1e-11
+        assert worst(last, expected_last) < 1e-11
 
 
 @pytest.mark.parametrize("inner", INNER)
@@ -114,7 +114,7 @@ def test_gradients_equal_finite_differences():
     rng = np.random.default_rng(2)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape), p)
     direction["token_idx"] *= 0.1  # keeps the clipped one clipped
-    slope = sum(
+    derivative = sum(
         jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), jax.grad(loss)(p), direction))
     )
 
@@ -122,7 +122,7 @@ def test_gradients_equal_finite_differences():
         return float(loss(jax.tree.map(lambda x, d: x + step * d, p, direction)))
 
     step = 1e-5
-    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(float(slope), rel=1e-6)
+    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(float(derivative), rel=1e-6)
 
 
 SPLITS = [(5, 5, 3), (3, 10), (7, 1, 1, 4), (1,) * LENGTH]

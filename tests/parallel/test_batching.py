@@ -26,16 +26,16 @@ def arguments(batch):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_it_is_vmap(batch):
     forms = [f(read, in_axes=AXES, out_axes=(0, AXES[0])) for f in (over_sequences, jax.vmap)]
-    given, wanted = (f(*arguments(batch)) for f in forms)
-    chex.assert_trees_all_equal_shapes(given, wanted)
-    chex.assert_trees_all_close(given, wanted, rtol=1e-6)
+    result, expected = (f(*arguments(batch)) for f in forms)
+    chex.assert_trees_all_equal_shapes(result, expected)
+    chex.assert_trees_all_close(result, expected, rtol=1e-6)
 
 
 def sum_shapes(batch):
     fn = over_sequences(read, in_axes=AXES, out_axes=(0, AXES[0]))
     program = jax.make_jaxpr(fn)(*arguments(batch))
-    found = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "reduce_sum"]
-    return [eqn.invars[0].aval.shape for eqn in found]
+    sums = [eqn for eqn in program.jaxpr.eqns if eqn.primitive.name == "reduce_sum"]
+    return [eqn.invars[0].aval.shape for eqn in sums]
 
 
 def test_one_sequence_is_read_without_an_axis_for_it():

@@ -13,7 +13,7 @@ from tttjax.parallel import coordinator, distributed
 
 
 @pytest.fixture
-def taken():
+def used_port():
     """A port that a program of this host listens on."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -22,9 +22,9 @@ def taken():
 
 
 def free_port():
-    with socket.socket() as asking:
-        asking.bind(("127.0.0.1", 0))
-        return asking.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_other_addresses_are_refused_by_train(address, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_process_0_says_that_its_port_is_taken(taken):
-    with pytest.raises(UserError, match=f"port {taken} .* is taken by another program"):
-        distributed.start_distributed(f"localhost:{taken}", 0, 2)
+def test_process_0_says_that_its_port_is_taken(used_port):
+    with pytest.raises(UserError, match=f"port {used_port} .* is taken by another program"):
+        distributed.start_distributed(f"localhost:{used_port}", 0, 2)
     coordinator.check_port(free_port())
 
 
@@ -73,15 +73,15 @@ def test_a_process_id_beyond_the_count_is_refused():
 
 def test_others_say_that_nobody_answers(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.5)
-    monkeypatch.setattr(coordinator, "FIRST_WORD", 0.1)
+    monkeypatch.setattr(coordinator, "FIRST_REPORT_SECONDS", 0.1)
     port = free_port()
     with pytest.raises(UserError, match=f"nothing answered at --coordinator=localhost:{port} "):
         distributed.start_distributed(f"localhost:{port}", 1, 2)
     assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
 
 
-def test_others_go_on_once_somebody_answers(taken):
-    coordinator.await_coordinator("localhost", taken, 5)
+def test_others_go_on_once_somebody_answers(used_port):
+    coordinator.await_coordinator("localhost", used_port, 5)
 
 
 def test_an_unknown_host_is_said_at_once(monkeypatch):
@@ -95,16 +95,16 @@ def test_an_unknown_host_is_said_at_once(monkeypatch):
 
 def test_processes_that_never_join_end_the_program(monkeypatch, capsys):
     """From a thread, because the runtime that waits for them cannot be interrupted."""
-    ended, codes = threading.Event(), []
+    exited, codes = threading.Event(), []
 
     def end(code):
         codes.append(code)
-        ended.set()
+        exited.set()
 
     monkeypatch.setattr(coordinator.os, "_exit", end)
-    monkeypatch.setattr(coordinator, "FIRST_WORD", 0.05)
-    with coordinator.saying_that_it_waits("others", 0.2, "they did not join"):
-        assert ended.wait(5)
+    monkeypatch.setattr(coordinator, "FIRST_REPORT_SECONDS", 0.05)
+    with coordinator.report_waiting("others", 0.2, "they did not join"):
+        assert exited.wait(5)
     assert codes[0] == 2
     assert "error: they did not join\n" in capsys.readouterr().err
 

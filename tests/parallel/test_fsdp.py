@@ -37,19 +37,19 @@ def test_value_and_gradient_are_those_of_the_whole_weight(dtype):
         assert w.dtype == (dtype or jnp.float32)
         return x @ w.astype(jnp.float32)
 
-    narrow = weight.astype(dtype or weight.dtype)
+    low_precision = weight.astype(dtype or weight.dtype)
     np.testing.assert_allclose(
-        on_two(product, weight, x, dtype), product(narrow, x), rtol=1e-5, atol=1e-6
+        on_two(product, weight, x, dtype), product(low_precision, x), rtol=1e-5, atol=1e-6
     )
 
     def loss(weight, run):
         return jnp.sum(jnp.sin(run(weight)))
 
-    ours = jax.grad(loss)(weight, lambda w: on_two(product, w, x, dtype))
-    whole = jax.grad(loss)(narrow.astype(jnp.float32), lambda w: x @ w)
-    assert ours.dtype == jnp.float32
+    result = jax.grad(loss)(weight, lambda w: on_two(product, w, x, dtype))
+    expected = jax.grad(loss)(low_precision.astype(jnp.float32), lambda w: x @ w)
+    assert result.dtype == jnp.float32
     tolerance = 1e-6 if dtype is None else 2**-8  # each device's part is in the narrow dtype
-    np.testing.assert_allclose(ours, whole, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_are_summed_in_the_dtype_of_the_shard():

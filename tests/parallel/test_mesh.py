@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.parallel.mesh import place_devices
+from tttjax.parallel.mesh import arrange_devices
 
 
 @dataclass(frozen=True)
-class Chip:
+class FakeTpu:
     """What JAX looks at in a TPU."""
 
     id: int
@@ -24,30 +24,30 @@ class Chip:
 
 def slice_of(sides, index=0):
     x, y = sides
-    places = [(i, j, 0) for j in range(y) for i in range(x)]
-    return [Chip(index * len(places) + n, place, index) for n, place in enumerate(places)]
+    coords = [(i, j, 0) for j in range(y) for i in range(x)]
+    return [FakeTpu(index * len(coords) + n, coord, index) for n, coord in enumerate(coords)]
 
 
 @pytest.mark.parametrize("axes", [(1, 16, 1), (4, 4, 1), (1, 8, 2), (2, 2, 4), (1, 2, 8)])
 def test_any_axes_find_a_place_on_a_slice(axes):
-    chips = slice_of((4, 4))
-    grid = place_devices(chips, *axes)
+    devices = slice_of((4, 4))
+    grid = arrange_devices(devices, *axes)
     assert grid.shape == axes
-    assert set(grid.flat) == set(chips)
+    assert set(grid.flat) == set(devices)
 
 
 def test_an_inner_axis_stays_among_neighbours():
-    grid = place_devices(slice_of((4, 4)), 1, 8, 2)
+    grid = arrange_devices(slice_of((4, 4)), 1, 8, 2)
     for first, second in grid[0]:
         distance = [abs(a - b) for a, b in zip(first.coords, second.coords, strict=True)]
         assert sum(distance) == 1
 
 
 def test_data_goes_across_slices_and_nothing_else_does():
-    chips = slice_of((2, 2), 0) + slice_of((2, 2), 1)
-    grid = place_devices(chips, 4, 2, 1)
-    of_rows = [{chip.slice_index for chip in row.flat} for row in grid]
+    devices = slice_of((2, 2), 0) + slice_of((2, 2), 1)
+    grid = arrange_devices(devices, 4, 2, 1)
+    of_rows = [{device.slice_index for device in row.flat} for row in grid]
     assert all(len(slices) == 1 for slices in of_rows)
     assert Counter(next(iter(slices)) for slices in of_rows) == {0: 2, 1: 2}
     with pytest.raises(UserError, match=r"mesh.data = 1 cannot be divided among 2 TPU slices"):
-        place_devices(chips, 1, 8, 1)
+        arrange_devices(devices, 1, 8, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from tttjax.cli import main
 from tttjax.runtime import compilation_cache
-from tttjax.runtime.compilation_cache import enable_compilation_cache, last_seconds, note_seconds
+from tttjax.runtime.compilation_cache import enable_compilation_cache, last_seconds, record_seconds
 
 PROGRAM = """
 from tttjax.runtime.compilation_cache import enable_compilation_cache
@@ -98,7 +98,7 @@ def test_place_elsewhere_is_refused(no_jax, monkeypatch, value):
 
 def test_seconds_are_remembered_by_program(no_jax, monkeypatch):
     assert last_seconds("a") is None
-    note_seconds("a", 3.0)  # nowhere
+    record_seconds("a", 3.0)  # nowhere
     enable_compilation_cache()
-    note_seconds("a", 41.23)
+    record_seconds("a", 41.23)
     assert (last_seconds("a"), last_seconds("b")) == (41.2, None)

@@ -14,7 +14,7 @@ from tttjax.runtime import progress
 @pytest.fixture
 def stream():
     stream = io.StringIO()
-    with progress.speaking(stream):
+    with progress.show_activity(stream):
         yield stream
 
 
@@ -56,7 +56,7 @@ def test_what_is_printed_restarts_the_silence():
 
 def test_part_goes_on_under_another_name(stream):
     with progress.doing("first", quiet_seconds=0.02):
-        progress.now("second")
+        progress.rename_activity("second")
         wait_for(stream.getvalue)
     assert stream.getvalue().startswith("second: 0 s\n")
 
@@ -84,7 +84,7 @@ def printing(**methods):
     with (
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
-        progress.speaking(stream),
+        progress.show_activity(stream),
     ):
         yield stream
 
@@ -117,7 +117,7 @@ def test_what_is_printed_has_a_line_of_its_own(terminal):
         wait_for(lambda: says(shown, "reading"))
         print("a line")
         wait_for(lambda: says(shown, "reading"))
-        progress.now("writing")
+        progress.rename_activity("writing")
         wait_for(lambda: says(shown, "writing"))
         print("error: another", file=sys.stderr)
     assert screen(shown) == ["a line", "error: another", ""]
@@ -153,7 +153,7 @@ def test_stream_that_goes_elsewhere_is_not_watched(terminal):
     with (
         terminal() as shown,
         contextlib.redirect_stdout(io.StringIO()),
-        progress.speaking(shown),
+        progress.show_activity(shown),
         progress.doing("reading", quiet_seconds=0.02),
     ):
         wait_for(lambda: says(shown, "reading"))

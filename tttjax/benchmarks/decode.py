@@ -15,7 +15,7 @@ from tttjax.inference.engine import DecodeBatch, Engine
 from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session import Session
 from tttjax.models import build_model
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.ttt.outer_loss import make_inner_loop
 
 STATIC_ROUND_TOKENS = 128  # of a model without an inner loop
@@ -75,7 +75,7 @@ def bench_decode(
     ]
     for _ in range(rounds + 1):  # the first one compiles and warms caches
         for entry in entries:
-            with as_configured(entry.config):
+            with x64_if_configured(entry.config):
                 _round(entry)
     return [_result(entry, entries) for entry in entries]
 
@@ -84,7 +84,7 @@ def _prefill(
     config: Config, lengths: Sequence[int], rounds: int
 ) -> Iterator[tuple[int, Engine, Session, int]]:
     """(prefilled tokens, engine, session, tokens of a round) for each length."""
-    with as_configured(config):
+    with x64_if_configured(config):
         model = build_model(config.model, config.inner)
         inference_model = make_inference_model(
             model, make_inner_loop(config.inner), config.inner.lr

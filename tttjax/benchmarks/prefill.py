@@ -21,7 +21,7 @@ from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.inference.prefill import init_context, make_inference_model, prefill, split_weights
 from tttjax.models import build_model
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.ttt.outer_loss import make_inner_loop
 
 LENGTHS, CPU_LENGTHS = (8192, 32768, 131072), (8192,)
@@ -59,7 +59,7 @@ def bench_prefill(
             raise UserError(f"{name}={value} must be at least 1.")
     programs, runs, state_bytes = {}, {}, {}
     for i, (_, config) in enumerate(configs):
-        with as_configured(config):
+        with x64_if_configured(config):
             state_bytes[i] = _state_bytes(config, length)
             if compiled := none_if_out_of_memory(partial(_compile, config, length, batch)):
                 programs[i], arguments = compiled

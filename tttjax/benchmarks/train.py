@@ -22,7 +22,7 @@ from tttjax.benchmarks.timing import (
 )
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.parallel.mesh import make_mesh
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.planning.count import count
 from tttjax.training.step import TrainState, make_trainer
 from tttjax.types import Batch
@@ -72,7 +72,7 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
     check_rounds(rounds)
     entries = []
     for name, config in configs:
-        with as_configured(config):
+        with x64_if_configured(config):
             entries.append(_prepare(name, config))
     runs = {i: partial(_step, e) for i, e in enumerate(entries) if e.step and e.state}
     medians = median_seconds(runs, rounds)
@@ -95,7 +95,7 @@ def bench_train(configs: Sequence[tuple[str, Config]], rounds: int = 5) -> list[
 
 def _step(entry: _TrainEntry) -> Any:
     assert entry.step
-    with as_configured(entry.config):
+    with x64_if_configured(entry.config):
         entry.state, metrics = entry.step(entry.state, entry.batch)
     return entry.state, metrics
 

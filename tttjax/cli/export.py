@@ -85,4 +85,4 @@ def run(args: argparse.Namespace) -> int:
 
 def _say(line: str) -> None:
     print(f"export: {line}", flush=True)
-    progress.now(f"export, after: {line}")
+    progress.rename_activity(f"export, after: {line}")

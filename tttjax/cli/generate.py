@@ -39,7 +39,7 @@ from tttjax.inference.session_file import (
     save_session,
 )
 from tttjax.io.locks import hold
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.generation import generate_all, read_prompts, to_record
 from tttjax.runs.load import LoadedModel, encode_prompt, load_or_start_session
 from tttjax.runtime import progress
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     with progress.doing(f"loading {args.workdir}"):
         loaded = load_from_args(args)
     _check_samples(args.samples, loaded)
-    with as_configured(loaded.config):
+    with x64_if_configured(loaded.config):
         session = load_or_start_session(loaded, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
         prompts = [encode_prompt(loaded, text, is_first=not args.session) for text in texts]
@@ -256,7 +256,7 @@ def _generate(
         for token in generator:
             if on_terminal and not any(texts):  # the first token may have waited for compilation
                 print(_dim(prompt), end="")
-                progress.now("")  # a progress line would appear within the text
+                progress.rename_activity("")  # a progress line would appear within the text
             texts[token.request].append(token)
             if streams:
                 print(token.text, end="", flush=True)

@@ -89,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         enable_compilation_cache()
         quieten_libtpu()
-        with progress.speaking(sys.stderr), progress.doing(" ".join(["tttjax", *arguments[:1]])):
+        with (
+            progress.show_activity(sys.stderr),
+            progress.doing(" ".join(["tttjax", *arguments[:1]])),
+        ):
             return _dispatch(arguments)
     except UserError as error:
         return _report(str(error))

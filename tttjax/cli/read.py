@@ -27,7 +27,7 @@ from tttjax.evaluation.prefill_text import ChunkOutput, prefill_session_file
 from tttjax.evaluation.update_trace import UpdateTraceWriter
 from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
 from tttjax.io.locks import Lock, hold
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.chunk_log import CsvLog
 from tttjax.runs.load import LoadedModel
 from tttjax.runs.long_text import (
@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> in
             f"--telescope needs inner updates; remove it, because {args.workdir} has no fast "
             "weights, or --learn=none or --mode=off is set"
         )
-    with as_configured(loaded.config):
+    with x64_if_configured(loaded.config):
         path = Path(args.save_session)
         prefill = (
             resume_prefill(loaded, file, path)

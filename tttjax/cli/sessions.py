@@ -24,7 +24,7 @@ from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.errors import UserError
 from tttjax.inference.session_file import About, check_file, read_about
 from tttjax.io.locks import hold
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.long_text import (
     find_text,
     is_session_of,
@@ -180,7 +180,7 @@ def _prefill_to(args: argparse.Namespace, snapshot: Path, new: Path) -> None:
         )
     args.workdir = args.run
     loaded = load_from_args(args, trace_updates=about.source.get("telescope", False))
-    with as_configured(loaded.config):
+    with x64_if_configured(loaded.config):
         prefill = resume_prefill(loaded, file, snapshot)
         until = prefill.done + args.rewind - prefill.session.tokens
         if until > prefill.total:

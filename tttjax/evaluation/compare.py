@@ -78,7 +78,7 @@ def compare(
     bar = Progress(_total_work(loaded, chosen, learning, lengths, held_out), progress)
     series: list[Series] = []
     for run, run_modes in zip(loaded, chosen, strict=True):
-        with precision.as_configured(run.config):
+        with precision.x64_if_configured(run.config):
             for setups in iter_eval_setups(
                 run, run_modes, learning, mesh or make_run_mesh(run.config)
             ):

@@ -26,7 +26,7 @@ from tttjax.inference.generator import Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, Scorer, score_batch
 from tttjax.inference.session import Session
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.load import LEARN, LoadedModel, load_model
 
 try:
@@ -156,7 +156,7 @@ class TTTJaxLM(TemplateLM):
             by_context.setdefault(self._with_bos(context), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="loglikelihood")
-        with as_configured(self._loaded.config):
+        with x64_if_configured(self._loaded.config):
             for contexts, sessions in self._prefill(list(by_context)):
                 batch = [
                     (i, session)
@@ -198,7 +198,7 @@ class TTTJaxLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each full text, scored in one session without truncation."""
         answers = []
-        with as_configured(self._loaded.config):
+        with x64_if_configured(self._loaded.config):
             (_, (prefix_session,)) = next(self._prefill([(self.prefix_token_id,)]))
             for request in tqdm(requests, disable=disable_tqdm, desc="loglikelihood_rolling"):
                 text_T = np.asarray(self.tok_encode(request.args[0]), np.int32)
@@ -218,7 +218,7 @@ class TTTJaxLM(TemplateLM):
         answers = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: len(contexts[i]))
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until")
-        with as_configured(self._loaded.config):
+        with x64_if_configured(self._loaded.config):
             start = 0
             for part, sessions in self._prefill([contexts[i] for i in order]):
                 indices = order[start : start + len(part)]

@@ -51,7 +51,7 @@ class Progress:
     def doing(self, what: str, cost: int) -> None:
         """Names the next stage, with the cost of one token."""
         self.what, self._cost, self._is_first = what, cost, True
-        progress.now(f"{self.title}: {what}, compiling or reading")
+        progress.rename_activity(f"{self.title}: {what}, compiling or reading")
 
     def add(self, tokens: int) -> None:
         """Counts processed tokens and updates the line."""

@@ -13,7 +13,7 @@ from tttjax.models import Transformer
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     BATCH_AXES,
-    as_divided,
+    as_sharded_param,
     batch_sharding,
     manual,
     manual_axes,
@@ -50,7 +50,7 @@ def _compiled_scorer(
         return forward(params, batch, lr).token_nll_T
 
     def shard_nll(params_shard: Params, batch: Batch, lr: Array) -> Array:
-        params = jax.tree.map(as_divided, params_shard, specs)
+        params = jax.tree.map(as_sharded_param, params_shard, specs)
         return batch_nll(all_gather_params(params), batch, lr)
 
     score: Callable[[Params, Batch, Array], Array] = batch_nll

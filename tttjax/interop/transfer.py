@@ -17,7 +17,7 @@ from tttjax.interop.streaming import assemble, flat_weights, return_freed_memory
 from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model, fast_mlps
 from tttjax.parallel.mesh import make_mesh
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.write_run import max_concurrent_bytes, write_run
 from tttjax.training import checkpoints
@@ -47,7 +47,7 @@ def import_run(source: ImportSource, workdir: str | Path, log: Log = print) -> L
     """
     config = with_absolute_paths(source.config)
     model = build_model(config.model, config.inner)
-    with atomic_folder(workdir, "--workdir") as folder, as_configured(config):
+    with atomic_folder(workdir, "--workdir") as folder, x64_if_configured(config):
         # First, so that it is freed before our weights are read.
         reference_logit_TV = _reference_logits(source.reference, log)
         template = weights_template(model, _make_mesh(config))

@@ -65,9 +65,9 @@ def write_text(path: Path, text: str) -> None:
 def require_empty_dir(path: str | os.PathLike, option: str) -> Path:
     """UserError, with the option's name, unless a folder can be made there: empty, or not yet."""
     path = local_path(path, option)
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"{option}={path} cannot be a folder, because {above} is a file.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"{option}={path} cannot be a folder, because {parent} is a file.")
     if path.exists() and not path.is_dir():
         raise UserError(f"{option}={path} exists and is a file; name a new folder.")
     if path.is_dir() and any(path.iterdir()):
@@ -84,8 +84,10 @@ def atomic_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
     """
     path = require_empty_dir(path, option).absolute()  # also of ".", which has no name
     with hold(path, beside=True):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of one that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in path.parent.glob(
+            f".{glob.escape(path.name)}.*.tmp"
+        ):  # of one that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         # A name of its own, because transformers keeps the code of a folder by the folder's name.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.mkdir()

@@ -28,38 +28,38 @@ from typing import NamedTuple
 from tttjax.errors import UserError
 
 FOLDER_LOCK = ".lock"
-BEAT_SECONDS = 3.0
+HEARTBEAT_SECONDS = 3.0
 WATCH_SECONDS = 20.0  # some beats, also where a shared disk tells of changes late
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def _say(line: str) -> None:
+def _log_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 class Lock:
     """A lock that is held, as far as this process knows."""
 
-    def __init__(self, place: Path) -> None:
-        self.place, self.lost = place, threading.Event()
+    def __init__(self, path: Path) -> None:
+        self.path, self.lost = path, threading.Event()
 
     def check(self) -> None:
         """UserError if another process took the lock over, as from a process that was suspended."""
         if self.lost.is_set():
             raise UserError(
-                f"another process took over {self.place} while this one gave no sign of life; "
+                f"another process took over {self.path} while this one gave no sign of life; "
                 "this one ends, and the other goes on."
             )
 
 
 @contextlib.contextmanager
 def hold(
-    place: str | os.PathLike,
+    path: str | os.PathLike,
     *,
     beside: bool = False,
-    ends_on_sigterm: bool = True,
-    say: Say = _say,
-    beat_s: float = BEAT_SECONDS,
+    exit_on_sigterm: bool = True,
+    log: Log = _log_to_stderr,
+    heartbeat_s: float = HEARTBEAT_SECONDS,
     watch_s: float = WATCH_SECONDS,
 ) -> Iterator[Lock]:
     """Keeps other holders away from a folder, or with `beside` from a file or folder of that name.
@@ -71,21 +71,24 @@ def hold(
     beat_s: seconds between signs of life. watch_s: how long to look for those of another host.
     Raises UserError, with the holder, if there is one, and for a file that is to be a folder.
     """
-    place = Path(place)
-    target = place.absolute()
+    path = Path(path)
+    target = path.absolute()
     if not beside and target.exists() and not target.is_dir():
-        raise UserError(f"{place} is a file; name a folder.")
-    path = target.with_name(f".{target.name}.lock") if beside else target / FOLDER_LOCK
-    me, lock, stop = _Holder.me(), Lock(place), threading.Event()
-    with _made(path.parent), _unwound_by_sigterm() if ends_on_sigterm else contextlib.nullcontext():
+        raise UserError(f"{path} is a file; name a folder.")
+    lock_path = target.with_name(f".{target.name}.lock") if beside else target / FOLDER_LOCK
+    me, lock, stop = _Holder.me(), Lock(path), threading.Event()
+    with (
+        _folder_for_lock(lock_path.parent),
+        _sigterm_as_exit() if exit_on_sigterm else contextlib.nullcontext(),
+    ):
         try:
-            _acquire(path, me, place, watch_s, say)
-            beat = (path, me.token, beat_s, stop, lock.lost)
-            threading.Thread(target=_beat, args=beat, daemon=True).start()
+            _acquire(lock_path, me, path, watch_s, log)
+            heartbeat_args = (lock_path, me.token, heartbeat_s, stop, lock.lost)
+            threading.Thread(target=_heartbeat, args=heartbeat_args, daemon=True).start()
             yield lock
         finally:
             stop.set()
-            _release(path, me.token)
+            _release(lock_path, me.token)
 
 
 # Who holds it ------------------------------------------------------------------------------------
@@ -107,7 +110,7 @@ class _Holder:
 
     @classmethod
     def me(cls) -> "_Holder":
-        host, boot, namespace = _here()
+        host, boot, namespace = _host_identity()
         started = _state_and_start("self")[1]
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         return cls(host, boot, namespace, os.getpid(), started, since, secrets.token_hex(8))
@@ -115,9 +118,9 @@ class _Holder:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
-    def is_here(self) -> bool:
+    def is_on_this_host(self) -> bool:
         """Whether this process can ask for it."""
-        return (self.host, self.boot, self.namespace) == _here()
+        return (self.host, self.boot, self.namespace) == _host_identity()
 
     def is_alive(self) -> bool:
         try:
@@ -127,11 +130,11 @@ class _Holder:
         except PermissionError:
             pass  # another user's
         state, started = _state_and_start(str(self.pid))
-        is_another = bool(started and self.started) and started != self.started
-        return state not in ("Z", "X") and not is_another
+        is_reused = bool(started and self.started) and started != self.started
+        return state not in ("Z", "X") and not is_reused
 
 
-def _here() -> tuple[str, str, str]:
+def _host_identity() -> tuple[str, str, str]:
     """Host, its boot, and the namespace of process numbers: containers repeat the first."""
     boot = namespace = ""
     with contextlib.suppress(OSError):
@@ -149,7 +152,7 @@ def _state_and_start(pid: str) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
-class _Seen(NamedTuple):
+class _LockState(NamedTuple):
     """A lock file as it was at one moment."""
 
     content: bytes
@@ -165,10 +168,12 @@ class _Seen(NamedTuple):
             return None
 
 
-def _look(path: Path) -> _Seen | None:
+def _read_lock(lock_path: Path) -> _LockState | None:
     try:
-        with path.open("rb") as file:  # opened anew, as a shared disk caches what it told before
-            return _Seen(file.read(), os.fstat(file.fileno()).st_mtime_ns)
+        with lock_path.open(
+            "rb"
+        ) as file:  # opened anew, as a shared disk caches what it told before
+            return _LockState(file.read(), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
 
@@ -176,47 +181,47 @@ def _look(path: Path) -> _Seen | None:
 # Taking and leaving it ---------------------------------------------------------------------------
 
 
-def _acquire(path: Path, me: _Holder, place: Path, watch_s: float, say: Say) -> None:
-    while not _create(path, me):
-        seen = _look(path)
-        if seen is None:
+def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log) -> None:
+    while not _create(lock_path, me):
+        state = _read_lock(lock_path)
+        if state is None:
             continue
-        holder = seen.holder
-        if holder and holder.is_here():
+        holder = state.holder
+        if holder and holder.is_on_this_host():
             if holder.is_alive():
-                raise _refusal(place, holder)
+                raise _held_error(path, holder)
         else:
-            say(
-                f"note: {place} is marked as being written by {holder or 'another process'}; "
+            log(
+                f"note: {path} is marked as being written by {holder or 'another process'}; "
                 f"looking for {watch_s:g} s whether it still is"
             )
-            now = _watch(path, seen, watch_s)
-            if now is None or now.content != seen.content:
+            current = _watch(lock_path, state, watch_s)
+            if current is None or current.content != state.content:
                 continue
-            if now != seen:
-                raise _refusal(place, holder)
-        if _take_over(path, seen, me):
-            say(f"note: taking over {place} from {holder or 'another process'}, which is gone")
+            if current != state:
+                raise _held_error(path, holder)
+        if _take_over(lock_path, state, me):
+            log(f"note: taking over {path} from {holder or 'another process'}, which is gone")
             return
 
 
-def _refusal(place: Path, holder: _Holder | None) -> UserError:
+def _held_error(path: Path, holder: _Holder | None) -> UserError:
     return UserError(
-        f"{place} is being written by another command ({holder or 'a process'}); wait until that "
+        f"{path} is being written by another command ({holder or 'a process'}); wait until that "
         "has ended, stop it, or name another place."
     )
 
 
-def _create(path: Path, me: _Holder) -> bool:
+def _create(lock_path: Path, me: _Holder) -> bool:
     """Whether the file was not there, and now is this process's."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # another holder may have removed it again
+    lock_path.parent.mkdir(parents=True, exist_ok=True)  # another holder may have removed it again
     try:
-        with path.open("xb") as file:
+        with lock_path.open("xb") as file:
             try:
                 file.write(_content(me))
                 file.flush()
             except OSError:  # no space: an empty lock would be waited for
-                path.unlink(missing_ok=True)
+                lock_path.unlink(missing_ok=True)
                 raise
     except (FileExistsError, FileNotFoundError):
         return False
@@ -227,53 +232,53 @@ def _content(me: _Holder) -> bytes:
     return json.dumps(asdict(me)).encode()
 
 
-def _watch(path: Path, seen: _Seen, watch_s: float) -> _Seen | None:
+def _watch(lock_path: Path, state: _LockState, watch_s: float) -> _LockState | None:
     """The file when it has changed, or as it is after that time."""
-    end, now = time.monotonic() + watch_s, _look(path)
-    while now == seen and time.monotonic() < end:
+    end, current = time.monotonic() + watch_s, _read_lock(lock_path)
+    while current == state and time.monotonic() < end:
         time.sleep(min(0.5, watch_s / 10))
-        now = _look(path)
-    return now
+        current = _read_lock(lock_path)
+    return current
 
 
-def _take_over(path: Path, seen: _Seen, me: _Holder) -> bool:
+def _take_over(lock_path: Path, state: _LockState, me: _Holder) -> bool:
     """Replaces the file if it still is as it was seen; one newcomer of several succeeds."""
-    folder = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(lock_path.parent, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a disk without locks: whoever is last has it, and
             fcntl.flock(folder, fcntl.LOCK_EX)  # the others notice by their next sign of life
-        if _look(path) != seen:
+        if _read_lock(lock_path) != state:
             return False
-        temporary = path.with_name(f"{path.name}.{me.token}")
+        temporary = lock_path.with_name(f"{lock_path.name}.{me.token}")
         temporary.write_bytes(_content(me))
-        os.replace(temporary, path)
+        os.replace(temporary, lock_path)
         return True
     finally:
         os.close(folder)
 
 
-def _beat(
-    path: Path, token: str, beat_s: float, stop: threading.Event, lost: threading.Event
+def _heartbeat(
+    lock_path: Path, token: str, heartbeat_s: float, stop: threading.Event, lost: threading.Event
 ) -> None:
     """Renews the file's time of change until told to stop; notes if it is another's by now."""
-    while not stop.wait(beat_s):
+    while not stop.wait(heartbeat_s):
         with contextlib.suppress(OSError):  # a disk that does not answer for a while
-            seen = _look(path)
-            if seen and seen.holder and seen.holder.token != token:
+            state = _read_lock(lock_path)
+            if state and state.holder and state.holder.token != token:
                 lost.set()
                 return
-            os.utime(path)
+            os.utime(lock_path)
 
 
-def _release(path: Path, token: str) -> None:
+def _release(lock_path: Path, token: str) -> None:
     with contextlib.suppress(OSError):
-        seen = _look(path)
-        if seen and seen.holder and seen.holder.token == token:
-            path.unlink()
+        state = _read_lock(lock_path)
+        if state and state.holder and state.holder.token == token:
+            lock_path.unlink()
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _folder_for_lock(folder: Path) -> Iterator[None]:
     """The folder is there; those that were made for it go again if they are empty at the end."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +291,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unwound_by_sigterm() -> Iterator[None]:
+def _sigterm_as_exit() -> Iterator[None]:
     """Lets SIGTERM leave all contexts, where nobody else has a handler for it."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -18,22 +18,22 @@ def local_path(value: str | os.PathLike, option: str = "") -> Path:
     user who does not exist.
     """
     text = os.fspath(value)
-    named = f"{option}={text}" if option else text
+    label = f"{option}={text}" if option else text
     if scheme := _SCHEME.match(text):
         raise UserError(
-            f"{named} is not a path on this machine: {scheme[0]}/ and other buckets and URLs are "
+            f"{label} is not a path on this machine: {scheme[0]}/ and other buckets and URLs are "
             "not supported yet; name a local folder, or a path where the bucket is mounted."
         )
     try:
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
     except RuntimeError as error:
         raise UserError(
-            f"{named} names the home of a user who does not exist; write ./{text} for a file or "
+            f"{label} names the home of a user who does not exist; write ./{text} for a file or "
             "folder of that name."
         ) from error
     # `./~` and `./gs:/` lose their first two characters in a Path, and would change again.
-    is_special = str(path).startswith("~") or _SCHEME.match(str(path))
-    return path.absolute() if is_special else path
+    would_expand_again = str(path).startswith("~") or _SCHEME.match(str(path))
+    return path.absolute() if would_expand_again else path
 
 
 def path_text(value: str | os.PathLike, option: str = "") -> str:

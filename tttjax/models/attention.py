@@ -16,7 +16,7 @@ from flax import nnx
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_one, mask_fn
 from tttjax.ops.attention.library import attend_whole
-from tttjax.ops.rope import rotate
+from tttjax.ops.rope import apply_rope
 from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.types import Array
 
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
         self.q_norm = head_norm() if qk_norm else Identity()
         self.k_norm = head_norm() if qk_norm else Identity()
         self.attention_mask = attention_mask
-        self.apply_rope = partial(rotate, theta=rope_theta, scaling=rope_scaling)
+        self.apply_rope = partial(apply_rope, theta=rope_theta, scaling=rope_scaling)
         self.query_block = query_block
         self.form = form
         self.kernel = kernel

@@ -15,7 +15,7 @@ from tttjax.errors import UserError
 from tttjax.models.attention import State
 from tttjax.models.layers import normal_weight
 from tttjax.ops.norms import layer_norm
-from tttjax.ops.rope import rotate
+from tttjax.ops.rope import apply_rope
 from tttjax.ops.short_conv import short_conv
 from tttjax.ops.ttt import (
     FORMS,
@@ -156,7 +156,7 @@ class TTTLayer(nnx.Module):
         qk, convs = self._queries_and_keys(x_TD, state)
         first = 0 if state is None else position
         position_T = (first + jnp.arange(x_TD.shape[0])) % self.token_idx.shape[0]
-        qk = {name: rotate(x_THK, position_T, self.rope_theta) for name, x_THK in qk.items()}
+        qk = {name: apply_rope(x_THK, position_T, self.rope_theta) for name, x_THK in qk.items()}
         lam_TH = jnp.einsum("td,dh->th", x_TD, self.wlr[...].astype(x_TD.dtype))
         lam_TH = jax.nn.sigmoid(lam_TH.astype(wide) + self.lr_bias[...].astype(wide))
         norm = InnerNorm(

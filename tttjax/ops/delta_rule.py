@@ -18,7 +18,7 @@ import numpy as np
 
 from tttjax.types import Array
 
-FORGOTTEN = -1000.0  # exp of it is 0 in float64 too
+MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 too
 L2_EPS = 1e-6
 
 
@@ -93,8 +93,8 @@ def gated_delta_rule(
     q_NHCK, k_NHCK = for_value_heads(q_NHCK), for_value_heads(k_NHCK)
 
     from_start_NHC, between_NHCC = _decays(g_NHC)
-    earlier_CC = np.tri(chunk, k=-1, dtype=bool)
-    a_NHCC = jnp.where(earlier_CC, beta_NHC[..., None] * between_NHCC * kk_NHCC, 0)
+    strictly_causal_CC = np.tri(chunk, k=-1, dtype=bool)
+    a_NHCC = jnp.where(strictly_causal_CC, beta_NHC[..., None] * between_NHCC * kk_NHCC, 0)
     solve_NHCC = unit_lower_inverse(a_NHCC) * beta_NHC[..., None, :]
     d_free_NHCV = solve_NHCC @ v_NHCV
     d_memory_NHCK = (solve_NHCC * from_start_NHC[..., None, :]) @ k_NHCK
@@ -103,8 +103,8 @@ def gated_delta_rule(
     def step(s_HKV, x):
         d_free_HCV, d_memory_HCK, k_end_HCK, decay_H = x
         d_HCV = d_free_HCV - d_memory_HCK @ s_HKV
-        after_HKV = decay_H[:, None, None] * s_HKV + k_end_HCK.mT @ d_HCV
-        return after_HKV, (s_HKV, d_HCV)
+        next_s_HKV = decay_H[:, None, None] * s_HKV + k_end_HCK.mT @ d_HCV
+        return next_s_HKV, (s_HKV, d_HCV)
 
     parts = d_free_NHCV, d_memory_NHCK, k_end_NHCK, from_start_NHC[..., -1]
     state_HKV, (s_NHKV, d_NHCV) = jax.lax.scan(step, state_HKV.astype(v_NHCV.dtype), parts)
@@ -113,10 +113,10 @@ def gated_delta_rule(
     return o_THV.astype(v_THV.dtype), state_HKV
 
 
-def _prepare(q_THK: Array, *others: Array) -> tuple[Array, ...]:
+def _prepare(q_THK: Array, *arrays: Array) -> tuple[Array, ...]:
     """All in the widest of their dtypes, float32 at least, and q / sqrt(K)."""
-    wide = jnp.result_type(jnp.float32, q_THK, *others)
-    return q_THK.astype(wide) * q_THK.shape[-1] ** -0.5, *(x.astype(wide) for x in others)
+    wide = jnp.result_type(jnp.float32, q_THK, *arrays)
+    return q_THK.astype(wide) * q_THK.shape[-1] ** -0.5, *(x.astype(wide) for x in arrays)
 
 
 def _decays(g_NHC: Array) -> tuple[Array, Array]:
@@ -126,17 +126,19 @@ def _decays(g_NHC: Array) -> tuple[Array, Array]:
     so that one token that forgets everything (g = -10^4) costs the others no precision. Only
     sums <= 0 (up to rounding) are exponentiated, and what is masked is masked before.
     """
-    g_NHC = jnp.maximum(g_NHC, FORGOTTEN)
-    whole_NHC = jnp.round(g_NHC)
-    rest_NHC = jnp.cumsum(g_NHC - whole_NHC, axis=-1)
-    whole_NHC = jnp.cumsum(whole_NHC, axis=-1)
+    g_NHC = jnp.maximum(g_NHC, MIN_LOG_DECAY)
+    integer_NHC = jnp.round(g_NHC)
+    fraction_NHC = jnp.cumsum(g_NHC - integer_NHC, axis=-1)
+    integer_NHC = jnp.cumsum(integer_NHC, axis=-1)
 
-    def gaps(x_NHC):
+    def differences(x_NHC):
         return x_NHC[..., :, None] - x_NHC[..., None, :]
 
-    not_later_CC = np.tri(g_NHC.shape[-1], dtype=bool)
-    between_NHCC = jnp.where(not_later_CC, gaps(whole_NHC) + gaps(rest_NHC), -jnp.inf)
-    return jnp.exp(whole_NHC + rest_NHC), jnp.exp(between_NHCC)
+    causal_CC = np.tri(g_NHC.shape[-1], dtype=bool)
+    between_NHCC = jnp.where(
+        causal_CC, differences(integer_NHC) + differences(fraction_NHC), -jnp.inf
+    )
+    return jnp.exp(integer_NHC + fraction_NHC), jnp.exp(between_NHCC)
 
 
 @jax.custom_jvp
@@ -151,30 +153,30 @@ def unit_lower_inverse(a_CC: Array) -> Array:
     full = 1 << max(size - 1, 0).bit_length()
     a_CC = jnp.pad(a_CC, [(0, 0)] * (a_CC.ndim - 2) + [(0, full - size)] * 2)
     inverse_BXX = jnp.ones((*a_CC.shape[:-1], 1, 1), a_CC.dtype)
-    for half in (1 << i for i in range(full.bit_length() - 1)):
-        low_BXX = _blocks_below(a_CC, half)
+    for block in (1 << i for i in range(full.bit_length() - 1)):
+        low_BXX = _subdiagonal_blocks(a_CC, block)
         first_BXX, second_BXX = inverse_BXX[..., 0::2, :, :], inverse_BXX[..., 1::2, :, :]
-        if half > 1:  # blocks of one entry: both inverses are 1
-            low_BXX = _exact(_exact(second_BXX, low_BXX), first_BXX)
-        above = jnp.concatenate((first_BXX, jnp.zeros_like(first_BXX)), axis=-1)
-        below = jnp.concatenate((-low_BXX, second_BXX), axis=-1)
-        inverse_BXX = jnp.concatenate((above, below), axis=-2)
+        if block > 1:  # blocks of one entry: both inverses are 1
+            low_BXX = _matmul_highest(_matmul_highest(second_BXX, low_BXX), first_BXX)
+        top_rows = jnp.concatenate((first_BXX, jnp.zeros_like(first_BXX)), axis=-1)
+        bottom_rows = jnp.concatenate((-low_BXX, second_BXX), axis=-1)
+        inverse_BXX = jnp.concatenate((top_rows, bottom_rows), axis=-2)
     return inverse_BXX[..., 0, :size, :size]
 
 
 @unit_lower_inverse.defjvp
 def _unit_lower_inverse_jvp(primals, tangents):
     inverse_CC = unit_lower_inverse(*primals)
-    return inverse_CC, -_exact(_exact(inverse_CC, *tangents), inverse_CC)
+    return inverse_CC, -_matmul_highest(_matmul_highest(inverse_CC, *tangents), inverse_CC)
 
 
-def _blocks_below(a_CC: Array, half: int) -> Array:
+def _subdiagonal_blocks(a_CC: Array, block: int) -> Array:
     """The lower left quarters of the diagonal blocks of size 2 half: [..., B, half, half]."""
-    pairs = a_CC.shape[-1] // (2 * half)
-    split = a_CC.reshape(*a_CC.shape[:-2], pairs, 2, half, pairs, 2, half)[..., 1, :, :, 0, :]
+    pairs = a_CC.shape[-1] // (2 * block)
+    split = a_CC.reshape(*a_CC.shape[:-2], pairs, 2, block, pairs, 2, block)[..., 1, :, :, 0, :]
     return jnp.moveaxis(jnp.diagonal(split, axis1=-4, axis2=-2), -1, -3)
 
 
-def _exact(x: Array, y: Array) -> Array:
+def _matmul_highest(x: Array, y: Array) -> Array:
     """x @ y without the narrower inputs that accelerators use by default: errors would compound."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -26,11 +26,13 @@ def frequencies(
         return frequency_P / factor
     low, high, length = bands
     turns_P = length * frequency_P / (2 * math.pi)
-    kept_P = jnp.clip((turns_P - low) / (high - low), 0, 1)
-    return frequency_P * ((1 - kept_P) / factor + kept_P)
+    weight_P = jnp.clip((turns_P - low) / (high - low), 0, 1)
+    return frequency_P * ((1 - weight_P) / factor + weight_P)
 
 
-def rotate(x_THK: Array, position_T: Array, theta: float, scaling: tuple[float, ...] = ()) -> Array:
+def apply_rope(
+    x_THK: Array, position_T: Array, theta: float, scaling: tuple[float, ...] = ()
+) -> Array:
     """Rotates each pair of entries (2i, 2i+1) of a head by position * `frequencies`[i].
 
     RoPE (arXiv 2104.09864) with interleaved pairs, as in the official TTT-E2E code.

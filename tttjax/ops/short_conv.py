@@ -24,10 +24,10 @@ def short_conv(
     """
     taps = kernel_JC.shape[0]
     if state_JC is None:
-        past_JC = jnp.zeros((taps - 1, *x_TC.shape[1:]), x_TC.dtype)
+        previous_JC = jnp.zeros((taps - 1, *x_TC.shape[1:]), x_TC.dtype)
     else:
-        past_JC = state_JC.astype(x_TC.dtype)
-    x_SC = jnp.concatenate([past_JC, x_TC])
+        previous_JC = state_JC.astype(x_TC.dtype)
+    x_SC = jnp.concatenate([previous_JC, x_TC])
     y_TC = _shifted_sum(x_SC, kernel_JC, bias_C)
     return y_TC, None if state_JC is None else x_SC[x_TC.shape[0] :].astype(state_JC.dtype)
 

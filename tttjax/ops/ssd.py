@@ -28,7 +28,7 @@ def ssd(
     skip_H: Array,
     state_HPN: Array,
     chunk: int,
-    at_once: int | None = None,
+    chunks_per_segment: int | None = None,
 ) -> tuple[Array, Array]:
     """Chunk-parallel form: y [T, H, P] in the dtype of x, and the state after the last token.
 
@@ -44,14 +44,16 @@ def ssd(
     wide = jnp.promote_types(x_THP.dtype, jnp.float32)
     chunk = min(chunk, max(length, 1))
     count = -(-length // chunk)
-    segments = -(-count // (at_once or _chunks_at_once()))
-    at_once = -(-count // max(segments, 1))
-    tokens = segments * at_once * chunk
+    segments = -(-count // (chunks_per_segment or _default_chunks_per_segment()))
+    chunks_per_segment = -(-count // max(segments, 1))
+    tokens = segments * chunks_per_segment * chunk
 
-    def cut(array_T):
+    def split(array_T):
         """[T, ...] -> [segments, M, C, ...], padded with tokens of dt = 0: they change nothing."""
         padding = [(0, tokens - length)] + [(0, 0)] * (array_T.ndim - 1)
-        return jnp.pad(array_T, padding).reshape(segments, at_once, chunk, *array_T.shape[1:])
+        return jnp.pad(array_T, padding).reshape(
+            segments, chunks_per_segment, chunk, *array_T.shape[1:]
+        )
 
     def by_group(array, axis):
         """[..., H, ...] -> [..., G, R, ...]"""
@@ -70,13 +72,13 @@ def ssd(
         # Rematerialised: the C x C arrays of all heads are cheap to compute and large to keep.
         jax.checkpoint(partial(_segment, by_group(skip_H.astype(wide), 0)), prevent_cse=False),
         by_group(state_HPN.astype(wide), 0),
-        jax.tree.map(cut, operands),
+        jax.tree.map(split, operands),
     )
     y_THP = y.reshape(tokens, heads, width)[:length]
     return y_THP, last_GRPN.reshape(state_HPN.shape).astype(state_HPN.dtype)
 
 
-def _chunks_at_once() -> int:
+def _default_chunks_per_segment() -> int:
     """One on a CPU, so that its arrays stay in the cache; elsewhere enough to fill the device."""
     return 1 if jax.default_backend() == "cpu" else 16
 
@@ -85,17 +87,17 @@ def _segment(skip_GR: Array, state_GRPN: Array, operands) -> tuple[Array, Array]
     """M chunks at once: the state after them, and y [M, C, G, R, P] in the dtype of x."""
     x_MCGRP, dt_MCGR, log_decay_MCGR, b_MCGN, c_MCGN = operands
     dt_MGRC = jnp.moveaxis(dt_MCGR, 1, -1)
-    reach_MGRC = jnp.moveaxis(jnp.cumsum(log_decay_MCGR, axis=1), 1, -1)
+    log_decay_sum_MGRC = jnp.moveaxis(jnp.cumsum(log_decay_MCGR, axis=1), 1, -1)
 
     def next_chunk(state_GRPN, step):
-        decay_GR, written_GRPN = step
-        return decay_GR[..., None, None] * state_GRPN + written_GRPN, state_GRPN
+        decay_GR, update_GRPN = step
+        return decay_GR[..., None, None] * state_GRPN + update_GRPN, state_GRPN
 
-    written_MGRPN = _written(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN)
-    decay_MGR = jnp.exp(reach_MGRC[..., -1])
-    state_GRPN, before_MGRPN = jax.lax.scan(next_chunk, state_GRPN, (decay_MGR, written_MGRPN))
-    y_MCGRP = _within_chunks(x_MCGRP, dt_MGRC, reach_MGRC, b_MCGN, c_MCGN)
-    y_MCGRP += _read_past(before_MGRPN, reach_MGRC, c_MCGN)
+    update_MGRPN = _state_updates(x_MCGRP, dt_MGRC, log_decay_sum_MGRC, b_MCGN)
+    decay_MGR = jnp.exp(log_decay_sum_MGRC[..., -1])
+    state_GRPN, start_MGRPN = jax.lax.scan(next_chunk, state_GRPN, (decay_MGR, update_MGRPN))
+    y_MCGRP = _within_chunks(x_MCGRP, dt_MGRC, log_decay_sum_MGRC, b_MCGN, c_MCGN)
+    y_MCGRP += _from_state(start_MGRPN, log_decay_sum_MGRC, c_MCGN)
     y_MCGRP += skip_GR[..., None] * x_MCGRP.astype(skip_GR.dtype)
     return state_GRPN, y_MCGRP.astype(x_MCGRP.dtype)
 
@@ -110,11 +112,11 @@ def _log_decay(dt_TH: Array, a_H: Array) -> Array:
     return jnp.maximum(dt_TH * a_H.astype(dt_TH.dtype), least)
 
 
-def _within_chunks(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN, c_MCGN) -> Array:
+def _within_chunks(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN, c_MCGN) -> Array:
     """What tokens of a chunk read that the same chunk wrote: (c b^T * decay * dt) x."""
     wide = dt_MGRS.dtype
     score_MGCS = jnp.einsum("mcgn,msgn->mgcs", c_MCGN, b_MSGN, preferred_element_type=wide)
-    exponent_MGRCS = reach_MGRS[..., :, None] - reach_MGRS[..., None, :]
+    exponent_MGRCS = log_decay_sum_MGRS[..., :, None] - log_decay_sum_MGRS[..., None, :]
     causal_CS = jnp.tri(dt_MGRS.shape[-1], dtype=bool)
     # Masked before the exponential: what lies ahead would grow, and its gradient be inf * 0.
     decay_MGRCS = jnp.exp(jnp.where(causal_CS, exponent_MGRCS, -jnp.inf))
@@ -125,9 +127,9 @@ def _within_chunks(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN, c_MCGN) -> Array:
     )  # fmt: skip
 
 
-def _written(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN) -> Array:
+def _state_updates(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN) -> Array:
     """What each chunk adds to the state, as it is after the chunk's last token: [M, G, R, P, N]."""
-    scale_MGRS = jnp.exp(reach_MGRS[..., -1:] - reach_MGRS) * dt_MGRS
+    scale_MGRS = jnp.exp(log_decay_sum_MGRS[..., -1:] - log_decay_sum_MGRS) * dt_MGRS
     scaled_MSGRP = jnp.moveaxis(scale_MGRS, -1, 1)[..., None] * x_MSGRP
     return jnp.einsum(
         "msgrp,msgn->mgrpn", scaled_MSGRP.astype(x_MSGRP.dtype), b_MSGN,
@@ -135,13 +137,13 @@ def _written(x_MSGRP, dt_MGRS, reach_MGRS, b_MSGN) -> Array:
     )  # fmt: skip
 
 
-def _read_past(before_MGRPN, reach_MGRC, c_MCGN) -> Array:
+def _from_state(start_MGRPN, log_decay_sum_MGRC, c_MCGN) -> Array:
     """What tokens read from the state at the start of their chunk: [M, C, G, R, P]."""
-    read_MCGRP = jnp.einsum(
-        "mcgn,mgrpn->mcgrp", c_MCGN, before_MGRPN.astype(c_MCGN.dtype),
-        preferred_element_type=before_MGRPN.dtype,
+    y_MCGRP = jnp.einsum(
+        "mcgn,mgrpn->mcgrp", c_MCGN, start_MGRPN.astype(c_MCGN.dtype),
+        preferred_element_type=start_MGRPN.dtype,
     )  # fmt: skip
-    return jnp.moveaxis(jnp.exp(reach_MGRC), -1, 1)[..., None] * read_MCGRP
+    return jnp.moveaxis(jnp.exp(log_decay_sum_MGRC), -1, 1)[..., None] * y_MCGRP
 
 
 def ssd_recurrent(
@@ -161,8 +163,8 @@ def ssd_recurrent(
     def step(state_HPN, token):
         x_HP, dt_H, b_GN, c_GN = (array.astype(wide) for array in token)
         b_HN, c_HN = (jnp.repeat(array, heads // groups, axis=0) for array in (b_GN, c_GN))
-        write_HPN = (dt_H[:, None] * x_HP)[:, :, None] * b_HN[:, None, :]
-        state_HPN = jnp.exp(dt_H * a_H)[:, None, None] * state_HPN + write_HPN
+        update_HPN = (dt_H[:, None] * x_HP)[:, :, None] * b_HN[:, None, :]
+        state_HPN = jnp.exp(dt_H * a_H)[:, None, None] * state_HPN + update_HPN
         y_HP = jnp.einsum("hpn,hn->hp", state_HPN, c_HN) + skip_H[:, None] * x_HP
         return state_HPN, y_HP
 

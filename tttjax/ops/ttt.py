@@ -61,8 +61,8 @@ class Tokens(NamedTuple):
 def learning_rates(base_lr: float, head_dim: int, token_idx_C: Array) -> Array:
     """rate_i = base_lr / head_dim * max(0, 1/(i+1) + token_idx_i), [C], in float32 at least."""
     wide = jnp.promote_types(token_idx_C.dtype, jnp.float32)
-    place_C = jnp.arange(1, token_idx_C.shape[0] + 1, dtype=wide)
-    return base_lr / head_dim * jnp.maximum(1 / place_C + token_idx_C.astype(wide), 0)
+    index_C = jnp.arange(1, token_idx_C.shape[0] + 1, dtype=wide)
+    return base_lr / head_dim * jnp.maximum(1 / index_C + token_idx_C.astype(wide), 0)
 
 
 def ttt(
@@ -95,7 +95,7 @@ def ttt(
         return z_THK, None
     phase = position % rate_C.shape[0]
     weights, sums = split_state(state, weights, position, wide)
-    run = _one_token if k_THK.shape[0] == 1 else _scan
+    run = _decode if k_THK.shape[0] == 1 else _scan
     z_THK, (weights, sums) = run(tokens, rate_C, weights, sums, phase, norm, form)
     return z_THK, join_state(weights, sums)
 
@@ -118,40 +118,42 @@ def join_state(weights: Weights, sums: Weights) -> Weights:
 
 
 def split_state(
-    state: Weights, learned: Weights, position: Array | int, dtype: jnp.dtype
+    state: Weights, initial: Weights, position: Array | int, dtype: jnp.dtype
 ) -> tuple[Weights, Weights]:
     """(weights at the start of the current mini-batch, sums of lam_j dl_j/dW within it)."""
     state = {name: x.astype(dtype) for name, x in state.items()}
-    learned = {name: w.astype(dtype) for name, w in learned.items()}
-    started = {name: jnp.where(position == 0, w, state[name]) for name, w in learned.items()}
-    return started, {name: state[SUM + name] for name in learned}
+    initial = {name: w.astype(dtype) for name, w in initial.items()}
+    current = {name: jnp.where(position == 0, w, state[name]) for name, w in initial.items()}
+    return current, {name: state[SUM + name] for name in initial}
 
 
 def final_weights(
-    state: Weights, learned: Weights, rate_C: Array, position: Array | int
+    state: Weights, initial: Weights, rate_C: Array, position: Array | int
 ) -> Weights:
     """The inner model after the last of `position` tokens: W_{r-1} of the r in the mini-batch."""
-    weights, sums = split_state(state, learned, position, state["w1"].dtype)
+    weights, sums = split_state(state, initial, position, state["w1"].dtype)
     rate = rate_C[(position - 1) % rate_C.shape[0]]  # sums are 0 at the end of a mini-batch
     return jax.tree.map(lambda w, total: w - rate * total, weights, sums)
 
 
-def _close(weights: Weights, sums: Weights, rate: Array, full: Array) -> tuple[Weights, Weights]:
+def _update_if_full(
+    weights: Weights, sums: Weights, rate: Array, full: Array
+) -> tuple[Weights, Weights]:
     """At the end of a mini-batch the sums go into the weights."""
-    moved = jax.tree.map(lambda w, total: jnp.where(full, w - rate * total, w), weights, sums)
-    return moved, jax.tree.map(lambda total: jnp.where(full, 0, total), sums)
+    updated = jax.tree.map(lambda w, total: jnp.where(full, w - rate * total, w), weights, sums)
+    return updated, jax.tree.map(lambda total: jnp.where(full, 0, total), sums)
 
 
 # --- the loop over mini-batches -------------------------------------------------------------------
 
 
-def _one_token(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
+def _decode(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
     """The decoding form: one token, at place `phase` of its mini-batch."""
     chunk = rate_C.shape[0]
     one = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens)  # [H, 1, ...]
     z_HCK, gradient = _mini_batch(one, rate_C[phase][None], weights, sums, norm, form)
     sums = jax.tree.map(jnp.add, sums, gradient)
-    return jnp.swapaxes(z_HCK, 0, 1), _close(weights, sums, rate_C[-1], phase == chunk - 1)
+    return jnp.swapaxes(z_HCK, 0, 1), _update_if_full(weights, sums, rate_C[-1], phase == chunk - 1)
 
 
 def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
@@ -168,22 +170,22 @@ def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: s
         last_slot, mini_batch = row
         z_HCK, gradient = _mini_batch(mini_batch, rate_C, weights, sums, norm, form)
         if sums is None:
-            moved = jax.tree.map(lambda w, g: w - rate_C[-1] * g, weights, gradient)
-            return (moved, None), z_HCK
+            updated = jax.tree.map(lambda w, g: w - rate_C[-1] * g, weights, gradient)
+            return (updated, None), z_HCK
         sums = jax.tree.map(jnp.add, sums, gradient)
-        return _close(weights, sums, rate_C[-1], last_slot < phase + length), z_HCK
+        return _update_if_full(weights, sums, rate_C[-1], last_slot < phase + length), z_HCK
 
     # What a step computes is several times what it carries: computed again in the backward pass,
     # it takes less memory and, on a CPU, less time than written and read back.
     step = jax.checkpoint(step, prevent_cse=False)
     last_slot_N = jnp.arange(1, count + 1) * chunk - 1
-    rows = last_slot_N, jax.tree.map(lambda x: _lay_out(x, phase, count, chunk), tokens)
+    rows = last_slot_N, jax.tree.map(lambda x: _to_mini_batches(x, phase, count, chunk), tokens)
     carry, z_NHCK = jax.lax.scan(step, (weights, sums), rows)
     z_THK = jnp.swapaxes(z_NHCK, 1, 2).reshape(-1, *tokens.key.shape[1:])
     return jax.lax.dynamic_slice_in_dim(z_THK, phase, length), carry
 
 
-def _lay_out(x_TH: Array, phase: Array | int, count: int, chunk: int) -> Array:
+def _to_mini_batches(x_TH: Array, phase: Array | int, count: int, chunk: int) -> Array:
     """[T, H, ...] -> [N, H, C, ...], from slot `phase` on; zeros where there is no token."""
     slots = jnp.zeros((count * chunk, *x_TH.shape[1:]), x_TH.dtype)
     slots = jax.lax.dynamic_update_slice_in_dim(slots, x_TH, phase, axis=0)
@@ -204,12 +206,12 @@ def _mini_batch(
     if tokens.query is None:
         z_HCK = tokens.key + z_HCK
     else:
-        read = {"dual": _read_dual, "primal": _read_primal}[form]
+        apply = {"dual": _apply_dual, "primal": _apply_primal}[form]
         x_HCI = tokens.query
         for n, (key_HCI, error_HCO) in enumerate(zip(inputs, errors, strict=True), start=1):
-            before = None if sums is None else (sums[f"w{n}"], sums[f"b{n}"])
+            previous = None if sums is None else (sums[f"w{n}"], sums[f"b{n}"])
             dense = weights[f"w{n}"], weights[f"b{n}"]
-            y_HCO = read(x_HCI, dense, before, key_HCI, error_HCO, rate_C)
+            y_HCO = apply(x_HCI, dense, previous, key_HCI, error_HCO, rate_C)
             x_HCI = _gelu(y_HCO)
         z_HCK = tokens.query + _head_norm(y_HCO, norm)
     gradient = {}
@@ -233,29 +235,29 @@ def _errors(tokens: Tokens, weights: Weights, norm: InnerNorm):
     errors = [error * tokens.lam[..., None]]
     for n in range(depth, 1, -1):
         error = jnp.einsum("hco,hio->hci", errors[0], weights[f"w{n}"])
-        errors.insert(0, error * _gelu_slope(outputs[n - 2]))
+        errors.insert(0, error * _gelu_derivative(outputs[n - 2]))
     return inputs[:depth], errors, normed_HCK
 
 
-def _read_dual(x_HCI, dense, before, key_HCI, error_HCO, rate_C) -> Array:
+def _apply_dual(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
     """x_i W_i + b_i [H, C, O] without any W_i; the bias is a weight whose input is 1."""
     overlap_HCC = jnp.tril(jnp.einsum("hci,hsi->hcs", x_HCI, key_HCI) + 1)
-    moved_HCO = jnp.einsum("hcs,hso->hco", overlap_HCC, error_HCO)
-    if before is not None:
-        moved_HCO = moved_HCO + _dense(x_HCI, *before)
-    return _dense(x_HCI, *dense) - rate_C[:, None] * moved_HCO
+    update_HCO = jnp.einsum("hcs,hso->hco", overlap_HCC, error_HCO)
+    if previous is not None:
+        update_HCO = update_HCO + _dense(x_HCI, *previous)
+    return _dense(x_HCI, *dense) - rate_C[:, None] * update_HCO
 
 
-def _read_primal(x_HCI, dense, before, key_HCI, error_HCO, rate_C) -> Array:
+def _apply_primal(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
     """x_i W_i + b_i [H, C, O] from weights made for every token."""
     w_HIO, b_HO = dense
-    moved_HCIO = jnp.cumsum(key_HCI[..., :, None] * error_HCO[..., None, :], axis=1)
-    moved_HCO = jnp.cumsum(error_HCO, axis=1)
-    if before is not None:
-        moved_HCIO = moved_HCIO + before[0][:, None]
-        moved_HCO = moved_HCO + before[1][:, None]
-    w_HCIO = w_HIO[:, None] - rate_C[:, None, None] * moved_HCIO
-    b_HCO = b_HO[:, None] - rate_C[:, None] * moved_HCO
+    update_HCIO = jnp.cumsum(key_HCI[..., :, None] * error_HCO[..., None, :], axis=1)
+    update_HCO = jnp.cumsum(error_HCO, axis=1)
+    if previous is not None:
+        update_HCIO = update_HCIO + previous[0][:, None]
+        update_HCO = update_HCO + previous[1][:, None]
+    w_HCIO = w_HIO[:, None] - rate_C[:, None, None] * update_HCIO
+    b_HCO = b_HO[:, None] - rate_C[:, None] * update_HCO
     return jnp.einsum("hci,hcio->hco", x_HCI, w_HCIO) + b_HCO
 
 
@@ -275,8 +277,8 @@ def _loss_gradient(y_HCK: Array, target_HCK: Array, norm: InnerNorm) -> tuple[Ar
     standard = centred * inverse_std
     normed = standard * scale_H1K + norm.bias_HK[:, None]
     error = (normed - target_HCK) * scale_H1K
-    along = (error * standard).mean(-1, keepdims=True)
-    return normed, inverse_std * (error - error.mean(-1, keepdims=True) - standard * along)
+    projection = (error * standard).mean(-1, keepdims=True)
+    return normed, inverse_std * (error - error.mean(-1, keepdims=True) - standard * projection)
 
 
 GELU_SCALE = math.sqrt(2 / math.pi)
@@ -287,8 +289,8 @@ def _gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def _gelu_slope(x: Array) -> Array:
+def _gelu_derivative(x: Array) -> Array:
     """The derivative of the tanh approximation of GELU."""
     tanh = jnp.tanh(GELU_SCALE * (x + GELU_CUBIC * x**3))
-    inner_slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * x**2)
-    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner_slope
+    inner_derivative = GELU_SCALE * (1 + 3 * GELU_CUBIC * x**2)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner_derivative

@@ -20,11 +20,11 @@ def over_sequences(fn: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callabl
 
     def run(*arguments: Any) -> Any:
         sizes: set[int] = set()
-        _along(in_axes, arguments, lambda x, axis: sizes.add(x.shape[axis]))
+        _map_axes(in_axes, arguments, lambda x, axis: sizes.add(x.shape[axis]))
         if sizes != {1}:
             return batched(*arguments)
-        results = fn(*_along(in_axes, arguments, jnp.squeeze))
-        return _along(out_axes, results, _with_axis)
+        results = fn(*_map_axes(in_axes, arguments, jnp.squeeze))
+        return _map_axes(out_axes, results, _with_axis)
 
     return run
 
@@ -34,10 +34,10 @@ def _with_axis(x: Array, axis: int) -> Array:
     return jnp.reshape(x, (*jnp.shape(x)[:axis], 1, *jnp.shape(x)[axis:]))
 
 
-def _along(axes: Any, tree: PyTree, change: Callable[[Array, int], Any]) -> PyTree:
+def _map_axes(axes: Any, tree: PyTree, fn: Callable[[Array, int], Any]) -> PyTree:
     """The tree with every array that has an axis changed; axes: a prefix of it, as for vmap."""
 
     def part(axis: int | None, arrays: PyTree) -> PyTree:
-        return arrays if axis is None else jax.tree.map(lambda x: change(x, axis), arrays)
+        return arrays if axis is None else jax.tree.map(lambda x: fn(x, axis), arrays)
 
     return jax.tree.map(part, axes, tree, is_leaf=lambda axis: axis is None)

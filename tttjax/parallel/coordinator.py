@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from tttjax.errors import UserError
 
-FIRST_WORD, EVERY = 2.0, 10.0  # seconds
+FIRST_REPORT_SECONDS, REPORT_SECONDS = 2.0, 10.0  # seconds
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -35,13 +35,13 @@ def check_port(port: int) -> None:
     """UserError if process 0, which is this one, cannot open the port on this host."""
     has_ipv6 = socket.has_dualstack_ipv6()
     family, host = (socket.AF_INET6, "::") if has_ipv6 else (socket.AF_INET, "")
-    with socket.socket(family, socket.SOCK_STREAM) as taking:
-        taking.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers is no matter
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers is no matter
         if has_ipv6:
-            taking.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         try:
-            taking.bind((host, port))
-            taking.listen()
+            probe.bind((host, port))
+            probe.listen()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(
@@ -78,7 +78,7 @@ def await_coordinator(host: str, port: int, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def saying_that_it_waits(what: str, seconds: float, otherwise: str = "") -> Iterator[None]:
+def report_waiting(what: str, seconds: float, timeout_error: str = "") -> Iterator[None]:
     """Prints a line to stderr now and then while the block takes its time.
 
     otherwise: what is wrong if it takes longer than `seconds`; then the process ends with this
@@ -87,17 +87,17 @@ def saying_that_it_waits(what: str, seconds: float, otherwise: str = "") -> Iter
     """
     done = threading.Event()
 
-    def tell() -> None:
-        started, pause = time.monotonic(), FIRST_WORD
+    def report() -> None:
+        started, pause = time.monotonic(), FIRST_REPORT_SECONDS
         while not done.wait(pause):
             waited = time.monotonic() - started
-            if otherwise and waited >= seconds:
-                print(f"error: {otherwise}", file=sys.stderr, flush=True)
+            if timeout_error and waited >= seconds:
+                print(f"error: {timeout_error}", file=sys.stderr, flush=True)
                 os._exit(2)
             print(f"waiting for {what} ({waited:.0f} of {seconds:.0f} s)", file=sys.stderr)
-            pause = max(0.0, min(EVERY, seconds - waited)) or EVERY
+            pause = max(0.0, min(REPORT_SECONDS, seconds - waited)) or REPORT_SECONDS
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield

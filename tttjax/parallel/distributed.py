@@ -6,12 +6,12 @@ from tttjax.errors import UserError
 from tttjax.parallel.coordinator import (
     await_coordinator,
     check_port,
-    saying_that_it_waits,
+    report_waiting,
     split_address,
 )
 
 JOIN_SECONDS = 300  # that processes wait for each other at the start
-_LATE = (
+_JOIN_TIMEOUT_ERROR = (
     "the other processes of the run did not join in time: check that every one was started, with "
     "the same --coordinator and --process-count and a --process-id of its own"
 )
@@ -29,21 +29,21 @@ def start_distributed(
         answers there, or the cluster cannot be joined. Where others do not join in time the process
         ends with one sentence and exit code 2.
     """
-    given = {
+    arguments = {
         "--coordinator": coordinator,
         "--process-id": process_id,
         "--process-count": process_count,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
+    missing = [name for name, value in arguments.items() if value is None]
+    if 0 < len(missing) < len(arguments):
         raise UserError(
-            f"a multi-process run needs {', '.join(given)} together; {', '.join(missing)} is "
+            f"a multi-process run needs {', '.join(arguments)} together; {', '.join(missing)} is "
             "missing (or leave out all three where the cluster tells them)"
         )
     if coordinator is not None and process_id is not None and process_count is not None:
         _check_address(coordinator, process_id, process_count)
     try:
-        with saying_that_it_waits("the other processes of the run", JOIN_SECONDS, _LATE):
+        with report_waiting("the other processes of the run", JOIN_SECONDS, _JOIN_TIMEOUT_ERROR):
             jax.distributed.initialize(
                 *(coordinator, process_count, process_id),
                 initialization_timeout=2 * JOIN_SECONDS,  # it must not be the first to give up
@@ -67,5 +67,5 @@ def _check_address(coordinator: str, process_id: int, process_count: int) -> Non
     if process_id == 0:
         check_port(port)
         return
-    with saying_that_it_waits(f"process 0 at {coordinator}", JOIN_SECONDS):
+    with report_waiting(f"process 0 at {coordinator}", JOIN_SECONDS):
         await_coordinator(host, port, JOIN_SECONDS)

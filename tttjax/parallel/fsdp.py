@@ -43,13 +43,13 @@ def all_gather_params(tree: PyTree) -> PyTree:
     The derivative sums over the axis, in the shard's dtype, and leaves each device its part.
     """
 
-    def whole(leaf):
+    def gather(leaf):
         if not is_sharded(leaf):
             return leaf
         dimension = leaf.shard.ndim + leaf.from_end
         return _gather(leaf.axis, dimension, leaf.dtype or leaf.shard.dtype, leaf.shard)
 
-    return jax.tree.map(whole, tree, is_leaf=is_sharded)
+    return jax.tree.map(gather, tree, is_leaf=is_sharded)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

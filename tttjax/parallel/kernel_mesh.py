@@ -11,35 +11,37 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 
-def free_axes() -> dict[str, int]:
+def auto_axes() -> dict[str, int]:
     """Axes of the mesh in force that the partitioner handles, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in types if kind != AxisType.Manual}
 
 
-def why_not_divided(heads: int) -> str:
+def unsharded_reason(heads: int) -> str:
     """Why the mesh in force keeps kernels away; empty if it does not."""
-    free = free_axes()
-    ways = math.prod(free.values())
-    if ways > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
-        return f"the partitioner divides the work among {ways} devices, and cannot divide a kernel"
-    if heads % ways:
-        return f"mesh axes {', '.join(free)} of {ways} devices do not divide {heads} heads"
+    auto = auto_axes()
+    num_shards = math.prod(auto.values())
+    if num_shards > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
+        return (
+            f"the partitioner shards the work over {num_shards} devices, and cannot shard a kernel"
+        )
+    if heads % num_shards:
+        return f"mesh axes {', '.join(auto)} of {num_shards} devices do not divide {heads} heads"
     return ""
 
 
-def over_heads(call: Callable[..., Any]) -> Callable[..., Any]:
+def shard_over_heads(call: Callable[..., Any]) -> Callable[..., Any]:
     """`call(*arguments)` on every device's own heads; arguments and results are trees of arrays,
     of which those with less than two dimensions have no heads."""
-    axes = tuple(free_axes())
+    axes = tuple(auto_axes())
     if not axes:
         return call
 
     def spec(x: Any) -> PartitionSpec:
         return PartitionSpec(*(None,) * (x.ndim - 2), axes, None) if x.ndim > 1 else PartitionSpec()
 
-    def divided(*arguments: Any) -> Any:
+    def sharded(*arguments: Any) -> Any:
         results = jax.eval_shape(call, *arguments)
         return jax.shard_map(
             call,
@@ -49,4 +51,4 @@ def over_heads(call: Callable[..., Any]) -> Callable[..., Any]:
             check_vma=False,
         )(*arguments)
 
-    return divided
+    return sharded

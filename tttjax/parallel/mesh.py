@@ -46,21 +46,20 @@ def make_mesh(
     Raises UserError if the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    rest = fsdp * tensor
+    model_shards = fsdp * tensor
     if data == -1:
-        data = max(len(devices) // rest, 1)
-    if data * rest != len(devices):
+        data = max(len(devices) // model_shards, 1)
+    if data * model_shards != len(devices):
         raise UserError(
-            f"a mesh of data {data} x fsdp {fsdp} x tensor {tensor} = {data * rest} devices does "
-            f"not fit the {len(devices)} that there are; choose mesh.data, mesh.fsdp and "
-            "mesh.tensor so that their product is the number of devices (mesh.data = -1 takes the "
-            "rest)"
+            f"data {data} x fsdp {fsdp} x tensor {tensor} = {data * model_shards} devices does not "
+            f"fit the {len(devices)} available; choose mesh.data, mesh.fsdp and mesh.tensor so that "
+            "their product is the number of devices (mesh.data = -1 uses all of them)"
         )
-    grid = place_devices(devices, data, fsdp, tensor)
+    grid = arrange_devices(devices, data, fsdp, tensor)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def place_devices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
+def arrange_devices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
     """Devices [data, fsdp, tensor], so that neighbours there are neighbours on the network.
 
     Where the axes are no product of those of a TPU's torus, these are split. Of several TPU slices
@@ -122,27 +121,27 @@ def param_shardings(mesh: Mesh, axes: Params, abstract: Params) -> Params:
         names = flatten_dict(getattr(axes, part), sep="/")
         for path, array in shapes.items():
             for name, size in zip(names[path], array.shape, strict=True):
-                ways = int(np.prod([mesh.shape[axis] for axis in LOGICAL_TO_MESH[name]]))
-                if size % ways:
+                num_shards = int(np.prod([mesh.shape[axis] for axis in LOGICAL_TO_MESH[name]]))
+                if size % num_shards:
                     raise UserError(
                         f"the mesh does not fit the model: {path} has {size} entries along "
-                        f"{name!r}, which {ways} devices (mesh axis "
+                        f"{name!r}, which {num_shards} devices (mesh axis "
                         f"{' x '.join(LOGICAL_TO_MESH[name])}) do not divide"
                     )
     return jax.tree.map(lambda s: NamedSharding(mesh, s), param_specs(mesh, axes))
 
 
-def like_params(tree: PyTree, params: Params, shardings: Params, other: NamedSharding) -> PyTree:
+def like_params(tree: PyTree, params: Params, shardings: Params, default: NamedSharding) -> PyTree:
     """Shardings for a tree that has parameter-shaped parts, such as an optimizer's state.
 
     A leaf whose path ends like a weight's path and whose shape is the weight's is sharded like it;
-    every other leaf (counts) gets `other`.
+    every other leaf (counts) gets `default`.
     """
 
     def keys(path) -> tuple[str, ...]:
         return tuple(jax.tree_util.keystr((key,)) for key in path)
 
-    known = {
+    by_path = {
         keys(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(params),
@@ -151,15 +150,15 @@ def like_params(tree: PyTree, params: Params, shardings: Params, other: NamedSha
         )
     }
 
-    def find(path, leaf):
+    def sharding_of(path, leaf):
         parts = keys(path)
         for start in range(len(parts)):
-            shape, sharding = known.get(parts[start:], (None, None))
+            shape, sharding = by_path.get(parts[start:], (None, None))
             if shape == leaf.shape:
                 return sharding
-        return other
+        return default
 
-    return jax.tree_util.tree_map_with_path(find, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 # --- inside shard_map over the batch axes -------------------------------------------------------
@@ -184,7 +183,7 @@ def manual(partition: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(entry if entry in BATCH_AXES else None for entry in partition))
 
 
-def as_divided(weight: Array, partition: PartitionSpec) -> Array | ShardedParam:
+def as_sharded_param(weight: Array, partition: PartitionSpec) -> Array | ShardedParam:
     """A shard as a leaf that `all_gather_params` gathers; unchanged if fsdp does not shard it."""
     if "fsdp" not in partition:
         return weight
@@ -193,7 +192,7 @@ def as_divided(weight: Array, partition: PartitionSpec) -> Array | ShardedParam:
 
 def reduce_mean(gradient: Array, partition: PartitionSpec, axes: tuple[str, ...]) -> Array:
     """Mean over the mesh axes `axes` of a gradient, summed over fsdp already if that divides it."""
-    rest = tuple(axis for axis in axes if axis not in partition)
-    if rest:
-        gradient = jax.lax.psum(gradient, rest)
+    model_shards = tuple(axis for axis in axes if axis not in partition)
+    if model_shards:
+        gradient = jax.lax.psum(gradient, model_shards)
     return gradient / jax.lax.axis_size(axes)

@@ -105,9 +105,9 @@ def _plan(
     config: Config, topology: Topology, name: str, mfu: float, changes: dict[str, str]
 ) -> Plan:
     kernels = describe_kernels(config, topology.platform, compile_locally=topology.compiles)
-    progress.now(f"tracing the train step for {topology.name}")
+    progress.rename_activity(f"tracing the train step for {topology.name}")
     program = trace(config, topology)
-    progress.now(f"compiling the train step for {topology.name}")
+    progress.rename_activity(f"compiling the train step for {topology.name}")
     compiled = compile_program(program) if topology.compiles else None
     memory = compiled.memory if compiled and compiled.memory else program.memory
     transfers = program.count.transfers

@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from tttjax.config import Config, check_mesh
 from tttjax.errors import is_out_of_memory
 from tttjax.parallel.mesh import batch_sharding
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.planning.count import Count, Transfer, count
 from tttjax.planning.hlo import collectives
 from tttjax.planning.memory import (
@@ -64,7 +64,7 @@ def trace(config: Config, topology: Topology) -> Program:
         model = dataclasses.replace(config.model, attention_kernel="xla")
         config = dataclasses.replace(config, model=model)
     mesh_config = check_mesh(config, topology.devices)
-    with as_configured(config):
+    with x64_if_configured(config):
         trainer = make_trainer(config, open_mesh(topology, mesh_config))
         batch = _abstract_batch(config, trainer)
         traced = trainer.step.trace(trainer.abstract_state, batch)
@@ -93,7 +93,7 @@ def _estimate(trainer: Trainer, batch: Batch, program: ClosedJaxpr) -> Memory:
 def compile_program(program: Program) -> CompiledStep:
     """Lowers and compiles it for its topology; needs `topology.compiles`."""
     start = time.perf_counter()
-    with as_configured(program.config):
+    with x64_if_configured(program.config):
         try:
             compiled = program.traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:

@@ -15,7 +15,7 @@ from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session_file import fingerprint, load_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.run import LearningOptions, RunSpec, choose_modes, iter_eval_setups, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 
@@ -61,7 +61,7 @@ def load_model(
     (modes,) = choose_modes([run], (mode,) if mode else ())
     own_tokenizer = load_run_tokenizer(run, tokenizer)
     mesh = make_mesh(devices=jax.devices()[:1])
-    with as_configured(run.config):
+    with x64_if_configured(run.config):
         setup = next(iter_eval_setups(run, modes[:1], learning or LearningOptions(), mesh))[0]
         model = make_inference_model(setup.model, setup.inner, setup.lr, learn=setup.learn)
         capacity = max_length or 8 * run.config.train.seq_len

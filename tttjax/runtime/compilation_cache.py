@@ -28,11 +28,11 @@ def enable_compilation_cache() -> Path | None:
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or "jax" in sys.modules:
         return None
-    chosen = os.environ.get(VARIABLE, "")
-    if chosen.lower() in ("off", "0", "false", "no"):
+    setting = os.environ.get(VARIABLE, "")
+    if setting.lower() in ("off", "0", "false", "no"):
         return None
     try:
-        folder = (local_path(chosen, VARIABLE) if chosen else _default()) / _machine()
+        folder = (local_path(setting, VARIABLE) if setting else _default_folder()) / _machine()
         # Machine code that is run when it is read back: no other user may put any there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -45,7 +45,7 @@ def enable_compilation_cache() -> Path | None:
     return folder
 
 
-def _default() -> Path:
+def _default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tttjax" / "compiled"
 
 
@@ -54,8 +54,8 @@ def _machine() -> str:
     features = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        named = ("flags", "Features", "model name")
-        features = "\n".join(dict.fromkeys(line for line in lines if line.startswith(named)))
+        prefixes = ("flags", "Features", "model name")
+        features = "\n".join(dict.fromkeys(line for line in lines if line.startswith(prefixes)))
     digest = hashlib.blake2b(features.encode(), digest_size=4).hexdigest()
     return f"{platform.machine()}-{digest}"
 
@@ -63,20 +63,20 @@ def _machine() -> str:
 def last_seconds(program: str) -> float | None:
     """How long the first step of this program took the last time; None where that is not known."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return float(json.loads(_note(program).read_text(encoding="utf-8")))
+        return float(json.loads(_seconds_path(program).read_text(encoding="utf-8")))
     return None
 
 
-def note_seconds(program: str, seconds: float) -> None:
+def record_seconds(program: str, seconds: float) -> None:
     """Remembers it for `last_seconds`, where there is a cache."""
     with contextlib.suppress(OSError):
-        path = _note(program)
+        path = _seconds_path(program)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(round(seconds, 1)), encoding="utf-8")
         os.replace(temporary, path)
 
 
-def _note(program: str) -> Path:
+def _seconds_path(program: str) -> Path:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not folder:
         raise OSError("there is no cache")

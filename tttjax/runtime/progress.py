@@ -1,8 +1,8 @@
-"""Signs of life: what a slow part of a command is doing, and for how long, while it is silent.
+"""Activity messages: what a command is doing, and for how long, while it prints nothing else.
 
-XLA compiles for seconds to minutes inside one call, so a thread says so. The command line turns
-this on (`speaking`); in a program that imports tttjax nothing is printed. Whatever a command prints
-meanwhile begins the silence anew, and takes the line about the time off the terminal first.
+XLA compiles for seconds to minutes inside one call, so a thread prints them. The command line
+turns them on (`show_activity`); a program that imports tttjax prints none. Other output of the
+command restarts the quiet period and first erases the activity line from the terminal.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _lock = threading.RLock()  # of the two, and of what is written meanwhile
 
 
 @contextlib.contextmanager
-def speaking(stream: TextIO) -> Iterator[None]:
+def show_activity(stream: TextIO) -> Iterator[None]:
     """Has `doing` speak to this stream."""
     global _line
     earlier, _line = _line, _Line(stream)
@@ -70,7 +70,7 @@ def doing(
                 _stack[-1].wait()
 
 
-def now(what: str) -> None:
+def rename_activity(what: str) -> None:
     """The innermost part goes on with something else."""
     with _lock:
         if _stack:
@@ -82,37 +82,37 @@ class _Line:
 
     def __init__(self, stream: TextIO):
         self.stream, self.terminal = stream, stream.isatty()
-        self._open = ""  # what was printed since the last line end
-        self._is_said = False
+        self._unfinished = ""  # what was printed since the last line end
+        self._is_shown = False
 
     def watch(self, stream: TextIO) -> TextIO:
-        """The stream, with `printed` told of it if it goes where this line goes."""
-        together = stream is not None and stream.isatty() == self.terminal
-        return cast(TextIO, _Watched(stream, self)) if together else stream
+        """The stream, with `before_print` told of it if it goes where this line goes."""
+        same_terminal = stream is not None and stream.isatty() == self.terminal
+        return cast(TextIO, _Watched(stream, self)) if same_terminal else stream
 
-    def say(self, what: str, rest: str) -> None:
+    def show(self, what: str, suffix: str) -> None:
         if not self.terminal:
-            self._write(f"{what}{rest}\n")
+            self._write(f"{what}{suffix}\n")
             return
         # A line that wraps could not be renewed: only its last row would be erased.
         columns = shutil.get_terminal_size().columns
-        if not self._is_said and len(self._open) >= columns:
-            self._open = ""
+        if not self._is_shown and len(self._unfinished) >= columns:
+            self._unfinished = ""
             self._write("\n")
-        self._is_said = True
-        text = what[: max(columns - 1 - len(rest), 0)] + rest
+        self._is_shown = True
+        text = what[: max(columns - 1 - len(suffix), 0)] + suffix
         self._write(f"\r\x1b[K{text[: columns - 1]}")
 
     def clear(self) -> None:
-        if self._is_said:
-            self._is_said = False
-            self._write(f"\r\x1b[K{self._open}")
+        if self._is_shown:
+            self._is_shown = False
+            self._write(f"\r\x1b[K{self._unfinished}")
 
-    def printed(self, text: str) -> None:
+    def before_print(self, text: str) -> None:
         """Something else is about to be printed."""
         self.clear()
-        last = (self._open + text).rpartition("\n")[2]
-        self._open = last.rpartition("\r\x1b[K")[2]
+        last = (self._unfinished + text).rpartition("\n")[2]
+        self._unfinished = last.rpartition("\r\x1b[K")[2]
         if _stack:
             _stack[-1].wait()
 
@@ -130,7 +130,7 @@ class _Watched:
 
     def write(self, text: str) -> int:
         with _lock:
-            self._line.printed(text)
+            self._line.before_print(text)
             written = self._stream.write(text)
             if self._line.terminal:  # the other stream's text is to come after it
                 self._stream.flush()
@@ -171,7 +171,7 @@ class _Ticker:
                 if now < self._next or not self.what or _stack[-1] is not self:
                     continue
                 last = f" (the last time it took {self._last:.0f} s)" if self._last else ""
-                self._line.say(self.what, f": {now - self._since:.0f} s{last}")
+                self._line.show(self.what, f": {now - self._since:.0f} s{last}")
                 if self._line.terminal:
                     self._next = now + min(1.0, self._quiet)
                 else:

@@ -111,7 +111,7 @@ def train(
     with lock_workdir(workdir) as lock, remove_failed_start(workdir, lock):
         check_same_run(workdir, config)
         with contextlib.ExitStack() as exit_stack:
-            exit_stack.enter_context(precision.as_configured(config))
+            exit_stack.enter_context(precision.x64_if_configured(config))
             run, state = _set_up(config, workdir, lock, batches, exit_stack)
             setup_seconds = time.perf_counter() - started
             last = min(config.train.steps, stop_after or config.train.steps)
@@ -247,7 +247,7 @@ def _compiling(run: TrainRun) -> Iterator[None]:
     started = time.perf_counter()
     with progress.doing("compiling the train step", compilation_cache.last_seconds(program)):
         yield
-    compilation_cache.note_seconds(program, time.perf_counter() - started)
+    compilation_cache.record_seconds(program, time.perf_counter() - started)
 
 
 def _write_config(run: TrainRun) -> None:

@@ -82,7 +82,7 @@ class TrainProgress:
             self._stream.write(text + "\n")
         self._stream.flush()
         # A terminal also shows that a step is slow; a file gets only the lines of `log_every`.
-        progress.now(text if self._terminal else "")
+        progress.rename_activity(text if self._terminal else "")
 
     def print_line(self, text: str) -> None:
         """Prints a separate line."""

@@ -22,7 +22,7 @@ from tttjax.config import Config
 from tttjax.models import Transformer, build_model
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
-    as_divided,
+    as_sharded_param,
     batch_axes,
     batch_sharding,
     like_params,
@@ -120,7 +120,7 @@ def make_gradient(
 
     def sharded_gradient(shards: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
         def gather_params(shards: Params) -> Params:
-            params = jax.tree.map(as_divided, shards, specs)
+            params = jax.tree.map(as_sharded_param, shards, specs)
             return all_gather_params(params) if gather == "step" else params
 
         params, gather_vjp = jax.vjp(gather_params, shards)

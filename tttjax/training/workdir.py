@@ -48,7 +48,7 @@ def lock_workdir(workdir: Path) -> Iterator[Lock]:
         lock_error: Exception | None = None
         if jax.process_index() == 0:
             try:  # JAX has its own handler of SIGTERM here
-                lock = exit_stack.enter_context(hold(workdir, ends_on_sigterm=False))
+                lock = exit_stack.enter_context(hold(workdir, exit_on_sigterm=False))
             except (UserError, OSError) as error:  # raised after the other processes know
                 lock_error = error
         has_failed = multihost_utils.broadcast_one_to_all(np.int32(lock_error is not None))

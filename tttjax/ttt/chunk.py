@@ -19,7 +19,7 @@ from tttjax.ops.cross_entropy.nll import (
     token_nll_in_blocks,
 )
 from tttjax.parallel.batching import over_sequences
-from tttjax.parallel.kernel_mesh import free_axes
+from tttjax.parallel.kernel_mesh import auto_axes
 from tttjax.ttt import inner_loop
 from tttjax.types import Array
 
@@ -93,7 +93,7 @@ def _vocab_block(vocab: int) -> int | None:
 
     A sharded vocabulary is not split further.
     """
-    if any(size > 1 for size in free_axes().values()):
+    if any(size > 1 for size in auto_axes().values()):
         return None
     return -(-vocab // -(-vocab // LOGIT_COLUMNS))
 

@@ -138,7 +138,7 @@ def needle_tests(
     for run, run_modes, tokenizer, sources in zip(
         loaded, chosen, tokenizers, run_haystacks, strict=True
     ):
-        with precision.as_configured(run.config):
+        with precision.x64_if_configured(run.config):
             for setups in iter_eval_setups(run, run_modes, learning, mesh):
                 for setup in setups:
                     bar.doing(setup.label, LEARNING_COST if setup.learn else 1)

@@ -8,7 +8,7 @@ import jax
 from tttjax.config import InnerConfig
 from tttjax.evaluation.report.entries import Member
 from tttjax.models import Transformer
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.run import build_eval_model
 from tttjax.ttt.outer_loss import make_inner_loop
 
@@ -19,7 +19,7 @@ def state_bytes(member: Member, length: int) -> int:
     Counts buffered keys and values, recurrent states and, with TTT, the sequence's fast weights
     with the state of their update rule. Shared weights are not counted.
     """
-    with as_configured(member.config):
+    with x64_if_configured(member.config):
         model, inner = build_eval_model(member.run, member.mode, member.learning)
         shapes = [jax.eval_shape(lambda: model.init_state(length))]
         if member.mode != "off":

@@ -25,7 +25,7 @@ from tttjax.interop.streaming import assemble
 from tttjax.io.atomic import atomic_folder
 from tttjax.models import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.parallel.precision import as_configured
+from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.origin import card_metadata, card_section, find_origin
 from tttjax.runs.run import (
     LearningOptions,
@@ -85,7 +85,7 @@ def plan_export(
     run = open_run(RunSpec(workdir))
     (modes,) = choose_modes([run], (mode,) if mode else ())
     config, learns = run.config, run.has_fast_weights or modes[0] == "dynamic"
-    with as_configured(config):
+    with x64_if_configured(config):
         model = build_model(config.model, config.inner)
         family = architectures.choose_family(
             config.model, config.inner, learns=learns, own_code=own_code
@@ -119,7 +119,7 @@ def write_export(
 
     limit: bytes per file. Raises ExportMismatch if logits differ; nothing is left then.
     """
-    with atomic_folder(target, "--to") as folder, as_configured(export.run.config):
+    with atomic_folder(target, "--to") as folder, x64_if_configured(export.run.config):
         total = write_tensors(
             folder, _by_stack(export.slots), _weight_reader(export), dtype=export.dtype, limit=limit
         )

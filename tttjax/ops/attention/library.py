@@ -15,7 +15,7 @@ from functools import partial
 import jax
 
 from tttjax.ops.attention.attend import AttentionMask, attend_sequence
-from tttjax.parallel.kernel_mesh import over_heads, why_not_divided
+from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
 from tttjax.types import Array
 
 KERNELS = {"cuda": "cuDNN", "tpu": "splash attention"}  # by the platform, as JAX calls it
@@ -44,10 +44,10 @@ def attend_whole(
     shape = jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype)
     kv_heads = k_TGK.shape[1]
     window = attention_mask.window if attention_mask.window < q_THK.shape[0] else 0
-    if kernel == "xla" or why_not_divided(kv_heads):
+    if kernel == "xla" or unsharded_reason(kv_heads):
         return in_xla(q_THK, k_TGK, v_TGK)
     forms = {
-        platform: over_heads(partial(form, window=window))
+        platform: shard_over_heads(partial(form, window=window))
         for platform, form in FORMS.items()
         if not (
             unsupported_reason(platform, shape, attention_mask)

@@ -29,7 +29,7 @@ from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import functions, kernels
 from tttjax.ops.window_attention.functions import QKV, Statistics
 from tttjax.ops.window_attention.tiles import AUTO, ChunkGeometry, Tiling, tiling_of
-from tttjax.parallel.kernel_mesh import over_heads, why_not_divided
+from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
 from tttjax.types import Array
 
 KERNELS = ("auto", "xla", "pallas")
@@ -60,7 +60,7 @@ def unsupported_reason(
         raise UserError(f"attention kernel {kernel!r}: choose among {', '.join(KERNELS)}.")
     if kernel == "xla":
         return "XLA's form was asked for"
-    if reason := why_not_divided(kv_heads or shape[-2]) or kernels.unsupported_reason(
+    if reason := unsharded_reason(kv_heads or shape[-2]) or kernels.unsupported_reason(
         platform, shape, past, dtype, tiling
     ):
         return reason
@@ -145,7 +145,7 @@ def _run(
             results = getattr(kernels, name)(*spread, view=view, platform=platform, **static)
             return _in_chunks(partial(_gathered, times=heads // kv_heads), results)
 
-        return call if form == "xla" else over_heads(call)
+        return call if form == "xla" else shard_over_heads(call)
 
     forms = {platform: _form(platform, chunk, tiling, kernel) for platform in PLATFORMS}
     elsewhere = _xla(chunk, tiling, "")
