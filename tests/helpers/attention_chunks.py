@@ -9,7 +9,7 @@ from tttjax.ops.window_attention import QKV
 
 
 def random_chunk(
-    queries, past, seed=0, dtype=np.float64, *, heads=2, kv_heads=None, dim=3, batch=2
+    queries, num_buffered, seed=0, dtype=np.float64, *, heads=2, kv_heads=None, dim=3, batch=2
 ) -> QKV:
     """Queries with their own keys and values, and those of the tokens before them."""
     rng = np.random.default_rng(seed)
@@ -17,18 +17,21 @@ def random_chunk(
     def normal(length, heads):
         return jnp.asarray(rng.normal(size=(batch, length, heads, dim)), dtype)
 
-    keys = (normal(x, kv_heads or heads) for x in (past, past, queries, queries))
+    keys = (normal(x, kv_heads or heads) for x in (num_buffered, num_buffered, queries, queries))
     return QKV(normal(queries, heads), *keys)
 
 
-def dense(chunk, position, attention_mask):
+def dense(qkv, position, attention_mask):
     """The definition, for each sequence; what is before the sequence's start has a position < 0."""
-    past, queries = chunk.k_past.shape[-3], chunk.q.shape[-3]
-    key_S = position - past + jnp.arange(past + queries)
-    seen_TS = mask_fn(key_S[past:], key_S, attention_mask)
+    num_buffered, queries = qkv.k_buffered.shape[-3], qkv.q.shape[-3]
+    key_S = position - num_buffered + jnp.arange(num_buffered + queries)
+    mask_TS = mask_fn(key_S[num_buffered:], key_S, attention_mask)
 
     def one(x):
-        k, v = jnp.concatenate((x.k_past, x.k_own)), jnp.concatenate((x.v_past, x.v_own))
-        return attend(x.q, k, v, seen_TS)
+        k, v = (
+            jnp.concatenate((x.k_buffered, x.k_chunk)),
+            jnp.concatenate((x.v_buffered, x.v_chunk)),
+        )
+        return attend(x.q, k, v, mask_TS)
 
-    return jax.vmap(one)(chunk)
+    return jax.vmap(one)(qkv)

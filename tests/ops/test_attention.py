@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tttjax.ops.attention.attend import AttentionMask, attend, attend_sequence, mask_fn
+from tttjax.ops.attention.attend import AttentionMask, attend, attend_blocked, mask_fn
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -14,7 +14,7 @@ def by_hand(q, k, v, attention_mask):
     """Loops over queries and heads; the keys of each are listed one by one."""
     out, shared = np.zeros_like(q), q.shape[1] // k.shape[1]
     for t in range(len(q)):
-        seen = [
+        keys = [
             s
             for s in range(t + 1)
             if (not attention_mask.window or s > t - attention_mask.window)
@@ -22,9 +22,9 @@ def by_hand(q, k, v, attention_mask):
         ]
         for h in range(q.shape[1]):
             g = h // shared
-            score = np.array([q[t, h] @ k[s, g] for s in seen]) / np.sqrt(q.shape[-1])
+            score = np.array([q[t, h] @ k[s, g] for s in keys]) / np.sqrt(q.shape[-1])
             weight = np.exp(score - score.max())
-            out[t, h] = (weight / weight.sum()) @ v[seen, g]
+            out[t, h] = (weight / weight.sum()) @ v[keys, g]
     return out
 
 
@@ -59,7 +59,7 @@ def test_blocks_equal_the_definition(length, window, block, query_block):
     position = jnp.arange(length)
 
     def in_blocks(q, k, v):
-        return attend_sequence(q, k, v, attention_mask, query_block)
+        return attend_blocked(q, k, v, attention_mask, query_block)
 
     def dense(q, k, v):
         return attend(q, k, v, mask_fn(position, position, attention_mask))
@@ -73,17 +73,17 @@ def test_blocks_equal_the_definition(length, window, block, query_block):
     loss, grads = value_and_gradient(in_blocks)(q, k, v)
     expected, expected_grads = value_and_gradient(dense)(q, k, v)
     assert float(loss) == pytest.approx(float(expected), abs=1e-11)
-    for got, wanted in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-12)
+    for actual, expected in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
 def test_visible_as_a_literal_matrix():
-    seen = mask_fn(jnp.arange(4), jnp.arange(-1, 4), AttentionMask(window=2))
-    wanted = ["01000", "01100", "00110", "00011"]
-    assert ["".join(str(int(x)) for x in row) for row in seen] == wanted
+    mask = mask_fn(jnp.arange(4), jnp.arange(-1, 4), AttentionMask(window=2))
+    expected = ["01000", "01100", "00110", "00011"]
+    assert ["".join(str(int(x)) for x in row) for row in mask] == expected
     blocks = mask_fn(jnp.arange(5), jnp.arange(5), AttentionMask(block=2))
-    wanted = ["10000", "11000", "00100", "00110", "00001"]
-    assert ["".join(str(int(x)) for x in row) for row in blocks] == wanted
+    expected = ["10000", "11000", "00100", "00110", "00001"]
+    assert ["".join(str(int(x)) for x in row) for row in blocks] == expected
 
 
 def test_a_query_that_sees_nothing_stays_finite_in_every_derivative():

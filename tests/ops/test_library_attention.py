@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from tttjax.models import build_model
 from tttjax.ops.attention import library
 from tttjax.ops.attention.attend import AttentionMask, attend, mask_fn
-from tttjax.ops.attention.library import attend_whole, unsupported_reason
-from tttjax.ops.attention.splash import _WindowMask, splash_attention, tile_of
+from tttjax.ops.attention.library import attend_sequence, unsupported_reason
+from tttjax.ops.attention.splash import _WindowMask, choose_tile, splash_attention
 from tttjax.parallel.mesh import make_mesh, manual_axes
 from tttjax.planning.count import count
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
@@ -28,7 +28,7 @@ def everywhere(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(library, "unsupported_reason_here", lambda *_: "")
+    monkeypatch.setattr(library, "unsupported_reason_on_backend", lambda *_: "")
 
 
 def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
@@ -38,7 +38,7 @@ def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
         @partial(jax.checkpoint, prevent_cse=False)
         def layer(x, _):
             attention = partial(
-                attend_whole,
+                attend_sequence,
                 attention_mask=AttentionMask(window=window),
                 query_block=64,
                 kernel=kernel,
@@ -60,7 +60,7 @@ def test_splash_attention_equals_the_definition(length, window, kv_heads):
     heads = 4, kv_heads, kv_heads, 4
     q, k, v, weight = (rng.normal(size=(length, h, 8)).astype(np.float32) for h in heads)
     position = jnp.arange(length)
-    seen = mask_fn(position, position, AttentionMask(window=window))
+    expected_mask = mask_fn(position, position, AttentionMask(window=window))
 
     def value_and_gradient(attention):
         def loss(q, k, v):
@@ -70,7 +70,7 @@ def test_splash_attention_equals_the_definition(length, window, kv_heads):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     (_, out), grads = value_and_gradient(partial(splash_attention, window=window, interpret=True))
-    (_, expected), expected_grads = value_and_gradient(lambda *qkv: attend(*qkv, seen))
+    (_, expected), expected_grads = value_and_gradient(lambda *qkv: attend(*qkv, expected_mask))
     assert worst(out, expected) < 2e-6
     assert worst(grads, expected_grads) < 1e-5
 
@@ -78,23 +78,23 @@ def test_splash_attention_equals_the_definition(length, window, kv_heads):
 @pytest.mark.parametrize("window", [0, 1, 127, 128, 129, 300, 511])
 def test_tiles_of_the_mask(window):
     position = np.arange(512)
-    seen = np.asarray(mask_fn(position, position, AttentionMask(window=window)))
+    expected_mask = np.asarray(mask_fn(position, position, AttentionMask(window=window)))
     mask = _WindowMask(512, window)
     for row in range(0, 512, 128):
         for col in range(0, 512, 128):
-            place = slice(row, row + 128), slice(col, col + 128)
-            assert (mask[place] == seen[place]).all()
+            index = slice(row, row + 128), slice(col, col + 128)
+            assert (mask[index] == expected_mask[index]).all()
 
 
 def test_tiles_are_large_with_little_padding():
-    assert [tile_of(n, 0) for n in (129, 600, 1100, 2048, 8192, 8320)] == [128] * 3 + [512] * 3
-    assert [tile_of(8192, window) for window in (1, 128, 300, 512, 4096)] == [
+    assert [choose_tile(n, 0) for n in (129, 600, 1100, 2048, 8192, 8320)] == [128] * 3 + [512] * 3
+    assert [choose_tile(8192, window) for window in (1, 128, 300, 512, 4096)] == [
         *(128, 128, 256, 512, 512)
     ]
 
 
 @pytest.mark.parametrize(
-    ("platform", "shape", "dtype", "attention_mask", "says"),
+    ("platform", "shape", "dtype", "attention_mask", "expected"),
     [
         ("cuda", (128, 2, 64), "bfloat16", AttentionMask(), ""),
         ("cuda", (128, 2, 64), "float16", AttentionMask(window=3), ""),
@@ -120,14 +120,14 @@ def test_tiles_are_large_with_little_padding():
         ("tpu", (127, 2, 64), "bfloat16", AttentionMask(), "at least 128 tokens, not of 127"),
     ],
 )
-def test_reasons(platform, shape, dtype, attention_mask, says):
+def test_reasons(platform, shape, dtype, attention_mask, expected):
     reason = unsupported_reason(platform, jax.ShapeDtypeStruct(shape, dtype), attention_mask)
-    assert says in reason
-    assert bool(reason) == bool(says)
+    assert expected in reason
+    assert bool(reason) == bool(expected)
 
 
 def test_a_machine_without_cudnn_says_so():
-    assert library.unsupported_reason_here("cuda", BF16) == "cuDNN is not detected"
+    assert library.unsupported_reason_on_backend("cuda", BF16) == "cuDNN is not detected"
 
 
 def test_the_platform_that_is_lowered_for_decides(everywhere):
@@ -151,7 +151,7 @@ def test_on_a_mesh_every_device_runs_the_kernel_on_its_own_heads(everywhere, sha
 
     def gradient(q):
         def loss(q):
-            return jnp.sum(jax.vmap(lambda q: attend_whole(q, q, q, AttentionMask(), 64))(q))
+            return jnp.sum(jax.vmap(lambda q: attend_sequence(q, q, q, AttentionMask(), 64))(q))
 
         return jax.grad(loss)(q)
 
@@ -183,7 +183,7 @@ def test_flops_are_those_of_xla(everywhere):
         def loss(q, k, v):
             def layer(x, _):
                 attention = partial(
-                    attend_whole,
+                    attend_sequence,
                     attention_mask=AttentionMask(window=30),
                     query_block=64,
                     kernel=kernel,
@@ -195,10 +195,10 @@ def test_flops_are_those_of_xla(everywhere):
 
         q, k = (jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in (QUERIES, BF16))
         program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, k)
-        found = count(program)
+        result = count(program)
         assert ("platform_index" in str(program)) == (kernel == "auto")
-        assert found.open_loops == 0
-        return found.flops
+        assert result.unknown_loops == 0
+        return result.flops
 
     assert flops("auto") == flops("xla") > 0
 
@@ -225,11 +225,11 @@ def test_training_differentiates_it_once(monkeypatch, inner):
         return q, None
 
     once.defvjp(forward, lambda window, _, bar: (bar, bar, bar))
-    monkeypatch.setattr(library, "FORMS", {"cpu": once})
+    monkeypatch.setattr(library, "IMPLEMENTATIONS", {"cpu": once})
     monkeypatch.setattr(
         library, "unsupported_reason", lambda p, q, attention_mask: "local" * attention_mask.block
     )
-    monkeypatch.setattr(library, "unsupported_reason_here", lambda *_: "")
+    monkeypatch.setattr(library, "unsupported_reason_on_backend", lambda *_: "")
     layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
     config = small_config(model={**layers, "remat": "block"}, inner=inner)
     model = build_model(config.model, config.inner)

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 HEADS = 2  # and two sequences, unless asked for others
 
 
-def close(got, wanted, tolerance=1e-12):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), got, wanted)
+def close(actual, expected, tolerance=1e-12):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance), actual, expected)
 
 
 CASES = {
@@ -51,41 +51,43 @@ def test_value_gradient_and_gradient_of_a_tangent(name):
 
     Of nonlinear functions, so that cotangents differ everywhere; past keys included.
     """
-    queries, past, window, block, tiling, positions = CASES[name]
+    queries, num_buffered, window, block, tiling, positions = CASES[name]
     kv_heads = 1 if name in SHARED else HEADS
-    x, dot = (random_chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((past, 0)))
+    x, dot = (
+        random_chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((num_buffered, 0))
+    )
     weight = random_chunk(queries, 0, seed=2)
     attention_mask = AttentionMask(window, block)
 
-    def scalars(once, twice):
+    def scalars(blocked, blocked_jvp):
         def first(x, position):
-            return jnp.sum(jnp.sin(once(x, position) * weight.q))
+            return jnp.sum(jnp.sin(blocked(x, position) * weight.q))
 
         def second(x, along, position):
-            def inner(q, k_own, v_own):
-                o = twice(x._replace(q=q, k_own=k_own, v_own=v_own), position)
+            def inner(q, k_chunk, v_chunk):
+                o = blocked_jvp(x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk), position)
                 return o, jnp.sum(jnp.cos(o * weight.q))
 
-            own = (x.q, x.k_own, x.v_own), (along.q, along.k_own, along.v_own)
+            own = (x.q, x.k_chunk, x.v_chunk), (along.q, along.k_chunk, along.v_chunk)
             (o, loss), (o_dot, loss_dot) = jax.jvp(inner, *own)
-            return loss + loss_dot + jnp.sum(o * weight.k_own + jnp.sin(o_dot))
+            return loss + loss_dot + jnp.sum(o * weight.k_chunk + jnp.sin(o_dot))
 
-        def all_of_them(position):
+        def derivatives(position):
             of_second = jax.value_and_grad(second, argnums=(0, 1))
             return jax.value_and_grad(first)(x, position), of_second(x, dot, position)
 
-        return jax.jit(all_of_them)
+        return jax.jit(derivatives)
 
-    got = scalars(
+    actual = scalars(
         lambda x, position: window_attention(*x, position, attention_mask, Tiling(*tiling)),
         lambda x, position: window_attention_jvp(*x, position, attention_mask, Tiling(*tiling)),
     )
-    wanted = scalars(*2 * [lambda x, position: dense(x, position, attention_mask)])
+    expected = scalars(*2 * [lambda x, position: dense(x, position, attention_mask)])
     for position in positions:
-        close(got(position), wanted(position), 2e-12)
+        close(actual(position), expected(position), 2e-12)
 
 
-SIGHT, TILING, POSITION = (
+ATTENTION_MASK, TILING, POSITION = (
     AttentionMask(window=5),
     Tiling(3, 2),
     3,
@@ -93,16 +95,16 @@ SIGHT, TILING, POSITION = (
 
 
 def small_losses():
-    """One nonlinear function of a small chunk: with `once`, with `twice`, by the definition."""
+    """One nonlinear function of a small chunk: with `blocked`, with `blocked_jvp`, by the definition."""
     weight = random_chunk(4, 0, seed=1).q
 
     def loss(o):
         return jnp.sum(jnp.sin(o * weight))
 
     return (
-        lambda x: loss(window_attention(*x, POSITION, SIGHT, TILING)),
-        lambda x: loss(window_attention_jvp(*x, POSITION, SIGHT, TILING)),
-        lambda x: loss(dense(x, POSITION, SIGHT)),
+        lambda x: loss(window_attention(*x, POSITION, ATTENTION_MASK, TILING)),
+        lambda x: loss(window_attention_jvp(*x, POSITION, ATTENTION_MASK, TILING)),
+        lambda x: loss(dense(x, POSITION, ATTENTION_MASK)),
     )
 
 
@@ -111,47 +113,52 @@ def test_second_derivatives_however_they_are_taken():
 
     The definition's are taken as grad of grad: all three orders meet.
     """
-    once, twice, by_definition = small_losses()
+    blocked, blocked_jvp, by_definition = small_losses()
     x, dot = random_chunk(4, 5), random_chunk(4, 5, seed=2)
 
     def grad_of_grad(x):
         grad = jax.grad(by_definition)(x)
         return sum(jnp.sum(g * d) for g, d in zip(grad, dot, strict=True))
 
-    wanted = jax.jit(jax.grad(grad_of_grad))(x)
-    close(jax.jit(lambda x: jax.jvp(jax.grad(once), (x,), (dot,))[1])(x), wanted)
-    close(jax.jit(jax.grad(lambda x: jax.jvp(twice, (x,), (dot,))[1]))(x), wanted)
+    expected = jax.jit(jax.grad(grad_of_grad))(x)
+    close(jax.jit(lambda x: jax.jvp(jax.grad(blocked), (x,), (dot,))[1])(x), expected)
+    close(jax.jit(jax.grad(lambda x: jax.jvp(blocked_jvp, (x,), (dot,))[1]))(x), expected)
 
 
 def test_past_that_is_not_differentiated_is_not_worked_on():
     """The inner step takes 3 products with the past where the gradient of everything takes 5."""
-    once, twice, _ = small_losses()
+    blocked, blocked_jvp, _ = small_losses()
     x = random_chunk(4, 5)
 
     def products(f, *arguments):
         return str(jax.make_jaxpr(f)(*arguments)).count("dot_general[")
 
-    def inner(q, k_own, v_own):
-        return once(x._replace(q=q, k_own=k_own, v_own=v_own))
+    def inner(q, k_chunk, v_chunk):
+        return blocked(x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk))
 
-    own = x.q, x.k_own, x.v_own
-    everything = products(jax.grad(once), x)
+    own = x.q, x.k_chunk, x.v_chunk
+    everything = products(jax.grad(blocked), x)
     assert products(jax.grad(inner, argnums=(0, 1, 2)), *own) == everything - 2
-    tangent = products(lambda *own: jax.jvp(inner_twice(x, twice), own, own), *own)
-    assert tangent == products(lambda x: jax.jvp(twice, (x,), (x,)), x) - 2
+    tangent = products(lambda *own: jax.jvp(inner_jvp(x, blocked_jvp), own, own), *own)
+    assert tangent == products(lambda x: jax.jvp(blocked_jvp, (x,), (x,)), x) - 2
 
 
-def inner_twice(x, twice):
-    return lambda q, k_own, v_own: twice(x._replace(q=q, k_own=k_own, v_own=v_own))
+def inner_jvp(x, blocked_jvp):
+    return lambda q, k_chunk, v_chunk: blocked_jvp(
+        x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk)
+    )
 
 
 def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimension():
-    x, dot = random_chunk(4, 5), random_chunk(4, 0, seed=2)._replace(k_past=None, v_past=None)
-    o, o_dot = window_attention_pair(x, dot, POSITION, SIGHT, TILING)
-    close(o, window_attention(*x, POSITION, SIGHT, TILING))
+    x, dot = (
+        random_chunk(4, 5),
+        random_chunk(4, 0, seed=2)._replace(k_buffered=None, v_buffered=None),
+    )
+    o, o_dot = window_attention_pair(x, dot, POSITION, ATTENTION_MASK, TILING)
+    close(o, window_attention(*x, POSITION, ATTENTION_MASK, TILING))
 
     def one(x, dot):
-        return window_attention_pair(x, dot, POSITION, SIGHT, TILING)
+        return window_attention_pair(x, dot, POSITION, ATTENTION_MASK, TILING)
 
     close((o, o_dot), jax.vmap(one)(x, dot), 1e-14)
 
@@ -159,7 +166,7 @@ def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimen
 def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
     """A constant in k's tangent moves all scores alike and must not drown the rest."""
     wide, dot = random_chunk(16, 24), random_chunk(16, 0, seed=3)
-    dot = QKV(dot.q, None, None, dot.k_own + 30.0, dot.v_own)
+    dot = QKV(dot.q, None, None, dot.k_chunk + 30.0, dot.v_chunk)
     bars = random_chunk(16, 0, seed=4)
 
     def derivatives(dtype, attention):
@@ -168,8 +175,8 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
         )
 
         def pair(x, along):
-            own = (x.q, x.k_own, x.v_own), (along.q, along.k_own, along.v_own)
-            return jax.jvp(lambda q, k, v: attention(x._replace(q=q, k_own=k, v_own=v)), *own)
+            own = (x.q, x.k_chunk, x.v_chunk), (along.q, along.k_chunk, along.v_chunk)
+            return jax.jvp(lambda q, k, v: attention(x._replace(q=q, k_chunk=k, v_chunk=v)), *own)
 
         out, back = jax.vjp(pair, x, along)
         return out, back((o_bar, o_dot_bar))
@@ -178,10 +185,10 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
     exact, rough = (
         derivatives(d, lambda x: dense(x, 10, attention_mask)) for d in (float, jnp.bfloat16)
     )
-    got = derivatives(
+    actual = derivatives(
         jnp.bfloat16, lambda x: window_attention_jvp(*x, 10, attention_mask, Tiling(8, 8))
     )
-    for ours, theirs, true in zip(*map(jax.tree.leaves, (got, rough, exact)), strict=True):
+    for ours, theirs, true in zip(*map(jax.tree.leaves, (actual, rough, exact)), strict=True):
         assert ours.dtype == jnp.bfloat16
         scale = np.linalg.norm(true)
         error, allowed = (np.linalg.norm(y.astype(float) - true) / scale for y in (ours, theirs))
@@ -189,21 +196,23 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
 
 
 def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
-    def temporary(queries, past):
+    def temporary(queries, num_buffered):
         x, dot = (
-            random_chunk(queries, past, dtype=np.float32),
+            random_chunk(queries, num_buffered, dtype=np.float32),
             random_chunk(queries, 0, dtype=np.float32),
         )
-        dot = dot._replace(k_past=None, v_past=None)
+        dot = dot._replace(k_buffered=None, v_buffered=None)
 
-        def pair_and_back(x, dot, position):
+        def pair_vjp(x, dot, position):
             def pair(x, dot):
-                return window_attention_pair(x, dot, position, AttentionMask(past), Tiling(64, 64))
+                return window_attention_pair(
+                    x, dot, position, AttentionMask(num_buffered), Tiling(64, 64)
+                )
 
             out, back = jax.vjp(pair, x, dot)
             return out, back(out)
 
-        compiled = jax.jit(pair_and_back).lower(x, dot, jnp.int32(past)).compile()
+        compiled = jax.jit(pair_vjp).lower(x, dot, jnp.int32(num_buffered)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporary(256, 512), temporary(512, 1024)

@@ -26,37 +26,41 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.planning.topologies import open_mesh, parse_topology
 
 BLOCKS = Tiling(16, 16)
-REAL = {"queries": 1024, "past": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
+REAL = {"queries": 1024, "num_buffered": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
 
 
 random_chunk = partial(random_chunk, dim=4)
 
 
-def everything(once, twice, weight, past_moves):
+def everything(blocked, blocked_jvp, weight, buffer_grads):
     """Value and gradient of a loss, and of a loss of (output, its tangent) in all they depend on.
 
     past_moves: whether past keys and values have tangents, and gradients are taken in them.
     """
 
     def moving(x):
-        return x if past_moves else x._replace(k_past=None, v_past=None)
+        return x if buffer_grads else x._replace(k_buffered=None, v_buffered=None)
 
     def whole(part, x):
-        return part if past_moves else part._replace(k_past=x.k_past, v_past=x.v_past)
+        return (
+            part
+            if buffer_grads
+            else part._replace(k_buffered=x.k_buffered, v_buffered=x.v_buffered)
+        )
 
     def first(part, x, position):
-        return jnp.sum(jnp.sin(once(whole(part, x), position) * weight.q))
+        return jnp.sum(jnp.sin(blocked(whole(part, x), position) * weight.q))
 
     def second(part, along, x, position):
-        o, o_dot = jax.jvp(lambda part: twice(whole(part, x), position), (part,), (along,))
-        return jnp.sum(jnp.cos(o * weight.q) + jnp.sin(o_dot) * weight.k_own)
+        o, o_dot = jax.jvp(lambda part: blocked_jvp(whole(part, x), position), (part,), (along,))
+        return jnp.sum(jnp.cos(o * weight.q) + jnp.sin(o_dot) * weight.k_chunk)
 
-    def all_of_them(x, dot, position):
+    def derivatives(x, dot, position):
         part, along = moving(x), moving(dot)
         of_second = jax.value_and_grad(second, argnums=(0, 1))(part, along, x, position)
         return jax.value_and_grad(first)(part, x, position), of_second
 
-    return jax.jit(all_of_them)
+    return jax.jit(derivatives)
 
 
 CASES = {
@@ -70,27 +74,29 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_interpreted_kernels_are_the_definition_differentiated(case):
-    queries, past, kv_heads, window, block, past_moves, positions = case
+    queries, num_buffered, kv_heads, window, block, buffer_grads, positions = case
     attention_mask = AttentionMask(window, block)
     with jax.enable_x64(True):
-        against_the_definition((queries, past), kv_heads, attention_mask, past_moves, positions)
+        against_the_definition(
+            (queries, num_buffered), kv_heads, attention_mask, buffer_grads, positions
+        )
 
 
-def against_the_definition(lengths, kv_heads, attention_mask, past_moves, positions):
+def against_the_definition(lengths, kv_heads, attention_mask, buffer_grads, positions):
     x, dot = (random_chunk(*lengths, seed, kv_heads=kv_heads) for seed in range(2))
     weight = random_chunk(*lengths, seed=2)
-    own = partial(everything, weight=weight, past_moves=past_moves)
-    got = own(
+    own = partial(everything, weight=weight, buffer_grads=buffer_grads)
+    actual = own(
         lambda x, position: window_attention(*x, position, attention_mask, BLOCKS, "pallas"),
         lambda x, position: window_attention_jvp(*x, position, attention_mask, BLOCKS, "pallas"),
     )
-    wanted = own(*2 * [lambda x, position: dense(x, position, attention_mask)])
+    expected = own(*2 * [lambda x, position: dense(x, position, attention_mask)])
     for position in positions:
-        found, true = got(x, dot, position), wanted(x, dot, position)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-12, rtol=1e-11), found, true)
+        result, true = actual(x, dot, position), expected(x, dot, position)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-12, rtol=1e-11), result, true)
 
 
-def pair_and_back(x, dot, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
+def pair_vjp(x, dot, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
     """(o, o_dot) and the cotangents of everything, o's and o_dot's being `bar`."""
     pair = partial(
         window_attention_pair,
@@ -103,22 +109,22 @@ def pair_and_back(x, dot, position, bar, *, attention_mask, kernel, tiling=BLOCK
     return out, back((bar, bar))
 
 
-def once_and_back(x, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
-    def once(q, k_own, v_own):
-        own = x._replace(q=q, k_own=k_own, v_own=v_own)
+def blocked_vjp(x, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
+    def blocked(q, k_chunk, v_chunk):
+        own = x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk)
         return window_attention(*own, position, attention_mask, tiling, kernel)
 
-    out, back = jax.vjp(once, x.q, x.k_own, x.v_own)
+    out, back = jax.vjp(blocked, x.q, x.k_chunk, x.v_chunk)
     return out, back(bar)
 
 
 def test_bfloat16_as_in_xla():
     """The same roundings of the same sums in another order."""
     x, dot, bar = (random_chunk(32, 40, seed, dtype=jnp.bfloat16) for seed in range(3))
-    dot = dot._replace(k_past=None, v_past=None)
-    run = partial(pair_and_back, x, dot, 25, bar.q, attention_mask=AttentionMask(40))
-    found, wanted = (jax.jit(partial(run, kernel=kernel))() for kernel in ("pallas", "xla"))
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    dot = dot._replace(k_buffered=None, v_buffered=None)
+    run = partial(pair_vjp, x, dot, 25, bar.q, attention_mask=AttentionMask(40))
+    result, expected = (jax.jit(partial(run, kernel=kernel))() for kernel in ("pallas", "xla"))
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == jnp.bfloat16
         ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
         assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
@@ -126,18 +132,18 @@ def test_bfloat16_as_in_xla():
 
 def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner():
     x, dot, bar = (random_chunk(16, 32, seed, heads=4, dtype=np.float32) for seed in range(3))
-    dot = dot._replace(k_past=None, v_past=None)
-    run = partial(pair_and_back, attention_mask=AttentionMask(32), kernel="pallas")
+    dot = dot._replace(k_buffered=None, v_buffered=None)
+    run = partial(pair_vjp, attention_mask=AttentionMask(32), kernel="pallas")
     plain = jax.jit(run)(x, dot, 20, bar.q)
     mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
     of_batch = PartitionSpec("data")
 
     def on_shard(x, dot, position, bar):
-        ask = partial(
+        reason_for = partial(
             window_attention_unsupported_reason, "cpu", x.q.shape, 32, x.q.dtype, kernel="pallas"
         )
-        assert ask(kv_heads=2) == ""
-        assert "do not divide 1 heads" in ask(kv_heads=1)
+        assert reason_for(kv_heads=2) == ""
+        assert "1 heads are not a multiple" in reason_for(kv_heads=1)
         return jax.vmap(run, in_axes=(0, 0, None, 0))(x, dot, position, bar)
 
     shared = jax.shard_map(
@@ -148,19 +154,21 @@ def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner(
         axis_names={"data", "fsdp"},
         check_vma=False,
     )
-    found = jax.jit(shared)(x, dot, 20, bar.q)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), found, plain)
+    result = jax.jit(shared)(x, dot, 20, bar.q)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), result, plain)
 
 
 def test_what_a_mesh_does_not_allow():
-    ask = partial(window_attention_unsupported_reason, "tpu", past=8192, dtype=jnp.bfloat16)
+    reason_for = partial(
+        window_attention_unsupported_reason, "tpu", num_buffered=8192, dtype=jnp.bfloat16
+    )
     mesh = make_mesh(1, 1, 8)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        assert "cannot shard a kernel" in ask(shape=(1024, 12, 64))
+        assert "cannot shard a kernel" in reason_for(shape=(1024, 12, 64))
 
     def inside():
-        assert "of 8 devices do not divide 12 heads" in ask(shape=(1024, 12, 64))
-        assert ask(shape=(1024, 16, 64)) == ""
+        assert "12 heads are not a multiple of 8 devices" in reason_for(shape=(1024, 12, 64))
+        assert reason_for(shape=(1024, 16, 64)) == ""
         return jnp.zeros(())
 
     specs = {"in_specs": (), "out_specs": PartitionSpec()}
@@ -168,7 +176,7 @@ def test_what_a_mesh_does_not_allow():
 
 
 @pytest.mark.parametrize(
-    ("platform", "shape", "past", "dtype", "kernel", "reason"),
+    ("platform", "shape", "num_buffered", "dtype", "kernel", "reason"),
     [
         ("tpu", (1024, 12, 64), 8192, "bfloat16", "auto", "^$"),
         ("tpu", (16, 12, 128), 8192, "float32", "auto", "^$"),
@@ -185,11 +193,11 @@ def test_what_a_mesh_does_not_allow():
         ("rocm", (1024, 12, 64), 8192, "bfloat16", "auto", "no kernel for rocm"),
     ],
 )
-def test_reasons(platform, shape, past, dtype, kernel, reason):
-    found = window_attention_unsupported_reason(
-        platform, shape, past, jnp.dtype(dtype), kernel=kernel
+def test_reasons(platform, shape, num_buffered, dtype, kernel, reason):
+    result = window_attention_unsupported_reason(
+        platform, shape, num_buffered, jnp.dtype(dtype), kernel=kernel
     )
-    assert re.search(reason, found)
+    assert re.search(reason, result)
 
 
 def test_a_kernel_that_there_is_not():
@@ -197,15 +205,15 @@ def test_a_kernel_that_there_is_not():
         window_attention(*random_chunk(4, 5, dtype=np.float32), 3, AttentionMask(5), kernel="cudnn")
 
 
-def programs(placed=None, *, queries, past, heads, dim, dtype):
+def programs(placed=None, *, queries, num_buffered, heads, dim, dtype):
     """(function of `kernel`, its arguments' shapes) of the inner step, and of the pair."""
     array = partial(jax.ShapeDtypeStruct, sharding=placed)
-    q, before = (array((1, length, heads, dim), dtype) for length in (queries, past))
+    q, before = (array((1, length, heads, dim), dtype) for length in (queries, num_buffered))
     position, x = array((), jnp.int32), QKV(q, before, before, q, q)
-    own = {"attention_mask": AttentionMask(past), "tiling": Tiling()}
-    yield partial(once_and_back, **own), (x, position, q)
-    dot = x._replace(k_past=None, v_past=None)
-    yield partial(pair_and_back, **own), (x, dot, position, q)
+    own = {"attention_mask": AttentionMask(num_buffered), "tiling": Tiling()}
+    yield partial(blocked_vjp, **own), (x, position, q)
+    dot = x._replace(k_buffered=None, v_buffered=None)
+    yield partial(pair_vjp, **own), (x, dot, position, q)
 
 
 def test_the_platform_that_is_compiled_for_chooses():
@@ -220,15 +228,15 @@ def test_the_platform_that_is_compiled_for_chooses():
             platform: [text.count(call) for call in ("tpu_custom_call", "triton", "case")]
             for platform, text in written.items()
         }
-        kernels = 3 + (program.func is pair_and_back)
+        kernels = 3 + (program.func is pair_vjp)
         assert calls["cpu"][:2] == [0, 0]
         assert calls["tpu"][:2] == [kernels, 0]
         assert calls["cuda"][:2] == [0, kernels]
 
 
 def test_tiles_of_the_xla_form_are_of_the_platform_that_is_compiled_for():
-    (once, arguments), _ = programs(**REAL | {"heads": 1})
-    traced = jax.jit(partial(once, kernel="xla")).trace(*arguments)
+    (blocked, arguments), _ = programs(**REAL | {"heads": 1})
+    traced = jax.jit(partial(blocked, kernel="xla")).trace(*arguments)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
         for platform in ("cpu", "tpu")

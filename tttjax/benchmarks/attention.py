@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from tttjax.benchmarks.timing import check_rounds, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
-from tttjax.ops.attention.attend import AttentionMask, attend, attend_sequence, mask_fn
-from tttjax.ops.attention.library import attend_whole, unsupported_reason_here
+from tttjax.ops.attention.attend import AttentionMask, attend, attend_blocked, mask_fn
+from tttjax.ops.attention.library import attend_sequence, unsupported_reason_on_backend
 from tttjax.ops.attention.library import unsupported_reason as library_unsupported_reason
 from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.ops.window_attention.select import unsupported_reason as kernel_unsupported_reason
@@ -108,7 +108,7 @@ def unsupported_forms(sizes: AttentionSizes) -> dict[str, str]:
     reasons = {
         "pallas": kernel_unsupported_reason(platform, chunk, sizes.window, dtype),
         "library": library_unsupported_reason(platform, q_spec, AttentionMask())
-        or unsupported_reason_here(platform, q_spec),
+        or unsupported_reason_on_backend(platform, q_spec),
     }
     return {form: reason for form, reason in reasons.items() if reason}
 
@@ -121,9 +121,9 @@ def _chunk_tasks(sizes: AttentionSizes) -> Iterator[Task]:
 
     def dense(q, k_buffered, v_buffered, k, v):
         position_S = jnp.arange(window + sizes.chunk)
-        seen_TS = mask_fn(position_S[window:], position_S, attention_mask)
+        mask_TS = mask_fn(position_S[window:], position_S, attention_mask)
         k, v = (jnp.concatenate(x, axis=1) for x in ((k_buffered, k), (v_buffered, v)))
-        return jax.vmap(partial(attend, seen_TS=seen_TS))(q, k, v)
+        return jax.vmap(partial(attend, mask_TS=mask_TS))(q, k, v)
 
     def blocked(attention, kernel):
         return lambda *chunk: attention(*chunk, position, attention_mask, kernel=kernel)
@@ -179,9 +179,9 @@ def _sequence_tasks(sizes: AttentionSizes) -> Iterator[Task]:
         ("sequence, full", AttentionMask()),
         ("sequence, window", AttentionMask(window=sizes.window)),
     ):
-        forms: dict[str, Callable] = {"xla": attend_sequence}
+        forms: dict[str, Callable] = {"xla": attend_blocked}
         if "library" not in unsupported_forms(sizes):
-            forms["library"] = attend_whole
+            forms["library"] = attend_sequence
         for form, attention in forms.items():
             attend_one = partial(attention, attention_mask=attention_mask, query_block=QUERY_BLOCK)
 

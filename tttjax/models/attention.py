@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
-from tttjax.ops.attention.attend import AttentionMask, attend, attend_one, mask_fn
-from tttjax.ops.attention.library import attend_whole
+from tttjax.ops.attention.attend import AttentionMask, attend, attend_decode, mask_fn
+from tttjax.ops.attention.library import attend_sequence
 from tttjax.ops.rope import apply_rope
 from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.types import Array
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
             cache = state and self._init_cache(
                 state, k_TGK if self.cache_size else rotated_TGK, v_TGK
             )
-            y_THK = attend_whole(
+            y_THK = attend_sequence(
                 q_THK, rotated_TGK, v_TGK, self.attention_mask, self.query_block, self.kernel
             )
             state = cache
@@ -258,7 +258,7 @@ class Attention(nnx.Module):
         q_1HK, rotated_1GK = self.apply_rope(q_1HK, slot[None]), self.apply_rope(k_1GK, slot[None])
         key_S = jnp.arange(state["k"].shape[1]) + (position - slot)
         mask_S = mask_fn(position[None], key_S, self.attention_mask)[0] & (key_S < position)
-        y_HK = attend_one(q_1HK[0], state["k"], state["v"], rotated_1GK[0], v_1GK[0], mask_S)
+        y_HK = attend_decode(q_1HK[0], state["k"], state["v"], rotated_1GK[0], v_1GK[0], mask_S)
         row = {"k": rotated_1GK, "v": v_1GK} | ({"new": k_1GK} if self.cache_size else {})
         return y_HK[None], {name: one.swapaxes(0, 1) for name, one in row.items()}
 

@@ -15,7 +15,7 @@ from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.models import SplitModel, build_model
 from tttjax.models.block import attention_masks
-from tttjax.ops.attention.library import KERNELS, unsupported_reason, unsupported_reason_here
+from tttjax.ops.attention.library import KERNELS, unsupported_reason, unsupported_reason_on_backend
 from tttjax.ops.window_attention import window_attention_unsupported_reason
 from tttjax.ttt.outer_loss import learns
 
@@ -53,7 +53,7 @@ def choose_kernels(
             continue
         reason = unsupported_reason(platform, q_THK, attention_mask)
         if not reason and compile_locally:
-            reason = unsupported_reason_here(platform, q_THK, shape.kv_heads)
+            reason = unsupported_reason_on_backend(platform, q_THK, shape.kv_heads)
         if reason and model.attention_kernel == "library":
             raise UserError(
                 f'model.attention_kernel = "library" does not support {kind} attention here '

@@ -2,7 +2,7 @@
 
 What a query may see is a function of the two positions alone (`mask_fn`), so one definition serves
 the whole sequence at once, a chunk with the keys of its past, and a single decoded token. `attend`
-is that definition with all scores in memory; `attend_sequence` gives the same numbers over a long
+is that definition with all scores in memory; `attend_blocked` gives the same numbers over a long
 sequence in blocks of queries, so that memory grows with T x (window + block) and not with T x T.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tttjax.types import Array
 
 MASKED_SCORE = -1e30  # finite, so that a fully masked row stays free of NaN in every derivative
-SCORES_AT_ONCE = 2**28  # entries, over all heads: a gigabyte in float32
+MAX_SCORE_ENTRIES = 2**28  # entries, over all heads: a gigabyte in float32
 FULL_SEGMENTS = 4  # full attention skips the upper triangle in this many steps
 
 
@@ -36,61 +36,61 @@ def mask_fn(query_T: Array, key_S: Array, attention_mask: AttentionMask) -> Arra
     Negative key positions mark slots that hold no token; nobody sees them.
     """
     query, key = query_T[:, None], key_S[None, :]
-    seen = (key <= query) & (key >= 0)
+    mask = (key <= query) & (key >= 0)
     if attention_mask.window:
-        seen &= key > query - attention_mask.window
+        mask &= key > query - attention_mask.window
     if attention_mask.block:
-        seen &= key // attention_mask.block == query // attention_mask.block
-    return seen
+        mask &= key // attention_mask.block == query // attention_mask.block
+    return mask
 
 
-def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, seen_TS: Array) -> Array:
+def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, mask_TS: Array) -> Array:
     """softmax(q k^T / sqrt(K)) v over the visible keys, [T, H, K].
 
     Of G heads of keys and values, a divisor of H, each serves H / G query heads in a row: grouped
     queries (arXiv 2305.13245). Softmax in float32 at least; the probabilities meet v in its dtype.
     """
-    wide = jnp.promote_types(q_THK.dtype, jnp.float32)
+    accum_dtype = jnp.promote_types(q_THK.dtype, jnp.float32)
     groups, (length, heads, head_dim) = k_SGK.shape[-2], q_THK.shape
-    shared = heads // groups  # queries of one token that meet the same keys: rows, like tokens
-    q_TGRK = q_THK.reshape(length, groups, shared, head_dim)
-    q_QGK = q_TGRK.swapaxes(1, 2).reshape(length * shared, groups, head_dim)
-    seen_QS = jnp.repeat(seen_TS, shared, axis=0)
-    score_GQS = jnp.einsum("qgk,sgk->gqs", q_QGK, k_SGK, preferred_element_type=wide)
-    score_GQS = jnp.where(seen_QS, score_GQS * head_dim**-0.5, MASKED_SCORE)
+    group_size = heads // groups  # queries of one token that meet the same keys: rows, like tokens
+    q_TGRK = q_THK.reshape(length, groups, group_size, head_dim)
+    q_QGK = q_TGRK.swapaxes(1, 2).reshape(length * group_size, groups, head_dim)
+    mask_QS = jnp.repeat(mask_TS, group_size, axis=0)
+    score_GQS = jnp.einsum("qgk,sgk->gqs", q_QGK, k_SGK, preferred_element_type=accum_dtype)
+    score_GQS = jnp.where(mask_QS, score_GQS * head_dim**-0.5, MASKED_SCORE)
     probability_GQS = jax.nn.softmax(score_GQS, axis=-1).astype(v_SGK.dtype)
     y_QGK = jnp.einsum("gqs,sgk->qgk", probability_GQS, v_SGK)
-    return y_QGK.reshape(length, shared, groups, head_dim).swapaxes(1, 2).reshape(q_THK.shape)
+    return y_QGK.reshape(length, group_size, groups, head_dim).swapaxes(1, 2).reshape(q_THK.shape)
 
 
-def attend_one(
-    q_HK: Array, k_GSK: Array, v_GSK: Array, k_GK: Array, v_GK: Array, seen_S: Array
+def attend_decode(
+    q_HK: Array, k_GSK: Array, v_GSK: Array, k_GK: Array, v_GK: Array, mask_S: Array
 ) -> Array:
     """`attend` of a single query to visible keys and to its own, [H, K]; heads of keys come first.
 
     So the keys of a head lie together, and are read where they are.
     """
-    wide = jnp.promote_types(q_HK.dtype, jnp.float32)
+    accum_dtype = jnp.promote_types(q_HK.dtype, jnp.float32)
     groups, head_dim = k_GK.shape
     q_GRK = q_HK.reshape(groups, -1, head_dim)
 
     def product(subscripts, a, b):
-        return jnp.einsum(subscripts, a, b, preferred_element_type=wide)
+        return jnp.einsum(subscripts, a, b, preferred_element_type=accum_dtype)
 
     score_GRS = jnp.where(
-        seen_S, product("grk,gsk->grs", q_GRK, k_GSK) * head_dim**-0.5, MASKED_SCORE
+        mask_S, product("grk,gsk->grs", q_GRK, k_GSK) * head_dim**-0.5, MASKED_SCORE
     )
     own_GR = product("grk,gk->gr", q_GRK, k_GK) * head_dim**-0.5
-    highest_GR = jnp.maximum(jnp.max(score_GRS, axis=-1), own_GR)
-    weight_GRS, own_GR = jnp.exp(score_GRS - highest_GR[..., None]), jnp.exp(own_GR - highest_GR)
-    total_GR = jnp.sum(weight_GRS, axis=-1) + own_GR
-    probability_GRS = (weight_GRS / total_GR[..., None]).astype(v_GSK.dtype)
+    max_GR = jnp.maximum(jnp.max(score_GRS, axis=-1), own_GR)
+    weight_GRS, own_GR = jnp.exp(score_GRS - max_GR[..., None]), jnp.exp(own_GR - max_GR)
+    sum_GR = jnp.sum(weight_GRS, axis=-1) + own_GR
+    probability_GRS = (weight_GRS / sum_GR[..., None]).astype(v_GSK.dtype)
     y_GRK = product("grs,gsk->grk", probability_GRS, v_GSK)
-    y_GRK += (own_GR / total_GR)[..., None] * v_GK[:, None].astype(wide)
+    y_GRK += (own_GR / sum_GR)[..., None] * v_GK[:, None].astype(accum_dtype)
     return y_GRK.reshape(q_HK.shape).astype(v_GSK.dtype)
 
 
-def attend_sequence(
+def attend_blocked(
     q_THK: Array, k_TGK: Array, v_TGK: Array, attention_mask: AttentionMask, query_block: int
 ) -> Array:
     """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
@@ -100,18 +100,18 @@ def attend_sequence(
     the backward pass.
     """
     length, heads, _ = q_THK.shape
-    reach = min(size for size in (*attention_mask, length) if size)
-    query_block = min(query_block, max(128, SCORES_AT_ONCE // (heads * reach)))
+    max_keys = min(size for size in (*attention_mask, length) if size)
+    query_block = min(query_block, max(128, MAX_SCORE_ENTRIES // (heads * max_keys)))
     if length <= 2 * query_block:
         position_T = jnp.arange(length)
         return attend(q_THK, k_TGK, v_TGK, mask_fn(position_T, position_T, attention_mask))
-    if reach + query_block < length:
-        return _attend_near(q_THK, k_TGK, v_TGK, attention_mask, reach, query_block)
-    return _attend_far(q_THK, k_TGK, v_TGK, attention_mask, query_block)
+    if max_keys + query_block < length:
+        return _attend_windowed(q_THK, k_TGK, v_TGK, attention_mask, max_keys, query_block)
+    return _attend_segments(q_THK, k_TGK, v_TGK, attention_mask, query_block)
 
 
-def _pad_front_and_back(x_THK: Array, front: int, back: int) -> Array:
-    return jnp.pad(x_THK, ((front, back), (0, 0), (0, 0)))
+def _pad_tokens(x_THK: Array, pad_start: int, pad_end: int) -> Array:
+    return jnp.pad(x_THK, ((pad_start, pad_end), (0, 0), (0, 0)))
 
 
 def _map_blocks(block_fn, starts: Array) -> Array:
@@ -120,35 +120,35 @@ def _map_blocks(block_fn, starts: Array) -> Array:
     return out.reshape((-1, *out.shape[2:]))
 
 
-def _attend_near(
-    q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, reach: int, query_block: int
+def _attend_windowed(
+    q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, max_keys: int, query_block: int
 ) -> Array:
-    """Each block of queries with the `reach` keys before it: the far past is never touched."""
+    """Each block of queries with the `max_keys` keys before it: the far past is never touched."""
     length = q_THK.shape[0]
-    back = -length % query_block
-    q_THK = _pad_front_and_back(q_THK, 0, back)
-    k_SGK = _pad_front_and_back(k_TGK, reach, back)
-    v_SGK = _pad_front_and_back(v_TGK, reach, back)
+    pad_end = -length % query_block
+    q_THK = _pad_tokens(q_THK, 0, pad_end)
+    k_SGK = _pad_tokens(k_TGK, max_keys, pad_end)
+    v_SGK = _pad_tokens(v_TGK, max_keys, pad_end)
 
     def block(start):
         slice_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start)
         query_T = start + jnp.arange(query_block)
-        key_S = start - reach + jnp.arange(reach + query_block)
+        key_S = start - max_keys + jnp.arange(max_keys + query_block)
         return attend(
             slice_of(q_THK, slice_size=query_block),
-            slice_of(k_SGK, slice_size=reach + query_block),
-            slice_of(v_SGK, slice_size=reach + query_block),
+            slice_of(k_SGK, slice_size=max_keys + query_block),
+            slice_of(v_SGK, slice_size=max_keys + query_block),
             mask_fn(query_T, key_S, attention_mask),
         )
 
-    return _map_blocks(block, jnp.arange(0, length + back, query_block))[:length]
+    return _map_blocks(block, jnp.arange(0, length + pad_end, query_block))[:length]
 
 
-def _attend_far(q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, query_block: int) -> Array:
+def _attend_segments(q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, query_block: int) -> Array:
     """Blocks of queries against all keys up to the end of their quarter of the sequence."""
     length = q_THK.shape[0]
     segment = -(-length // (FULL_SEGMENTS * query_block)) * query_block
-    q_THK = _pad_front_and_back(q_THK, 0, -length % query_block)
+    q_THK = _pad_tokens(q_THK, 0, -length % query_block)
     outputs = []
     for first in range(0, q_THK.shape[0], segment):
         last = min(first + segment, q_THK.shape[0])

@@ -2,7 +2,7 @@
 
 cuDNN on NVIDIA GPUs (`jax.nn.dot_product_attention`), splash attention on TPUs. They keep no scores
 in memory, skip what no query of a tile sees, and can be differentiated once, in reverse mode: which
-is all that is asked of attention over a whole sequence. Everywhere else `attend_sequence` gives the
+is all that is asked of attention over a whole sequence. Everywhere else `attend_blocked` gives the
 same numbers, to rounding.
 
 The kernel is chosen when a program is lowered, for the platform it is lowered for: a program for a
@@ -14,17 +14,17 @@ from functools import partial
 
 import jax
 
-from tttjax.ops.attention.attend import AttentionMask, attend_sequence
+from tttjax.ops.attention.attend import AttentionMask, attend_blocked
 from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
 from tttjax.types import Array
 
 KERNELS = {"cuda": "cuDNN", "tpu": "splash attention"}  # by the platform, as JAX calls it
 DTYPES = {"cuda": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
-MOST_HEAD_DIM = 256
-LEAST_LENGTH = 128  # one tile of splash attention; nowhere is there much to gain below
+MAX_HEAD_DIM = 256
+MIN_LENGTH = 128  # one tile of splash attention; nowhere is there much to gain below
 
 
-def attend_whole(
+def attend_sequence(
     q_THK: Array,
     k_TGK: Array,
     v_TGK: Array,
@@ -32,7 +32,7 @@ def attend_whole(
     query_block: int,
     kernel: str = "auto",
 ) -> Array:
-    """Causal attention of a whole sequence to itself, [T, H, K]; see `attend_sequence`.
+    """Causal attention of a whole sequence to itself, [T, H, K]; see `attend_blocked`.
 
     G heads of keys and values, a divisor of H: the kernels know grouped queries themselves.
     kernel: "xla" for that alone; else the library's kernel on every platform on which it applies.
@@ -40,23 +40,23 @@ def attend_whole(
     over several devices without shard_map has to ask for "xla".
     The result can be differentiated in reverse mode, once.
     """
-    in_xla = partial(attend_sequence, attention_mask=attention_mask, query_block=query_block)
+    blocked = partial(attend_blocked, attention_mask=attention_mask, query_block=query_block)
     shape = jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype)
     kv_heads = k_TGK.shape[1]
     window = attention_mask.window if attention_mask.window < q_THK.shape[0] else 0
     if kernel == "xla" or unsharded_reason(kv_heads):
-        return in_xla(q_THK, k_TGK, v_TGK)
-    forms = {
-        platform: shard_over_heads(partial(form, window=window))
-        for platform, form in FORMS.items()
+        return blocked(q_THK, k_TGK, v_TGK)
+    implementations = {
+        platform: shard_over_heads(partial(implementation, window=window))
+        for platform, implementation in IMPLEMENTATIONS.items()
         if not (
             unsupported_reason(platform, shape, attention_mask)
-            or unsupported_reason_here(platform, shape, kv_heads)
+            or unsupported_reason_on_backend(platform, shape, kv_heads)
         )
     }
-    if not forms:
-        return in_xla(q_THK, k_TGK, v_TGK)
-    return jax.lax.platform_dependent(q_THK, k_TGK, v_TGK, default=in_xla, **forms)
+    if not implementations:
+        return blocked(q_THK, k_TGK, v_TGK)
+    return jax.lax.platform_dependent(q_THK, k_TGK, v_TGK, default=blocked, **implementations)
 
 
 def unsupported_reason(
@@ -74,25 +74,27 @@ def unsupported_reason(
         return f"{name} computes in {' or '.join(DTYPES[platform])}, not in {q_THK.dtype.name}"
     if attention_mask.block:
         return f"{name} has no attention within blocks"
-    if head_dim % 8 or head_dim > MOST_HEAD_DIM:
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return (
-            f"{name} takes heads of at most {MOST_HEAD_DIM} entries, a multiple of 8, not of "
+            f"{name} takes heads of at most {MAX_HEAD_DIM} entries, a multiple of 8, not of "
             f"{head_dim}"
         )
-    if length < LEAST_LENGTH:
-        return f"{name} takes sequences of at least {LEAST_LENGTH} tokens, not of {length}"
+    if length < MIN_LENGTH:
+        return f"{name} takes sequences of at least {MIN_LENGTH} tokens, not of {length}"
     return ""
 
 
-def unsupported_reason_here(platform: str, q_THK: jax.ShapeDtypeStruct, kv_heads: int = 0) -> str:
+def unsupported_reason_on_backend(
+    platform: str, q_THK: jax.ShapeDtypeStruct, kv_heads: int = 0
+) -> str:
     """Why this machine cannot make programs with a kernel that would apply; empty if it can.
 
     kv_heads: heads of keys and values; 0: as many as of queries. A program is traced with the
     kernels of all platforms that this machine can compile them for.
     """
     if platform == "tpu":
-        found = importlib.util.find_spec("libtpu")
-        return "" if found else "libtpu, which splash attention is compiled by, is not installed"
+        result = importlib.util.find_spec("libtpu")
+        return "" if result else "libtpu, which splash attention is compiled by, is not installed"
     length, heads, head_dim = q_THK.shape
     k_TGK = jax.ShapeDtypeStruct((length, kv_heads or heads, head_dim), q_THK.dtype)
     try:  # JAX asks cuDNN for its version and the GPU for its generation
@@ -117,4 +119,4 @@ def _splash(q_THK: Array, k_TGK: Array, v_TGK: Array, window: int) -> Array:
     return splash_attention(q_THK, k_TGK, v_TGK, window)
 
 
-FORMS = {"cuda": _cudnn, "tpu": _splash}
+IMPLEMENTATIONS = {"cuda": _cudnn, "tpu": _splash}

@@ -44,7 +44,7 @@ def splash_attention(
     The sequence is padded to whole tiles; keys in the padding lie after every query that counts.
     """
     length, heads, head_dim = q_THK.shape
-    tile = tile_of(length, window)
+    tile = choose_tile(length, window)
     padding = -length % tile
     attend = splash.make_splash_mha(
         splash.MultiHeadMask([_WindowMask(length + padding, window)] * heads),
@@ -64,13 +64,15 @@ def splash_attention(
     def heads_first(x_THK: Array) -> Array:
         return jnp.pad(x_THK, ((0, padding), (0, 0), (0, 0))).swapaxes(0, 1)
 
-    wide = jnp.promote_types(q_THK.dtype, jnp.float32)
-    q_THK = (q_THK.astype(wide) * head_dim**-0.5).astype(q_THK.dtype)  # the kernel does not scale
+    accum_dtype = jnp.promote_types(q_THK.dtype, jnp.float32)
+    q_THK = (q_THK.astype(accum_dtype) * head_dim**-0.5).astype(
+        q_THK.dtype
+    )  # the kernel does not scale
     return attend(*map(heads_first, (q_THK, k_TGK, v_TGK))).swapaxes(0, 1)[:length]
 
 
-def tile_of(length: int, window: int) -> int:
+def choose_tile(length: int, window: int) -> int:
     """Edge of the tiles: as large as is allowed with little padding, and no wider than a window."""
-    reach = window or length
-    fitting = (t for t in TILES if t <= reach and -length % t <= length // 8)
-    return next(fitting, TILES[-1])
+    max_keys = window or length
+    candidates = (t for t in TILES if t <= max_keys and -length % t <= length // 8)
+    return next(candidates, TILES[-1])

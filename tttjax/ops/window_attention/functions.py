@@ -11,10 +11,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from tttjax.ops.attention.attend import MASKED_SCORE
-from tttjax.ops.window_attention.tiles import ChunkGeometry, KVGroup, by_keys, by_queries, cut
+from tttjax.ops.window_attention.tiles import (
+    ChunkGeometry,
+    KVGroup,
+    scan_key_tiles,
+    scan_query_tiles,
+    take_tile,
+)
 from tttjax.types import Array
 
-FLOOR = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0
+INITIAL_MAX = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0
 
 
 class QKV(NamedTuple):
@@ -26,10 +32,10 @@ class QKV(NamedTuple):
     """
 
     q: Any
-    k_past: Any
-    v_past: Any
-    k_own: Any
-    v_own: Any
+    k_buffered: Any
+    v_buffered: Any
+    k_chunk: Any
+    v_chunk: Any
 
 
 class Statistics(NamedTuple):
@@ -42,149 +48,170 @@ class Statistics(NamedTuple):
     mean_dot: Array
 
 
-def forward(chunk: QKV, view: ChunkGeometry) -> tuple[Array, Array]:
+def forward(qkv: QKV, geometry: ChunkGeometry) -> tuple[Array, Array]:
     """o [..., C, H, K] in the dtype of v, and the scores' logsumexp [..., H, C]."""
-    q_HCK, wide = _heads_first(chunk.q), _wide(chunk)
+    q_HCK, accum_dtype = _heads_first(qkv.q), _accum_dtype(qkv)
 
     def start(rows):
-        q = cut(q_HCK, rows, -2)
-        none = jnp.zeros(q.shape[:-1], wide)
-        return q, (none + FLOOR, none, jnp.zeros(q.shape, wide))
+        q = take_tile(q_HCK, rows, -2)
+        zeros = jnp.zeros(q.shape[:-1], accum_dtype)
+        return q, (zeros + INITIAL_MAX, zeros, jnp.zeros(q.shape, accum_dtype))
 
-    def step(q, carry, keys, seen):
-        highest, total, sum_o = carry
-        highest, fade, weight = _online(highest, _scores(q, keys, seen, wide))
-        total = total * fade + jnp.sum(weight, axis=-1)
-        sum_o = sum_o * fade[..., None] + _weigh(weight, keys.v)
-        return highest, total, sum_o
+    def step(q, carry, keys, mask):
+        row_max, row_sum, sum_o = carry
+        row_max, rescale, weight = _online_softmax(row_max, _scores(q, keys, mask, accum_dtype))
+        row_sum = row_sum * rescale + jnp.sum(weight, axis=-1)
+        sum_o = sum_o * rescale[..., None] + _sum_over_keys(weight, keys.v)
+        return row_max, row_sum, sum_o
 
     def finish(carry):
-        highest, total, sum_o = carry
-        return sum_o / total[..., None], highest + jnp.log(total)
+        row_max, row_sum, sum_o = carry
+        return sum_o / row_sum[..., None], row_max + jnp.log(row_sum)
 
-    out = jnp.zeros(q_HCK.shape, chunk.v_own.dtype), jnp.zeros(q_HCK.shape[:-1], wide)
-    o_HCK, logsumexp_HC = by_queries(view, _sides(chunk), start, step, finish, out)
+    out = jnp.zeros(q_HCK.shape, qkv.v_chunk.dtype), jnp.zeros(q_HCK.shape[:-1], accum_dtype)
+    o_HCK, logsumexp_HC = scan_query_tiles(geometry, _kv_groups(qkv), start, step, finish, out)
     return _heads_first(o_HCK), logsumexp_HC
 
 
 def backward(
-    chunk: QKV, o: Array, logsumexp_HC: Array, o_bar: Array, view: ChunkGeometry, past: bool
+    qkv: QKV,
+    o: Array,
+    logsumexp_HC: Array,
+    o_bar: Array,
+    geometry: ChunkGeometry,
+    buffer_grads: bool,
 ) -> QKV:
-    """Cotangents of the chunk from that of o; of past keys and values only if `past`."""
-    wide, scale = _wide(chunk), _scale(chunk)
-    q_HCK, bar_HCK = _heads_first(chunk.q), _heads_first(o_bar)
-    level_HC = _dot(o_bar, o, wide)
+    """Cotangents of the chunk from that of o; of past keys and values only if `buffer_grads`."""
+    accum_dtype, scale = _accum_dtype(qkv), _scale(qkv)
+    q_HCK, o_bar_HCK = _heads_first(qkv.q), _heads_first(o_bar)
+    delta_HC = _dot(o_bar, o, accum_dtype)
 
-    def step(rows, keys, seen, wanted):
-        q, bar = cut(q_HCK, rows, -2), cut(bar_HCK, rows, -2)
-        logsumexp, level = (cut(x, rows, -1)[..., None] for x in (logsumexp_HC, level_HC))
-        weight = jnp.exp(_scores(q, keys, seen, wide) - logsumexp)
-        score_bar = weight * (_product(bar, keys.v, wide) - level) * scale
-        for_rows = (_weigh(score_bar, keys.k),)
-        if not wanted:
-            return for_rows, ()
-        return for_rows, (_collect(score_bar, q, keys.k), _collect(weight, bar, keys.v))
+    def step(rows, keys, mask, need_kv_grads):
+        q, o_bar = take_tile(q_HCK, rows, -2), take_tile(o_bar_HCK, rows, -2)
+        logsumexp, delta = (take_tile(x, rows, -1)[..., None] for x in (logsumexp_HC, delta_HC))
+        prob = jnp.exp(_scores(q, keys, mask, accum_dtype) - logsumexp)
+        score_bar = prob * (_query_key_dot(o_bar, keys.v, accum_dtype) - delta) * scale
+        query_parts = (_sum_over_keys(score_bar, keys.k),)
+        if not need_kv_grads:
+            return query_parts, ()
+        return query_parts, (
+            _sum_over_queries(score_bar, q, keys.k),
+            _sum_over_queries(prob, o_bar, keys.v),
+        )
 
-    nothing = (jnp.zeros(q_HCK.shape, wide),)
-    past_zeros = _zeros(chunk.k_past, chunk.v_past) if past else ()
-    to_keys = past_zeros, _zeros(chunk.k_own, chunk.v_own)
-    (q_bar,), (past_bar, own_bar) = by_keys(view, _sides(chunk), step, nothing, to_keys)
-    q_bar = _heads_first(q_bar).astype(chunk.q.dtype)
-    return QKV(q_bar, *(past_bar or (None, None)), *own_bar)
+    zeros = (jnp.zeros(q_HCK.shape, accum_dtype),)
+    buffer_zeros = _zeros(qkv.k_buffered, qkv.v_buffered) if buffer_grads else ()
+    key_sums = buffer_zeros, _zeros(qkv.k_chunk, qkv.v_chunk)
+    (q_bar,), (buffer_bar, chunk_bar) = scan_key_tiles(
+        geometry, _kv_groups(qkv), step, zeros, key_sums
+    )
+    q_bar = _heads_first(q_bar).astype(qkv.q.dtype)
+    return QKV(q_bar, *(buffer_bar or (None, None)), *chunk_bar)
 
 
-def pair_forward(chunk: QKV, dot: QKV, view: ChunkGeometry) -> tuple[Array, Array, Statistics]:
-    """o, its tangent along `dot` (both [..., C, H, K]), and what the backward pass needs.
+def pair_forward(
+    qkv: QKV, qkv_dot: QKV, geometry: ChunkGeometry
+) -> tuple[Array, Array, Statistics]:
+    """o, its tangent along `qkv_dot` (both [..., C, H, K]), and what the backward pass needs.
 
     The scores' tangents are counted from their mean so far, which moves as blocks are added: a
     constant added to all of them changes nothing, and so costs no precision.
     """
-    q_HCK, q_dot_HCK, wide = _heads_first(chunk.q), _heads_first(dot.q), _wide(chunk)
+    q_HCK, q_dot_HCK, accum_dtype = _heads_first(qkv.q), _heads_first(qkv_dot.q), _accum_dtype(qkv)
 
     def start(rows):
-        q, q_dot = cut(q_HCK, rows, -2), cut(q_dot_HCK, rows, -2)
-        none, nothing = jnp.zeros(q.shape[:-1], wide), jnp.zeros(q.shape, wide)
-        return (q, q_dot), (none + FLOOR, none, none, nothing, nothing)
+        q, q_dot = take_tile(q_HCK, rows, -2), take_tile(q_dot_HCK, rows, -2)
+        zeros, zeros_o = jnp.zeros(q.shape[:-1], accum_dtype), jnp.zeros(q.shape, accum_dtype)
+        return (q, q_dot), (zeros + INITIAL_MAX, zeros, zeros, zeros_o, zeros_o)
 
-    def step(queries, carry, keys, seen):
-        highest, total, mean_dot, sum_o, sum_dot = carry
-        highest, fade, weight = _online(highest, _scores(queries[0], keys, seen, wide))
-        score_dot = _score_tangents(queries[0], queries[1], keys, wide)
-        total = total * fade + jnp.sum(weight, axis=-1)
-        moved = jnp.sum(weight * (score_dot - mean_dot[..., None]), axis=-1)
-        moved = moved / jnp.where(total > 0, total, 1)
-        mean_dot = mean_dot + moved
-        sum_dot = (sum_dot - moved[..., None] * sum_o) * fade[..., None]
-        sum_dot += _weigh(weight * (score_dot - mean_dot[..., None]), keys.v)
+    def step(queries, carry, keys, mask):
+        row_max, row_sum, mean_dot, sum_o, sum_dot = carry
+        row_max, rescale, weight = _online_softmax(
+            row_max, _scores(queries[0], keys, mask, accum_dtype)
+        )
+        score_dot = _score_tangents(queries[0], queries[1], keys, accum_dtype)
+        row_sum = row_sum * rescale + jnp.sum(weight, axis=-1)
+        shift = jnp.sum(weight * (score_dot - mean_dot[..., None]), axis=-1)
+        shift = shift / jnp.where(row_sum > 0, row_sum, 1)
+        mean_dot = mean_dot + shift
+        sum_dot = (sum_dot - shift[..., None] * sum_o) * rescale[..., None]
+        sum_dot += _sum_over_keys(weight * (score_dot - mean_dot[..., None]), keys.v)
         if keys.v_dot is not None:
-            sum_dot += _weigh(weight, keys.v_dot)
-        sum_o = sum_o * fade[..., None] + _weigh(weight, keys.v)
-        return highest, total, mean_dot, sum_o, sum_dot
+            sum_dot += _sum_over_keys(weight, keys.v_dot)
+        sum_o = sum_o * rescale[..., None] + _sum_over_keys(weight, keys.v)
+        return row_max, row_sum, mean_dot, sum_o, sum_dot
 
     def finish(carry):
-        highest, total, mean_dot, sum_o, sum_dot = carry
-        o, o_dot = sum_o / total[..., None], sum_dot / total[..., None]
-        return o, o_dot, highest + jnp.log(total), mean_dot
+        row_max, row_sum, mean_dot, sum_o, sum_dot = carry
+        o, o_dot = sum_o / row_sum[..., None], sum_dot / row_sum[..., None]
+        return o, o_dot, row_max + jnp.log(row_sum), mean_dot
 
-    o, per_query = jnp.zeros(q_HCK.shape, chunk.v_own.dtype), jnp.zeros(q_HCK.shape[:-1], wide)
+    o, per_query = (
+        jnp.zeros(q_HCK.shape, qkv.v_chunk.dtype),
+        jnp.zeros(q_HCK.shape[:-1], accum_dtype),
+    )
     out = o, o, per_query, per_query
-    o_HCK, o_dot_HCK, *rest = by_queries(view, _sides(chunk, dot), start, step, finish, out)
-    return _heads_first(o_HCK), _heads_first(o_dot_HCK), Statistics(*rest)
+    o_HCK, o_dot_HCK, *statistics = scan_query_tiles(
+        geometry, _kv_groups(qkv, qkv_dot), start, step, finish, out
+    )
+    return _heads_first(o_HCK), _heads_first(o_dot_HCK), Statistics(*statistics)
 
 
 def pair_backward(
-    chunk: QKV,
-    dot: QKV,
+    qkv: QKV,
+    qkv_dot: QKV,
     outputs: tuple[Array, Array, Statistics],
     o_bar: Array,
     o_dot_bar: Array,
-    view: ChunkGeometry,
+    geometry: ChunkGeometry,
 ) -> tuple[QKV, QKV]:
     """Cotangents of the chunk and of its tangents, from those of o and of o's tangent.
 
-    outputs: what `pair_forward` gave. Where `dot` has no tangent there is no cotangent of it.
+    outputs: what `pair_forward` gave. Where `qkv_dot` has no tangent there is no cotangent of it.
     """
-    (o, o_dot, statistics), wide, scale = outputs, _wide(chunk), _scale(chunk)
-    rows_HCK = [_heads_first(x) for x in (chunk.q, dot.q, o_bar, o_dot_bar)]
-    level_HC = _dot(o_bar, o, wide) + _dot(o_dot_bar, o_dot, wide)
-    rows_HC = (*statistics, level_HC, _dot(o_dot_bar, o, wide))
+    (o, o_dot, statistics), accum_dtype, scale = outputs, _accum_dtype(qkv), _scale(qkv)
+    arrays_HCK = [_heads_first(x) for x in (qkv.q, qkv_dot.q, o_bar, o_dot_bar)]
+    delta_HC = _dot(o_bar, o, accum_dtype) + _dot(o_dot_bar, o_dot, accum_dtype)
+    arrays_HC = (*statistics, delta_HC, _dot(o_dot_bar, o, accum_dtype))
 
-    def step(rows, keys, seen, wanted):
-        del wanted  # all sides want theirs
-        q, q_dot, bar, dot_bar = (cut(x, rows, -2) for x in rows_HCK)
-        logsumexp, mean_dot, level, dot_level = (cut(x, rows, -1)[..., None] for x in rows_HC)
-        weight = jnp.exp(_scores(q, keys, seen, wide) - logsumexp)
-        score_dot = _score_tangents(q, q_dot, keys, wide) - mean_dot
-        slope = _product(dot_bar, keys.v, wide) - dot_level
-        weight_bar = _product(bar, keys.v, wide) - level + score_dot * slope
+    def step(rows, keys, mask, need_kv_grads):
+        del need_kv_grads  # all sides want theirs
+        q, q_dot, o_bar, o_dot_bar = (take_tile(x, rows, -2) for x in arrays_HCK)
+        logsumexp, mean_dot, delta, delta_dot = (
+            take_tile(x, rows, -1)[..., None] for x in arrays_HC
+        )
+        prob = jnp.exp(_scores(q, keys, mask, accum_dtype) - logsumexp)
+        score_dot = _score_tangents(q, q_dot, keys, accum_dtype) - mean_dot
+        b = _query_key_dot(o_dot_bar, keys.v, accum_dtype) - delta_dot
+        prob_bar = _query_key_dot(o_bar, keys.v, accum_dtype) - delta + score_dot * b
         if keys.v_dot is not None:
-            weight_bar += _product(dot_bar, keys.v_dot, wide)
-        score_bar, score_dot_bar = weight * weight_bar * scale, weight * slope * scale
-        q_bar, q_dot_bar = _weigh(score_bar, keys.k), _weigh(score_dot_bar, keys.k)
-        collect = partial(_collect, y=keys.k)
-        k_bar = collect(score_bar, q) + collect(score_dot_bar, q_dot)
-        v_bar = collect(weight, bar) + collect(weight * score_dot, dot_bar)
+            prob_bar += _query_key_dot(o_dot_bar, keys.v_dot, accum_dtype)
+        score_bar, score_dot_bar = prob * prob_bar * scale, prob * b * scale
+        q_bar, q_dot_bar = _sum_over_keys(score_bar, keys.k), _sum_over_keys(score_dot_bar, keys.k)
+        sum_queries = partial(_sum_over_queries, y=keys.k)
+        k_bar = sum_queries(score_bar, q) + sum_queries(score_dot_bar, q_dot)
+        v_bar = sum_queries(prob, o_bar) + sum_queries(prob * score_dot, o_dot_bar)
         if keys.k_dot is None:
             return (q_bar, q_dot_bar), (k_bar, v_bar)
-        q_bar += _weigh(score_dot_bar, keys.k_dot)
-        k_dot_bar, v_dot_bar = collect(score_dot_bar, q), collect(weight, dot_bar)
+        q_bar += _sum_over_keys(score_dot_bar, keys.k_dot)
+        k_dot_bar, v_dot_bar = sum_queries(score_dot_bar, q), sum_queries(prob, o_dot_bar)
         return (q_bar, q_dot_bar), (k_bar, v_bar, k_dot_bar, v_dot_bar)
 
-    sides = _sides(chunk, dot)
-    nothing = jnp.zeros(rows_HCK[0].shape, wide)
-    to_keys = [_zeros(*(x for x in side[1:] if x is not None)) for side in sides]
-    to_rows, (past, own) = by_keys(view, sides, step, (nothing, nothing), to_keys)
-    q_bar, q_dot_bar = (_heads_first(x).astype(chunk.q.dtype) for x in to_rows)
-    past_dot = past[2:] or (None, None)
-    return QKV(q_bar, *past[:2], *own[:2]), QKV(q_dot_bar, *past_dot, *own[2:])
+    kv_groups = _kv_groups(qkv, qkv_dot)
+    zeros = jnp.zeros(arrays_HCK[0].shape, accum_dtype)
+    key_sums = [_zeros(*(x for x in kv_group[1:] if x is not None)) for kv_group in kv_groups]
+    q_bars, (buffered, chunk) = scan_key_tiles(geometry, kv_groups, step, (zeros, zeros), key_sums)
+    q_bar, q_dot_bar = (_heads_first(x).astype(qkv.q.dtype) for x in q_bars)
+    buffered_dot = buffered[2:] or (None, None)
+    return QKV(q_bar, *buffered[:2], *chunk[:2]), QKV(q_dot_bar, *buffered_dot, *chunk[2:])
 
 
-def _wide(chunk: QKV) -> jnp.dtype:
-    return jnp.promote_types(chunk.q.dtype, jnp.float32)
+def _accum_dtype(qkv: QKV) -> jnp.dtype:
+    return jnp.promote_types(qkv.q.dtype, jnp.float32)
 
 
-def _scale(chunk: QKV) -> float:
-    return chunk.q.shape[-1] ** -0.5
+def _scale(qkv: QKV) -> float:
+    return qkv.q.shape[-1] ** -0.5
 
 
 def _heads_first(x: Array) -> Array:
@@ -196,62 +223,70 @@ def _zeros(*arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.zeros_like(x) for x in arrays)
 
 
-def _sides(chunk: QKV, dot: QKV | None = None) -> tuple[KVGroup, KVGroup]:
+def _kv_groups(qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVGroup, KVGroup]:
     """Past and own keys; a tangent of k without one of v, or the reverse, is not provided for."""
-    dot = dot or QKV(None, None, None, None, None)
+    qkv_dot = qkv_dot or QKV(None, None, None, None, None)
     return (
-        KVGroup(-chunk.k_past.shape[-3], chunk.k_past, chunk.v_past, dot.k_past, dot.v_past),
-        KVGroup(0, chunk.k_own, chunk.v_own, dot.k_own, dot.v_own),
+        KVGroup(
+            -qkv.k_buffered.shape[-3],
+            qkv.k_buffered,
+            qkv.v_buffered,
+            qkv_dot.k_buffered,
+            qkv_dot.v_buffered,
+        ),
+        KVGroup(0, qkv.k_chunk, qkv.v_chunk, qkv_dot.k_chunk, qkv_dot.v_chunk),
     )
 
 
-def _product(x: Array, y: Array, wide: jnp.dtype) -> Array:
+def _query_key_dot(x: Array, y: Array, accum_dtype: jnp.dtype) -> Array:
     """[..., H, Q, S], of rows [..., H, Q, K] with keys or values [..., S, G, K]."""
-    product = jnp.einsum("...gqk,...sgk->...gqs", _fold(x, y), y, preferred_element_type=wide)
+    product = jnp.einsum(
+        "...gqk,...sgk->...gqs", _fold_heads(x, y), y, preferred_element_type=accum_dtype
+    )
     return product.reshape(*x.shape[:-1], y.shape[-3])
 
 
-def _weigh(weight: Array, y: Array) -> Array:
+def _sum_over_keys(weight: Array, y: Array) -> Array:
     """[..., H, Q, K], values or keys summed with weights [..., H, Q, S] in the dtype of y."""
-    folded = _fold(weight, y).astype(y.dtype)
-    total = jnp.einsum("...gqs,...sgk->...gqk", folded, y, preferred_element_type=weight.dtype)
-    return total.reshape(*weight.shape[:-1], y.shape[-1])
+    folded = _fold_heads(weight, y).astype(y.dtype)
+    out = jnp.einsum("...gqs,...sgk->...gqk", folded, y, preferred_element_type=weight.dtype)
+    return out.reshape(*weight.shape[:-1], y.shape[-1])
 
 
-def _collect(weight: Array, x: Array, y: Array) -> Array:
+def _sum_over_queries(weight: Array, x: Array, y: Array) -> Array:
     """[..., G, S, K], rows [..., H, Q, K] summed with weights [..., H, Q, S] in the dtype of x.
 
     y: the keys that it is for, [..., S, G, K].
     """
-    weight_GQS, x_GQK = _fold(weight, y).astype(x.dtype), _fold(x, y)
+    weight_GQS, x_GQK = _fold_heads(weight, y).astype(x.dtype), _fold_heads(x, y)
     return jnp.einsum(
         "...gqs,...gqk->...gsk", weight_GQS, x_GQK, preferred_element_type=weight.dtype
     )
 
 
-def _fold(x: Array, y: Array) -> Array:
+def _fold_heads(x: Array, y: Array) -> Array:
     """[..., H, Q, N] as [..., G, H / G x Q, N], by the heads of y, [..., S, G, K]."""
     return x.reshape(*x.shape[:-3], y.shape[-2], -1, x.shape[-1])
 
 
-def _dot(x: Array, y: Array, wide: jnp.dtype) -> Array:
+def _dot(x: Array, y: Array, accum_dtype: jnp.dtype) -> Array:
     """[..., H, C], of two arrays [..., C, H, K]."""
-    return jnp.einsum("...chk,...chk->...hc", x, y, preferred_element_type=wide)
+    return jnp.einsum("...chk,...chk->...hc", x, y, preferred_element_type=accum_dtype)
 
 
-def _scores(q: Array, keys: KVGroup, seen: Array, wide: jnp.dtype) -> Array:
-    score = _product(q, keys.k, wide) * q.shape[-1] ** -0.5
-    return jnp.where(seen, score, MASKED_SCORE)
+def _scores(q: Array, keys: KVGroup, mask: Array, accum_dtype: jnp.dtype) -> Array:
+    score = _query_key_dot(q, keys.k, accum_dtype) * q.shape[-1] ** -0.5
+    return jnp.where(mask, score, MASKED_SCORE)
 
 
-def _score_tangents(q: Array, q_dot: Array, keys: KVGroup, wide: jnp.dtype) -> Array:
-    score_dot = _product(q_dot, keys.k, wide)
+def _score_tangents(q: Array, q_dot: Array, keys: KVGroup, accum_dtype: jnp.dtype) -> Array:
+    score_dot = _query_key_dot(q_dot, keys.k, accum_dtype)
     if keys.k_dot is not None:
-        score_dot += _product(q, keys.k_dot, wide)
+        score_dot += _query_key_dot(q, keys.k_dot, accum_dtype)
     return score_dot * q.shape[-1] ** -0.5
 
 
-def _online(highest: Array, score: Array) -> tuple[Array, Array, Array]:
+def _online_softmax(row_max: Array, score: Array) -> tuple[Array, Array, Array]:
     """The highest score with a new block, what earlier sums are worth now, and its weights."""
-    new = jnp.maximum(highest, jnp.max(score, axis=-1))
-    return new, jnp.exp(highest - new), jnp.exp(score - new[..., None])
+    new = jnp.maximum(row_max, jnp.max(score, axis=-1))
+    return new, jnp.exp(row_max - new), jnp.exp(score - new[..., None])

@@ -16,10 +16,10 @@ from tttjax.types import Array
 
 def window_attention(
     q_CHK: Array,
-    k_past_WHK: Array,
-    v_past_WHK: Array,
-    k_own_CHK: Array,
-    v_own_CHK: Array,
+    k_buffered_WHK: Array,
+    v_buffered_WHK: Array,
+    k_chunk_CHK: Array,
+    v_chunk_CHK: Array,
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling = AUTO,
@@ -35,16 +35,16 @@ def window_attention(
     Reverse mode, once. Past keys and values that are not differentiated cost nothing.
     kernel: "auto", "xla" or "pallas" (see `select`).
     """
-    chunk = QKV(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
-    return _once(*chunk, position, attention_mask, tiling, kernel)
+    qkv = QKV(q_CHK, k_buffered_WHK, v_buffered_WHK, k_chunk_CHK, v_chunk_CHK)
+    return _blocked(*qkv, position, attention_mask, tiling, kernel)
 
 
 def window_attention_jvp(
     q_CHK: Array,
-    k_past_WHK: Array,
-    v_past_WHK: Array,
-    k_own_CHK: Array,
-    v_own_CHK: Array,
+    k_buffered_WHK: Array,
+    v_buffered_WHK: Array,
+    k_chunk_CHK: Array,
+    v_chunk_CHK: Array,
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling = AUTO,
@@ -55,85 +55,91 @@ def window_attention_jvp(
     Not for `jax.grad` of itself: only what its tangent rule calls, `window_attention_pair`, can be
     differentiated in reverse. Past keys and values without a tangent cost nothing for one.
     """
-    chunk = QKV(q_CHK, k_past_WHK, v_past_WHK, k_own_CHK, v_own_CHK)
-    return _twice(*chunk, position, attention_mask, tiling, kernel)
+    qkv = QKV(q_CHK, k_buffered_WHK, v_buffered_WHK, k_chunk_CHK, v_chunk_CHK)
+    return _jvp(*qkv, position, attention_mask, tiling, kernel)
 
 
 def window_attention_pair(
-    chunk: QKV,
-    dot: QKV,
+    qkv: QKV,
+    qkv_dot: QKV,
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling = AUTO,
     kernel: str = "auto",
 ) -> tuple[Array, Array]:
-    """(o, o's tangent along `dot`), for `jax.grad`: reverse mode, once, in all that is in either.
+    """(o, o's tangent along `qkv_dot`), for `jax.grad`: reverse mode, once, in all that is in either.
 
-    `dot` has None for past keys and values that have no tangent (both or neither).
+    `qkv_dot` has None for past keys and values that have no tangent (both or neither).
     """
-    return _pair(chunk, dot, position, attention_mask, tiling, kernel)
+    return _pair(qkv, qkv_dot, position, attention_mask, tiling, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _once(q, k_past, v_past, k_own, v_own, position, attention_mask, tiling, kernel):
-    chunk = QKV(q, k_past, v_past, k_own, v_own)
-    return select.forward(chunk, position, attention_mask, tiling, kernel)[0]
+def _blocked(q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, tiling, kernel):
+    qkv = QKV(q, k_buffered, v_buffered, k_chunk, v_chunk)
+    return select.forward(qkv, position, attention_mask, tiling, kernel)[0]
 
 
-def _once_forward(q, k_past, v_past, k_own, v_own, position, attention_mask, tiling, kernel):
-    arguments = q, k_past, v_past, k_own, v_own
-    chunk = QKV(*(x.value for x in arguments))
-    o, logsumexp = select.forward(chunk, position.value, attention_mask, tiling, kernel)
+def _blocked_forward(
+    q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, tiling, kernel
+):
+    arguments = q, k_buffered, v_buffered, k_chunk, v_chunk
+    qkv = QKV(*(x.value for x in arguments))
+    o, logsumexp = select.forward(qkv, position.value, attention_mask, tiling, kernel)
     # Told by its structure, since a residual's value is unknown while the program is written.
-    past = () if k_past.perturbed or v_past.perturbed else None
-    return o, (chunk, position.value, o, logsumexp, past)
+    buffer_grads = () if k_buffered.perturbed or v_buffered.perturbed else None
+    return o, (qkv, position.value, o, logsumexp, buffer_grads)
 
 
-def _once_backward(attention_mask, tiling, kernel, residuals, o_bar):
-    chunk, position, o, logsumexp, past = residuals
-    _same_shape(chunk.q, o)
-    where = position, attention_mask, tiling, kernel
-    bars = select.backward(chunk, o, logsumexp, _solid(o_bar), *where, past is not None)
+def _blocked_backward(attention_mask, tiling, kernel, residuals, o_bar):
+    qkv, position, o, logsumexp, buffer_grads = residuals
+    _assert_same_shape(qkv.q, o)
+    options = position, attention_mask, tiling, kernel
+    bars = select.backward(
+        qkv, o, logsumexp, _instantiate(o_bar), *options, buffer_grads is not None
+    )
     return *bars, None
 
 
-_once.defvjp(_once_forward, _once_backward, symbolic_zeros=True)
+_blocked.defvjp(_blocked_forward, _blocked_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
-def _twice(q, k_past, v_past, k_own, v_own, position, attention_mask, tiling, kernel):
-    chunk = QKV(q, k_past, v_past, k_own, v_own)
-    return select.forward(chunk, position, attention_mask, tiling, kernel)[0]
+def _jvp(q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, tiling, kernel):
+    qkv = QKV(q, k_buffered, v_buffered, k_chunk, v_chunk)
+    return select.forward(qkv, position, attention_mask, tiling, kernel)[0]
 
 
-def _twice_tangent(attention_mask, tiling, kernel, primals, tangents):
-    *chunk, position = primals
-    dot = QKV(*tangents[:-1])
-    if isinstance(dot.k_past, SymbolicZero) and isinstance(dot.v_past, SymbolicZero):
-        dot = dot._replace(k_past=None, v_past=None)
-    dot = jax.tree.map(_solid, dot, is_leaf=_is_zero)
-    return _pair(QKV(*chunk), dot, position, attention_mask, tiling, kernel)
+def _jvp_rule(attention_mask, tiling, kernel, primals, tangents):
+    *qkv, position = primals
+    qkv_dot = QKV(*tangents[:-1])
+    if isinstance(qkv_dot.k_buffered, SymbolicZero) and isinstance(
+        qkv_dot.v_buffered, SymbolicZero
+    ):
+        qkv_dot = qkv_dot._replace(k_buffered=None, v_buffered=None)
+    qkv_dot = jax.tree.map(_instantiate, qkv_dot, is_leaf=_is_zero)
+    return _pair(QKV(*qkv), qkv_dot, position, attention_mask, tiling, kernel)
 
 
-_twice.defjvp(_twice_tangent, symbolic_zeros=True)
+_jvp.defjvp(_jvp_rule, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _pair(chunk, dot, position, attention_mask, tiling, kernel):
-    return select.pair_forward(chunk, dot, position, attention_mask, tiling, kernel)[:2]
+def _pair(qkv, qkv_dot, position, attention_mask, tiling, kernel):
+    return select.pair_forward(qkv, qkv_dot, position, attention_mask, tiling, kernel)[:2]
 
 
-def _pair_forward(chunk, dot, position, attention_mask, tiling, kernel):
-    outputs = select.pair_forward(chunk, dot, position, attention_mask, tiling, kernel)
-    return outputs[:2], (chunk, dot, position, outputs)
+def _pair_forward(qkv, qkv_dot, position, attention_mask, tiling, kernel):
+    outputs = select.pair_forward(qkv, qkv_dot, position, attention_mask, tiling, kernel)
+    return outputs[:2], (qkv, qkv_dot, position, outputs)
 
 
 def _pair_backward(attention_mask, tiling, kernel, residuals, bars):
-    chunk, dot, position, outputs = residuals
-    _same_shape(chunk.q, dot.q, *outputs[:2])
+    qkv, qkv_dot, position, outputs = residuals
+    _assert_same_shape(qkv.q, qkv_dot.q, *outputs[:2])
     o_bar, o_dot_bar = bars
-    where = position, attention_mask, tiling, kernel
-    return *select.pair_backward(chunk, dot, outputs, o_bar, o_dot_bar, *where), None
+    options = position, attention_mask, tiling, kernel
+    return *select.pair_backward(qkv, qkv_dot, outputs, o_bar, o_dot_bar, *options), None
 
 
 _pair.defvjp(_pair_forward, _pair_backward)
@@ -143,11 +149,11 @@ def _is_zero(x: Any) -> bool:
     return isinstance(x, SymbolicZero)
 
 
-def _solid(x: Any) -> Array:
+def _instantiate(x: Any) -> Array:
     """A tangent or cotangent as an array, also where it is known to be 0."""
     return jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
-def _same_shape(*arrays: Array) -> None:
+def _assert_same_shape(*arrays: Array) -> None:
     """Residuals arrive in the order in which they were saved."""
     assert len({x.shape for x in arrays}) == 1, [x.shape for x in arrays]

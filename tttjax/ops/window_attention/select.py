@@ -28,21 +28,21 @@ from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import functions, kernels
 from tttjax.ops.window_attention.functions import QKV, Statistics
-from tttjax.ops.window_attention.tiles import AUTO, ChunkGeometry, Tiling, tiling_of
+from tttjax.ops.window_attention.tiles import AUTO, ChunkGeometry, Tiling, choose_tiling
 from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
 from tttjax.types import Array
 
 KERNELS = ("auto", "xla", "pallas")
 PLATFORMS = ("cpu", "tpu", "cuda")  # the others are XLA's, with tiles as for a TPU
-LEAST_KEYS = 256  # "auto" leaves fewer to XLA
+MIN_KEYS = 256  # "auto" leaves fewer to XLA
 
-Form = tuple[str, Tiling]  # "xla" or "pallas", and blocks (of the kernels: as asked)
+Implementation = tuple[str, Tiling]  # "xla" or "pallas", and blocks (of the kernels: as asked)
 
 
 def unsupported_reason(
     platform: str,
     shape: tuple[int, ...],
-    past: int,
+    num_buffered: int,
     dtype: jnp.dtype,
     *,
     kv_heads: int = 0,
@@ -61,26 +61,26 @@ def unsupported_reason(
     if kernel == "xla":
         return "XLA's form was asked for"
     if reason := unsharded_reason(kv_heads or shape[-2]) or kernels.unsupported_reason(
-        platform, shape, past, dtype, tiling
+        platform, shape, num_buffered, dtype, tiling
     ):
         return reason
     if kernel == "auto" and platform == "cpu":
         return "on a CPU a kernel is interpreted"
-    keys = past + shape[-3]
-    if kernel == "auto" and keys < LEAST_KEYS:
-        return f"{keys} keys are fewer than the {LEAST_KEYS} from which a kernel pays"
+    keys = num_buffered + shape[-3]
+    if kernel == "auto" and keys < MIN_KEYS:
+        return f"{keys} keys are fewer than the {MIN_KEYS} from which a kernel pays"
     return ""
 
 
 def forward(
-    chunk: QKV, position: Array, attention_mask: AttentionMask, tiling: Tiling, kernel: str
+    qkv: QKV, position: Array, attention_mask: AttentionMask, tiling: Tiling, kernel: str
 ) -> tuple[Array, Array]:
     """`functions.forward` in the chosen form."""
-    return _run("forward", chunk, (chunk,), position, attention_mask, tiling, kernel)
+    return _run("forward", qkv, (qkv,), position, attention_mask, tiling, kernel)
 
 
 def backward(
-    chunk: QKV,
+    qkv: QKV,
     o: Array,
     logsumexp_HC: Array,
     o_bar: Array,
@@ -88,28 +88,30 @@ def backward(
     attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
-    past: bool,
+    buffer_grads: bool,
 ) -> QKV:
     """`functions.backward` in the chosen form."""
-    arrays = chunk, o, logsumexp_HC, o_bar
-    return _run("backward", chunk, arrays, position, attention_mask, tiling, kernel, past=past)
+    arrays = qkv, o, logsumexp_HC, o_bar
+    return _run(
+        "backward", qkv, arrays, position, attention_mask, tiling, kernel, buffer_grads=buffer_grads
+    )
 
 
 def pair_forward(
-    chunk: QKV,
-    dot: QKV,
+    qkv: QKV,
+    qkv_dot: QKV,
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
 ) -> tuple[Array, Array, Statistics]:
     """`functions.pair_forward` in the chosen form."""
-    return _run("pair_forward", chunk, (chunk, dot), position, attention_mask, tiling, kernel)
+    return _run("pair_forward", qkv, (qkv, qkv_dot), position, attention_mask, tiling, kernel)
 
 
 def pair_backward(
-    chunk: QKV,
-    dot: QKV,
+    qkv: QKV,
+    qkv_dot: QKV,
     outputs: tuple[Array, Array, Statistics],
     o_bar: Array,
     o_dot_bar: Array,
@@ -119,13 +121,13 @@ def pair_backward(
     kernel: str,
 ) -> tuple[QKV, QKV]:
     """`functions.pair_backward` in the chosen form."""
-    arrays = chunk, dot, outputs, o_bar, o_dot_bar
-    return _run("pair_backward", chunk, arrays, position, attention_mask, tiling, kernel)
+    arrays = qkv, qkv_dot, outputs, o_bar, o_dot_bar
+    return _run("pair_backward", qkv, arrays, position, attention_mask, tiling, kernel)
 
 
 def _run(
     name: str,
-    chunk: QKV,
+    qkv: QKV,
     arrays: tuple[Any, ...],
     position: Array,
     attention_mask: AttentionMask,
@@ -135,68 +137,77 @@ def _run(
 ) -> Any:
     """The function of that name, in the form of the platform that it will be compiled for."""
 
-    def bind(form: str, blocks: Tiling, platform: str) -> Callable:
+    def bind(implementation: str, blocks: Tiling, platform: str) -> Callable:
         def call(position: Array, *arrays: Any) -> Any:
-            view = ChunkGeometry(position, chunk.q.shape[-3], attention_mask, blocks)
-            if form == "xla":
-                return getattr(functions, name)(*arrays, view=view, **static)
-            heads, kv_heads = chunk.q.shape[-2], chunk.k_own.shape[-2]
-            spread = _in_chunks(partial(_spread, times=heads // kv_heads), arrays)
-            results = getattr(kernels, name)(*spread, view=view, platform=platform, **static)
-            return _in_chunks(partial(_gathered, times=heads // kv_heads), results)
+            geometry = ChunkGeometry(position, qkv.q.shape[-3], attention_mask, blocks)
+            if implementation == "xla":
+                return getattr(functions, name)(*arrays, geometry=geometry, **static)
+            heads, kv_heads = qkv.q.shape[-2], qkv.k_chunk.shape[-2]
+            repeated = _map_kv(partial(_repeat_kv_heads, times=heads // kv_heads), arrays)
+            results = getattr(kernels, name)(
+                *repeated, geometry=geometry, platform=platform, **static
+            )
+            return _map_kv(partial(_sum_kv_heads, times=heads // kv_heads), results)
 
-        return call if form == "xla" else shard_over_heads(call)
+        return call if implementation == "xla" else shard_over_heads(call)
 
-    forms = {platform: _form(platform, chunk, tiling, kernel) for platform in PLATFORMS}
-    elsewhere = _xla(chunk, tiling, "")
-    same = {form: p for p, form in [*forms.items(), ("", elsewhere)] if form[0] == "xla"}
-    calls = {form: bind(*form, "") for form in same}
-    branches = {
-        platform: calls.get(form) or bind(*form, platform) for platform, form in forms.items()
+    implementations = {
+        platform: _choose_implementation(platform, qkv, tiling, kernel) for platform in PLATFORMS
     }
-    default = calls[elsewhere]
-    others = {platform: call for platform, call in branches.items() if call is not default}
-    if not others:
+    fallback = _xla_implementation(qkv, tiling, "")
+    xla = [i for i in (*implementations.values(), fallback) if i[0] == "xla"]
+    calls = {implementation: bind(*implementation, "") for implementation in dict.fromkeys(xla)}
+    branches = {
+        platform: calls.get(implementation) or bind(*implementation, platform)
+        for platform, implementation in implementations.items()
+    }
+    default = calls[fallback]
+    platform_branches = {
+        platform: call for platform, call in branches.items() if call is not default
+    }
+    if not platform_branches:
         return default(position, *arrays)
-    return jax.lax.platform_dependent(jnp.asarray(position), *arrays, **others, default=default)
+    return jax.lax.platform_dependent(
+        jnp.asarray(position), *arrays, **platform_branches, default=default
+    )
 
 
-def _in_chunks(change: Callable[[Array], Array], tree: Any) -> Any:
+def _map_kv(fn: Callable[[Array], Array], tree: Any) -> Any:
     """A tree with the keys and values of all chunks in it changed, where there are any."""
 
     def one(node: Any) -> Any:
         if not isinstance(node, QKV):
             return node
-        return QKV(node.q, *(x if x is None else change(x) for x in node[1:]))
+        return QKV(node.q, *(x if x is None else fn(x) for x in node[1:]))
 
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QKV))
 
 
-def _spread(x: Array, times: int) -> Array:
+def _repeat_kv_heads(x: Array, times: int) -> Array:
     """[..., S, G, K] as [..., S, H, K]: the kernels read one head of keys for each of queries."""
     return x if times == 1 else jnp.repeat(x, times, axis=-2)
 
 
-def _gathered(bar: Array, times: int) -> Array:
+def _sum_kv_heads(bar: Array, times: int) -> Array:
     """[..., S, G, K], the cotangent of what was spread, from [..., S, H, K]."""
     if times == 1:
         return bar
-    wide = jnp.promote_types(bar.dtype, jnp.float32)
-    shared = bar.reshape(*bar.shape[:-2], -1, times, bar.shape[-1])
-    return jnp.sum(shared, axis=-2, dtype=wide).astype(bar.dtype)
+    accum_dtype = jnp.promote_types(bar.dtype, jnp.float32)
+    grouped = bar.reshape(*bar.shape[:-2], -1, times, bar.shape[-1])
+    return jnp.sum(grouped, axis=-2, dtype=accum_dtype).astype(bar.dtype)
 
 
-def _form(platform: str, chunk: QKV, tiling: Tiling, kernel: str) -> Form:
-    past = chunk.k_past.shape[-3]
+def _choose_implementation(platform: str, qkv: QKV, tiling: Tiling, kernel: str) -> Implementation:
+    num_buffered = qkv.k_buffered.shape[-3]
     reason = unsupported_reason(
-        *(platform, chunk.q.shape, past, chunk.q.dtype),
-        kv_heads=chunk.k_own.shape[-2],
+        *(platform, qkv.q.shape, num_buffered, qkv.q.dtype),
+        kv_heads=qkv.k_chunk.shape[-2],
         kernel=kernel,
         tiling=tiling,
     )
-    return _xla(chunk, tiling, platform) if reason else ("pallas", tiling)
+    return _xla_implementation(qkv, tiling, platform) if reason else ("pallas", tiling)
 
 
-def _xla(chunk: QKV, tiling: Tiling, platform: str) -> Form:
-    keys = max(chunk.q.shape[-3], chunk.k_past.shape[-3])
-    return "xla", tiling_of(chunk.q.shape, keys, tiling, platform)
+def _xla_implementation(qkv: QKV, tiling: Tiling, platform: str) -> Implementation:
+    keys = max(qkv.q.shape[-3], qkv.k_buffered.shape[-3])
+    return "xla", choose_tiling(qkv.q.shape, keys, tiling, platform)

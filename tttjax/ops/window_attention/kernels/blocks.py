@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tttjax.ops.attention.attend import MASKED_SCORE
+from tttjax.ops.window_attention.functions import INITIAL_MAX
 from tttjax.types import Array
-
-FLOOR = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0
 
 
 class Keys(NamedTuple):
@@ -24,58 +23,58 @@ class Keys(NamedTuple):
     v_dot: Array | None
 
 
-class Bars(NamedTuple):
+class TileCotangents(NamedTuple):
     """Of one block, [S, Q]: probabilities, cotangents of scores and of their tangents, and the
     scores' tangents counted from their mean."""
 
-    weight: Array
+    prob: Array
     score_bar: Array
     score_dot_bar: Array
     score_dot: Array
 
 
-def wide(x: Array) -> jnp.dtype:
+def accum_dtype(x: Array) -> jnp.dtype:
     """What sums are taken in."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _scale(q: Array) -> Array:
     """Of the scores; typed, since a Python number is a float64 where those are switched on."""
-    return jnp.asarray(q.shape[0] ** -0.5, wide(q))
+    return jnp.asarray(q.shape[0] ** -0.5, accum_dtype(q))
 
 
-def _product(x: Array, y: Array, contracted: tuple[int, int]) -> Array:
-    left, right = contracted
+def _matmul(x: Array, y: Array, contract_dims: tuple[int, int]) -> Array:
+    left, right = contract_dims
     numbers = (((left,), (right,)), ((), ()))
-    return lax.dot_general(x, y, numbers, preferred_element_type=wide(x))
+    return lax.dot_general(x, y, numbers, preferred_element_type=accum_dtype(x))
 
 
-def across(x_KS: Array, y_KQ: Array) -> Array:
+def key_query_dot(x_KS: Array, y_KQ: Array) -> Array:
     """[S, Q], products of every key with every query."""
-    return _product(x_KS, y_KQ, (0, 0))
+    return _matmul(x_KS, y_KQ, (0, 0))
 
 
-def to_queries(y_KS: Array, weight_SQ: Array) -> Array:
+def sum_over_keys(y_KS: Array, weight_SQ: Array) -> Array:
     """[K, Q], sums over keys, in the dtype of y."""
-    return _product(y_KS, weight_SQ.astype(y_KS.dtype), (1, 0))
+    return _matmul(y_KS, weight_SQ.astype(y_KS.dtype), (1, 0))
 
 
-def to_keys(x_KQ: Array, weight_SQ: Array) -> Array:
+def sum_over_queries(x_KQ: Array, weight_SQ: Array) -> Array:
     """[K, S], sums over queries, in the dtype of x."""
-    return _product(x_KQ, weight_SQ.astype(x_KQ.dtype), (1, 1))
+    return _matmul(x_KQ, weight_SQ.astype(x_KQ.dtype), (1, 1))
 
 
-def scores(q: Array, keys: Keys, seen: Array) -> Array:
+def scores(q: Array, keys: Keys, mask: Array) -> Array:
     """[S, Q]; MASKED_SCORE where nothing is seen."""
-    score = across(keys.k, q) * _scale(q)
-    return jnp.where(seen, score, jnp.asarray(MASKED_SCORE, score.dtype))
+    score = key_query_dot(keys.k, q) * _scale(q)
+    return jnp.where(mask, score, jnp.asarray(MASKED_SCORE, score.dtype))
 
 
 def score_tangents(q: Array, q_dot: Array, keys: Keys) -> Array:
     """[S, Q], of the scores along the tangents of queries and keys."""
-    score_dot = across(keys.k, q_dot)
+    score_dot = key_query_dot(keys.k, q_dot)
     if keys.k_dot is not None:
-        score_dot += across(keys.k_dot, q)
+        score_dot += key_query_dot(keys.k_dot, q)
     return score_dot * _scale(q)
 
 
@@ -89,80 +88,80 @@ Rows = tuple[Array, ...]
 def start_forward(rows: Rows) -> Carry:
     """(highest score, sum of weights, weighted values): nothing seen yet. rows: q, ..."""
     q, *_ = rows
-    none = jnp.zeros((1, q.shape[1]), wide(q))
-    return jnp.full_like(none, FLOOR), none, jnp.zeros(q.shape, wide(q))
+    zeros = jnp.zeros((1, q.shape[1]), accum_dtype(q))
+    return jnp.full_like(zeros, INITIAL_MAX), zeros, jnp.zeros(q.shape, accum_dtype(q))
 
 
-def step_forward(carry: Carry, rows: Rows, keys: Keys, seen: Array) -> Carry:
+def step_forward(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
     """With a block more."""
-    highest, total, sum_o = carry
-    highest, fade, weight = _online(highest, scores(rows[0], keys, seen))
-    total = total * fade + jnp.sum(weight, axis=0, keepdims=True)
-    return highest, total, sum_o * fade + to_queries(keys.v, weight)
+    row_max, row_sum, sum_o = carry
+    row_max, rescale, weight = _online_softmax(row_max, scores(rows[0], keys, mask))
+    row_sum = row_sum * rescale + jnp.sum(weight, axis=0, keepdims=True)
+    return row_max, row_sum, sum_o * rescale + sum_over_keys(keys.v, weight)
 
 
 def finish_forward(carry: Carry) -> Carry:
     """o and the scores' logsumexp."""
-    highest, total, sum_o = carry
-    return sum_o / total, highest + jnp.log(total)
+    row_max, row_sum, sum_o = carry
+    return sum_o / row_sum, row_max + jnp.log(row_sum)
 
 
 def start_pair(rows: Rows) -> Carry:
     """The same with (mean of the scores' tangents, tangent of the weighted values)."""
-    highest, total, sum_o = start_forward(rows)
-    return highest, total, total, sum_o, sum_o
+    row_max, row_sum, sum_o = start_forward(rows)
+    return row_max, row_sum, row_sum, sum_o, sum_o
 
 
-def step_pair(carry: Carry, rows: Rows, keys: Keys, seen: Array) -> Carry:
+def step_pair(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
     """With a block more; rows: q and its tangent.
 
     The scores' tangents are counted from their mean so far, which moves.
     """
-    (q, q_dot), (highest, total, mean_dot, sum_o, sum_dot) = rows, carry
-    highest, fade, weight = _online(highest, scores(q, keys, seen))
+    (q, q_dot), (row_max, row_sum, mean_dot, sum_o, sum_dot) = rows, carry
+    row_max, rescale, weight = _online_softmax(row_max, scores(q, keys, mask))
     score_dot = score_tangents(q, q_dot, keys)
-    total = total * fade + jnp.sum(weight, axis=0, keepdims=True)
-    moved = jnp.sum(weight * (score_dot - mean_dot), axis=0, keepdims=True)
-    moved = moved / jnp.where(total > 0, total, jnp.ones_like(total))
-    mean_dot = mean_dot + moved
-    sum_dot = (sum_dot - moved * sum_o) * fade
-    sum_dot += to_queries(keys.v, weight * (score_dot - mean_dot))
+    row_sum = row_sum * rescale + jnp.sum(weight, axis=0, keepdims=True)
+    shift = jnp.sum(weight * (score_dot - mean_dot), axis=0, keepdims=True)
+    shift = shift / jnp.where(row_sum > 0, row_sum, jnp.ones_like(row_sum))
+    mean_dot = mean_dot + shift
+    sum_dot = (sum_dot - shift * sum_o) * rescale
+    sum_dot += sum_over_keys(keys.v, weight * (score_dot - mean_dot))
     if keys.v_dot is not None:
-        sum_dot += to_queries(keys.v_dot, weight)
-    return highest, total, mean_dot, sum_o * fade + to_queries(keys.v, weight), sum_dot
+        sum_dot += sum_over_keys(keys.v_dot, weight)
+    return row_max, row_sum, mean_dot, sum_o * rescale + sum_over_keys(keys.v, weight), sum_dot
 
 
 def finish_pair(carry: Carry) -> Carry:
     """o, its tangent, the scores' logsumexp and the mean of their tangents."""
-    highest, total, mean_dot, sum_o, sum_dot = carry
-    return sum_o / total, sum_dot / total, highest + jnp.log(total), mean_dot
+    row_max, row_sum, mean_dot, sum_o, sum_dot = carry
+    return sum_o / row_sum, sum_dot / row_sum, row_max + jnp.log(row_sum), mean_dot
 
 
-def _online(highest: Array, score: Array) -> tuple[Array, Array, Array]:
+def _online_softmax(row_max: Array, score: Array) -> tuple[Array, Array, Array]:
     """The highest score with a new block, what earlier sums are worth now, and its weights."""
-    new = jnp.maximum(highest, jnp.max(score, axis=0, keepdims=True))
-    return new, jnp.exp(highest - new), jnp.exp(score - new)
+    new = jnp.maximum(row_max, jnp.max(score, axis=0, keepdims=True))
+    return new, jnp.exp(row_max - new), jnp.exp(score - new)
 
 
 # --- backward -----------------------------------------------------------------------------------
 
 
-def bars(rows: Rows, keys: Keys, seen: Array) -> tuple[Array, Array]:
+def score_cotangents(rows: Rows, keys: Keys, mask: Array) -> tuple[Array, Array]:
     """(probabilities, cotangents of the scores); rows: q, o_bar, logsumexp, o_bar . o."""
-    q, bar, logsumexp, level = rows
-    weight = jnp.exp(scores(q, keys, seen) - logsumexp)
-    return weight, weight * (across(keys.v, bar) - level) * _scale(q)
+    q, o_bar, logsumexp, delta = rows
+    prob = jnp.exp(scores(q, keys, mask) - logsumexp)
+    return prob, prob * (key_query_dot(keys.v, o_bar) - delta) * _scale(q)
 
 
-def pair_bars(rows: Rows, keys: Keys, seen: Array) -> Bars:
+def pair_cotangents(rows: Rows, keys: Keys, mask: Array) -> TileCotangents:
     """rows: q, its tangent, o_bar, o_dot_bar, logsumexp, mean_dot, o_bar . o + o_dot_bar . o_dot,
     o_dot_bar . o."""
-    q, q_dot, bar, dot_bar, logsumexp, mean_dot, level, dot_level = rows
+    q, q_dot, o_bar, o_dot_bar, logsumexp, mean_dot, delta, delta_dot = rows
     scale = _scale(q)
-    weight = jnp.exp(scores(q, keys, seen) - logsumexp)
+    prob = jnp.exp(scores(q, keys, mask) - logsumexp)
     score_dot = score_tangents(q, q_dot, keys) - mean_dot
-    slope = across(keys.v, dot_bar) - dot_level
-    weight_bar = across(keys.v, bar) - level + score_dot * slope
+    b = key_query_dot(keys.v, o_dot_bar) - delta_dot
+    prob_bar = key_query_dot(keys.v, o_bar) - delta + score_dot * b
     if keys.v_dot is not None:
-        weight_bar += across(keys.v_dot, dot_bar)
-    return Bars(weight, weight * weight_bar * scale, weight * slope * scale, score_dot)
+        prob_bar += key_query_dot(keys.v_dot, o_dot_bar)
+    return TileCotangents(prob, prob * prob_bar * scale, prob * b * scale, score_dot)

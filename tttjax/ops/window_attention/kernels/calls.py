@@ -7,9 +7,14 @@ import jax.numpy as jnp
 
 from tttjax.ops.window_attention.functions import QKV, Statistics
 from tttjax.ops.window_attention.kernels import blocks
-from tttjax.ops.window_attention.kernels.blocks import Keys, wide
-from tttjax.ops.window_attention.kernels.grids import KeyBlocks, Walk, by_keys, by_queries
-from tttjax.ops.window_attention.kernels.platforms import tiling_for
+from tttjax.ops.window_attention.kernels.blocks import Keys, accum_dtype
+from tttjax.ops.window_attention.kernels.grids import (
+    KernelGrid,
+    KVBlocks,
+    call_key_grid,
+    call_query_grid,
+)
+from tttjax.ops.window_attention.kernels.platforms import choose_kernel_tiling
 from tttjax.ops.window_attention.tiles import ChunkGeometry
 from tttjax.types import Array
 
@@ -17,47 +22,54 @@ from tttjax.types import Array
 class _Layout:
     """Between arrays as the model has them and as kernels do, for one chunk."""
 
-    def __init__(self, chunk: QKV, view: ChunkGeometry, platform: str, pair: bool = False):
-        *self.lead, self.length, self.heads, self.head_size = chunk.q.shape
-        self.past = chunk.k_past.shape[-3]
-        width = self.head_size * chunk.q.dtype.itemsize
+    def __init__(self, qkv: QKV, geometry: ChunkGeometry, platform: str, pair: bool = False):
+        *self.lead, self.length, self.heads, self.head_size = qkv.q.shape
+        self.num_buffered = qkv.k_buffered.shape[-3]
+        head_bytes = self.head_size * qkv.q.dtype.itemsize
         sizes = [
-            tiling_for(platform, self.length, keys or 1, view.tiling, width, pair)
-            for keys in (self.past, self.length)
+            choose_kernel_tiling(
+                platform, self.length, keys or 1, geometry.tiling, head_bytes, pair
+            )
+            for keys in (self.num_buffered, self.length)
         ]
         self.key_sizes = [tiling.key for tiling in sizes]
-        self.walk = Walk(view._replace(tiling=sizes[0]), self.past, platform, width)
-        self.wide, self.like = wide(chunk.q), chunk.q
+        self.grid = KernelGrid(
+            geometry._replace(tiling=sizes[0]), self.num_buffered, platform, head_bytes
+        )
+        self.accum_dtype, self.like = accum_dtype(qkv.q), qkv.q
 
     def rows(self, *arrays: Array) -> tuple[Array, ...]:
         """[..., C, H, K] or numbers per query [..., H, C] to [N, K or 1, C padded]."""
         return tuple(
-            self._flat(x[..., None, :] if x.ndim < self.like.ndim else _tokens_last(x), back=True)
+            self._flat(
+                x[..., None, :] if x.ndim < self.like.ndim else _tokens_last(x), pad_end=True
+            )
             for x in arrays
         )
 
-    def _flat(self, x: Array, back: bool, size: int = 0) -> Array:
-        more = -x.shape[-1] % (size or self.walk.view.tiling.query)
+    def _flat(self, x: Array, pad_end: bool, size: int = 0) -> Array:
+        padding = -x.shape[-1] % (size or self.grid.geometry.tiling.query)
         x = x.reshape(-1, *x.shape[-2:])
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more) if back else (more, 0))) if more else x
+        pad_width = (0, padding) if pad_end else (padding, 0)
+        return jnp.pad(x, ((0, 0), (0, 0), pad_width)) if padding else x
 
-    def groups(self, chunk: QKV, dot: QKV | None = None) -> tuple[KeyBlocks | None, KeyBlocks]:
+    def kv_blocks(self, qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVBlocks | None, KVBlocks]:
         """(past, own) keys; None: there is no past."""
-        dot = dot or QKV(None, None, None, None, None)
-        own = Keys(chunk.k_own, chunk.v_own, dot.k_own, dot.v_own)
-        if not self.past:
-            return None, self._group(own, 1)
-        past = Keys(chunk.k_past, chunk.v_past, dot.k_past, dot.v_past)
-        return self._group(past, 0), self._group(own, 1)
+        qkv_dot = qkv_dot or QKV(None, None, None, None, None)
+        chunk = Keys(qkv.k_chunk, qkv.v_chunk, qkv_dot.k_chunk, qkv_dot.v_chunk)
+        if not self.num_buffered:
+            return None, self._pad_kv(chunk, 1)
+        buffered = Keys(qkv.k_buffered, qkv.v_buffered, qkv_dot.k_buffered, qkv_dot.v_buffered)
+        return self._pad_kv(buffered, 0), self._pad_kv(chunk, 1)
 
-    def _group(self, keys: Keys, side: int) -> KeyBlocks:
-        size, back = self.key_sizes[side], side == 1
-        flat = jax.tree.map(lambda x: self._flat(_tokens_last(x), back, size), keys)
-        return KeyBlocks(0 if back else -flat.k.shape[-1], size, flat)
+    def _pad_kv(self, keys: Keys, kv_index: int) -> KVBlocks:
+        size, pad_end = self.key_sizes[kv_index], kv_index == 1
+        flat = jax.tree.map(lambda x: self._flat(_tokens_last(x), pad_end, size), keys)
+        return KVBlocks(0 if pad_end else -flat.k.shape[-1], size, flat)
 
     def out(self, rows: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
         """A result per query."""
-        size = self.walk.view.tiling.query
+        size = self.grid.geometry.tiling.query
         padded = -(-self.length // size) * size
         return jax.ShapeDtypeStruct((math.prod(self.lead) * self.heads, rows, padded), dtype)
 
@@ -70,21 +82,21 @@ class _Layout:
         """[N, 1, C padded] to [..., H, C]."""
         return x[..., : self.length].reshape(*self.lead, self.heads, self.length)
 
-    def of_keys(self, x: Array, side: int) -> Array:
+    def of_keys(self, x: Array, kv_index: int) -> Array:
         """[N, K, S padded] to [..., S, H, K]."""
-        length = self.length if side else self.past
-        x = x[..., :length] if side else x[..., x.shape[-1] - length :]
+        length = self.length if kv_index else self.num_buffered
+        x = x[..., :length] if kv_index else x[..., x.shape[-1] - length :]
         return _tokens_first(x.reshape(*self.lead, self.heads, *x.shape[1:]))
 
 
-def forward(chunk: QKV, view: ChunkGeometry, platform: str) -> tuple[Array, Array]:
+def forward(qkv: QKV, geometry: ChunkGeometry, platform: str) -> tuple[Array, Array]:
     """o and the scores' logsumexp."""
-    layout = _Layout(chunk, view, platform)
-    o, logsumexp = by_queries(
-        layout.walk,
-        layout.rows(chunk.q),
-        _present(layout.groups(chunk)),
-        (layout.out(layout.head_size, chunk.v_own.dtype), layout.out(1, layout.wide)),
+    layout = _Layout(qkv, geometry, platform)
+    o, logsumexp = call_query_grid(
+        layout.grid,
+        layout.rows(qkv.q),
+        _present(layout.kv_blocks(qkv)),
+        (layout.out(layout.head_size, qkv.v_chunk.dtype), layout.out(1, layout.accum_dtype)),
         blocks.start_forward,
         blocks.step_forward,
         blocks.finish_forward,
@@ -93,133 +105,142 @@ def forward(chunk: QKV, view: ChunkGeometry, platform: str) -> tuple[Array, Arra
 
 
 def backward(
-    chunk: QKV,
+    qkv: QKV,
     o: Array,
     logsumexp_HC: Array,
     o_bar: Array,
-    view: ChunkGeometry,
-    past: bool,
+    geometry: ChunkGeometry,
+    buffer_grads: bool,
     platform: str,
 ) -> QKV:
-    """Cotangents of the chunk from that of o; of past keys and values only if `past`."""
-    layout = _Layout(chunk, view, platform)
-    rows = layout.rows(chunk.q, o_bar, logsumexp_HC, _dot(o_bar, o, layout.wide))
-    groups = layout.groups(chunk)
+    """Cotangents of the chunk from that of o; of past keys and values only if `buffer_grads`."""
+    layout = _Layout(qkv, geometry, platform)
+    rows = layout.rows(qkv.q, o_bar, logsumexp_HC, _dot(o_bar, o, layout.accum_dtype))
+    kv_blocks = layout.kv_blocks(qkv)
 
-    def for_queries(q_bar, rows, keys, seen):
-        return q_bar + blocks.to_queries(keys.k, blocks.bars(rows, keys, seen)[1])
+    def query_step(q_bar, rows, keys, mask):
+        return q_bar + blocks.sum_over_keys(keys.k, blocks.score_cotangents(rows, keys, mask)[1])
 
-    def for_keys(rows, keys, seen):
-        weight, score_bar = blocks.bars(rows, keys, seen)
-        return blocks.to_keys(rows[0], score_bar), blocks.to_keys(rows[1], weight)
+    def key_step(rows, keys, mask):
+        prob, score_bar = blocks.score_cotangents(rows, keys, mask)
+        return blocks.sum_over_queries(rows[0], score_bar), blocks.sum_over_queries(rows[1], prob)
 
-    (q_bar,) = by_queries(
-        layout.walk,
+    (q_bar,) = call_query_grid(
+        layout.grid,
         rows,
-        _present(groups),
-        (layout.out(layout.head_size, chunk.q.dtype),),
-        lambda rows: jnp.zeros(rows[0].shape, layout.wide),
-        for_queries,
+        _present(kv_blocks),
+        (layout.out(layout.head_size, qkv.q.dtype),),
+        lambda rows: jnp.zeros(rows[0].shape, layout.accum_dtype),
+        query_step,
         lambda q_bar: (q_bar,),
     )
-    sides: list[Array | None] = []
-    for side, (wanted, group) in enumerate(zip((past, True), groups, strict=True)):
-        if not wanted:
-            sides += [None, None]
-        elif group is None:
-            sides += [jnp.zeros_like(chunk.k_past), jnp.zeros_like(chunk.v_past)]
+    kv_bars: list[Array | None] = []
+    for kv_index, (needs_grad, kv_block) in enumerate(
+        zip((buffer_grads, True), kv_blocks, strict=True)
+    ):
+        if not needs_grad:
+            kv_bars += [None, None]
+        elif kv_block is None:
+            kv_bars += [jnp.zeros_like(qkv.k_buffered), jnp.zeros_like(qkv.v_buffered)]
         else:
-            found = by_keys(layout.walk, rows, group, 2, for_keys)
-            sides += [layout.of_keys(x, side) for x in found]
-    return QKV(layout.of_queries(q_bar), *sides)
+            results = call_key_grid(layout.grid, rows, kv_block, 2, key_step)
+            kv_bars += [layout.of_keys(x, kv_index) for x in results]
+    return QKV(layout.of_queries(q_bar), *kv_bars)
 
 
 def pair_forward(
-    chunk: QKV, dot: QKV, view: ChunkGeometry, platform: str
+    qkv: QKV, qkv_dot: QKV, geometry: ChunkGeometry, platform: str
 ) -> tuple[Array, Array, Statistics]:
-    """o, its tangent along `dot`, and what the backward pass needs."""
-    layout = _Layout(chunk, view, platform, pair=True)
-    rows = layout.rows(chunk.q, dot.q)
-    like_o, per_query = layout.out(layout.head_size, chunk.v_own.dtype), layout.out(1, layout.wide)
-    found = by_queries(
-        layout.walk,
+    """o, its tangent along `qkv_dot`, and what the backward pass needs."""
+    layout = _Layout(qkv, geometry, platform, pair=True)
+    rows = layout.rows(qkv.q, qkv_dot.q)
+    like_o, per_query = (
+        layout.out(layout.head_size, qkv.v_chunk.dtype),
+        layout.out(1, layout.accum_dtype),
+    )
+    results = call_query_grid(
+        layout.grid,
         rows,
-        _present(layout.groups(chunk, dot)),
+        _present(layout.kv_blocks(qkv, qkv_dot)),
         (like_o, like_o, per_query, per_query),
         blocks.start_pair,
         blocks.step_pair,
         blocks.finish_pair,
     )
-    o, o_dot = map(layout.of_queries, found[:2])
-    return o, o_dot, Statistics(*map(layout.per_query, found[2:]))
+    o, o_dot = map(layout.of_queries, results[:2])
+    return o, o_dot, Statistics(*map(layout.per_query, results[2:]))
 
 
 def pair_backward(
-    chunk: QKV,
-    dot: QKV,
+    qkv: QKV,
+    qkv_dot: QKV,
     outputs: tuple[Array, Array, Statistics],
     o_bar: Array,
     o_dot_bar: Array,
-    view: ChunkGeometry,
+    geometry: ChunkGeometry,
     platform: str,
 ) -> tuple[QKV, QKV]:
     """Cotangents of the chunk and of its tangents, from those of o and of o's tangent."""
-    layout = _Layout(chunk, view, platform, pair=True)
+    layout = _Layout(qkv, geometry, platform, pair=True)
     o, o_dot, statistics = outputs
-    level = _dot(o_bar, o, layout.wide) + _dot(o_dot_bar, o_dot, layout.wide)
-    dot_level = _dot(o_dot_bar, o, layout.wide)
-    rows = layout.rows(chunk.q, dot.q, o_bar, o_dot_bar, *statistics, level, dot_level)
-    groups = layout.groups(chunk, dot)
+    delta = _dot(o_bar, o, layout.accum_dtype) + _dot(o_dot_bar, o_dot, layout.accum_dtype)
+    delta_dot = _dot(o_dot_bar, o, layout.accum_dtype)
+    rows = layout.rows(qkv.q, qkv_dot.q, o_bar, o_dot_bar, *statistics, delta, delta_dot)
+    kv_blocks = layout.kv_blocks(qkv, qkv_dot)
 
-    def for_queries(carry, rows, keys, seen):
-        found = blocks.pair_bars(rows, keys, seen)
+    def query_step(carry, rows, keys, mask):
+        bars = blocks.pair_cotangents(rows, keys, mask)
         q_bar, q_dot_bar = carry
-        q_bar += blocks.to_queries(keys.k, found.score_bar)
+        q_bar += blocks.sum_over_keys(keys.k, bars.score_bar)
         if keys.k_dot is not None:
-            q_bar += blocks.to_queries(keys.k_dot, found.score_dot_bar)
-        return q_bar, q_dot_bar + blocks.to_queries(keys.k, found.score_dot_bar)
+            q_bar += blocks.sum_over_keys(keys.k_dot, bars.score_dot_bar)
+        return q_bar, q_dot_bar + blocks.sum_over_keys(keys.k, bars.score_dot_bar)
 
-    def for_keys(rows, keys, seen):
-        q, q_dot, bar, dot_bar, *_ = rows
-        found = blocks.pair_bars(rows, keys, seen)
-        k_bar = blocks.to_keys(q, found.score_bar) + blocks.to_keys(q_dot, found.score_dot_bar)
-        v_bar = blocks.to_keys(bar, found.weight)
-        v_bar += blocks.to_keys(dot_bar, found.weight * found.score_dot)
+    def key_step(rows, keys, mask):
+        q, q_dot, o_bar, o_dot_bar, *_ = rows
+        bars = blocks.pair_cotangents(rows, keys, mask)
+        k_bar = blocks.sum_over_queries(q, bars.score_bar) + blocks.sum_over_queries(
+            q_dot, bars.score_dot_bar
+        )
+        v_bar = blocks.sum_over_queries(o_bar, bars.prob)
+        v_bar += blocks.sum_over_queries(o_dot_bar, bars.prob * bars.score_dot)
         if keys.k_dot is None:
             return k_bar, v_bar
         k_dot_bar, v_dot_bar = (
-            blocks.to_keys(q, found.score_dot_bar),
-            blocks.to_keys(dot_bar, found.weight),
+            blocks.sum_over_queries(q, bars.score_dot_bar),
+            blocks.sum_over_queries(o_dot_bar, bars.prob),
         )
         return k_bar, v_bar, k_dot_bar, v_dot_bar
 
-    q_bars = by_queries(
-        layout.walk,
+    q_bars = call_query_grid(
+        layout.grid,
         rows,
-        _present(groups),
-        (layout.out(layout.head_size, chunk.q.dtype),) * 2,
-        lambda rows: (jnp.zeros(rows[0].shape, layout.wide),) * 2,
-        for_queries,
+        _present(kv_blocks),
+        (layout.out(layout.head_size, qkv.q.dtype),) * 2,
+        lambda rows: (jnp.zeros(rows[0].shape, layout.accum_dtype),) * 2,
+        query_step,
         lambda carry: carry,
     )
-    bars: list[Array] = []
-    dot_bars: list[Array | None] = []
-    for side, group in enumerate(groups):
-        if group is None:
-            found = [jnp.zeros_like(x) for x in (chunk.k_past, chunk.v_past)]
-            found += [jnp.zeros_like(x) for x in (dot.k_past, dot.v_past) if x is not None]
+    kv_bars: list[Array] = []
+    kv_dot_bars: list[Array | None] = []
+    for kv_index, kv_block in enumerate(kv_blocks):
+        if kv_block is None:
+            results = [jnp.zeros_like(x) for x in (qkv.k_buffered, qkv.v_buffered)]
+            results += [
+                jnp.zeros_like(x) for x in (qkv_dot.k_buffered, qkv_dot.v_buffered) if x is not None
+            ]
         else:
-            outs = len(jax.tree.leaves(group.keys))
-            found = by_keys(layout.walk, rows, group, outs, for_keys)
-            found = [layout.of_keys(x, side) for x in found]
-        bars += found[:2]
-        dot_bars += found[2:] or (None, None)
+            outs = len(jax.tree.leaves(kv_block.keys))
+            results = call_key_grid(layout.grid, rows, kv_block, outs, key_step)
+            results = [layout.of_keys(x, kv_index) for x in results]
+        kv_bars += results[:2]
+        kv_dot_bars += results[2:] or (None, None)
     q_bar, q_dot_bar = map(layout.of_queries, q_bars)
-    return QKV(q_bar, *bars), QKV(q_dot_bar, *dot_bars)
+    return QKV(q_bar, *kv_bars), QKV(q_dot_bar, *kv_dot_bars)
 
 
-def _present(groups: tuple[KeyBlocks | None, KeyBlocks]) -> tuple[KeyBlocks, ...]:
-    return tuple(group for group in groups if group is not None)
+def _present(kv_blocks: tuple[KVBlocks | None, KVBlocks]) -> tuple[KVBlocks, ...]:
+    return tuple(kv_block for kv_block in kv_blocks if kv_block is not None)
 
 
 def _dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:

@@ -15,13 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tttjax.ops.window_attention.kernels.blocks import Keys, wide
+from tttjax.ops.window_attention.kernels.blocks import Keys, accum_dtype
 from tttjax.ops.window_attention.kernels.platforms import ZERO, call_options, position_spec
-from tttjax.ops.window_attention.tiles import ChunkGeometry, first_seen, seen_until
+from tttjax.ops.window_attention.tiles import (
+    ChunkGeometry,
+    attending_query_stop,
+    first_attended_key,
+)
 from tttjax.types import Array
 
 
-class Walk(NamedTuple):
+class KernelGrid(NamedTuple):
     """What both programs know beside their arrays.
 
     view: where the chunk stands; its tiling's `query` divides the padded chunk. past: keys there
@@ -29,13 +33,13 @@ class Walk(NamedTuple):
     width: bytes of a head's part of a token.
     """
 
-    view: ChunkGeometry
-    past: int
+    geometry: ChunkGeometry
+    num_buffered: int
     platform: str
-    width: int
+    head_bytes: int
 
 
-class KeyBlocks(NamedTuple):
+class KVBlocks(NamedTuple):
     """Keys of the past or of the chunk, [N, K, S]. first: the place of the first. size: of a block
     of them, a divisor of S."""
 
@@ -44,10 +48,10 @@ class KeyBlocks(NamedTuple):
     keys: Keys
 
 
-def by_queries(
-    walk: Walk,
+def call_query_grid(
+    grid: KernelGrid,
     rows: tuple[Array, ...],
-    groups: tuple[KeyBlocks, ...],
+    kv_blocks: tuple[KVBlocks, ...],
     outs: tuple[jax.ShapeDtypeStruct, ...],
     start: Callable,
     step: Callable,
@@ -59,94 +63,101 @@ def by_queries(
     seen [S, Q]; finish(carry) is written to the block's place in `outs`.
     """
     count, _, length = rows[0].shape
-    size = walk.view.tiling.query
+    size = grid.geometry.tiling.query
 
     def kernel(position_ref, rows_refs, keys_refs, *out_refs):
-        view = walk.view._replace(position=position_ref[0])
+        geometry = grid.geometry._replace(position=position_ref[0])
         first = pl.program_id(1) * size
         queries = tuple(ref[...] for ref in rows_refs)
-        low, carry = _lowest(view, walk.past, first), start(queries)
-        for group, refs in zip(groups, keys_refs, strict=True):
+        low, carry = _first_attended_key(geometry, grid.num_buffered, first), start(queries)
+        for kv_block, refs in zip(kv_blocks, keys_refs, strict=True):
 
-            def meet(n, carry, group=group, refs=refs):
-                cols = pl.ds(pl.multiple_of(n * group.size, group.size), group.size)
+            def visit_tile(n, carry, kv_block=kv_block, refs=refs):
+                cols = pl.ds(pl.multiple_of(n * kv_block.size, kv_block.size), kv_block.size)
                 keys = jax.tree.map(lambda ref: ref[:, cols], refs)
-                seen = _seen(view, walk.past, first, size, group.first + n * group.size, group.size)
-                return step(carry, queries, keys, seen)
+                mask = _tile_mask(
+                    geometry,
+                    grid.num_buffered,
+                    first,
+                    size,
+                    kv_block.first + n * kv_block.size,
+                    kv_block.size,
+                )
+                return step(carry, queries, keys, mask)
 
-            stop = jnp.minimum(first + size - group.first, group.keys.k.shape[-1])
-            bounds = _blocks(low - group.first, stop, group.size)
-            carry = lax.fori_loop(*bounds, meet, carry)
+            stop = jnp.minimum(first + size - kv_block.first, kv_block.keys.k.shape[-1])
+            bounds = _block_range(low - kv_block.first, stop, kv_block.size)
+            carry = lax.fori_loop(*bounds, visit_tile, carry)
         for ref, result in zip(out_refs, finish(carry), strict=True):
             ref[...] = result.astype(ref.dtype)
 
-    block = partial(_block, size=size)
-    arrays = rows, tuple(group.keys for group in groups)
+    block = partial(_token_block, size=size)
+    arrays = rows, tuple(kv_block.keys for kv_block in kv_blocks)
     return pl.pallas_call(
         kernel,
         grid=(count, length // size),
         in_specs=(
-            position_spec(walk.platform),
+            position_spec(grid.platform),
             jax.tree.map(block, rows),
-            jax.tree.map(_whole, arrays[1]),
+            jax.tree.map(_all_tokens, arrays[1]),
         ),
         out_specs=tuple(map(block, outs)),
         out_shape=outs,
-        **call_options(walk.platform, walk.width),
-    )(_scalar(walk.view.position), *arrays)
+        **call_options(grid.platform, grid.head_bytes),
+    )(_scalar(grid.geometry.position), *arrays)
 
 
-def by_keys(
-    walk: Walk, rows: tuple[Array, ...], group: KeyBlocks, outs: int, step: Callable
+def call_key_grid(
+    grid: KernelGrid, rows: tuple[Array, ...], kv_block: KVBlocks, outs: int, step: Callable
 ) -> list[Array]:
     """`outs` sums over queries for each key, [N, K, S].
 
     step(rows of a block, keys of a block, seen) -> what is added, each [K, S].
     """
-    count, head_size, length = group.keys.k.shape
-    size, stride = group.size, walk.view.tiling.query
+    count, head_size, length = kv_block.keys.k.shape
+    size, stride = kv_block.size, grid.geometry.tiling.query
 
     def kernel(position_ref, rows_refs, keys_refs, *out_refs):
-        view = walk.view._replace(position=position_ref[0])
+        geometry = grid.geometry._replace(position=position_ref[0])
         keys = jax.tree.map(lambda ref: ref[...], keys_refs)
-        first = group.first + pl.program_id(1) * size
+        first = kv_block.first + pl.program_id(1) * size
         last = first + size - 1
-        stop = jnp.minimum(seen_until(view, last), view.length)
-        stop = jnp.where(last < _lowest(view, walk.past, 0), 0, stop)
+        stop = jnp.minimum(attending_query_stop(geometry, last), geometry.length)
+        stop = jnp.where(last < _first_attended_key(geometry, grid.num_buffered, 0), 0, stop)
 
-        def meet(n, sums):
+        def visit_tile(n, sums):
             cols = pl.ds(pl.multiple_of(n * stride, stride), stride)
             queries = tuple(ref[:, cols] for ref in rows_refs)
-            seen = _seen(view, walk.past, n * stride, stride, first, size)
-            return tuple(x + part for x, part in zip(sums, step(queries, keys, seen), strict=True))
+            mask = _tile_mask(geometry, grid.num_buffered, n * stride, stride, first, size)
+            return tuple(x + part for x, part in zip(sums, step(queries, keys, mask), strict=True))
 
-        nothing = jnp.zeros((head_size, size), wide(keys.k))
-        sums = lax.fori_loop(*_blocks(first, stop, stride), meet, (nothing,) * outs)
+        zeros = jnp.zeros((head_size, size), accum_dtype(keys.k))
+        sums = lax.fori_loop(*_block_range(first, stop, stride), visit_tile, (zeros,) * outs)
         for ref, result in zip(out_refs, sums, strict=True):
             ref[...] = result.astype(ref.dtype)
 
-    block = partial(_block, size=size)
-    out_shape = (jax.ShapeDtypeStruct(group.keys.k.shape, group.keys.k.dtype),) * outs
+    block = partial(_token_block, size=size)
+    out_shape = (jax.ShapeDtypeStruct(kv_block.keys.k.shape, kv_block.keys.k.dtype),) * outs
     return pl.pallas_call(
         kernel,
         grid=(count, length // size),
         in_specs=(
-            position_spec(walk.platform),
-            jax.tree.map(_whole, rows),
-            jax.tree.map(block, group.keys),
+            position_spec(grid.platform),
+            jax.tree.map(_all_tokens, rows),
+            jax.tree.map(block, kv_block.keys),
         ),
         out_specs=tuple(map(block, out_shape)),
         out_shape=out_shape,
-        **call_options(walk.platform, walk.width),
-    )(_scalar(walk.view.position), rows, group.keys)
+        **call_options(grid.platform, grid.head_bytes),
+    )(_scalar(grid.geometry.position), rows, kv_block.keys)
 
 
-def _block(x: Array | jax.ShapeDtypeStruct, size: int) -> pl.BlockSpec:
+def _token_block(x: Array | jax.ShapeDtypeStruct, size: int) -> pl.BlockSpec:
     """A block of tokens of the program's own head."""
     return pl.BlockSpec((None, x.shape[1], size), lambda n, i: (n, ZERO, i))
 
 
-def _whole(x: Array) -> pl.BlockSpec:
+def _all_tokens(x: Array) -> pl.BlockSpec:
     """All tokens of it."""
     return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, ZERO, ZERO))
 
@@ -155,22 +166,22 @@ def _scalar(position: Array | int) -> Array:
     return jnp.asarray(position, jnp.int32).reshape(1)
 
 
-def _blocks(low: Array, high: Array, size: int) -> tuple[Array, Array]:
+def _block_range(low: Array, high: Array, size: int) -> tuple[Array, Array]:
     """The blocks of `size` that meet [low, high), as bounds of a loop; none if it is empty."""
     low, high = (jnp.maximum(jnp.asarray(x, jnp.int32), 0) for x in (low, high))
     stop = lax.div(high + jnp.int32(size - 1), jnp.int32(size))
     return jnp.minimum(lax.div(low, jnp.int32(size)), stop), stop
 
 
-def _lowest(view: ChunkGeometry, past: int, query: Array | int) -> Array:
+def _first_attended_key(geometry: ChunkGeometry, num_buffered: int, query: Array | int) -> Array:
     """The place of the first key that this query (or any after it) sees."""
-    return jnp.maximum(first_seen(view, query), jnp.int32(-past))
+    return jnp.maximum(first_attended_key(geometry, query), jnp.int32(-num_buffered))
 
 
-def _seen(
-    view: ChunkGeometry, past: int, query: Array, queries: int, key: Array, keys: int
+def _tile_mask(
+    geometry: ChunkGeometry, num_buffered: int, query: Array, queries: int, key: Array, keys: int
 ) -> Array:
     """bool [S, Q], for blocks that begin at these places."""
     query_1Q = query + lax.broadcasted_iota(jnp.int32, (1, queries), 1)
     key_S1 = key + lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
-    return (key_S1 <= query_1Q) & (key_S1 >= _lowest(view, past, query_1Q))
+    return (key_S1 <= query_1Q) & (key_S1 >= _first_attended_key(geometry, num_buffered, query_1Q))
