@@ -1,14 +1,14 @@
-"""Types and the letters of array dimensions that all of tttjax shares.
+"""Shared types, and the letters of array dimensions.
 
 Array names carry their shape as a suffix of these letters (`x_BTD` is batch x tokens x embed):
 
-    B  sequences of a batch        S  keys that a query may look at
+    B  sequences of a batch        S  keys that a query may attend to
     T  tokens of a sequence        W  window of sliding-window attention (k in the papers)
     N  chunks (inner mini-batches) D  embedding (residual stream)
     C  tokens of one chunk (b)     H  attention heads
     L  layers of a stack           K  entries of one head
     F  hidden entries of an MLP    V  vocabulary
-    G  heads of keys and values    R  query heads that share one of these, H / G
+    G  heads of keys and values    R  query heads per key-value head, H / G
 
 and in the recurrent mixers
 
@@ -27,11 +27,10 @@ PyTree = Any
 
 @flax.struct.dataclass
 class Params:
-    """A model's weights, divided by the loop that owns them.
+    """A model's weights, split into slow and fast: nested dicts of arrays with disjoint leaves.
 
-    Both are nested dicts of arrays with disjoint leaves. `slow` (theta) changes only through the
-    outer optimizer; `fast` (W0, the learned start of the fast weights) does too, and is what the
-    inner loop copies for each sequence and rewrites while reading.
+    The outer optimizer updates both. `fast` (W0) holds the initial fast weights, which the inner
+    loop copies for each sequence and updates; the inner loop does not change `slow` (theta).
     """
 
     slow: PyTree
@@ -43,7 +42,7 @@ class Batch:
     """Sequences with their next-token targets.
 
     inputs: int [B, T]. targets: int [B, T], the token that follows each input.
-    mask: bool [B, T], False where the target does not count in the loss.
+    mask: bool [B, T], False where the loss ignores the target.
     """
 
     inputs: Array

@@ -15,7 +15,7 @@ from tttjax.errors import UserError
 from tttjax.io import locks
 from tttjax.io.locks import FOLDER_LOCK, hold
 
-QUICK = {"beat_s": 0.02, "watch_s": 0.3}
+QUICK = {"heartbeat_s": 0.02, "watch_s": 0.3}
 HOLDER = """
 import sys, time
 from tttjax.io.locks import hold

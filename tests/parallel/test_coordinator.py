@@ -61,7 +61,7 @@ def test_other_addresses_are_refused_by_train(address, tmp_path, capsys):
 
 
 def test_process_0_says_that_its_port_is_taken(used_port):
-    with pytest.raises(UserError, match=f"port {used_port} .* is taken by another program"):
+    with pytest.raises(UserError, match=f"port {used_port} .* is used by another program"):
         distributed.start_distributed(f"localhost:{used_port}", 0, 2)
     coordinator.check_port(free_port())
 

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever interrupts their writing."""
+"""Atomic writes of files and folders: complete, or not there at all."""
 
 import contextlib
 import glob
@@ -14,11 +14,11 @@ from tttjax.io.paths import local_path
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """The path of a file to write, which replaces `path` once it is written and on the disk.
+    """The path of a temporary file, which replaces `path` after the block and an fsync.
 
-    If anything goes wrong it is removed, and what stands at `path` stays. It carries the process's
-    number, so that two writers of one file do not mix: the last to finish has it. Its permissions
-    are those that the umask leaves, also from libraries that write files for their owner alone.
+    On an exception it is removed and `path` is unchanged. Its name contains the pid, so that
+    concurrent writers do not mix: the last to finish wins. Its permissions follow the umask, also
+    for libraries that write files readable by the owner only.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -35,7 +35,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _usual_mode(path: Path) -> int:
-    """Permissions of a new file at `path`: the umask can be read only by changing it for all."""
+    """Permissions of a new file; reading the umask itself would change it for all threads."""
     path.unlink(missing_ok=True)
     path.touch(exist_ok=False)
     try:
@@ -47,7 +47,7 @@ def _usual_mode(path: Path) -> int:
 def write_files(
     out: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]
 ) -> dict[str, Path]:
-    """Has each file under `out` written whole or not at all; returns their paths by name."""
+    """Writes each file under `out` atomically; returns their paths by name."""
     folder = local_path(out)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in writers}
@@ -58,12 +58,12 @@ def write_files(
 
 
 def write_text(path: Path, text: str) -> None:
-    """`Path.write_text`, in UTF-8 whatever the machine's default."""
+    """`Path.write_text` in UTF-8."""
     path.write_text(text, encoding="utf-8")
 
 
 def require_empty_dir(path: str | os.PathLike, option: str) -> Path:
-    """UserError, with the option's name, unless a folder can be made there: empty, or not yet."""
+    """The path; raises UserError, with the option's name, unless it is an empty or new folder."""
     path = local_path(path, option)
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
@@ -77,18 +77,16 @@ def require_empty_dir(path: str | os.PathLike, option: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, option: str) -> Iterator[Path]:
-    """A temporary folder beside `path`, which gets its name if nothing goes wrong; else it goes.
+    """A temporary folder beside `path`, renamed to it after the block, or removed on an exception.
 
-    Raises UserError as `require_empty_dir` does, also if the name was taken meanwhile, and while
-    another process is making the same folder.
+    Raises UserError as `require_empty_dir` does, before and after the block, and while another
+    process writes the same folder.
     """
-    path = require_empty_dir(path, option).absolute()  # also of ".", which has no name
+    path = require_empty_dir(path, option).absolute()  # "." has no name
     with hold(path, beside=True):
-        for leftover in path.parent.glob(
-            f".{glob.escape(path.name)}.*.tmp"
-        ):  # of one that was killed
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)
-        # A name of its own, because transformers keeps the code of a folder by the folder's name.
+        # A unique name, because transformers caches the code of a folder by its name.
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.mkdir()
         try:

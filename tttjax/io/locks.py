@@ -1,12 +1,12 @@
-"""One writer at a time: a lock file names who writes a place, and shows that it still does.
+"""Lock files with heartbeats: one writer of a file or folder at a time, also across hosts.
 
-The file holds host, process and start of the holder, whose thread renews its time of change every
-few seconds. A newcomer on the same host asks the system for the process; one on another host, or
-in another container, cannot, and watches whether the time changes. It compares what it sees with
-what it saw, never with a clock, as those of two hosts may differ.
+A lock file holds the host, process and start time of its holder, whose thread renews the file's
+mtime every few seconds. A process on the same host asks the operating system whether the holder
+lives. One on another host, or in another container, watches whether the mtime changes. It compares
+two observations of the file, never a clock, because clocks of hosts differ.
 
-By hand, because libraries do half of it: locks of the operating system are not seen by other hosts
-on many shared disks, and filelock's file-based ones stay for ever behind a holder that was killed.
+Not a library, because operating-system locks do not reach other hosts on many shared disks, and
+filelock's file-based locks stay for ever after a holder was killed.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from tttjax.errors import UserError
 
 FOLDER_LOCK = ".lock"
 HEARTBEAT_SECONDS = 3.0
-WATCH_SECONDS = 20.0  # some beats, also where a shared disk tells of changes late
+WATCH_SECONDS = 20.0  # several heartbeats, also on shared disks that report changes late
 Log = Callable[[str], None]
 
 
@@ -38,17 +38,17 @@ def _log_to_stderr(line: str) -> None:
 
 
 class Lock:
-    """A lock that is held, as far as this process knows."""
+    """A held lock. lost: set once another process has taken it over."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lost = path, threading.Event()
 
     def check(self) -> None:
-        """UserError if another process took the lock over, as from a process that was suspended."""
+        """Raises UserError if another process took the lock over, as after a suspension."""
         if self.lost.is_set():
             raise UserError(
-                f"another process took over {self.path} while this one gave no sign of life; "
-                "this one ends, and the other goes on."
+                f"another process took over the lock of {self.path} while this one did not "
+                "respond; this one exits."
             )
 
 
@@ -62,14 +62,14 @@ def hold(
     heartbeat_s: float = HEARTBEAT_SECONDS,
     watch_s: float = WATCH_SECONDS,
 ) -> Iterator[Lock]:
-    """Keeps other holders away from a folder, or with `beside` from a file or folder of that name.
+    """Holds the lock of a folder, or with `beside` that of a file or folder.
 
-    The lock file lies in the folder, or beside the file. Folders that are not there are made, and
-    go again if they are empty at the end. ends_on_sigterm: the signal unwinds as Ctrl-C does, so
-    that the lock and what is half written go; exit code 143.
-    say: takes a line about waiting, or about taking over from a process that is gone.
-    beat_s: seconds between signs of life. watch_s: how long to look for those of another host.
-    Raises UserError, with the holder, if there is one, and for a file that is to be a folder.
+    The lock file is in the folder, or with `beside` next to the path. Missing folders are created,
+    and removed at the end if empty.
+    exit_on_sigterm: SIGTERM raises SystemExit(143), which removes the lock and partial output.
+    log: called with a line about waiting, or about taking over from a process that has ended.
+    heartbeat_s: seconds between heartbeats. watch_s: how long to watch for those of another host.
+    Raises UserError that names the holder, if there is one, or if a file is at a folder's path.
     """
     path = Path(path)
     target = path.absolute()
@@ -91,13 +91,14 @@ def hold(
             _release(lock_path, me.token)
 
 
-# Who holds it ------------------------------------------------------------------------------------
+# Holder ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """A process. boot, namespace: pids mean the same where both are the same; started: in clock
-    ticks since the boot, so that a pid that was given again is recognised; "" where not known.
+    """The process that holds a lock. Pids are comparable where boot and namespace are equal.
+
+    started: in clock ticks since boot, to detect a reused pid. Fields are "" where unknown.
     """
 
     host: str
@@ -119,7 +120,7 @@ class _Holder:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
     def is_on_this_host(self) -> bool:
-        """Whether this process can ask for it."""
+        """Whether its pid is one of this host and pid namespace."""
         return (self.host, self.boot, self.namespace) == _host_identity()
 
     def is_alive(self) -> bool:
@@ -128,14 +129,14 @@ class _Holder:
         except ProcessLookupError:
             return False
         except PermissionError:
-            pass  # another user's
+            pass  # process of another user
         state, started = _state_and_start(str(self.pid))
         is_reused = bool(started and self.started) and started != self.started
         return state not in ("Z", "X") and not is_reused
 
 
 def _host_identity() -> tuple[str, str, str]:
-    """Host, its boot, and the namespace of process numbers: containers repeat the first."""
+    """(host name, boot id, pid namespace); containers may share host names."""
     boot = namespace = ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -144,7 +145,7 @@ def _host_identity() -> tuple[str, str, str]:
 
 
 def _state_and_start(pid: str) -> tuple[str, str]:
-    """A letter for the process's state, and when it started; "" where the system does not say."""
+    """(state letter, start time in clock ticks) of a process; "" where unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -153,14 +154,14 @@ def _state_and_start(pid: str) -> tuple[str, str]:
 
 
 class _LockState(NamedTuple):
-    """A lock file as it was at one moment."""
+    """Content and mtime (ns) of a lock file, read together."""
 
     content: bytes
-    changed: int
+    mtime_ns: int
 
     @property
     def holder(self) -> _Holder | None:
-        """None while it is being written, or damaged."""
+        """None if the file is incomplete or damaged."""
         try:
             holder = _Holder(**json.loads(self.content))
             return holder if isinstance(holder.pid, int) and holder.pid > 0 else None
@@ -170,15 +171,13 @@ class _LockState(NamedTuple):
 
 def _read_lock(lock_path: Path) -> _LockState | None:
     try:
-        with lock_path.open(
-            "rb"
-        ) as file:  # opened anew, as a shared disk caches what it told before
+        with lock_path.open("rb") as file:  # reopened, because shared disks cache attributes
             return _LockState(file.read(), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
 
 
-# Taking and leaving it ---------------------------------------------------------------------------
+# Acquire and release -----------------------------------------------------------------------------
 
 
 def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log) -> None:
@@ -192,8 +191,8 @@ def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log)
                 raise _held_error(path, holder)
         else:
             log(
-                f"note: {path} is marked as being written by {holder or 'another process'}; "
-                f"looking for {watch_s:g} s whether it still is"
+                f"note: {path} is locked by {holder or 'another process'}; "
+                f"looking for {watch_s:g} s whether it is alive"
             )
             current = _watch(lock_path, state, watch_s)
             if current is None or current.content != state.content:
@@ -201,26 +200,26 @@ def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log)
             if current != state:
                 raise _held_error(path, holder)
         if _take_over(lock_path, state, me):
-            log(f"note: taking over {path} from {holder or 'another process'}, which is gone")
+            log(f"note: taking over {path} from {holder or 'another process'}, which has ended")
             return
 
 
 def _held_error(path: Path, holder: _Holder | None) -> UserError:
     return UserError(
-        f"{path} is being written by another command ({holder or 'a process'}); wait until that "
-        "has ended, stop it, or name another place."
+        f"{path} is being written by another command ({holder or 'a process'}); wait until it "
+        "ends, stop it, or choose another path."
     )
 
 
 def _create(lock_path: Path, me: _Holder) -> bool:
-    """Whether the file was not there, and now is this process's."""
-    lock_path.parent.mkdir(parents=True, exist_ok=True)  # another holder may have removed it again
+    """Creates the lock file; False if it exists."""
+    lock_path.parent.mkdir(parents=True, exist_ok=True)  # another holder may have removed it
     try:
         with lock_path.open("xb") as file:
             try:
                 file.write(_content(me))
                 file.flush()
-            except OSError:  # no space: an empty lock would be waited for
+            except OSError:  # disk full: an empty lock would block others
                 lock_path.unlink(missing_ok=True)
                 raise
     except (FileExistsError, FileNotFoundError):
@@ -233,7 +232,7 @@ def _content(me: _Holder) -> bytes:
 
 
 def _watch(lock_path: Path, state: _LockState, watch_s: float) -> _LockState | None:
-    """The file when it has changed, or as it is after that time."""
+    """The file's state once it differs from `state`, or after watch_s."""
     end, current = time.monotonic() + watch_s, _read_lock(lock_path)
     while current == state and time.monotonic() < end:
         time.sleep(min(0.5, watch_s / 10))
@@ -242,11 +241,11 @@ def _watch(lock_path: Path, state: _LockState, watch_s: float) -> _LockState | N
 
 
 def _take_over(lock_path: Path, state: _LockState, me: _Holder) -> bool:
-    """Replaces the file if it still is as it was seen; one newcomer of several succeeds."""
+    """Replaces the file if its state is unchanged; of several processes one succeeds."""
     folder = os.open(lock_path.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a disk without locks: whoever is last has it, and
-            fcntl.flock(folder, fcntl.LOCK_EX)  # the others notice by their next sign of life
+        with contextlib.suppress(OSError):  # without flock the last one has it, and the others
+            fcntl.flock(folder, fcntl.LOCK_EX)  # notice at their next heartbeat
         if _read_lock(lock_path) != state:
             return False
         temporary = lock_path.with_name(f"{lock_path.name}.{me.token}")
@@ -260,9 +259,9 @@ def _take_over(lock_path: Path, state: _LockState, me: _Holder) -> bool:
 def _heartbeat(
     lock_path: Path, token: str, heartbeat_s: float, stop: threading.Event, lost: threading.Event
 ) -> None:
-    """Renews the file's time of change until told to stop; notes if it is another's by now."""
+    """Renews the file's mtime until `stop`; sets `lost` if another process took it over."""
     while not stop.wait(heartbeat_s):
-        with contextlib.suppress(OSError):  # a disk that does not answer for a while
+        with contextlib.suppress(OSError):  # a disk that is temporarily unavailable
             state = _read_lock(lock_path)
             if state and state.holder and state.holder.token != token:
                 lost.set()
@@ -279,20 +278,20 @@ def _release(lock_path: Path, token: str) -> None:
 
 @contextlib.contextmanager
 def _folder_for_lock(folder: Path) -> Iterator[None]:
-    """The folder is there; those that were made for it go again if they are empty at the end."""
+    """Creates the folder; removes the folders that it created if they are empty at the end."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty, or gone already
+        with contextlib.suppress(OSError):  # not empty, or removed already
             for path in missing:
                 path.rmdir()
 
 
 @contextlib.contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """Lets SIGTERM leave all contexts, where nobody else has a handler for it."""
+    """Turns SIGTERM into SystemExit, unless another handler is installed."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -1,4 +1,4 @@
-"""Paths that users give: folders and files of this machine, with `~` expanded."""
+"""User-supplied paths: local files and folders, with `~` expanded."""
 
 import os
 import re
@@ -10,12 +10,11 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of
 
 
 def local_path(value: str | os.PathLike, option: str = "") -> Path:
-    """`value` as a path of this machine; of what this returns, it returns the same again.
+    """`value` as a local path; idempotent.
 
-    A leading `~` or `~user` is expanded, and nowhere else: what is opened by one function and
-    written by another is then the same place. option: name of the flag or field, for the error.
-    Raises UserError for `scheme://...`, which would become a local folder `scheme:`, and for a
-    user who does not exist.
+    Only a leading `~` or `~user` is expanded. option: name of the flag or field, for the error.
+    Raises UserError for `scheme://...`, which would become a local folder `scheme:`, and for an
+    unknown user.
     """
     text = os.fspath(value)
     label = f"{option}={text}" if option else text
@@ -31,18 +30,18 @@ def local_path(value: str | os.PathLike, option: str = "") -> Path:
             f"{label} names the home of a user who does not exist; write ./{text} for a file or "
             "folder of that name."
         ) from error
-    # `./~` and `./gs:/` lose their first two characters in a Path, and would change again.
+    # Path drops the `./` of `./~` and `./gs:/`, so a second call would expand or refuse them.
     would_expand_again = str(path).startswith("~") or _SCHEME.match(str(path))
     return path.absolute() if would_expand_again else path
 
 
 def path_text(value: str | os.PathLike, option: str = "") -> str:
-    """`local_path` as text, which stays as it is where nothing is to be expanded."""
+    """`local_path` as text; unchanged where nothing is expanded."""
     text = os.fspath(value)
     path = local_path(text, option)
     return str(path) if text.startswith("~") else text
 
 
 def absolute_path(value: str | os.PathLike, option: str = "") -> str:
-    """`local_path`, found from every folder. Symbolic links stay what they are."""
+    """`local_path` made absolute; symbolic links are not resolved."""
     return str(local_path(value, option).absolute())

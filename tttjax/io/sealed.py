@@ -1,7 +1,7 @@
-"""JSON files that carry a checksum of their own content.
+"""JSON files that contain a checksum of their own content.
 
-A damaged file is a ValueError with a phrase that says what is wrong; whoever reads the file knows
-its name, and what its user can do about it.
+A damaged file raises ValueError with a phrase that says what is wrong; the caller adds the file's
+name and the remedy.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ SEAL = "checksum"
 
 
 def checksum(values: Mapping[str, Any]) -> str:
-    """BLAKE2b (hex) of a JSON object, whatever its layout and order; SEAL itself is left out."""
+    """BLAKE2b (hex) of a JSON object, independent of layout and order; excludes SEAL itself."""
     content = {name: value for name, value in values.items() if name != SEAL}
     text = json.dumps(content, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its checksum under SEAL. Names are strings, as JSON has them."""
+    """The object with its checksum under SEAL. Names must be strings."""
     return {**values, SEAL: checksum(values)}
 
 
 def version_of(text: str | bytes, name: str) -> Any:
-    """What a JSON object has under `name`, unchecked: other versions may be sealed otherwise.
+    """The value of `name` in a JSON object, without a check: other versions may differ in theirs.
 
-    Raises ValueError for what is no JSON object, or lacks the name.
+    Raises ValueError if the text is not a JSON object or lacks the name.
     """
     values = _parse(text)
     if not isinstance(values, dict) or name not in values:
@@ -39,9 +39,8 @@ def version_of(text: str | bytes, name: str) -> Any:
 def read_object(text: str | bytes, *, is_sealed: bool = False) -> dict[str, Any]:
     """The JSON object in `text`, SEAL included.
 
-    is_sealed: whether it must have a checksum; one that is there is compared in any case.
-    Raises ValueError for anything else, for numbers that are not finite, and for a checksum that
-    differs.
+    is_sealed: whether a checksum is required; an existing one is always verified.
+    Raises ValueError for other JSON, non-finite numbers, and a wrong checksum.
     """
     values = _parse(text, parse_constant=_refuse)
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""From one sequence to a batch of them."""
+"""vmap over the sequences of a batch, with batch size 1 handled without a batch axis."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from tttjax.types import Array, PyTree
 
 
 def over_sequences(fn: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callable:
-    """`jax.vmap(fn, in_axes, out_axes)`, but a batch of one sequence runs as fn itself.
+    """`jax.vmap(fn, in_axes, out_axes)`, but a batch of one sequence calls fn without a batch axis.
 
-    Axes are counted from the first; None: the same for all.
-    On a CPU, XLA's sums over an inner axis are many times slower where an outer axis has length 1,
-    and one sequence on each device at a time is what most training has.
+    Axes are nonnegative; None: not batched.
+    On CPUs, XLA's reductions over an inner axis are many times slower with an outer axis of length
+    1, and most training has one sequence per device at a time.
     """
     batched = jax.vmap(fn, in_axes, out_axes)
 
@@ -30,12 +30,12 @@ def over_sequences(fn: Callable, in_axes: Any = 0, out_axes: Any = 0) -> Callabl
 
 
 def _with_axis(x: Array, axis: int) -> Array:
-    """`jnp.expand_dims`, of which the derivative is a sum, as a reshape in both directions."""
+    """`jnp.expand_dims` as a reshape: the derivative is a reshape, not a sum."""
     return jnp.reshape(x, (*jnp.shape(x)[:axis], 1, *jnp.shape(x)[axis:]))
 
 
 def _map_axes(axes: Any, tree: PyTree, fn: Callable[[Array, int], Any]) -> PyTree:
-    """The tree with every array that has an axis changed; axes: a prefix of it, as for vmap."""
+    """fn(array, axis) on every array with an axis; axes: a prefix of the tree, as for vmap."""
 
     def part(axis: int | None, arrays: PyTree) -> PyTree:
         return arrays if axis is None else jax.tree.map(lambda x: fn(x, axis), arrays)

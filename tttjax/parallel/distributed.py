@@ -1,4 +1,4 @@
-"""Joining a run of several processes."""
+"""Start of a multi-process run."""
 
 import jax
 
@@ -10,10 +10,10 @@ from tttjax.parallel.coordinator import (
     split_address,
 )
 
-JOIN_SECONDS = 300  # that processes wait for each other at the start
+JOIN_SECONDS = 300  # timeout of processes waiting for each other at the start
 _JOIN_TIMEOUT_ERROR = (
-    "the other processes of the run did not join in time: check that every one was started, with "
-    "the same --coordinator and --process-count and a --process-id of its own"
+    "the other processes of the run did not join in time: check that each was started, with the "
+    "same --coordinator and --process-count and its own --process-id"
 )
 
 
@@ -22,12 +22,12 @@ def start_distributed(
 ) -> None:
     """Joins this process to a multi-process run; call it before JAX touches a device.
 
-    Without arguments, a cluster that JAX knows (TPU pod, Slurm, Open MPI, Kubernetes) tells them.
+    Without arguments, JAX detects them from the cluster (TPU pod, Slurm, Open MPI, Kubernetes).
 
     Raises:
-      UserError: only some of the three are given, the address is none, its port is taken, nobody
-        answers there, or the cluster cannot be joined. Where others do not join in time the process
-        ends with one sentence and exit code 2.
+      UserError: only some of the three are given, the address is invalid, its port is in use,
+        nothing answers there, or joining fails. If other processes do not join in time, this
+        process prints an error and exits with code 2.
     """
     arguments = {
         "--coordinator": coordinator,
@@ -38,7 +38,7 @@ def start_distributed(
     if 0 < len(missing) < len(arguments):
         raise UserError(
             f"a multi-process run needs {', '.join(arguments)} together; {', '.join(missing)} is "
-            "missing (or leave out all three where the cluster tells them)"
+            "missing (or leave out all three on a cluster that JAX detects)"
         )
     if coordinator is not None and process_id is not None and process_count is not None:
         _check_address(coordinator, process_id, process_count)
@@ -46,7 +46,7 @@ def start_distributed(
         with report_waiting("the other processes of the run", JOIN_SECONDS, _JOIN_TIMEOUT_ERROR):
             jax.distributed.initialize(
                 *(coordinator, process_count, process_id),
-                initialization_timeout=2 * JOIN_SECONDS,  # it must not be the first to give up
+                initialization_timeout=2 * JOIN_SECONDS,  # must exceed our own timeout
             )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -57,7 +57,7 @@ def start_distributed(
 
 
 def _check_address(coordinator: str, process_id: int, process_count: int) -> None:
-    """UserError for what would end or hang JAX's runtime; waits until process 0 is there."""
+    """Raises UserError for arguments that abort or hang JAX's runtime; waits for process 0."""
     if not 0 <= process_id < process_count:
         raise UserError(
             f"--process-id={process_id} must be from 0 to {process_count - 1}, below "

@@ -21,10 +21,10 @@ from tttjax.types import Array, PyTree
 )
 @dataclass(frozen=True)
 class ShardedParam:
-    """This device's part of a weight, or of a stack of them.
+    """This device's shard of a weight, or of a stack of weights.
 
-    axis: of the mesh. from_end: the dimension that it divides, counted from the last, -1, so that
-    it names the same one in a row of a stack. dtype: that of the whole weight; None: the shard's.
+    axis: mesh axis. from_end: the sharded dimension, negative, hence the same for one
+    weight of a stack. dtype: that of the full weight; None: the shard's.
     """
 
     shard: Array
@@ -38,9 +38,9 @@ def is_sharded(leaf: PyTree) -> bool:
 
 
 def all_gather_params(tree: PyTree) -> PyTree:
-    """Every `ShardedParam` weight whole, on all devices of its axis. Others stay as they are.
+    """All-gathers every `ShardedParam` over its axis. Other leaves are unchanged.
 
-    The derivative sums over the axis, in the shard's dtype, and leaves each device its part.
+    The VJP reduce-scatters the gradient over the axis, in the shard's dtype.
     """
 
     def gather(leaf):

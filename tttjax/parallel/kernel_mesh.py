@@ -1,4 +1,4 @@
-"""Kernels on a mesh: the partitioner cannot divide them, so each device runs its own heads.
+"""Kernels on a mesh: the partitioner cannot shard them, so each device runs its own heads.
 
 Arrays have heads in the last dimension but one, as in [T, H, K].
 """
@@ -12,14 +12,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 def auto_axes() -> dict[str, int]:
-    """Axes of the mesh in force that the partitioner handles, with their sizes."""
+    """Axes of the current mesh that the partitioner handles, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in types if kind != AxisType.Manual}
 
 
 def unsharded_reason(heads: int) -> str:
-    """Why the mesh in force keeps kernels away; empty if it does not."""
+    """Why kernels cannot run on the current mesh; empty if they can."""
     auto = auto_axes()
     num_shards = math.prod(auto.values())
     if num_shards > 1 and not jax.sharding.get_abstract_mesh().manual_axes:
@@ -27,13 +27,14 @@ def unsharded_reason(heads: int) -> str:
             f"the partitioner shards the work over {num_shards} devices, and cannot shard a kernel"
         )
     if heads % num_shards:
-        return f"mesh axes {', '.join(auto)} of {num_shards} devices do not divide {heads} heads"
+        axes = ", ".join(auto)
+        return f"{heads} heads are not a multiple of {num_shards} devices (mesh axes {axes})"
     return ""
 
 
 def shard_over_heads(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call(*arguments)` on every device's own heads; arguments and results are trees of arrays,
-    of which those with less than two dimensions have no heads."""
+    """`call(*arguments)` sharded over heads; arguments and results are trees of arrays. Arrays
+    with fewer than two dimensions have no heads."""
     axes = tuple(auto_axes())
     if not axes:
         return call

@@ -1,8 +1,8 @@
-"""The device mesh, and the one table that maps logical axis names to it.
+"""The device mesh and the table that maps logical axis names to mesh axes.
 
 Weights and batches carry logical names; nothing outside this file names a mesh axis. `data` and
-`fsdp` both divide the sequences of a batch; `fsdp` divides the weights and the optimizer's state
-too; `tensor` divides heads, MLPs and vocabulary within a layer.
+`fsdp` both shard the sequences of a batch; `fsdp` also shards the weights and the optimizer state;
+`tensor` shards heads, MLPs and vocabulary within a layer.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from tttjax.parallel.fsdp import ShardedParam
 from tttjax.types import Array, Params, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # they divide the batch; the rest works on the same sequences
+BATCH_AXES = ("data", "fsdp")  # the other axes work on the same sequences
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
@@ -41,7 +41,7 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of all devices, or of those given. data = -1 takes what the other axes leave.
+    """A mesh of `devices` (None: all). data = -1: the number of devices over fsdp x tensor.
 
     Raises UserError if the axes do not multiply to the number of devices.
     """
@@ -52,27 +52,27 @@ def make_mesh(
     if data * model_shards != len(devices):
         raise UserError(
             f"data {data} x fsdp {fsdp} x tensor {tensor} = {data * model_shards} devices does not "
-            f"fit the {len(devices)} available; choose mesh.data, mesh.fsdp and mesh.tensor so that "
-            "their product is the number of devices (mesh.data = -1 uses all of them)"
+            f"fit the {len(devices)} available; choose mesh.data, mesh.fsdp and mesh.tensor so "
+            "that their product is the number of devices (mesh.data = -1 uses all of them)"
         )
     grid = arrange_devices(devices, data, fsdp, tensor)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def arrange_devices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
-    """Devices [data, fsdp, tensor], so that neighbours there are neighbours on the network.
+    """Devices [data, fsdp, tensor], arranged so that mesh neighbours are network neighbours.
 
-    Where the axes are no product of those of a TPU's torus, these are split. Of several TPU slices
-    each has whole rows of fsdp and tensor; `data` goes across them.
-    Raises UserError if the slices do not divide `data`.
+    Axes of a TPU's torus are split where the mesh axes are not products of them. With several TPU
+    slices fsdp and tensor stay within a slice; only `data` crosses slices.
+    Raises UserError if `data` is not a multiple of the number of slices.
     """
     slices = 1
     if devices[0].platform == "tpu":
         slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
         raise UserError(
-            f"mesh.data = {data} cannot be divided among {slices} TPU slices, and fsdp and tensor "
-            "stay within one; choose them so that data is a multiple of the slices"
+            f"mesh.data = {data} cannot be divided among {slices} TPU slices, because fsdp and "
+            "tensor stay within a slice; make mesh.data a multiple of the number of slices"
         )
     if slices == 1:
         return create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
@@ -82,10 +82,10 @@ def arrange_devices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -
 
 
 def spec(mesh: Mesh, axes: Sequence[str]) -> PartitionSpec:
-    """The partition of an array with these logical axes; mesh axes of size 1 divide nothing.
+    """The partition of an array with these logical axes; mesh axes of size 1 are omitted.
 
-    Raises KeyError for a name that is not in the table, ValueError if two dimensions would land on
-    one mesh axis.
+    Raises KeyError for a name that is not in the table, ValueError if two dimensions map to one
+    mesh axis.
     """
     entries = [
         tuple(axis for axis in LOGICAL_TO_MESH[name] if mesh.shape[axis] > 1) for name in axes
@@ -97,12 +97,12 @@ def spec(mesh: Mesh, axes: Sequence[str]) -> PartitionSpec:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sequences over data and fsdp, tokens whole."""
+    """Sequences sharded over data and fsdp; tokens not sharded."""
     return NamedSharding(mesh, spec(mesh, ["batch"]))
 
 
 def is_axes(node: PyTree) -> bool:
-    """A leaf of `Transformer.axes()`: the names of one array's dimensions."""
+    """Whether this is a leaf of `Transformer.axes()`: the axis names of one array."""
     return isinstance(node, tuple) and all(isinstance(name, str) for name in node)
 
 
@@ -114,7 +114,7 @@ def param_specs(mesh: Mesh, axes: Params) -> Params:
 def param_shardings(mesh: Mesh, axes: Params, abstract: Params) -> Params:
     """Named shardings of every weight.
 
-    Raises UserError for a weight with a dimension that its mesh axes do not divide.
+    Raises UserError if a dimension of a weight is not a multiple of its number of shards.
     """
     for part in ("slow", "fast"):
         shapes = flatten_dict(getattr(abstract, part), sep="/")
@@ -125,16 +125,16 @@ def param_shardings(mesh: Mesh, axes: Params, abstract: Params) -> Params:
                 if size % num_shards:
                     raise UserError(
                         f"the mesh does not fit the model: {path} has {size} entries along "
-                        f"{name!r}, which {num_shards} devices (mesh axis "
-                        f"{' x '.join(LOGICAL_TO_MESH[name])}) do not divide"
+                        f"{name!r}, which is not a multiple of {num_shards} devices (mesh axis "
+                        f"{' x '.join(LOGICAL_TO_MESH[name])})"
                     )
     return jax.tree.map(lambda s: NamedSharding(mesh, s), param_specs(mesh, axes))
 
 
 def like_params(tree: PyTree, params: Params, shardings: Params, default: NamedSharding) -> PyTree:
-    """Shardings for a tree that has parameter-shaped parts, such as an optimizer's state.
+    """Shardings for a tree that contains parameter-shaped subtrees, such as optimizer state.
 
-    A leaf whose path ends like a weight's path and whose shape is the weight's is sharded like it;
+    A leaf whose path ends with a weight's path and that has its shape is sharded like it;
     every other leaf (counts) gets `default`.
     """
 
@@ -165,34 +165,33 @@ def like_params(tree: PyTree, params: Params, shardings: Params, default: NamedS
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes that do divide the batch."""
+    """The mesh axes, of size above 1, that shard the batch."""
     return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 
 
 def manual_axes(mesh: Mesh) -> set[str]:
-    """What shard_map handles: the axes that divide the batch, and those that divide nothing.
+    """Axes manual in shard_map: those that shard the batch, and those of size 1.
 
-    The others are left to the partitioner, except by kernels, which it cannot divide
-    (`ops.kernel_mesh`).
+    The partitioner handles the others, except for kernels (`parallel.kernel_mesh`).
     """
     return {*batch_axes(mesh), *(axis for axis, size in mesh.shape.items() if size == 1)}
 
 
 def manual(partition: PartitionSpec) -> PartitionSpec:
-    """The part of a partition that shard_map over the batch axes handles; `tensor` stays auto."""
+    """The part of a partition over the batch axes, manual in shard_map; `tensor` stays auto."""
     return PartitionSpec(*(entry if entry in BATCH_AXES else None for entry in partition))
 
 
 def as_sharded_param(weight: Array, partition: PartitionSpec) -> Array | ShardedParam:
-    """A shard as a leaf that `all_gather_params` gathers; unchanged if fsdp does not shard it."""
+    """A shard as a `ShardedParam` for `all_gather_params`; unchanged if fsdp does not shard it."""
     if "fsdp" not in partition:
         return weight
     return ShardedParam(weight, "fsdp", tuple(partition).index("fsdp") - weight.ndim)
 
 
 def reduce_mean(gradient: Array, partition: PartitionSpec, axes: tuple[str, ...]) -> Array:
-    """Mean over the mesh axes `axes` of a gradient, summed over fsdp already if that divides it."""
-    model_shards = tuple(axis for axis in axes if axis not in partition)
-    if model_shards:
-        gradient = jax.lax.psum(gradient, model_shards)
+    """Mean of a gradient over mesh axes; it is already summed over fsdp if fsdp shards it."""
+    unreduced = tuple(axis for axis in axes if axis not in partition)
+    if unreduced:
+        gradient = jax.lax.psum(gradient, unreduced)
     return gradient / jax.lax.axis_size(axes)

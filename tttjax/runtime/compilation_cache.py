@@ -1,8 +1,8 @@
-"""Compiled programs are kept between starts: JAX's persistent cache, in one folder of this user.
+"""JAX's persistent compilation cache, in one folder per user and kind of processor.
 
-TTTJAX_COMPILATION_CACHE names another folder, or is `off`. JAX_COMPILATION_CACHE_DIR and the other
-variables of JAX, where they are set, win. Programs for CPUs are machine code, so each kind of
-processor has a folder of its own.
+TTTJAX_COMPILATION_CACHE names another folder, or is `off`. JAX_COMPILATION_CACHE_DIR and JAX's
+other variables take precedence. Kinds of processor are separate because CPU programs are machine
+code.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from pathlib import Path
 from tttjax.io.paths import local_path
 
 VARIABLE = "TTTJAX_COMPILATION_CACHE"
-MAX_BYTES = 2 << 30  # the least recently used programs are removed beyond this
-MIN_SECONDS = 0.3  # programs that compile faster are not kept
+MAX_BYTES = 2 << 30  # beyond it the least recently used programs are removed
+MIN_SECONDS = 0.3  # programs that compile faster are not cached
 
 
 def enable_compilation_cache() -> Path | None:
-    """Has JAX keep compiled programs; the folder, or None if there is none.
+    """Enables JAX's compilation cache; returns its folder, or None if it is off.
 
-    To be called before JAX is imported: it reads the environment then. A folder that cannot be
-    written to leaves the cache off. Raises UserError if the variable names a bucket or a URL.
+    Call it before importing JAX, which reads the environment then. The cache stays off if the
+    folder is not writable. Raises UserError if the variable names a bucket or a URL.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") or "jax" in sys.modules:
         return None
@@ -33,7 +33,7 @@ def enable_compilation_cache() -> Path | None:
         return None
     try:
         folder = (local_path(setting, VARIABLE) if setting else _default_folder()) / _machine()
-        # Machine code that is run when it is read back: no other user may put any there.
+        # The cache holds machine code that is executed, so no other user may write to it.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
@@ -61,14 +61,14 @@ def _machine() -> str:
 
 
 def last_seconds(program: str) -> float | None:
-    """How long the first step of this program took the last time; None where that is not known."""
+    """Recorded duration of this program's last first step; None if unknown."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return float(json.loads(_seconds_path(program).read_text(encoding="utf-8")))
     return None
 
 
 def record_seconds(program: str, seconds: float) -> None:
-    """Remembers it for `last_seconds`, where there is a cache."""
+    """Stores a duration for `last_seconds`, if there is a cache."""
     with contextlib.suppress(OSError):
         path = _seconds_path(program)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -1,7 +1,7 @@
-"""What libtpu is told on a machine without a TPU: it is there to compile for TPUs (`tttjax plan`).
+"""Environment of libtpu on a machine without a TPU, where it only compiles (`tttjax plan`).
 
-JAX loads it wherever it is installed. Not told, it asks the machine which TPU it has, and prints a
-page of warnings and an error when there is none.
+JAX loads libtpu wherever it is installed. Without these variables it queries the machine's TPU, and
+prints a page of warnings and an error if there is none.
 """
 
 import glob
@@ -14,11 +14,11 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
-_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # one of them for each chip, whatever the version
+_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # device files of TPU chips, by version
 
 
 def quieten_libtpu() -> None:
-    """Call it before JAX touches a device. Where there may be a TPU, nothing is changed."""
+    """Sets ENVIRONMENT unless there may be a TPU. Call it before JAX initialises devices."""
     if importlib.util.find_spec("libtpu") is None or any(map(glob.glob, _DEVICES)):
         return
     for variable, value in ENVIRONMENT.items():

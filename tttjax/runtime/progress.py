@@ -13,18 +13,18 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-QUIET_SECONDS = 1.5  # after which something is said: in time for two seconds, on a busy machine too
-LONGEST_PAUSE = 30.0  # between two lines in a log file
+QUIET_SECONDS = 1.5  # of silence before a message; below two, also on a busy machine
+LONGEST_PAUSE = 30.0  # between two messages in a log file
 
 
-_line: "_Line | None" = None  # where it is said
-_stack: list["_Ticker"] = []  # nested activities; the innermost speaks
-_lock = threading.RLock()  # of the two, and of what is written meanwhile
+_line: "_Line | None" = None  # output; None: off
+_stack: list["_Ticker"] = []  # nested activities; the innermost reports
+_lock = threading.RLock()  # guards both, and the stream
 
 
 @contextlib.contextmanager
 def show_activity(stream: TextIO) -> Iterator[None]:
-    """Has `doing` speak to this stream."""
+    """Has `doing` print its messages to this stream."""
     global _line
     earlier, _line = _line, _Line(stream)
     try:
@@ -41,15 +41,15 @@ def show_activity(stream: TextIO) -> Iterator[None]:
 def doing(
     what: str, last_seconds: float | None = None, *, quiet_seconds: float | None = None
 ) -> Iterator[None]:
-    """A part of a command that may be silent for long.
+    """Reports an activity that may print nothing for long.
 
-    After `quiet_seconds` (QUIET_SECONDS) it is said how long `what` has taken: on a terminal in a
-    line that is renewed every second and erased at the end, in a file by lines at growing
-    intervals. Of nested parts the innermost speaks; an empty `what` has nothing said.
+    After `quiet_seconds` (QUIET_SECONDS) the elapsed time of `what` is printed: on a terminal in a
+    line that is renewed every second and erased at the end, in a file in lines at growing
+    intervals. Of nested activities the innermost reports; an empty `what` prints nothing.
 
     Arguments:
       what: such as "compiling the train step".
-      last_seconds: how long it took the last time, where that is known.
+      last_seconds: how long it took the last time, if known.
     """
     if _line is None:
         yield
@@ -71,22 +71,22 @@ def doing(
 
 
 def rename_activity(what: str) -> None:
-    """The innermost part goes on with something else."""
+    """Renames the innermost activity and restarts its time."""
     with _lock:
         if _stack:
             _stack[-1].begin(what)
 
 
 class _Line:
-    """The line about the time, and what stood in its place on the terminal."""
+    """The activity line, and the unfinished output that it covers on the terminal."""
 
     def __init__(self, stream: TextIO):
         self.stream, self.terminal = stream, stream.isatty()
-        self._unfinished = ""  # what was printed since the last line end
+        self._unfinished = ""  # output since the last newline
         self._is_shown = False
 
     def watch(self, stream: TextIO) -> TextIO:
-        """The stream, with `before_print` told of it if it goes where this line goes."""
+        """The stream, wrapped to call `before_print` if it shares this line's output."""
         same_terminal = stream is not None and stream.isatty() == self.terminal
         return cast(TextIO, _Watched(stream, self)) if same_terminal else stream
 
@@ -94,7 +94,7 @@ class _Line:
         if not self.terminal:
             self._write(f"{what}{suffix}\n")
             return
-        # A line that wraps could not be renewed: only its last row would be erased.
+        # A wrapped line could not be renewed: only its last row would be erased.
         columns = shutil.get_terminal_size().columns
         if not self._is_shown and len(self._unfinished) >= columns:
             self._unfinished = ""
@@ -109,7 +109,7 @@ class _Line:
             self._write(f"\r\x1b[K{self._unfinished}")
 
     def before_print(self, text: str) -> None:
-        """Something else is about to be printed."""
+        """Call before other output: erases the line and restarts the quiet period."""
         self.clear()
         last = (self._unfinished + text).rpartition("\n")[2]
         self._unfinished = last.rpartition("\r\x1b[K")[2]
@@ -117,13 +117,13 @@ class _Line:
             _stack[-1].wait()
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(ValueError, OSError):  # a closed stream ends no command
+        with contextlib.suppress(ValueError, OSError):  # a closed stream must not end the command
             self.stream.write(text)
             self.stream.flush()
 
 
 class _Watched:
-    """A stream that tells the line before anything is written to it."""
+    """A stream that calls `_Line.before_print` before each write."""
 
     def __init__(self, stream: TextIO, line: _Line):
         self._stream, self._line = stream, line
@@ -132,7 +132,7 @@ class _Watched:
         with _lock:
             self._line.before_print(text)
             written = self._stream.write(text)
-            if self._line.terminal:  # the other stream's text is to come after it
+            if self._line.terminal:  # keeps stdout and stderr in order
                 self._stream.flush()
             return written
 
@@ -151,13 +151,13 @@ class _Ticker:
         self._thread.start()
 
     def begin(self, what: str) -> None:
-        """The work starts now, and the silence with it."""
+        """Starts the activity and its quiet period."""
         self.what, self._since = what, time.monotonic()
         self._line.clear()
         self.wait()
 
     def wait(self) -> None:
-        """The silence begins anew."""
+        """Restarts the quiet period."""
         self._pause, self._next = self._quiet, time.monotonic() + self._quiet
 
     def stop(self) -> None:
