@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: the arithmetic of the layers, each with a plain form first."""
+"""Array functions of the layers: a reference form of each, and fast forms."""

@@ -1,15 +1,15 @@
-"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464): a memory that decays and is corrected.
+"""The gated delta rule (Gated DeltaNet, arXiv 2412.06464), recurrent and chunk-parallel.
 
 Each value head keeps a matrix S [K, V] and does, for every token,
 
     S <- exp(g) S                    decay, g <= 0
-    d  = beta (v - S^T k)            what the memory gets wrong about this key
-    S <- S + k d^T                   write
-    o  = S^T q / sqrt(K)             read what was just written
+    d  = beta (v - S^T k)            delta: error of the state at this key
+    S <- S + k d^T                   update
+    o  = S^T q / sqrt(K)             output
 
-`gated_delta_rule_recurrent` is that definition, token by token, and the form of decoding.
+`gated_delta_rule_recurrent` is that definition, token by token, and is used for decoding.
 `gated_delta_rule` gives the same numbers from matrix products over chunks of tokens. Value head h
-shares the query and key of head h // (Hv / Hk). Everything is computed in float32 at least.
+uses the query and key of head h // (Hv / Hk). Everything is computed in float32 at least.
 """
 
 import jax
@@ -18,15 +18,15 @@ import numpy as np
 
 from tttjax.types import Array
 
-MIN_LOG_DECAY = -1000.0  # exp of it is 0 in float64 too
+MIN_LOG_DECAY = -1000.0  # its exp is 0 in float64 too
 L2_EPS = 1e-6
 
 
 def l2_normalise(x_K: Array) -> Array:
     """x / sqrt(sum(x^2) + 1e-6) over the last axis, [..., K], in float32 at least.
 
-    Not cast back: with beta near 2, a key rounded to more than unit length would make the memory
-    grow instead of turning it over.
+    Not cast back: with beta near 2, a key rounded to more than unit length would make the state
+    grow instead of reflecting it.
     """
     x_K = x_K.astype(jnp.promote_types(x_K.dtype, jnp.float32))
     return x_K * jax.lax.rsqrt(jnp.sum(jnp.square(x_K), axis=-1, keepdims=True) + L2_EPS)
@@ -35,7 +35,7 @@ def l2_normalise(x_K: Array) -> Array:
 def gated_delta_rule_recurrent(
     q_THK: Array, k_THK: Array, v_THV: Array, g_TH: Array, beta_TH: Array, state_HKV: Array
 ) -> tuple[Array, Array]:
-    """The definition, one token after the other.
+    """The definition, token by token.
 
     q, k: [T, Hk, K]; v: [T, Hv, V]; g (log of the decay, <= 0) and beta (in [0, 2]): [T, Hv];
     state: [Hv, K, V], before the first token.
@@ -67,10 +67,10 @@ def gated_delta_rule(
 ) -> tuple[Array, Array]:
     """`gated_delta_rule_recurrent` in chunks of `chunk` tokens; any T >= 0.
 
-    In a chunk that starts from S, with G the running sum of g, the corrections d of its tokens obey
+    In a chunk that starts from S, with G the running sum of g, the deltas d of its tokens satisfy
     (I + A) d = beta (v - exp(G) S^T k), A[i, j] = beta_i exp(G_i - G_j) k_i.k_j for j < i: linear
-    in S. So one inverse per chunk and head, all of them in parallel, turns the chunk into two
-    products with S, which are all that is left for the scan (section 3.3 of the paper).
+    in S. So with one inverse per chunk and head, computed in parallel, the scan over chunks needs
+    only two products with S (section 3.3 of the paper).
     """
     length, value_heads, _ = v_THV.shape
     groups = value_heads // k_THK.shape[1]
@@ -78,7 +78,7 @@ def gated_delta_rule(
     chunks = -(-length // chunk)
 
     def in_chunks(x_TH):
-        """[T, H, ...] -> [N, H, C, ...]; added tokens are zero: they neither decay nor write."""
+        """[T, H, ...] -> [N, H, C, ...]; padding tokens are zero: no decay, no update."""
         back = [(0, chunks * chunk - length)] + [(0, 0)] * (x_TH.ndim - 1)
         x_NCH = jnp.pad(x_TH, back).reshape(chunks, chunk, *x_TH.shape[1:])
         return jnp.moveaxis(x_NCH, 1, 2)
@@ -114,7 +114,7 @@ def gated_delta_rule(
 
 
 def _prepare(q_THK: Array, *arrays: Array) -> tuple[Array, ...]:
-    """All in the widest of their dtypes, float32 at least, and q / sqrt(K)."""
+    """All in their common dtype, float32 at least; q divided by sqrt(K)."""
     wide = jnp.result_type(jnp.float32, q_THK, *arrays)
     return q_THK.astype(wide) * q_THK.shape[-1] ** -0.5, *(x.astype(wide) for x in arrays)
 
@@ -122,9 +122,9 @@ def _prepare(q_THK: Array, *arrays: Array) -> tuple[Array, ...]:
 def _decays(g_NHC: Array) -> tuple[Array, Array]:
     """Decay from the chunk's start to each token, and from token j to token i (0 for j > i).
 
-    Whole numbers and the rest are summed apart: the first sum is exact and the second stays small,
-    so that one token that forgets everything (g = -10^4) costs the others no precision. Only
-    sums <= 0 (up to rounding) are exponentiated, and what is masked is masked before.
+    Integer and fractional parts are summed separately: the first sum is exact and the second stays
+    small, so that a token with full decay (g = -10^4) costs the others no precision. Only sums
+    <= 0 (up to rounding) are exponentiated, and the mask is applied before.
     """
     g_NHC = jnp.maximum(g_NHC, MIN_LOG_DECAY)
     integer_NHC = jnp.round(g_NHC)
@@ -143,11 +143,11 @@ def _decays(g_NHC: Array) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def unit_lower_inverse(a_CC: Array) -> Array:
-    """(I + A)^-1 for strictly lower triangular A [..., C, C], by halves.
+    """(I + A)^-1 for strictly lower triangular A [..., C, C], by block doubling.
 
     The inverse of [[X, 0], [L, Y]] is [[X', 0], [-Y' L X', Y']]: as stable as forward substitution,
-    in log2(C) steps of batched matrix products instead of C. Its derivative is two products, not
-    the derivative of the steps.
+    in log2(C) steps of batched matrix products instead of C. Its JVP is two products, not the
+    derivative of the steps.
     """
     size = a_CC.shape[-1]
     full = 1 << max(size - 1, 0).bit_length()
@@ -156,7 +156,7 @@ def unit_lower_inverse(a_CC: Array) -> Array:
     for block in (1 << i for i in range(full.bit_length() - 1)):
         low_BXX = _subdiagonal_blocks(a_CC, block)
         first_BXX, second_BXX = inverse_BXX[..., 0::2, :, :], inverse_BXX[..., 1::2, :, :]
-        if block > 1:  # blocks of one entry: both inverses are 1
+        if block > 1:  # for blocks of one entry both inverses are 1
             low_BXX = _matmul_highest(_matmul_highest(second_BXX, low_BXX), first_BXX)
         top_rows = jnp.concatenate((first_BXX, jnp.zeros_like(first_BXX)), axis=-1)
         bottom_rows = jnp.concatenate((-low_BXX, second_BXX), axis=-1)
@@ -171,12 +171,12 @@ def _unit_lower_inverse_jvp(primals, tangents):
 
 
 def _subdiagonal_blocks(a_CC: Array, block: int) -> Array:
-    """The lower left quarters of the diagonal blocks of size 2 half: [..., B, half, half]."""
+    """Lower left quarters of the diagonal blocks of size 2 block: [..., B, block, block]."""
     pairs = a_CC.shape[-1] // (2 * block)
     split = a_CC.reshape(*a_CC.shape[:-2], pairs, 2, block, pairs, 2, block)[..., 1, :, :, 0, :]
     return jnp.moveaxis(jnp.diagonal(split, axis1=-4, axis2=-2), -1, -3)
 
 
 def _matmul_highest(x: Array, y: Array) -> Array:
-    """x @ y without the narrower inputs that accelerators use by default: errors would compound."""
+    """x @ y at the highest precision: rounding of inputs on accelerators would compound."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

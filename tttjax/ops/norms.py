@@ -1,4 +1,4 @@
-"""Root-mean-square and layer normalisation."""
+"""RMSNorm and layer norm."""
 
 from functools import partial
 
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from tttjax.types import Array
 
 
-# Rematerialised: otherwise the backward pass would keep x several times over in float32.
+# Rematerialised: otherwise the backward pass would store several float32 copies of x.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x_D: Array, weight_D: Array | None, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, [..., D] -> [..., D].
 
-    Computed in float32 at least, the product with the weight too, and only then cast back to the
-    dtype of x (Zhang & Sennrich, arXiv 1910.07467). No weight means a weight of one.
+    Computed in float32 at least, including the product with the weight, then cast to the dtype of x
+    (Zhang & Sennrich, arXiv 1910.07467). weight None: 1.
     """
     wide = jnp.promote_types(x_D.dtype, jnp.float32)
     x_wide = x_D.astype(wide)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, computed from the positions: no table, hence none to run out of."""
+"""Rotary position embedding (RoPE), computed from positions without a table, so without limit."""
 
 import math
 
@@ -13,10 +13,10 @@ def frequencies(
 ) -> Array:
     """Radians per token of each pair of entries of a head, [K / 2]: theta^(-2i/K), then scaled.
 
-    scaling: empty, none. (factor,): all are divided by it. (factor, low, high, length): as in
-    Llama 3.1. A pair that turns n times in `length` tokens, the context of the first training,
-    keeps its frequency where n >= high, and has it divided where n <= low; between, it is
-    (1 - s) / factor + s times as fast, with s = (n - low) / (high - low).
+    scaling: empty: none. (factor,): all are divided by it. (factor, low, high, length): as in
+    Llama 3.1. A pair that turns n times in `length` tokens, the context length of pre-training,
+    keeps its frequency if n >= high; it is divided by factor if n <= low, and in between
+    multiplied by (1 - s) / factor + s, with s = (n - low) / (high - low).
     """
     frequency_P = theta ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
     if not scaling:

@@ -1,7 +1,7 @@
-"""Causal depthwise convolution over a few tokens, with the state that lets it go on later.
+"""Causal depthwise convolution over a few tokens, with a recurrent state for decoding.
 
-A kernel of J taps (J is 4 as a rule) is J shifted multiply-adds, which is both shorter and, on a
-CPU, faster than a grouped convolution with as many groups as channels.
+A kernel of J taps (usually 4) is J shifted multiply-adds: simpler and, on CPUs, faster than a
+grouped convolution with one group per channel.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from tttjax.types import Array
 def short_conv(
     x_TC: Array, kernel_JC: Array, bias_C: Array | None, state_JC: Array | None
 ) -> tuple[Array, Array | None]:
-    """y[t] = bias + sum_j kernel[j] x[t - (J - 1) + j]: the last tap meets the current token.
+    """y[t] = bias + sum_j kernel[j] x[t - (J - 1) + j]: the last tap is at the current token.
 
     C stands for any number of channel axes, the same in all arguments. `state_JC` holds the J-1
     inputs before x, oldest first; zeros, or no state, at the start of a sequence. Any T >= 0.
@@ -32,10 +32,10 @@ def short_conv(
     return y_TC, None if state_JC is None else x_SC[x_TC.shape[0] :].astype(state_JC.dtype)
 
 
-# Rematerialised: otherwise the backward pass would keep J copies of x.
+# Rematerialised: otherwise the backward pass would store J copies of x.
 @partial(jax.checkpoint, prevent_cse=False)
 def _shifted_sum(x_SC: Array, kernel_JC: Array, bias_C: Array | None) -> Array:
-    """The convolution of J-1+T inputs where all taps meet one: [J-1+T, ...] -> [T, ...]."""
+    """The valid convolution: [J-1+T, ...] -> [T, ...]."""
     wide = jnp.promote_types(x_SC.dtype, jnp.float32)
     taps = kernel_JC.shape[0]
     length = x_SC.shape[0] - (taps - 1)

@@ -1,14 +1,14 @@
-"""State-space duality (Mamba-2, arXiv 2405.21060): a linear recurrence with a decay per head.
+"""State-space duality (SSD, Mamba-2, arXiv 2405.21060): linear recurrence, one decay per head.
 
 Per head, with a state S of P x N entries:
 
     S_t = exp(dt_t a) S_{t-1} + dt_t x_t b_t^T        y_t = S_t c_t + skip x_t
 
-`ssd_recurrent` is that, token by token: for decoding. `ssd` gives the same numbers with matrix
-products over chunks of tokens (the paper's section 6): for training and prefill.
+`ssd_recurrent` is that recurrence, token by token, for decoding. `ssd` gives the same numbers with
+matrix products over chunks of tokens (section 6 of the paper), for training and prefill.
 
-Letters here: H heads of P entries, in G groups of R that share b and c (head h is in group
-h // R); N entries of the state; M chunks of C tokens, S the tokens of a chunk that are read.
+Letters: H heads of P entries, in G groups of R that share b and c (head h is in group h // R); N
+entries of the state; M chunks of C tokens; S source tokens of a chunk.
 """
 
 from functools import partial
@@ -36,8 +36,8 @@ def ssd(
     states are float32 at least; matrix products take x, b, c in their own dtype and sum in
     float32 at least. Every exponent is <= 0, so nothing overflows however large dt is.
 
-    chunk: tokens of one masked product. at_once: chunks computed together, the rest one such
-    segment after the other (None: what suits the device). Neither changes the result.
+    chunk: tokens of one masked product. chunks_per_segment: chunks computed in parallel; segments
+    are sequential (None: a default for the device). Neither changes the result.
     """
     length, heads, width = x_THP.shape
     groups = b_TGN.shape[1]
@@ -49,7 +49,7 @@ def ssd(
     tokens = segments * chunks_per_segment * chunk
 
     def split(array_T):
-        """[T, ...] -> [segments, M, C, ...], padded with tokens of dt = 0: they change nothing."""
+        """[T, ...] -> [segments, M, C, ...], padded with tokens of dt = 0, which have no effect."""
         padding = [(0, tokens - length)] + [(0, 0)] * (array_T.ndim - 1)
         return jnp.pad(array_T, padding).reshape(
             segments, chunks_per_segment, chunk, *array_T.shape[1:]
@@ -69,7 +69,7 @@ def ssd(
         c_TGN,
     )
     last_GRPN, y = jax.lax.scan(
-        # Rematerialised: the C x C arrays of all heads are cheap to compute and large to keep.
+        # Rematerialised: the C x C arrays of all heads are cheap to compute and large to store.
         jax.checkpoint(partial(_segment, by_group(skip_H.astype(wide), 0)), prevent_cse=False),
         by_group(state_HPN.astype(wide), 0),
         jax.tree.map(split, operands),
@@ -79,12 +79,12 @@ def ssd(
 
 
 def _default_chunks_per_segment() -> int:
-    """One on a CPU, so that its arrays stay in the cache; elsewhere enough to fill the device."""
+    """1 on CPUs, so that arrays fit the cache; elsewhere enough to fill the device."""
     return 1 if jax.default_backend() == "cpu" else 16
 
 
 def _segment(skip_GR: Array, state_GRPN: Array, operands) -> tuple[Array, Array]:
-    """M chunks at once: the state after them, and y [M, C, G, R, P] in the dtype of x."""
+    """M chunks in parallel: the state after them, and y [M, C, G, R, P] in the dtype of x."""
     x_MCGRP, dt_MCGR, log_decay_MCGR, b_MCGN, c_MCGN = operands
     dt_MGRC = jnp.moveaxis(dt_MCGR, 1, -1)
     log_decay_sum_MGRC = jnp.moveaxis(jnp.cumsum(log_decay_MCGR, axis=1), 1, -1)
@@ -103,22 +103,22 @@ def _segment(skip_GR: Array, state_GRPN: Array, operands) -> tuple[Array, Array]
 
 
 def _log_decay(dt_TH: Array, a_H: Array) -> Array:
-    """dt a, but no smaller than the logarithm of the smallest number there is.
+    """dt a, clipped from below at the log of the smallest normal number.
 
-    A decay below it is zero, and the differences of its running sums would lose the digits of
-    all milder decays in the same chunk.
+    Smaller decays are zero anyway, and large terms in the running sums would cost the other decays
+    of the chunk their precision.
     """
     least = jnp.log(jnp.finfo(dt_TH.dtype).tiny)
     return jnp.maximum(dt_TH * a_H.astype(dt_TH.dtype), least)
 
 
 def _within_chunks(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN, c_MCGN) -> Array:
-    """What tokens of a chunk read that the same chunk wrote: (c b^T * decay * dt) x."""
+    """Outputs from tokens of the same chunk: (c b^T * decay * dt) x."""
     wide = dt_MGRS.dtype
     score_MGCS = jnp.einsum("mcgn,msgn->mgcs", c_MCGN, b_MSGN, preferred_element_type=wide)
     exponent_MGRCS = log_decay_sum_MGRS[..., :, None] - log_decay_sum_MGRS[..., None, :]
     causal_CS = jnp.tri(dt_MGRS.shape[-1], dtype=bool)
-    # Masked before the exponential: what lies ahead would grow, and its gradient be inf * 0.
+    # Masked before the exponential: future tokens would overflow, with gradient inf * 0.
     decay_MGRCS = jnp.exp(jnp.where(causal_CS, exponent_MGRCS, -jnp.inf))
     weight_MGRCS = score_MGCS[:, :, None] * decay_MGRCS * dt_MGRS[..., None, :]
     return jnp.einsum(
@@ -128,7 +128,7 @@ def _within_chunks(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN, c_MCGN) -> Arra
 
 
 def _state_updates(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN) -> Array:
-    """What each chunk adds to the state, as it is after the chunk's last token: [M, G, R, P, N]."""
+    """Each chunk's contribution to the state after its last token: [M, G, R, P, N]."""
     scale_MGRS = jnp.exp(log_decay_sum_MGRS[..., -1:] - log_decay_sum_MGRS) * dt_MGRS
     scaled_MSGRP = jnp.moveaxis(scale_MGRS, -1, 1)[..., None] * x_MSGRP
     return jnp.einsum(
@@ -138,7 +138,7 @@ def _state_updates(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN) -> Array:
 
 
 def _from_state(start_MGRPN, log_decay_sum_MGRC, c_MCGN) -> Array:
-    """What tokens read from the state at the start of their chunk: [M, C, G, R, P]."""
+    """Outputs from the state at the start of each chunk: [M, C, G, R, P]."""
     y_MCGRP = jnp.einsum(
         "mcgn,mgrpn->mcgrp", c_MCGN, start_MGRPN.astype(c_MCGN.dtype),
         preferred_element_type=start_MGRPN.dtype,
@@ -155,7 +155,7 @@ def ssd_recurrent(
     skip_H: Array,
     state_HPN: Array,
 ) -> tuple[Array, Array]:
-    """`ssd` token by token, all of it in float32 at least."""
+    """`ssd` token by token, computed in float32 at least."""
     groups, heads = b_TGN.shape[1], x_THP.shape[1]
     wide = jnp.promote_types(x_THP.dtype, jnp.float32)
     a_H, skip_H = a_H.astype(wide), skip_H.astype(wide)

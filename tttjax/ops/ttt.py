@@ -1,24 +1,24 @@
 """Test-time training of one inner model per head: TTT-Linear and TTT-MLP (arXiv 2407.04620).
 
-Each head holds a model f, one dense layer or two with a GELU between, that learns while it reads:
-to give back from the key k_j of a token its value, by the loss
+Each head has an inner model f, one dense layer or two with a GELU between, trained at test time to
+reconstruct a token's value from its key k_j, by the loss
 
     l_j = 1/2 |LN(f(k_j; W)) - (v_j - k_j)|^2.
 
-Tokens come in mini-batches of C. All gradients of a mini-batch are taken at the weights W from its
-start; token i of the mini-batch, counted from 0, is read with
+Tokens come in mini-batches of C. All gradients of a mini-batch are taken at the weights W at its
+start; token i of the mini-batch, counted from 0, uses
 
     W_i = W - rate_i sum_{j<=i} lam_j dl_j/dW,     z_i = q_i + LN(f(q_i; W_i)),
 
-where rate_i belongs to the place in the mini-batch and lam_j to the token that wrote. The next
-mini-batch starts from W_{C-1}.
+where rate_i depends on the index in the mini-batch and lam_j on token j. The next mini-batch starts
+from W_{C-1}.
 
-Two forms give the same numbers. *primal* makes W_i for every token. *dual* never does: a gradient
-with respect to a dense layer is an outer product x_j e_j^T of the layer's input and of the error at
-its output, so that a row x_i W_i equals x_i W - rate_i sum_{j<=i} (x_i . x_j) e_j, which is causal
-linear attention within the mini-batch, and matrix products throughout.
+Two forms give the same numbers. *primal* computes W_i for every token. *dual* does not: the
+gradient of a dense layer is an outer product x_j e_j^T of its input and the error at its output, so
+that x_i W_i equals x_i W - rate_i sum_{j<=i} (x_i . x_j) e_j: causal linear attention within the
+mini-batch, computed by matrix products.
 
-Letters besides the usual: I inputs and O outputs of one dense layer of the inner model.
+Additional letters: I inputs and O outputs of one dense layer of the inner model.
 """
 
 import math
@@ -33,11 +33,11 @@ from tttjax.types import Array
 Weights = dict[str, Array]  # w1 [H,K,O], b1 [H,O]; with two layers also w2 [H,O,K], b2 [H,K]
 
 FORMS = ("dual", "primal")
-SUM = "g_"  # before a weight's name: its gradients so far in a mini-batch that is not full
+SUM = "g_"  # prefix of a weight's name: the gradient sum of an incomplete mini-batch
 
 
 class InnerNorm(NamedTuple):
-    """The layer norm at the inner model's output, per head; the inner loop leaves it alone."""
+    """The layer norm at the inner model's output, per head; the inner loop does not update it."""
 
     scale_HK: Array
     bias_HK: Array
@@ -45,11 +45,11 @@ class InnerNorm(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What tokens bring to the inner loop: one mini-batch [H, C, K], or N of them [N, H, C, K].
+    """Inputs of the inner loop: one mini-batch [H, C, K], or N of them [N, H, C, K].
 
-    query: what the learned model is asked; None: the key, before anything of the mini-batch is
-    learned (the simplified output rule z_i = k_i + LN(f(k_i; W)) of the TTT-E2E paper).
-    lam: [H, C], how much each token writes; 0 in a slot that holds no token.
+    query: input of the updated inner model; None: the simplified output rule of the TTT-E2E paper,
+    z_i = k_i + LN(f(k_i; W)), with the weights at the start of the mini-batch.
+    lam: [H, C], weight of each token's gradient; 0 in a slot without a token.
     """
 
     query: Array | None
@@ -78,14 +78,14 @@ def ttt(
     *,
     form: str = "dual",
 ) -> tuple[Array, Weights | None]:
-    """Reads T tokens of one sequence, learning: (z [T, H, K], state).
+    """T tokens of one sequence, with test-time training: (z [T, H, K], state).
 
-    q, k: rotated by RoPE where the layer has it. q_THK None: the simplified output rule.
-    lam_TH: learning rate that each token's gradient is weighted with; rate_C: `learning_rates`.
+    q, k: after RoPE where the layer has it. q_THK None: the simplified output rule.
+    lam_TH: weight of each token's gradient; rate_C: `learning_rates`.
     weights: the inner model before the first token of the sequence.
-    state: from `initial_state` or an earlier call, `position` the tokens read before it. None: the
-        sequence starts here and ends here.
-    All in float32 at least. Any split of a sequence into calls gives the same z and last state.
+    state: from `initial_state` or an earlier call; position: number of tokens before this call.
+        None: the sequence starts and ends in this call.
+    All in float32 at least. Any split of a sequence into calls gives the same z and final state.
     """
     wide = jnp.promote_types(k_THK.dtype, jnp.float32)
     tokens = Tokens(q_THK, k_THK, v_THK, lam_TH)
@@ -104,10 +104,10 @@ def ttt(
 
 
 def initial_state(shapes: dict[str, tuple[int, ...]], dtype: jnp.dtype) -> Weights:
-    """The state of a sequence of which nothing has been read: zeros, whatever the weights are.
+    """The state of an empty sequence: zeros, independent of the weights.
 
-    The weights that it holds are those from the start of the mini-batch that is being read; at
-    position 0 the learned ones are taken instead, so that a state needs only their shapes.
+    A state holds the weights at the start of the current mini-batch; at position 0 the model's
+    initial weights are used instead, so that this needs only their shapes.
     """
     zeros = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
     return join_state(zeros, zeros)
@@ -130,7 +130,7 @@ def split_state(
 def final_weights(
     state: Weights, initial: Weights, rate_C: Array, position: Array | int
 ) -> Weights:
-    """The inner model after the last of `position` tokens: W_{r-1} of the r in the mini-batch."""
+    """The inner model after `position` tokens: W_{r-1} after r tokens of the mini-batch."""
     weights, sums = split_state(state, initial, position, state["w1"].dtype)
     rate = rate_C[(position - 1) % rate_C.shape[0]]  # sums are 0 at the end of a mini-batch
     return jax.tree.map(lambda w, total: w - rate * total, weights, sums)
@@ -139,7 +139,7 @@ def final_weights(
 def _update_if_full(
     weights: Weights, sums: Weights, rate: Array, full: Array
 ) -> tuple[Weights, Weights]:
-    """At the end of a mini-batch the sums go into the weights."""
+    """Where `full`, applies the gradient sums to the weights and resets them."""
     updated = jax.tree.map(lambda w, total: jnp.where(full, w - rate * total, w), weights, sums)
     return updated, jax.tree.map(lambda total: jnp.where(full, 0, total), sums)
 
@@ -148,7 +148,7 @@ def _update_if_full(
 
 
 def _decode(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
-    """The decoding form: one token, at place `phase` of its mini-batch."""
+    """The decoding form: one token, at index `phase` of its mini-batch."""
     chunk = rate_C.shape[0]
     one = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens)  # [H, 1, ...]
     z_HCK, gradient = _mini_batch(one, rate_C[phase][None], weights, sums, norm, form)
@@ -157,9 +157,9 @@ def _decode(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form:
 
 
 def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
-    """One mini-batch after the other. phase: slots of the first that earlier calls have filled.
+    """Scan over mini-batches. phase: slots of the first one that earlier calls have filled.
 
-    sums None: there were no calls before and none will follow, and `phase` is 0.
+    sums None: this call is the whole sequence, and `phase` is 0.
     """
     length, chunk = tokens.key.shape[0], rate_C.shape[0]
     most_filled = 0 if sums is None else chunk - 1
@@ -175,8 +175,8 @@ def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: s
         sums = jax.tree.map(jnp.add, sums, gradient)
         return _update_if_full(weights, sums, rate_C[-1], last_slot < phase + length), z_HCK
 
-    # What a step computes is several times what it carries: computed again in the backward pass,
-    # it takes less memory and, on a CPU, less time than written and read back.
+    # Intermediates are several times larger than the carry: rematerialisation saves memory and, on
+    # CPUs, time.
     step = jax.checkpoint(step, prevent_cse=False)
     last_slot_N = jnp.arange(1, count + 1) * chunk - 1
     rows = last_slot_N, jax.tree.map(lambda x: _to_mini_batches(x, phase, count, chunk), tokens)
@@ -186,7 +186,7 @@ def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: s
 
 
 def _to_mini_batches(x_TH: Array, phase: Array | int, count: int, chunk: int) -> Array:
-    """[T, H, ...] -> [N, H, C, ...], from slot `phase` on; zeros where there is no token."""
+    """[T, H, ...] -> [N, H, C, ...], from slot `phase` on; empty slots are zero."""
     slots = jnp.zeros((count * chunk, *x_TH.shape[1:]), x_TH.dtype)
     slots = jax.lax.dynamic_update_slice_in_dim(slots, x_TH, phase, axis=0)
     return jnp.swapaxes(slots.reshape(count, chunk, *x_TH.shape[1:]), 1, 2)
@@ -200,7 +200,7 @@ def _mini_batch(
 ) -> tuple[Array, Weights]:
     """(z [H, C, K], sum_j lam_j dl_j/dW).
 
-    sums: what earlier tokens of the same mini-batch, from earlier calls, add to every row.
+    sums: gradient sums of the same mini-batch's tokens in earlier calls.
     """
     inputs, errors, z_HCK = _errors(tokens, weights, norm)
     if tokens.query is None:
@@ -240,7 +240,7 @@ def _errors(tokens: Tokens, weights: Weights, norm: InnerNorm):
 
 
 def _apply_dual(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
-    """x_i W_i + b_i [H, C, O] without any W_i; the bias is a weight whose input is 1."""
+    """x_i W_i + b_i [H, C, O] without computing W_i; the bias is a weight with input 1."""
     overlap_HCC = jnp.tril(jnp.einsum("hci,hsi->hcs", x_HCI, key_HCI) + 1)
     update_HCO = jnp.einsum("hcs,hso->hco", overlap_HCC, error_HCO)
     if previous is not None:
@@ -249,7 +249,7 @@ def _apply_dual(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
 
 
 def _apply_primal(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
-    """x_i W_i + b_i [H, C, O] from weights made for every token."""
+    """x_i W_i + b_i [H, C, O] from the weights of every token."""
     w_HIO, b_HO = dense
     update_HCIO = jnp.cumsum(key_HCI[..., :, None] * error_HCO[..., None, :], axis=1)
     update_HCO = jnp.cumsum(error_HCO, axis=1)
