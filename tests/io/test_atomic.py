@@ -1,4 +1,4 @@
-"""What is written is there whole, or what was there before is."""
+"""Atomic writes of files and folders: permissions, concurrent writers, failures."""
 
 import os
 
@@ -8,7 +8,7 @@ from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_folder, atomic_write, require_empty_dir, write_files, write_text
 
 
-def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
+def test_a_file_is_replaced_only_when_complete(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as temporary:
         temporary.write_text("first")
@@ -27,7 +27,7 @@ def test_a_file_is_replaced_only_when_all_is_written(tmp_path):
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_permissions_are_those_of_the_umask(tmp_path, umask, mode):
-    """Also of what a library writes for its owner alone, or for everybody."""
+    """Also if a library sets other permissions on the file."""
     before = os.umask(umask)
     try:
         for private in (0o600, 0o666):
@@ -52,7 +52,7 @@ def test_two_writers_of_a_file_do_not_mix(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_that_were_written_before_one_fails_stay(tmp_path):
+def test_files_written_before_a_failure_remain(tmp_path):
     def fails(path):
         path.write_text("half")
         raise OSError("full")
@@ -66,7 +66,7 @@ def test_files_that_were_written_before_one_fails_stay(tmp_path):
     assert (tmp_path / "new" / "a").read_text("utf-8") == "größer"
 
 
-def test_a_folder_appears_with_everything_in_it(tmp_path):
+def test_a_folder_appears_complete(tmp_path):
     def broken_off(path):
         with atomic_folder(path, "--to") as temporary:
             (temporary / "a").write_text("half")
@@ -83,8 +83,8 @@ def test_a_folder_appears_with_everything_in_it(tmp_path):
         assert (path / "a").read_text() == "whole"
 
 
-def test_one_process_at_a_time_makes_a_folder(tmp_path):
-    (tmp_path / ".a.1.tmp").mkdir()  # of one that was killed
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    (tmp_path / ".a.1.tmp").mkdir()  # of a killed process
     (tmp_path / ".a.1.tmp" / "half").write_text("")
     with atomic_folder(tmp_path / "a", "--to"):
         with pytest.raises(UserError, match="is being written"):
@@ -95,7 +95,7 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path):
     assert not any((tmp_path / "a").iterdir())
 
 
-def test_a_name_that_was_taken_meanwhile_is_not_touched(tmp_path):
+def test_a_folder_created_meanwhile_is_unchanged(tmp_path):
     path = tmp_path / "a"
 
     def late():
@@ -108,7 +108,7 @@ def test_a_name_that_was_taken_meanwhile_is_not_touched(tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_folder_that_is_in_use_is_refused_with_the_option(tmp_path):
+def test_a_nonempty_folder_error_names_the_option(tmp_path):
     (tmp_path / "file").write_text("")
     for path, sentence in ((tmp_path, "not empty"), (tmp_path / "file", "is a file")):
         with pytest.raises(UserError, match=f"--to=.*{sentence}"):

@@ -1,4 +1,4 @@
-"""One writer at a time, also where the other cannot be asked whether it lives."""
+"""Lock files: one writer at a time, on one host and across hosts."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def holder(**values):
 
 
 def left_behind(folder, **values):
-    """A lock file as a process leaves it that was killed."""
+    """The lock file of a killed process."""
     folder.mkdir(exist_ok=True)
     (folder / FOLDER_LOCK).write_text(json.dumps(dataclasses.asdict(holder(**values))))
     return folder
@@ -46,7 +46,7 @@ def process(tmp_path):
         process.kill()
 
 
-def test_a_held_folder_is_refused_by_name(tmp_path):
+def test_a_held_folder_error_names_the_holder(tmp_path):
     with hold(tmp_path / "run"):
         with pytest.raises(
             UserError, match=rf"run is being written .*process {os.getpid()} on .*20"
@@ -59,7 +59,7 @@ def test_a_held_folder_is_refused_by_name(tmp_path):
         pass
 
 
-def test_folders_made_for_a_lock_go_again(tmp_path):
+def test_folders_created_for_a_lock_are_removed(tmp_path):
     with hold(tmp_path / "a" / "b"):
         (tmp_path / "a" / "mine").write_text("")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
@@ -72,7 +72,7 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path, process):
     with pytest.raises(UserError, match=f"process {process.pid}"):
         hold(tmp_path / "run").__enter__()
     process.send_signal(signal.SIGKILL)
-    while process.poll() is None:  # also while the system still keeps its entry
+    while process.poll() is None:  # also as a zombie
         time.sleep(0.01)
     logged = []
     with hold(tmp_path / "run", log=logged.append, watch_s=60):
@@ -81,20 +81,20 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path, process):
     assert f"taking over {tmp_path / 'run'} from process {process.pid}" in logged[0]
 
 
-def test_sigterm_releases(tmp_path, process):
+def test_sigterm_releases_the_lock(tmp_path, process):
     process.terminate()
     assert process.wait() == 143
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reused_pid_is_no_holder(tmp_path):
+def test_a_reused_pid_does_not_hold_the_lock(tmp_path):
     left_behind(tmp_path / "run", started="1")
     with hold(tmp_path / "run", log=lambda line: None, watch_s=60):
         pass
 
 
 @pytest.mark.parametrize("where", [{"host": "node3"}, {"boot": "b"}, {"namespace": "pid:[1]"}])
-def test_a_silent_holder_elsewhere_is_replaced(tmp_path, where):
+def test_a_dead_holder_on_another_host_is_replaced(tmp_path, where):
     left_behind(tmp_path / "run", **where)
     logged = []
     with hold(tmp_path / "run", log=logged.append, **QUICK):
@@ -103,7 +103,7 @@ def test_a_silent_holder_elsewhere_is_replaced(tmp_path, where):
     assert "looking for 0.3 s" in logged[0]
 
 
-def test_a_holder_elsewhere_that_beats_is_refused(tmp_path, monkeypatch):
+def test_a_live_holder_on_another_host_is_respected(tmp_path, monkeypatch):
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(locks.socket, "gethostname", lambda: "node3")
         held = hold(tmp_path / "run", **QUICK)
@@ -111,17 +111,17 @@ def test_a_holder_elsewhere_that_beats_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="on node3, since"):
         hold(tmp_path / "run", log=lambda line: None, **QUICK).__enter__()
     held.__exit__(None, None, None)
-    with hold(tmp_path / "run", **QUICK):  # watched or not, it is free now
+    with hold(tmp_path / "run", **QUICK):  # released
         pass
 
 
-def test_a_torn_lock_file_does_not_lock_for_ever(tmp_path):
+def test_an_incomplete_lock_file_is_replaced(tmp_path):
     (tmp_path / FOLDER_LOCK).write_text('{"host": ')
     with hold(tmp_path, log=lambda line: None, **QUICK):
         assert locks._read_lock(tmp_path / FOLDER_LOCK).holder.pid == os.getpid()
 
 
-def test_one_of_many_newcomers_takes_over(tmp_path):
+def test_one_of_many_processes_takes_over(tmp_path):
     left_behind(tmp_path, started="1")
     start, end, results = threading.Barrier(8), threading.Barrier(8), []
 
@@ -144,11 +144,11 @@ def test_one_of_many_newcomers_takes_over(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_holder_that_was_replaced_notices(tmp_path):
+def test_a_replaced_holder_notices(tmp_path):
     with hold(tmp_path, **QUICK) as lock:
         lock.check()
         left_behind(tmp_path, host="node3", token="another")
         assert lock.lost.wait(10)
         with pytest.raises(UserError, match="took over"):
             lock.check()
-    assert (tmp_path / FOLDER_LOCK).exists()  # it is the other's
+    assert (tmp_path / FOLDER_LOCK).exists()  # it belongs to the other process

@@ -1,4 +1,4 @@
-"""`~` is the home folder and URLs are refused, in every path argument of every command."""
+"""Every path argument of every command expands `~` and rejects URLs."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import checkpoints
 from tttjax.training.loop import train
 
-# Arguments and fields of free text that is no path. Whatever is in neither list nor choices is one.
+# Text arguments and fields that are not paths. Text in neither list nor choices is a path.
 TEXTS = {
     *("bench commands commands", "bench commands --figures", "prepare --text-key"),
     *("bench decode --batch", "bench decode --read", "bench prefill --lengths"),
@@ -65,7 +65,7 @@ def given(action, value):
 
 
 @pytest.mark.parametrize(("words", "action", "needed"), list(all_arguments()))
-def test_no_argument_takes_a_bucket_for_a_folder(
+def test_path_arguments_reject_buckets_and_unknown_users(
     words, action, needed, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,7 @@ def test_the_sweep_finds_path_arguments():
     }
 
 
-def test_every_field_that_is_a_path_is_declared_so(tmp_path, monkeypatch):
+def test_every_path_field_is_declared(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     found = set()
     for name, field in all_fields().items():
@@ -132,7 +132,7 @@ def test_every_field_that_is_a_path_is_declared_so(tmp_path, monkeypatch):
         lambda path: write_files(path, {}),
     ],
 )
-def test_functions_refuse_buckets_too(use, tmp_path, monkeypatch):
+def test_functions_reject_buckets(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("hdfs://b/x", Path("hdfs://b/x")):
         with pytest.raises(UserError, match="not a path on this machine"):
@@ -140,7 +140,7 @@ def test_functions_refuse_buckets_too(use, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_home_folder_is_one_place(tmp_path, monkeypatch):
+def test_functions_expand_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

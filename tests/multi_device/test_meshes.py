@@ -1,4 +1,4 @@
-"""The same five steps on every mesh, one reduction of the gradient, shardings as declared."""
+"""Training on every mesh: equal steps, one gradient reduction, shardings as declared."""
 
 import re
 
@@ -95,46 +95,52 @@ def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device, changes):
 
 def computations(hlo):
     """Name -> lines of every computation of a compiled program's text."""
-    found, name = {}, None
+    lines_by_computation, name = {}, None
     for line in hlo.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
             name = match[1]
-            found[name] = []
+            lines_by_computation[name] = []
         elif name:
-            found[name].append(line)
-    return found
+            lines_by_computation[name].append(line)
+    return lines_by_computation
 
 
-def called_by_loops(found):
+def called_by_loops(lines_by_computation):
     """Every computation that runs inside some while loop."""
     calls = re.compile(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.-]+)")
     pending = [
         name
-        for lines in found.values()
+        for lines in lines_by_computation.values()
         for line in lines
         if " while(" in line
         for name in re.findall(r"body=%?([\w.-]+)", line)
     ]
     assert pending, "a step has loops: over chunks, and back over them"
-    inside = set()
+    in_loops = set()
     while pending:
         name = pending.pop()
-        if name not in inside:
-            inside.add(name)
-            pending += [n for line in found.get(name, []) for n in calls.findall(line)]
-    return inside
+        if name not in in_loops:
+            in_loops.add(name)
+            pending += [
+                n for line in lines_by_computation.get(name, []) for n in calls.findall(line)
+            ]
+    return in_loops
 
 
-def test_the_gradient_is_reduced_once_and_not_in_a_loop():
+def test_the_gradient_is_reduced_outside_loops():
     trainer = make((8, 1, 1))
     batch = random_batch(make_config())
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    found = computations(trainer.step.lower(trainer.abstract_state, abstract).compile().as_text())
-    inside = called_by_loops(found)
+    lines_by_computation = computations(
+        trainer.step.lower(trainer.abstract_state, abstract).compile().as_text()
+    )
+    in_loops = called_by_loops(lines_by_computation)
     collective = re.compile(r" (all-reduce|reduce-scatter|all-gather|all-to-all)(-start)?\(")
-    places = [name for name, lines in found.items() for x in lines if collective.search(x)]
-    assert places, "eight devices must exchange their gradients"
-    assert not inside & set(places)
+    reduced_in = [
+        name for name, lines in lines_by_computation.items() for x in lines if collective.search(x)
+    ]
+    assert reduced_in, "eight devices must exchange their gradients"
+    assert not in_loops & set(reduced_in)
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
@@ -154,7 +160,7 @@ def test_a_misspelt_axis_name_is_refused():
         spec(mesh, ["mlp", "heads"])
 
 
-def test_weights_are_divided_as_declared():
+def test_weights_are_sharded_as_declared():
     trainer = make((2, 2, 2))
     state = trainer.abstract_state
     w1 = state.params.fast["suffix"]["stage0"]["block0"]["fast_mlp"]["w1"]

@@ -1,7 +1,7 @@
-"""Two real processes train what one process does: data, gradients, checkpoints, metrics.
+"""Two processes train like one: data, gradients, checkpoints, metrics.
 
-The model has no inner loop, which would only take long to compile: it stays within a sequence and
-so within a process, and `test_meshes.py` has it on every mesh.
+The model has no inner loop, to save compile time: it stays within a sequence and so within a
+process, and `test_meshes.py` tests it on every mesh.
 """
 
 import os
@@ -28,7 +28,7 @@ def free_port():
 
 
 def run_all(folder, count):
-    """Starts `count` processes with two devices in all and waits; none is left behind."""
+    """Starts `count` processes with two devices in total, waits, and kills the remaining ones."""
     port = free_port()
     devices = f"--xla_force_host_platform_device_count={2 // count}"
     environment = {

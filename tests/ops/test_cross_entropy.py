@@ -21,7 +21,7 @@ from tttjax.ops.cross_entropy.nll import (
 
 pytestmark = pytest.mark.usefixtures("x64")
 T, D, V = 7, 5, 11
-# Whole; blocks that divide neither rows nor vocabulary (the last of each overlaps or is filled up).
+# One block; blocks that divide neither rows nor vocabulary (the last overlaps or is padded).
 BLOCKS = [{}, {"rows_block": 3}, {"vocab_block": 4}, {"rows_block": 3, "vocab_block": 4}]
 
 
@@ -84,7 +84,7 @@ def test_pair_and_its_gradient(arrays, blocks, moving):
 @pytest.mark.parametrize("with_residuals", [False, True])
 @pytest.mark.parametrize("blocks", [BLOCKS[1], BLOCKS[3]])
 def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, with_residuals):
-    """Along weights below h alone; then along the head too, which the pair must notice."""
+    """Tangents of h alone, then of h and the head."""
     h, head, target, h_dot, head_dot, a, _ = arrays
     residuals = None
     if with_residuals:
@@ -111,10 +111,10 @@ def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, with_residuals)
 
 @pytest.mark.parametrize("blocks", [BLOCKS[3]])
 def test_gradient_of_gradient(arrays, blocks):
-    """Reverse over reverse; inside, of h alone, as the inner loop; and of h and head."""
+    """Reverse over reverse; the inner gradient of h alone, as in the inner loop, or of both."""
     h, head, target, h_dot, head_dot, a, _ = arrays
 
-    def twice(nll, inner):
+    def grad_of_grad(nll, inner):
         def of(h, head, a):
             grads = jax.grad(lambda *x: jnp.sum(a * nll(*x, target)), inner)(h, head)
             along = (h_dot, head_dot)[: len(grads)]
@@ -123,16 +123,19 @@ def test_gradient_of_gradient(arrays, blocks):
         return jax.jit(jax.grad(of, (0, 1, 2)))(h, head, a)
 
     for inner in ((0,), (0, 1)):
-        close(twice(lambda *x: blocked_nll(*x, **blocks), inner), twice(token_nll, inner))
+        close(
+            grad_of_grad(lambda *x: blocked_nll(*x, **blocks), inner),
+            grad_of_grad(token_nll, inner),
+        )
 
 
 def meta(nll, h, head, h_dot):
-    """Loss and its derivative along h_dot, one number: what the meta-gradient differentiates."""
+    """Loss plus its derivative along h_dot, as differentiated by the meta-gradient."""
     return sum(jax.jvp(lambda h: jnp.mean(nll(h, head)), (h,), (h_dot,)))
 
 
 def test_a_batch_is_the_same_as_its_rows(arrays):
-    """Natively, with one gradient of the head for all; and under vmap."""
+    """With a batch axis, where the head has one gradient for all rows; and under vmap."""
     h, head, target, h_dot, *_ = arrays
     batch = [jnp.stack([x, x[::-1]]) for x in (h, target, h_dot)]
 
@@ -152,7 +155,7 @@ def test_a_batch_is_the_same_as_its_rows(arrays):
 
 @pytest.mark.parametrize("blocks", [BLOCKS[0], BLOCKS[3]])
 def test_extreme_logits_are_finite_and_exact(arrays, blocks):
-    """Logits of 10^4: targets that are certain, impossible, and neither; in float32."""
+    """Logits of 10^4 in float32: target probabilities of 1, 0 and between."""
     h, head, target, h_dot, *_ = (jnp.asarray(x) for x in arrays)
     h, target = h.at[:3].multiply(5e3), target.at[0].set(jnp.argmax(h[0] @ head))
     args_float32 = [x.astype(jnp.float32) for x in (h, head, h_dot)]
@@ -170,7 +173,7 @@ def test_extreme_logits_are_finite_and_exact(arrays, blocks):
 
 @pytest.mark.parametrize("blocks", [{"rows_block": 20}, {"rows_block": 20, "vocab_block": 30}])
 def test_bfloat16_accumulates_in_float32(blocks):
-    """No bfloat16 steps in losses and tangents; grads as near as factors of 8 bits allow."""
+    """Losses and tangents are not rounded to bfloat16; gradients to within its precision."""
     rng = np.random.default_rng(1)
     h, h_dot, head = (
         jnp.asarray(rng.normal(size=size), jnp.bfloat16) for size in ((50, 6), (50, 6), (6, 99))
@@ -209,7 +212,7 @@ def products(f, *args):
 
 
 @pytest.mark.parametrize("blocks", [{}, {"rows_block": 16}, {"rows_block": 16, "vocab_block": 8}])
-def test_products_are_as_few_as_the_docstrings_say(blocks):
+def test_number_of_products_is_as_documented(blocks):
     h, head, target = jnp.ones((64, 8)), jnp.ones((8, 32)), jnp.zeros(64, int)
     nll = lambda h, head: jnp.mean(blocked_nll(h, head, target, **blocks))  # noqa: E731
     assert products(nll, h, head) == 1
@@ -233,7 +236,7 @@ def test_products_are_as_few_as_the_docstrings_say(blocks):
 
 @pytest.mark.parametrize("blocks", [{"rows_block": 32}, {"rows_block": 64, "vocab_block": 256}])
 def test_memory_has_a_bound(blocks):
-    """Six blocks of logits, six arrays like h, one like the head: far below rows x vocabulary."""
+    """Bound: six blocks of logits, six arrays like h, one like the head."""
     h, head, target = jnp.ones((512, 8), "float32"), jnp.ones((8, 2048), "float32"), jnp.arange(512)
     block = blocks["rows_block"] * blocks.get("vocab_block", 2048)
     bound = 4 * (6 * block + 6 * h.size + head.size + 8 * len(h))
@@ -256,8 +259,8 @@ def test_memory_has_a_bound(blocks):
     assert temporary(jax.grad(reverse, (0, 1)), h, head, h) < bound
 
 
-def test_a_divided_vocabulary_is_not_gathered():
-    """Head over `tensor`, batch over `data`: by the partitioner alone, and inside shard_map."""
+def test_a_sharded_vocabulary_is_not_all_gathered():
+    """Head over `tensor`, batch over `data`: by the partitioner, and inside shard_map."""
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rng = np.random.default_rng(2)
     parts = (PartitionSpec("data"), PartitionSpec(None, "tensor"), PartitionSpec("data"))
@@ -269,8 +272,8 @@ def test_a_divided_vocabulary_is_not_gathered():
     ]
 
     def of(h, head, h_dot, target):
-        twice = lambda *x: blocked_nll_jvp(*x, target, rows_block=6)  # noqa: E731
-        second = partial(meta, twice)
+        grad_of_grad = lambda *x: blocked_nll_jvp(*x, target, rows_block=6)  # noqa: E731
+        second = partial(meta, grad_of_grad)
         return jax.value_and_grad(second, (0, 1, 2))(h, head, h_dot)
 
     def of_shard(*args):
@@ -278,12 +281,12 @@ def test_a_divided_vocabulary_is_not_gathered():
         mean = jax.lax.pmean((value, grads[1]), "data")
         return mean[0], (grads[0] / 2, mean[1], grads[2] / 2)
 
-    rows, whole = PartitionSpec("data"), PartitionSpec()
+    rows, replicated = PartitionSpec("data"), PartitionSpec()
     manual = jax.shard_map(
         of_shard,
         mesh=mesh,
-        in_specs=(rows, whole, rows, rows),
-        out_specs=(whole, (rows, whole, rows)),
+        in_specs=(rows, replicated, rows, rows),
+        out_specs=(replicated, (rows, replicated, rows)),
         axis_names={"data"},
         check_vma=False,
     )
@@ -297,7 +300,7 @@ def test_a_divided_vocabulary_is_not_gathered():
         close(got, expected)
 
 
-def test_what_is_not_differentiable_says_so(arrays):
+def test_unsupported_derivatives_raise(arrays):
     h, head, target, h_dot, *_ = arrays
 
     def loss(h):
@@ -323,7 +326,7 @@ def test_what_is_not_differentiable_says_so(arrays):
         ({"h_dot_TD": jnp.zeros((T, 2))}, r"h_dot \(7, 2\) must be shaped like h"),
     ],
 )
-def test_wrong_arguments_are_refused(arrays, change, message):
+def test_invalid_arguments_raise(arrays, change, message):
     names = ("h_TD", "head_DV", "target_T", "h_dot_TD")
     with pytest.raises(UserError, match=message):
         blocked_nll_pair(**{**dict(zip(names, arrays, strict=False)), **change})

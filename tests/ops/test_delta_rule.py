@@ -1,4 +1,4 @@
-"""The delta rule in chunks and token by token against numpy; gates that forget or keep it all."""
+"""The delta rule, chunked and recurrent, against numpy; extreme decays."""
 
 from functools import cache
 
@@ -63,7 +63,7 @@ def in_chunks(chunk):
 recurrent = jax.jit(gated_delta_rule_recurrent)
 
 CASES = [
-    # tokens, chunk, key heads, value heads: whole chunks, a rest, less than a chunk, chunks of one
+    # tokens, chunk, key heads, value heads: full chunks, remainder, partial chunk, chunks of one
     (8, 4, 2, 2),
     (13, 5, 2, 2),
     (3, 16, 1, 1),
@@ -81,7 +81,7 @@ def test_both_forms_equal_the_definition(length, chunk, key_heads, value_heads):
     close(recurrent(*x), expected, 1e-13)
 
 
-def test_no_tokens_leave_the_state_as_it_is():
+def test_no_tokens_leave_the_state_unchanged():
     x = operands(0)
     o, state = in_chunks(4)(*x)
     assert o.shape == x[2].shape
@@ -110,7 +110,7 @@ def test_gradients_equal_finite_differences_of_the_definition():
 
 
 def test_extreme_gates_keep_float32_finite_and_precise():
-    """Tokens that forget everything among such that forget next to nothing, and closed gates."""
+    """Tokens with full decay among tokens with almost none, and beta 0."""
     q, k, v, g, beta, state = operands(32)
     g[:] = -0.01
     g[5::9] = -1e4
@@ -131,7 +131,7 @@ def test_extreme_gates_keep_float32_finite_and_precise():
             assert np.isfinite(gradient).all()
 
 
-def test_beta_two_reflects_and_an_even_number_of_reflections_is_none():
+def test_beta_two_reflects_the_state():
     """64 times the same key: the hardest system to solve, eigenvalue -1 every time."""
     key = unit(np.random.default_rng(0).normal(size=KEY_DIM))
     _, _, _, _, _, state = operands(0)
@@ -143,7 +143,7 @@ def test_beta_two_reflects_and_an_even_number_of_reflections_is_none():
     close(last, [mirrored], 1e-13)
 
 
-def test_half_precision_keeps_its_state_in_float32():
+def test_state_of_bfloat16_inputs_is_float32():
     x = operands(6)
     half = [jnp.asarray(y, jnp.bfloat16) for y in x[:5]]
     for form in (in_chunks(4), recurrent):
@@ -160,7 +160,7 @@ def test_unit_lower_inverse(size):
     np.testing.assert_allclose(jax.jit(unit_lower_inverse)(a), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_unit_lower_inverse_has_derivatives_of_derivatives():
+def test_unit_lower_inverse_is_twice_differentiable():
     a = np.tril(np.random.default_rng(0).normal(size=(2, 3, 3)), -1)
     check_grads(jax.jit(lambda a: unit_lower_inverse(jnp.tril(a, -1))), (a,), order=2)
 

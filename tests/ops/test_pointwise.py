@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
 
 
-def test_rotation_is_a_complex_product_of_neighbouring_pairs():
+def test_rope_is_complex_multiplication_of_neighbouring_pairs():
     x, theta = RNG.normal(size=(3, 2, 6)), 100.0
     position = np.array([0, 5, 1000])
     z = x[..., 0::2] + 1j * x[..., 1::2]
@@ -22,7 +22,7 @@ def test_rotation_is_a_complex_product_of_neighbouring_pairs():
     np.testing.assert_allclose(apply_rope(jnp.asarray(x), position, theta), expected, atol=1e-12)
 
 
-def test_rotated_products_depend_on_the_difference_of_positions():
+def test_rope_depends_on_relative_positions():
     q, k = RNG.normal(size=(2, 1, 1, 8))
 
     def product(i, j):
@@ -32,7 +32,7 @@ def test_rotated_products_depend_on_the_difference_of_positions():
     assert product(7, 3) == pytest.approx(product(1007, 1003), abs=1e-10)
 
 
-def test_llama_3s_scaling_keeps_fast_pairs_and_slows_long_ones():
+def test_llama_3_scaling_slows_long_wavelengths_only():
     theta, length = 500000.0, 8192
     plain = theta ** (-np.arange(0, 128, 2) / 128)
     wavelength = 2 * np.pi / plain
@@ -69,8 +69,8 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, names):
     np.testing.assert_allclose(frequencies(32, 1e4, scaling), expected.numpy(), rtol=2e-6)
 
 
-def test_positions_have_no_end():
-    """No table to run out of: a million tokens on, still finite and still a rotation."""
+def test_rope_has_no_position_limit():
+    """At position 10^6 and beyond the result is finite and norm-preserving."""
     x = jnp.asarray(RNG.normal(size=(2, 1, 4)), jnp.float32)
     y = apply_rope(x, jnp.array([10**6, 2**30]), 5e5)
     assert y.dtype == jnp.float32
@@ -105,7 +105,7 @@ def test_nll_is_minus_the_log_of_the_softmax():
     np.testing.assert_allclose(token_nll(h, head, target), expected, atol=1e-12)
 
 
-def test_nll_of_bfloat16_is_float32_and_off_the_bfloat16_grid():
+def test_nll_of_bfloat16_is_not_rounded_to_bfloat16():
     nll = token_nll(*make_nll_inputs("bfloat16", 50))
     assert nll.dtype == jnp.float32
     on_grid = nll == nll.astype(jnp.bfloat16).astype(jnp.float32)
@@ -126,7 +126,7 @@ def test_nll_in_blocks_is_the_same_with_its_gradient(block):
     np.testing.assert_allclose(got[1], expected[1], atol=1e-11)
 
 
-def test_masked_mean_counts_what_counts_and_is_zero_for_nothing():
+def test_masked_mean_ignores_masked_and_empty_is_zero():
     nll = jnp.array([[1.0, 2.0, 6.0], [np.inf, 3.0, 4.0], [1.0, 1.0, 1.0]])
     mask = jnp.array([[True, True, False], [False, True, True], [False, False, False]])
     np.testing.assert_allclose(masked_mean(nll, mask), [1.5, 3.5, 0.0])

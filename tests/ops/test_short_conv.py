@@ -1,4 +1,4 @@
-"""The short convolution against numpy, in pieces, and with more than one channel axis."""
+"""The short convolution against numpy, split over calls, with several channel axes."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def by_channel(x, kernel, bias, previous):
     return out
 
 
-def test_is_the_causal_convolution_with_the_last_tap_on_the_current_token(arrays):
+def test_equals_causal_convolution_in_numpy(arrays):
     x, kernel, bias = arrays
     y, state = short_conv(*map(jnp.asarray, arrays), None)
     np.testing.assert_allclose(
@@ -44,11 +44,11 @@ def test_is_the_causal_convolution_with_the_last_tap_on_the_current_token(arrays
 
 
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 6), (2, 0, 7), (5, 4), (9,)], ids=str)
-def test_any_split_gives_the_same(arrays, cuts):
+def test_any_split_gives_the_same(arrays, lengths):
     x, kernel, bias = map(jnp.asarray, arrays)
     previous = np.random.default_rng(1).normal(size=(TAPS - 1, *CHANNELS))
     state, outputs, start = jnp.asarray(previous), [], 0
-    for size in cuts:
+    for size in lengths:
         y, state = short_conv(x[start : start + size], kernel, bias, state)
         outputs.append(y)
         start += size

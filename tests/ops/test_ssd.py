@@ -1,4 +1,4 @@
-"""State-space duality: both forms against the definition, in pieces, and at its extremes."""
+"""State-space duality: both forms against the definition; extreme decays."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def by_definition(x, dt, a, b, c, skip, state):
     return y, state
 
 
-# Chunks that divide T and do not, one token, and one chunk for all; together and one by one.
+# Chunks that divide T and do not, one token, and one chunk for all; parallel and sequential.
 FORMS = {
     "chunks of 4": lambda *args: ssd(*args, 4),
     "chunks of 4, two at once": lambda *args: ssd(*args, 4, chunks_per_segment=2),
@@ -55,7 +55,7 @@ def test_is_the_definition(form):
 
 
 def weighted(form):
-    """A scalar of both results in which every entry counts differently, and its gradient."""
+    """A scalar function of both results with random weights."""
     rng = np.random.default_rng(1)
     cot_y, cot_state = rng.normal(size=(T, H, P)), rng.normal(size=(H, P, N))
 
@@ -68,7 +68,7 @@ def weighted(form):
 
 @pytest.mark.parametrize("name", ["chunks of 4", "chunks of 4, two at once", "recurrent"])
 def test_gradient_is_that_of_the_definition(name):
-    """By central differences of the numpy loop, along a random direction for each input."""
+    """Against central differences of the numpy loop, along a random direction per input."""
     inputs = make_inputs()
     gradient = jax.jit(jax.grad(weighted(FORMS[name])))(inputs)
     loop, rng, step = weighted(by_definition), np.random.default_rng(2), 1e-5
@@ -84,7 +84,7 @@ def test_gradient_is_that_of_the_definition(name):
 
 @pytest.mark.parametrize("form", [FORMS["chunks of 4"], ssd_recurrent], ids=["chunks", "tokens"])
 def test_extreme_steps_leave_everything_finite(form):
-    """Steps of 0 and of 1e8 side by side: decays of one and of zero, no inf and no nan."""
+    """dt of 0 and 1e8 side by side: decays of one and of zero, no inf and no nan."""
     x, dt, *rest = (jnp.asarray(value, jnp.float32) for value in make_inputs())
     dt = dt.at[2].set(1e8).at[3].set(0.0).at[9:].set(1e8)
     total, gradient = jax.jit(jax.value_and_grad(weighted(form)))((x, dt, *rest))
@@ -92,7 +92,7 @@ def test_extreme_steps_leave_everything_finite(form):
     assert all(jnp.isfinite(leaf).all() for leaf in gradient)
 
 
-def test_a_token_that_erases_the_state_does_not_blur_those_after_it():
+def test_a_full_decay_preserves_later_precision():
     """In float32 a running sum of 1e6 has no digits left for the decays of 0.01 that follow."""
     x, dt, *rest = make_inputs()
     dt = np.full_like(dt, 0.01)
@@ -103,7 +103,7 @@ def test_a_token_that_erases_the_state_does_not_blur_those_after_it():
     np.testing.assert_allclose(got[2:], expected[2:], atol=2e-5)
 
 
-def test_bfloat16_stays_near_float64_and_the_state_is_float32():
+def test_bfloat16_is_near_float64_with_float32_state():
     inputs = make_inputs()
     x, dt, a, b, c, skip, state = (jnp.asarray(value, jnp.bfloat16) for value in inputs)
     args = x, dt.astype(jnp.float32), a, b, c, skip, state.astype(jnp.float32)

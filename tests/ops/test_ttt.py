@@ -25,7 +25,7 @@ BASE_LR = 2.0  # several times what the paper takes, so that an error in what is
 
 
 def problem(inner, seed=0):
-    """Random tokens, inner weights, norm weights and places' learning rates, nothing trivial."""
+    """Random tokens, inner weights, norm weights and per-index learning rates."""
     rng = np.random.default_rng(seed)
     hidden = 3 * SIZE if inner == "mlp" else SIZE
     weights = {"w1": rng.normal(size=(HEADS, SIZE, hidden)), "b1": rng.normal(size=(HEADS, hidden))}
@@ -63,7 +63,7 @@ def empty(p, dtype=jnp.float64):
 
 
 def run_split(p, lengths, **options):
-    """(z of all tokens, last state), read in calls of these lengths."""
+    """(z of all tokens, last state), in calls of these lengths."""
     state, out, first = empty(p), [], 0
     for length in lengths:
         part = {n: p[n][first : first + length] for n in ("q", "k", "v", "lam")}
@@ -93,7 +93,7 @@ def test_equals_the_definition_token_by_token(inner, output):
 
 @pytest.mark.parametrize("inner", INNER)
 def test_gradients_of_the_forms_agree(inner):
-    """With respect to everything: tokens, rates, the inner model's start and its norm."""
+    """With respect to tokens, rates, the initial inner weights and the norm."""
     p = problem(inner)
     cotangent = np.random.default_rng(1).normal(size=p["q"].shape)
 
@@ -107,7 +107,7 @@ def test_gradients_of_the_forms_agree(inner):
 
 
 def test_gradients_equal_finite_differences():
-    """Through the inner gradients, that is: exact second derivatives."""
+    """Through the inner gradients: exact second derivatives."""
     p = problem("mlp")
     cotangent = np.random.default_rng(1).normal(size=p["q"].shape)
     loss = jax.jit(lambda p: jnp.sum(run(p)[0] * cotangent))
@@ -140,11 +140,11 @@ SPLITS = [(5, 5, 3), (3, 10), (7, 1, 1, 4), (1,) * LENGTH]
 def test_any_split_gives_the_same_outputs_and_state(inner, output, form):
     p = problem(inner)
     options = {"output": output, "form": form}
-    whole, whole_state = run_split(p, (LENGTH,), **options)
+    expected, expected_state = run_split(p, (LENGTH,), **options)
     for lengths in SPLITS:
         z_THK, state = run_split(p, lengths, **options)
-        np.testing.assert_allclose(z_THK, whole, atol=1e-11)
-        assert worst(state, whole_state) < 1e-11
+        np.testing.assert_allclose(z_THK, expected, atol=1e-11)
+        assert worst(state, expected_state) < 1e-11
 
 
 def test_gradients_flow_through_the_state():
@@ -166,12 +166,12 @@ def test_a_full_mini_batch_leaves_no_sums():
     assert all((np.asarray(state[f"g_{name}"]) != 0).any() for name in p["weights"])
 
 
-def test_before_the_first_token_the_weights_are_the_learned_ones():
+def test_final_weights_at_position_zero_are_initial():
     p = problem("linear")
     assert worst(final_weights(empty(p), p["weights"], rates(p), 0), p["weights"]) == 0
 
 
-def test_learning_happens_in_float32_under_bfloat16():
+def test_state_and_output_are_float32_under_bfloat16():
     p = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), problem("mlp"))
     z_THK, state = run(p, empty(p, jnp.float32), jnp.int32(0))
     assert z_THK.dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""A batch of sequences is each of them alone; one alone carries no axis of length 1 along."""
+"""over_sequences equals vmap; a batch of one runs without a batch axis."""
 
 import chex
 import jax
@@ -12,7 +12,7 @@ AXES = ({"weight": None, "rows": 1}, 0)
 
 
 def read(state, x_TD):
-    """Sums over an axis between others, and a state of which one part is shared."""
+    """Sums over a middle axis, and a state with one unbatched part."""
     y_D = jnp.sum(x_TD * state["weight"] + state["rows"], axis=0)
     return y_D, {"weight": 2 * state["weight"], "rows": state["rows"] - y_D}
 
@@ -24,7 +24,7 @@ def arguments(batch):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_it_is_vmap(batch):
+def test_equals_vmap(batch):
     forms = [f(read, in_axes=AXES, out_axes=(0, AXES[0])) for f in (over_sequences, jax.vmap)]
     result, expected = (f(*arguments(batch)) for f in forms)
     chex.assert_trees_all_equal_shapes(result, expected)
@@ -38,11 +38,11 @@ def sum_shapes(batch):
     return [eqn.invars[0].aval.shape for eqn in sums]
 
 
-def test_one_sequence_is_read_without_an_axis_for_it():
+def test_one_sequence_has_no_batch_axis():
     assert sum_shapes(4) == [(4, 5, 3)]
     assert sum_shapes(1) == [(5, 3)]
 
 
-def test_axes_that_differ_in_length_are_refused():
+def test_inconsistent_batch_sizes_raise():
     with pytest.raises(ValueError, match="inconsistent sizes"):
         over_sequences(jnp.add)(jnp.ones((1, 2)), jnp.ones((3, 2)))

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: an address that cannot be used is one sentence, in time."""
+"""Start of multi-process runs: unusable addresses and timeouts raise one-sentence errors."""
 
 import runpy
 import socket
@@ -50,7 +50,7 @@ def test_an_address_is_host_and_port(address, expected):
         "",
     ],
 )
-def test_other_addresses_are_refused_by_train(address, tmp_path, capsys):
+def test_train_rejects_invalid_addresses(address, tmp_path, capsys):
     config = tmp_path / "mine.py"
     config.write_text("from tttjax.config import default_config as get_config\n")
     words = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
@@ -60,7 +60,7 @@ def test_other_addresses_are_refused_by_train(address, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_process_0_says_that_its_port_is_taken(used_port):
+def test_process_0_reports_a_used_port(used_port):
     with pytest.raises(UserError, match=f"port {used_port} .* is used by another program"):
         distributed.start_distributed(f"localhost:{used_port}", 0, 2)
     coordinator.check_port(free_port())
@@ -71,7 +71,7 @@ def test_a_process_id_beyond_the_count_is_refused():
         distributed.start_distributed("localhost:1234", 2, 2)
 
 
-def test_others_say_that_nobody_answers(monkeypatch, capsys):
+def test_other_processes_report_no_answer(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.5)
     monkeypatch.setattr(coordinator, "FIRST_REPORT_SECONDS", 0.1)
     port = free_port()
@@ -80,11 +80,11 @@ def test_others_say_that_nobody_answers(monkeypatch, capsys):
     assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
 
 
-def test_others_go_on_once_somebody_answers(used_port):
+def test_other_processes_continue_on_answer(used_port):
     coordinator.await_coordinator("localhost", used_port, 5)
 
 
-def test_an_unknown_host_is_said_at_once(monkeypatch):
+def test_an_unknown_host_raises_at_once(monkeypatch):
     def unknown(*args, **options):
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -93,8 +93,8 @@ def test_an_unknown_host_is_said_at_once(monkeypatch):
         coordinator.await_coordinator("nowhere", 1, 100)
 
 
-def test_processes_that_never_join_end_the_program(monkeypatch, capsys):
-    """From a thread, because the runtime that waits for them cannot be interrupted."""
+def test_join_timeout_exits_the_program(monkeypatch, capsys):
+    """From a thread, because JAX's runtime cannot be interrupted."""
     exited, codes = threading.Event(), []
 
     def end(code):

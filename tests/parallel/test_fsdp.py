@@ -1,4 +1,4 @@
-"""Weights divided among devices are whole where they are used, and their gradient divided again."""
+"""FSDP-sharded weights are all-gathered for use; their gradients are reduce-scattered."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tttjax.parallel.mesh import make_mesh
 
 
 def on_two(function, weight, x, dtype):
-    """function(whole weight, its rows of x) on two devices, each with half of the weight."""
+    """function(full weight, local rows of x) on two devices, each with half of the weight."""
 
     @partial(
         jax.shard_map,
@@ -29,7 +29,7 @@ def on_two(function, weight, x, dtype):
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_value_and_gradient_are_those_of_the_whole_weight(dtype):
+def test_value_and_gradient_equal_the_unsharded(dtype):
     weight = jax.random.normal(jax.random.key(0), (4, 6))
     x = jax.random.normal(jax.random.key(1), (2, 4))
 
@@ -48,17 +48,17 @@ def test_value_and_gradient_are_those_of_the_whole_weight(dtype):
     result = jax.grad(loss)(weight, lambda w: on_two(product, w, x, dtype))
     expected = jax.grad(loss)(low_precision.astype(jnp.float32), lambda w: x @ w)
     assert result.dtype == jnp.float32
-    tolerance = 1e-6 if dtype is None else 2**-8  # each device's part is in the narrow dtype
+    tolerance = 1e-6 if dtype is None else 2**-8  # each device's gradient is in low precision
     np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_are_summed_in_the_dtype_of_the_shard():
-    """257 is no bfloat16: added up in that, it would be 256."""
+    """257 is not a bfloat16: a sum in bfloat16 would be 256."""
     weight = jnp.ones((1, 2))
     x = jnp.array([[256.0], [1.0]])
     bar = jax.grad(lambda w: jnp.sum(on_two(lambda w, x: x.astype(w.dtype) @ w, w, x, "bfloat16")))
     np.testing.assert_array_equal(bar(weight), jnp.full((1, 2), 257.0))
 
 
-def test_other_leaves_stay_as_they_are():
+def test_other_leaves_are_unchanged():
     assert all_gather_params({"a": 1, "b": [2.0]}) == {"a": 1, "b": [2.0]}

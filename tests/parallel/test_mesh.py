@@ -1,4 +1,4 @@
-"""Where devices of real slices come to lie on the mesh, told by stand-ins for them."""
+"""Arrangement of TPU slices on the mesh, with fake devices."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tttjax.parallel.mesh import arrange_devices
 
 @dataclass(frozen=True)
 class FakeTpu:
-    """What JAX looks at in a TPU."""
+    """The attributes of a TPU device that JAX reads."""
 
     id: int
     coords: tuple[int, int, int]
@@ -29,7 +29,7 @@ def slice_of(sides, index=0):
 
 
 @pytest.mark.parametrize("axes", [(1, 16, 1), (4, 4, 1), (1, 8, 2), (2, 2, 4), (1, 2, 8)])
-def test_any_axes_find_a_place_on_a_slice(axes):
+def test_any_axes_fit_a_slice(axes):
     devices = slice_of((4, 4))
     grid = arrange_devices(devices, *axes)
     assert grid.shape == axes
@@ -43,7 +43,7 @@ def test_an_inner_axis_stays_among_neighbours():
         assert sum(distance) == 1
 
 
-def test_data_goes_across_slices_and_nothing_else_does():
+def test_only_data_crosses_slices():
     devices = slice_of((2, 2), 0) + slice_of((2, 2), 1)
     grid = arrange_devices(devices, 4, 2, 1)
     of_rows = [{device.slice_index for device in row.flat} for row in grid]

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and that they compute the same bits when they are read back."""
+"""The compilation cache: its folder, and bit-identical results of cached programs."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ print(sum("cache_hits" in name for name in hits) > 0, y.tobytes().hex()[:4000])
 
 @pytest.fixture
 def no_jax(monkeypatch, tmp_path):
-    """As at the start of a program: JAX is not imported, and nothing says where to keep things."""
+    """As at the start of a program: JAX is not imported, and no cache is configured."""
     monkeypatch.delitem(sys.modules, "jax")
     for name in list(os.environ):
         if name.startswith(("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "TTTJAX_")):
@@ -36,7 +36,7 @@ def no_jax(monkeypatch, tmp_path):
         del os.environ[name]
 
 
-def test_programs_are_read_back_with_equal_bits(tmp_path):
+def test_cached_programs_are_bit_identical(tmp_path):
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("JAX_")},
         compilation_cache.VARIABLE: str(tmp_path),
@@ -75,7 +75,7 @@ def test_jax_variable_wins(no_jax, monkeypatch):
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
 
 
-def test_folder_that_cannot_be_made_is_no_error(no_jax, monkeypatch):
+def test_unwritable_folder_disables_the_cache(no_jax, monkeypatch):
     (no_jax / "file").write_text("")
     monkeypatch.setenv(compilation_cache.VARIABLE, str(no_jax / "file"))
     assert enable_compilation_cache() is None
@@ -89,7 +89,7 @@ def test_user_without_a_home_has_no_cache(no_jax, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["gs://bucket/cache", "~nobody-of-that-name/cache"])
-def test_place_elsewhere_is_refused(no_jax, monkeypatch, value):
+def test_remote_or_unknown_folder_is_rejected(no_jax, monkeypatch, value):
     monkeypatch.chdir(no_jax)
     monkeypatch.setenv(compilation_cache.VARIABLE, value)
     assert main.main(["--version"]) == main.USER_ERROR

@@ -1,4 +1,4 @@
-"""libtpu is told that there is no TPU where there is none, and nothing where there may be one."""
+"""The libtpu environment is set on machines without a TPU only."""
 
 import os
 
@@ -10,17 +10,19 @@ from tttjax.runtime import libtpu
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(libtpu=, devices=): what is installed, and which device files there are."""
+    """machine(installed=, devices=): whether libtpu is installed, and the existing device files."""
 
-    def set_up(*, libtpu, devices=()):
+    def set_up(*, installed, devices=()):
         monkeypatch.setattr(
-            libtpu.importlib.util, "find_spec", lambda name: object() if libtpu else None
+            libtpu.importlib.util, "find_spec", lambda name: object() if installed else None
         )
-        found = {"/dev/accel*": "/dev/accel0", "/dev/vfio/[0-9]*": "/dev/vfio/0"}
+        paths_by_pattern = {"/dev/accel*": "/dev/accel0", "/dev/vfio/[0-9]*": "/dev/vfio/0"}
         monkeypatch.setattr(
             libtpu.glob,
             "glob",
-            lambda pattern: [found[pattern]] if found[pattern] in devices else [],
+            lambda pattern: (
+                [paths_by_pattern[pattern]] if paths_by_pattern[pattern] in devices else []
+            ),
         )
         for variable in libtpu.ENVIRONMENT:
             monkeypatch.setenv(variable, "")  # restored afterwards
@@ -29,25 +31,25 @@ def machine(monkeypatch):
     return set_up
 
 
-def told():
+def environment():
     return {name: os.environ.get(name) for name in libtpu.ENVIRONMENT}
 
 
-def test_commands_tell_libtpu_that_there_is_no_tpu(machine, capsys):
-    machine(libtpu=True)
-    os.environ["TPU_WORKER_ID"] = "3"  # of the user, who knows better
+def test_commands_set_the_libtpu_environment(machine, capsys):
+    machine(installed=True)
+    os.environ["TPU_WORKER_ID"] = "3"  # set by the user
     assert main.main(["--version"]) == 0
-    assert told() == {**libtpu.ENVIRONMENT, "TPU_WORKER_ID": "3"}
+    assert environment() == {**libtpu.ENVIRONMENT, "TPU_WORKER_ID": "3"}
 
 
 @pytest.mark.parametrize("devices", [["/dev/accel0"], ["/dev/vfio/0"]])
-def test_a_machine_with_a_tpu_is_left_alone(machine, devices):
-    machine(libtpu=True, devices=devices)
+def test_nothing_is_set_with_a_tpu(machine, devices):
+    machine(installed=True, devices=devices)
     libtpu.quieten_libtpu()
-    assert set(told().values()) == {None}
+    assert set(environment().values()) == {None}
 
 
 def test_nothing_is_set_without_libtpu(machine):
-    machine(libtpu=False)
+    machine(installed=False)
     libtpu.quieten_libtpu()
-    assert set(told().values()) == {None}
+    assert set(environment().values()) == {None}

@@ -1,4 +1,4 @@
-"""What a slow part of a command says while it is silent, on a terminal and in a file."""
+"""Activity messages of slow commands, on a terminal and in a file."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def test_slow_work_is_named_with_its_seconds(stream):
+def test_slow_activity_is_reported_with_its_seconds(stream):
     with progress.doing("compiling", last_seconds=41.6, quiet_seconds=0.02):
         wait_for(stream.getvalue)
     assert stream.getvalue().startswith("compiling: 0 s (the last time it took 42 s)\n")
@@ -39,13 +39,13 @@ def test_pauses_grow_in_a_file(stream):
     assert time.monotonic() - started > 0.08
 
 
-def test_fast_work_says_nothing(stream):
+def test_fast_activity_prints_nothing(stream):
     with progress.doing("compiling"):
         pass
     assert stream.getvalue() == ""
 
 
-def test_what_is_printed_restarts_the_silence():
+def test_output_restarts_the_quiet_period():
     with printing() as stream, progress.doing("steps", quiet_seconds=0.5):
         started = time.monotonic()
         while time.monotonic() - started < 0.7:
@@ -54,20 +54,20 @@ def test_what_is_printed_restarts_the_silence():
         assert set(stream.getvalue()) == {"."}
 
 
-def test_part_goes_on_under_another_name(stream):
+def test_activity_can_be_renamed(stream):
     with progress.doing("first", quiet_seconds=0.02):
         progress.rename_activity("second")
         wait_for(stream.getvalue)
     assert stream.getvalue().startswith("second: 0 s\n")
 
 
-def test_part_without_a_name_is_mute(stream):
+def test_activity_without_a_name_prints_nothing(stream):
     with progress.doing("", quiet_seconds=0.01):
         time.sleep(0.1)
     assert stream.getvalue() == ""
 
 
-def test_only_the_innermost_speaks(stream):
+def test_only_the_innermost_activity_reports(stream):
     with (
         progress.doing("outer", quiet_seconds=0.02),
         progress.doing("inner", quiet_seconds=0.02),
@@ -78,7 +78,7 @@ def test_only_the_innermost_speaks(stream):
 
 @contextlib.contextmanager
 def printing(**methods):
-    """A stream that everything printed goes to; within the test, for pytest changes sys.stdout."""
+    """A stream for all output; entered within the test, because pytest changes sys.stdout."""
     stream = io.StringIO()
     vars(stream).update(methods)
     with (
@@ -91,13 +91,13 @@ def printing(**methods):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """One of twenty columns; a context, as `printing`."""
+    """A terminal of twenty columns; a context, as `printing`."""
     monkeypatch.setenv("COLUMNS", "20")
     return lambda: printing(isatty=lambda: True)
 
 
 def screen(terminal):
-    """What is left on it, where nothing wraps."""
+    """The visible lines, if nothing wraps."""
     return [line.rpartition("\r\x1b[K")[2] for line in terminal.getvalue().split("\n")]
 
 
@@ -112,7 +112,7 @@ def test_terminal_line_is_renewed_and_erased(terminal):
     assert shown.getvalue().endswith("\r\x1b[K")
 
 
-def test_what_is_printed_has_a_line_of_its_own(terminal):
+def test_output_has_its_own_line(terminal):
     with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
         wait_for(lambda: says(shown, "reading"))
         print("a line")
@@ -123,7 +123,7 @@ def test_what_is_printed_has_a_line_of_its_own(terminal):
     assert screen(shown) == ["a line", "error: another", ""]
 
 
-def test_unfinished_line_comes_back(terminal):
+def test_unfinished_line_is_restored(terminal):
     with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
         print("\r\x1b[Kstep 1/3", end="")
         wait_for(lambda: says(shown, "reading"))
@@ -132,7 +132,7 @@ def test_unfinished_line_comes_back(terminal):
     assert screen(shown) == ["step 1/3  loss 2.5"]
 
 
-def test_unfinished_line_that_wraps_is_left_alone(terminal):
+def test_wrapped_unfinished_line_is_not_erased(terminal):
     with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
         print("x" * 20, end="")
         wait_for(lambda: says(shown, "reading"))
@@ -149,7 +149,7 @@ def test_line_is_never_wider_than_the_terminal(terminal):
     assert max(len(line) for line in lines) < 20
 
 
-def test_stream_that_goes_elsewhere_is_not_watched(terminal):
+def test_stream_to_another_output_is_not_wrapped(terminal):
     with (
         terminal() as shown,
         contextlib.redirect_stdout(io.StringIO()),
@@ -161,13 +161,13 @@ def test_stream_that_goes_elsewhere_is_not_watched(terminal):
         assert says(shown, "reading")
 
 
-def test_silent_unless_the_command_line_asks(capsys):
+def test_silent_without_show_activity(capsys):
     with progress.doing("compiling", quiet_seconds=0.001):
         time.sleep(0.05)
     assert capsys.readouterr() == ("", "")
 
 
-def test_eta_of_an_evaluation_leaves_compilation_out(monkeypatch):
+def test_eta_of_an_evaluation_excludes_compilation(monkeypatch):
     clock = iter([60.0, 61.0, 161.0, 162.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     stream = io.StringIO()
