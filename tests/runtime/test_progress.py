@@ -26,13 +26,13 @@ def wait_for(condition):
 
 
 def test_slow_activity_is_reported_with_its_seconds(stream):
-    with progress.doing("compiling", last_seconds=41.6, quiet_seconds=0.02):
+    with progress.report_activity("compiling", last_seconds=41.6, quiet_seconds=0.02):
         wait_for(stream.getvalue)
     assert stream.getvalue().startswith("compiling: 0 s (the last time it took 42 s)\n")
 
 
 def test_pauses_grow_in_a_file(stream):
-    with progress.doing("compiling", quiet_seconds=0.02):
+    with progress.report_activity("compiling", quiet_seconds=0.02):
         wait_for(lambda: stream.getvalue().count("\n") >= 4)
         started = time.monotonic()
         wait_for(lambda: stream.getvalue().count("\n") >= 5)
@@ -40,13 +40,13 @@ def test_pauses_grow_in_a_file(stream):
 
 
 def test_fast_activity_prints_nothing(stream):
-    with progress.doing("compiling"):
+    with progress.report_activity("compiling"):
         pass
     assert stream.getvalue() == ""
 
 
 def test_output_restarts_the_quiet_period():
-    with printing() as stream, progress.doing("steps", quiet_seconds=0.5):
+    with printing() as stream, progress.report_activity("steps", quiet_seconds=0.5):
         started = time.monotonic()
         while time.monotonic() - started < 0.7:
             time.sleep(0.01)
@@ -55,22 +55,22 @@ def test_output_restarts_the_quiet_period():
 
 
 def test_activity_can_be_renamed(stream):
-    with progress.doing("first", quiet_seconds=0.02):
+    with progress.report_activity("first", quiet_seconds=0.02):
         progress.rename_activity("second")
         wait_for(stream.getvalue)
     assert stream.getvalue().startswith("second: 0 s\n")
 
 
 def test_activity_without_a_name_prints_nothing(stream):
-    with progress.doing("", quiet_seconds=0.01):
+    with progress.report_activity("", quiet_seconds=0.01):
         time.sleep(0.1)
     assert stream.getvalue() == ""
 
 
 def test_only_the_innermost_activity_reports(stream):
     with (
-        progress.doing("outer", quiet_seconds=0.02),
-        progress.doing("inner", quiet_seconds=0.02),
+        progress.report_activity("outer", quiet_seconds=0.02),
+        progress.report_activity("inner", quiet_seconds=0.02),
     ):
         wait_for(lambda: stream.getvalue().count("inner") >= 2)
     assert "outer" not in stream.getvalue()
@@ -106,14 +106,14 @@ def says(terminal, what):
 
 
 def test_terminal_line_is_renewed_and_erased(terminal):
-    with terminal() as shown, progress.doing("compiling", quiet_seconds=0.02):
+    with terminal() as shown, progress.report_activity("compiling", quiet_seconds=0.02):
         wait_for(lambda: shown.getvalue().count("compiling") >= 2)
     assert "\n" not in shown.getvalue()
     assert shown.getvalue().endswith("\r\x1b[K")
 
 
 def test_output_has_its_own_line(terminal):
-    with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
+    with terminal() as shown, progress.report_activity("reading", quiet_seconds=0.02):
         wait_for(lambda: says(shown, "reading"))
         print("a line")
         wait_for(lambda: says(shown, "reading"))
@@ -124,7 +124,7 @@ def test_output_has_its_own_line(terminal):
 
 
 def test_unfinished_line_is_restored(terminal):
-    with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
+    with terminal() as shown, progress.report_activity("reading", quiet_seconds=0.02):
         print("\r\x1b[Kstep 1/3", end="")
         wait_for(lambda: says(shown, "reading"))
         print("  loss 2.5", end="")
@@ -133,7 +133,7 @@ def test_unfinished_line_is_restored(terminal):
 
 
 def test_wrapped_unfinished_line_is_not_erased(terminal):
-    with terminal() as shown, progress.doing("reading", quiet_seconds=0.02):
+    with terminal() as shown, progress.report_activity("reading", quiet_seconds=0.02):
         print("x" * 20, end="")
         wait_for(lambda: says(shown, "reading"))
     assert screen(shown) == ["x" * 20, ""]
@@ -142,7 +142,7 @@ def test_wrapped_unfinished_line_is_not_erased(terminal):
 def test_line_is_never_wider_than_the_terminal(terminal):
     with (
         terminal() as shown,
-        progress.doing("compiling for " + "x" * 30, last_seconds=3, quiet_seconds=0.02),
+        progress.report_activity("compiling for " + "x" * 30, last_seconds=3, quiet_seconds=0.02),
     ):
         wait_for(lambda: screen(shown)[-1])
     lines = shown.getvalue().split("\r\x1b[K")
@@ -154,7 +154,7 @@ def test_stream_to_another_output_is_not_wrapped(terminal):
         terminal() as shown,
         contextlib.redirect_stdout(io.StringIO()),
         progress.show_activity(shown),
-        progress.doing("reading", quiet_seconds=0.02),
+        progress.report_activity("reading", quiet_seconds=0.02),
     ):
         wait_for(lambda: says(shown, "reading"))
         print("to a file")
@@ -162,7 +162,7 @@ def test_stream_to_another_output_is_not_wrapped(terminal):
 
 
 def test_silent_without_show_activity(capsys):
-    with progress.doing("compiling", quiet_seconds=0.001):
+    with progress.report_activity("compiling", quiet_seconds=0.001):
         time.sleep(0.05)
     assert capsys.readouterr() == ("", "")
 

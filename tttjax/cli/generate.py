@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
-    with progress.doing(f"loading {args.workdir}"):
+    with progress.report_activity(f"loading {args.workdir}"):
         loaded = load_from_args(args)
     _check_samples(args.samples, loaded)
     with x64_if_configured(loaded.config):
@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
             _print_all(args, loaded, session, prompts, sampling)
             return 0
         (prompt_T,) = prompts
-        with progress.doing("prefilling the prompt (compiles on first use)"):
+        with progress.report_activity("prefilling the prompt (compiles on first use)"):
             session, _ = loaded.engine.read(session, prompt_T)
         if args.max_tokens:
             session = _generate(args, loaded, session, texts[0], prompt_T, sampling)
@@ -252,7 +252,7 @@ def _generate(
     texts: list[list[GeneratedToken]] = [[] for _ in requests]
     streams = args.samples == 1 and not args.json
     on_terminal = streams and sys.stdout.isatty()
-    with progress.doing("generating (compiles on first use)"):
+    with progress.report_activity("generating (compiles on first use)"):
         for token in generator:
             if on_terminal and not any(texts):  # the first token may have waited for compilation
                 print(_dim(prompt), end="")

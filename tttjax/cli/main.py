@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         quieten_libtpu()
         with (
             progress.show_activity(sys.stderr),
-            progress.doing(" ".join(["tttjax", *arguments[:1]])),
+            progress.report_activity(" ".join(["tttjax", *arguments[:1]])),
         ):
             return _dispatch(arguments)
     except UserError as error:

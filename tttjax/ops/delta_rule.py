@@ -1,6 +1,6 @@
 """The gated delta rule (Gated DeltaNet, arXiv 2412.06464), recurrent and chunk-parallel.
 
-Each value head keeps a matrix S [K, V] and does, for every token,
+Each value head has a state S [K, V], updated for every token by
 
     S <- exp(g) S                    decay, g <= 0
     d  = beta (v - S^T k)            delta: error of the state at this key

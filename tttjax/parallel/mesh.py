@@ -131,7 +131,9 @@ def param_shardings(mesh: Mesh, axes: Params, abstract: Params) -> Params:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), param_specs(mesh, axes))
 
 
-def like_params(tree: PyTree, params: Params, shardings: Params, default: NamedSharding) -> PyTree:
+def shardings_like_params(
+    tree: PyTree, params: Params, shardings: Params, default: NamedSharding
+) -> PyTree:
     """Shardings for a tree that contains parameter-shaped subtrees, such as optimizer state.
 
     A leaf whose path ends with a weight's path and that has its shape is sharded like it;

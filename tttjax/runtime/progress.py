@@ -24,7 +24,7 @@ _lock = threading.RLock()  # guards both, and the stream
 
 @contextlib.contextmanager
 def show_activity(stream: TextIO) -> Iterator[None]:
-    """Has `doing` print its messages to this stream."""
+    """Has `report_activity` print its messages to this stream."""
     global _line
     earlier, _line = _line, _Line(stream)
     try:
@@ -38,17 +38,17 @@ def show_activity(stream: TextIO) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def doing(
-    what: str, last_seconds: float | None = None, *, quiet_seconds: float | None = None
+def report_activity(
+    activity: str, last_seconds: float | None = None, *, quiet_seconds: float | None = None
 ) -> Iterator[None]:
     """Reports an activity that may print nothing for long.
 
-    After `quiet_seconds` (QUIET_SECONDS) the elapsed time of `what` is printed: on a terminal in a
-    line that is renewed every second and erased at the end, in a file in lines at growing
-    intervals. Of nested activities the innermost reports; an empty `what` prints nothing.
+    After `quiet_seconds` (QUIET_SECONDS) it prints the elapsed time of `activity`: on a terminal in
+    a line that is renewed every second and erased at the end, in a file in lines at growing
+    intervals. Of nested activities the innermost reports; an empty `activity` prints nothing.
 
     Arguments:
-      what: such as "compiling the train step".
+      activity: such as "compiling the train step".
       last_seconds: how long it took the last time, if known.
     """
     if _line is None:
@@ -56,7 +56,7 @@ def doing(
         return
     line = _line
     with _lock:
-        ticker = _Ticker(line, what, last_seconds, quiet_seconds or QUIET_SECONDS)
+        ticker = _Ticker(line, activity, last_seconds, quiet_seconds or QUIET_SECONDS)
         _stack.append(ticker)
     ticker.start()
     try:
@@ -70,11 +70,11 @@ def doing(
                 _stack[-1].wait()
 
 
-def rename_activity(what: str) -> None:
+def rename_activity(activity: str) -> None:
     """Renames the innermost activity and restarts its time."""
     with _lock:
         if _stack:
-            _stack[-1].begin(what)
+            _stack[-1].begin(activity)
 
 
 class _Line:
@@ -90,9 +90,9 @@ class _Line:
         same_terminal = stream is not None and stream.isatty() == self.terminal
         return cast(TextIO, _Watched(stream, self)) if same_terminal else stream
 
-    def show(self, what: str, suffix: str) -> None:
+    def show(self, activity: str, suffix: str) -> None:
         if not self.terminal:
-            self._write(f"{what}{suffix}\n")
+            self._write(f"{activity}{suffix}\n")
             return
         # A wrapped line could not be renewed: only its last row would be erased.
         columns = shutil.get_terminal_size().columns
@@ -100,7 +100,7 @@ class _Line:
             self._unfinished = ""
             self._write("\n")
         self._is_shown = True
-        text = what[: max(columns - 1 - len(suffix), 0)] + suffix
+        text = activity[: max(columns - 1 - len(suffix), 0)] + suffix
         self._write(f"\r\x1b[K{text[: columns - 1]}")
 
     def clear(self) -> None:
@@ -141,18 +141,20 @@ class _Watched:
 
 
 class _Ticker:
-    def __init__(self, line: _Line, what: str, last_seconds: float | None, quiet_seconds: float):
+    def __init__(
+        self, line: _Line, activity: str, last_seconds: float | None, quiet_seconds: float
+    ):
         self._line, self._last, self._quiet = line, last_seconds, quiet_seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.begin(what)
+        self.begin(activity)
 
     def start(self) -> None:
         self._thread.start()
 
-    def begin(self, what: str) -> None:
+    def begin(self, activity: str) -> None:
         """Starts the activity and its quiet period."""
-        self.what, self._since = what, time.monotonic()
+        self.activity, self._since = activity, time.monotonic()
         self._line.clear()
         self.wait()
 
@@ -168,10 +170,10 @@ class _Ticker:
         while not self._stopped.wait(max(self._next - time.monotonic(), self._quiet / 20)):
             with _lock:
                 now = time.monotonic()
-                if now < self._next or not self.what or _stack[-1] is not self:
+                if now < self._next or not self.activity or _stack[-1] is not self:
                     continue
                 last = f" (the last time it took {self._last:.0f} s)" if self._last else ""
-                self._line.show(self.what, f": {now - self._since:.0f} s{last}")
+                self._line.show(self.activity, f": {now - self._since:.0f} s{last}")
                 if self._line.terminal:
                     self._next = now + min(1.0, self._quiet)
                 else:

@@ -23,7 +23,7 @@ from tttjax.config import (
 )
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
-from tttjax.data.tokenizers.base import keep_tokenizer
+from tttjax.data.tokenizers.base import copy_tokenizer
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
@@ -119,7 +119,7 @@ def train(
             result = _result(run, state, step, setup_seconds)
             run.logger.print_line(_describe_result(result))
         if jax.process_index() == 0 and step == config.train.steps:
-            with progress.doing("drawing the loss curve"):
+            with progress.report_activity("drawing the loss curve"):
                 _write_results(run, result)
     return result
 
@@ -165,7 +165,7 @@ def _set_up(
     exit_stack.callback(checkpointer.close)
     state, start, totals = _initial_state(config, trainer, checkpointer, batches, tokenizer)
     if tokenizer and jax.process_index() == 0:
-        keep_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
+        copy_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
     logger = metrics.MetricLogger(
         workdir,
         metrics.Throughput(
@@ -219,7 +219,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
             profiler.after(step, values)
             should_stop = stop.after(step)
             if step == run.start + 1:  # includes compilation, so it is timed separately
-                with progress.doing("the first step"):
+                with progress.report_activity("the first step"):
                     first = async_metrics.flush()
                 try:
                     recorder.add(first)
@@ -233,7 +233,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                 _save(run, step, state)
             if should_stop:
                 break
-        with progress.doing("saving the last checkpoint"):
+        with progress.report_activity("saving the last checkpoint"):
             run.checkpointer.wait()
         if run.start >= last:  # no step to do
             _write_config(run)
@@ -245,7 +245,9 @@ def _compiling(run: TrainRun) -> Iterator[None]:
     """Shows progress of the first step's call, which compiles or reads the compilation cache."""
     program = f"{config_fingerprint(run.config)} {dict(run.trainer.mesh.shape)} {jax.__version__}"
     started = time.perf_counter()
-    with progress.doing("compiling the train step", compilation_cache.last_seconds(program)):
+    with progress.report_activity(
+        "compiling the train step", compilation_cache.last_seconds(program)
+    ):
         yield
     compilation_cache.record_seconds(program, time.perf_counter() - started)
 
@@ -257,7 +259,7 @@ def _write_config(run: TrainRun) -> None:
 
 
 def _save(run: TrainRun, step: int, state: TrainState) -> None:
-    with progress.doing(f"saving the checkpoint of step {step}"):
+    with progress.report_activity(f"saving the checkpoint of step {step}"):
         run.logger.sync()
         run.checkpointer.save(
             step,

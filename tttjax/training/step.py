@@ -25,12 +25,12 @@ from tttjax.parallel.mesh import (
     as_sharded_param,
     batch_axes,
     batch_sharding,
-    like_params,
     manual,
     manual_axes,
     param_shardings,
     param_specs,
     reduce_mean,
+    shardings_like_params,
     spec,
 )
 from tttjax.training.optimizer import make_optimizer, make_schedule
@@ -283,7 +283,7 @@ def _abstract_state(mesh: Mesh, model: Transformer, start_from) -> tuple[TrainSt
     params = model.abstract_params()
     abstract = jax.eval_shape(start_from, params)
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = like_params(
+    shardings = shardings_like_params(
         abstract, params, param_shardings(mesh, model.axes(), params), replicated
     )
     return _with_shardings(abstract, shardings), shardings
