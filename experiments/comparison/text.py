@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tttjax.data.documents import JSON, TEXT, InputFile, Line, list_inputs, pieces_of, read_items
+from tttjax.data.documents import JSON, TEXT, InputFile, Line, item_spans, list_inputs, read_items
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import PreparedData
 from tttjax.data.splits import SplitRule
@@ -82,7 +82,7 @@ def _documents(file: InputFile) -> dict[str, int]:
         if isinstance(item, Line):
             sizes[item.document] = len(item.raw)
         else:
-            sizes |= {piece.document: len(piece.text) for piece in pieces_of(item)}
+            sizes |= {span.document: len(span.text) for span in item_spans(item)}
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""Inputs become documents: every format, in a fixed order, in pieces, with clear errors."""
+"""Inputs become documents: every format, in a fixed order, in spans, with clear errors."""
 
 import bz2
 import contextlib
@@ -18,20 +18,20 @@ import pytest
 import zstandard
 
 from tttjax.data import documents
-from tttjax.data.documents import list_inputs, pieces_of, read_items, read_pieces
+from tttjax.data.documents import file_spans, item_spans, list_inputs, read_items
 from tttjax.data.streams import read_text
 from tttjax.errors import UserError
 
 
 def texts_of(inputs, pattern=""):
-    """Document -> text, its pieces put together."""
-    found = {}
+    """Document -> text, its spans concatenated."""
+    result = {}
     for file in list_inputs(inputs, pattern):
         for item in read_items(file):
-            for piece in pieces_of(item):
-                assert piece.begins == (piece.document not in found)
-                found[piece.document] = found.get(piece.document, "") + piece.text
-    return found
+            for span in item_spans(item):
+                assert span.is_first == (span.document not in result)
+                result[span.document] = result.get(span.document, "") + span.text
+    return result
 
 
 def test_every_format(tmp_path):
@@ -49,11 +49,11 @@ def test_every_format(tmp_path):
     (folder / "g.txt").write_bytes(b"\xef\xbb\xbf" + raw)
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / ".hidden.txt").write_bytes(raw)
-    found = texts_of([folder])
+    result = texts_of([folder])
     same = ["in/a.txt", "in/b.txt.xz", "in/c.md.gz", "in/d.py.zst", "in/g.txt"]
-    assert [found.pop(name) for name in same] == [text] * 5
-    assert list(found)[:4] == ["in/e.jsonl:1", "in/e.jsonl:2", "in/e.jsonl:3", "in/f.jsonl.zst:1"]
-    assert list(found.values()) == ["one", "two\n", "", "one", "two\n", "", "one", "two\n", ""]
+    assert [result.pop(name) for name in same] == [text] * 5
+    assert list(result)[:4] == ["in/e.jsonl:1", "in/e.jsonl:2", "in/e.jsonl:3", "in/f.jsonl.zst:1"]
+    assert list(result.values()) == ["one", "two\n", "", "one", "two\n", "", "one", "two\n", ""]
 
 
 def test_pattern_and_single_files(tmp_path):
@@ -66,18 +66,18 @@ def test_pattern_and_single_files(tmp_path):
         list_inputs([tmp_path / "x"], "*.nix")
 
 
-def test_long_files_come_in_pieces_with_their_neighbours(tmp_path, monkeypatch):
+def test_long_files_are_read_in_spans_with_context(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", 64)
     monkeypatch.setattr(documents, "MARGIN", 10)
     text = "".join(f"línea {i} 😀\n" for i in range(100)) + "x" * 300
     (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
     (file,) = list_inputs([tmp_path / "long.txt"])
-    pieces = [piece for item in read_items(file) for piece in pieces_of(item)]
-    assert len(pieces) > 20
-    assert "".join(piece.text for piece in pieces) == text
-    assert [p.begins for p in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [p.ends for p in pieces] == [False] * (len(pieces) - 1) + [True]
-    for left, right in pairwise(pieces):
+    spans = [span for item in read_items(file) for span in item_spans(item)]
+    assert len(spans) > 20
+    assert "".join(span.text for span in spans) == text
+    assert [p.is_first for p in spans] == [True] + [False] * (len(spans) - 1)
+    assert [p.is_last for p in spans] == [False] * (len(spans) - 1) + [True]
+    for left, right in pairwise(spans):
         assert left.after == right.text[:10]
         assert right.before == left.text[-10:]
 
@@ -143,11 +143,11 @@ def archive(kind):
     """A file of one member, as bytes."""
     file = io.BytesIO()
     if kind == "zip":
-        with zipfile.ZipFile(file, "w") as made:
-            made.writestr("a.txt", "text")
+        with zipfile.ZipFile(file, "w") as archive_file:
+            archive_file.writestr("a.txt", "text")
     else:
-        with tarfile.open(fileobj=file, mode="w") as made:
-            made.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(b""))
+        with tarfile.open(fileobj=file, mode="w") as archive_file:
+            archive_file.addfile(tarfile.TarInfo("a.txt"), io.BytesIO(b""))
     return file.getvalue()
 
 
@@ -184,16 +184,16 @@ def test_json_lines_are_read_whatever_the_suffix(tmp_path, suffix, packing):
     path = tmp_path / f"part{suffix}{packing}"
     path.write_bytes(PACKED[packing](b"\xef\xbb\xbf" + RECORDS))
     assert list(texts_of([path]).values()) == ["one", "two\r\n"]
-    found = [
-        piece.text
+    result = [
+        span.text
         for file in list_inputs([path], text_key="body")
         for item in read_items(file)
-        for piece in pieces_of(item)
+        for span in item_spans(item)
     ]
-    assert found == ["1", "2"]
+    assert result == ["1", "2"]
 
 
-def test_compression_is_told_by_content(tmp_path):
+def test_compression_is_detected_by_content(tmp_path):
     for i, pack in enumerate(PACKED.values()):
         (tmp_path / f"{i}.txt").write_bytes(pack(b"text"))
         (tmp_path / f"{i}.txt.gz").write_bytes(pack(b"text"))
@@ -220,9 +220,9 @@ def test_single_json_documents_are_not_lines(tmp_path, content, kind):
 def test_json_in_a_text_file_stays_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(RECORDS)
     (tmp_path / "b.log").write_bytes(b'{"event": "x"}\n{"event": "y"}\n')
-    found = texts_of([tmp_path / "a.txt", tmp_path / "b.log"])
-    assert found["a.txt"] == RECORDS.decode()
-    assert found["b.log"].startswith('{"event"')
+    result = texts_of([tmp_path / "a.txt", tmp_path / "b.log"])
+    assert result["a.txt"] == RECORDS.decode()
+    assert result["b.log"].startswith('{"event"')
 
 
 def write_parquet(path, **columns):
@@ -234,11 +234,11 @@ def write_parquet(path, **columns):
 def test_parquet_rows_are_documents(tmp_path, name):
     texts = [f"línea {i}\r\n" for i in range(200)]
     path = write_parquet(tmp_path / name, text=texts, n=list(range(200)), body=["b"] * 200)
-    found = texts_of([path])
-    assert list(found) == [f"{name}:{i}" for i in range(1, 201)]
-    assert list(found.values()) == texts
+    result = texts_of([path])
+    assert list(result) == [f"{name}:{i}" for i in range(1, 201)]
+    assert list(result.values()) == texts
     (file,) = list_inputs([path], text_key="body")
-    assert {piece.text for piece in read_items(file)} == {"b"}
+    assert {span.text for span in read_items(file)} == {"b"}
 
 
 def test_parquet_without_text_is_refused(tmp_path):
@@ -256,7 +256,7 @@ def test_parquet_without_text_is_refused(tmp_path):
         texts_of([path])
 
 
-def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_pyarrow_names_the_extra(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", text=["a"])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"needs pyarrow: .*parquet"):
@@ -274,19 +274,19 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("packing", PACKED)
-def test_the_mark_is_dropped_and_line_ends_are_kept(tmp_path, packing):
+def test_byte_order_mark_is_dropped_and_line_ends_stay(tmp_path, packing):
     path = tmp_path / "a.txt"
     path.write_bytes(PACKED[packing](b"\xef\xbb\xbfa\r\nb\rc\n\xef\xbb\xbf"))
     assert read_text(path) == texts_of([path])["a.txt"] == "a\r\nb\rc\n\ufeff"
 
 
-def test_flipped_bytes_of_a_gz_file_are_one_sentence(tmp_path):
+def test_flipped_bytes_of_a_gz_file_raise_user_errors(tmp_path):
     path = tmp_path / "a.txt.gz"
     packed = gzip.compress(b"one line of text\n" * 40)
-    for place in range(2, len(packed)):
-        path.write_bytes(packed[:place] + bytes([packed[place] ^ 0x41]) + packed[place + 1 :])
+    for i in range(2, len(packed)):
+        path.write_bytes(packed[:i] + bytes([packed[i] ^ 0x41]) + packed[i + 1 :])
         with contextlib.suppress(UserError):  # some bytes are a time, or a name
-            texts = [piece.text for piece in read_pieces(*list_inputs([path]))]
+            texts = [span.text for span in file_spans(*list_inputs([path]))]
             assert texts == ["one line of text\n" * 40]
 
 
@@ -294,5 +294,5 @@ def test_file_named_twice_is_one_document(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
     (tmp_path / "link.txt").symlink_to(tmp_path / "texts" / "a.txt")
-    given = [tmp_path / "texts", tmp_path / "texts" / "a.txt", tmp_path / "link.txt"]
-    assert [file.id for file in list_inputs(given)] == ["texts/a.txt"]
+    inputs = [tmp_path / "texts", tmp_path / "texts" / "a.txt", tmp_path / "link.txt"]
+    assert [file.id for file in list_inputs(inputs)] == ["texts/a.txt"]

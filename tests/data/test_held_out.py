@@ -1,4 +1,4 @@
-"""Held-out sequences lie within documents, spread over them, and no target is counted twice."""
+"""Held-out sequences lie within documents, spread over them, and repeat no target."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def data(corpus, tmp_path_factory):
     return prepare([corpus], tmp_path_factory.mktemp("held") / "d", val_fraction=0.999)
 
 
-def test_every_document_first_then_second_stretches(data):
+def test_sequences_spread_over_documents_first(data):
     split = data.split("val")
     starts, stops = split.document_bounds()
     long = np.flatnonzero(stops - starts >= 251)
@@ -26,8 +26,8 @@ def test_every_document_first_then_second_stretches(data):
         start = starts[document] + offset
         assert start + 251 <= stops[document]
         np.testing.assert_array_equal(tokens, split.read(start, start + 251))
-    places = set(zip(held.document.tolist(), held.offset.tolist(), strict=True))
-    assert len(places) == len(held)
+    positions = set(zip(held.document.tolist(), held.offset.tolist(), strict=True))
+    assert len(positions) == len(held)
     assert held.batch().mask.all()  # a document has no BOS inside
 
 

@@ -53,8 +53,8 @@ def test_batches_shift_and_mask(prepared):
 
 def test_make_batch_by_hand():
     tokens_BS = np.array([[9, 1, 2, 9, 3], [9, 4, 5, PADDING, PADDING]])
-    leave_out_BS = np.array([[1, 0, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
-    batch = make_batch(tokens_BS, leave_out_BS, 7)
+    exclude_BS = np.array([[1, 0, 0, 1, 0], [1, 0, 0, 0, 0]], bool)
+    batch = make_batch(tokens_BS, exclude_BS, 7)
     assert batch.inputs.tolist() == [[9, 1, 2, 9], [9, 4, 5, 7]]
     assert batch.targets.tolist() == [[1, 2, 9, 3], [4, 5, 7, 7]]
     assert batch.mask.tolist() == [[True, True, False, True], [True, True, False, False]]
@@ -94,19 +94,19 @@ def test_two_resumes_across_an_epochs_end(prepared, layout, prefetch):
     stream = make_train_stream([prepared], options)
     whole = take(stream, total)
     stream.close()
-    got, state = [], None
+    result, state = [], None
     for count in (epoch_steps(prepared) - 2, 7, total - epoch_steps(prepared) - 5):
         stream = make_train_stream([prepared.folder], options, prefetch=prefetch)
         if state is not None:
             stream.set_state(json.loads(json.dumps(state)))
-        got += take(stream, count)
+        result += take(stream, count)
         state = stream.get_state()
         stream.close()
-    assert_same(got, whole)
+    assert_same(result, whole)
     assert state["step"] == total
 
 
-def test_any_step_at_once_and_back(prepared):
+def test_random_access_by_step(prepared):
     stream = make_train_stream([prepared], OPTIONS)
     whole = take(stream, 20)
     for step in (13, 2, 19):
@@ -141,15 +141,15 @@ def test_documents_are_never_mixed(prepared):
     split = prepared.split("train")
     records = document_records(split, T)
     tokens, bos = split.read(0, split.num_tokens), prepared.tokenizer.bos_id
-    wanted = []
+    expected = []
     for document in split.documents():
         for start in range(document.start, document.stop - 1, T):
-            piece = tokens[start : min(start + T + 1, document.stop)]
-            wanted.append(np.pad(piece, (0, T + 1 - len(piece)), constant_values=PADDING))
-    np.testing.assert_array_equal([records[i].tokens_S for i in range(len(records))], wanted)
-    assert (np.stack(wanted)[:, 1:] != bos).all()
+            span = tokens[start : min(start + T + 1, document.stop)]
+            expected.append(np.pad(span, (0, T + 1 - len(span)), constant_values=PADDING))
+    np.testing.assert_array_equal([records[i].tokens_S for i in range(len(records))], expected)
+    assert (np.stack(expected)[:, 1:] != bos).all()
     long = document_records(split, T, min_length=T)
-    assert len(long) == sum(PADDING not in record for record in np.array(wanted))
+    assert len(long) == sum(PADDING not in record for record in np.array(expected))
     assert all(PADDING not in long[i].tokens_S for i in range(len(long)))
 
 
@@ -214,7 +214,7 @@ def test_without_bos_every_eos_is_a_target(bos_is_eos):
     assert (stream.batch_at(0).targets == 256).sum() + (stream.batch_at(1).targets == 256).sum() > 0
 
 
-def test_document_starts_are_found_in_any_stretch(bos_is_eos):
+def test_document_starts_of_any_range(bos_is_eos):
     for data in bos_is_eos:
         split = data.split("train")
         starts, _ = split.document_bounds()
@@ -224,7 +224,7 @@ def test_document_starts_are_found_in_any_stretch(bos_is_eos):
                 assert split.document_starts(first, last).tolist() == inside.tolist()
 
 
-def test_a_corpus_that_never_fills_a_sequence_is_refused(prepared):
+def test_a_corpus_of_short_documents_is_refused(prepared):
     split = prepared.split("train")
     longest = max(document.stop - document.start for document in split.documents())
     records = document_records(split, longest - 1)
@@ -269,7 +269,7 @@ def test_mixture_keeps_its_proportions_and_resumes(tmp_path):
     stream.close()
 
 
-def test_what_is_refused(prepared, corpus, tmp_path):
+def test_bad_options_are_refused(prepared, corpus, tmp_path):
     def make(sources=(prepared,), process_count=1, **options):
         options = {"seq_len": T, "batch_size": 4} | options
         return make_train_stream(sources, StreamOptions(**options), process_count=process_count)

@@ -1,4 +1,4 @@
-"""`tttjax prepare`: deterministic, continuable, atomic, and plain about what is wrong."""
+"""`tttjax prepare`: deterministic, resumable, atomic, with clear errors."""
 
 import argparse
 import errno
@@ -57,11 +57,11 @@ def test_counts_filter_and_borders(corpus, tmp_path):
         [corpus], tmp_path / "d", min_document_tokens=1000, add_eos=True, shard_tokens=10_000
     )
     sizes = [path.stat().st_size for path in corpus.iterdir()]
-    kept = [size for size in sizes if size + 2 >= 1000]
-    assert sum(s["documents"] for s in data.splits.values()) == len(kept)
-    assert sum(s["bytes"] for s in data.splits.values()) == sum(kept)
-    assert data.manifest["skipped"] == {"empty": 0, "short": len(sizes) - len(kept)}
-    assert max(s["longest_document"] for s in data.splits.values()) == max(kept) + 2
+    expected = [size for size in sizes if size + 2 >= 1000]
+    assert sum(s["documents"] for s in data.splits.values()) == len(expected)
+    assert sum(s["bytes"] for s in data.splits.values()) == sum(expected)
+    assert data.manifest["skipped"] == {"empty": 0, "short": len(sizes) - len(expected)}
+    assert max(s["longest_document"] for s in data.splits.values()) == max(expected) + 2
     for name in data.splits:
         split = data.split(name)
         starts, stops = split.document_bounds()
@@ -135,9 +135,9 @@ def test_again_is_free_and_other_settings_are_refused(corpus, tmp_path):
     out = tmp_path / "d"
     prepare([corpus], out)
     before = (out / "manifest.json").stat().st_mtime_ns
-    said = []
-    prepare([corpus], out, log=said.append)
-    assert said == [f"prepare: {out} is already prepared with these settings"]
+    logged = []
+    prepare([corpus], out, log=logged.append)
+    assert logged == [f"prepare: {out} is already prepared with these settings"]
     assert (out / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"was prepared with other val_fraction \(0\.05\)"):
         prepare([corpus], out, val_fraction=0.2)
@@ -182,12 +182,12 @@ def test_overwriting_is_continued_and_spares_other_files(corpus, tmp_path, monke
     assert json.loads((tmp_path / ".real.preparing" / "prepare.journal").read_text())["tasks"] > 0
     assert open_prepared(out).manifest["settings"]["seed"] == 0
     with monkeypatch.context() as killed:
-        killed.setattr(preparation, "_swap", _interrupt)
+        killed.setattr(preparation, "_replace_folder", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], out, **again)
-    said = []
-    data = prepare([corpus], out, **again, log=said.append)
-    assert (said, data.manifest["settings"]["seed"]) == ([], 1)  # it only had to be put in place
+    logged = []
+    data = prepare([corpus], out, **again, log=logged.append)
+    assert (logged, data.manifest["settings"]["seed"]) == ([], 1)  # only the rename was missing
     assert (out / "notes.md").read_text() == "precious"
     (out / "notes.md").unlink()
     whole = prepare([corpus], tmp_path / "whole", **again)
@@ -234,7 +234,7 @@ def test_one_process_at_a_time_prepares_a_folder(corpus, tmp_path):
                 prepare([corpus], out, overwrite=overwrite)
     assert not out.exists()
     prepare([corpus], out)
-    with hold(out):  # nothing is to be done, so nobody is in the way
+    with hold(out):  # a finished data set needs no lock
         assert prepare([corpus], out).folder == out
         with pytest.raises(UserError, match="is being written"):
             prepare([corpus], out, seed=1, overwrite=True)
@@ -243,7 +243,7 @@ def test_one_process_at_a_time_prepares_a_folder(corpus, tmp_path):
     assert names_in(tmp_path) == ["d"]
 
 
-def test_other_peoples_folders_are_left_alone(corpus, tmp_path):
+def test_unrelated_folders_stay(corpus, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="is not empty and has no prepared data"):
         prepare([corpus], tmp_path, overwrite=True)
@@ -287,13 +287,13 @@ KILLED = textwrap.dedent(
     from tttjax.data.preparation import prepare
 
     encode._TASK_BYTES, prepare_pass.JOURNAL_SECONDS = 2000, 0.0
-    record, left = prepare_pass.PreparePass._record, [int(sys.argv[3])]
+    record, remaining = prepare_pass.PreparePass._record, [int(sys.argv[3])]
 
     def record_and_die(self, *args):
-        if left[0] == 0:
+        if remaining[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)  # with documents on disk that no journal knows
         record(self, *args)
-        left[0] -= 1
+        remaining[0] -= 1
 
     prepare_pass.PreparePass._record = record_and_die
     prepare([sys.argv[1]], sys.argv[2], shard_tokens=9000, num_workers=0)
@@ -326,11 +326,11 @@ def test_no_space_left(corpus, tmp_path, monkeypatch):
     out = tmp_path / "full"
     monkeypatch.setattr("tttjax.data.encode._TASK_BYTES", 2000)
     monkeypatch.setattr(prepare_pass, "JOURNAL_SECONDS", 0.0)
-    write, room = writer._ShardFiles.write, [100]
+    write, capacity = writer._ShardFiles.write, [100]
 
     def write_until_full(self, part, content):
-        room[0] -= 1
-        if room[0] < 0:
+        capacity[0] -= 1
+        if capacity[0] < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, part, content)
 
@@ -434,7 +434,8 @@ def test_journal_of_an_earlier_version_is_not_continued(corpus, tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").unlink()
     journal = {name: manifest[name] for name in ("settings", "inputs")}
-    (out / JOURNAL).write_text(json.dumps({**journal, "tasks": 1}))  # those had no checksum
+    # Earlier journals have no checksum.
+    (out / JOURNAL).write_text(json.dumps({**journal, "tasks": 1}))
     with pytest.raises(UserError, match="by an earlier version"):
         prepare([corpus], out, num_workers=0)
     assert prepare([corpus], out, num_workers=0, overwrite=True).splits
@@ -447,12 +448,12 @@ def test_parquet_goes_on_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_pass, "JOURNAL_SECONDS", 0.0)
     whole = prepare([tmp_path / "a.parquet"], tmp_path / "whole", num_workers=0)
     assert sum(entry["documents"] for entry in whole.splits.values()) == 300
-    record, left = prepare_pass.PreparePass._record, [4]
+    record, remaining = prepare_pass.PreparePass._record, [4]
 
     def record_and_stop(self, *args):
         record(self, *args)
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:

@@ -16,9 +16,9 @@ def copy(prepared, tmp_path):
     return shutil.copytree(prepared.folder, tmp_path / "copy")
 
 
-def test_documents_come_back_with_borders_bytes_and_names(corpus, prepared):
+def test_documents_have_bounds_bytes_and_names(corpus, prepared):
     texts = {f"texts/{path.name}": path.read_bytes() for path in corpus.iterdir()}
-    seen = []
+    names = []
     for name in prepared.splits:
         split = prepared.split(name)
         documents = list(split.documents())
@@ -29,9 +29,9 @@ def test_documents_come_back_with_borders_bytes_and_names(corpus, prepared):
             assert tokens[0] == prepared.tokenizer.bos_id
             assert tokens[1:].astype(np.uint8).tobytes() == texts[document.name]
             assert document.num_bytes == len(texts[document.name])
-            seen.append(document.name)
+            names.append(document.name)
         assert split.num_bytes == sum(d.num_bytes for d in documents)
-    assert sorted(seen) == sorted(texts)
+    assert sorted(names) == sorted(texts)
     assert len(prepared.splits["train"]["shards"]) > 1
 
 

@@ -1,4 +1,4 @@
-"""Tokens one at a time give the text that all at once give; counts of bytes are exact or denied."""
+"""Incremental decoding equals decoding at once; byte counts are exact if `lossless`."""
 
 import random
 
@@ -18,17 +18,17 @@ def name(request):
 
 def streamed(tokenizer, tokens, before=()):
     stream = TextStream(tokenizer, before)
-    return "".join([*map(stream.add, map(int, tokens)), stream.rest()])
+    return "".join([*map(stream.add, map(int, tokens)), stream.flush()])
 
 
 def test_encoded_text_comes_back(name):
     tokenizer = family(name)
     for text in (TEXT, *SCRIPTS.values()):
-        found = tokenizer.decode(tokenizer.encode(text))
+        result = tokenizer.decode(tokenizer.encode(text))
         if name == "add_prefix_space":
-            assert found == " " + text
+            assert result == " " + text
         elif name != "unigram":  # which normalises
-            assert found == text
+            assert result == text
 
 
 def test_decoding_agrees_with_the_library(name):
@@ -41,33 +41,33 @@ def test_decoding_agrees_with_the_library(name):
             assert tokenizer.decode(tokens) == tokenizer._tokenizer.decode(tokens)
 
 
-def test_a_stream_goes_on_from_any_place(name):
+def test_a_stream_continues_at_any_token(name):
     tokenizer = family(name)
     for text in SCRIPTS.values():
         tokens = tokenizer.encode(text).tolist()
         whole = tokenizer.decode(tokens)
         assert streamed(tokenizer, tokens) == whole
-        for at in range(1, len(tokens)):
+        for i in range(1, len(tokens)):
             head = TextStream(tokenizer)
-            shown = "".join(map(head.add, tokens[:at]))
-            assert whole.startswith(shown)
-            # The characters that are whole before the place, then all others: nothing else.
-            assert shown + streamed(tokenizer, tokens[at:], tokens[:at]) == whole
-            assert streamed(tokenizer, tokens[at:], tokens[max(0, at - 8) : at]) in whole
+            head_text = "".join(map(head.add, tokens[:i]))
+            assert whole.startswith(head_text)
+            # The complete characters before the split, then all others.
+            assert head_text + streamed(tokenizer, tokens[i:], tokens[:i]) == whole
+            assert streamed(tokenizer, tokens[i:], tokens[max(0, i - 8) : i]) in whole
 
 
-def test_a_limit_costs_the_incomplete_character_alone(name):
+def test_truncation_loses_only_the_incomplete_character(name):
     tokenizer = family(name)
     for text in SCRIPTS.values():
         tokens = tokenizer.encode(text).tolist()
         whole = tokenizer.decode(tokens)
         for limit in range(1, len(tokens)):
-            found = tokenizer.decode(tokens[:limit])
-            assert found == streamed(tokenizer, tokens[:limit])
-            if whole.startswith(found):
+            result = tokenizer.decode(tokens[:limit])
+            assert result == streamed(tokenizer, tokens[:limit])
+            if whole.startswith(result):
                 continue
-            assert found.endswith("\ufffd")
-            assert whole.startswith(found[:-1])
+            assert result.endswith("\ufffd")
+            assert whole.startswith(result[:-1])
 
 
 def test_random_tokens_stream_as_they_decode(name):
@@ -77,7 +77,7 @@ def test_random_tokens_stream_as_they_decode(name):
     assert streamed(tokenizer, tokens) == tokenizer.decode(tokens)
 
 
-def test_a_blank_after_a_prompt_is_kept(name):
+def test_the_space_after_a_prompt_stays(name):
     tokenizer = family(name)
     prompt, both = tokenizer.encode("The cat"), tokenizer.encode("The cat sat")
     np.testing.assert_array_equal(both[: len(prompt)], prompt)

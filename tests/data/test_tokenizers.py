@@ -1,4 +1,4 @@
-"""Tokenizers give back every byte, count bytes exactly, and are found again after saving."""
+"""Tokenizers restore every byte, count bytes exactly, and survive saving and loading."""
 
 import random
 import sysconfig
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers as hf
 
-from tttjax.data.stretches import encode_text
+from tttjax.data.text_spans import encode_text
 from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer, load_tokenizer
 from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
@@ -77,25 +77,25 @@ def test_every_text_comes_back_and_its_bytes_are_counted(tokenizer):
         assert tokenizer.decode(tokens) == text
         assert num_bytes_V[tokens].sum() == len(text.encode())
         np.testing.assert_array_equal(tokens, tokenizer.encode(text.encode()))
-        # No text can fake the borders of documents.
+        # No text encodes to the tokens between documents.
         assert not np.isin(tokens, [tokenizer.bos_id, tokenizer.eos_id]).any()
 
 
 def test_special_tokens_have_no_bytes_and_no_text(tokenizer):
-    borders = np.array([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id])
-    assert tokenizer.decode(borders) == "a b"
-    assert tokenizer.token_bytes()[borders[[0, -1]]].tolist() == [0, 0]
+    bounds = np.array([tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id])
+    assert tokenizer.decode(bounds) == "a b"
+    assert tokenizer.token_bytes()[bounds[[0, -1]]].tolist() == [0, 0]
 
 
-def test_saved_and_found_again(tokenizer, tmp_path):
+def test_saving_and_loading(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert again.fingerprint() == tokenizer.fingerprint()
-    assert (again.kind, again.vocab_size) == (tokenizer.kind, tokenizer.vocab_size)
-    np.testing.assert_array_equal(again.encode("x = [1, 2]"), tokenizer.encode("x = [1, 2]"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert (loaded.kind, loaded.vocab_size) == (tokenizer.kind, tokenizer.vocab_size)
+    np.testing.assert_array_equal(loaded.encode("x = [1, 2]"), tokenizer.encode("x = [1, 2]"))
 
 
-def test_long_texts_are_encoded_in_stretches(tokenizer):
+def test_long_texts_are_encoded_in_spans(tokenizer):
     text = "def f(x):\n    return x + 1\n\n" * 6000 + "x" * 70000
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
 

@@ -1,4 +1,4 @@
-"""A small tokenizer of every family that reads and writes text in a way of its own."""
+"""A small tokenizer of every family of encoding and decoding."""
 
 import functools
 import io
@@ -27,7 +27,7 @@ _LLAMA_3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# Without some of the scripts: each of their characters takes several tokens.
+# Excludes some scripts, so that each of their characters takes several tokens.
 _TEXTS = [SCRIPTS[name] * 20 for name in ("Latin", "Cyrillic", "Devanagari")] + ["x" * 40, " " * 9]
 
 
@@ -80,9 +80,9 @@ def _llama_2() -> Tokenizer:
 
 
 def _metaspace() -> Tokenizer:
-    blank = {"prepend_scheme": "first", "split": True}
-    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**blank)])
-    return _huggingface(None, pre_tokenizers.Metaspace(**blank), decoder, byte_fallback=True)
+    options = {"prepend_scheme": "first", "split": True}
+    decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**options)])
+    return _huggingface(None, pre_tokenizers.Metaspace(**options), decoder, byte_fallback=True)
 
 
 def _gemma() -> Tokenizer:
@@ -134,10 +134,10 @@ FAMILIES = {
     "Llama 3": lambda: _huggingface(None, _split(_LLAMA_3), decoders.ByteLevel()),
 }
 LOSSLESS = ("bytes", "trained here", "trained without blanks", "GPT-2", "Llama 3")
-PREFIXED = ("Llama 2 .model", "Llama 2", "Metaspace")  # and take the blank off again
+PREFIXED = ("Llama 2 .model", "Llama 2", "Metaspace")  # a space is prepended and stripped
 
 
 @functools.cache
 def family(name: str) -> Tokenizer:
-    """The tokenizer of that name, made once in a test session."""
+    """The tokenizer of that name, built once per test session."""
     return FAMILIES[name]()

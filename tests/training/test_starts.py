@@ -122,7 +122,7 @@ def test_moved_data_are_recognised_by_content(tiny, data, copied, tmp_path):
     (tmp_path / "text.txt").write_text("something else " * 1000)
     other_data = prepare([tmp_path / "text.txt"], tmp_path / "other", num_workers=0).folder
     before = content(copied)
-    with pytest.raises(UserError, match=r"another content .* data\.sources"):
+    with pytest.raises(UserError, match=r"data differ .* data\.sources"):
         train(tiny(*SHORT, f"data.sources={other_data}"), copied)
     assert content(copied) == before
     assert train(tiny(*SHORT, f"data.sources={moved}"), copied).step == 4

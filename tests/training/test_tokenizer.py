@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tttjax.data.preparation import prepare
-from tttjax.data.tokenizers.base import keep_tokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import copy_tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.runs.run import RunSpec, open_run
@@ -62,10 +62,10 @@ def test_moved_run_finds_its_own_tokenizer(replaced, data, tmp_path):
     shutil.rmtree(tmp_path / "moved" / "tokenizer")
     with pytest.raises(UserError, match=r"tokenizer in .*data/tokenizer is not that of .*moved"):
         load_run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
-    keep_tokenizer(replaced[2] / "tokenizer", tmp_path / "moved" / "tokenizer")
+    copy_tokenizer(replaced[2] / "tokenizer", tmp_path / "moved" / "tokenizer")
     with pytest.raises(UserError, match=r"tokenizer in .*moved/tokenizer is not that of"):
         load_run_tokenizer(open_run(RunSpec(tmp_path / "moved")))
-    keep_tokenizer(data / "tokenizer", tmp_path / "moved" / "tokenizer")
+    copy_tokenizer(data / "tokenizer", tmp_path / "moved" / "tokenizer")
     assert load_run_tokenizer(open_run(RunSpec(tmp_path / "moved"))).fingerprint() == expected
     assert not list((tmp_path / "moved").glob("*.tmp"))
 

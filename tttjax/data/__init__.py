@@ -1,5 +1,5 @@
-"""Text to tokens to batches: tokenizers, prepared data sets, and the pipelines that read them.
+"""Text to tokens to batches: tokenizers, prepared data sets, and input pipelines.
 
-Nothing is imported here, so that the worker processes of `tttjax prepare`, which need a tokenizer
-and numpy only, start without JAX or Grain.
+Nothing is imported here, so that the worker processes of `tttjax prepare`, which only need numpy
+and a tokenizer, start without JAX or Grain.
 """

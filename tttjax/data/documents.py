@@ -1,8 +1,8 @@
-"""Inputs of `tttjax prepare`: files and folders to documents, in constant memory.
+"""Reads the documents of input files and folders, in constant memory.
 
-A plain text file is one document; JSON lines have one a line, Parquet one a row. What a file holds
-is decided by its content as well as by its name. `stdlib` stands for the sources of the running
-Python's standard library. Documents are read in pieces, so that no huge file is ever in memory.
+A plain text file is one document; JSON lines have one per line, Parquet one per row. The format is
+detected from the content and the file name. `stdlib` stands for the sources of the running Python's
+standard library. Long documents are read in spans.
 """
 
 import codecs
@@ -36,21 +36,21 @@ TEXT_SUFFIXES = frozenset(
 )
 TEXT, LINES, ROWS, JSON = "text", "JSON lines", "Parquet", "JSON"
 _COMPRESSED = (".gz", ".xz", ".zst")
-_HEAD = 1024  # bytes that tell compression and Parquet
+_HEAD = 1024  # bytes that identify compression and Parquet
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _STDLIB_SKIP = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 )
-_BLOCK = 1 << 22  # bytes of text in one piece of a long document
-MARGIN = 1 << 12  # characters beyond the ends of a piece that are known with it
+_BLOCK = 1 << 22  # bytes of text in one span of a long document
+MARGIN = 1 << 12  # characters of context on either side of a span
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read. `id` names its document, independently of where the inputs lie.
+    """A file to read. `id` names its document, independently of the location of the inputs.
 
-    kind: TEXT (one document), LINES (of JSON, one each), ROWS (of Parquet, one each), or JSON: a
-    single JSON document, not lines. text_key: of the text in lines and rows.
+    kind: TEXT (one document), LINES (JSON lines), ROWS (Parquet), or JSON (a single JSON document).
+    text_key: JSON key or Parquet column of the text.
     """
 
     path: str
@@ -64,22 +64,22 @@ class InputFile:
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Some text of a document; most documents are one piece.
+    """Consecutive text of a document; most documents are one span.
 
-    before, after: the last and the first `MARGIN` characters of the pieces beside it.
+    before, after: up to `MARGIN` characters of the document on either side.
     """
 
     document: str
     text: str
-    begins: bool = True
-    ends: bool = True
+    is_first: bool = True
+    is_last: bool = True
     before: str = ""
     after: str = ""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of JSON, not yet parsed. key: of its text."""
+    """A line of JSON, not yet parsed. key: JSON key of its text."""
 
     path: str
     document: str
@@ -95,9 +95,9 @@ def list_inputs(
 ) -> list[InputFile]:
     """All files of `inputs`, in an order that does not depend on the file system.
 
-    Folders are searched recursively, hidden names left out: for `pattern` (shell wildcards on the
-    file's name) or, without one, for the usual suffixes of text. Raises UserError for an input that
-    is missing, cannot be read, is an archive or no text, or has nothing to read in it.
+    Searches folders recursively, without hidden names, for `pattern` (shell wildcards on the file's
+    name) or by default for the usual suffixes of text. Raises UserError for an input that is
+    missing, unreadable, empty, an archive or not text.
     """
     files: list[InputFile] = []
     for name in inputs:
@@ -110,19 +110,18 @@ def list_inputs(
             files.append(_input_file(path, path.name, text_key))
         else:
             raise UserError(
-                f"Input {path} does not exist; check how it is spelt, and where the command was "
-                "started."
+                f"Input {path} does not exist; check its spelling and the working directory."
             )
     if not files:
         raise UserError("No input was given: name files, folders, or `stdlib`.")
-    files = _once(files)
+    files = _unique_files(files)
     if not sum(file.size for file in files):
         raise UserError(f"All input files are empty (the first is {files[0].path}).")
     return files
 
 
-def _once(files: Sequence[InputFile]) -> list[InputFile]:
-    """Each file by the first name that leads to it: under two names it could be in both splits."""
+def _unique_files(files: Sequence[InputFile]) -> list[InputFile]:
+    """Each file once, by its first name: under two names it could be in both splits."""
     by_file: dict[str, InputFile] = {}
     for file in files:
         by_file.setdefault(os.path.realpath(file.path), file)
@@ -130,15 +129,15 @@ def _once(files: Sequence[InputFile]) -> list[InputFile]:
 
 
 def _list_folder(folder: Path, pattern: str, text_key: str) -> list[InputFile]:
-    found = []
+    paths = []
     for root, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    chosen = sorted(path for path in found if _wanted(path.name, pattern))
+        paths += [Path(root, name) for name in names if not name.startswith(".")]
+    chosen = sorted(path for path in paths if _matches(path.name, pattern))
     if not chosen:
-        wanted = f"matches the pattern {pattern!r}" if pattern else "has a known suffix of text"
+        criterion = f"matches the pattern {pattern!r}" if pattern else "has a known suffix of text"
         raise UserError(
-            f"None of the {len(found)} files in {folder} {wanted}; choose others with --pattern."
+            f"None of the {len(paths)} files in {folder} {criterion}; choose others with --pattern."
         )
     prefix = folder.resolve().name
     return [
@@ -151,7 +150,7 @@ def _list_stdlib(pattern: str, text_key: str) -> list[InputFile]:
     files = []
     for path in sorted(folder.rglob(pattern or "*.py")):
         relative = path.relative_to(folder)
-        # Some sources are deliberately in other encodings; they only test the parser.
+        # A few sources are in other encodings on purpose, to test the parser.
         if not _STDLIB_SKIP & set(relative.parts) and _is_utf8(path):
             files.append(_input_file(path, f"{STDLIB}/{relative.as_posix()}", text_key))
     return files
@@ -165,18 +164,18 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _wanted(name: str, pattern: str) -> bool:
+def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatch(name, pattern) if pattern else _suffix(name) in TEXT_SUFFIXES
 
 
 def _suffix(name: str) -> str:
-    """Last suffix of a file name, compression left aside: `a.txt.xz` -> `.txt`."""
+    """Last suffix of a file name, ignoring compression: `a.txt.xz` -> `.txt`."""
     path = Path(name)
     return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix.lower()
 
 
 def _input_file(path: Path, document: str, text_key: str) -> InputFile:
-    """Raises UserError if it cannot be read, or is neither text nor records with text."""
+    """Raises UserError if the file is unreadable or not text."""
     try:
         stat = path.stat()
         with path.open("rb") as file:
@@ -187,13 +186,13 @@ def _input_file(path: Path, document: str, text_key: str) -> InputFile:
         raise unreadable(path, error) from error
     if kind == ROWS:
         check_pyarrow(str(path))
-    # Names that are not UTF-8 are shown in ASCII: they go into tables and files.
+    # Names that are not UTF-8 are escaped, since they are written to tables and files.
     name = os.fsencode(document).decode("utf-8", "backslashreplace")
     return InputFile(str(path), name, stat.st_size, stat.st_mtime_ns, compressed, kind, text_key)
 
 
 def _kind(path: Path, text_key: str) -> str:
-    """What a file holds, by its suffix, and by its first lines where that does not say."""
+    """The kind of a file by its suffix or, if that is ambiguous, by its first lines."""
     suffix = _suffix(path.name)
     with open_stream(path) as stream:
         check_is_text(stream, path)
@@ -211,48 +210,48 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def read_items(file: InputFile) -> Iterator[Item]:
-    """What of `file` is to be tokenised, in pieces small enough to be handed to a worker.
+    """Items of `file` to tokenise, each small enough to send to a worker.
 
-    A short file is handed on by name: the worker reads it.
+    A short file is sent by name; the worker reads it.
     """
     if file.kind == LINES:
         yield from _read_lines(file)
     elif file.kind == ROWS:
         yield from _read_rows(file)
     elif file.size > (_BLOCK // 4 if file.compressed else _BLOCK):
-        yield from read_pieces(file)
+        yield from file_spans(file)
     else:
         yield file
 
 
-def read_pieces(file: InputFile) -> Iterator[TextSpan]:
-    """The document of a text file, cut about every 4 MiB.
+def file_spans(file: InputFile) -> Iterator[TextSpan]:
+    """The document of a text file in spans of about 4 MiB.
 
     Raises UserError if it is not UTF-8 text or its compression is damaged.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte-order mark
-    held, before, begins, position = "", "", True, 0
+    buffer, before, is_first, position = "", "", True, 0
     try:
         with open_stream(file.path) as stream:
             check_is_text(stream, file.path)
             while block := stream.read(_BLOCK):
-                held += decoder.decode(block)
+                buffer += decoder.decode(block)
                 position += len(block)
-                # No piece is so short that its two ends are within reach of each other.
-                if len(held) >= max(_BLOCK // 4, 4 * MARGIN):
-                    cut = len(held) - MARGIN
-                    after = held[cut:]
-                    yield TextSpan(file.id, held[:cut], begins, False, before, after)
-                    before, held, begins = held[cut - MARGIN : cut], after, False
-        held += decoder.decode(b"", final=True)
+                # A span is long enough that the contexts of its two ends do not overlap.
+                if len(buffer) >= max(_BLOCK // 4, 4 * MARGIN):
+                    split = len(buffer) - MARGIN
+                    after = buffer[split:]
+                    yield TextSpan(file.id, buffer[:split], is_first, False, before, after)
+                    before, buffer, is_first = buffer[split - MARGIN : split], after, False
+        buffer += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file.path} is not UTF-8 text (about byte {position + error.start}); convert it to "
-            "UTF-8 or leave it out."
+            "UTF-8 or exclude it."
         ) from error
     except READ_ERRORS as error:
         raise unreadable(file.path, error) from error
-    yield TextSpan(file.id, held, begins, ends=True, before=before)
+    yield TextSpan(file.id, buffer, is_first, is_last=True, before=before)
 
 
 def _read_lines(file: InputFile) -> Iterator[Line]:
@@ -271,19 +270,19 @@ def _read_rows(file: InputFile) -> Iterator[TextSpan]:
         yield TextSpan(f"{file.id}:{number}", clean_text(text, f"{file.path}, row {number},"))
 
 
-def pieces_of(item: Item) -> Iterator[TextSpan]:
-    """The text of an item. Raises UserError for what is not text or not JSON."""
+def item_spans(item: Item) -> Iterator[TextSpan]:
+    """The text of an item in spans. Raises UserError if it is not text or not JSON."""
     if isinstance(item, TextSpan):
         yield item
     elif isinstance(item, InputFile):
-        yield from read_pieces(item)
+        yield from file_spans(item)
     else:
         where = f"{item.path}, line {item.document.rpartition(':')[2]}"
         yield TextSpan(item.document, json_lines.text_of(item.raw, item.key, where))
 
 
 def item_size(item: Item) -> int:
-    """Roughly how many bytes of text an item has, to group items into tasks of like size."""
+    """Approximate bytes of text of an item, to group items into tasks of similar size."""
     if isinstance(item, InputFile):
         return item.size * (4 if item.compressed else 1)
     return len(item.text) if isinstance(item, TextSpan) else len(item.raw)

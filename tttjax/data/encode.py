@@ -1,7 +1,7 @@
-"""Tasks of `tttjax prepare` and the worker processes that turn them into tokens.
+"""Tokenises documents in worker processes.
 
-Reading order and writing order are the same whatever the number of workers: the coordinator hands
-out tasks in order, keeps a bounded number in flight, and takes results in order.
+The order of the output does not depend on the number of workers: the coordinator submits tasks in
+order, keeps a bounded number in flight, and takes results in order.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tttjax.data.documents import InputFile, Item, item_size, pieces_of, read_items
-from tttjax.data.stretches import encode_piece
+from tttjax.data.documents import InputFile, Item, item_size, item_spans, read_items
+from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
-from tttjax.data.writer import EncodedPiece
+from tttjax.data.writer import EncodedSpan
 from tttjax.errors import UserError
 
 _TASK_BYTES = 1 << 20
 
 
 class ResumableError(UserError):
-    """The command failed, but not because of its input: run again, it continues."""
+    """A failure not caused by the input; the same command continues when run again."""
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """A unit of work. `size`: about how many bytes of input it covers."""
+    """A unit of work. size: approximate bytes of input."""
 
     items: tuple[Item, ...]
     size: int
@@ -53,20 +53,20 @@ def make_tasks(files: Sequence[InputFile]) -> Iterator[EncodeTask]:
         yield EncodeTask(tuple(items), size)
 
 
-def encode_task(tokenizer: Tokenizer, task: EncodeTask) -> list[EncodedPiece]:
+def encode_task(tokenizer: Tokenizer, task: EncodeTask) -> list[EncodedSpan]:
     """Raises UserError for text that cannot be read."""
     encoded = []
     for item in task.items:
-        for piece in pieces_of(item):
-            tokens, num_bytes = encode_piece(tokenizer, piece)
+        for span in item_spans(item):
+            tokens, num_bytes = encode_span(tokenizer, span)
             encoded.append(
-                EncodedPiece(piece.document, tokens, num_bytes, piece.begins, piece.ends)
+                EncodedSpan(span.document, tokens, num_bytes, span.is_first, span.is_last)
             )
     return encoded
 
 
 class _Worker:
-    """What a worker process keeps between tasks."""
+    """State of a worker process between tasks."""
 
     tokenizer: Tokenizer
 
@@ -78,12 +78,12 @@ class _Worker:
         cls.tokenizer = load_tokenizer(tokenizer_dir)
 
     @classmethod
-    def run(cls, task: EncodeTask) -> list[EncodedPiece]:
+    def run(cls, task: EncodeTask) -> list[EncodedSpan]:
         return encode_task(cls.tokenizer, task)
 
 
 def _exit_with_parent() -> None:
-    """A worker whose coordinator was killed would wait for work for ever."""
+    """Ends the worker when the coordinator is killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -92,8 +92,8 @@ def _exit_with_parent() -> None:
 
 def encode_in_order(
     tasks: Iterator[EncodeTask], tokenizer_dir: Path, num_workers: int
-) -> Generator[tuple[EncodeTask, list[EncodedPiece]]]:
-    """Results of all tasks, in their order. With no workers, in this process."""
+) -> Generator[tuple[EncodeTask, list[EncodedSpan]]]:
+    """Results of all tasks in order; computed in this process if num_workers is 0."""
     if num_workers == 0:
         tokenizer = load_tokenizer(tokenizer_dir)
         yield from ((task, encode_task(tokenizer, task)) for task in tasks)
@@ -108,7 +108,7 @@ def encode_in_order(
             except BrokenProcessPool as error:
                 raise ResumableError(
                     "A worker process of `tttjax prepare` died (out of memory?); run the same "
-                    "command again, with fewer --num-workers, and it goes on where it stopped."
+                    "command again with fewer --num-workers to continue."
                 ) from error
             running.extend((t, pool.submit(_Worker.run, t)) for t in islice(tasks, 1))
             yield task, result
@@ -125,9 +125,9 @@ def _pool(num_workers: int, start: Callable, args: tuple) -> Iterator[ProcessPoo
 
 
 def default_workers(total_bytes: int) -> int:
-    """One per core; none for a corpus that is done before the workers have started."""
+    """One per core; 0 for a corpus that takes less time than starting workers."""
     if total_bytes < 4 << 20:
         return 0
-    if hasattr(os, "sched_getaffinity"):  # the cores this process may use, where that is known
+    if hasattr(os, "sched_getaffinity"):  # cores available to this process
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Held-out sequences for evaluation: documents, so that standard errors can be taken over them."""
+"""Held-out sequences for evaluation, grouped by document for standard errors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from tttjax.types import Batch
 class HeldOut:
     """N sequences of T+1 tokens, each within one document.
 
-    tokens: int32 [N, T+1], PADDING (-1) behind the end of a document shorter than T+1.
-    document: int64 [N], which document of the split; sequences of one are not independent.
-    offset: int64 [N], token of the document with which the sequence begins.
+    tokens: int32 [N, T+1], PADDING (-1) after the end of a document shorter than T+1.
+    document: int64 [N], document index in the split; sequences of one document are not independent.
+    offset: int64 [N], position in the document of the first token.
     """
 
     tokens: np.ndarray
@@ -42,7 +42,7 @@ class HeldOut:
             yield self.batch(start, start + batch_size)
 
     def target_bytes(self, token_bytes_V: np.ndarray) -> np.ndarray:
-        """int64 [N, T] UTF-8 bytes of each target token; 0 where it does not count."""
+        """int64 [N, T] UTF-8 bytes of each target token; 0 where it is masked."""
         batch = self.batch()
         return np.where(batch.mask, token_bytes_V[batch.targets], 0).astype(np.int64)
 
@@ -58,10 +58,9 @@ def eval_sequences(
 ) -> HeldOut:
     """Up to `num` sequences of exactly length+1 tokens.
 
-    First the beginning of every document that is long enough (`min_document_tokens`, at least
-    length+1), in an order drawn with `seed`; if that is fewer than `num`, their second stretches of
-    `length` tokens, and so on: no target occurs twice. To compare several lengths on the same text,
-    take sequences of the longest and cut them.
+    First the beginning of every document of at least `min_document_tokens` and length+1 tokens, in
+    an order drawn with `seed`; then, up to `num`, their next `length` tokens, and so on; no target
+    occurs twice. To compare several lengths on the same text, truncate sequences of the longest.
     Raises UserError if no document of the split is long enough.
     """
     if length < 1 or num < 1:
@@ -77,12 +76,11 @@ def eval_sequences(
         )
     document = np.flatnonzero(sizes >= needed)
     document = np.random.default_rng(seed).permutation(document)
-    stretches = (sizes[document] - 1) // length
-    owner = np.repeat(np.arange(len(document)), stretches)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(stretches) - stretches, stretches)
-    chosen = np.lexsort((owner, place))[:num]  # every document's first, then every second, ...
-    which, offset = document[owner[chosen]], place[chosen] * length
-    return _read(data, tokens, length, which, offset)
+    counts = (sizes[document] - 1) // length
+    owner = np.repeat(np.arange(len(document)), counts)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = np.lexsort((owner, index))[:num]  # every document's first, then every second, ...
+    return _read(data, tokens, length, document[owner[chosen]], index[chosen] * length)
 
 
 def eval_documents(
@@ -91,12 +89,12 @@ def eval_documents(
     """The first `max_length` targets of every document with at least `min_length`, padded."""
     tokens = data.split(split)
     starts, stops = tokens.document_bounds()
-    which = np.flatnonzero(stops - starts - 1 >= min_length)
-    if not len(which):
+    document = np.flatnonzero(stops - starts - 1 >= min_length)
+    if not len(document):
         raise UserError(
             f"No document of the split {split!r} of {data.folder} has {min_length} targets."
         )
-    return _read(data, tokens, max_length, which, np.zeros(len(which), np.int64))
+    return _read(data, tokens, max_length, document, np.zeros(len(document), np.int64))
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""JSON lines: whether a file has them, and the text of one."""
+"""Detects and parses JSON lines."""
 
 import json
 from typing import Any, BinaryIO
@@ -7,15 +7,15 @@ from tttjax.data.streams import clean_text
 from tttjax.errors import UserError
 
 TEXT_KEY = "text"
-_LONGEST = 1 << 26  # bytes of a first line by which a file without a telling name is judged
+_MAX_LINE = 1 << 26  # bytes of a first line that are read to detect JSON lines
 
 
 def are_lines(stream: BinaryIO, key: str, *, by_key: bool = False) -> bool:
-    """Whether a stream begins with an object on a line of its own that is one of several, or has
-    `key`: a single object without it is a document, not a record. by_key: only if it has it.
+    """Whether a stream holds JSON lines: its first line is an object that has `key` or is one of
+    several. by_key: only if it has `key`. A single object without `key` is a document.
     """
     first = _next_line(stream)
-    if len(first) >= _LONGEST or not first.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"{"):
+    if len(first) >= _MAX_LINE or not first.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"{"):
         return False
     try:
         record = parse(first, "")
@@ -25,15 +25,15 @@ def are_lines(stream: BinaryIO, key: str, *, by_key: bool = False) -> bool:
 
 
 def _next_line(stream: BinaryIO) -> bytes:
-    """The next line that is not empty; empty at the end."""
-    while line := stream.readline(_LONGEST):
+    """The next line that is not blank; b"" at the end."""
+    while line := stream.readline(_MAX_LINE):
         if line.strip():
             return line
     return b""
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
-    """The object of a line. UserError if it is not one."""
+    """The JSON object of a line. UserError if it is not one."""
     try:
         record = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -41,7 +41,7 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}).") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: not a JSON object, which each line must be.")
+        raise UserError(f"{where}: not a JSON object; each line must be one.")
     return record
 
 
@@ -50,9 +50,11 @@ def text_of(raw: bytes, key: str, where: str) -> str:
     record = parse(raw, where)
     text = record.get(key)
     if not isinstance(text, str):
-        have = ", ".join(f'"{name}"' for name, value in record.items() if isinstance(value, str))
+        available = ", ".join(
+            f'"{name}"' for name, value in record.items() if isinstance(value, str)
+        )
         raise UserError(
-            f'{where}: no text under the key "{key}" (keys with text: {have or "none"}); name one '
-            "with --text-key."
+            f'{where}: no text under the key "{key}" (keys with text: {available or "none"}); name '
+            "one with --text-key."
         )
     return clean_text(text, f"{where}: the text")

@@ -1,8 +1,7 @@
-"""The manifest of a prepared data set: sealed when written, and checked when read.
+"""Parses and validates the manifest of a prepared data set.
 
-Everything that results depend on and that the files do not say of themselves stands there: counts,
-types, names, and the checksums of the files. It has a checksum itself. Data sets of version 1 have
-none: their counts are compared with each other, and with the files.
+The manifest holds counts, dtypes, names and checksums of the files, and its own checksum. Data sets
+of version 1 have no checksum; their counts are compared with each other and with the files.
 """
 
 from pathlib import Path
@@ -16,16 +15,16 @@ from tttjax.io.sealed import read_object, version_of
 VERSION, UNSEALED_VERSION = 2, 1
 PARTS = ("tokens", "documents", "names")
 COUNTS = ("tokens", "documents", "bytes")
-DOCUMENT_BYTES = 16  # of the index, for each document
+DOCUMENT_BYTES = 16  # in the index, per document
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where it is enough, else uint32; little-endian."""
+    """uint16 if the vocabulary fits, else uint32; little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def parse_manifest(path: Path) -> dict[str, Any]:
-    """The manifest in a file. UserError if it is damaged, or of a later or unknown version."""
+    """Reads a manifest. UserError if it is damaged or its version is not supported."""
     try:
         text = path.read_text(encoding="utf-8")
         version = version_of(text, "version")
@@ -38,17 +37,17 @@ def parse_manifest(path: Path) -> dict[str, Any]:
         manifest = read_object(text, is_sealed=version == VERSION)
         _check(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged ({why}); prepare the data again.") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({reason}); prepare the data again.") from error
     return manifest
 
 
 def _check(manifest: dict[str, Any]) -> None:
-    """ValueError, KeyError, TypeError or AttributeError with what no manifest says."""
+    """Raises ValueError, KeyError, TypeError or AttributeError for an invalid manifest."""
     tokenizer = manifest["tokenizer"]
     vocab_size = _count(tokenizer, "vocab_size")
     if not isinstance(tokenizer["fingerprint"], str):
-        raise ValueError("the tokenizer's fingerprint is no string")
+        raise ValueError("the tokenizer's fingerprint is not a string")
     if manifest["dtype"] != (dtype := token_dtype(vocab_size).str):
         raise ValueError(f"dtype is {manifest['dtype']!r}, not {dtype!r}")
     for name, split in manifest["splits"].items():

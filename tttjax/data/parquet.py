@@ -1,18 +1,18 @@
-"""Rows of Parquet files, a few at a time, with pyarrow (an extra)."""
+"""Reads text columns of Parquet files in small batches, with pyarrow (an extra)."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from tttjax.errors import UserError, install_extra
 
-_ROWS = 64  # at once
-_BUFFER = 1 << 20  # bytes read at once, instead of a whole column of a row group
+_ROWS = 64  # per batch
+_BUFFER = 1 << 20  # bytes per read, instead of a whole column chunk
 
 
 def check_pyarrow(path: str) -> None:
-    """UserError if the library that reads Parquet is not installed."""
+    """UserError if pyarrow is not installed."""
     try:
-        import pyarrow.parquet  # noqa: F401 (an extra, needed for such files alone)
+        import pyarrow.parquet  # noqa: F401 (an extra)
     except ImportError as error:
         raise UserError(
             f"{path} is a Parquet file, and reading it needs pyarrow: {install_extra('parquet')}"
@@ -22,7 +22,7 @@ def check_pyarrow(path: str) -> None:
 def read_column(path: str, key: str) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of every row, from the column `key`.
 
-    Memory does not grow with the file. Raises UserError if it is damaged, or has no such text.
+    Uses constant memory. Raises UserError if the file is damaged or has no such column of text.
     """
     check_pyarrow(path)
     import pyarrow
@@ -42,7 +42,7 @@ def read_column(path: str, key: str) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}, after row {number}: not UTF-8 text.") from error
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"Cannot read {path} ({reason}); mend it, or leave it out.") from error
+        raise UserError(f"Cannot read {path} ({reason}); repair it or exclude it.") from error
 
 
 def _check_column(schema: Any, path: str, key: str) -> None:
@@ -51,10 +51,10 @@ def _check_column(schema: Any, path: str, key: str) -> None:
         name for name, kind in zip(schema.names, schema.types, strict=True) if _is_text(kind)
     ]
     if key not in columns:
-        have = ", ".join(f'"{name}"' for name in columns) or "none"
+        available = ", ".join(f'"{name}"' for name in columns) or "none"
         raise UserError(
-            f'{path} has no text in a column "{key}" (its columns of text: {have}); name one with '
-            "--text-key."
+            f'{path} has no text in a column "{key}" (its columns of text: {available}); name one '
+            "with --text-key."
         )
 
 

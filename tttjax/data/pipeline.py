@@ -1,13 +1,13 @@
-"""Prepared data to training batches, with Grain.
+"""Turns prepared data into training batches, with Grain.
 
     records -> shuffle -> (mixture) -> batches of this process -> prefetch in threads
 
-Every stage is a Grain `MapDataset`, a function of an index, so the batch of a step is a function of
-(seed, step) alone: there is no state but the step, resuming needs no replay, and the number of
-processes may change on the way. The order of operations is that of the official TTT-E2E loader:
-shuffle the records of an epoch with Grain's index_shuffle, seed (seed + epoch) mod 2^32, cut them
-into global batches, drop the epoch's remainder, repeat. Process p of S takes the p-th of S equal
-parts of each global batch, which is the official "batches p, p+S, ... of size global_batch / S".
+Every stage is a Grain `MapDataset`, a function of an index, so a batch depends only on (seed,
+step). The step is the only state: resuming needs no replay, and the number of processes may change.
+The order of operations is that of the official TTT-E2E loader: shuffle the records of an epoch with
+Grain's index_shuffle, seed (seed + epoch) mod 2^32, group them into global batches, drop the
+epoch's remainder, repeat. Process p of S takes the p-th of S equal parts of each global batch,
+which is the official "batches p, p+S, ... of size global_batch / S".
 """
 
 import os
@@ -29,7 +29,7 @@ LAYOUTS = ("stream", "documents")
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """Records of one prepared data set, and its share of the mixture."""
+    """Records of one prepared data set, and its weight in the mixture."""
 
     records: RecordSource
     weight: float
@@ -38,7 +38,7 @@ class MixtureSource:
 
 
 def epoch_order(records: Any, *, shuffle: bool, seed: int) -> grain.MapDataset:
-    """Records in the order of their epochs; index epoch * len + i is the i-th of that epoch."""
+    """Records ordered by epoch; index epoch * len + i is the i-th record of that epoch."""
     dataset = grain.MapDataset.source(records)
     return dataset.shuffle(seed=seed % 2**32) if shuffle else dataset
 
@@ -51,44 +51,44 @@ def local_batches(
     process_count: int = 1,
     batch_fn: Any = None,
 ) -> grain.MapDataset:
-    """This process's part of each global batch; every epoch drops its own remainder.
+    """This process's part of each global batch; every epoch drops its remainder.
 
-    Raises UserError if the batch does not divide, or an epoch has no whole batch.
+    Raises UserError if the batch size is not divisible or an epoch has fewer records than a batch.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"The batch of {batch_size} sequences cannot be divided among {process_count} "
             "processes; make train.batch_size a multiple of them."
         )
-    whole = len(dataset) // batch_size * batch_size
-    if not whole:
+    usable = len(dataset) // batch_size * batch_size
+    if not usable:
         raise UserError(
             f"The data have {len(dataset)} sequences, fewer than one batch of {batch_size}; lower "
             "train.batch_size or train.seq_len, or prepare more text."
         )
-    # No remainder is left, but the length of an endless mixture needs integer arithmetic.
-    local = dataset[:whole].batch(
+    # There is no remainder, but the length of an infinite mixture needs integer arithmetic.
+    local = dataset[:usable].batch(
         batch_size // process_count, drop_remainder=True, batch_fn=batch_fn
     )
     return local[process_index::process_count]
 
 
 def make_batch(
-    tokens_BS: np.ndarray, leave_out_BS: np.ndarray | None = None, pad_id: int = 0
+    tokens_BS: np.ndarray, exclude_BS: np.ndarray | None = None, pad_id: int = 0
 ) -> Batch:
-    """Records int32 [B, T+1] to a Batch: inputs, the tokens that follow them, and which ones count.
+    """Records int32 [B, T+1] to a Batch of inputs, next-token targets and the loss mask.
 
-    leave_out_BS: bool [B, T+1], tokens that do not count as targets. Padding does not either.
+    exclude_BS: bool [B, T+1], tokens that are masked as targets, as padding always is.
     """
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     mask_BT = targets_BT != PADDING
-    if leave_out_BS is not None:
-        mask_BT &= ~leave_out_BS[:, 1:]
+    if exclude_BS is not None:
+        mask_BT &= ~exclude_BS[:, 1:]
     if tokens_BS.min() == PADDING:
         inputs_BT = np.where(inputs_BT == PADDING, np.int32(pad_id), inputs_BT)
         targets_BT = np.where(targets_BT == PADDING, np.int32(pad_id), targets_BT)
-    whole: Any = np.ascontiguousarray  # numpy arrays: the train step puts them on the devices
-    return Batch(inputs=whole(inputs_BT), targets=whole(targets_BT), mask=mask_BT)
+    contiguous: Any = np.ascontiguousarray  # numpy arrays: the train step puts them on the devices
+    return Batch(inputs=contiguous(inputs_BT), targets=contiguous(targets_BT), mask=mask_BT)
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,21 @@ class _BatchFn:
     pad_id: int
 
     def __call__(self, records: Sequence[Record]) -> Batch:
-        """A BOS that starts a document is no target: the next document is unpredictable.
+        """Masks a BOS that starts a document: the next document is unpredictable.
 
-        By its position, since the EOS that ends a document may have the same id.
+        Goes by position, since the EOS that ends a document may have the same id.
         """
         tokens_BS = np.stack([record.tokens_S for record in records])
         starts_BS = np.stack([record.starts_S for record in records])
-        leave_out_BS = None if self.bos_id is None else starts_BS & (tokens_BS == self.bos_id)
-        return make_batch(tokens_BS, leave_out_BS, self.pad_id)
+        exclude_BS = None if self.bos_id is None else starts_BS & (tokens_BS == self.bos_id)
+        return make_batch(tokens_BS, exclude_BS, self.pad_id)
 
 
 class TrainStream:
-    """An endless iterator over batches that can be put at any step.
+    """An infinite iterator over batches with random access by step.
 
-    `batch_at(step)` gives any batch without moving. `get_state`, `set_state`: a small JSON value
-    for the checkpoint; a state of other data or of another batch is refused.
+    `batch_at(step)` returns any batch and does not advance. `get_state` and `set_state` use a
+    small JSON value; `set_state` refuses a state of other data or another batch size.
     """
 
     def __init__(self, dataset: grain.MapDataset, identity: dict[str, Any], prefetch: int):
@@ -135,7 +135,7 @@ class TrainStream:
 
     @property
     def step(self) -> int:
-        """Index of the batch that `next` gives."""
+        """Index of the batch that `next` returns."""
         return self._step
 
     def batch_at(self, step: int) -> Batch:
@@ -146,19 +146,19 @@ class TrainStream:
         return {"step": self._step, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on at the step of `state`. Raises UserError if it belongs to other batches."""
+        """Continues at the step of `state`. Raises UserError if it belongs to other batches."""
         for name, value in self._identity.items():
             if state.get(name) != value:
                 if name == "data":
                     raise UserError(
-                        "The data have another content than those that the checkpoint was trained "
-                        "on, so the batches would not continue; give those in data.sources, or use "
-                        "a new work directory."
+                        "The data differ from those of the checkpoint, so the batches would not "
+                        "continue; name the original data in data.sources, or use a new work "
+                        "directory."
                     )
                 raise UserError(
-                    f"The checkpoint's place in the data has {name}={state.get(name)!r}, this run "
-                    f"has {value!r}: the batches would not continue; use the same data settings or "
-                    "a new work directory."
+                    f"The checkpoint has {name}={state.get(name)!r}, this run has {value!r}, so "
+                    "the batches would not continue; use the same data settings or a new work "
+                    "directory."
                 )
         self.close()
         self._step = int(state["step"])
@@ -172,11 +172,11 @@ class TrainStream:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What of a run's configuration decides its batches.
+    """The part of a run's configuration that determines its batches.
 
-    seq_len: T. batch_size: sequences of the whole global batch. weights: shares of the sources in
-    the mixture (empty: by number of records). min_length: in the layout "documents", pieces with
-    fewer targets are left out.
+    seq_len: T. batch_size: sequences of the global batch. weights: of the sources in the mixture
+    (empty: by number of records). min_length: in the layout "documents", records with fewer targets
+    are dropped.
     """
 
     seq_len: int
@@ -210,21 +210,20 @@ def make_train_stream(
 ) -> TrainStream:
     """Batches of this process from one prepared data set or a mixture of several.
 
-    prefetch: batches made ahead in background threads (0: none). fingerprint: of the tokenizer
-    that the model expects. Raises UserError for data that are missing, damaged, too short, or made
-    by different tokenizers.
+    prefetch: batches prefetched in background threads. fingerprint: of the model's tokenizer.
+    Raises UserError for data that are missing, damaged, too short or of different tokenizers.
     """
     options.check()
     if not sources:
         raise UserError("No data: name at least one prepared data set in data.sources.")
-    opened = [
+    datasets = [
         s if isinstance(s, PreparedData) else open_prepared(s, fingerprint=fingerprint)
         for s in sources
     ]
-    _check_tokenizers(opened, fingerprint)
-    made = _make_sources(opened, options)
-    dataset = _mixture(made, options)
-    batch_fn = _BatchFn(made[0].bos_id, made[0].pad_id)
+    _check_tokenizers(datasets, fingerprint)
+    mixture = _make_sources(datasets, options)
+    dataset = _mix(mixture, options)
+    batch_fn = _BatchFn(mixture[0].bos_id, mixture[0].pad_id)
     batches = local_batches(
         dataset,
         options.batch_size,
@@ -232,32 +231,32 @@ def make_train_stream(
         process_count=process_count,
         batch_fn=batch_fn,
     )
-    if len(made) == 1:  # a mixture has no end already
+    if len(mixture) == 1:  # a mixture repeats already
         batches = batches.repeat()
-    return TrainStream(batches, _identity(opened, made, options), prefetch)
+    return TrainStream(batches, _identity(datasets, mixture, options), prefetch)
 
 
-def _check_tokenizers(opened: Sequence[PreparedData], fingerprint: str | None) -> None:
-    wanted = fingerprint or opened[0].fingerprint
-    for data in opened:
-        if data.fingerprint != wanted:
+def _check_tokenizers(datasets: Sequence[PreparedData], fingerprint: str | None) -> None:
+    expected = fingerprint or datasets[0].fingerprint
+    for data in datasets:
+        if data.fingerprint != expected:
             raise UserError(
                 f"The data in {data.folder} were made by another tokenizer (fingerprint "
-                f"{data.fingerprint[:12]}, expected {wanted[:12]}); prepare them with "
-                f"--tokenizer={opened[0].folder}."
+                f"{data.fingerprint[:12]}, expected {expected[:12]}); prepare them with "
+                f"--tokenizer={datasets[0].folder}."
             )
 
 
-def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> list[MixtureSource]:
+def _make_sources(datasets: Sequence[PreparedData], options: StreamOptions) -> list[MixtureSource]:
     weights = options.weights
-    if weights and len(weights) != len(opened):
+    if weights and len(weights) != len(datasets):
         raise UserError(
-            f"data.weights has {len(weights)} entries for {len(opened)} sources; give one each."
+            f"data.weights has {len(weights)} entries for {len(datasets)} sources; give one each."
         )
     if any(not weight > 0 for weight in weights):
-        raise UserError(f"data.weights={weights} must all be above 0; leave a source out instead.")
-    made = []
-    for i, data in enumerate(opened):
+        raise UserError(f"data.weights={weights} must all be above 0; remove the source instead.")
+    mixture = []
+    for i, data in enumerate(datasets):
         split = data.split(options.split)
         records: RecordSource
         if options.layout == "stream":
@@ -267,15 +266,15 @@ def _make_sources(opened: Sequence[PreparedData], options: StreamOptions) -> lis
         tokenizer = data.tokenizer
         pad_id = 0 if tokenizer.eos_id is None else tokenizer.eos_id
         weight = weights[i] if weights else float(len(records))
-        made.append(MixtureSource(records, weight, tokenizer.bos_id, pad_id))
-    return made
+        mixture.append(MixtureSource(records, weight, tokenizer.bos_id, pad_id))
+    return mixture
 
 
-def _mixture(sources: Sequence[MixtureSource], options: StreamOptions) -> grain.MapDataset:
+def _mix(sources: Sequence[MixtureSource], options: StreamOptions) -> grain.MapDataset:
     order = {"shuffle": options.shuffle}
     if len(sources) == 1:
         return epoch_order(sources[0].records, seed=options.seed, **order)
-    # Sources are passed through at their own pace, each with its own epochs and its own order.
+    # Each source has its own epochs and its own order.
     repeated = [
         epoch_order(
             source.records, seed=zlib.crc32(f"{options.seed}:{i}".encode()), **order
@@ -286,10 +285,10 @@ def _mixture(sources: Sequence[MixtureSource], options: StreamOptions) -> grain.
 
 
 def _identity(
-    opened: Sequence[PreparedData], sources: Sequence[MixtureSource], options: StreamOptions
+    datasets: Sequence[PreparedData], sources: Sequence[MixtureSource], options: StreamOptions
 ) -> dict[str, Any]:
     return {
-        "data": [data.content_id(options.split) for data in opened],
+        "data": [data.content_id(options.split) for data in datasets],
         "layout": options.layout,
         "seq_len": options.seq_len,
         "batch_size": options.batch_size,

@@ -1,7 +1,7 @@
-"""`prepare`: from text to a finished folder of shards, once, or continued, or found finished.
+"""`prepare`: tokenises text into a folder of shards, resuming an interrupted run.
 
-Documents are tokenised in parallel and written in the order of the inputs, so the result does not
-depend on the number of workers. The manifest comes last: a folder with a manifest is finished.
+Documents are tokenised in parallel and written in input order, so the result does not depend on the
+number of workers. The manifest is written last: a folder with a manifest is finished.
 """
 
 import errno
@@ -52,32 +52,31 @@ def prepare(
     """Tokenises `inputs` into `out_dir` and opens the result.
 
     settings: the fields of `PrepareSettings`. num_workers: processes (None: one per core; 0: this
-    one). overwrite: replace a data set that is in `out_dir` already, once the new one is finished.
-    Called again with the same arguments, it continues an interrupted run, and returns at once if
-    the data set is finished. Raises UserError for bad input and while another process prepares
-    data there, and deletes only what this call began.
+    one). overwrite: replace an existing data set in `out_dir` once the new one is finished.
+    Called again with the same arguments, it resumes an interrupted run, or returns at once if the
+    data set is finished. Raises UserError for bad input or if another process prepares data there,
+    and deletes only files of this call.
     """
     for name in ("tokenizer", "split_manifest"):
         if name in settings:
             settings[name] = path_text(settings[name], name)
-    chosen = PrepareSettings(inputs=tuple(map(path_text, inputs)), **settings)
-    chosen.check()
+    parsed = PrepareSettings(inputs=tuple(map(path_text, inputs)), **settings)
+    parsed.check()
     if num_workers is not None and not 0 <= num_workers <= MOST_WORKERS:
         raise UserError(f"num_workers={num_workers} must be from 0 to {MOST_WORKERS}.")
-    source = InputSource.find(chosen)
-    if source.left_out:
+    source = InputSource.find(parsed)
+    if source.ignored:
         log(
-            f"prepare: {len(source.left_out)} .json files of folders are left out: they are single "
-            f"JSON documents, not JSON lines (the first: {source.left_out[0].path})"
+            f"prepare: {len(source.ignored)} .json files of folders are ignored: they are single "
+            f"JSON documents, not JSON lines (the first: {source.ignored[0].path})"
         )
     folder = local_path(out_dir, "--out")
     try:
-        _prepare(chosen, source, folder, num_workers, overwrite, log)
+        _prepare(parsed, source, folder, num_workers, overwrite, log)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"No space left for {folder}; free some and run the same command again: it goes on "
-                "where it stopped."
+                f"No space left for {folder}; free some and run the same command again to continue."
             ) from error
         raise UserError(f"Cannot write to {folder}: {error}.") from error
     return open_prepared(folder)
@@ -87,7 +86,8 @@ def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite
     request = {"settings": _plain(settings), "inputs": source.identity}
     finished = folder / MANIFEST
     if not overwrite and finished.exists() and not _differences(_read_json(finished), request):
-        log(f"prepare: {folder} is already prepared with these settings")  # perhaps read-only
+        # The folder may be read-only, so no lock is taken.
+        log(f"prepare: {folder} is already prepared with these settings")
         return
     with hold(folder) as lock:
         _prepare_alone(settings, source, folder, request, num_workers, overwrite, log, lock)
@@ -103,63 +103,63 @@ def _prepare_alone(
     log: Log,
     lock: Lock,
 ) -> None:
-    place = _place_to_build(folder, request, overwrite)
-    existed = place.exists()
-    journal = _claim(place, request, replaceable=place != folder)
-    if journal is None and place == folder:
+    build_dir = _choose_build_dir(folder, request, overwrite)
+    existed = build_dir.exists()
+    journal = _claim(build_dir, request, replaceable=build_dir != folder)
+    if journal is None and build_dir == folder:
         log(f"prepare: {folder} is already prepared with these settings")
         return
     if journal is not None:
         try:
-            _write_all(settings, source, place, num_workers, journal, log, lock)
+            _write_all(settings, source, build_dir, num_workers, journal, log, lock)
         except ResumableError:
             raise
         except UserError:
-            if journal is request:  # begun by this call; what an earlier one has done is kept
-                remove_prepared(place, keep_folder=existed)
+            if journal is request:  # started by this call; an earlier call's work stays
+                remove_prepared(build_dir, keep_folder=existed)
             raise
-    if place != folder:
-        _swap(place, folder)
+    if build_dir != folder:
+        _replace_folder(build_dir, folder)
 
 
-def _place_to_build(folder: Path, request: dict[str, Any], overwrite: bool) -> Path:
-    """`folder`, or a folder beside it if it holds what may be replaced only when all is well."""
+def _choose_build_dir(folder: Path, request: dict[str, Any], overwrite: bool) -> Path:
+    """`folder`, or a sibling if `folder` holds data to replace only on success."""
     if not overwrite:
         return folder
-    beside = _beside(folder, "preparing")
+    sibling = _sibling(folder, "preparing")
     started = folder / JOURNAL
-    if (folder / MANIFEST).exists() or beside.exists():
-        return beside
+    if (folder / MANIFEST).exists() or sibling.exists():
+        return sibling
     if started.exists() and (_differences(_read_json(started), request) or not _is_ours(started)):
-        return beside
+        return sibling
     return folder
 
 
 def _is_ours(journal: Path) -> bool:
-    """Whether this version began it: earlier ones cut their inputs into other tasks."""
+    """Whether this version wrote the journal; earlier ones grouped inputs into other tasks."""
     return SEAL in _read_json(journal)
 
 
-def _beside(folder: Path, state: str) -> Path:
-    """A hidden neighbour, on the same file system also if `folder` is a link."""
+def _sibling(folder: Path, state: str) -> Path:
+    """A hidden sibling, on the same file system even if `folder` is a symbolic link."""
     real = Path(os.path.realpath(folder))
     return real.with_name(f".{real.name}.{state}")
 
 
-def _swap(new: Path, folder: Path) -> None:
-    """Puts a finished data set in the place of another. Files of other people stay in `folder`.
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Replaces a data set with a finished one. Unrelated files stay in `folder`.
 
-    Killed between the two renamings, the same command finds `new` finished and gets here again.
+    If killed between the two renames, the same command finds `new` finished and repeats this.
     """
-    folder, old = Path(os.path.realpath(folder)), _beside(folder, "replaced")
+    folder, old = Path(os.path.realpath(folder)), _sibling(folder, "replaced")
     lock = folder / FOLDER_LOCK
-    shutil.copy2(lock, new)  # so that the folder is locked under its name throughout
+    shutil.copy2(lock, new)  # keeps the folder locked throughout
     if any(path != lock for path in folder.iterdir()):
         if old.exists():
             remove_prepared(old)
         os.rename(folder, old)
         (old / FOLDER_LOCK).unlink()
-    else:  # the renaming below was broken off, and the folder made anew for the lock
+    else:  # the rename below was interrupted, and the folder recreated for the lock
         lock.unlink()
     os.rename(new, folder)
     if not old.exists():
@@ -186,12 +186,12 @@ def _write_all(
     workers = default_workers(source.total_bytes) if num_workers is None else num_workers
     run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock)
     splits = run.write()
-    if mending := run.mend(splits):
-        what = next(iter(mending.get("forced", ["the end of the only document"])))
-        log(f"prepare: a split would be empty; once more, with {what} in it")
-        journal = {key: journal[key] for key in ("settings", "inputs")} | mending
+    if second_pass := run.plan_second_pass(splits):
+        what = next(iter(second_pass.get("forced", ["the end of the only document"])))
+        log(f"prepare: a split would be empty; repeating with {what} in it")
+        journal = {key: journal[key] for key in ("settings", "inputs")} | second_pass
         write_json(folder / JOURNAL, journal)
-        rule = replace(rule, forced=mending.get("forced", {}))
+        rule = replace(rule, forced=second_pass.get("forced", {}))
         run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock)
         splits = run.write()
     lock.check()
@@ -203,7 +203,7 @@ def _plain(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[str, Any] | None:
-    """The journal to continue from, or None if `folder` already has what is asked for.
+    """The journal to resume from, or None if `folder` already holds the requested data set.
 
     A new journal is `request` itself. Raises UserError if the folder holds anything else, unless
     it is another data set and `replaceable`.
@@ -211,12 +211,12 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
     finished, started = folder / MANIFEST, folder / JOURNAL
     existing = finished if finished.exists() else started
     if existing.exists():
-        found = _read_json(existing)
-        differing = _differences(found, request)
+        recorded = _read_json(existing)
+        differing = _differences(recorded, request)
         if not differing and existing is finished:
             return None
         if not differing and _is_ours(started):
-            return found
+            return recorded
         differing = differing or "tasks, by an earlier version of tttjax"
         if not replaceable:
             state = "was prepared" if existing is finished else "is half prepared"
@@ -234,12 +234,12 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
     return request
 
 
-def _differences(found: dict[str, Any], request: dict[str, Any]) -> str:
-    # A setting that is newer than the data set had its default.
+def _differences(recorded: dict[str, Any], request: dict[str, Any]) -> str:
+    # A setting newer than the data set had its default value.
     defaults = _plain(PrepareSettings(inputs=()))
-    old, new = {**defaults, **found.get("settings", {})}, request["settings"]
+    old, new = {**defaults, **recorded.get("settings", {})}, request["settings"]
     names = [f"{name} ({old.get(name)!r})" for name in new if old.get(name) != new[name]]
-    if not names and found.get("inputs") != request["inputs"]:
+    if not names and recorded.get("inputs") != request["inputs"]:
         names = ["content of its input files"]
     return ", ".join(names)
 
@@ -256,7 +256,7 @@ def remove_prepared(folder: Path, *, keep_folder: bool = False) -> None:
 
 
 def _remove_strays(folder: Path, splits: dict[str, dict[str, Any]]) -> None:
-    """Deletes shards that an interrupted or repeated pass left and this one did not write."""
+    """Deletes shards of an interrupted or repeated pass that are not in `splits`."""
     named = {shard["name"] for entry in splits.values() for shard in entry["shards"]}
     for path in _shard_paths(folder):
         if path.stem not in named:
@@ -264,21 +264,21 @@ def _remove_strays(folder: Path, splits: dict[str, dict[str, Any]]) -> None:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    wanted = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in PARTS]
-    return [path for pattern in wanted for path in folder.glob(pattern)]
+    patterns = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in PARTS]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _finish(
     folder: Path, journal, splits, run: PreparePass, tokenizer: Tokenizer, log: Log
 ) -> None:
     skipped = run.skipped()
-    kept = {split: entry for split, entry in splits.items() if entry["documents"]}
-    if empty := run.missing(kept):
+    nonempty = {split: entry for split, entry in splits.items() if entry["documents"]}
+    if empty := run.missing_purpose(nonempty):
         minimum = run.settings.min_document_tokens
         raise UserError(
             f"No document is left {empty}: {skipped['empty']} were empty, {skipped['short']} "
-            f"shorter than min_document_tokens={minimum}; prepare longer texts or more of them, or "
-            "lower that minimum."
+            f"shorter than min_document_tokens={minimum}; prepare longer or more texts, or lower "
+            "min_document_tokens."
         )
     manifest = {
         "format": "tttjax tokens",
@@ -295,18 +295,18 @@ def _finish(
         "settings": journal["settings"],
         "inputs": journal["inputs"],
         "skipped": skipped,
-        "splits": kept,
+        "splits": nonempty,
     }
-    _remove_strays(folder, kept)
+    _remove_strays(folder, nonempty)
     write_json(folder / MANIFEST, manifest)
     (folder / JOURNAL).unlink(missing_ok=True)
-    for split, entry in kept.items():
+    for split, entry in nonempty.items():
         log(
             f"prepare: {split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['bytes']:,} bytes, longest {entry['longest_document']:,} tokens"
         )
-    if not kept.get(VAL) and not run.source.zarr_root:
-        log("prepare: nothing is held out, so this data set can be trained on but not evaluated")
+    if not nonempty.get(VAL) and not run.source.zarr_root:
+        log("prepare: nothing is held out, so this data set cannot be used for evaluation")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

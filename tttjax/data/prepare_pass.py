@@ -1,7 +1,7 @@
 """One pass of `prepare` over its inputs: documents in, shards out, with a journal.
 
-Every few seconds the journal records how far the files on disk are complete, and a later pass goes
-on from there.
+Every few seconds the journal records how much of the output is complete on disk; an interrupted
+pass resumes from there.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from tttjax.data.json_lines import TEXT_KEY
 from tttjax.data.manifest import token_dtype
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
-from tttjax.data.writer import EncodedPiece, SplitWriter
+from tttjax.data.writer import EncodedSpan, SplitWriter
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
 from tttjax.io.sealed import sealed
 
-LARGEST_VOCABULARY = 1 << 24  # training stalls for ever not far below 2**31
+LARGEST_VOCABULARY = 1 << 24  # SentencePiece training hangs near 2**31
 JOURNAL_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
 Log = Callable[[str], None]
@@ -34,7 +34,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Everything that the prepared tokens depend on, beside the text itself."""
+    """Everything besides the text that determines the prepared tokens."""
 
     inputs: tuple[str, ...]
     tokenizer: str = "bytes"
@@ -71,47 +71,46 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class InputSource:
-    """The inputs, looked up: text files, or one Zarr folder. `identity` changes when they do.
+    """The resolved inputs: text files or one Zarr folder. `identity` changes when they do.
 
-    left_out: files of folders that are single JSON documents: settings or data, hardly text.
+    ignored: single JSON documents within folders, which are rarely text.
     """
 
     files: tuple[InputFile, ...]
     zarr_root: str
     total_bytes: int
     identity: str
-    left_out: tuple[InputFile, ...] = ()
+    ignored: tuple[InputFile, ...] = ()
 
     @staticmethod
     def find(settings: PrepareSettings) -> "InputSource":
         if any(zarr.is_zarr(path) for path in settings.inputs):
             return InputSource._find_zarr(settings)
-        found = list_inputs(settings.inputs, settings.pattern, settings.text_key)
-        left_out = _single_documents(settings, found)
-        leaving = set(left_out)
-        files = tuple(file for file in found if file not in leaving)
+        listed = list_inputs(settings.inputs, settings.pattern, settings.text_key)
+        ignored = _single_documents(settings, listed)
+        files = tuple(file for file in listed if file.kind != JSON)
         if not files:
-            raise _not_lines(left_out[0])
+            raise _not_lines(ignored[0])
         marks = [[file.id, file.size, file.mtime_ns] for file in files]
         total = sum(file.size * (4 if file.compressed else 1) for file in files)
-        return InputSource(files, "", total, _hash([marks, _named_files(settings)]), left_out)
+        return InputSource(files, "", total, _hash([marks, _named_files(settings)]), ignored)
 
     @staticmethod
     def _find_zarr(settings: PrepareSettings) -> "InputSource":
         if len(settings.inputs) > 1:
             raise UserError("A Zarr folder must be the only input: its arrays are its splits.")
-        given = (settings.min_document_tokens, settings.split_manifest, settings.pattern)
-        if any(given) or settings.text_key != TEXT_KEY:
+        unsupported = (settings.min_document_tokens, settings.split_manifest, settings.pattern)
+        if any(unsupported) or settings.text_key != TEXT_KEY:
             raise UserError(
-                "A Zarr folder is taken as it is: min_document_tokens, split_manifest, pattern and "
-                "text_key do not apply to it."
+                "min_document_tokens, split_manifest, pattern and text_key do not apply to a Zarr "
+                "folder; remove them."
             )
         total, marks = zarr.zarr_size(settings.inputs[0])
         return InputSource((), settings.inputs[0], total, _hash([marks, _named_files(settings)]))
 
 
 def _single_documents(settings: PrepareSettings, files: list[InputFile]) -> tuple[InputFile, ...]:
-    """Single JSON documents among the files of folders. UserError for one that was asked for."""
+    """The single JSON documents in `files`. UserError for one that the settings name or match."""
     named = {str(Path(name)) for name in settings.inputs}
     single = tuple(file for file in files if file.kind == JSON)
     for file in single:
@@ -122,14 +121,13 @@ def _single_documents(settings: PrepareSettings, files: list[InputFile]) -> tupl
 
 def _not_lines(file: InputFile) -> UserError:
     return UserError(
-        f"{file.path} is one JSON document, not JSON lines (an object a line), so which texts are "
-        "in it is not clear; make it lines (jq -c '.[]' does of an array), or name it .txt to read "
-        "it as text."
+        f"{file.path} is one JSON document, not JSON lines (one object per line); convert it "
+        "(jq -c '.[]' for an array), or rename it to .txt to read it as text."
     )
 
 
 def _named_files(settings: PrepareSettings) -> list[str]:
-    """Checksums of the other files that the settings name."""
+    """Checksums of the tokenizer file and the split manifest."""
     paths = [Path(name) for name in (settings.tokenizer, settings.split_manifest) if name]
     return [f"{shards.crc32_of(path):08x}" for path in paths if path.is_file()]
 
@@ -139,13 +137,13 @@ def _hash(value: Any) -> str:
 
 
 class PreparePass:
-    """One pass over the inputs, from the state in the journal to the last document."""
+    """One pass over the inputs, resumed from the state in the journal."""
 
     def __init__(self, settings, source, folder, rule, tokenizer, workers, journal, log, lock):
         self.settings, self.source, self.folder = settings, source, folder
         self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
         self.journal, self.log, self.lock = journal, log, lock
-        self._tail_of: str = journal.get("tail_of", "")  # the document whose end is held out
+        self._tail_of: str = journal.get("tail_of", "")  # the only document; its tail is held out
         self._tail_at: int = journal.get("tail_at", 0)
         self._position = 0  # in that document
         self.writers: dict[str, SplitWriter] = {}
@@ -172,13 +170,13 @@ class PreparePass:
         last_record = time.monotonic()
         try:
             with contextlib.closing(self._encoded(done)) as encoded:
-                for number, (task, pieces) in enumerate(encoded, start=done + 1):
-                    for piece in pieces:
-                        parts = self._divide(piece) if piece.document == self._tail_of else [piece]
+                for number, (task, spans) in enumerate(encoded, start=done + 1):
+                    for span in spans:
+                        parts = self._split_tail(span) if span.document == self._tail_of else [span]
                         for part in parts:
-                            self._writer_of(part).append(part)
-                    progress.add(task, pieces)
-                    between = not pieces or pieces[-1].ends
+                            self._writer_for(part).append(part)
+                    progress.add(task, spans)
+                    between = not spans or spans[-1].is_last
                     if between and time.monotonic() - last_record >= JOURNAL_SECONDS:
                         self._record(number, progress.covered)
                         last_record = time.monotonic()
@@ -188,14 +186,14 @@ class PreparePass:
                 writer.abandon()
             progress.report()
 
-    def _encoded(self, done: int) -> Generator[tuple[EncodeTask, list[EncodedPiece]]]:
+    def _encoded(self, done: int) -> Generator[tuple[EncodeTask, list[EncodedSpan]]]:
         if self.source.zarr_root:
             return zarr.zarr_documents(self.source.zarr_root, self.tokenizer, skip=done)
         tasks = islice(make_tasks(self.source.files), done, None)
         return encode_in_order(tasks, self.folder / TOKENIZER_DIR, self.workers)
 
-    def _writer_of(self, piece: EncodedPiece) -> SplitWriter:
-        split = piece.split or self.rule(piece.document)
+    def _writer_for(self, span: EncodedSpan) -> SplitWriter:
+        split = span.split or self.rule(span.document)
         if split not in self.writers:
             self.writers[split] = self._writer(split)
         return self.writers[split]
@@ -206,24 +204,24 @@ class PreparePass:
         state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
         write_json(self.folder / JOURNAL, state)
 
-    def missing(self, kept: Collection[str]) -> str:
-        """What, of that which was to have documents, has none; empty if there is nothing."""
-        if not kept:
+    def missing_purpose(self, nonempty: Collection[str]) -> str:
+        """What the missing documents are needed for; "" if none is missing."""
+        if not nonempty:
             return "at all"
         if self._chooses_splits():
-            return "to train on" * (TRAIN not in kept) or "to hold out" * (VAL not in kept)
+            return "to train on" * (TRAIN not in nonempty) or "to hold out" * (VAL not in nonempty)
         return ""
 
     def _chooses_splits(self) -> bool:
-        """Whether it is up to this program, not a table, that something is held out."""
+        """Whether documents are assigned by hash, not by a table, and some are to be held out."""
         by_hash = self.rule.listed is None and not self.source.zarr_root
         return by_hash and self.settings.val_fraction > 0
 
-    def mend(self, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """What a second pass must do so that there is something to train on and to hold out.
+    def plan_second_pass(self, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Journal entries for a second pass that leaves neither split empty; `{}` if not needed.
 
-        `{}`: nothing. With two documents or more, the one whose hash is nearest goes to the empty
-        split; of a single document the end is held out.
+        With two or more documents, the one whose hash is nearest moves to the empty split. With a
+        single document, its tail is held out.
         """
         counts = {split: splits.get(split, {}).get("documents", 0) for split in (TRAIN, VAL)}
         if not self._chooses_splits() or all(counts.values()):
@@ -240,28 +238,28 @@ class PreparePass:
         nearest = (min if full == TRAIN else max)(names, key=self.rule.position)
         return {"mended": True, "forced": {nearest: VAL if full == TRAIN else TRAIN}}
 
-    def _divide(self, piece: EncodedPiece) -> Iterator[EncodedPiece]:
-        """A piece of the only document: up to token `tail_at` for training, the rest held out."""
-        cut = min(max(self._tail_at - self._position, 0), len(piece.tokens))
-        head_bytes = self._count_bytes(piece, cut)
-        if cut or piece.begins:
-            ends = self._position + cut >= self._tail_at or piece.ends
-            head = replace(piece, tokens=piece.tokens[:cut], num_bytes=head_bytes)
-            yield replace(head, ends=ends, split=TRAIN)
-        if cut < len(piece.tokens) or piece.ends:
-            tail = replace(piece, document=f"{piece.document}#tail", split=VAL)
+    def _split_tail(self, span: EncodedSpan) -> Iterator[EncodedSpan]:
+        """Splits a span of the only document at token `tail_at`: train before it, val after."""
+        head_len = min(max(self._tail_at - self._position, 0), len(span.tokens))
+        head_bytes = self._count_bytes(span, head_len)
+        if head_len or span.is_first:
+            is_last = self._position + head_len >= self._tail_at or span.is_last
+            head = replace(span, tokens=span.tokens[:head_len], num_bytes=head_bytes)
+            yield replace(head, is_last=is_last, split=TRAIN)
+        if head_len < len(span.tokens) or span.is_last:
+            tail = replace(span, document=f"{span.document}#tail", split=VAL)
             yield replace(
                 tail,
-                tokens=piece.tokens[cut:],
-                num_bytes=piece.num_bytes - head_bytes,
-                begins=self._position <= self._tail_at,
+                tokens=span.tokens[head_len:],
+                num_bytes=span.num_bytes - head_bytes,
+                is_first=self._position <= self._tail_at,
             )
-        self._position += len(piece.tokens)
+        self._position += len(span.tokens)
 
-    def _count_bytes(self, piece: EncodedPiece, cut: int) -> int:
+    def _count_bytes(self, span: EncodedSpan, head_len: int) -> int:
         if self.tokenizer.lossless:
-            return int(self.tokenizer.token_bytes()[piece.tokens[:cut]].sum())
-        return round(piece.num_bytes * cut / max(len(piece.tokens), 1))
+            return int(self.tokenizer.token_bytes()[span.tokens[:head_len]].sum())
+        return round(span.num_bytes * head_len / max(len(span.tokens), 1))
 
     def skipped(self) -> dict[str, int]:
         writers = self.writers.values()
@@ -272,7 +270,7 @@ class PreparePass:
 
 
 class _Progress:
-    """A line every two seconds: documents, tokens, tokens per second, share of the input."""
+    """Logs documents, tokens, tokens/s and the share of the input every two seconds."""
 
     def __init__(self, source: InputSource, covered: int, log: Log):
         self._total, self._log = max(source.total_bytes, 1), log
@@ -281,10 +279,10 @@ class _Progress:
         self._documents = self._tokens = 0
         self._start = self._last = time.monotonic()
 
-    def add(self, task: EncodeTask, pieces: list[EncodedPiece]) -> None:
+    def add(self, task: EncodeTask, spans: list[EncodedSpan]) -> None:
         self.covered += task.size
-        self._documents += sum(piece.ends for piece in pieces)
-        self._tokens += sum(len(piece.tokens) for piece in pieces)
+        self._documents += sum(span.is_last for span in spans)
+        self._tokens += sum(len(span.tokens) for span in spans)
         if time.monotonic() - self._last >= PROGRESS_SECONDS:
             self.report()
 
@@ -292,16 +290,16 @@ class _Progress:
         self._last = time.monotonic()
         seconds = max(self._last - self._start, 1e-9)
         share = min(self.covered / self._total, 1.0)
-        here = max(self.covered - self._covered_before, 1)
-        left = max(self._total - self.covered, 0) * seconds / here
+        covered_now = max(self.covered - self._covered_before, 1)
+        remaining_s = max(self._total - self.covered, 0) * seconds / covered_now
         self._log(
             f"prepare: {self._documents:,} documents, {self._tokens:,} tokens, "
             f"{self._tokens / seconds:,.0f} tokens/s, {share:.0%} of the input, "
-            f"{left:,.0f} s left"
+            f"{remaining_s:,.0f} s left"
         )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the object with its checksum, whole or not at all."""
+    """Writes the object with its checksum, atomically."""
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(sealed(content), file, indent=1)

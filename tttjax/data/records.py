@@ -1,9 +1,9 @@
-"""Records: the sequences of T+1 tokens that training draws, addressed by number.
+"""Records: sequences of T+1 tokens with random access, for training.
 
-Two layouts. "stream", as in the papers: the split is one long stream, cut without regard to
-documents; record i is tokens[i*T : (i+1)*T + 1], so that its last token is also the next one's
-first, and there are (N-1) // T records. "documents": a sequence never holds parts of two documents;
-a document longer than T is cut into consecutive pieces in the same way, and the last is padded.
+Two layouts. "stream", as in the papers: the split is one stream, divided without regard to
+documents; record i is tokens[i*T : (i+1)*T + 1], so consecutive records share a token, and there
+are (N-1) // T records. "documents": a record never crosses documents; a document longer than T is
+divided into consecutive records in the same way, and the last is padded.
 """
 
 from typing import NamedTuple, Protocol
@@ -17,8 +17,8 @@ PADDING = -1
 
 
 class Record(NamedTuple):
-    """tokens_S: int32 [T+1], PADDING behind a short record's end. starts_S: bool [T+1], whether a
-    token is the first of a document; not said of the record's own first, which is no target."""
+    """tokens_S: int32 [T+1], PADDING after the end of a short record. starts_S: bool [T+1], whether
+    a token is the first of a document; unspecified at index 0, which is not a target."""
 
     tokens_S: np.ndarray
     starts_S: np.ndarray
@@ -51,7 +51,7 @@ class StreamRecords:
 
 
 class DocumentRecords:
-    """Layout "documents". starts, stops: int64 [records], where each lies in the split."""
+    """Layout "documents". starts, stops: int64 [records], token ranges in the split."""
 
     def __init__(self, split: TokenSplit, seq_len: int, starts: np.ndarray, stops: np.ndarray):
         self._split, self._seq_len = split, seq_len
@@ -78,12 +78,12 @@ def stream_records(split: TokenSplit, seq_len: int) -> StreamRecords:
 
 
 def document_records(split: TokenSplit, seq_len: int, min_length: int = 1) -> DocumentRecords:
-    """Pieces with at least `min_length` targets.
+    """Records with at least `min_length` targets.
 
-    Raises UserError if no document fills a sequence: training would be on padding.
+    Raises UserError if no document fills a record: every sequence would have padding.
     """
     starts, stops = split.document_bounds()
-    targets = stops - starts - 1  # the first token of a document is no target
+    targets = stops - starts - 1  # the first token of a document is not a target
     longest = int(targets.max(initial=-1)) + 1
     if longest <= seq_len:
         raise UserError(
@@ -91,10 +91,10 @@ def document_records(split: TokenSplit, seq_len: int, min_length: int = 1) -> Do
             f"tokens, fewer than one sequence of {seq_len} + 1; prepare longer documents, lower "
             "train.seq_len, or join documents with data.layout=stream."
         )
-    counts = -(-targets // seq_len)  # pieces per document; a document of one token has none
+    counts = -(-targets // seq_len)  # records per document; 0 for a document of one token
     document = np.repeat(np.arange(len(starts)), counts)
-    place = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = starts[document] + place * seq_len
+    index = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = starts[document] + index * seq_len
     end = np.minimum(begin + seq_len + 1, stops[document])
     keep = end - begin - 1 >= min_length
     return DocumentRecords(split, seq_len, begin[keep], end[keep])

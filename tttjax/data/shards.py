@@ -9,8 +9,8 @@ A prepared data set is a folder:
     train-00000.names        one JSON string per line: the documents' names
     val-00000.tokens ...
 
-Flat arrays, since one prepared data set then serves every sequence length, and a record is one
-slice of a memory map. The manifest has size and CRC-32 of every file, and a checksum of itself.
+The arrays are flat, so one prepared data set serves every sequence length, and a record is one
+slice of a memory map. The manifest holds the size and CRC-32 of every file and its own checksum.
 """
 
 import bisect
@@ -32,7 +32,7 @@ from tttjax.io.paths import local_path
 MANIFEST = "manifest.json"
 JOURNAL = "prepare.journal"
 TOKENIZER_DIR = "tokenizer"
-# Files of up to this many bytes together are read through once when a run starts: about a second.
+# Up to this total size, checksums are verified when a run starts, which takes about a second.
 AUTO_VERIFY_BYTES = 1 << 30
 
 
@@ -46,7 +46,7 @@ def crc32_of(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a split: where its tokens lie in the split, and what it is called."""
+    """One document of a split: its index, token range, size and name."""
 
     index: int
     start: int
@@ -56,7 +56,7 @@ class Document:
 
 
 class _Shard:
-    """One shard, memory-mapped. Token and document offsets are those within the split."""
+    """One memory-mapped shard."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype):
         self.path = folder / f"{entry['name']}.tokens"
@@ -70,7 +70,7 @@ class _Shard:
 
 
 class TokenSplit:
-    """The tokens of one split as one long stream, with the borders of its documents."""
+    """The tokens of one split as one stream, with the boundaries of its documents."""
 
     def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: np.dtype):
         self.folder, self.name = folder, name
@@ -95,11 +95,11 @@ class TokenSplit:
         return out
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Where documents start in the stream between `start` and `stop`, ascending; int64.
+        """int64 offsets in [start, stop) of the stream at which documents start, ascending.
 
-        A few look-ups in the index on disk: nothing of the length of the index is in memory.
+        Bisects the index on disk; never loads all of it into memory.
         """
-        found = []
+        starts = []
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while shard < len(self._shards) and self._starts[shard] < stop:
             first = int(self._starts[shard])
@@ -107,9 +107,9 @@ class TokenSplit:
             ends_D = np.asarray(self._shards[shard].documents)[:-1, 0]
             low = bisect.bisect_left(ends_D, start - first)
             high = bisect.bisect_left(ends_D, stop - first, low)
-            found += [first] * (first >= start) + [first + int(end) for end in ends_D[low:high]]
+            starts += [first] * (first >= start) + [first + int(end) for end in ends_D[low:high]]
             shard += 1
-        return np.array(found, np.int64)
+        return np.array(starts, np.int64)
 
     def document_bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 [documents] start and stop of every document in the stream."""
@@ -153,17 +153,18 @@ class PreparedData:
         return self.manifest["splits"]
 
     def content_id(self, split: str) -> int:
-        """A number that changes when any token of the split does: CRC-32 of the shards' sums."""
+        """CRC-32 of the shards' checksums; changes when any token of the split does."""
         return content_id(self.manifest, split)
 
     def split(self, name: str) -> TokenSplit:
-        """Raises UserError if there is no such split, or nothing in it."""
+        """Raises UserError if the split is missing or empty."""
         entry = self.splits.get(name)
         if not entry or not entry["tokens"]:
-            have = ", ".join(s for s, e in self.splits.items() if e["tokens"]) or "none"
+            available = ", ".join(s for s, e in self.splits.items() if e["tokens"]) or "none"
             raise UserError(
-                f"{self.folder} has no documents in the split {name!r} (it has: {have}); prepare "
-                "it with a larger --val-fraction or a --split-manifest, or name another split."
+                f"{self.folder} has no documents in the split {name!r} (it has: {available}); "
+                "prepare it with a larger --val-fraction or a --split-manifest, or name another "
+                "split."
             )
         dtype = np.dtype(self.manifest["dtype"])
         return TokenSplit(self.folder, name, entry, dtype)
@@ -172,12 +173,12 @@ class PreparedData:
 def open_prepared(
     path: str | os.PathLike, *, verify: bool | None = None, fingerprint: str | None = None
 ) -> PreparedData:
-    """Opens a folder that `tttjax prepare` made.
+    """Opens a folder written by `tttjax prepare`.
 
-    The size of every file is always compared with the manifest; its checksum if `verify`, and by
-    default if all files together have at most 1 GiB (`tttjax prepare --check` compares any size).
-    `fingerprint`: that of the tokenizer which the caller's model was trained with.
-    Raises UserError naming the file if anything is missing, damaged or of another tokenizer.
+    File sizes are always checked against the manifest. verify: also check the checksums; by default
+    if the files total at most 1 GiB (`tttjax prepare --check` checks any size).
+    fingerprint: of the tokenizer that the caller's model was trained with.
+    Raises UserError naming the file if one is missing or damaged, or if the tokenizer differs.
     """
     folder = local_path(path)
     manifest = read_manifest(folder)
@@ -205,7 +206,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if (folder / JOURNAL).exists():
             raise UserError(
                 f"{folder} is half prepared: `tttjax prepare` was interrupted; run the same "
-                "command again and it goes on where it stopped."
+                "command again to continue."
             )
         what = "is not a prepared data set" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what} (no {MANIFEST}); make it with `tttjax prepare`.")
@@ -213,7 +214,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def content_id(manifest: dict[str, Any], split: str) -> int:
-    """`PreparedData.content_id`, of data that are not opened."""
+    """`PreparedData.content_id` from the manifest alone."""
     shards = manifest["splits"][split]["shards"]
     return zlib.crc32(repr([shard["files"]["tokens"]["crc32"] for shard in shards]).encode())
 

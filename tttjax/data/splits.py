@@ -1,4 +1,4 @@
-"""Which split a document belongs to: by the hash of its name, or by a list."""
+"""Assigns documents to splits by the hash of their names or by a table."""
 
 import csv
 import hashlib
@@ -14,10 +14,10 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Document name -> split, the same whatever else is in the corpus and in whatever order.
+    """Document name -> split, independent of the other documents and their order.
 
-    `listed`: names and their splits; else a document is held out if the hash of seed and name
-    falls below `val_fraction`, unless `forced` names it.
+    listed: name -> split, if given. Otherwise a document is held out if the hash of seed and name
+    is below `val_fraction`, unless `forced` assigns it.
     """
 
     val_fraction: float
@@ -32,7 +32,7 @@ class SplitRule:
         return self.forced.get(document, VAL if held_out else TRAIN)
 
     def position(self, document: str) -> float:
-        """Pseudo-random number in [0, 1) that belongs to the document."""
+        """Pseudo-random number in [0, 1) from the hash of seed and document name."""
         digest = hashlib.sha256(f"{self.seed}:{document}".encode()).digest()
         return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -43,22 +43,22 @@ class SplitRule:
             if key in self.listed:
                 return self.listed[key]
         raise UserError(
-            f"Document {document} is not in the split manifest; add a line for it or leave the "
-            "file out with --pattern."
+            f"Document {document} is not in the split manifest; add a line for it or exclude the "
+            "file with --pattern."
         )
 
 
 def read_split_manifest(path: str) -> dict[str, str]:
-    """Document -> split from a table with a heading: the first column and the column `split`.
+    """Document -> split from the first column and the column `split` of a table with a header.
 
-    Tabs or commas separate. The first column has a document's name, its file name, or its file
-    name without suffixes.
+    The table is tab- or comma-separated. The first column has a document's name, its file name, or
+    its file name without suffixes.
     """
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
-            heading = file.readline()
+            header = file.readline()
             file.seek(0)
-            delimiter = "\t" if "\t" in heading else ","
+            delimiter = "\t" if "\t" in header else ","
             rows = list(csv.DictReader(file, delimiter=delimiter))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the split manifest {path}: {error}.") from error
@@ -69,7 +69,7 @@ def read_split_manifest(path: str) -> dict[str, str]:
     for document, split in listed.items():
         if not re.fullmatch(r"[a-z0-9_]+", split):
             raise UserError(
-                f"The split manifest {path} gives {document} the split {split!r}; a split's name "
-                "has small letters, digits and underscores."
+                f"The split manifest {path} gives {document} the split {split!r}; use lower-case "
+                "letters, digits and underscores."
             )
     return listed

@@ -1,7 +1,7 @@
-"""Bytes of input files, decompressed by what they hold, and text of bytes.
+"""Reads input files: decompression by content, and decoding to text.
 
-Every text that enters goes through here: it is UTF-8, a byte-order mark in front is dropped, line
-ends are kept. What is no text (archives, other binary files) is refused.
+Every input text passes through here. It must be UTF-8; a leading byte-order mark is dropped, and
+line endings are kept. Archives and other binary files are refused.
 """
 
 import gzip
@@ -18,16 +18,16 @@ import zstandard
 from tttjax.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
-# What reading a file, or decompressing it, may raise.
+# Errors of reading or decompressing a file.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-_HEAD = 8192  # bytes that are looked at to tell text from other content
+_HEAD = 8192  # bytes that are checked for binary content
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive",
     b"PK\x05\x06": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\x07": "a rar archive",
 }
-_OTHERS = {
+_BINARY_FORMATS = {
     b"BZh": "compressed with bzip2",
     b"\x04\x22\x4d\x18": "compressed with lz4",
     b"%PDF-": "a PDF file",
@@ -36,14 +36,14 @@ _OTHERS = {
 
 
 def unreadable(path: str | os.PathLike, error: Exception) -> UserError:
-    why = getattr(error, "strerror", None) or error
+    reason = getattr(error, "strerror", None) or error
     return UserError(
-        f"Cannot read {path} ({why}); mend it or its permissions, or leave it out of the input."
+        f"Cannot read {path} ({reason}); repair the file or its permissions, or exclude it."
     )
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is of gzip, xz or Zstandard."""
+    """Whether a file that begins with `head` is gzip, xz or Zstandard."""
     return head.startswith((b"\x1f\x8b", b"\xfd7zXZ\x00")) or _is_zstd(head)
 
 
@@ -53,17 +53,17 @@ def _is_zstd(head: bytes) -> bool:
 
 
 def is_parquet(head: bytes) -> bool:
-    """Whether a file that begins with these bytes, some hundreds of them, is a Parquet file."""
+    """Whether a file that begins with `head` (a few hundred bytes) is Parquet."""
     return head.startswith(b"PAR1") and b"\x00" in head
 
 
 def open_stream(path: str | os.PathLike) -> BinaryIO:
-    """The file's content as a stream of bytes, decompressed whatever its name."""
+    """The file's content as a byte stream, decompressed whatever its suffix."""
     return decompressed(Path(path).open("rb"))
 
 
 def decompressed(file: Any) -> BinaryIO:
-    """A buffered stream of bytes, decompressed if it holds compressed ones."""
+    """A buffered byte stream, decompressed if its content is compressed."""
     head = file.peek(8)[:8]
     if head.startswith(b"\x1f\x8b"):
         return cast(BinaryIO, _Closing(gzip.GzipFile(fileobj=file), file))
@@ -75,7 +75,7 @@ def decompressed(file: Any) -> BinaryIO:
 
 
 class _Closing(io.BufferedReader):
-    """A reader on a file, which is closed with it."""
+    """A reader that also closes the file beneath it."""
 
     def __init__(self, reader: Any, file: Any):
         super().__init__(reader, 1 << 20)
@@ -87,36 +87,36 @@ class _Closing(io.BufferedReader):
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of Zstandard frames, one or more.
+    """Decompressed bytes of one or more Zstandard frames.
 
-    The library's own reader takes a file that was cut off for a complete one; this raises EOFError.
+    Raises EOFError for a truncated file, which the library's own reader accepts.
     """
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._ready = memoryview(b"")
-        self._within = False  # a frame
+        self._decompressed = memoryview(b"")
+        self._in_frame = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready:
+        while not self._decompressed:
             block = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(
                 1 << 17
             )
             if not block:
-                if self._within:
+                if self._in_frame:
                     raise EOFError("the compressed file ends too early")
                 return 0
             if self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(block))
-            self._within = not self._frame.eof
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
+            self._decompressed = memoryview(self._frame.decompress(block))
+            self._in_frame = not self._frame.eof
+        size = min(len(buffer), len(self._decompressed))
+        buffer[:size] = self._decompressed[:size]
+        self._decompressed = self._decompressed[size:]
         return size
 
     def close(self) -> None:
@@ -125,17 +125,17 @@ class _ZstdReader(io.RawIOBase):
 
 
 def check_is_text(stream: Any, name: str | os.PathLike) -> None:
-    """UserError if a buffered stream begins as no text does: archives, other binary content."""
+    """UserError if a buffered stream begins like an archive or another binary file."""
     head = stream.peek(_HEAD)[:_HEAD]
     kind = next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
     if head[257:262] == b"ustar":
         kind = "a tar archive"
     if kind:
         raise UserError(f"{name} is {kind}; unpack it, and name the folder or its files.")
-    kind = next((kind for magic, kind in _OTHERS.items() if head.startswith(magic)), None)
+    kind = next((kind for magic, kind in _BINARY_FORMATS.items() if head.startswith(magic)), None)
     if kind and kind.startswith("compressed"):
         raise UserError(
-            f"{name} is {kind}, which is not read here; unpack it, or compress it with zstd, gzip "
+            f"{name} is {kind}, which is not supported; unpack it, or compress it with zstd, gzip "
             "or xz."
         )
     if is_parquet(head):
@@ -143,11 +143,11 @@ def check_is_text(stream: Any, name: str | os.PathLike) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{name} is not UTF-8 text (it looks like UTF-16); convert it to UTF-8.")
     if kind or b"\x00" in head:
-        raise UserError(f"{name} is {kind or 'a binary file'}, not text; leave it out.")
+        raise UserError(f"{name} is {kind or 'a binary file'}, not text; exclude it.")
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The whole text of a file, decompressed if need be; "-": of standard input.
+    """The text of a file, decompressed if needed; "-": standard input.
 
     Raises UserError if it cannot be read or is not UTF-8 text.
     """
@@ -173,16 +173,15 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def clean_text(text: str, name: str) -> str:
-    """A text from elsewhere than a file, as if it had been read from one. Raises UserError as
-    `check_unicode` does.
-    """
+    """A text without a leading byte-order mark. Raises UserError as `check_unicode` does."""
     check_unicode(text, name)
     return text.removeprefix(BYTE_ORDER_MARK)
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Raises UserError if a text has a lone surrogate: half of a character, which is also how
-    Python shows bytes of a command line that are not UTF-8. name: what it is, for the message.
+    """Raises UserError if a text has a lone surrogate (half of a character).
+
+    Python also uses these for command-line bytes that are not UTF-8. name: for the message.
     """
     try:
         text.encode("utf-8")

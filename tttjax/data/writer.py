@@ -1,7 +1,7 @@
-"""Writing shards: append-only files that can be cut back to the last recorded state.
+"""Writes shards: append-only files that can be truncated to the last recorded state.
 
-A writer's `state()` is plain JSON. An interrupted `prepare` truncates the files to the sizes in the
-last recorded state and goes on appending; the CRC-32 of a file runs on from the recorded value.
+A writer's `state()` is plain JSON. To resume, `prepare` truncates the files to the recorded sizes
+and appends; the CRC-32 of a file continues from the recorded value.
 """
 
 import json
@@ -18,14 +18,14 @@ from tttjax.errors import UserError
 
 
 @dataclass(frozen=True)
-class EncodedPiece:
-    """Tokens of a document, or of a part of it. `split`: where it goes, or None for the rule's."""
+class EncodedSpan:
+    """Tokens of a document or of a span of it. split: None for the one of `SplitRule`."""
 
     document: str
     tokens: np.ndarray
     num_bytes: int
-    begins: bool = True
-    ends: bool = True
+    is_first: bool = True
+    is_last: bool = True
     split: str | None = None
 
 
@@ -43,7 +43,7 @@ class _ShardFiles:
         for part in PARTS:
             path = folder / f"{name}.{part}"
             if state:
-                _cut_back(path, self.files[part])
+                _truncate(path, self.files[part])
             self._streams[part] = path.open("ab" if state else "wb")
 
     def write(self, part: str, content: bytes) -> None:
@@ -53,7 +53,7 @@ class _ShardFiles:
         entry["crc32"] = zlib.crc32(content, entry["crc32"])
 
     def state(self) -> dict[str, Any]:
-        """Counts, sizes and checksums, after everything written so far has reached the disk."""
+        """Flushes to disk; returns counts, sizes and checksums."""
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
@@ -70,16 +70,16 @@ class _ShardFiles:
             stream.close()
 
 
-def _cut_back(path: Path, entry: dict[str, int]) -> None:
-    """Truncates a file to its recorded size. UserError unless it begins as it was recorded."""
-    left, crc = entry["size"], 0
+def _truncate(path: Path, entry: dict[str, int]) -> None:
+    """Truncates a file to its recorded size. UserError if the checksum differs."""
+    remaining, crc = entry["size"], 0
     if path.exists():
         with path.open("rb") as file:
-            while left and (block := file.read(min(left, 1 << 22))):
-                crc, left = zlib.crc32(block, crc), left - len(block)
-    if left or crc != entry["crc32"] or not path.exists():
+            while remaining and (block := file.read(min(remaining, 1 << 22))):
+                crc, remaining = zlib.crc32(block, crc), remaining - len(block)
+    if remaining or crc != entry["crc32"] or not path.exists():
         raise UserError(
-            f"{path} is not as it was when `tttjax prepare` was interrupted; delete {path.parent} "
+            f"{path} has changed since `tttjax prepare` was interrupted; delete {path.parent} "
             "and prepare it again."
         )
     os.truncate(path, entry["size"])
@@ -88,9 +88,9 @@ def _cut_back(path: Path, entry: dict[str, int]) -> None:
 class SplitWriter:
     """Appends documents to the shards of one split.
 
-    Adds BOS in front of a document and EOS behind it where given, and drops documents of fewer
-    than `min_tokens` tokens (BOS and EOS included) or without any text.
-    A document lies in one shard; a shard ends with the document that fills it.
+    Prepends BOS and appends EOS to each document if given, and drops documents without text or of
+    fewer than `min_tokens` tokens (BOS and EOS included). A document lies in one shard; a shard is
+    closed after the document that fills it.
     """
 
     def __init__(
@@ -114,35 +114,35 @@ class SplitWriter:
         self._longest, self.empty, self.short = state["longest"], state["empty"], state["short"]
         current = state["open"]
         self._shard = _ShardFiles(folder, current["name"], current) if current else None
-        self._pending: list[np.ndarray] = []  # of a document not yet known to be long enough
+        self._buffer: list[np.ndarray] = []  # tokens of a document below the minimum length so far
         self._length = self._bytes = 0  # of the document being written
 
-    def append(self, piece: EncodedPiece) -> None:
-        """Takes the next piece; a document's pieces come one after another."""
-        if piece.begins:
-            self._pending, self._length, self._bytes = [self._head], len(self._head), 0
-        tokens = piece.tokens.astype(self._dtype)
-        self._pending.append(tokens)
+    def append(self, span: EncodedSpan) -> None:
+        """Appends a span; the spans of a document must be consecutive."""
+        if span.is_first:
+            self._buffer, self._length, self._bytes = [self._head], len(self._head), 0
+        tokens = span.tokens.astype(self._dtype)
+        self._buffer.append(tokens)
         self._length += len(tokens)
-        self._bytes += piece.num_bytes
+        self._bytes += span.num_bytes
         has_text = self._length > len(self._head)
-        if piece.ends and has_text:
-            self._pending.append(self._tail)
+        if span.is_last and has_text:
+            self._buffer.append(self._tail)
             self._length += len(self._tail)
         if has_text and self._length >= self._min_tokens:
             shard = self._open_shard()
-            for part in self._pending:
+            for part in self._buffer:
                 shard.write("tokens", part.tobytes())
                 shard.tokens += len(part)
-            self._pending = []
-        if piece.ends:
-            self._end_document(piece.document)
+            self._buffer = []
+        if span.is_last:
+            self._end_document(span.document)
 
     def _end_document(self, name: str) -> None:
-        if self._pending:  # never reached the minimum
+        if self._buffer:  # never reached the minimum
             empty = self._length <= len(self._head)
             self.empty, self.short = self.empty + empty, self.short + (not empty)
-            self._pending = []
+            self._buffer = []
             return
         shard = self._open_shard()
         shard.documents += 1
@@ -165,7 +165,7 @@ class SplitWriter:
             self._shard = None
 
     def state(self) -> dict[str, Any]:
-        """JSON from which a new writer goes on. Only between documents."""
+        """JSON state to resume from. Call it only between documents."""
         return {
             "shards": list(self._shards),
             "open": self._shard.state() if self._shard else None,
@@ -175,7 +175,7 @@ class SplitWriter:
         }
 
     def finish(self) -> dict[str, Any]:
-        """Closes the files; the split's entry in the manifest."""
+        """Closes the files and returns the split's manifest entry."""
         self._close_shard()
         entry: dict[str, Any] = {
             key: sum(shard[key] for shard in self._shards)
@@ -184,6 +184,6 @@ class SplitWriter:
         return entry | {"longest_document": self._longest, "shards": self._shards}
 
     def abandon(self) -> None:
-        """Closes the files as they are."""
+        """Closes the files without finishing the shard."""
         if self._shard is not None:
             self._shard.close()

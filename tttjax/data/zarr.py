@@ -1,7 +1,7 @@
-"""Token data in the Zarr layout of the official TTT-E2E code, format 2 or 3.
+"""Reads token data in the Zarr layout (format 2 or 3) of the official TTT-E2E code.
 
-A folder with one-dimensional integer arrays, one per split (`train`, `val`); a document begins at
-each BOS. Read with TensorStore, a block at a time.
+The folder has a one-dimensional integer array per split (`train`, `val`); each BOS starts a
+document. TensorStore reads a block at a time.
 """
 
 from collections.abc import Generator
@@ -14,10 +14,10 @@ import tensorstore
 
 from tttjax.data.encode import EncodeTask
 from tttjax.data.tokenizers.base import Tokenizer
-from tttjax.data.writer import EncodedPiece
+from tttjax.data.writer import EncodedSpan
 from tttjax.errors import UserError
 
-_BLOCK = 1 << 23  # tokens read at once
+_BLOCK = 1 << 23  # tokens per read
 _MARKS = ("zarr.json", ".zgroup", ".zarray")
 
 
@@ -28,7 +28,7 @@ def is_zarr(path: str | Path) -> bool:
 def open_zarr(root: str | Path) -> dict[str, Any]:
     """Split name -> TensorStore array [N] for each array of the group.
 
-    Raises UserError if there is none, or one that is not a list of integers.
+    Raises UserError if there is none, or one is not a 1-D integer array.
     """
     root = Path(root)
     arrays = {}
@@ -58,8 +58,8 @@ def open_zarr(root: str | Path) -> dict[str, Any]:
 
 def zarr_documents(
     root: str | Path, tokenizer: Tokenizer, skip: int = 0
-) -> Generator[tuple[EncodeTask, list[EncodedPiece]]]:
-    """The tokens of every array in blocks, cut where documents begin; the first `skip` left out."""
+) -> Generator[tuple[EncodeTask, list[EncodedSpan]]]:
+    """The tokens of every array in blocks, split into documents; skips the first `skip` blocks."""
     num_bytes_V = tokenizer.token_bytes()
     number = 0
     for split, array in open_zarr(root).items():
@@ -69,8 +69,8 @@ def zarr_documents(
             if number > skip:
                 stop = min(start + _BLOCK, total)
                 tokens = _read(root, split, array, start, min(stop + 1, total), tokenizer)
-                pieces = _cut(tokens, start, stop, split, tokenizer.bos_id, num_bytes_V)
-                yield EncodeTask((), stop - start), pieces
+                spans = _split_documents(tokens, start, stop, split, tokenizer.bos_id, num_bytes_V)
+                yield EncodeTask((), stop - start), spans
 
 
 def _read(root, split: str, array, start: int, stop: int, tokenizer: Tokenizer) -> np.ndarray:
@@ -87,33 +87,33 @@ def _read(root, split: str, array, start: int, stop: int, tokenizer: Tokenizer) 
     return tokens
 
 
-def _cut(tokens, start: int, stop: int, split: str, bos: int | None, num_bytes_V):
-    """Pieces of tokens[: stop - start]; one token more shows if the last document ends."""
+def _split_documents(tokens, start: int, stop: int, split: str, bos: int | None, num_bytes_V):
+    """Splits tokens[: stop - start] into spans; one extra token tells if the last document ends."""
     length = stop - start
-    begins = np.flatnonzero(tokens == (-1 if bos is None else bos))
-    first = begins[begins < length]
+    bos_positions = np.flatnonzero(tokens == (-1 if bos is None else bos))
+    first = bos_positions[bos_positions < length]
     if not len(first) or first[0] != 0:
         first = np.concatenate([[0], first])
-    borders = np.append(first, length)
-    last_ends = len(tokens) == length or length in begins
-    pieces = []
-    for i, (left, right) in enumerate(pairwise(borders)):
+    bounds = np.append(first, length)
+    last_is_complete = len(tokens) == length or length in bos_positions
+    spans = []
+    for i, (left, right) in enumerate(pairwise(bounds)):
         part = tokens[left:right]
-        pieces.append(
-            EncodedPiece(
+        spans.append(
+            EncodedSpan(
                 document=f"{split}:{start + left}",
                 tokens=part,
                 num_bytes=int(num_bytes_V[part].sum()),
-                begins=bool(start + left == 0 or (bos is not None and part[0] == bos)),
-                ends=bool(i < len(first) - 1 or last_ends),
+                is_first=bool(start + left == 0 or (bos is not None and part[0] == bos)),
+                is_last=bool(i < len(first) - 1 or last_is_complete),
                 split=split,
             )
         )
-    return pieces
+    return spans
 
 
 def zarr_size(root: str | Path) -> tuple[int, list[Any]]:
-    """Number of tokens of all arrays, and what tells this data set from another."""
+    """Total number of tokens, and (name, length, mtime) of each array to detect changes."""
     arrays = {name: int(array.shape[0]) for name, array in open_zarr(root).items()}
     marks = [[name, length, _mtime(Path(root) / name)] for name, length in arrays.items()]
     return sum(arrays.values()), marks

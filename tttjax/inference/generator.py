@@ -66,7 +66,7 @@ class Transcript:
 
     def flush(self) -> str:
         """The text held back, after the last token."""
-        self._held += self._stream.rest()
+        self._held += self._stream.flush()
         return self._release(0)
 
     def _partial_stop_length(self) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.data.documents import LINES, ROWS, InputFile, list_inputs, read_pieces
-from tttjax.data.stretches import encode_piece
+from tttjax.data.documents import LINES, ROWS, InputFile, file_spans, list_inputs
+from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.session import CHUNKS_PER_CALL, Session
@@ -160,8 +160,8 @@ def run_prefill(
 
 
 def _encode_spans(tokenizer: Tokenizer, file: InputFile) -> Iterator[np.ndarray]:
-    for span in read_pieces(file):
-        yield encode_piece(tokenizer, span)[0]
+    for span in file_spans(file):
+        yield encode_span(tokenizer, span)[0]
 
 
 def _split_at_multiples(

@@ -1,20 +1,19 @@
-"""Tokenizers: one small protocol, four kinds.
+"""Tokenizers: the protocol and its four kinds.
 
     bytes          ids 0..255 are the UTF-8 bytes, then BOS and EOS
-    sentencepiece  a SentencePiece model, trained by `tttjax prepare` or given
+    sentencepiece  a SentencePiece model, trained by `tttjax prepare` or loaded
     huggingface    a `tokenizer.json` of the Hugging Face `tokenizers` library
-    ids            no text at all: only sizes, for data that comes as tokens (Zarr)
+    ids            no text, only a vocabulary size, for data of token ids (Zarr)
 
-A tokenizer is saved beside the data that it made (`save`, `load_tokenizer`), and its fingerprint,
-a hash of its whole definition, is in the manifest, so that training and evaluation find the same
-one again or refuse. A run keeps a copy in its work directory (`keep_tokenizer`).
+A tokenizer is saved with the data that it encoded (`save`, `load_tokenizer`). The manifest holds
+its fingerprint, a hash of its whole definition, so that training and evaluation use the same
+tokenizer or refuse. A run has a copy in its work directory (`copy_tokenizer`).
 
-Text comes out of tokens by one function, `bytes_after`: the bytes that a token adds. All tokens at
-once (`decode_tokens`) and one at a time (`TextStream`) therefore give the same text.
+Decoding goes through one function, `bytes_after`: the bytes that a token adds. Decoding at once
+(`decode_tokens`) and token by token (`TextStream`) therefore give the same text.
 
-Bits per byte need the number of UTF-8 bytes behind a target token: `token_bytes()`. It is exact
-when `lossless` is true, that is, when decoding gives back every byte that was encoded, and they are
-as many as `token_bytes` says.
+Bits per byte need the UTF-8 bytes of each target token, `token_bytes()`. They are exact if
+`lossless`, that is, if decoding restores every encoded byte and `token_bytes` counts them.
 """
 
 import codecs
@@ -36,12 +35,12 @@ from tttjax.io.sealed import read_object
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_IDS = ("bos_id", "eos_id")
 
-# A token that is not known, but had text: what follows it does not begin a text.
+# Stands for an unknown previous token that had text.
 UNKNOWN = -1
 
-# Everything that tokenizers commonly alter: blanks at either end and in runs, line ends, tabs,
-# compatibility forms, combining marks, characters outside any vocabulary, and the sign with which
-# SentencePiece writes a blank; then texts that begin and end with no blank, and with one.
+# What tokenizers commonly alter: leading, trailing and repeated spaces, line endings, tabs,
+# compatibility forms, combining marks, rare characters, and U+2581, which SentencePiece writes
+# for a space; then texts with and without a space at either end.
 _PROBES = (
     "  two blanks,\ttab \r\n\n    \ufb01 \uff11 \xe9 e\u0301 ☃ 😀 \u2581 <s> <0x41> \x00 \n",
     "one",
@@ -51,14 +50,14 @@ _PROBES = (
 
 
 class Tokenizer(Protocol):
-    """What the rest of tttjax knows of a tokenizer.
+    """The interface of a tokenizer.
 
-    can_be_cut: whether what is a border of tokens in its surroundings is one in the whole text
-    (`data.stretches`); not where one sum decides on all of a text.
+    splittable: whether a token boundary within a local context is one of the whole text
+    (`data.text_spans`); False for unigram models that score the whole text at once.
     """
 
     kind: str
-    can_be_cut: bool
+    splittable: bool
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
@@ -72,20 +71,20 @@ class Tokenizer(Protocol):
         """The text of `tokens`. BOS, EOS and padding give no text."""
 
     def bytes_after(self, token: int, previous: int | None) -> bytes | None:
-        """The UTF-8 bytes that a token adds to a text; part of a character, it may be.
+        """The UTF-8 bytes that a token adds to a text; may be part of a character.
 
-        previous: the last token before it that gave bytes (`UNKNOWN` if only that is known), or
-        None where the text begins. None for a token that has no part in texts, as BOS has not.
+        previous: the last token before it that gave bytes (`UNKNOWN` if it is not known), or None
+        at the beginning of the text. Returns None for special tokens such as BOS.
         """
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [V] UTF-8 bytes that each token stands for; 0 for BOS, EOS and padding."""
+        """int32 [V] UTF-8 bytes of each token; 0 for BOS, EOS and padding."""
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of the tokenizer's definition, special tokens included."""
+        """sha256 (hex) of the tokenizer's definition, including special tokens."""
 
     def _config(self) -> dict[str, Any]:
-        """The settings that `save` writes."""
+        """Settings that `save` writes."""
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes what `load_tokenizer` needs into `directory`."""
@@ -99,7 +98,7 @@ def hash_definition(config: dict[str, Any], model: bytes = b"") -> str:
 
 
 def save_definition(directory: str | os.PathLike, config: dict[str, Any], model: bytes = b""):
-    """Writes settings and model file; the settings last, since they make the folder loadable."""
+    """Writes the model file, then the settings, which make the folder loadable."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if model:
@@ -113,10 +112,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 class TextStream:
-    """Text of tokens as they come. The bytes of a character are held back until it is whole."""
+    """Decodes tokens incrementally; buffers bytes until a character is complete."""
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] | np.ndarray = ()):
-        """before: tokens that the text goes on from; their own text is not given again."""
+        """before: preceding tokens; their text is not returned."""
         self._tokenizer = tokenizer
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._previous: int | None = None
@@ -127,26 +126,26 @@ class TextStream:
                 self.add(int(token))
 
     def add(self, token: int) -> str:
-        """The characters that are whole with this token; U+FFFD for bytes that never will be."""
+        """The characters that this token completes; U+FFFD for invalid bytes."""
         raw = self._tokenizer.bytes_after(token, self._previous)
         if raw is None:
             return ""
         self._previous = token
         return self._characters.decode(raw)
 
-    def rest(self) -> str:
-        """U+FFFD if the tokens ended within a character, else nothing."""
+    def flush(self) -> str:
+        """U+FFFD if the tokens end within a character, else ""."""
         return self._characters.decode(b"", final=True)
 
 
 def decode_tokens(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> str:
-    """The text of `tokens`; U+FFFD for bytes that are no character."""
+    """The text of `tokens`; U+FFFD for invalid bytes."""
     stream = TextStream(tokenizer)
-    return "".join(map(stream.add, np.asarray(tokens, np.int64).tolist())) + stream.rest()
+    return "".join(map(stream.add, np.asarray(tokens, np.int64).tolist())) + stream.flush()
 
 
 def is_lossless(tokenizer: Tokenizer) -> bool:
-    """Whether texts of everything that tokenizers like to alter survive, and are counted right."""
+    """Whether the probe texts survive encoding and decoding, with correct byte counts."""
     for text in _PROBES:
         tokens = tokenizer.encode(text).tolist()
         counts = [len(tokenizer.bytes_after(token, UNKNOWN) or b"") for token in tokens]
@@ -160,13 +159,13 @@ def as_text(text: str | bytes) -> str:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes. Vocabulary 264: 256 bytes, BOS 256, EOS 257, and six ids that never occur.
+    """UTF-8 bytes. Vocabulary 264: 256 bytes, BOS 256, EOS 257, and six unused ids.
 
     The padding makes the embedding divisible by 8, so that it can be sharded.
     """
 
     kind = "bytes"
-    can_be_cut = True
+    splittable = True
     vocab_size = 264
     lossless = True
     bos_id: int | None = 256
@@ -198,10 +197,10 @@ class ByteTokenizer:
 
 
 class IdsTokenizer:
-    """Stands in for an unknown tokenizer: data that came as token ids. It has no text."""
+    """Placeholder for an unknown tokenizer of data given as token ids. It cannot encode text."""
 
     kind = "ids"
-    can_be_cut = True
+    splittable = True
     lossless = False
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None):
@@ -239,7 +238,7 @@ class IdsTokenizer:
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that `save` wrote into `directory`.
+    """Loads the tokenizer that `save` wrote into `directory`.
 
     Raises UserError if there is none, it is damaged or of an unknown kind.
     """
@@ -258,25 +257,27 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     kind = config.get("kind")
     try:
         if kind == "bytes":
-            found: Tokenizer = ByteTokenizer()
+            tokenizer: Tokenizer = ByteTokenizer()
         elif kind == "ids":
-            found = IdsTokenizer(*(_size(config, name) for name in ("vocab_size", *SPECIAL_IDS)))
+            tokenizer = IdsTokenizer(
+                *(_size(config, name) for name in ("vocab_size", *SPECIAL_IDS))
+            )
         elif kind == "sentencepiece":
-            found = SentencePieceTokenizer(directory / _file_name(config))
+            tokenizer = SentencePieceTokenizer(directory / _file_name(config))
         elif kind == "huggingface":
             ids = {name: _size(config, name) for name in SPECIAL_IDS}
-            several = config.get("eos_ids", ())
-            found = HuggingFaceTokenizer(directory / _file_name(config), **ids, eos_ids=several)
+            eos_ids = config.get("eos_ids", ())
+            tokenizer = HuggingFaceTokenizer(directory / _file_name(config), **ids, eos_ids=eos_ids)
         else:
             raise UserError(f"{path} names the unknown tokenizer kind {kind!r}.")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); run `tttjax prepare` again.") from error
-    _check_definition(path, config, found)
-    return found
+    _check_definition(path, config, tokenizer)
+    return tokenizer
 
 
 def _size(config: dict[str, Any], name: str) -> Any:
-    """A number of the settings; of special tokens also None. ValueError for anything else."""
+    """An integer setting; special tokens may be None. ValueError for anything else."""
     value = config[name]
     is_known = type(value) is int and 0 <= value < 2**31
     if not is_known and not (value is None and name in SPECIAL_IDS):
@@ -285,16 +286,16 @@ def _size(config: dict[str, Any], name: str) -> Any:
 
 
 def _file_name(config: dict[str, Any]) -> str:
-    """The name of the model file. ValueError for one that lies elsewhere."""
+    """The name of the model file. ValueError if it is not within the folder."""
     name = config["file"]
     if not isinstance(name, str) or Path(name).name != name:
         raise ValueError(f"file is {name!r}")
     return name
 
 
-def _check_definition(path: Path, config: dict[str, Any], found: Tokenizer) -> None:
-    """UserError unless the settings are those that the tokenizer would write."""
-    own = found._config()
+def _check_definition(path: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """UserError if the settings differ from those that the tokenizer would write."""
+    own = tokenizer._config()
     for name in sorted(own.keys() | config.keys()):
         if name not in own or name not in config or own[name] != config[name]:
             raise UserError(
@@ -303,10 +304,10 @@ def _check_definition(path: Path, config: dict[str, Any], found: Tokenizer) -> N
             )
 
 
-def keep_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:
-    """Copies a saved tokenizer, all of its folder or nothing; one that is there already stays.
+def copy_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Copies the folder of a saved tokenizer atomically, unless the same one is there.
 
-    Another one that is there, or a damaged one, gives way.
+    Replaces a different or damaged tokenizer.
     """
     source, directory = Path(source), Path(directory)
     with contextlib.suppress(UserError):
@@ -316,7 +317,7 @@ def keep_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> N
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        for path in source.iterdir():  # not their permissions, which are those of the data
+        for path in source.iterdir():  # without permissions, which are those of the data set
             shutil.copyfile(path, temporary / path.name)
         if directory.exists():
             shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""Hugging Face `tokenizer.json` files, read with the `tokenizers` library."""
+"""Hugging Face `tokenizer.json` tokenizers."""
 
 import json
 import os
@@ -21,16 +21,16 @@ from tttjax.data.tokenizers.base import (
 from tttjax.errors import UserError
 
 _MODEL_FILE = "tokenizer.json"
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how vocabularies with byte fallback write a byte
-# The last of each list also serves models that mark only the border between documents.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte in vocabularies with byte fallback
+# <|endoftext|> is for models with a single document separator.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`. BOS and EOS are found among its special tokens unless given by id.
+    """A `tokenizer.json`. BOS and EOS are looked up by name unless given by id.
 
-    eos_ids: every token that ends a text, where a model has several.
+    eos_ids: all tokens that end a text, if there are several.
     """
 
     kind = "huggingface"
@@ -51,43 +51,46 @@ class HuggingFaceTokenizer:
             raise UserError(f"{path} is not a Hugging Face tokenizer.json ({error}).") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # A special token's name written in the text is text, not the special token.
+        # The name of a special token within a text is plain text.
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(ids.values()) + 1
-        self.bos_id: int | None = self._special(path, "bos", bos_id, _BOS_NAMES)
-        self.eos_id: int | None = self._special(path, "eos", eos_id, _EOS_NAMES)
-        splits = _splits(self._definition.get("pre_tokenizer"))
-        self.can_be_cut = splits or self._definition["model"].get("type") != "Unigram"
+        self.bos_id: int | None = self._special_id(path, "bos", bos_id, _BOS_NAMES)
+        self.eos_id: int | None = self._special_id(path, "eos", eos_id, _EOS_NAMES)
+        splits = _splits_words(self._definition.get("pre_tokenizer"))
+        self.splittable = splits or self._definition["model"].get("type") != "Unigram"
         decoder = self._definition.get("decoder")
         self._byte_level = decoder is not None and _kinds(decoder) <= {"ByteLevel", "Fuse"}
-        self._by_pair = bool(_kinds(decoder) & {"BPEDecoder", "CTC"})
-        self._decoder = _without_bytes(decoder) if "ByteFallback" in _kinds(decoder) else decoder
-        self._join = _joining(self._decoder)
+        self._depends_on_previous = bool(_kinds(decoder) & {"BPEDecoder", "CTC"})
+        self._decoder = (
+            _without_byte_fallback(decoder) if "ByteFallback" in _kinds(decoder) else decoder
+        )
+        self._join = _make_join(self._decoder)
         self._added = {added["id"]: added for added in self._definition.get("added_tokens", [])}
-        self._known: dict[tuple[int, int | None], bytes] = {}
+        self._bytes_cache: dict[tuple[int, int | None], bytes] = {}
         first = () if self.eos_id is None else (self.eos_id,)
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((*first, *eos_ids)))
         for token in self.eos_ids:
-            self._special(path, "eos", token, ())
+            self._special_id(path, "eos", token, ())
         self.lossless = is_lossless(self)
 
-    def _special(self, path, role: str, given: int | None, names: Sequence[str]) -> int | None:
-        if given is not None:
-            if not 0 <= given < self.vocab_size:
+    def _special_id(
+        self, path, role: str, requested: int | None, names: Sequence[str]
+    ) -> int | None:
+        if requested is not None:
+            if not 0 <= requested < self.vocab_size:
                 raise UserError(
-                    f"the {role.upper()} id {given} is outside the vocabulary of {path} (0 to "
+                    f"the {role.upper()} id {requested} is outside the vocabulary of {path} (0 to "
                     f"{self.vocab_size - 1})."
                 )
-            return given
-        found = [self._tokenizer.token_to_id(name) for name in names]
-        found = [token for token in found if token is not None]
-        if not found and role == "bos":
+            return requested
+        ids = [self._tokenizer.token_to_id(name) for name in names]
+        ids = [token for token in ids if token is not None]
+        if not ids and role == "bos":
             raise UserError(
-                f"{path} has no token that is known to begin a document ({', '.join(names)}); "
-                "give its id with --bos-id."
+                f"{path} has no known BOS token ({', '.join(names)}); give its id with --bos-id."
             )
-        return found[0] if found else None
+        return ids[0] if ids else None
 
     def encode(self, text: str | bytes) -> np.ndarray:
         encoding = self._tokenizer.encode(as_text(text), add_special_tokens=False)
@@ -99,24 +102,24 @@ class HuggingFaceTokenizer:
     def bytes_after(self, token: int, previous: int | None) -> bytes | None:
         if token == self.bos_id or token in self.eos_ids:
             return None
-        if previous is not None and not self._by_pair:
+        if previous is not None and not self._depends_on_previous:
             previous = UNKNOWN
         key = token, previous
-        if key not in self._known:
-            self._known[key] = self._bytes_of(*key)
-        return self._known[key]
+        if key not in self._bytes_cache:
+            self._bytes_cache[key] = self._bytes_of(*key)
+        return self._bytes_cache[key]
 
     def _bytes_of(self, token: int, previous: int | None) -> bytes:
         text = self._tokenizer.id_to_token(token)
         if text is None:  # a gap in the vocabulary
             return b""
         if self._byte_level:
-            return _bytes_written(text) if token not in self._added else text.encode("utf-8")
+            return _byte_level_bytes(text) if token not in self._added else text.encode("utf-8")
         if self._decoder is not self._definition.get("decoder") and _BYTE.fullmatch(text):
             return bytes((int(text[3:5], 16),))
         if previous is None:
             return self._join([text]).encode("utf-8")
-        # What comes after other text: the difference that it makes.
+        # After other text: the difference that the token makes.
         before = ["a"]
         if previous != UNKNOWN:
             before.append(self._tokenizer.id_to_token(previous) or "")
@@ -130,7 +133,7 @@ class HuggingFaceTokenizer:
         return counts
 
     def _config(self) -> dict[str, Any]:
-        # Without an entry for a single one: older fingerprints stay valid.
+        # Omitted for a single EOS, so that older fingerprints stay valid.
         several = {"eos_ids": list(self.eos_ids)} if len(self.eos_ids) > 1 else {}
         return {
             "kind": self.kind,
@@ -160,24 +163,24 @@ def _kinds(decoder: Any) -> set[str]:
     return {part["type"] for part in _parts(decoder)}
 
 
-def _splits(pre_tokenizer: Any) -> bool:
-    """Whether it cuts a text into words, whatever else it does."""
+def _splits_words(pre_tokenizer: Any) -> bool:
+    """Whether the pre-tokenizer splits a text into words."""
     if not pre_tokenizer:
         return False
     if pre_tokenizer["type"] == "Sequence":
-        return any(map(_splits, pre_tokenizer["pretokenizers"]))
+        return any(map(_splits_words, pre_tokenizer["pretokenizers"]))
     if pre_tokenizer["type"] == "Metaspace":
         return pre_tokenizer.get("split", True)
     return pre_tokenizer["type"] != "ByteLevel" or pre_tokenizer.get("use_regex", True)
 
 
-def _without_bytes(decoder: Any) -> dict[str, Any]:
+def _without_byte_fallback(decoder: Any) -> dict[str, Any]:
     parts = [part for part in _parts(decoder) if part["type"] != "ByteFallback"]
     return {"type": "Sequence", "decoders": parts}
 
 
-def _joining(decoder: Any) -> Callable[[list[str]], str]:
-    """The text of tokens by such a decoder."""
+def _make_join(decoder: Any) -> Callable[[list[str]], str]:
+    """The function that joins tokens to a text."""
     if not decoder:
         return " ".join
     model = {"type": "BPE", "vocab": {}, "merges": []}
@@ -185,8 +188,8 @@ def _joining(decoder: Any) -> Callable[[list[str]], str]:
     return tokenizers.Tokenizer.from_str(json.dumps(definition)).decoder.decode
 
 
-def _bytes_written(token: str) -> bytes:
-    """Those for which a byte-level vocabulary writes one character each."""
+def _byte_level_bytes(token: str) -> bytes:
+    """Bytes of a token of a byte-level vocabulary, which writes each byte as one character."""
     try:
         return bytes(map(_BYTE_OF.__getitem__, token))
     except KeyError:
@@ -194,10 +197,10 @@ def _bytes_written(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Printable bytes of Latin-1 stand for themselves, the others for U+0100 and on, in order."""
+    """Character -> byte: printable Latin-1 maps to itself, U+0100 and on to the other bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(unprintable)}
 
 
 _BYTE_OF = _byte_alphabet()

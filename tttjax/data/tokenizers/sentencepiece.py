@@ -1,4 +1,4 @@
-"""SentencePiece models: given, or trained so that every byte of the text survives."""
+"""SentencePiece tokenizers: loaded, or trained to be lossless."""
 
 import io
 import os
@@ -19,12 +19,12 @@ from tttjax.data.tokenizers.base import (
 )
 from tttjax.errors import UserError
 
-_BLANK = "\u2581"  # how SentencePiece writes a blank inside its pieces
+_SPACE = "\u2581"  # how SentencePiece writes a space within its pieces
 _MODEL_FILE = "sentencepiece.model"
 
 
 class VocabPiece(NamedTuple):
-    """An entry of a vocabulary. kind: "text", "byte", or "special", which no text becomes."""
+    """An entry of a vocabulary. kind: "text", "byte", or "special" (not text)."""
 
     text: str
     score: float
@@ -34,9 +34,8 @@ class VocabPiece(NamedTuple):
 class SentencePieceTokenizer:
     """A SentencePiece model from a `.model` file.
 
-    SentencePiece writes a blank as U+2581, so a U+2581 in the text would come back as a blank.
-    Where the model has byte pieces, and adds no blank to the text that it is given, that one
-    character is encoded by its three bytes instead.
+    SentencePiece writes a space as U+2581, so a U+2581 in the text would decode to a space. If the
+    model has byte pieces and adds no prefix space, that character is encoded as its three bytes.
     """
 
     kind = "sentencepiece"
@@ -51,35 +50,35 @@ class SentencePieceTokenizer:
         self.vocab_size: int = pieces.vocab_size()
         self.bos_id: int | None = pieces.bos_id() if pieces.bos_id() >= 0 else None
         self.eos_id: int | None = pieces.eos_id() if pieces.eos_id() >= 0 else None
-        # Of byte-pair encoding, scores are ranks; otherwise, logarithms that are added up.
+        # Scores are ranks in byte-pair encoding, and summed logarithms in unigram models.
         scores = map(pieces.get_score, range(self.vocab_size))
-        self.can_be_cut = all(score.is_integer() for score in scores)
+        self.splittable = all(score.is_integer() for score in scores)
         self.eos_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
-        byte_ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
+        byte_ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._bytes_V = [self._bytes_of(i) for i in range(self.vocab_size)]
-        self._adds_blank = self._strips_blank()
-        exact = all(pieces.is_byte(i) for i in byte_ids) and not self._adds_blank
-        self._blank_ids = byte_ids if exact else None
+        self._adds_prefix_space = self._strips_prefix_space()
+        exact = all(pieces.is_byte(i) for i in byte_ids) and not self._adds_prefix_space
+        self._space_symbol_ids = byte_ids if exact else None
         self.lossless = is_lossless(self)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         text = as_text(text)
-        if _BLANK not in text or self._blank_ids is None:
+        if _SPACE not in text or self._space_symbol_ids is None:
             return np.array(self._processor.encode(text), np.int32)
         ids: list[int] = []
-        for i, part in enumerate(text.split(_BLANK)):
-            ids += (self._blank_ids if i else []) + self._processor.encode(part)
+        for i, part in enumerate(text.split(_SPACE)):
+            ids += (self._space_symbol_ids if i else []) + self._processor.encode(part)
         return np.array(ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return decode_tokens(self, tokens)
 
     def bytes_after(self, token: int, previous: int | None) -> bytes | None:
-        found = self._bytes_V[token]
-        if previous is None and self._adds_blank and found is not None:
-            # The blank that the model puts before every text is not part of it.
-            return found if self._processor.is_byte(token) else found.removeprefix(b" ")
-        return found
+        raw = self._bytes_V[token]
+        if previous is None and self._adds_prefix_space and raw is not None:
+            # The model prepends a space, which is not part of the text.
+            return raw if self._processor.is_byte(token) else raw.removeprefix(b" ")
+        return raw
 
     def _bytes_of(self, token: int) -> bytes | None:
         pieces = self._processor
@@ -89,18 +88,18 @@ class SentencePieceTokenizer:
             return bytes((int(pieces.id_to_piece(token)[3:5], 16),))
         if pieces.is_unknown(token):
             return pieces.decode([token]).encode("utf-8")
-        return pieces.id_to_piece(token).replace(_BLANK, " ").encode("utf-8")
+        return pieces.id_to_piece(token).replace(_SPACE, " ").encode("utf-8")
 
-    def _strips_blank(self) -> bool:
-        """Whether the model takes a blank off a text that it decodes: it put one there before."""
-        for token, found in enumerate(self._bytes_V):
+    def _strips_prefix_space(self) -> bool:
+        """Whether the model strips a leading space when it decodes, having added one."""
+        for token, raw in enumerate(self._bytes_V):
             is_text = not (self._processor.is_unknown(token) or self._processor.is_byte(token))
-            if is_text and found and found.startswith(b" "):
+            if is_text and raw and raw.startswith(b" "):
                 return not self._processor.decode([token]).startswith(" ")
         return False
 
     def pieces(self) -> list[VocabPiece]:
-        """The vocabulary, in the order of its ids."""
+        """The vocabulary in order of ids."""
         pieces = self._processor
 
         def kind(i: int) -> str:
@@ -115,9 +114,9 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> np.ndarray:
         pieces = self._processor
         counts = np.zeros(self.vocab_size, np.int32)
-        for i, found in enumerate(self._bytes_V):
+        for i, raw in enumerate(self._bytes_V):
             if not (pieces.is_unknown(i) or pieces.is_unused(i)):
-                counts[i] = len(found or b"")
+                counts[i] = len(raw or b"")
         return counts
 
     def _config(self) -> dict[str, Any]:
@@ -135,8 +134,8 @@ def train_sentencepiece(
 ) -> bytes:
     """A new SentencePiece model of `vocab_size` pieces, as the bytes of its `.model` file.
 
-    Nothing of the text is altered: identity normalisation, no dummy blank in front, blanks kept
-    in runs (so that indentation costs few tokens), and byte pieces for rare characters.
+    The model is lossless: identity normalisation, no dummy prefix, pieces of repeated spaces (so
+    that indentation costs few tokens), and byte pieces for rare characters.
     """
     model = io.BytesIO()
     try:
@@ -147,7 +146,7 @@ def train_sentencepiece(
             model_type=model_type,
             num_threads=num_threads,
             character_coverage=0.9999,
-            required_chars=_BLANK,  # a blank has its piece, were there none in the text
+            required_chars=_SPACE,  # a space has a piece even if the text has none
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -166,19 +165,19 @@ def train_sentencepiece(
 
 
 def _advice(error: str) -> str:
-    """What the trainer's error means for somebody who does not know its source."""
+    """A readable form of the trainer's error."""
     if too_many := re.search(r"value <= (\d+)", error):
         return f"it has enough for {too_many[1]} pieces; use a smaller --vocab-size, more text"
     if too_few := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"its characters alone need {too_few[1]} pieces; use a larger --vocab-size"
-    why = "it is empty" if "sentences_.empty" in error or not error else error
-    return f"{why}; use another --vocab-size, more text"
+    reason = "it is empty" if "sentences_.empty" in error or not error else error
+    return f"{reason}; use another --vocab-size, more text"
 
 
 def _sentences(texts: Iterable[str], characters: int = 2000) -> Iterable[str]:
-    """The texts cut into stretches: the trainer's memory grows with the longest sentence."""
+    """Splits the texts: the trainer's memory grows with the longest sentence."""
     for text in texts:
         for start in range(0, len(text), characters):
-            stretch = text[start : start + characters].replace("\x00", " ")
-            if stretch.strip():
-                yield stretch
+            sentence = text[start : start + characters].replace("\x00", " ")
+            if sentence.strip():
+                yield sentence

@@ -1,11 +1,11 @@
-"""Choosing the tokenizer of a data set: by name, from a file, or trained on the text."""
+"""Makes the tokenizer of a data set: by name, from a file, or trained on the text."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tttjax.data.documents import InputFile, pieces_of, read_items
+from tttjax.data.documents import InputFile, item_spans, read_items
 from tttjax.data.splits import TRAIN, SplitRule
 from tttjax.data.tokenizers.base import (
     CONFIG_FILE,
@@ -27,18 +27,17 @@ def make_tokenizer(
     """The tokenizer that `settings.tokenizer` asks for (see `tttjax prepare --help`).
 
     settings: a PrepareSettings. A SentencePiece model is trained on documents of the training
-    split only. Raises UserError if there is no such tokenizer, or for special tokens that it has
-    not.
+    split only. Raises UserError for an unknown tokenizer or special tokens that it does not have.
     """
     tokenizer = _make(settings, files, rule, log)
     for name in ("bos_id", "eos_id"):
-        wanted, own = getattr(settings, name), getattr(tokenizer, name)
-        flag = f"--{name.replace('_', '-')}={wanted}"
-        if wanted is not None and wanted != own:
+        requested, own = getattr(settings, name), getattr(tokenizer, name)
+        flag = f"--{name.replace('_', '-')}={requested}"
+        if requested is not None and requested != own:
             raise UserError(
-                f"{flag} is for a tokenizer that does not say: {settings.tokenizer} has {own}."
+                f"{flag} does not match {settings.tokenizer}, which has {own}; drop the option."
             )
-        if wanted is not None and not 0 <= wanted < tokenizer.vocab_size:
+        if requested is not None and not 0 <= requested < tokenizer.vocab_size:
             raise UserError(
                 f"{flag} must be a token of the vocabulary, from 0 to {tokenizer.vocab_size - 1}."
             )
@@ -56,22 +55,22 @@ def _make(
         return IdsTokenizer(settings.vocab_size, settings.bos_id, settings.eos_id)
     if name == "sentencepiece":
         return _trained(settings.vocab_size, files, rule, log)
-    found = open_tokenizer(path, bos_id=settings.bos_id, eos_id=settings.eos_id)
-    if found is None:
+    tokenizer = open_tokenizer(path, bos_id=settings.bos_id, eos_id=settings.eos_id)
+    if tokenizer is None:
         raise UserError(
             f"Tokenizer {name!r} is unknown: choose bytes, sentencepiece (trained here), a "
             "SentencePiece .model file, a Hugging Face tokenizer.json, the folder of another "
             "prepared data set, or ids (Zarr tokens without a tokenizer)."
         )
-    return found
+    return tokenizer
 
 
 def open_tokenizer(
     path: Path, *, bos_id: int | None = None, eos_id: int | None = None
 ) -> Tokenizer | None:
-    """That of a file, or of a folder that a tokenizer, a data set or a run lies in; None if none.
+    """Opens the tokenizer of a file or of the folder of a tokenizer, data set or run, if any.
 
-    bos_id, eos_id: of a `tokenizer.json`, if it does not say.
+    bos_id, eos_id: for a `tokenizer.json` that does not define them.
     """
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
@@ -98,17 +97,17 @@ def _trained(vocab_size: int, files, rule: SplitRule, log: Callable[[str], None]
 
 
 def _sample(files: Sequence[InputFile], rule: SplitRule) -> Iterator[str]:
-    """Text of training documents: all, or a random share that makes about 64 MiB."""
+    """Text of training documents: all, or a random sample of about 64 MiB."""
     total = sum(file.size * (4 if file.compressed else 1) for file in files)
     share = TRAINING_SAMPLE_BYTES / max(total, 1)
-    taken = 0
+    sampled = 0
     for file in files:
         for item in read_items(file):
-            for piece in pieces_of(item):
-                # The hash that chooses the split runs from 0 (held out) to 1.
-                keep = len(files) < 2 or rule.position(f"sample:{piece.document}") < share
-                if keep and rule(piece.document) == TRAIN:
-                    yield piece.text
-                    taken += len(piece.text)
-                if taken > TRAINING_SAMPLE_BYTES:
+            for span in item_spans(item):
+                # Sampling uses a hash of its own, independent of the split.
+                keep = len(files) < 2 or rule.position(f"sample:{span.document}") < share
+                if keep and rule(span.document) == TRAIN:
+                    yield span.text
+                    sampled += len(span.text)
+                if sampled > TRAINING_SAMPLE_BYTES:
                     return

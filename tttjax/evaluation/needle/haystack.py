@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tttjax.data.documents import JSON, list_inputs, pieces_of, read_items
+from tttjax.data.documents import JSON, item_spans, list_inputs, read_items
 from tttjax.data.shards import PreparedData
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
@@ -80,10 +80,10 @@ def sentences(text: str) -> list[str]:
     Collapses white space to one space. Drops sentences without a letter or digit.
     """
     return [
-        piece
+        span
         for sentence in SENTENCE_END.split(text)
-        for piece in textwrap.wrap(sentence, LONGEST_SENTENCE)
-        if any(character.isalnum() for character in piece)
+        for span in textwrap.wrap(sentence, LONGEST_SENTENCE)
+        if any(character.isalnum() for character in span)
     ]
 
 
@@ -93,14 +93,13 @@ def from_file(path: Path | str, tokenizer: Tokenizer, characters: int) -> Haysta
     Raises UserError if it cannot be read or has no sentence.
     """
     text = ""
-    files = [
-        file for file in list_inputs([path]) if file.kind != JSON
-    ]  # usually settings, not text
+    # Single JSON documents are usually settings, not text.
+    files = [file for file in list_inputs([path]) if file.kind != JSON]
     if not files:
         raise UserError(f"{path} is a JSON document, not text or JSON lines; give another file.")
     items = chain.from_iterable(map(read_items, files))
-    for piece in chain.from_iterable(map(pieces_of, items)):
-        text += piece.text + "\n" * piece.ends
+    for span in chain.from_iterable(map(item_spans, items)):
+        text += span.text + "\n" * span.is_last
         if len(text) >= characters:
             break
     return _of_text(str(path), text[:characters], tokenizer)

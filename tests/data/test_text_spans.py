@@ -1,4 +1,4 @@
-"""Long texts and pieces of documents have the tokens of the whole text."""
+"""Encoding a long text span by span gives the tokens of the whole text."""
 
 import random
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers.families import FAMILIES, SCRIPTS, family
 
-from tttjax.data import documents, stretches
-from tttjax.data.documents import list_inputs, read_pieces
-from tttjax.data.stretches import encode_piece, encode_text
+from tttjax.data import documents, text_spans
+from tttjax.data.documents import file_spans, list_inputs
+from tttjax.data.text_spans import encode_span, encode_text
 from tttjax.errors import UserError
 
 SIZE = 24_000
@@ -26,11 +26,11 @@ TEXTS = {
     "lines": "".join(RANDOM.choice(WORDS) + RANDOM.choice(ENDS) for _ in range(SIZE // 6)),
     "one line repeated": "the cat\n" * (SIZE // 8),
     "no newlines": " ".join(RANDOM.choice(WORDS) for _ in range(SIZE // 6)),
-    "no blanks": "".join(RANDOM.choice(SCRIPTS["CJK"] + SCRIPTS["Thai"]) for _ in range(SIZE)),
+    "no spaces": "".join(RANDOM.choice(SCRIPTS["CJK"] + SCRIPTS["Thai"]) for _ in range(SIZE)),
     "letters": "".join(RANDOM.choice("acgt") for _ in range(SIZE)),
     "digits": "".join(RANDOM.choice("0123456789") for _ in range(SIZE)),
     "one letter": "x" * SIZE,
-    "one blank": " " * SIZE,
+    "one space": " " * SIZE,
     "emoji": SCRIPTS["emoji"].replace(" ", "") * (SIZE // 18),
 }
 
@@ -41,57 +41,57 @@ def tokenizer(request):
 
 
 @pytest.fixture(autouse=True)
-def short_stretches(monkeypatch):
-    monkeypatch.setattr(stretches, "STRETCH", 4000)
+def short_spans(monkeypatch):
+    monkeypatch.setattr(text_spans, "SPAN_CHARS", 4000)
 
 
-def pieces(text, folder):
+def spans(text, folder):
     (folder / "a.txt").write_text(text, encoding="utf-8", newline="")
     (file,) = list_inputs([folder / "a.txt"])
-    return list(read_pieces(file))
+    return list(file_spans(file))
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_stretches_have_the_tokens_of_the_whole(tokenizer, text):
+def test_spans_have_the_tokens_of_the_whole(tokenizer, text):
     np.testing.assert_array_equal(encode_text(tokenizer, text), tokenizer.encode(text))
 
 
-def test_ordinary_text_is_not_encoded_whole(tokenizer, monkeypatch):
+def test_ordinary_text_is_encoded_in_spans(tokenizer, monkeypatch):
     longest = []
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: longest.append(len(text)) or encode(text))
     for name in ("lines", "no newlines", "one line repeated"):
         encode_text(tokenizer, TEXTS[name])
-    assert (max(longest) < SIZE / 2) == tokenizer.can_be_cut
+    assert (max(longest) < SIZE / 2) == tokenizer.splittable
 
 
-@pytest.mark.parametrize("kind", ["lines", "no newlines", "no blanks", "letters"])
-def test_pieces_have_the_tokens_of_the_document(tokenizer, kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["lines", "no newlines", "no spaces", "letters"])
+def test_file_spans_have_the_tokens_of_the_document(tokenizer, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", 1 << 12)
     text = TEXTS[kind] * 2
-    found = pieces(text, tmp_path)
-    assert len(found) > 2
-    if not tokenizer.can_be_cut:
+    document = spans(text, tmp_path)
+    assert len(document) > 2
+    if not tokenizer.splittable:
         with pytest.raises(UserError, match=r"a\.txt is too long .* sentencepiece tokenizer"):
-            [encode_piece(tokenizer, piece) for piece in found]
+            [encode_span(tokenizer, span) for span in document]
         return
-    encoded = [encode_piece(tokenizer, piece) for piece in found]
+    encoded = [encode_span(tokenizer, span) for span in document]
     tokens = np.concatenate([tokens for tokens, _ in encoded])
     np.testing.assert_array_equal(tokens, tokenizer.encode(text))
     assert sum(size for _, size in encoded) == len(text.encode())
 
 
-def test_a_document_that_cannot_be_cut_is_refused(tmp_path, monkeypatch):
+def test_a_document_without_split_points_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", 1 << 12)
-    first, *_ = pieces(TEXTS["digits"] * 2, tmp_path)
-    with pytest.raises(UserError, match=r"the huggingface tokenizer .* has no border"):
-        encode_piece(family("Llama 3"), first)
+    first, *_ = spans(TEXTS["digits"] * 2, tmp_path)
+    with pytest.raises(UserError, match=r"the huggingface tokenizer .* no token boundary"):
+        encode_span(family("Llama 3"), first)
 
 
-def test_tokens_that_tell_of_no_border_stop_it(monkeypatch):
-    # Every second character opens a pair: where pairs begin depends on where the text does.
+def test_without_split_points_text_is_encoded_at_once(monkeypatch):
+    # Tokens are pairs of characters, so their boundaries depend on where the text starts.
     class Pairs:
-        can_be_cut = True
+        splittable = True
 
         def encode(self, text):
             return np.array([hash(text[i : i + 2]) for i in range(0, len(text), 2)])
