@@ -87,8 +87,8 @@ class _Line:
 
     def watch(self, stream: TextIO) -> TextIO:
         """The stream, wrapped to call `before_print` if it shares this line's output."""
-        same_terminal = stream is not None and stream.isatty() == self.terminal
-        return cast(TextIO, _Watched(stream, self)) if same_terminal else stream
+        same_output = stream is not None and stream.isatty() == self.terminal
+        return cast(TextIO, _Watched(stream, self)) if same_output else stream
 
     def show(self, activity: str, suffix: str) -> None:
         if not self.terminal:
