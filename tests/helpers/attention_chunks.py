@@ -1,4 +1,4 @@
-"""Random chunks for window attention, and what it has to give for them."""
+"""Random chunks for window attention, and dense attention as their reference."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tttjax.ops.window_attention import QKV
 def random_chunk(
     queries, num_buffered, seed=0, dtype=np.float64, *, heads=2, kv_heads=None, dim=3, batch=2
 ) -> QKV:
-    """Queries with their own keys and values, and those of the tokens before them."""
+    """Queries, keys and values of a random chunk, with buffered keys and values."""
     rng = np.random.default_rng(seed)
 
     def normal(length, heads):
@@ -22,7 +22,7 @@ def random_chunk(
 
 
 def dense(qkv, position, attention_mask):
-    """The definition, for each sequence; what is before the sequence's start has a position < 0."""
+    """Dense attention per sequence; buffer slots before the sequence have positions < 0."""
     num_buffered, queries = qkv.k_buffered.shape[-3], qkv.q.shape[-3]
     key_S = position - num_buffered + jnp.arange(num_buffered + queries)
     mask_TS = mask_fn(key_S[num_buffered:], key_S, attention_mask)

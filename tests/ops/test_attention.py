@@ -1,4 +1,4 @@
-"""Attention in blocks against the definition, values and gradients; what a query may see."""
+"""Blocked attention against dense attention, values and gradients; attention masks."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from tttjax.ops.attention.attend import AttentionMask, attend, attend_blocked, m
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def by_hand(q, k, v, attention_mask):
-    """Loops over queries and heads; the keys of each are listed one by one."""
+def numpy_attention(q, k, v, attention_mask):
+    """NumPy loops over queries and heads, with explicit key lists."""
     out, shared = np.zeros_like(q), q.shape[1] // k.shape[1]
     for t in range(len(q)):
         keys = [
@@ -34,7 +34,7 @@ def qkv(length, seed=0, heads=(2, 2, 2)):
 
 
 CASES = [
-    # tokens, window, block, query_block: dense; near; near with a rest; far; far with a rest
+    # tokens, window, block, query_block: dense, windowed, segments; with and without padding
     (9, 0, 0, 8),
     (9, 4, 0, 8),
     (24, 5, 0, 4),
@@ -51,14 +51,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("length", "window", "block", "query_block"), CASES)
-def test_blocks_equal_the_definition(length, window, block, query_block):
+def test_blocked_equals_dense(length, window, block, query_block):
     attention_mask = AttentionMask(window=window, block=block)
     grouped = length % 2 == 1
     q, k, v = qkv(length, heads=(4, 2, 2) if grouped else (2, 2, 2))
     weight = np.random.default_rng(1).normal(size=q.shape)
     position = jnp.arange(length)
 
-    def in_blocks(q, k, v):
+    def blocked(q, k, v):
         return attend_blocked(q, k, v, attention_mask, query_block)
 
     def dense(q, k, v):
@@ -68,16 +68,16 @@ def test_blocks_equal_the_definition(length, window, block, query_block):
         return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2)))
 
     np.testing.assert_allclose(
-        jax.jit(in_blocks)(q, k, v), by_hand(q, k, v, attention_mask), atol=1e-12
+        jax.jit(blocked)(q, k, v), numpy_attention(q, k, v, attention_mask), atol=1e-12
     )
-    loss, grads = value_and_gradient(in_blocks)(q, k, v)
+    loss, grads = value_and_gradient(blocked)(q, k, v)
     expected, expected_grads = value_and_gradient(dense)(q, k, v)
     assert float(loss) == pytest.approx(float(expected), abs=1e-11)
     for actual, expected in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
-def test_visible_as_a_literal_matrix():
+def test_mask_as_a_literal_matrix():
     mask = mask_fn(jnp.arange(4), jnp.arange(-1, 4), AttentionMask(window=2))
     expected = ["01000", "01100", "00110", "00011"]
     assert ["".join(str(int(x)) for x in row) for row in mask] == expected
@@ -86,7 +86,7 @@ def test_visible_as_a_literal_matrix():
     assert ["".join(str(int(x)) for x in row) for row in blocks] == expected
 
 
-def test_a_query_that_sees_nothing_stays_finite_in_every_derivative():
+def test_fully_masked_query_has_finite_derivatives():
     q, k, v = qkv(4)
 
     def loss(q, k, v):

@@ -1,4 +1,4 @@
-"""The platform's kernels for whole sequences: their numbers, where they apply, who gets which."""
+"""Library attention kernels: numerics, supported inputs and platform selection."""
 
 from functools import partial
 
@@ -19,12 +19,12 @@ from tttjax.planning.count import count
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 BF16 = jax.ShapeDtypeStruct((256, 2, 8), jnp.bfloat16)
-QUERIES = jax.ShapeDtypeStruct((256, 4, 8), jnp.bfloat16)  # that share the heads of BF16
+QUERIES = jax.ShapeDtypeStruct((256, 4, 8), jnp.bfloat16)  # two query heads per KV head of BF16
 
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """As on a machine that can make programs for every platform."""
+    """Simulates a machine that can compile for every platform."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -32,7 +32,7 @@ def everywhere(monkeypatch):
 
 
 def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
-    """The gradient of a layer in a loop, rematerialised, over a batch; as text."""
+    """StableHLO of the gradient of a rematerialized layer in a loop, over a batch."""
 
     def loss(q, k, v):
         @partial(jax.checkpoint, prevent_cse=False)
@@ -55,7 +55,7 @@ def lowered(platform: str, kernel: str = "auto", window: int = 130) -> str:
 @pytest.mark.parametrize(
     ("length", "window", "kv_heads"), [(200, 0, 4), (300, 130, 2), (129, 1, 1)]
 )
-def test_splash_attention_equals_the_definition(length, window, kv_heads):
+def test_splash_equals_dense_attention(length, window, kv_heads):
     rng = np.random.default_rng(length)
     heads = 4, kv_heads, kv_heads, 4
     q, k, v, weight = (rng.normal(size=(length, h, 8)).astype(np.float32) for h in heads)
@@ -76,7 +76,7 @@ def test_splash_attention_equals_the_definition(length, window, kv_heads):
 
 
 @pytest.mark.parametrize("window", [0, 1, 127, 128, 129, 300, 511])
-def test_tiles_of_the_mask(window):
+def test_mask_tiles_equal_the_dense_mask(window):
     position = np.arange(512)
     expected_mask = np.asarray(mask_fn(position, position, AttentionMask(window=window)))
     mask = _WindowMask(512, window)
@@ -86,7 +86,7 @@ def test_tiles_of_the_mask(window):
             assert (mask[index] == expected_mask[index]).all()
 
 
-def test_tiles_are_large_with_little_padding():
+def test_tile_size_limits_padding():
     assert [choose_tile(n, 0) for n in (129, 600, 1100, 2048, 8192, 8320)] == [128] * 3 + [512] * 3
     assert [choose_tile(8192, window) for window in (1, 128, 300, 512, 4096)] == [
         *(128, 128, 256, 512, 512)
@@ -105,32 +105,32 @@ def test_tiles_are_large_with_little_padding():
             (128, 2, 64),
             "float32",
             AttentionMask(),
-            "in bfloat16 or float16, not in float32",
+            "bfloat16 or float16, not float32",
         ),
-        ("tpu", (128, 2, 64), "float16", AttentionMask(), "in bfloat16, not in float16"),
+        ("tpu", (128, 2, 64), "float16", AttentionMask(), "bfloat16, not float16"),
         (
             "tpu",
             (128, 2, 64),
             "bfloat16",
             AttentionMask(4, 4),
-            "splash attention has no attention within",
+            "splash attention does not support",
         ),
-        ("cuda", (128, 2, 60), "bfloat16", AttentionMask(), "a multiple of 8, not of 60"),
-        ("tpu", (128, 2, 264), "bfloat16", AttentionMask(), "at most 256 entries"),
-        ("tpu", (127, 2, 64), "bfloat16", AttentionMask(), "at least 128 tokens, not of 127"),
+        ("cuda", (128, 2, 60), "bfloat16", AttentionMask(), "a multiple of 8, not 60"),
+        ("tpu", (128, 2, 264), "bfloat16", AttentionMask(), "head sizes up to 256"),
+        ("tpu", (127, 2, 64), "bfloat16", AttentionMask(), "at least 128 tokens, not 127"),
     ],
 )
-def test_reasons(platform, shape, dtype, attention_mask, expected):
+def test_unsupported_reasons(platform, shape, dtype, attention_mask, expected):
     reason = unsupported_reason(platform, jax.ShapeDtypeStruct(shape, dtype), attention_mask)
     assert expected in reason
     assert bool(reason) == bool(expected)
 
 
-def test_a_machine_without_cudnn_says_so():
+def test_missing_cudnn_is_reported():
     assert library.unsupported_reason_on_backend("cuda", BF16) == "cuDNN is not detected"
 
 
-def test_the_platform_that_is_lowered_for_decides(everywhere):
+def test_target_platform_selects_the_kernel(everywhere):
     tpu, cuda, cpu = (lowered(platform) for platform in ("tpu", "cuda", "cpu"))
     assert "tpu_custom_call" in tpu
     assert "__cudnn$fmha" in cuda
@@ -140,12 +140,12 @@ def test_the_platform_that_is_lowered_for_decides(everywhere):
     assert "custom_call" not in lowered("tpu", kernel="xla")
 
 
-def test_a_window_as_long_as_the_sequence_is_none(everywhere):
+def test_window_of_the_full_sequence_is_dropped(everywhere):
     assert lowered("cuda", window=256) == lowered("cuda", window=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2), (2, 1, 2)])
-def test_on_a_mesh_every_device_runs_the_kernel_on_its_own_heads(everywhere, shape):
+def test_mesh_shards_the_kernel_over_heads(everywhere, shape):
     mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
     batch = P("data") if shape[0] > 1 else P()
 
@@ -155,7 +155,7 @@ def test_on_a_mesh_every_device_runs_the_kernel_on_its_own_heads(everywhere, sha
 
         return jax.grad(loss)(q)
 
-    divided = jax.shard_map(
+    sharded = jax.shard_map(
         gradient,
         mesh=mesh,
         in_specs=batch,
@@ -164,20 +164,20 @@ def test_on_a_mesh_every_device_runs_the_kernel_on_its_own_heads(everywhere, sha
         check_vma=False,
     )
     q = jax.ShapeDtypeStruct((2, *BF16.shape), BF16.dtype)
-    text = jax.jit(divided).trace(q).lower(lowering_platforms=("tpu",)).as_text()
+    text = jax.jit(sharded).trace(q).lower(lowering_platforms=("tpu",)).as_text()
     heads = BF16.shape[1] // shape[2]
     assert f"tensor<{2 // shape[0]}x{heads}x256x8xbf16>" in text
     assert "tpu_custom_call" in text
 
 
-def test_where_the_partitioner_has_the_whole_mesh_xla_computes(everywhere):
+def test_auto_mesh_falls_back_to_xla(everywhere):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         assert "tpu_custom_call" not in lowered("tpu")
 
 
-def test_flops_are_those_of_xla(everywhere):
-    """The library's kernels say nothing of their products; forwards, backwards, and in a loop."""
+def test_flops_equal_those_of_xla(everywhere):
+    """Library kernels report no FLOPs; covers forward, backward, and a loop."""
 
     def flops(kernel):
         def loss(q, k, v):
@@ -212,8 +212,8 @@ def test_flops_are_those_of_xla(everywhere):
         {"form": "reference", "fast_paths": ("suffix/**/mixer/wq",)},
     ],
 )
-def test_training_differentiates_it_once(monkeypatch, inner):
-    """A kernel with a first derivative alone is enough, wherever a sequence is read whole."""
+def test_training_differentiates_the_kernel_once(monkeypatch, inner):
+    """Full-sequence attention needs only a first derivative, in every form of training."""
     used = []
 
     @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,4 +1,4 @@
-"""Window attention's own derivatives against autodiff of the dense definition, in float64."""
+"""Window attention's custom derivatives against autodiff of dense attention, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tttjax.ops.window_attention import (
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
-HEADS = 2  # and two sequences, unless asked for others
+HEADS = 2  # by default, with a batch of two
 
 
 def close(actual, expected, tolerance=1e-12):
@@ -24,35 +24,35 @@ def close(actual, expected, tolerance=1e-12):
 
 
 CASES = {
-    # queries, past, window, block, tiling, positions: the start, a part, just full, long ago
+    # queries, buffered keys, window, block, tiling, positions (buffer empty, partly full, full)
     "one block": (6, 8, 8, 0, (6, 8), (0, 5, 1000)),
-    "in blocks": (6, 8, 8, 0, (2, 4), (0, 3, 8, 1000)),
-    "nothing divides": (7, 9, 9, 0, (3, 4), (0, 1, 4, 9, 11)),
-    "blocks longer than either side": (3, 5, 5, 0, (2, 7), (0, 4, 9)),
+    "tiled": (6, 8, 8, 0, (2, 4), (0, 3, 8, 1000)),
+    "partial tiles": (7, 9, 9, 0, (3, 4), (0, 1, 4, 9, 11)),
+    "tiles longer than the key groups": (3, 5, 5, 0, (2, 7), (0, 4, 9)),
     "window of the chunk": (6, 6, 6, 0, (4, 4), (0, 6, 12)),
-    "window larger than the past": (4, 5, 50, 0, (3, 2), (0, 5, 100)),
-    "window smaller than the past": (5, 9, 3, 0, (2, 2), (0, 5, 20)),
+    "window larger than the buffer": (4, 5, 50, 0, (3, 2), (0, 5, 100)),
+    "window smaller than the buffer": (5, 9, 3, 0, (2, 2), (0, 5, 20)),
     "window of one": (5, 3, 1, 0, (2, 2), (0, 7)),
     "no window": (5, 6, 0, 0, (2, 4), (0, 4)),
     "single query": (1, 8, 8, 0, (1, 3), (0, 5, 9)),
-    "no past": (5, 0, 3, 0, (2, 2), (0,)),
+    "no buffer": (5, 0, 3, 0, (2, 2), (0,)),
     "blocks of the sequence and a window": (5, 9, 4, 6, (2, 2), (0, 5, 10, 13)),
     "blocks of the sequence": (5, 9, 0, 6, (2, 2), (0, 5, 13)),
-    "sizes chosen": (6, 8, 8, 0, (0, 0), (5,)),
+    "automatic tiling": (6, 8, 8, 0, (0, 0), (5,)),
 }
 
 
-SHARED = ("in blocks", "nothing divides", "no past")  # heads of queries share one of keys
+GROUPED = ("tiled", "partial tiles", "no buffer")  # one KV head for all query heads
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_value_gradient_and_gradient_of_a_tangent(name):
-    """What the meta-gradient takes, reverse over (value, tangent along q and own keys); and once.
+def test_first_and_second_derivatives_equal_dense(name):
+    """First-order gradients, and the meta-gradient's: reverse over (value, tangent of the chunk).
 
-    Of nonlinear functions, so that cotangents differ everywhere; past keys included.
+    Losses are nonlinear, so that all cotangents differ; buffered keys included.
     """
     queries, num_buffered, window, block, tiling, positions = CASES[name]
-    kv_heads = 1 if name in SHARED else HEADS
+    kv_heads = 1 if name in GROUPED else HEADS
     x, dot = (
         random_chunk(queries, p, s, kv_heads=kv_heads) for s, p in enumerate((num_buffered, 0))
     )
@@ -87,15 +87,12 @@ def test_value_gradient_and_gradient_of_a_tangent(name):
         close(actual(position), expected(position), 2e-12)
 
 
-ATTENTION_MASK, TILING, POSITION = (
-    AttentionMask(window=5),
-    Tiling(3, 2),
-    3,
-)  # two slots of the past are empty
+# two buffer slots are empty
+ATTENTION_MASK, TILING, POSITION = AttentionMask(window=5), Tiling(3, 2), 3
 
 
 def small_losses():
-    """One nonlinear function of a small chunk: with `blocked`, with `blocked_jvp`, by the definition."""
+    """A nonlinear loss of a small chunk: by `blocked`, by `blocked_jvp`, by dense attention."""
     weight = random_chunk(4, 0, seed=1).q
 
     def loss(o):
@@ -108,16 +105,13 @@ def small_losses():
     )
 
 
-def test_second_derivatives_however_they_are_taken():
-    """Jvp of grad, and grad of jvp, in every direction (past too), are the definition's.
-
-    The definition's are taken as grad of grad: all three orders meet.
-    """
-    blocked, blocked_jvp, by_definition = small_losses()
+def test_second_derivatives_in_every_order():
+    """jvp of grad and grad of jvp, buffer included, equal grad of grad of dense attention."""
+    blocked, blocked_jvp, dense_loss = small_losses()
     x, dot = random_chunk(4, 5), random_chunk(4, 5, seed=2)
 
     def grad_of_grad(x):
-        grad = jax.grad(by_definition)(x)
+        grad = jax.grad(dense_loss)(x)
         return sum(jnp.sum(g * d) for g, d in zip(grad, dot, strict=True))
 
     expected = jax.jit(jax.grad(grad_of_grad))(x)
@@ -125,8 +119,8 @@ def test_second_derivatives_however_they_are_taken():
     close(jax.jit(jax.grad(lambda x: jax.jvp(blocked_jvp, (x,), (dot,))[1]))(x), expected)
 
 
-def test_past_that_is_not_differentiated_is_not_worked_on():
-    """The inner step takes 3 products with the past where the gradient of everything takes 5."""
+def test_constant_buffer_needs_no_cotangent_products():
+    """The inner step has 3 matrix products with the buffer; the full gradient has 5."""
     blocked, blocked_jvp, _ = small_losses()
     x = random_chunk(4, 5)
 
@@ -149,7 +143,7 @@ def inner_jvp(x, blocked_jvp):
     )
 
 
-def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimension():
+def test_pair_value_and_unbatched_sequence():
     x, dot = (
         random_chunk(4, 5),
         random_chunk(4, 0, seed=2)._replace(k_buffered=None, v_buffered=None),
@@ -163,8 +157,8 @@ def test_pair_is_value_and_tangent_and_one_sequence_is_a_batch_without_its_dimen
     close((o, o_dot), jax.vmap(one)(x, dot), 1e-14)
 
 
-def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
-    """A constant in k's tangent moves all scores alike and must not drown the rest."""
+def test_bfloat16_is_as_accurate_as_dense():
+    """A constant in k's tangent shifts all scores equally and must not cost precision."""
     wide, dot = random_chunk(16, 24), random_chunk(16, 0, seed=3)
     dot = QKV(dot.q, None, None, dot.k_chunk + 30.0, dot.v_chunk)
     bars = random_chunk(16, 0, seed=4)
@@ -188,14 +182,16 @@ def test_bfloat16_is_as_near_as_the_definition_in_bfloat16():
     actual = derivatives(
         jnp.bfloat16, lambda x: window_attention_jvp(*x, 10, attention_mask, Tiling(8, 8))
     )
-    for ours, theirs, true in zip(*map(jax.tree.leaves, (actual, rough, exact)), strict=True):
+    for ours, dense_bf16, true in zip(*map(jax.tree.leaves, (actual, rough, exact)), strict=True):
         assert ours.dtype == jnp.bfloat16
         scale = np.linalg.norm(true)
-        error, allowed = (np.linalg.norm(y.astype(float) - true) / scale for y in (ours, theirs))
+        error, allowed = (
+            np.linalg.norm(y.astype(float) - true) / scale for y in (ours, dense_bf16)
+        )
         assert error < max(0.02, 1.5 * allowed)
 
 
-def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
+def test_memory_is_linear_in_keys():
     def temporary(queries, num_buffered):
         x, dot = (
             random_chunk(queries, num_buffered, dtype=np.float32),
@@ -218,4 +214,4 @@ def test_memory_grows_with_the_keys_and_not_with_queries_times_keys():
     short, long = temporary(256, 512), temporary(512, 1024)
     scores = 4 * 2 * HEADS * 512 * (512 + 1024)
     assert long < 2.1 * short
-    assert long < scores / 2  # of the pair there would be several
+    assert long < scores / 2  # the pair would need several such arrays

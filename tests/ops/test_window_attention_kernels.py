@@ -1,4 +1,4 @@
-"""Pallas kernels of window attention: interpreted against the definition, chosen, and compiled."""
+"""Pallas kernels of window attention: numerics (interpreted), selection and TPU compilation."""
 
 import importlib.util
 import re
@@ -26,22 +26,22 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.planning.topologies import open_mesh, parse_topology
 
 BLOCKS = Tiling(16, 16)
-REAL = {"queries": 1024, "num_buffered": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
+PAPER_125M = {"queries": 1024, "num_buffered": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}
 
 
 random_chunk = partial(random_chunk, dim=4)
 
 
 def everything(blocked, blocked_jvp, weight, buffer_grads):
-    """Value and gradient of a loss, and of a loss of (output, its tangent) in all they depend on.
+    """Value and gradient of a loss, and of a loss of (output, tangent), for all inputs.
 
-    past_moves: whether past keys and values have tangents, and gradients are taken in them.
+    buffer_grads: whether buffered keys and values have tangents and gradients.
     """
 
-    def moving(x):
+    def differentiated(x):
         return x if buffer_grads else x._replace(k_buffered=None, v_buffered=None)
 
-    def whole(part, x):
+    def with_buffer(part, x):
         return (
             part
             if buffer_grads
@@ -49,14 +49,16 @@ def everything(blocked, blocked_jvp, weight, buffer_grads):
         )
 
     def first(part, x, position):
-        return jnp.sum(jnp.sin(blocked(whole(part, x), position) * weight.q))
+        return jnp.sum(jnp.sin(blocked(with_buffer(part, x), position) * weight.q))
 
     def second(part, along, x, position):
-        o, o_dot = jax.jvp(lambda part: blocked_jvp(whole(part, x), position), (part,), (along,))
+        o, o_dot = jax.jvp(
+            lambda part: blocked_jvp(with_buffer(part, x), position), (part,), (along,)
+        )
         return jnp.sum(jnp.cos(o * weight.q) + jnp.sin(o_dot) * weight.k_chunk)
 
     def derivatives(x, dot, position):
-        part, along = moving(x), moving(dot)
+        part, along = differentiated(x), differentiated(dot)
         of_second = jax.value_and_grad(second, argnums=(0, 1))(part, along, x, position)
         return jax.value_and_grad(first)(part, x, position), of_second
 
@@ -64,25 +66,25 @@ def everything(blocked, blocked_jvp, weight, buffer_grads):
 
 
 CASES = {
-    # queries, past, heads of keys, window, block of the sequence, whether the past moves, positions
-    "window, nothing divides": (20, 37, 1, 37, 0, True, (0, 7, 37, 1000)),
-    "short window, the past is constant": (48, 64, 1, 17, 0, False, (0, 10, 64)),
+    # queries, buffered keys, KV heads, window, block, buffer_grads, positions
+    "window, partial tiles": (20, 37, 1, 37, 0, True, (0, 7, 37, 1000)),
+    "short window, constant buffer": (48, 64, 1, 17, 0, False, (0, 10, 64)),
     "within blocks of the sequence": (32, 32, 2, 0, 24, False, (0, 5, 48)),
-    "no past": (20, 0, 2, 9, 0, True, (0,)),
+    "no buffer": (20, 0, 2, 9, 0, True, (0,)),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_interpreted_kernels_are_the_definition_differentiated(case):
+def test_interpreted_kernels_equal_dense_derivatives(case):
     queries, num_buffered, kv_heads, window, block, buffer_grads, positions = case
     attention_mask = AttentionMask(window, block)
     with jax.enable_x64(True):
-        against_the_definition(
+        check_against_dense(
             (queries, num_buffered), kv_heads, attention_mask, buffer_grads, positions
         )
 
 
-def against_the_definition(lengths, kv_heads, attention_mask, buffer_grads, positions):
+def check_against_dense(lengths, kv_heads, attention_mask, buffer_grads, positions):
     x, dot = (random_chunk(*lengths, seed, kv_heads=kv_heads) for seed in range(2))
     weight = random_chunk(*lengths, seed=2)
     own = partial(everything, weight=weight, buffer_grads=buffer_grads)
@@ -97,7 +99,7 @@ def against_the_definition(lengths, kv_heads, attention_mask, buffer_grads, posi
 
 
 def pair_vjp(x, dot, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
-    """(o, o_dot) and the cotangents of everything, o's and o_dot's being `bar`."""
+    """(o, o_dot) and all cotangents, for the cotangent `bar` of both o and o_dot."""
     pair = partial(
         window_attention_pair,
         position=position,
@@ -118,8 +120,8 @@ def blocked_vjp(x, position, bar, *, attention_mask, kernel, tiling=BLOCKS):
     return out, back(bar)
 
 
-def test_bfloat16_as_in_xla():
-    """The same roundings of the same sums in another order."""
+def test_bfloat16_equals_xla():
+    """Sums are in another order, with the same roundings."""
     x, dot, bar = (random_chunk(32, 40, seed, dtype=jnp.bfloat16) for seed in range(3))
     dot = dot._replace(k_buffered=None, v_buffered=None)
     run = partial(pair_vjp, x, dot, 25, bar.q, attention_mask=AttentionMask(40))
@@ -130,7 +132,7 @@ def test_bfloat16_as_in_xla():
         assert np.linalg.norm(ours - theirs) < 0.01 * np.linalg.norm(theirs)
 
 
-def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner():
+def test_vmap_and_heads_sharded_by_the_partitioner():
     x, dot, bar = (random_chunk(16, 32, seed, heads=4, dtype=np.float32) for seed in range(3))
     dot = dot._replace(k_buffered=None, v_buffered=None)
     run = partial(pair_vjp, attention_mask=AttentionMask(32), kernel="pallas")
@@ -146,7 +148,7 @@ def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner(
         assert "1 heads are not a multiple" in reason_for(kv_heads=1)
         return jax.vmap(run, in_axes=(0, 0, None, 0))(x, dot, position, bar)
 
-    shared = jax.shard_map(
+    sharded = jax.shard_map(
         on_shard,
         mesh=mesh,
         in_specs=(of_batch, of_batch, PartitionSpec(), of_batch),
@@ -154,11 +156,11 @@ def test_sequences_by_vmap_and_heads_divided_by_an_axis_left_to_the_partitioner(
         axis_names={"data", "fsdp"},
         check_vma=False,
     )
-    result = jax.jit(shared)(x, dot, 20, bar.q)
+    result = jax.jit(sharded)(x, dot, 20, bar.q)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), result, plain)
 
 
-def test_what_a_mesh_does_not_allow():
+def test_unsupported_meshes():
     reason_for = partial(
         window_attention_unsupported_reason, "tpu", num_buffered=8192, dtype=jnp.bfloat16
     )
@@ -183,50 +185,50 @@ def test_what_a_mesh_does_not_allow():
         ("cuda", (1024, 12, 128), 8192, "float32", "auto", "^$"),
         ("cpu", (1024, 12, 64), 8192, "bfloat16", "auto", "interpreted"),
         ("cpu", (1024, 12, 3), 8192, "float64", "pallas", "^$"),
-        ("tpu", (1024, 12, 64), 8192, "bfloat16", "xla", "asked for"),
+        ("tpu", (1024, 12, 64), 8192, "bfloat16", "xla", "requested"),
         ("tpu", (1024, 12, 64), 8192, "float64", "pallas", "not float64"),
-        ("tpu", (1024, 12, 72), 8192, "float32", "auto", "72 is no multiple of 16"),
+        ("tpu", (1024, 12, 72), 8192, "float32", "auto", "72 is not a multiple of 16"),
         ("cuda", (1024, 12, 96), 8192, "float32", "auto", "96 is none of 16, 32, 64, 128"),
-        ("tpu", (1024, 12, 128), 2**17, "bfloat16", "auto", "MiB of a TPU's fast memory"),
+        ("tpu", (1024, 12, 128), 2**17, "bfloat16", "auto", "MiB of a TPU's VMEM"),
         ("cuda", (64, 12, 64), 128, "bfloat16", "auto", "192 keys are fewer"),
         ("cuda", (64, 12, 64), 128, "bfloat16", "pallas", "^$"),
         ("rocm", (1024, 12, 64), 8192, "bfloat16", "auto", "no kernel for rocm"),
     ],
 )
-def test_reasons(platform, shape, num_buffered, dtype, kernel, reason):
+def test_unsupported_reasons(platform, shape, num_buffered, dtype, kernel, reason):
     result = window_attention_unsupported_reason(
         platform, shape, num_buffered, jnp.dtype(dtype), kernel=kernel
     )
     assert re.search(reason, result)
 
 
-def test_a_kernel_that_there_is_not():
+def test_unknown_kernel_is_refused():
     with pytest.raises(UserError, match="'cudnn': choose among auto, xla, pallas"):
         window_attention(*random_chunk(4, 5, dtype=np.float32), 3, AttentionMask(5), kernel="cudnn")
 
 
-def programs(placed=None, *, queries, num_buffered, heads, dim, dtype):
-    """(function of `kernel`, its arguments' shapes) of the inner step, and of the pair."""
-    array = partial(jax.ShapeDtypeStruct, sharding=placed)
-    q, before = (array((1, length, heads, dim), dtype) for length in (queries, num_buffered))
-    position, x = array((), jnp.int32), QKV(q, before, before, q, q)
+def programs(sharding=None, *, queries, num_buffered, heads, dim, dtype):
+    """(function of `kernel`, argument shapes) of the inner step, and of the pair."""
+    array = partial(jax.ShapeDtypeStruct, sharding=sharding)
+    q, buffered = (array((1, length, heads, dim), dtype) for length in (queries, num_buffered))
+    position, x = array((), jnp.int32), QKV(q, buffered, buffered, q, q)
     own = {"attention_mask": AttentionMask(num_buffered), "tiling": Tiling()}
     yield partial(blocked_vjp, **own), (x, position, q)
     dot = x._replace(k_buffered=None, v_buffered=None)
     yield partial(pair_vjp, **own), (x, dot, position, q)
 
 
-def test_the_platform_that_is_compiled_for_chooses():
-    """On this machine, without either device: the programs are only written."""
-    for program, arguments in programs(**REAL):
+def test_target_platform_selects_the_kernel():
+    """Programs are only lowered, so neither accelerator is needed."""
+    for program, arguments in programs(**PAPER_125M):
         traced = jax.jit(partial(program, kernel="auto")).trace(*arguments)
-        written = {
+        lowered = {
             platform: traced.lower(lowering_platforms=(platform,)).as_text()
             for platform in ("cpu", "tpu", "cuda")
         }
         calls = {
             platform: [text.count(call) for call in ("tpu_custom_call", "triton", "case")]
-            for platform, text in written.items()
+            for platform, text in lowered.items()
         }
         kernels = 3 + (program.func is pair_vjp)
         assert calls["cpu"][:2] == [0, 0]
@@ -234,22 +236,22 @@ def test_the_platform_that_is_compiled_for_chooses():
         assert calls["cuda"][:2] == [0, kernels]
 
 
-def test_tiles_of_the_xla_form_are_of_the_platform_that_is_compiled_for():
-    (blocked, arguments), _ = programs(**REAL | {"heads": 1})
+def test_target_platform_selects_xla_tiling():
+    (blocked, arguments), _ = programs(**PAPER_125M | {"heads": 1})
     traced = jax.jit(partial(blocked, kernel="xla")).trace(*arguments)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
         for platform in ("cpu", "tpu")
     }
-    assert loops["tpu"] < loops["cpu"]  # a chunk's queries in one block
+    assert loops["tpu"] < loops["cpu"]  # all queries in one block
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1"])
 def test_compiled_for_a_tpu(chip):
-    """At the size of the paper's 125M: no scores in memory, and no copies of keys."""
+    """At the size of the paper's 125M model: no scores in memory, and no copies of keys."""
     device = open_mesh(parse_topology(chip), MeshConfig(data=4)).devices.flat[0]
-    for program, arguments in programs(SingleDeviceSharding(device), **REAL):
+    for program, arguments in programs(SingleDeviceSharding(device), **PAPER_125M):
         compiled = jax.jit(partial(program, kernel="auto")).lower(*arguments).compile()
         assert compiled.as_text().count('custom_call_target="tpu_custom_call"') >= 3
         assert compiled.memory_analysis().temp_size_in_bytes < 2**20

@@ -37,7 +37,7 @@ def test_kernels_of_other_platforms():
         "window": "cuDNN",
         "local": "XLA",
     }
-    assert chosen["local"].fallback_reason == "cuDNN has no attention within blocks"
+    assert chosen["local"].fallback_reason == "cuDNN does not support attention within blocks"
     assert describe_kernels(config_with(), "tpu", compile_locally=False) == (
         "attention over whole sequences: window by splash attention"
     )
@@ -72,11 +72,12 @@ def test_chunk_kernels_by_platform():
     for platform in ("tpu", "cuda"):
         assert choose_chunk_kernels(chunked(), platform) == {"window": KernelChoice("Pallas")}
     assert describe_kernels(chunked(mixers=("window+mamba2",)), "cpu").endswith(
-        "; over chunks: window by XLA (on a CPU a kernel is interpreted)"
+        "; over chunks: window by XLA (kernels are only interpreted on a CPU)"
     )
     short = choose_chunk_kernels(chunked(window_size=32, inner={"chunk_size": 32}), "tpu")
     assert (
-        short["window"].fallback_reason == "64 keys are fewer than the 256 from which a kernel pays"
+        short["window"].fallback_reason
+        == "64 keys are fewer than the 256 at which kernels are used"
     )
     assert choose_chunk_kernels(chunked(attention_kernel="xla"), "tpu")["window"].kernel == "XLA"
 

@@ -1,9 +1,8 @@
-"""Causal attention of one sequence: full, over a window, or within blocks.
+"""Causal attention of one sequence: full, sliding-window, or within blocks.
 
-What a query may see is a function of the two positions alone (`mask_fn`), so one definition serves
-the whole sequence at once, a chunk with the keys of its past, and a single decoded token. `attend`
-is that definition with all scores in memory; `attend_blocked` gives the same numbers over a long
-sequence in blocks of queries, so that memory grows with T x (window + block) and not with T x T.
+The mask is a function of the two positions (`mask_fn`), so one definition covers a full sequence, a
+chunk with buffered keys, and a decoded token. `attend` materializes all scores; `attend_blocked`
+gives the same result in blocks of queries, with memory O(T x (window + block)) instead of O(T x T).
 """
 
 from functools import partial
@@ -14,16 +13,16 @@ import jax.numpy as jnp
 
 from tttjax.types import Array
 
-MASKED_SCORE = -1e30  # finite, so that a fully masked row stays free of NaN in every derivative
-MAX_SCORE_ENTRIES = 2**28  # entries, over all heads: a gigabyte in float32
-FULL_SEGMENTS = 4  # full attention skips the upper triangle in this many steps
+MASKED_SCORE = -1e30  # finite: a fully masked row must give no NaN in any derivative
+MAX_SCORE_ENTRIES = 2**28  # over all heads; 1 GiB in float32
+FULL_SEGMENTS = 4  # of full attention; each skips the keys after its end
 
 
 class AttentionMask(NamedTuple):
-    """Which of the past a query sees: itself and everything before it, then cast_params.
+    """A causal attention mask, optionally restricted to a window or a block.
 
     window: at most this many keys, the query's own included (0: no limit).
-    block: only keys of the query's own block of this many positions (0: no blocks).
+    block: only keys in the query's block of this many positions (0: no blocks).
     """
 
     window: int = 0
@@ -31,9 +30,9 @@ class AttentionMask(NamedTuple):
 
 
 def mask_fn(query_T: Array, key_S: Array, attention_mask: AttentionMask) -> Array:
-    """bool [T, S]: may the query at position query_T[t] see the key at position key_S[s]?
+    """bool [T, S]: whether the query at position query_T[t] attends to the key at key_S[s].
 
-    Negative key positions mark slots that hold no token; nobody sees them.
+    Negative key positions mark empty slots, which are masked.
     """
     query, key = query_T[:, None], key_S[None, :]
     mask = (key <= query) & (key >= 0)
@@ -45,14 +44,14 @@ def mask_fn(query_T: Array, key_S: Array, attention_mask: AttentionMask) -> Arra
 
 
 def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, mask_TS: Array) -> Array:
-    """softmax(q k^T / sqrt(K)) v over the visible keys, [T, H, K].
+    """softmax(q k^T / sqrt(K)) v over the unmasked keys, [T, H, K].
 
-    Of G heads of keys and values, a divisor of H, each serves H / G query heads in a row: grouped
-    queries (arXiv 2305.13245). Softmax in float32 at least; the probabilities meet v in its dtype.
+    Grouped-query attention (arXiv 2305.13245): G divides H, and each KV head serves H / G
+    consecutive query heads. Softmax is at least float32; probabilities are cast to the dtype of v.
     """
     accum_dtype = jnp.promote_types(q_THK.dtype, jnp.float32)
     groups, (length, heads, head_dim) = k_SGK.shape[-2], q_THK.shape
-    group_size = heads // groups  # queries of one token that meet the same keys: rows, like tokens
+    group_size = heads // groups  # query heads per KV head
     q_TGRK = q_THK.reshape(length, groups, group_size, head_dim)
     q_QGK = q_TGRK.swapaxes(1, 2).reshape(length * group_size, groups, head_dim)
     mask_QS = jnp.repeat(mask_TS, group_size, axis=0)
@@ -66,9 +65,9 @@ def attend(q_THK: Array, k_SGK: Array, v_SGK: Array, mask_TS: Array) -> Array:
 def attend_decode(
     q_HK: Array, k_GSK: Array, v_GSK: Array, k_GK: Array, v_GK: Array, mask_S: Array
 ) -> Array:
-    """`attend` of a single query to visible keys and to its own, [H, K]; heads of keys come first.
+    """`attend` for decoding: one query, cached keys (heads first) and its own key; [H, K].
 
-    So the keys of a head lie together, and are read where they are.
+    Heads-first caches keep the keys of a head contiguous, so they are read without a copy.
     """
     accum_dtype = jnp.promote_types(q_HK.dtype, jnp.float32)
     groups, head_dim = k_GK.shape
@@ -93,11 +92,10 @@ def attend_decode(
 def attend_blocked(
     q_THK: Array, k_TGK: Array, v_TGK: Array, attention_mask: AttentionMask, query_block: int
 ) -> Array:
-    """Causal attention of a whole sequence to itself, [T, H, K]; positions are 0..T-1.
+    """Causal self-attention of a sequence, [T, H, K], in XLA; positions are 0..T-1.
 
     Equal to `attend` with `mask_fn(arange(T), arange(T), attention_mask)`, in blocks of
-    `query_block` queries (fewer where there are very many keys) whose scores are computed again in
-    the backward pass.
+    `query_block` queries (fewer if there are very many keys). The backward pass recomputes scores.
     """
     length, heads, _ = q_THK.shape
     max_keys = min(size for size in (*attention_mask, length) if size)
@@ -115,7 +113,7 @@ def _pad_tokens(x_THK: Array, pad_start: int, pad_end: int) -> Array:
 
 
 def _map_blocks(block_fn, starts: Array) -> Array:
-    """block_fn at every start, one after the other, rematerialised; joined along tokens."""
+    """Maps block_fn over `starts` sequentially, rematerialized; concatenates along tokens."""
     out = jax.lax.map(jax.checkpoint(block_fn, prevent_cse=False), starts)
     return out.reshape((-1, *out.shape[2:]))
 
@@ -123,7 +121,7 @@ def _map_blocks(block_fn, starts: Array) -> Array:
 def _attend_windowed(
     q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, max_keys: int, query_block: int
 ) -> Array:
-    """Each block of queries with the `max_keys` keys before it: the far past is never touched."""
+    """Each block of queries attends to itself and to the `max_keys` keys before it."""
     length = q_THK.shape[0]
     pad_end = -length % query_block
     q_THK = _pad_tokens(q_THK, 0, pad_end)
@@ -145,7 +143,7 @@ def _attend_windowed(
 
 
 def _attend_segments(q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, query_block: int) -> Array:
-    """Blocks of queries against all keys up to the end of their quarter of the sequence."""
+    """Each block of queries attends to all keys up to the end of its segment."""
     length = q_THK.shape[0]
     segment = -(-length // (FULL_SEGMENTS * query_block)) * query_block
     q_THK = _pad_tokens(q_THK, 0, -length % query_block)

@@ -1,12 +1,12 @@
-"""Attention of a whole sequence by the platform's library kernel, where there is one that applies.
+"""Self-attention of a sequence by the platform's library kernel, with an XLA fallback.
 
-cuDNN on NVIDIA GPUs (`jax.nn.dot_product_attention`), splash attention on TPUs. They keep no scores
-in memory, skip what no query of a tile sees, and can be differentiated once, in reverse mode: which
-is all that is asked of attention over a whole sequence. Everywhere else `attend_blocked` gives the
-same numbers, to rounding.
+cuDNN on NVIDIA GPUs (`jax.nn.dot_product_attention`), splash attention on TPUs. These kernels
+materialize no scores, skip fully masked tiles, and are differentiable once, in reverse mode, which
+is enough for attention over a full sequence. Otherwise `attend_blocked` gives the same result up to
+rounding.
 
-The kernel is chosen when a program is lowered, for the platform it is lowered for: a program for a
-TPU that is compiled on a machine without one has the TPU's kernel.
+The kernel is chosen at lowering, for the target platform: a program compiled for a TPU on a machine
+without one uses the TPU kernel.
 """
 
 import importlib.util
@@ -18,10 +18,10 @@ from tttjax.ops.attention.attend import AttentionMask, attend_blocked
 from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
 from tttjax.types import Array
 
-KERNELS = {"cuda": "cuDNN", "tpu": "splash attention"}  # by the platform, as JAX calls it
+KERNELS = {"cuda": "cuDNN", "tpu": "splash attention"}  # by JAX's platform name
 DTYPES = {"cuda": ("bfloat16", "float16"), "tpu": ("bfloat16",)}
 MAX_HEAD_DIM = 256
-MIN_LENGTH = 128  # one tile of splash attention; nowhere is there much to gain below
+MIN_LENGTH = 128  # one tile of splash attention; shorter sequences gain little on any platform
 
 
 def attend_sequence(
@@ -32,13 +32,13 @@ def attend_sequence(
     query_block: int,
     kernel: str = "auto",
 ) -> Array:
-    """Causal attention of a whole sequence to itself, [T, H, K]; see `attend_blocked`.
+    """Causal self-attention of a sequence, [T, H, K], by the library kernel or `attend_blocked`.
 
-    G heads of keys and values, a divisor of H: the kernels know grouped queries themselves.
-    kernel: "xla" for that alone; else the library's kernel on every platform on which it applies.
-    Inside shard_map, axes that are left to the partitioner (`tensor`) divide the heads. A program
-    over several devices without shard_map has to ask for "xla".
-    The result can be differentiated in reverse mode, once.
+    G KV heads, a divisor of H: the kernels support grouped queries.
+    kernel: "xla": always `attend_blocked`; else the library kernel on every platform that supports
+    it. Inside shard_map, axes left to the partitioner (`tensor`) shard the heads. A program over
+    several devices without shard_map must set kernel="xla".
+    Differentiable once, in reverse mode.
     """
     blocked = partial(attend_blocked, attention_mask=attention_mask, query_block=query_block)
     shape = jax.ShapeDtypeStruct(q_THK.shape, q_THK.dtype)
@@ -62,7 +62,7 @@ def attend_sequence(
 def unsupported_reason(
     platform: str, q_THK: jax.ShapeDtypeStruct, attention_mask: AttentionMask
 ) -> str:
-    """Why the library's kernel does not apply on a platform; empty if it does.
+    """Why the library kernel does not support these inputs on a platform; empty if it does.
 
     platform: "cuda", "tpu", "cpu", ... q_THK: shape and dtype of the queries.
     """
@@ -71,33 +71,33 @@ def unsupported_reason(
         return f"there is no library kernel for {platform}"
     length, _, head_dim = q_THK.shape
     if q_THK.dtype.name not in DTYPES[platform]:
-        return f"{name} computes in {' or '.join(DTYPES[platform])}, not in {q_THK.dtype.name}"
+        return f"{name} supports {' or '.join(DTYPES[platform])}, not {q_THK.dtype.name}"
     if attention_mask.block:
-        return f"{name} has no attention within blocks"
+        return f"{name} does not support attention within blocks"
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return (
-            f"{name} takes heads of at most {MAX_HEAD_DIM} entries, a multiple of 8, not of "
+            f"{name} supports head sizes up to {MAX_HEAD_DIM} that are a multiple of 8, not "
             f"{head_dim}"
         )
     if length < MIN_LENGTH:
-        return f"{name} takes sequences of at least {MIN_LENGTH} tokens, not of {length}"
+        return f"{name} supports sequences of at least {MIN_LENGTH} tokens, not {length}"
     return ""
 
 
 def unsupported_reason_on_backend(
     platform: str, q_THK: jax.ShapeDtypeStruct, kv_heads: int = 0
 ) -> str:
-    """Why this machine cannot make programs with a kernel that would apply; empty if it can.
+    """Why this machine cannot compile the library kernel for `platform`; empty if it can.
 
     kv_heads: heads of keys and values; 0: as many as of queries. A program is traced with the
-    kernels of all platforms that this machine can compile them for.
+    kernels of all platforms that this machine can compile for.
     """
     if platform == "tpu":
-        result = importlib.util.find_spec("libtpu")
-        return "" if result else "libtpu, which splash attention is compiled by, is not installed"
+        installed = importlib.util.find_spec("libtpu")
+        return "" if installed else "splash attention needs libtpu, which is not installed"
     length, heads, head_dim = q_THK.shape
     k_TGK = jax.ShapeDtypeStruct((length, kv_heads or heads, head_dim), q_THK.dtype)
-    try:  # JAX asks cuDNN for its version and the GPU for its generation
+    try:  # JAX checks the cuDNN version and the GPU generation
         jax.eval_shape(partial(_cudnn, window=0), q_THK, k_TGK, k_TGK)
     except (RuntimeError, NotImplementedError, ValueError) as refusal:
         return str(refusal).partition("\n")[0].rstrip(".")
@@ -108,7 +108,9 @@ def _cudnn(q_THK: Array, k_TGK: Array, v_TGK: Array, window: int) -> Array:
     return jax.nn.dot_product_attention(
         *(q_THK, k_TGK, v_TGK),
         is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,  # keys before the query's own
+        local_window_size=(window - 1, 0)
+        if window
+        else None,  # keys before the query's own; none after
         implementation="cudnn",
     )
 

@@ -1,6 +1,6 @@
-"""Splash attention, the TPU kernel that comes with JAX, for one sequence of any length.
+"""Splash attention, JAX's TPU kernel, for one sequence of any length.
 
-Importing this module takes a part of a second, so it is imported only where it is used.
+Importing it is slow, so callers import this module lazily.
 """
 
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from tttjax.types import Array
 
-TILES = (512, 256, 128)  # edges; the last is the least that the kernel works with
+TILES = (512, 256, 128)  # tile sizes; the kernel supports none below the last
 
 
 class _WindowMask(splash.LocalMask):
-    """Each query sees its own key and those before it, at most `window` of them (0: all).
+    """Causal mask with at most `window` keys, the query's own included (0: all).
 
-    The kernel's set-up asks for every tile of the mask, of which there are 65,536 at 128K tokens.
-    Only the distance of queries and keys matters, so that most tiles are the same array.
+    The kernel's set-up evaluates every tile of the mask, 65,536 at 128K tokens. The mask depends
+    only on the distance of query and key, so tiles are cached and shared.
     """
 
     def __init__(self, length: int, window: int):
@@ -38,10 +38,10 @@ class _WindowMask(splash.LocalMask):
 def splash_attention(
     q_THK: Array, k_TGK: Array, v_TGK: Array, window: int, interpret: bool = False
 ) -> Array:
-    """Causal attention of a sequence to itself, [T, H, K], differentiable once in reverse mode.
+    """Causal self-attention of a sequence, [T, H, K], differentiable once, in reverse mode.
 
-    window: keys that a query sees, its own included; 0: all. interpret: run without a TPU.
-    The sequence is padded to whole tiles; keys in the padding lie after every query that counts.
+    window: keys per query, its own included; 0: all. interpret: run without a TPU.
+    The sequence is padded at the end to whole tiles; the causal mask hides the padding's keys.
     """
     length, heads, head_dim = q_THK.shape
     tile = choose_tile(length, window)
@@ -72,7 +72,7 @@ def splash_attention(
 
 
 def choose_tile(length: int, window: int) -> int:
-    """Edge of the tiles: as large as is allowed with little padding, and no wider than a window."""
+    """The largest tile size with little padding that is not wider than the window."""
     max_keys = window or length
     candidates = (t for t in TILES if t <= max_keys and -length % t <= length // 8)
     return next(candidates, TILES[-1])

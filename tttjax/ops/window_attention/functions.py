@@ -1,8 +1,7 @@
-"""The four functions of window attention, each in one pass over blocks of queries and keys.
+"""Forward and backward of tiled window attention, and of the pair with its tangent, in XLA.
 
-What they compute is derived in the package's docstring, and `rules` makes derivatives of them. The
-scores exist only for one block of queries against one block of keys at a time. The loops have
-bounds that depend on the position, so nothing here can be differentiated in reverse.
+The package docstring derives the formulas; `rules` wraps them in custom derivatives. Scores exist
+for one tile at a time. Loop bounds depend on the position, so these functions have no reverse mode.
 """
 
 from functools import partial
@@ -20,15 +19,16 @@ from tttjax.ops.window_attention.tiles import (
 )
 from tttjax.types import Array
 
-INITIAL_MAX = MASKED_SCORE / 2  # below every score, and so far above masked ones that exp gives 0
+INITIAL_MAX = MASKED_SCORE / 2  # below any score; exp(MASKED_SCORE - INITIAL_MAX) is 0
 
 
 class QKV(NamedTuple):
-    """What attention reads, or tangents or cotangents of it (None: there is none).
+    """Inputs of window attention, or their tangents or cotangents (None: absent).
 
-    q: [..., C, H, K], a chunk of queries. k_own, v_own: [..., C, G, K], their keys and values, of
-    which each of the G heads serves H / G query heads in a row.
-    k_past, v_past: [..., W, G, K], those of the W tokens before the chunk.
+    q: [..., C, H, K], the chunk's queries.
+    k_buffered, v_buffered: [..., W, G, K], keys and values of the W tokens before the chunk.
+    k_chunk, v_chunk: [..., C, G, K], the chunk's own. Each of the G heads serves H / G consecutive
+    query heads.
     """
 
     q: Any
@@ -39,7 +39,7 @@ class QKV(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Per query, [..., H, C], in float32 at least: enough to compute a block again.
+    """Softmax statistics per query, [..., H, C], at least float32, to recompute a tile.
 
     logsumexp: of the scores. mean_dot: mean of the scores' tangents under the probabilities.
     """
@@ -49,7 +49,7 @@ class Statistics(NamedTuple):
 
 
 def forward(qkv: QKV, geometry: ChunkGeometry) -> tuple[Array, Array]:
-    """o [..., C, H, K] in the dtype of v, and the scores' logsumexp [..., H, C]."""
+    """o [..., C, H, K] in the dtype of v, and the scores' log-sum-exp [..., H, C]."""
     q_HCK, accum_dtype = _heads_first(qkv.q), _accum_dtype(qkv)
 
     def start(rows):
@@ -81,7 +81,7 @@ def backward(
     geometry: ChunkGeometry,
     buffer_grads: bool,
 ) -> QKV:
-    """Cotangents of the chunk from that of o; of past keys and values only if `buffer_grads`."""
+    """Cotangents of `qkv` from that of o; None for the buffer unless `buffer_grads`."""
     accum_dtype, scale = _accum_dtype(qkv), _scale(qkv)
     q_HCK, o_bar_HCK = _heads_first(qkv.q), _heads_first(o_bar)
     delta_HC = _dot(o_bar, o, accum_dtype)
@@ -112,10 +112,10 @@ def backward(
 def pair_forward(
     qkv: QKV, qkv_dot: QKV, geometry: ChunkGeometry
 ) -> tuple[Array, Array, Statistics]:
-    """o, its tangent along `qkv_dot` (both [..., C, H, K]), and what the backward pass needs.
+    """o, its tangent along `qkv_dot` (both [..., C, H, K]), and the softmax statistics.
 
-    The scores' tangents are counted from their mean so far, which moves as blocks are added: a
-    constant added to all of them changes nothing, and so costs no precision.
+    Score tangents are centred on their running mean, so that a constant added to all of them costs
+    no precision.
     """
     q_HCK, q_dot_HCK, accum_dtype = _heads_first(qkv.q), _heads_first(qkv_dot.q), _accum_dtype(qkv)
 
@@ -165,9 +165,9 @@ def pair_backward(
     o_dot_bar: Array,
     geometry: ChunkGeometry,
 ) -> tuple[QKV, QKV]:
-    """Cotangents of the chunk and of its tangents, from those of o and of o's tangent.
+    """Cotangents of `qkv` and `qkv_dot`, from those of o and of o's tangent.
 
-    outputs: what `pair_forward` gave. Where `qkv_dot` has no tangent there is no cotangent of it.
+    outputs: of `pair_forward`. An absent tangent in `qkv_dot` has no cotangent.
     """
     (o, o_dot, statistics), accum_dtype, scale = outputs, _accum_dtype(qkv), _scale(qkv)
     arrays_HCK = [_heads_first(x) for x in (qkv.q, qkv_dot.q, o_bar, o_dot_bar)]
@@ -175,13 +175,14 @@ def pair_backward(
     arrays_HC = (*statistics, delta_HC, _dot(o_dot_bar, o, accum_dtype))
 
     def step(rows, keys, mask, need_kv_grads):
-        del need_kv_grads  # all sides want theirs
+        del need_kv_grads  # always True
         q, q_dot, o_bar, o_dot_bar = (take_tile(x, rows, -2) for x in arrays_HCK)
         logsumexp, mean_dot, delta, delta_dot = (
             take_tile(x, rows, -1)[..., None] for x in arrays_HC
         )
         prob = jnp.exp(_scores(q, keys, mask, accum_dtype) - logsumexp)
         score_dot = _score_tangents(q, q_dot, keys, accum_dtype) - mean_dot
+        # b as in the package docstring
         b = _query_key_dot(o_dot_bar, keys.v, accum_dtype) - delta_dot
         prob_bar = _query_key_dot(o_bar, keys.v, accum_dtype) - delta + score_dot * b
         if keys.v_dot is not None:
@@ -224,7 +225,7 @@ def _zeros(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _kv_groups(qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVGroup, KVGroup]:
-    """Past and own keys; a tangent of k without one of v, or the reverse, is not provided for."""
+    """Buffered and chunk keys. Tangents of k and v are both present or both absent."""
     qkv_dot = qkv_dot or QKV(None, None, None, None, None)
     return (
         KVGroup(
@@ -239,7 +240,7 @@ def _kv_groups(qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVGroup, KVGroup]:
 
 
 def _query_key_dot(x: Array, y: Array, accum_dtype: jnp.dtype) -> Array:
-    """[..., H, Q, S], of rows [..., H, Q, K] with keys or values [..., S, G, K]."""
+    """[..., H, Q, S]: rows [..., H, Q, K] times keys or values [..., S, G, K]."""
     product = jnp.einsum(
         "...gqk,...sgk->...gqs", _fold_heads(x, y), y, preferred_element_type=accum_dtype
     )
@@ -247,16 +248,16 @@ def _query_key_dot(x: Array, y: Array, accum_dtype: jnp.dtype) -> Array:
 
 
 def _sum_over_keys(weight: Array, y: Array) -> Array:
-    """[..., H, Q, K], values or keys summed with weights [..., H, Q, S] in the dtype of y."""
+    """[..., H, Q, K]: sum of y [..., S, G, K] weighted by [..., H, Q, S], cast to y's dtype."""
     folded = _fold_heads(weight, y).astype(y.dtype)
     out = jnp.einsum("...gqs,...sgk->...gqk", folded, y, preferred_element_type=weight.dtype)
     return out.reshape(*weight.shape[:-1], y.shape[-1])
 
 
 def _sum_over_queries(weight: Array, x: Array, y: Array) -> Array:
-    """[..., G, S, K], rows [..., H, Q, K] summed with weights [..., H, Q, S] in the dtype of x.
+    """[..., G, S, K]: sum of x [..., H, Q, K] weighted by [..., H, Q, S], cast to x's dtype.
 
-    y: the keys that it is for, [..., S, G, K].
+    y: the keys or values that it belongs to, [..., S, G, K].
     """
     weight_GQS, x_GQK = _fold_heads(weight, y).astype(x.dtype), _fold_heads(x, y)
     return jnp.einsum(
@@ -265,12 +266,12 @@ def _sum_over_queries(weight: Array, x: Array, y: Array) -> Array:
 
 
 def _fold_heads(x: Array, y: Array) -> Array:
-    """[..., H, Q, N] as [..., G, H / G x Q, N], by the heads of y, [..., S, G, K]."""
+    """[..., H, Q, N] as [..., G, H / G x Q, N], for the G heads of y [..., S, G, K]."""
     return x.reshape(*x.shape[:-3], y.shape[-2], -1, x.shape[-1])
 
 
 def _dot(x: Array, y: Array, accum_dtype: jnp.dtype) -> Array:
-    """[..., H, C], of two arrays [..., C, H, K]."""
+    """[..., H, C]: inner products of two arrays [..., C, H, K]."""
     return jnp.einsum("...chk,...chk->...hc", x, y, preferred_element_type=accum_dtype)
 
 
@@ -287,6 +288,6 @@ def _score_tangents(q: Array, q_dot: Array, keys: KVGroup, accum_dtype: jnp.dtyp
 
 
 def _online_softmax(row_max: Array, score: Array) -> tuple[Array, Array, Array]:
-    """The highest score with a new block, what earlier sums are worth now, and its weights."""
+    """New running maximum, rescale factor of earlier sums, and exp(score - maximum)."""
     new = jnp.maximum(row_max, jnp.max(score, axis=-1))
     return new, jnp.exp(row_max - new), jnp.exp(score - new[..., None])

@@ -1,4 +1,4 @@
-"""Window attention with derivatives of its own: the three forms in which it can be asked for."""
+"""Window attention with custom derivatives: entry points for `jax.grad`, `jax.jvp` and the pair."""
 
 from functools import partial
 from typing import Any
@@ -25,14 +25,14 @@ def window_attention(
     tiling: Tiling = AUTO,
     kernel: str = "auto",
 ) -> Array:
-    """Attention of a chunk to itself and to the W keys before it, [..., C, H, K], for `jax.grad`.
+    """Attention of a chunk to itself and to W buffered keys, [..., C, H, K], for `jax.grad`.
 
-    Any leading dimensions are sequences that stand at the same `position` (tokens before the
-    chunk; int, may be traced). Keys are in the order of the sequence; of the past, only those count
-    that exist (the last `position`) and that `attention_mask` lets a query see. The same numbers as
-    `tttjax.ops.attention.attend.attend` over both groups of keys, in memory linear in C + W.
+    Leading dimensions are batch dimensions; all sequences are at the same `position` (tokens before
+    the chunk; int, may be traced). Keys are in sequence order. Only the last `position` buffered
+    keys are valid; `attention_mask` applies to all. Equal to `tttjax.ops.attention.attend.attend`
+    over the buffered and the chunk's keys, with memory linear in C + W.
 
-    Reverse mode, once. Past keys and values that are not differentiated cost nothing.
+    Differentiable once, in reverse mode. Gradients of the buffer are computed only if requested.
     kernel: "auto", "xla" or "pallas" (see `select`).
     """
     qkv = QKV(q_CHK, k_buffered_WHK, v_buffered_WHK, k_chunk_CHK, v_chunk_CHK)
@@ -50,10 +50,10 @@ def window_attention_jvp(
     tiling: Tiling = AUTO,
     kernel: str = "auto",
 ) -> Array:
-    """The same as `window_attention`, for `jax.jvp`, and for `jax.grad` of a `jax.jvp` of it.
+    """`window_attention` for `jax.jvp`, and for `jax.grad` of its `jax.jvp`.
 
-    Not for `jax.grad` of itself: only what its tangent rule calls, `window_attention_pair`, can be
-    differentiated in reverse. Past keys and values without a tangent cost nothing for one.
+    `jax.grad` of the function itself is not supported: only its JVP rule, `window_attention_pair`,
+    has a reverse mode. Buffered keys and values without tangents add no work.
     """
     qkv = QKV(q_CHK, k_buffered_WHK, v_buffered_WHK, k_chunk_CHK, v_chunk_CHK)
     return _jvp(*qkv, position, attention_mask, tiling, kernel)
@@ -67,9 +67,9 @@ def window_attention_pair(
     tiling: Tiling = AUTO,
     kernel: str = "auto",
 ) -> tuple[Array, Array]:
-    """(o, o's tangent along `qkv_dot`), for `jax.grad`: reverse mode, once, in all that is in either.
+    """(o, tangent of o along `qkv_dot`), differentiable once, in reverse mode, in both arguments.
 
-    `qkv_dot` has None for past keys and values that have no tangent (both or neither).
+    `qkv_dot` has None for buffered keys and values without tangents (both or neither).
     """
     return _pair(qkv, qkv_dot, position, attention_mask, tiling, kernel)
 
@@ -86,7 +86,7 @@ def _blocked_forward(
     arguments = q, k_buffered, v_buffered, k_chunk, v_chunk
     qkv = QKV(*(x.value for x in arguments))
     o, logsumexp = select.forward(qkv, position.value, attention_mask, tiling, kernel)
-    # Told by its structure, since a residual's value is unknown while the program is written.
+    # Residuals are traced, so the tree structure carries this static flag.
     buffer_grads = () if k_buffered.perturbed or v_buffered.perturbed else None
     return o, (qkv, position.value, o, logsumexp, buffer_grads)
 
@@ -150,10 +150,10 @@ def _is_zero(x: Any) -> bool:
 
 
 def _instantiate(x: Any) -> Array:
-    """A tangent or cotangent as an array, also where it is known to be 0."""
+    """`x` as an array, with symbolic zeros instantiated."""
     return jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x
 
 
 def _assert_same_shape(*arrays: Array) -> None:
-    """Residuals arrive in the order in which they were saved."""
+    """Checks that residuals arrive in the order in which they were saved."""
     assert len({x.shape for x in arrays}) == 1, [x.shape for x in arrays]

@@ -1,20 +1,19 @@
-"""Which form of the four functions runs where: XLA's (`functions`), or the kernels (`kernels`).
+"""Dispatch of window attention between XLA (`functions`) and Pallas (`kernels`), per platform.
 
-It is chosen by the platform that a program is compiled for, which need not be one of this machine:
-where platforms get different forms or block sizes, `jax.lax.platform_dependent` holds all of them
-until then, and only the one that is needed is compiled.
+The choice is made at lowering, for the target platform, which this machine need not have: if
+platforms differ in implementation or tile size, `jax.lax.platform_dependent` holds one branch each
+and only the target's is compiled.
 
-kernel: "auto", the kernels on TPUs and NVIDIA GPUs where they apply and there is enough to do for
-them, else XLA; "xla"; or "pallas", the kernels wherever they apply, interpreted on a CPU.
+kernel: "auto": Pallas on TPUs and NVIDIA GPUs if supported and the problem is large enough, else
+XLA; "xla"; or "pallas": Pallas wherever supported, interpreted on a CPU.
 
-Kernels cannot be divided by the partitioner. Inside shard_map the mesh axes that it leaves to the
-partitioner (such as `tensor`) divide the heads, in a shard_map of the kernels' own; where they do
-not divide those of keys and values evenly, and under `jax.set_mesh` without shard_map, XLA's form
-runs. A program over several devices that says its mesh by its arguments' shardings alone has to ask
-for "xla".
+The partitioner cannot shard a kernel. Inside shard_map, the axes left to the partitioner (such as
+`tensor`) shard the heads, in a nested shard_map around the kernels. XLA runs if these axes do not
+divide the KV heads evenly, and under `jax.set_mesh` without shard_map. A program over several
+devices whose mesh is given only by argument shardings must set kernel="xla".
 
-XLA's form knows grouped queries. The kernels do not: keys and values are spread to all heads before
-them, and the cotangents summed, which costs as much memory for a moment as H heads would have.
+The XLA implementation supports grouped queries. For the kernels, keys and values are repeated to
+all H heads and their cotangents summed, which temporarily takes the memory of H KV heads.
 """
 
 from collections.abc import Callable
@@ -33,10 +32,10 @@ from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
 from tttjax.types import Array
 
 KERNELS = ("auto", "xla", "pallas")
-PLATFORMS = ("cpu", "tpu", "cuda")  # the others are XLA's, with tiles as for a TPU
-MIN_KEYS = 256  # "auto" leaves fewer to XLA
+PLATFORMS = ("cpu", "tpu", "cuda")  # others use XLA with the tile sizes of a TPU
+MIN_KEYS = 256  # "auto" uses XLA below
 
-Implementation = tuple[str, Tiling]  # "xla" or "pallas", and blocks (of the kernels: as asked)
+Implementation = tuple[str, Tiling]  # "xla" or "pallas", and tile sizes (Pallas: as requested)
 
 
 def unsupported_reason(
@@ -49,33 +48,33 @@ def unsupported_reason(
     kernel: str = "auto",
     tiling: Tiling = AUTO,
 ) -> str:
-    """Why the kernels do not run where a program for `platform` is written; "" if they do.
+    """Why the kernels do not run on `platform`; "" if they do.
 
-    platform: "cpu", "tpu" or "cuda". shape: of q, [..., C, H, K]; past: keys before the chunk;
+    platform: "cpu", "tpu" or "cuda". shape: of q, [..., C, H, K]. num_buffered: buffered keys.
     kv_heads: heads of keys and values, 0: H.
-    Inside shard_map or `jax.set_mesh`, for the mesh that is in force there.
-    Raises UserError for a `kernel` that there is not.
+    Inside shard_map or `jax.set_mesh`, applies to the current mesh.
+    Raises UserError for an unknown `kernel`.
     """
     if kernel not in KERNELS:
         raise UserError(f"attention kernel {kernel!r}: choose among {', '.join(KERNELS)}.")
     if kernel == "xla":
-        return "XLA's form was asked for"
+        return 'kernel="xla" was requested'
     if reason := unsharded_reason(kv_heads or shape[-2]) or kernels.unsupported_reason(
         platform, shape, num_buffered, dtype, tiling
     ):
         return reason
     if kernel == "auto" and platform == "cpu":
-        return "on a CPU a kernel is interpreted"
+        return "kernels are only interpreted on a CPU"
     keys = num_buffered + shape[-3]
     if kernel == "auto" and keys < MIN_KEYS:
-        return f"{keys} keys are fewer than the {MIN_KEYS} from which a kernel pays"
+        return f"{keys} keys are fewer than the {MIN_KEYS} at which kernels are used"
     return ""
 
 
 def forward(
     qkv: QKV, position: Array, attention_mask: AttentionMask, tiling: Tiling, kernel: str
 ) -> tuple[Array, Array]:
-    """`functions.forward` in the chosen form."""
+    """`functions.forward` in the chosen implementation."""
     return _run("forward", qkv, (qkv,), position, attention_mask, tiling, kernel)
 
 
@@ -90,7 +89,7 @@ def backward(
     kernel: str,
     buffer_grads: bool,
 ) -> QKV:
-    """`functions.backward` in the chosen form."""
+    """`functions.backward` in the chosen implementation."""
     arrays = qkv, o, logsumexp_HC, o_bar
     return _run(
         "backward", qkv, arrays, position, attention_mask, tiling, kernel, buffer_grads=buffer_grads
@@ -105,7 +104,7 @@ def pair_forward(
     tiling: Tiling,
     kernel: str,
 ) -> tuple[Array, Array, Statistics]:
-    """`functions.pair_forward` in the chosen form."""
+    """`functions.pair_forward` in the chosen implementation."""
     return _run("pair_forward", qkv, (qkv, qkv_dot), position, attention_mask, tiling, kernel)
 
 
@@ -120,7 +119,7 @@ def pair_backward(
     tiling: Tiling,
     kernel: str,
 ) -> tuple[QKV, QKV]:
-    """`functions.pair_backward` in the chosen form."""
+    """`functions.pair_backward` in the chosen implementation."""
     arrays = qkv, qkv_dot, outputs, o_bar, o_dot_bar
     return _run("pair_backward", qkv, arrays, position, attention_mask, tiling, kernel)
 
@@ -135,7 +134,7 @@ def _run(
     kernel: str,
     **static: bool,
 ) -> Any:
-    """The function of that name, in the form of the platform that it will be compiled for."""
+    """Runs the function `name` in the implementation of the target platform."""
 
     def bind(implementation: str, blocks: Tiling, platform: str) -> Callable:
         def call(position: Array, *arrays: Any) -> Any:
@@ -173,23 +172,23 @@ def _run(
 
 
 def _map_kv(fn: Callable[[Array], Array], tree: Any) -> Any:
-    """A tree with the keys and values of all chunks in it changed, where there are any."""
+    """Applies `fn` to the keys and values of every QKV in `tree`."""
 
-    def one(node: Any) -> Any:
+    def map_node(node: Any) -> Any:
         if not isinstance(node, QKV):
             return node
         return QKV(node.q, *(x if x is None else fn(x) for x in node[1:]))
 
-    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, QKV))
+    return jax.tree.map(map_node, tree, is_leaf=lambda node: isinstance(node, QKV))
 
 
 def _repeat_kv_heads(x: Array, times: int) -> Array:
-    """[..., S, G, K] as [..., S, H, K]: the kernels read one head of keys for each of queries."""
+    """[..., S, G, K] to [..., S, H, K]: the kernels need one KV head per query head."""
     return x if times == 1 else jnp.repeat(x, times, axis=-2)
 
 
 def _sum_kv_heads(bar: Array, times: int) -> Array:
-    """[..., S, G, K], the cotangent of what was spread, from [..., S, H, K]."""
+    """Transpose of `_repeat_kv_heads`: cotangents [..., S, H, K] to [..., S, G, K]."""
     if times == 1:
         return bar
     accum_dtype = jnp.promote_types(bar.dtype, jnp.float32)

@@ -1,7 +1,6 @@
-"""Walking over blocks: which blocks of keys a block of queries sees, and loops over them alone.
+"""Tiling of window attention: loops over the tiles that the attention mask does not exclude.
 
-Arrays that belong to queries have their heads first inside, [..., H, C, K] and [..., H, C]; keys
-are cut from [..., S, H, K] as they are.
+Arrays per query are [..., H, C, K] and [..., H, C]; keys and values are [..., S, H, K].
 """
 
 import math
@@ -14,16 +13,16 @@ from jax import lax
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.types import Array
 
-# Scores of one block over all heads and sequences. On a CPU they should stay in its caches
-# (2 MiB in float32; larger and smaller ones were slower), elsewhere keep the whole device busy.
+# Scores of one tile over all heads and sequences. On a CPU they should fit its caches (2 MiB in
+# float32; larger and smaller tiles were slower), elsewhere they should occupy the whole device.
 TILE_ENTRIES = {"cpu": 2**19}
 TILE_ENTRIES_DEFAULT = 2**22
-MIN_BLOCK = 128  # shorter blocks keep matrix units idle
-TARGET_KEY_BLOCK = 512  # keys of a block before its queries are divided
+MIN_BLOCK = 128  # shorter blocks leave matrix units idle
+TARGET_KEY_BLOCK = 512  # the query block is chosen for at most this many keys
 
 
 class Tiling(NamedTuple):
-    """Queries and keys of one block; 0: chosen by `choose_tiling`."""
+    """Queries and keys of one tile; 0: chosen automatically."""
 
     query: int = 0
     key: int = 0
@@ -33,9 +32,9 @@ AUTO = Tiling()
 
 
 class ChunkGeometry(NamedTuple):
-    """Where the chunk stands (tokens before it), how long it is, and what its queries see.
+    """Position of the chunk (tokens before it), its length, attention mask and tiling.
 
-    tiling: with both sizes given (`choose_tiling`).
+    tiling: both sizes nonzero (see `choose_tiling`).
     """
 
     position: Array
@@ -45,9 +44,9 @@ class ChunkGeometry(NamedTuple):
 
 
 class KVGroup(NamedTuple):
-    """One of the two groups of keys, [..., S, H, K], with their tangents (None: constants).
+    """Buffered or chunk keys and values, [..., S, H, K], with tangents (None: constants).
 
-    first: where its first key stands, counted from the chunk's first query (-W or 0).
+    first: position of the first key, relative to the chunk's first query (-W or 0).
     """
 
     first: int
@@ -58,9 +57,9 @@ class KVGroup(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Entries [start, start + size); those below `valid` were in the piece before.
+    """Entries [start, start + size) of an axis; entries below `valid` belong to the previous tile.
 
-    So it is where a length is no multiple of the block: the last piece begins earlier.
+    They overlap if the length is not a multiple of the tile size: the last tile starts earlier.
     """
 
     start: Array | int
@@ -69,9 +68,9 @@ class Tile(NamedTuple):
 
 
 def choose_tiling(shape: tuple[int, ...], keys: int, tiling: Tiling, platform: str) -> Tiling:
-    """Block sizes for queries of this shape [..., C, H, K] and at most `keys` keys on a side.
+    """Tile sizes for queries of `shape` [..., C, H, K] and at most `keys` keys per group.
 
-    Those that `tiling` leaves open are as large as TILE_ENTRIES allows for the platform.
+    Sizes that are 0 in `tiling` become as large as TILE_ENTRIES allows on the platform.
     """
     *lead, queries, heads, _ = shape
     entries = TILE_ENTRIES.get(platform, TILE_ENTRIES_DEFAULT)
@@ -84,7 +83,7 @@ def choose_tiling(shape: tuple[int, ...], keys: int, tiling: Tiling, platform: s
 
 
 def _block_size(length: int, max_size: int) -> int:
-    """The size of pieces of `length`: `max_size`, or a divisor if there is one not far below."""
+    """`length` if it fits, or its largest divisor in (max_size / 2, max_size], or `max_size`."""
     if length <= max_size:
         return length
     return next(
@@ -93,14 +92,14 @@ def _block_size(length: int, max_size: int) -> int:
 
 
 def take_tile(x: Array, tile: Tile, axis: int) -> Array:
-    """The piece's entries of x."""
+    """The tile's entries of x."""
     if tile.size == x.shape[axis]:
         return x
     return lax.dynamic_slice_in_dim(x, tile.start, tile.size, axis)
 
 
 def take_kv_tile(kv_group: KVGroup, cols: Tile) -> KVGroup:
-    """The piece's keys and values, and their tangents if there are any."""
+    """The tile's keys and values, with their tangents."""
     k_dot, v_dot = (
         None if x is None else take_tile(x, cols, -3) for x in (kv_group.k_dot, kv_group.v_dot)
     )
@@ -114,7 +113,7 @@ def take_kv_tile(kv_group: KVGroup, cols: Tile) -> KVGroup:
 
 
 def _write_tile(x: Array, update: Array, tile: Tile, axis: int) -> Array:
-    """x with the piece's entries replaced."""
+    """x with the tile's entries replaced."""
     update = update.astype(x.dtype)
     if tile.size == x.shape[axis]:
         return update
@@ -122,12 +121,12 @@ def _write_tile(x: Array, update: Array, tile: Tile, axis: int) -> Array:
 
 
 def _add_to_tile(x: Array, update: Array, tile: Tile, axis: int) -> Array:
-    """x with something added to the piece's entries."""
+    """x with `update` added to the tile's entries."""
     return _write_tile(x, take_tile(x, tile, axis) + update.astype(x.dtype), tile, axis)
 
 
 def _loop_over_tiles(low, high, length: int, size: int, body: Callable, carry: Any) -> Any:
-    """carry = body(piece, carry) over the pieces of [0, length) that meet [low, high)."""
+    """carry = body(tile, carry) over the tiles of [0, length) that overlap [low, high)."""
     if length == 0:
         return carry
     if size >= length:
@@ -143,7 +142,7 @@ def _loop_over_tiles(low, high, length: int, size: int, body: Callable, carry: A
 
 
 def _tile_mask(geometry: ChunkGeometry, rows: Tile, first: int, cols: Tile) -> Array:
-    """bool [Q, S]: what queries `rows` see of keys `cols`, each key in one piece only."""
+    """bool [Q, S]: attention mask of the tile, False for keys of the previous tile."""
     query = rows.start + jnp.arange(rows.size)
     key = cols.start + jnp.arange(cols.size)
     mask = mask_fn(
@@ -153,7 +152,7 @@ def _tile_mask(geometry: ChunkGeometry, rows: Tile, first: int, cols: Tile) -> A
 
 
 def first_attended_key(geometry: ChunkGeometry, query: Array | int) -> Array:
-    """Where the first key stands that this query sees, if there were keys everywhere."""
+    """Position of the first key that `query` attends to, however many keys are buffered."""
     position, _, attention_mask, _ = geometry
     first = -position
     if attention_mask.window:
@@ -166,7 +165,7 @@ def first_attended_key(geometry: ChunkGeometry, query: Array | int) -> Array:
 
 
 def attending_query_stop(geometry: ChunkGeometry, key: Array | int) -> Array | int:
-    """The first query after this key that no longer sees it (`length`: all do)."""
+    """The first query after `key` that does not attend to it (`length`: all do)."""
     position, length, attention_mask, _ = geometry
     stop: Array | int = length
     if attention_mask.window:
@@ -186,11 +185,11 @@ def scan_query_tiles(
     finish: Callable,
     out: Any,
 ) -> Any:
-    """Results per query, from one block of queries after the other.
+    """Loops over query blocks, and inside over the key blocks that each attends to.
 
-    queries, carry = start(rows); carry = step(queries, carry, keys, seen) with the blocks of keys
-    that they see, `keys` a cut Side; finish(carry) is written to the rows of `out`, a tuple of
-    arrays [..., H, C, K] and [..., H, C].
+    queries, carry = start(rows); carry = step(queries, carry, keys, mask) for each block of keys, a
+    KVGroup; finish(carry) is written to the rows of `out`, a tuple of arrays [..., H, C, K] and
+    [..., H, C].
     """
 
     def block(rows, out):
@@ -221,11 +220,11 @@ def scan_key_tiles(
     query_sums: tuple,
     key_sums: Sequence[tuple],
 ) -> tuple[tuple, list[tuple]]:
-    """Sums over keys for the queries, and over queries for the keys, each block visited once.
+    """Sums over keys per query, and over queries per key, visiting each tile once.
 
-    step(rows, keys, seen, wanted) -> what is added to `query_sums`, arrays [..., H, C, K], and to the
-    side's member of `key_sums`, arrays [..., S, H, K] (wanted False: it is empty); parts of both
-    come as [..., H, Q, K] and [..., H, S, K] and are summed in the dtype of `query_sums`.
+    step(rows, keys, mask, need_kv_grads) -> (query_parts, key_parts), [..., H, Q, K] and
+    [..., H, S, K]. They are added to `query_sums`, [..., H, C, K], and to the group's entry of
+    `key_sums`, [..., S, H, K] (empty: need_kv_grads is False), in the dtype of `query_sums`.
     """
     results = []
     for kv_group, out in zip(kv_groups, key_sums, strict=True):
@@ -237,7 +236,7 @@ def scan_key_tiles(
 def _scan_kv_group(
     kv_group: KVGroup, geometry: ChunkGeometry, step: Callable, query_sums: tuple, out: tuple
 ) -> tuple[tuple, tuple]:
-    """`scan_key_tiles` for one side: a block of keys stays while all queries that see it pass by."""
+    """`scan_key_tiles` for one group: loops over key blocks, and inside over query blocks."""
     length = kv_group.k.shape[-3]
     size = min(geometry.tiling.key, length)
 
@@ -263,7 +262,7 @@ def _scan_kv_group(
         query_sums, sums = _loop_over_tiles(
             low, high, geometry.length, geometry.tiling.query, visit_tile, (query_sums, sums)
         )
-        # Only a piece that was moved back meets entries that the one before has written.
+        # The last tile may overlap entries that the previous one wrote.
         write = _add_to_tile if length % size else _write_tile
         parts = zip(out, sums, strict=True)
         return query_sums, tuple(write(x, jnp.swapaxes(y, -2, -3), cols, -3) for x, y in parts)

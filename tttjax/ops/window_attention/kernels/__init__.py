@@ -1,13 +1,13 @@
-"""The four functions of window attention as Pallas kernels, for TPUs (Mosaic) and GPUs (Triton).
+"""Forward and backward of window attention as Pallas kernels, for TPUs (Mosaic) and GPUs (Triton).
 
-One kernel serves both: it is written for one head, one block of queries (or of keys), and loops
-over the blocks of keys (of queries) that meet it, so the mathematics in `blocks`, the loops in
-`walks` and the four functions are the same everywhere. What differs is where scalars lie, block
-sizes, and hints for the compilers (`machines`).
+Both platforms run the same kernels. A program handles one head and one block of queries (or keys)
+and loops over the blocks of keys (or queries) that overlap its mask. `blocks` has the math of one
+tile, `grids` the loops, `calls` the functions, and `platforms` what differs: memory space of
+scalars, tile sizes and compiler options.
 
-Tokens lie last, [N, K, S] for N heads of all sequences: a head size of 64 then fills no more of a
-TPU's 128 lanes than it needs, sums over keys need no lanes to be exchanged, and numbers per query
-are rows [1, Q] that meet scores [S, Q] as they are.
+Tokens are the last axis, [N, K, S] for N heads of all sequences: a head size of 64 wastes none of a
+TPU's 128 lanes, sums over keys need no lane shuffles, and numbers per query are rows [1, Q] that
+broadcast over scores [S, Q].
 """
 
 from tttjax.ops.window_attention.kernels.calls import (

@@ -1,7 +1,6 @@
-"""What the four functions do with one block of queries and one of keys of one head.
+"""Math of one tile of one head; the docstring of `window_attention` derives the formulas.
 
-Queries and what belongs to them are [K, Q], numbers per query [1, Q], keys and values [K, S], and
-scores [S, Q]. The formulas are those of the package `window_attention`.
+Shapes: queries [K, Q], numbers per query [1, Q], keys and values [K, S], scores [S, Q].
 """
 
 from typing import NamedTuple
@@ -24,8 +23,8 @@ class Keys(NamedTuple):
 
 
 class TileCotangents(NamedTuple):
-    """Of one block, [S, Q]: probabilities, cotangents of scores and of their tangents, and the
-    scores' tangents counted from their mean."""
+    """Of one tile, [S, Q]: probabilities, cotangents of the scores and of their tangents, and the
+    centred score tangents."""
 
     prob: Array
     score_bar: Array
@@ -34,12 +33,12 @@ class TileCotangents(NamedTuple):
 
 
 def accum_dtype(x: Array) -> jnp.dtype:
-    """What sums are taken in."""
+    """Accumulation dtype: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _scale(q: Array) -> Array:
-    """Of the scores; typed, since a Python number is a float64 where those are switched on."""
+    """Scale of the scores; typed, since a Python number is a float64 under x64."""
     return jnp.asarray(q.shape[0] ** -0.5, accum_dtype(q))
 
 
@@ -50,28 +49,28 @@ def _matmul(x: Array, y: Array, contract_dims: tuple[int, int]) -> Array:
 
 
 def key_query_dot(x_KS: Array, y_KQ: Array) -> Array:
-    """[S, Q], products of every key with every query."""
+    """[S, Q]: inner products of keys or values with queries or their cotangents."""
     return _matmul(x_KS, y_KQ, (0, 0))
 
 
 def sum_over_keys(y_KS: Array, weight_SQ: Array) -> Array:
-    """[K, Q], sums over keys, in the dtype of y."""
+    """[K, Q]: weighted sum over keys; weights are cast to the dtype of y."""
     return _matmul(y_KS, weight_SQ.astype(y_KS.dtype), (1, 0))
 
 
 def sum_over_queries(x_KQ: Array, weight_SQ: Array) -> Array:
-    """[K, S], sums over queries, in the dtype of x."""
+    """[K, S]: weighted sum over queries; weights are cast to the dtype of x."""
     return _matmul(x_KQ, weight_SQ.astype(x_KQ.dtype), (1, 1))
 
 
 def scores(q: Array, keys: Keys, mask: Array) -> Array:
-    """[S, Q]; MASKED_SCORE where nothing is seen."""
+    """Scores [S, Q]; MASKED_SCORE where masked."""
     score = key_query_dot(keys.k, q) * _scale(q)
     return jnp.where(mask, score, jnp.asarray(MASKED_SCORE, score.dtype))
 
 
 def score_tangents(q: Array, q_dot: Array, keys: Keys) -> Array:
-    """[S, Q], of the scores along the tangents of queries and keys."""
+    """Tangents of the scores [S, Q], along those of queries and keys."""
     score_dot = key_query_dot(keys.k, q_dot)
     if keys.k_dot is not None:
         score_dot += key_query_dot(keys.k_dot, q)
@@ -86,14 +85,14 @@ Rows = tuple[Array, ...]
 
 
 def start_forward(rows: Rows) -> Carry:
-    """(highest score, sum of weights, weighted values): nothing seen yet. rows: q, ..."""
+    """Initial (running maximum, sum of weights, weighted sum of values). rows: q, ..."""
     q, *_ = rows
     zeros = jnp.zeros((1, q.shape[1]), accum_dtype(q))
     return jnp.full_like(zeros, INITIAL_MAX), zeros, jnp.zeros(q.shape, accum_dtype(q))
 
 
 def step_forward(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
-    """With a block more."""
+    """Online-softmax update with one block of keys."""
     row_max, row_sum, sum_o = carry
     row_max, rescale, weight = _online_softmax(row_max, scores(rows[0], keys, mask))
     row_sum = row_sum * rescale + jnp.sum(weight, axis=0, keepdims=True)
@@ -101,21 +100,21 @@ def step_forward(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
 
 
 def finish_forward(carry: Carry) -> Carry:
-    """o and the scores' logsumexp."""
+    """o and the scores' log-sum-exp."""
     row_max, row_sum, sum_o = carry
     return sum_o / row_sum, row_max + jnp.log(row_sum)
 
 
 def start_pair(rows: Rows) -> Carry:
-    """The same with (mean of the scores' tangents, tangent of the weighted values)."""
+    """`start_forward` with running mean of score tangents and tangent of the weighted sum."""
     row_max, row_sum, sum_o = start_forward(rows)
     return row_max, row_sum, row_sum, sum_o, sum_o
 
 
 def step_pair(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
-    """With a block more; rows: q and its tangent.
+    """Online-softmax update with one block of keys; rows: q and its tangent.
 
-    The scores' tangents are counted from their mean so far, which moves.
+    Score tangents are centred on their running mean.
     """
     (q, q_dot), (row_max, row_sum, mean_dot, sum_o, sum_dot) = rows, carry
     row_max, rescale, weight = _online_softmax(row_max, scores(q, keys, mask))
@@ -132,13 +131,13 @@ def step_pair(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
 
 
 def finish_pair(carry: Carry) -> Carry:
-    """o, its tangent, the scores' logsumexp and the mean of their tangents."""
+    """o, its tangent, the scores' log-sum-exp and the mean of their tangents."""
     row_max, row_sum, mean_dot, sum_o, sum_dot = carry
     return sum_o / row_sum, sum_dot / row_sum, row_max + jnp.log(row_sum), mean_dot
 
 
 def _online_softmax(row_max: Array, score: Array) -> tuple[Array, Array, Array]:
-    """The highest score with a new block, what earlier sums are worth now, and its weights."""
+    """New running maximum, rescale factor of earlier sums, and exp(score - maximum)."""
     new = jnp.maximum(row_max, jnp.max(score, axis=0, keepdims=True))
     return new, jnp.exp(row_max - new), jnp.exp(score - new)
 
@@ -147,15 +146,15 @@ def _online_softmax(row_max: Array, score: Array) -> tuple[Array, Array, Array]:
 
 
 def score_cotangents(rows: Rows, keys: Keys, mask: Array) -> tuple[Array, Array]:
-    """(probabilities, cotangents of the scores); rows: q, o_bar, logsumexp, o_bar . o."""
+    """(probabilities, cotangents of the scores); rows: q, o_bar, logsumexp, delta = o_bar . o."""
     q, o_bar, logsumexp, delta = rows
     prob = jnp.exp(scores(q, keys, mask) - logsumexp)
     return prob, prob * (key_query_dot(keys.v, o_bar) - delta) * _scale(q)
 
 
 def pair_cotangents(rows: Rows, keys: Keys, mask: Array) -> TileCotangents:
-    """rows: q, its tangent, o_bar, o_dot_bar, logsumexp, mean_dot, o_bar . o + o_dot_bar . o_dot,
-    o_dot_bar . o."""
+    """The same for the pair; rows: q, q_dot, o_bar, o_dot_bar, logsumexp, mean_dot,
+    delta = o_bar . o + o_dot_bar . o_dot, delta_dot = o_dot_bar . o."""
     q, q_dot, o_bar, o_dot_bar, logsumexp, mean_dot, delta, delta_dot = rows
     scale = _scale(q)
     prob = jnp.exp(scores(q, keys, mask) - logsumexp)

@@ -1,4 +1,4 @@
-"""The four functions as calls of kernels; signatures and results are those of `..functions`."""
+"""Window attention by kernel calls; signatures and results are those of `..functions`."""
 
 import math
 
@@ -20,7 +20,7 @@ from tttjax.types import Array
 
 
 class _Layout:
-    """Between arrays as the model has them and as kernels do, for one chunk."""
+    """Converts arrays between the model's layout and the kernels', for one chunk."""
 
     def __init__(self, qkv: QKV, geometry: ChunkGeometry, platform: str, pair: bool = False):
         *self.lead, self.length, self.heads, self.head_size = qkv.q.shape
@@ -39,7 +39,7 @@ class _Layout:
         self.accum_dtype, self.like = accum_dtype(qkv.q), qkv.q
 
     def rows(self, *arrays: Array) -> tuple[Array, ...]:
-        """[..., C, H, K] or numbers per query [..., H, C] to [N, K or 1, C padded]."""
+        """[..., C, H, K], or numbers per query [..., H, C], to [N, K or 1, padded C]."""
         return tuple(
             self._flat(
                 x[..., None, :] if x.ndim < self.like.ndim else _tokens_last(x), pad_end=True
@@ -54,7 +54,7 @@ class _Layout:
         return jnp.pad(x, ((0, 0), (0, 0), pad_width)) if padding else x
 
     def kv_blocks(self, qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVBlocks | None, KVBlocks]:
-        """(past, own) keys; None: there is no past."""
+        """(buffered, chunk) keys; None: no keys are buffered."""
         qkv_dot = qkv_dot or QKV(None, None, None, None, None)
         chunk = Keys(qkv.k_chunk, qkv.v_chunk, qkv_dot.k_chunk, qkv_dot.v_chunk)
         if not self.num_buffered:
@@ -68,29 +68,29 @@ class _Layout:
         return KVBlocks(0 if pad_end else -flat.k.shape[-1], size, flat)
 
     def out(self, rows: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-        """A result per query."""
+        """Shape of a kernel result per query."""
         size = self.grid.geometry.tiling.query
         padded = -(-self.length // size) * size
         return jax.ShapeDtypeStruct((math.prod(self.lead) * self.heads, rows, padded), dtype)
 
     def of_queries(self, x: Array) -> Array:
-        """[N, K, C padded] to [..., C, H, K]."""
+        """[N, K, padded C] to [..., C, H, K]."""
         x = x[..., : self.length]
         return _tokens_first(x.reshape(*self.lead, self.heads, *x.shape[1:]))
 
     def per_query(self, x: Array) -> Array:
-        """[N, 1, C padded] to [..., H, C]."""
+        """[N, 1, padded C] to [..., H, C]."""
         return x[..., : self.length].reshape(*self.lead, self.heads, self.length)
 
     def of_keys(self, x: Array, kv_index: int) -> Array:
-        """[N, K, S padded] to [..., S, H, K]."""
+        """[N, K, padded S] to [..., S, H, K]. kv_index: 0 buffered, 1 chunk."""
         length = self.length if kv_index else self.num_buffered
         x = x[..., :length] if kv_index else x[..., x.shape[-1] - length :]
         return _tokens_first(x.reshape(*self.lead, self.heads, *x.shape[1:]))
 
 
 def forward(qkv: QKV, geometry: ChunkGeometry, platform: str) -> tuple[Array, Array]:
-    """o and the scores' logsumexp."""
+    """o and the scores' log-sum-exp."""
     layout = _Layout(qkv, geometry, platform)
     o, logsumexp = call_query_grid(
         layout.grid,
@@ -113,7 +113,7 @@ def backward(
     buffer_grads: bool,
     platform: str,
 ) -> QKV:
-    """Cotangents of the chunk from that of o; of past keys and values only if `buffer_grads`."""
+    """Cotangents of `qkv` from that of o; None for the buffer unless `buffer_grads`."""
     layout = _Layout(qkv, geometry, platform)
     rows = layout.rows(qkv.q, o_bar, logsumexp_HC, _dot(o_bar, o, layout.accum_dtype))
     kv_blocks = layout.kv_blocks(qkv)
@@ -151,7 +151,7 @@ def backward(
 def pair_forward(
     qkv: QKV, qkv_dot: QKV, geometry: ChunkGeometry, platform: str
 ) -> tuple[Array, Array, Statistics]:
-    """o, its tangent along `qkv_dot`, and what the backward pass needs."""
+    """o, its tangent along `qkv_dot`, and the softmax statistics."""
     layout = _Layout(qkv, geometry, platform, pair=True)
     rows = layout.rows(qkv.q, qkv_dot.q)
     like_o, per_query = (
@@ -180,7 +180,7 @@ def pair_backward(
     geometry: ChunkGeometry,
     platform: str,
 ) -> tuple[QKV, QKV]:
-    """Cotangents of the chunk and of its tangents, from those of o and of o's tangent."""
+    """Cotangents of `qkv` and `qkv_dot`, from those of o and of o's tangent."""
     layout = _Layout(qkv, geometry, platform, pair=True)
     o, o_dot, statistics = outputs
     delta = _dot(o_bar, o, layout.accum_dtype) + _dot(o_dot_bar, o_dot, layout.accum_dtype)
@@ -244,7 +244,7 @@ def _present(kv_blocks: tuple[KVBlocks | None, KVBlocks]) -> tuple[KVBlocks, ...
 
 
 def _dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:
-    """[..., H, C], of two arrays [..., C, H, K]."""
+    """[..., H, C]: inner products of two arrays [..., C, H, K]."""
     return jnp.einsum("...chk,...chk->...hc", x, y, preferred_element_type=dtype)
 
 
@@ -254,5 +254,5 @@ def _tokens_last(x: Array) -> Array:
 
 
 def _tokens_first(x: Array) -> Array:
-    """And back."""
+    """[..., H, K, S] to [..., S, H, K]."""
     return jnp.moveaxis(x, -1, -3)

@@ -1,9 +1,9 @@
-"""The two Pallas programs: sums over keys for each block of queries, and the other way round.
+"""The two Pallas grids: over blocks of queries, summing over keys, and the reverse.
 
-Each is one program per head and block, with a loop over the blocks of the other kind that may meet
-it; blocks outside the window, or before the start of the sequence, are not visited. Queries, keys
-and all that belongs to them come as [N, rows, tokens], tokens padded to whole blocks: those of the
-chunk behind, those of the past in front, so that places count from the chunk's first query in both.
+There is one program per head and block, which loops over the overlapping blocks of the other kind
+and skips blocks outside the window or before the sequence. Arrays are [N, rows, tokens], padded to
+whole blocks: the chunk's at the end, buffered ones at the start, so that positions are relative to
+the chunk's first query in both.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,10 @@ from tttjax.types import Array
 
 
 class KernelGrid(NamedTuple):
-    """What both programs know beside their arrays.
+    """Static parameters of both grids.
 
-    view: where the chunk stands; its tiling's `query` divides the padded chunk. past: keys there
-    are before the chunk, without padding. platform: that the program is made for.
-    width: bytes of a head's part of a token.
+    geometry: its tiling's `query` divides the padded chunk. num_buffered: without padding.
+    platform: the target. head_bytes: head size in bytes.
     """
 
     geometry: ChunkGeometry
@@ -40,8 +39,8 @@ class KernelGrid(NamedTuple):
 
 
 class KVBlocks(NamedTuple):
-    """Keys of the past or of the chunk, [N, K, S]. first: the place of the first. size: of a block
-    of them, a divisor of S."""
+    """Buffered or chunk keys, [N, K, S]. first: position of the first key. size: keys per block, a
+    divisor of S."""
 
     first: int
     size: int
@@ -57,10 +56,10 @@ def call_query_grid(
     step: Callable,
     finish: Callable,
 ) -> list[Array]:
-    """Results per query.
+    """Results per query, of the shapes `outs`.
 
-    carry = start(rows of a block); carry = step(carry, rows, keys, seen) for blocks of keys, with
-    seen [S, Q]; finish(carry) is written to the block's place in `outs`.
+    carry = start(rows of a block); carry = step(carry, rows, keys, mask) for blocks of keys, with
+    mask [S, Q]; finish(carry) is written to the block of each result.
     """
     count, _, length = rows[0].shape
     size = grid.geometry.tiling.query
@@ -112,7 +111,7 @@ def call_key_grid(
 ) -> list[Array]:
     """`outs` sums over queries for each key, [N, K, S].
 
-    step(rows of a block, keys of a block, seen) -> what is added, each [K, S].
+    step(rows of a block, keys of a block, mask) -> terms of the sums, each [K, S].
     """
     count, head_size, length = kv_block.keys.k.shape
     size, stride = kv_block.size, grid.geometry.tiling.query
@@ -153,12 +152,12 @@ def call_key_grid(
 
 
 def _token_block(x: Array | jax.ShapeDtypeStruct, size: int) -> pl.BlockSpec:
-    """A block of tokens of the program's own head."""
+    """The program's block of tokens of its head."""
     return pl.BlockSpec((None, x.shape[1], size), lambda n, i: (n, ZERO, i))
 
 
 def _all_tokens(x: Array) -> pl.BlockSpec:
-    """All tokens of it."""
+    """All tokens of the program's head."""
     return pl.BlockSpec((None, *x.shape[1:]), lambda n, i: (n, ZERO, ZERO))
 
 
@@ -167,21 +166,21 @@ def _scalar(position: Array | int) -> Array:
 
 
 def _block_range(low: Array, high: Array, size: int) -> tuple[Array, Array]:
-    """The blocks of `size` that meet [low, high), as bounds of a loop; none if it is empty."""
+    """Loop bounds over the blocks of `size` that overlap [low, high); empty if there are none."""
     low, high = (jnp.maximum(jnp.asarray(x, jnp.int32), 0) for x in (low, high))
     stop = lax.div(high + jnp.int32(size - 1), jnp.int32(size))
     return jnp.minimum(lax.div(low, jnp.int32(size)), stop), stop
 
 
 def _first_attended_key(geometry: ChunkGeometry, num_buffered: int, query: Array | int) -> Array:
-    """The place of the first key that this query (or any after it) sees."""
+    """Position of the first existing key that `query` (or any after it) attends to."""
     return jnp.maximum(first_attended_key(geometry, query), jnp.int32(-num_buffered))
 
 
 def _tile_mask(
     geometry: ChunkGeometry, num_buffered: int, query: Array, queries: int, key: Array, keys: int
 ) -> Array:
-    """bool [S, Q], for blocks that begin at these places."""
+    """bool [S, Q]: attention mask of the blocks that start at `query` and `key`."""
     query_1Q = query + lax.broadcasted_iota(jnp.int32, (1, queries), 1)
     key_S1 = key + lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
     return (key_S1 <= query_1Q) & (key_S1 >= _first_attended_key(geometry, num_buffered, query_1Q))

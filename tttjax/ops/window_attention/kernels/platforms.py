@@ -1,7 +1,7 @@
-"""What the kernels need to know of the machine they are compiled for.
+"""Platform-specific limits, tile sizes and compiler options of the kernels.
 
-Platforms are named as JAX names them: "tpu", "cuda", and "cpu", where Pallas interprets a kernel
-(for tests: it is slow).
+Platforms are JAX's names: "tpu", "cuda", and "cpu", where Pallas interprets a kernel (slow, for
+tests).
 """
 
 import math
@@ -15,24 +15,21 @@ from jax.experimental.pallas import triton as plgpu
 
 from tttjax.ops.window_attention.tiles import AUTO, Tiling
 
-ZERO = np.int32(0)  # typed: a Python number would be an int64 where those are switched on
+ZERO = np.int32(0)  # typed: a Python number would be an int64 under x64
 PLATFORMS = ("tpu", "cuda", "cpu")
-BLOCK_MULTIPLE = {
-    "tpu": 128,
-    "cuda": 16,
-    "cpu": 1,
-}  # a TPU's registers have 128 lanes; of GPUs, powers of 2
+# A TPU's registers have 128 lanes; GPU blocks are powers of 2 of at least 16.
+BLOCK_MULTIPLE = {"tpu": 128, "cuda": 16, "cpu": 1}
 GPU_HEAD_SIZES = (16, 32, 64, 128)
-VMEM_LIMIT = 48 * 2**20  # bytes of a TPU's fast memory that a kernel may ask for
-VMEM_FOR_SCORES = 12 * 2**20  # of it, scores of a block and what is made of them
+VMEM_LIMIT = 48 * 2**20  # bytes of a TPU's VMEM that a kernel may use
+VMEM_FOR_SCORES = 12 * 2**20  # of which for the scores of a tile and arrays of their shape
 
 
 def max_tiling(platform: str, head_bytes: int, pair: bool) -> Tiling:
-    """Queries and keys of a block. width: bytes of a head's part of a token. pair: of the pair's
-    kernels, which hold twice as much.
+    """Largest tile. head_bytes: head size in bytes. pair: for the pair, which holds twice as much.
 
-    On a TPU enough to keep its matrix units busy. On a GPU a block's scores lie in registers, and
-    its keys, values and tangents, twice, in 160 KiB of shared memory (an A100's).
+    On a TPU, large enough to occupy its matrix units. On a GPU the scores of a tile must fit in
+    registers, and its keys, values and tangents, double-buffered, in an A100's 160 KiB of shared
+    memory.
     """
     if platform != "cuda":
         return Tiling(256, 512) if platform == "tpu" else Tiling(64, 64)
@@ -44,14 +41,14 @@ def max_tiling(platform: str, head_bytes: int, pair: bool) -> Tiling:
 
 
 def position_spec(platform: str) -> pl.BlockSpec:
-    """Where the kernel finds the chunk's position: a TPU's scalars have a memory of their own."""
+    """Block spec of the chunk's position; on a TPU, scalars are in SMEM."""
     if platform == "tpu":
         return pl.BlockSpec((1,), lambda n, i: (ZERO,), memory_space=pltpu.SMEM)
     return pl.BlockSpec()
 
 
 def call_options(platform: str, head_bytes: int) -> dict[str, Any]:
-    """Of `pallas_call`; width as in `max_tiling`. No estimate of cost: it depends on the position."""
+    """Options of `pallas_call`. No cost estimate: the cost depends on the position."""
     if platform == "cpu":
         return {"interpret": True}
     if platform == "tpu":
@@ -68,8 +65,7 @@ def call_options(platform: str, head_bytes: int) -> dict[str, Any]:
 def choose_kernel_tiling(
     platform: str, queries: int, keys: int, requested: Tiling, head_bytes: int, pair: bool
 ) -> Tiling:
-    """Block sizes for so many queries, and keys on one side: `requested`, or the largest, if not too
-    long; width and pair as in `max_tiling`."""
+    """Tile sizes for these numbers of queries and keys: `requested` or `max_tiling`'s, clipped."""
     largest = max_tiling(platform, head_bytes, pair)
     return Tiling(
         _size(platform, queries, requested.query or largest.query),
@@ -91,9 +87,9 @@ def unsupported_reason(
     dtype: jnp.dtype,
     tiling: Tiling = AUTO,
 ) -> str:
-    """Why the kernels do not apply on this platform; "" where they do.
+    """Why the kernels do not support these inputs on `platform`; "" if they do.
 
-    shape: of q, [..., C, H, K]. past: keys before the chunk.
+    shape: of q, [..., C, H, K]. num_buffered: buffered keys.
     """
     *_, queries, _, head_size = shape
     dtype = jnp.dtype(dtype)
@@ -102,25 +98,23 @@ def unsupported_reason(
     if platform == "cpu":
         return ""
     if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the kernels compute with float32 or bfloat16, not {dtype}"
+        return f"the kernels support float32 and bfloat16, not {dtype}"
     if platform == "cuda":
         sizes = ", ".join(map(str, GPU_HEAD_SIZES))
-        return (
-            "" if head_size in GPU_HEAD_SIZES else f"a head size of {head_size} is none of {sizes}"
-        )
+        return "" if head_size in GPU_HEAD_SIZES else f"head size {head_size} is none of {sizes}"
     if head_size % 16:
-        return f"a head size of {head_size} is no multiple of 16"
+        return f"head size {head_size} is not a multiple of 16"
     needed = _vmem_bytes(queries, num_buffered, head_size * dtype.itemsize, tiling)
     if needed > VMEM_LIMIT:
         return (
-            f"a head of {num_buffered} + {queries} keys needs {needed / 2**20:.0f} MiB of a TPU's fast "
-            f"memory, of which {VMEM_LIMIT / 2**20:.0f} are used"
+            f"{num_buffered} + {queries} keys need {needed / 2**20:.0f} MiB of a TPU's VMEM per "
+            f"head, above the limit of {VMEM_LIMIT / 2**20:.0f}"
         )
     return ""
 
 
 def _vmem_bytes(queries: int, num_buffered: int, head_bytes: int, tiling: Tiling) -> int:
-    """Of the hungriest kernel: keys and values, tangents of the chunk's, all kept twice."""
+    """VMEM of the largest kernel: keys, values, and the chunk's tangents, double-buffered."""
     chunk, before = (
         math.ceil(n / size) * size
         for n in (queries, num_buffered)
