@@ -84,8 +84,12 @@ def prepare(
 
 def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
     request = {"settings": _plain(settings), "inputs": source.identity}
-    finished = folder / MANIFEST
-    if not overwrite and finished.exists() and not _differences(_read_json(finished), request):
+    manifest_path = folder / MANIFEST
+    if (
+        not overwrite
+        and manifest_path.exists()
+        and not _differences(_read_json(manifest_path), request)
+    ):
         # The folder may be read-only, so no lock is taken.
         log(f"prepare: {folder} is already prepared with these settings")
         return
@@ -127,15 +131,17 @@ def _choose_build_dir(folder: Path, request: dict[str, Any], overwrite: bool) ->
     if not overwrite:
         return folder
     sibling = _sibling(folder, "preparing")
-    started = folder / JOURNAL
+    journal_path = folder / JOURNAL
     if (folder / MANIFEST).exists() or sibling.exists():
         return sibling
-    if started.exists() and (_differences(_read_json(started), request) or not _is_ours(started)):
+    if journal_path.exists() and (
+        _differences(_read_json(journal_path), request) or not _is_current_journal(journal_path)
+    ):
         return sibling
     return folder
 
 
-def _is_ours(journal: Path) -> bool:
+def _is_current_journal(journal: Path) -> bool:
     """Whether this version wrote the journal; earlier ones grouped inputs into other tasks."""
     return SEAL in _read_json(journal)
 
@@ -208,18 +214,18 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
     A new journal is `request` itself. Raises UserError if the folder holds anything else, unless
     it is another data set and `replaceable`.
     """
-    finished, started = folder / MANIFEST, folder / JOURNAL
-    existing = finished if finished.exists() else started
+    manifest_path, journal_path = folder / MANIFEST, folder / JOURNAL
+    existing = manifest_path if manifest_path.exists() else journal_path
     if existing.exists():
         recorded = _read_json(existing)
         differing = _differences(recorded, request)
-        if not differing and existing is finished:
+        if not differing and existing is manifest_path:
             return None
-        if not differing and _is_ours(started):
+        if not differing and _is_current_journal(journal_path):
             return recorded
         differing = differing or "tasks, by an earlier version of tttjax"
         if not replaceable:
-            state = "was prepared" if existing is finished else "is half prepared"
+            state = "was prepared" if existing is manifest_path else "is half prepared"
             raise UserError(
                 f"{folder} {state} with other {differing}; choose another folder, or pass "
                 "--overwrite to replace it."
@@ -230,7 +236,7 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
             f"{folder} is not empty and has no prepared data in it; choose another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(started, request)
+    write_json(journal_path, request)
     return request
 
 

@@ -148,9 +148,9 @@ class PreparePass:
         self._position = 0  # in that document
         self.writers: dict[str, SplitWriter] = {}
         for split, state in journal.get("writers", {}).items():
-            self.writers[split] = self._writer(split, state)
+            self.writers[split] = self._make_writer(split, state)
 
-    def _writer(self, split: str, state: dict[str, Any] | None = None) -> SplitWriter:
+    def _make_writer(self, split: str, state: dict[str, Any] | None = None) -> SplitWriter:
         from_text = not self.source.zarr_root
         return SplitWriter(
             self.folder,
@@ -195,7 +195,7 @@ class PreparePass:
     def _writer_for(self, span: EncodedSpan) -> SplitWriter:
         split = span.split or self.rule(span.document)
         if split not in self.writers:
-            self.writers[split] = self._writer(split)
+            self.writers[split] = self._make_writer(split)
         return self.writers[split]
 
     def _record(self, tasks: int, covered: int) -> None:

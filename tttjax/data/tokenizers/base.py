@@ -209,8 +209,8 @@ class IdsTokenizer:
 
     def encode(self, text: str | bytes) -> np.ndarray:
         raise UserError(
-            "This data set holds token ids of an unknown tokenizer, so text cannot be encoded for "
-            "it; prepare it again with --tokenizer=tokenizer.json."
+            "This data set holds token ids of an unknown tokenizer, so it cannot encode text; "
+            "prepare it again with --tokenizer=tokenizer.json."
         )
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:

@@ -150,17 +150,17 @@ class HuggingFaceTokenizer:
         save_definition(directory, self._config(), self._model)
 
 
-def _parts(decoder: Any) -> list[dict[str, Any]]:
-    """The steps of a decoder's definition."""
+def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
+    """The steps of a decoder's definition, flattened."""
     if not decoder:
         return []
     if decoder["type"] == "Sequence":
-        return [part for step in decoder["decoders"] for part in _parts(step)]
+        return [part for step in decoder["decoders"] for part in _decoder_steps(step)]
     return [decoder]
 
 
 def _kinds(decoder: Any) -> set[str]:
-    return {part["type"] for part in _parts(decoder)}
+    return {part["type"] for part in _decoder_steps(decoder)}
 
 
 def _splits_words(pre_tokenizer: Any) -> bool:
@@ -175,7 +175,7 @@ def _splits_words(pre_tokenizer: Any) -> bool:
 
 
 def _without_byte_fallback(decoder: Any) -> dict[str, Any]:
-    parts = [part for part in _parts(decoder) if part["type"] != "ByteFallback"]
+    parts = [part for part in _decoder_steps(decoder) if part["type"] != "ByteFallback"]
     return {"type": "Sequence", "decoders": parts}
 
 
