@@ -43,7 +43,7 @@ def test_equals_causal_convolution_in_numpy(arrays):
     np.testing.assert_array_equal(short_conv(jnp.asarray(x), only_last, None, None)[0], x)
 
 
-@pytest.mark.parametrize("cuts", [(1, 1, 1, 6), (2, 0, 7), (5, 4), (9,)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1, 1, 6), (2, 0, 7), (5, 4), (9,)], ids=str)
 def test_any_split_gives_the_same(arrays, lengths):
     x, kernel, bias = map(jnp.asarray, arrays)
     previous = np.random.default_rng(1).normal(size=(TAPS - 1, *CHANNELS))
