@@ -164,7 +164,7 @@ def test_older_runs_find_relative_data_in_parent_folders(data, copied, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("something else " * 1000)
     prepare(["text.txt"], copied.parent / "data" / "books", num_workers=0)
-    with pytest.raises(UserError, match="are not there"):  # nearer, with other content
+    with pytest.raises(UserError, match="were not found"):  # nearer, with other content
         found_data(copied)
     expected = tmp_path / "project" / "data" / "books"
     shutil.copytree(data, expected)
