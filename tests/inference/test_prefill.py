@@ -81,14 +81,17 @@ def test_any_split_gives_the_same_logits(x64, mixer):
     sizes = {"mixers": (mixer,), "fast_mlp": False, "suffix_layers": 0}
     _, model, params, inference_model, weights, token = setting({"model": sizes})
     token = token[:, :-1]
-    full, _ = jax.vmap(partial(model.apply, params, model.init_state(LENGTH)))(token)
+    full, _ = jax.jit(jax.vmap(partial(model.apply, params, model.init_state(LENGTH))))(token)
+
+    @partial(jax.jit, static_argnames="at_start")
+    def extended(context, token_BT, at_start):
+        context, h_BTD = extend(inference_model, weights, context, token_BT, at_start=at_start)
+        return context, logits(inference_model, weights, context, h_BTD)
+
     for lengths in ((16,), (7, 6, 1, 1, 1)):
         context, at = init_context(inference_model, params, 2, LENGTH), 0
         for size in lengths:
-            context, h_BTD = extend(
-                inference_model, weights, context, token[:, at : at + size], at_start=at == 0
-            )
-            result = logits(inference_model, weights, context, h_BTD)
+            context, result = extended(context, token[:, at : at + size], at_start=at == 0)
             assert worst(result, full[:, at : at + size]) < 1e-11
             at += size
 

@@ -177,8 +177,8 @@ def test_initial_weights():
     [
         ({"head_dim": 5}, "not a multiple of the head dimension 5"),
         ({"groups": 3}, "4 heads cannot be divided into 3 groups"),
-        ({"dt_limits": (0.1,)}, "give the least and the largest step size"),
-        ({"dt_limits": (0.2, 0.1)}, "give the least and the largest step size"),
+        ({"dt_limits": (0.1,)}, "smallest and the largest step size"),
+        ({"dt_limits": (0.2, 0.1)}, "smallest and the largest step size"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, says):
