@@ -25,8 +25,8 @@ class ModelConfig:
     )
     num_kv_heads: int = declare(
         0,
-        "Heads of keys and values (G), a divisor of num_heads: each serves num_heads / G query "
-        "heads, and windows, caches and sessions keep these alone; 0: num_heads.",
+        "KV heads (G), a divisor of num_heads: each serves num_heads / G query heads, and KV "
+        "caches and sessions hold only these; 0: num_heads.",
         minimum=0,
         omit_default_in_hash=True,
     )
@@ -37,17 +37,17 @@ class ModelConfig:
     )
     mixers: tuple[str, ...] = declare(
         ("window",),
-        "What mixes tokens in a block, as a pattern repeated over the layers. full: all earlier "
-        "tokens. window: the last window_size tokens. local: causal inside blocks of "
+        "Sequence mixer of each block, a pattern repeated over the layers. full: causal attention. "
+        "window: sliding-window attention over window_size tokens. local: causal inside blocks of "
         "inner.chunk_size tokens (the official code's full attention in meta mode; for "
-        "verification). mamba2, gated_deltanet, ttt_linear, ttt_mlp: recurrent layers. none: the "
-        "block mixes nothing. Two mixers joined by + run one after the other, each with its own "
+        "verification). mamba2, gated_deltanet, ttt_linear, ttt_mlp: recurrent layers. none: no "
+        "mixer. Two mixers joined by + run one after the other, each with its own "
         "norms and residual: window+ttt_mlp is the papers' TTT-KVB.",
         choices=MIXERS,
         joined=True,
     )
     window_size: int = declare(
-        512, "Keys a query sees in window attention, its own included (k).", minimum=1
+        512, "Keys a query attends to in window attention, its own included (k).", minimum=1
     )
     suffix_layers: int = declare(
         0, "Last blocks, run chunk by chunk, that may hold fast weights.", minimum=0
@@ -63,51 +63,54 @@ class ModelConfig:
     )
     fast_mlp_init: str = declare(
         "normal",
-        "How the fast MLP's last matrix starts. normal: as every matrix. zero: at 0, so that a "
-        "pretrained model that is given fast MLPs computes what it did until they have learned.",
+        "Initialization of the fast MLP's last matrix. normal: like every matrix. zero: 0, so "
+        "that a pretrained model with added fast MLPs is unchanged until their first update.",
         choices=("normal", "zero"),
         omit_default_in_hash=True,
     )
     tie_embeddings: bool = declare(True, "Whether logits use the embedding table.")
-    rope_theta: float = declare(500000.0, "Base of the rotary position embedding.", minimum=1)
+    rope_theta: float = declare(
+        500000.0, "Base of the rotary position embedding (RoPE).", minimum=1
+    )
     rope_scaling: tuple[float, ...] = declare(
         (),
-        "How rotary frequencies are lowered for contexts longer than the model was first trained "
-        "on. Empty: not at all. One number: all are divided by it. Four: as in Llama 3.1, factor, "
+        "Scaling of the RoPE frequencies for contexts longer than in pretraining. Empty: none. One "
+        "number: all frequencies are divided by it. Four: as in Llama 3.1, factor, "
         "low_freq_factor, high_freq_factor and original_max_position_embeddings.",
         above=0,
         omit_default_in_hash=True,
     )
     norm_eps: float = declare(
-        1e-6, "Epsilon of every norm but the gated ones, inside the root.", above=0
+        1e-6, "Epsilon of every norm except the gated ones, inside the root.", above=0
     )
     mixer_norm_eps: float = declare(
         1e-5, "Epsilon of the gated norms inside mamba2 and gated_deltanet.", above=0
     )
     init_std: float = declare(0.02, "Standard deviation of every initial matrix.", minimum=0)
-    qk_norm: bool = declare(True, "RMSNorm of queries and keys, before the rotary embedding.")
+    qk_norm: bool = declare(True, "RMSNorm of queries and keys, before RoPE.")
     pre_norm: bool = declare(True, "RMSNorm before mixers and MLPs.")
     post_norm: bool = declare(True, "RMSNorm after mixers and MLPs, before the residual sum.")
     param_dtype: str = declare(
-        "float32", "Type of the parameters.", choices=("float32", "bfloat16", "float64")
+        "float32", "Dtype of the parameters.", choices=("float32", "bfloat16", "float64")
     )
     compute_dtype: str = declare(
         "float32",
-        "Type of activations and matrix products; losses, norms and softmax are float32 or wider.",
+        "Dtype of activations and matrix products; losses, norms and softmax are float32 or wider.",
         choices=("float32", "bfloat16", "float64"),
     )
     remat: str = declare(
         "block",
-        "What the backward pass recomputes. block: each block's activations. none: nothing.",
+        "Rematerialization: what the backward pass recomputes. block: the activations of each "
+        "block. none: nothing.",
         choices=("none", "block"),
         mutable_on_resume=True,
     )
     attention_kernel: str = declare(
         "auto",
-        "What computes attention. auto: the platform's own kernels where they apply (over a whole "
-        "sequence cuDNN on NVIDIA GPUs, splash attention on TPUs), XLA elsewhere; training says "
-        "which and why. xla: XLA alone. library: as auto, but training is refused where the "
-        "library's kernel does not apply to attention over a whole sequence.",
+        "Attention implementation. auto: the platform's kernels where they apply (over a full "
+        "sequence cuDNN on NVIDIA GPUs, splash attention on TPUs), otherwise XLA; training logs "
+        "which and why. xla: XLA only. library: as auto, but training fails where the library's "
+        "kernel does not apply to attention over a full sequence.",
         choices=("auto", "xla", "library"),
         mutable_on_resume=True,
     )
@@ -124,22 +127,22 @@ class ModelConfig:
     )
     scan_chunk: int = declare(
         64,
-        "Tokens that mamba2 and gated_deltanet compute in parallel at a time; changes no number.",
+        "Chunk length of the parallel scan of mamba2 and gated_deltanet; does not affect results.",
         minimum=1,
         mutable_on_resume=True,
     )
-    mamba_expand: int = declare(2, "Width of mamba2's heads together / embed_dim.", minimum=1)
+    mamba_expand: int = declare(2, "Total width of mamba2's heads / embed_dim.", minimum=1)
     mamba_head_dim: int = declare(64, "Entries of one head of mamba2 (P).", minimum=1)
-    mamba_state: int = declare(128, "Entries of mamba2's state for each of these (N).", minimum=1)
+    mamba_state: int = declare(128, "State entries of mamba2 per head entry (N).", minimum=1)
     mamba_groups: int = declare(
-        1, "Groups of mamba2's heads that share B and C and are normed together (G).", minimum=1
+        1, "Groups of mamba2's heads that share B, C and the norm (G).", minimum=1
     )
     mamba_dt_limits: tuple[float, ...] = declare(
-        (), "Least and largest time step of mamba2; empty: no limits.", minimum=0
+        (), "Smallest and largest time step of mamba2; empty: no limits.", minimum=0
     )
     delta_heads: int = declare(0, "Key heads of gated_deltanet; 0: num_heads.", minimum=0)
     delta_value_heads: int = declare(
-        0, "Value heads of gated_deltanet, a multiple of delta_heads; 0: as many.", minimum=0
+        0, "Value heads of gated_deltanet, a multiple of delta_heads; 0: delta_heads.", minimum=0
     )
     delta_key_dim: int = declare(
         0, "Entries of a key of gated_deltanet; 0: those of an attention head.", minimum=0
@@ -148,7 +151,7 @@ class ModelConfig:
         0, "Entries of a value of gated_deltanet; 0: twice those of a key.", minimum=0
     )
     delta_negative: bool = declare(
-        False, "Whether gated_deltanet's beta reaches 2, so that eigenvalues may be negative."
+        False, "Whether gated_deltanet's beta is in (0, 2) instead of (0, 1): negative eigenvalues."
     )
     ttt_heads: int = declare(
         0, "Heads of the TTT layers, embed_dim / heads entries each; 0: num_heads.", minimum=0
@@ -164,30 +167,30 @@ class ModelConfig:
     )
     ttt_backbone: str = declare(
         "mamba",
-        "What surrounds the TTT layers' inner model. mamba: one projection and two convolutions "
-        "for queries and keys, and an output gate. plain: three projections.",
+        "Projections around the inner model of TTT layers. mamba: one projection and two "
+        "convolutions for queries and keys, and an output gate. plain: three projections.",
         choices=("mamba", "plain"),
     )
     ttt_form: str = declare(
         "dual",
-        "How a mini-batch is computed. dual: by matrix products, no weights of single tokens. "
-        "primal: by each token's weights. The same numbers.",
+        "How a TTT layer computes a mini-batch. dual: by matrix products. primal: by the weights "
+        "after every token. Both give the same numbers.",
         choices=("dual", "primal"),
         mutable_on_resume=True,
     )
     ttt_output: str = declare(
         "query",
-        "What a TTT layer gives for a token. query: its query read with the weights after its own "
-        "update. key: its key read with the weights before the mini-batch (TTT-E2E's simplified "
-        "rule; there are no queries then).",
+        "Output of a TTT layer for a token. query: the inner model applied to its query, with the "
+        "weights after its own update. key: applied to its key, with the weights before the "
+        "mini-batch (the simplified rule of the TTT-E2E paper; there are no queries then).",
         choices=("query", "key"),
     )
 
-    # --- what follows from the fields ---
+    # --- derived from the fields ---
 
     @property
     def mixer_kinds(self) -> frozenset[str]:
-        """Every mixer that occurs, joined ones taken apart."""
+        """Every mixer in use, joined ones separately."""
         return frozenset(kind for entry in self.mixers for kind in entry.split("+"))
 
     @property

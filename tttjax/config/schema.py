@@ -25,14 +25,16 @@ class InnerConfig:
     """The inner loop: one step on the fast weights per chunk of tokens."""
 
     chunk_size: int = declare(
-        128, "Tokens of one inner mini-batch (b); sequences are cut into these.", minimum=1
+        128,
+        "Tokens of one inner mini-batch (b); sequences are split into chunks of this size.",
+        minimum=1,
     )
     rule: str = declare("sgd", "Update rule of the fast weights.", choices=RULES)
     lr: float = declare(1.0, "Inner learning rate.", minimum=0)
     clip: float = declare(
         1.0,
-        "Global norm, over all fast weights, to which gradients are clipped; 0: off. The length of "
-        "every step of normalized_sgd (0: 1).",
+        "Maximum global norm of the inner gradient, over all fast weights; 0: no clipping. For "
+        "normalized_sgd, the norm of every gradient (0: 1).",
         minimum=0,
     )
     momentum: float = declare(0.9, "Decay of momentum and Muon.", minimum=0, below=1)
@@ -52,31 +54,31 @@ class InnerConfig:
     )
     meta_gradient: str = declare(
         "exact",
-        "How the outer gradient sees the updates. exact: through all of them. truncated: through "
-        "those of the sequence's last truncate_chunks chunks, the others are constants. "
-        "first_order: all updates are constants (keys and values of earlier chunks are not). "
-        "none: trained without updates (TTT only at evaluation: dynamic evaluation).",
+        "Which inner updates the outer gradient flows through. exact: all of them. truncated: "
+        "those of the sequence's last truncate_chunks chunks; the others are constants. "
+        "first_order: none, all updates are constants (keys and values of earlier chunks are "
+        "not). none: no inner updates in training; TTT only at evaluation (dynamic evaluation).",
         choices=META_GRADIENTS,
     )
     truncate_chunks: int = declare(
         0,
-        'How many chunks "truncated" keeps exact (m), else 0. The very last update meets no loss, '
-        "so 1 is the same as first_order.",
+        "Number of chunks (m) whose updates are differentiated by truncated, otherwise 0. No loss "
+        "follows the last update, so 1 equals first_order.",
         minimum=0,
     )
     form: str = declare(
         "fast",
-        "How the outer gradient is computed. fast: by a derivative of its own for the loop over "
-        "chunks. reference: by plain jax.grad, the definition. The same numbers, to rounding.",
+        "How the outer gradient is computed. fast: by a custom VJP of the loop over chunks. "
+        "reference: by plain jax.grad, the definition. Both give the same numbers up to rounding.",
         choices=GRADIENT_FORMS,
         mutable_on_resume=True,
     )
     trajectory: str = declare(
         "rewind",
-        "How the backward pass of the fast form comes by the fast weights before each chunk. "
-        "rewind: by undoing the updates, whose gradients are kept. store: they are kept too. "
-        "recompute: only those before every sqrt(N)th of N chunks are kept, and all chunks are "
-        "read once more to undo their updates; for long sequences.",
+        "How the backward pass of the fast form obtains the fast weights before each chunk. "
+        "rewind: saves the inner gradients and undoes the updates. store: saves the fast weights "
+        "as well. recompute: saves the fast weights before every sqrt(N)th of N chunks and "
+        "recomputes the chunks between; for long sequences.",
         choices=TRAJECTORIES,
         mutable_on_resume=True,
     )
@@ -87,7 +89,7 @@ class InnerConfig:
         mutable_on_resume=True,
     )
     fast_dtype: str = declare(
-        "float32", "Type of the fast weights while reading.", choices=("float32", "float64")
+        "float32", "Dtype of the fast weights in the inner loop.", choices=("float32", "float64")
     )
 
 
@@ -98,8 +100,8 @@ class OptimConfig:
     peak_lr: float = declare(3e-3, "Learning rate at the end of the warm-up.", minimum=0)
     init_lr: float = declare(
         -1.0,
-        "Learning rate of the first step, where the warm-up starts; -1: one notch above zero, "
-        "peak_lr / (warmup_steps + 1), so that the first step is not lost (as it is with 0).",
+        "Learning rate of the first step, where the warm-up starts. -1: peak_lr / (warmup_steps + "
+        "1), so that the first step has an effect (with 0 it has none).",
         minimum=-1,
     )
     end_lr: float = declare(1e-5, "Learning rate at the end of the decay.", minimum=0)
@@ -121,11 +123,14 @@ class OptimConfig:
 class TrainConfig:
     """The length of the run, its batches, and what it writes."""
 
-    steps: int = declare(1000, "Outer steps of the whole run.", minimum=1)
+    steps: int = declare(1000, "Outer steps of the run.", minimum=1)
     batch_size: int = declare(8, "Sequences per step, over all devices and processes.", minimum=1)
     seq_len: int = declare(2048, "Tokens of a sequence (T), a multiple of chunk_size.", minimum=1)
     accum_steps: int = declare(
-        1, "Micro-batches a batch is cut into to save memory.", minimum=1, mutable_on_resume=True
+        1,
+        "Microbatches per batch, to save memory (gradient accumulation).",
+        minimum=1,
+        mutable_on_resume=True,
     )
     seed: int = declare(0, "Seed of the initial parameters.", minimum=0, maximum=SEED_MAX)
     log_every: int = declare(10, "Steps between progress lines.", minimum=1, mutable_on_resume=True)
@@ -136,17 +141,18 @@ class TrainConfig:
         mutable_on_resume=True,
     )
     keep_checkpoints: int = declare(
-        2, "Newest checkpoints kept.", minimum=1, mutable_on_resume=True
+        2, "Number of newest checkpoints to keep.", minimum=1, mutable_on_resume=True
     )
     init_from: str = declare(
         "",
-        "Work directory or checkpoint whose weights the run starts from, as the extension stage "
-        "does; empty: random.",
+        "Work directory or checkpoint of the initial weights, as in the extension stage; empty: "
+        "random initialization.",
         path=True,
     )
     max_skipped_steps: int = declare(
         10,
-        "Steps in a row skipped for a loss or gradient that is not finite before training stops.",
+        "Consecutive steps with a non-finite loss or gradient (they are skipped) after which "
+        "training stops.",
         minimum=1,
         mutable_on_resume=True,
     )
@@ -157,7 +163,7 @@ class TrainConfig:
         mutable_on_resume=True,
     )
     wandb_project: str = declare(
-        "", "Weights & Biases project to log to as well; empty: none.", mutable_on_resume=True
+        "", "Weights & Biases project to log to; empty: none.", mutable_on_resume=True
     )
 
 
@@ -167,45 +173,43 @@ class DataConfig:
 
     sources: tuple[str, ...] = declare(
         (),
-        "Paths of prepared data sets. A resumed run may find the same data in another place.",
+        "Paths of prepared data sets. On resuming, the same data may be at another path.",
         path=True,
     )
     weights: tuple[float, ...] = declare(
-        (), "Share of each source; empty: proportional to their sizes.", above=0
+        (), "Sampling weight of each source; empty: proportional to their sizes.", above=0
     )
     layout: str = declare(
         "stream",
-        "stream: sequences are cut from one contiguous stream of tokens, as in the papers. "
-        "documents: one document per sequence, the rest masked.",
+        "stream: sequences are consecutive parts of one stream of tokens, as in the papers. "
+        "documents: one document per sequence, padded and masked.",
         choices=("stream", "documents"),
     )
     seed: int = declare(0, "Seed of the order of sequences.", minimum=0, maximum=SEED_MAX)
     shuffle: bool = declare(True, "Whether the order of sequences is shuffled.")
-    prefetch: int = declare(
-        4, "Batches made ready ahead of time.", minimum=0, mutable_on_resume=True
-    )
+    prefetch: int = declare(4, "Batches prefetched.", minimum=0, mutable_on_resume=True)
     val_split: str = declare("val", "Split that evaluation reads.", mutable_on_resume=True)
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged. The numbers of a run do not depend on it, but for rounding."""
+    """The device mesh. Results do not depend on it, up to rounding."""
 
     data: int = declare(
         -1,
-        "Devices among which sequences are divided; -1: all the rest.",
+        "Size of the data-parallel axis; -1: all remaining devices.",
         minimum=-1,
         mutable_on_resume=True,
     )
     fsdp: int = declare(
         1,
-        "Devices among which sequences, parameters and optimizer state are divided.",
+        "Size of the axis that shards sequences, parameters and optimizer state (FSDP).",
         minimum=1,
         mutable_on_resume=True,
     )
     tensor: int = declare(
         1,
-        "Devices among which heads and MLP entries are divided.",
+        "Size of the axis that shards heads and MLP entries (tensor parallelism).",
         minimum=1,
         mutable_on_resume=True,
     )
@@ -235,10 +239,10 @@ class EvalConfig:
     num_sequences: int = declare(
         32, "Held-out sequences per length.", minimum=1, mutable_on_resume=True
     )
-    batch_size: int = declare(4, "Sequences evaluated at once.", minimum=1, mutable_on_resume=True)
+    batch_size: int = declare(4, "Batch size.", minimum=1, mutable_on_resume=True)
     bins: int = declare(
         32,
-        "Bins of the table of loss by token position.",
+        "Number of bins of the table of loss by token position.",
         minimum=1,
         maximum=100_000,
         mutable_on_resume=True,
@@ -250,7 +254,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: what every experiment file resolves to."""
+    """The configuration of a run: what every recipe resolves to."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     inner: InnerConfig = InnerConfig()
