@@ -24,7 +24,9 @@ def check_config(config: Config) -> None:
     _check_schedule(config)
     _check_data(config)
     if config.mesh.data == 0:
-        raise UserError("mesh.data = 0 must be a number of devices, or -1 for all the rest.")
+        raise UserError(
+            "mesh.data = 0 must be a number of devices, or -1 for all remaining devices."
+        )
 
 
 def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> MeshConfig:
@@ -41,7 +43,7 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
         raise UserError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {mesh.fsdp} x {mesh.tensor} = "
             f"{data * others} is not the number of devices, {num_devices}; "
-            "mesh.data = -1 takes all the rest."
+            "mesh.data = -1 takes all remaining devices."
         )
     shards = data * mesh.fsdp
     micro_batch = train.batch_size // train.accum_steps
@@ -56,7 +58,7 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
             f"mesh.data x mesh.fsdp = {shards} must be a multiple of the {num_processes} "
             "processes, so that each loads its own part of the batch."
         )
-    for size, what in _divided_by_tensor(model):
+    for size, what in _sharded_by_tensor(model):
         if size % mesh.tensor:
             raise UserError(f"{what} = {size} cannot be divided among mesh.tensor = {mesh.tensor}.")
     if model.embed_dim % mesh.fsdp:
@@ -66,23 +68,23 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
     return dataclasses.replace(mesh, data=data)
 
 
-def _divided_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:
+def _sharded_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:
     """What the mesh axis `tensor` divides: sizes and their names."""
     kinds = model.mixer_kinds
-    found = [(model.mlp_dim, "model.mlp_dim"), (model.vocab_size, "model.vocab_size")]
+    result = [(model.mlp_dim, "model.mlp_dim"), (model.vocab_size, "model.vocab_size")]
     if kinds & {"full", "window", "local"}:
-        found.append((model.num_heads, "model.num_heads"))
-        found.append((model.kv_heads, "model.num_kv_heads"))
+        result.append((model.num_heads, "model.num_heads"))
+        result.append((model.kv_heads, "model.num_kv_heads"))
     if "mamba2" in kinds:
-        found.append((model.mamba_heads, "The number of mamba2's heads"))
+        result.append((model.mamba_heads, "The number of mamba2's heads"))
     if "gated_deltanet" in kinds:
         names = ("model.delta_heads (or num_heads)", "model.delta_value_heads (or delta_heads)")
-        found += zip(model.delta_sizes, names, strict=False)
+        result += zip(model.delta_sizes, names, strict=False)
     if kinds & {"ttt_linear", "ttt_mlp"}:
-        found.append((model.ttt_num_heads, "model.ttt_heads (or num_heads)"))
+        result.append((model.ttt_num_heads, "model.ttt_heads (or num_heads)"))
     if model.fast_mlp_heads:
-        found.append((model.fast_mlp_heads, "model.fast_mlp_heads"))
-    return found
+        result.append((model.fast_mlp_heads, "model.fast_mlp_heads"))
+    return result
 
 
 def _check_shapes(model: ModelConfig) -> None:
@@ -219,8 +221,8 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
             f"inner.truncate_chunks = {inner.truncate_chunks} is only for inner.meta_gradient = "
             f'"truncated", not "{inner.meta_gradient}"; set it to 0.'
         )
-    too_narrow = "window" in model.mixer_kinds and model.window_size < inner.chunk_size
-    if has_fast_weights(model, inner) and too_narrow:
+    is_narrow = "window" in model.mixer_kinds and model.window_size < inner.chunk_size
+    if has_fast_weights(model, inner) and is_narrow:
         raise UserError(
             f"model.window_size = {model.window_size} is smaller than inner.chunk_size = "
             f"{inner.chunk_size}; tokens of one chunk would not see each other before the weights "

@@ -20,9 +20,9 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
         non_embedding = L (2 D (H + G) K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
     """
     D = model.embed_dim
-    periods, rest = divmod(model.num_layers, len(model.mixers))
+    periods, remaining = divmod(model.num_layers, len(model.mixers))
     sizes = [_block(model, mixers) for mixers in model.mixers]
-    blocks = periods * sum(sizes) + sum(sizes[:rest])
+    blocks = periods * sum(sizes) + sum(sizes[:remaining])
     fast_blocks = model.suffix_layers if model.fast_mlp else 0
     fast = fast_blocks * _fast_mlp(model)
     non_embedding = blocks + fast + fast_blocks * _branch_norms(model) + D
@@ -83,13 +83,13 @@ def matched_model(
         below = _most_blocks(model, target, count)
         choices = [dataclasses.replace(model, num_layers=below + more) for more in (0, 1)]
         model = min(choices, key=lambda m: abs(parameter_count(m)[count] - target))
-    found = parameter_count(model)[count]
-    if abs(found - target) > within * target:
+    result = parameter_count(model)[count]
+    if abs(result - target) > within * target:
         remedy = "embed_dim or the mixers" if model.mlp_dim else "embed_dim, or set an mlp_dim"
         raise UserError(
             f"No model of the mixers {', '.join(model.mixers)} has {target} parameters within "
             f"{within:.1%}; the nearest, with num_layers = {model.num_layers} and mlp_dim = "
-            f"{model.mlp_dim}, has {found}. Change {remedy}."
+            f"{model.mlp_dim}, has {result}. Change {remedy}."
         )
     return model
 

@@ -93,10 +93,10 @@ def matching_specs(spec: str) -> list[str]:
     if not callable(recipes):
         raise UserError(f"{path} has no function recipes() among whose arguments * could choose.")
     known = [str(recipe) for recipe in recipes()]
-    found = [word for word in known if fnmatch.fnmatchcase(word, arg)]
-    if not found:
+    matching = [word for word in known if fnmatch.fnmatchcase(word, arg)]
+    if not matching:
         raise UserError(f"{arg!r} fits no recipe of {path}; there are {', '.join(known[:10])} ...")
-    return [f"{spec.removesuffix(arg)}{word}" for word in found]
+    return [f"{spec.removesuffix(arg)}{word}" for word in matching]
 
 
 def apply_override(config: ConfigDict, override: str) -> None:

@@ -46,9 +46,9 @@ Every run writes two files into its work directory: `config.json`, the resolved 
 `environment.json`, for each start the versions of the packages, the git revision and what the
 configuration was then. When a run is resumed, the fields marked *may change* below may have other
 values (and `train.steps`, if `optim.decay_steps` fixes the schedule); any other difference is
-refused, but for the places of the data: those are known by their content. Every checkpoint has the
-configuration of its weights: a `config.json` that differs from it in any other field, or has a
-later format, is refused by every command that opens the run.
+refused, except for the paths of the data, which are recognized by their content. Every checkpoint
+has the configuration of its weights: a `config.json` that differs from it in any other field, or
+has a later format, is refused by every command that opens the run.
 
 `~` in a path is the home folder. A run records its paths in full.
 """

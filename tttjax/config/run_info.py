@@ -123,10 +123,11 @@ def read_config(workdir: str | Path) -> Config | None:
     values = _read_json(path, dict)
     if values is None:
         return None
-    found = values.pop("format", FORMAT)  # what was written before there was one is the first
-    if found != FORMAT:
+    written = values.pop("format", FORMAT)  # what was written before there was one is the first
+    if written != FORMAT:
         raise UserError(
-            f"{path} has the format {found!r}, and this version of tttjax reads {FORMAT}; use the "
+            f"{path} has the format {written!r}, and this version of tttjax reads {FORMAT}; use "
+            f"the "
             "version that wrote it, or a later one"
         )
     return from_config_dict(values)
@@ -165,7 +166,7 @@ def check_same_run(workdir: str | Path, config: Config) -> None:
     before, now = to_flat_dict(previous), fixed_values(config)
     del now["data.sources"]
     origin, new_origin = before["train.init_from"], now["train.init_from"]
-    if origin and new_origin and is_same_place(origin, new_origin, workdir):
+    if origin and new_origin and is_same_path(origin, new_origin, workdir):
         del now["train.init_from"]
     differences = [
         f"{name} was {before[name]!r}, is {value!r}"
@@ -208,28 +209,28 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
-def possible_places(path: str, workdir: str | Path) -> list[Path]:
+def candidate_paths(path: str, workdir: str | Path) -> list[Path]:
     """Where a path in a run's configuration may lead to, the likeliest first.
 
     As it is; then as far from the work directory as it was when the run was started, so that runs
     and data can be moved together. A relative one, as older runs have it, also from the folders
     above the work directory, in one of which the run was started.
     """
-    home, before = Path(absolute_path(workdir)), _earlier_place(workdir)
+    home, before = Path(absolute_path(workdir)), _earlier_workdir(workdir)
     if not os.path.isabs(path):
         return [Path(path), *(above / path for above in home.parents)]
     moved = [Path(os.path.normpath(home / os.path.relpath(path, before)))] if before else []
     return list(dict.fromkeys([Path(path), *moved]))
 
 
-def is_same_place(before: str, now: str, workdir: str | Path) -> bool:
+def is_same_path(before: str, now: str, workdir: str | Path) -> bool:
     """Whether two paths in configurations of a run are one, also if all was moved together."""
-    places = possible_places(before, workdir)[: 2 if os.path.isabs(before) else 1]
-    found = {os.path.normpath(absolute_path(place)) for place in places}
-    return os.path.normpath(absolute_path(now)) in found
+    paths = candidate_paths(before, workdir)[: 2 if os.path.isabs(before) else 1]
+    expected = {os.path.normpath(absolute_path(path)) for path in paths}
+    return os.path.normpath(absolute_path(now)) in expected
 
 
-def _earlier_place(workdir: str | Path) -> str:
+def _earlier_workdir(workdir: str | Path) -> str:
     """The work directory's path when its run was last started; "" if not known."""
     starts = _read_json(Path(workdir) / ENVIRONMENT)
     last = starts[-1] if isinstance(starts, list) and starts else None

@@ -88,8 +88,8 @@ def _scalar(name: str, value: Any, kind: Any) -> Any:
         return float(value)
     if type(value) is kind and kind is not float:
         return value
-    found = "" if kind is float and is_number else f", not {type(value).__name__}"
-    raise UserError(f"{name} = {value!r} must be {_WORDS[kind]}{found}.")
+    actual = "" if kind is float and is_number else f", not {type(value).__name__}"
+    raise UserError(f"{name} = {value!r} must be {_WORDS[kind]}{actual}.")
 
 
 def _expanded(name: str, value: Any, field: dataclasses.Field) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tttjax.config import EvalConfig
-from tttjax.config.run_info import possible_places
+from tttjax.config.run_info import candidate_paths
 from tttjax.data.held_out import HeldOut, eval_sequences
 from tttjax.data.shards import MANIFEST, PreparedData, open_prepared, read_manifest
 from tttjax.errors import UserError
@@ -98,7 +98,7 @@ def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> P
 
 
 def _candidate_paths(run: Run, source: str) -> list[Path]:
-    return possible_places(source, run.workdir) if run.workdir else [Path(source)]
+    return candidate_paths(source, run.workdir) if run.workdir else [Path(source)]
 
 
 def _check_tokenizer(run: Run, data: PreparedData) -> None:

@@ -89,17 +89,19 @@ def parse(arg: str | None) -> Recipe:
             f"paper needs SIZE,SYSTEM,pretrain or SIZE,SYSTEM,extend,CONTEXT, such "
             f"as 125m,ttt_e2e,pretrain, not {arg!r}."
         )
-    size, system, stage, *rest = words
+    size, system, stage, *remaining = words
     choose(size, SIZES, "The size")
     choose(system, MIXERS, "The system")
     choose(stage, ("pretrain", "extend"), "The stage")
     context = ""
     if stage == "extend":
-        context, *rest = rest or [""]
+        context, *remaining = remaining or [""]
         choose(context, CONTEXTS, "The context length")
-    multiple = rest.pop(0) if rest else "1x"
-    if rest or not re.fullmatch("[1-5]x", multiple):
-        raise UserError(f"{arg!r} ends with {','.join([multiple, *rest])!r}; only 1x to 5x may.")
+    multiple = remaining.pop(0) if remaining else "1x"
+    if remaining or not re.fullmatch("[1-5]x", multiple):
+        raise UserError(
+            f"{arg!r} ends with {','.join([multiple, *remaining])!r}; only 1x to 5x may."
+        )
     return Recipe(size, system, stage, context, int(multiple[0]))
 
 
@@ -136,16 +138,16 @@ def size_table() -> str:
 
 def recipes() -> list[Recipe]:
     """All of the paper's runs: 1x everywhere, 3x at 3b, and 2x to 5x at 760m."""
-    found = []
+    result = []
     for size, system in product(SIZES, MIXERS):
         multiples = {"760m": (1, 2, 3, 4, 5), "3b": (1, 3)}.get(size, (1,))
         if system not in ("full", "gated_deltanet", "ttt_e2e") and size == "760m":
             multiples = (1,)
         for multiple in multiples:
-            found.append(Recipe(size, system, "pretrain", multiple=multiple))
+            result.append(Recipe(size, system, "pretrain", multiple=multiple))
             lengths = ["32k"] if size == "760m" and multiple > 1 else list(CONTEXTS)
-            found += [Recipe(size, system, "extend", length, multiple) for length in lengths]
-    return found
+            result += [Recipe(size, system, "extend", length, multiple) for length in lengths]
+    return result
 
 
 if __name__ == "__main__":

@@ -84,23 +84,23 @@ TOY = {"full": 5.196, "none": 5.881, "naive,1": 5.769, "e2e,1": 5.242, "e2e,16":
 
 def expected(size: str, system: str, stage: str, context: str, multiple: int) -> str:
     """What the paper leads one to expect of a recipe, with sources; says so if nothing."""
-    found = []
+    result = []
     recipe = size, system, multiple
     if stage == "pretrain":
         if multiple == 1 and (size, system) in DCLM_8K:
-            found.append(f"loss on DCLM at 8K {DCLM_8K[size, system]}")
+            result.append(f"loss on DCLM at 8K {DCLM_8K[size, system]}")
         delta = _delta(recipe, DELTA_DCLM_8K, DELTA_DCLM_8K_760M)
         if delta is not None:
-            found.append(f"{delta:+.3f} against full attention on DCLM at 8K [V]")
+            result.append(f"{delta:+.3f} against full attention on DCLM at 8K [V]")
     else:
         if (size, multiple) == ("3b", 3) and system in BOOKS_3B_3X:
-            found.append(f"loss on books at {context} {BOOKS_3B_3X[system][context]:.3f} [V]")
+            result.append(f"loss on books at {context} {BOOKS_3B_3X[system][context]:.3f} [V]")
         if context == "32k" and multiple == 1 and (size, system) in BOOKS_32K:
-            found.append(f"loss on books at 32k {BOOKS_32K[size, system]}")
+            result.append(f"loss on books at 32k {BOOKS_32K[size, system]}")
         delta = _delta(recipe, DELTA_BOOKS_32K, DELTA_BOOKS_32K_760M)
         if context == "32k" and delta is not None:
-            found.append(f"{delta:+.3f} against full attention on books at 32k [V]")
-    return "; ".join(found) or "no number is published"
+            result.append(f"{delta:+.3f} against full attention on books at 32k [V]")
+    return "; ".join(result) or "no number is published"
 
 
 def _delta(recipe: tuple[str, str, int], by_size: dict, at_760m: dict) -> float | None:

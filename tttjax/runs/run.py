@@ -20,7 +20,7 @@ from tttjax.config import (
     has_fast_weights,
     read_config,
 )
-from tttjax.config.run_info import possible_places
+from tttjax.config.run_info import candidate_paths
 from tttjax.config.values import check_value
 from tttjax.data.shards import content_id, read_manifest
 from tttjax.data.splits import TRAIN
@@ -178,7 +178,7 @@ def _find_data(source: str, workdir: Path, content: int | None) -> str | Path:
     """
     if Path(source).exists():
         return source
-    for path in possible_places(source, workdir):
+    for path in candidate_paths(source, workdir):
         with contextlib.suppress(UserError, KeyError):
             if content in (None, content_id(read_manifest(path), TRAIN)):
                 return path.absolute()

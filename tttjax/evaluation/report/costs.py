@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from tttjax.config import Config, InnerConfig, ModelConfig, read_config
-from tttjax.config.run_info import CONFIG, possible_places
+from tttjax.config.run_info import CONFIG, candidate_paths
 from tttjax.errors import UserError
 from tttjax.evaluation.report.entries import Member, shown_path
 from tttjax.evaluation.report.results import RunFacts
@@ -79,7 +79,7 @@ def _cost_with_ancestors(
     cost = RunCost(tokens, flops, seconds)
     if not train.init_from:
         return cost, True
-    paths = possible_places(train.init_from, workdir_of(source))
+    paths = candidate_paths(train.init_from, workdir_of(source))
     origin = next((path for path in paths if path.exists()), paths[0])
     if origin.resolve() in visited:
         return cost, False
