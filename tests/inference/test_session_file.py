@@ -7,7 +7,7 @@ from helpers.inference import SYSTEMS, make_engine
 from helpers.small import worst
 
 from tttjax.errors import UserError
-from tttjax.inference.session_file import load_session, read_about, save_session
+from tttjax.inference.session_file import load_session, read_header, save_session
 
 MODEL = "a" * 64
 
@@ -30,9 +30,9 @@ def session_of(engine, token, length=11):
 def test_loaded_session_continues_bit_identically(tmp_path, name):
     engine, token = make_engine(name)
     session = session_of(engine, token)
-    about = save_session(tmp_path / "s", engine, session, model=MODEL, tokenizer="t")
-    assert about.lost == 0
-    assert read_about(tmp_path / "s") == about
+    header = save_session(tmp_path / "s", engine, session, model=MODEL, tokenizer="t")
+    assert header.lost == 0
+    assert read_header(tmp_path / "s") == header
     loaded, _ = load_session(tmp_path / "s", engine, model=MODEL)
     assert loaded.tokens == session.tokens
     batches = [engine.start_batch([s]) for s in (session, loaded)]
@@ -48,8 +48,8 @@ def test_loaded_session_continues_bit_identically(tmp_path, name):
 def test_empty_session_round_trip(tmp_path, name):
     engine, _ = make_engine(name)
     save_session(tmp_path / "s", engine, engine.start(), model=MODEL)
-    loaded, about = load_session(tmp_path / "s", engine, model=MODEL)
-    assert about.tokens == loaded.tokens == 0
+    loaded, header = load_session(tmp_path / "s", engine, model=MODEL)
+    assert header.tokens == loaded.tokens == 0
     assert loaded.logit_V is None
     assert same(loaded.learned, engine.start().learned)
     assert same(loaded.now, engine.start().now)
@@ -71,11 +71,11 @@ def test_compressed_files_report_their_error(tmp_path):
     drift = worst(fast, engine.start().learned.fast)
     errors = {}
     for options in ({"precision": "bfloat16"}, {"precision": "bfloat16", "rank": 2}):
-        about = save_session(tmp_path / "s", engine, session, model=MODEL, **options)
+        header = save_session(tmp_path / "s", engine, session, model=MODEL, **options)
         loaded, _ = load_session(tmp_path / "s", engine, model=MODEL)
         error = worst(loaded.learned.fast, fast)
-        assert 0 < error <= about.lost * sum(about.drift.values())
-        errors[about.rank] = error
+        assert 0 < error <= header.lost * sum(header.drift.values())
+        errors[header.rank] = error
         assert not list(tmp_path.glob("*.tmp"))
     assert errors[0] < 0.01 * drift < errors[2]
 
@@ -84,7 +84,7 @@ def test_bad_files_are_refused(tmp_path):
     engine, token = make_engine("ttt_e2e")
     path = tmp_path / "s"
     with pytest.raises(UserError, match="there is no session"):
-        read_about(path)
+        read_header(path)
     save_session(path, engine, session_of(engine, token), model=MODEL)
     with pytest.raises(UserError, match="session of another model"):
         load_session(path, engine, model="b" * 64)
@@ -94,6 +94,6 @@ def test_bad_files_are_refused(tmp_path):
         load_session(path, engine, model=MODEL)
     path.write_bytes(content.replace(b"tttjax-session-3", b"tttjax-session-9"))
     with pytest.raises(UserError, match=r"session-9.*this version reads tttjax-session-3"):
-        read_about(path)
+        read_header(path)
     with pytest.raises(UserError, match="needs the precision bfloat16"):
         save_session(path, engine, session_of(engine, token), model=MODEL, rank=3)

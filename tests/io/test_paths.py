@@ -14,7 +14,7 @@ from tttjax.config.schema import all_fields
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
-from tttjax.inference.session_file import read_about
+from tttjax.inference.session_file import read_header
 from tttjax.io.atomic import require_empty_dir, write_files
 from tttjax.io.paths import absolute_path, local_path
 from tttjax.runs.run import RunSpec, open_run
@@ -127,7 +127,7 @@ def test_every_path_field_is_declared(tmp_path, monkeypatch):
         lambda path: open_prepared(path),
         lambda path: open_run(RunSpec(path)),
         lambda path: checkpoints.find_checkpoint(path),
-        lambda path: read_about(path),
+        lambda path: read_header(path),
         lambda path: require_empty_dir(path, "--to"),
         lambda path: write_files(path, {}),
     ],

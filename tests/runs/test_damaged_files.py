@@ -318,11 +318,11 @@ def session(loaded, tmp_path_factory):
 
 def session_loader(loaded):
     def load(path):
-        session, about = load_session(
+        session, header = load_session(
             path, loaded.engine, model=loaded.model_fingerprint, tokenizer="t"
         )
         state = session.learned, session.now, session.uncommitted, session.counted, session.logit_V
-        return session.tokens, hash_arrays(state), dataclasses.replace(about, format="", arrays="")
+        return session.tokens, hash_arrays(state), dataclasses.replace(header, format="", arrays="")
 
     return load
 

@@ -12,7 +12,7 @@ import tttjax.cli.generate
 import tttjax.cli.read
 import tttjax.cli.sessions
 from tttjax.cli.main import main
-from tttjax.inference.session_file import read_about
+from tttjax.inference.session_file import read_header
 from tttjax.io.locks import hold
 from tttjax.runs.load import load_model
 from tttjax.runs.snapshots import list_snapshots
@@ -125,7 +125,7 @@ def test_missing_summary_is_written_by_same_command(run, text, uninterrupted, tm
 
 
 def test_update_trace_files_agree_with_session(uninterrupted, call):
-    about = read_about(uninterrupted / "s")
+    about = read_header(uninterrupted / "s")
     lines = (uninterrupted / "trace" / "chunks.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["tokens"] for row in rows] == [8 * (i + 1) for i in range(len(TEXT) // 8)]
@@ -186,7 +186,7 @@ def test_rewind_to_any_chunk(run, text, uninterrupted, tmp_path, call):
     actual, expected = load_file(tmp_path / "s"), load_file(tmp_path / "cut")
     assert actual.keys() == expected.keys()
     assert all((actual[name] == expected[name]).all() for name in actual)
-    a, b = (read_about(tmp_path / name) for name in ("s", "cut"))
+    a, b = (read_header(tmp_path / name) for name in ("s", "cut"))
     assert (a.tokens, a.chunk_losses, a.layers) == (b.tokens, b.chunk_losses, b.layers)
 
 
@@ -209,7 +209,7 @@ def test_progress_without_update_trace(run, text, tmp_path, call):
     assert "gradient" in err
     assert "clipped" in err
     assert " -> " not in err
-    assert read_about(tmp_path / "s").chunk_losses_after == [None] * (len(TEXT) // 8)
+    assert read_header(tmp_path / "s").chunk_losses_after == [None] * (len(TEXT) // 8)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from tttjax.cli.flag_types import int32
 from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.errors import UserError
-from tttjax.inference.session_file import About, check_file, read_about
+from tttjax.inference.session_file import SessionHeader, check_file, read_header
 from tttjax.io.locks import hold
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.long_text import (
@@ -60,38 +60,38 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--run and --text need --rewind=TOKENS")
     for path in args.files:
         check_file(path)
-    sessions = {path: read_about(path) for path in args.files}
+    sessions = {path: read_header(path) for path in args.files}
     if args.json:
-        print(json.dumps({path: _as_json(path, about) for path, about in sessions.items()}))
+        print(json.dumps({path: _as_json(path, header) for path, header in sessions.items()}))
         return 0
-    for path, about in sessions.items():
-        print("\n".join(_describe(path, about)))
+    for path, header in sessions.items():
+        print("\n".join(_describe(path, header)))
     return 0
 
 
 # --- descriptions -------------------------------------------------------------------------------
 
 
-def _as_json(path: str, about: About) -> dict:
+def _as_json(path: str, header: SessionHeader) -> dict:
     snapshots = {
         str(file): dataclasses.asdict(snapshot) for file, snapshot in list_snapshots(path).items()
     }
-    return {**dataclasses.asdict(about), "kept": snapshots}
+    return {**dataclasses.asdict(header), "kept": snapshots}
 
 
-def _describe(path: str, about: About) -> list[str]:
-    stored = about.precision + (f", rank {about.rank}" if about.rank else "")
-    error = f", {about.lost:.2%} of the weight changes lost" if about.lost else ""
+def _describe(path: str, header: SessionHeader) -> list[str]:
+    stored = header.precision + (f", rank {header.rank}" if header.rank else "")
+    error = f", {header.lost:.2%} of the weight changes lost" if header.lost else ""
     lines = [
-        f"{path}: {about.tokens:,} tokens, {about.pending} since the last inner update; "
+        f"{path}: {header.tokens:,} tokens, {header.pending} since the last inner update; "
         f"{Path(path).stat().st_size:,} bytes ({stored}{error})",
-        f"  model {about.model[:12]}, tokenizer {about.tokenizer[:12] or 'unknown'}",
+        f"  model {header.model[:12]}, tokenizer {header.tokenizer[:12] or 'unknown'}",
     ]
-    if about.source:
-        source = about.source
+    if header.source:
+        source = header.source
         lines.append(f"  text {source['text']}: {source['tokens']:,} of {source['of']:,} tokens")
-    lines += _losses(about)
-    lines += [f"  {line}" for line in _drifts(about)]
+    lines += _losses(header)
+    lines += [f"  {line}" for line in _drifts(header)]
     snapshots = list_snapshots(path)
     if snapshots:
         lines.append(f"  snapshots in {snapshot_dir(path)}:")
@@ -104,8 +104,8 @@ def _describe(path: str, about: About) -> list[str]:
     return lines
 
 
-def _losses(about: About) -> list[str]:
-    before, after = about.chunk_losses, about.chunk_losses_after
+def _losses(header: SessionHeader) -> list[str]:
+    before, after = header.chunk_losses, header.chunk_losses_after
     if not before:
         return []
     lines = [
@@ -120,11 +120,11 @@ def _losses(about: About) -> list[str]:
     return lines
 
 
-def _drifts(about: About) -> list[str]:
-    width = max(map(len, about.layers), default=0)
+def _drifts(header: SessionHeader) -> list[str]:
+    width = max(map(len, header.layers), default=0)
     return [
         f"{name:{width}}  drift {drift:.4f}" + (f", {drift / initial:.2%}" if initial else "")
-        for name, (drift, initial) in about.layers.items()
+        for name, (drift, initial) in header.layers.items()
     ]
 
 
@@ -132,13 +132,13 @@ def _drifts(about: About) -> list[str]:
 
 
 def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
-    total = read_about(path).tokens
+    total = read_header(path).tokens
     if args.rewind > total:
         raise UserError(
             f"{path} has {total:,} tokens; give a smaller --rewind than {args.rewind:,}"
         )
     snapshot = find_snapshot(path, args.rewind)
-    tokens = read_about(snapshot).tokens
+    tokens = read_header(snapshot).tokens
     if tokens < args.rewind and args.text:
         _prefill_to(args, snapshot, new)
         tokens = args.rewind
@@ -172,14 +172,14 @@ def _check_rewind(args: argparse.Namespace) -> tuple[Path, Path]:
 def _prefill_to(args: argparse.Namespace, snapshot: Path, new: Path) -> None:
     """Continues a snapshot with its text to `args.rewind` tokens."""
     file = find_text(args.text)
-    about = read_about(snapshot)
-    if not is_session_of(about, file):
+    header = read_header(snapshot)
+    if not is_session_of(header, file):
         raise UserError(
-            f"{args.text} is not the text of {args.files[0]} ({about.source['text']}), or has "
+            f"{args.text} is not the text of {args.files[0]} ({header.source['text']}), or has "
             "changed since; give the original text"
         )
     args.workdir = args.run
-    loaded = load_from_args(args, trace_updates=about.source.get("telescope", False))
+    loaded = load_from_args(args, trace_updates=header.source.get("telescope", False))
     with x64_if_configured(loaded.config):
         prefill = resume_prefill(loaded, file, snapshot)
         until = prefill.done + args.rewind - prefill.session.tokens

@@ -228,8 +228,8 @@ class Engine:
 class DecodeBatch:
     """Sessions that are decoded together; their decode states are stacked.
 
-    `_sessions` has the tokens of each and the context from which its decode cache starts: the one
-    after the last update, if there are updates.
+    `_sessions[r].learned` is the context at which the decode cache of session r begins: after its
+    last update, or the current one for a model without updates.
     """
 
     def __init__(self, engine: Engine, sessions: Sequence[Session]):

@@ -18,9 +18,12 @@ NO_TOKENS, NO_TARGETS = np.zeros(0, np.int32), np.zeros(0, bool)
 class Session:
     """The state of one sequence. Immutable.
 
-    learned: the context after the last inner update. now: the context after all tokens.
-    uncommitted: int32 [n], the tokens after `learned`; is_target: bool [n], for each of these.
-    tokens: the number of all tokens. logit_V: of the next token, float32 (None before the first).
+    learned: the context after the last inner update.
+    now: the context after all tokens.
+    uncommitted: int32 [n], the tokens since the last update.
+    is_target: bool [n], whether each uncommitted token counts in the inner loss.
+    tokens: the number of all tokens.
+    logit_V: logits of the next token, float32 (None before the first token).
     """
 
     learned: Context

@@ -1,10 +1,10 @@
 """Saves and loads sessions, each in one file.
 
-The file is in the safetensors format; its size is constant except for full attention. Each row of
-a window of keys and values is stored once: the rows up to the last update and those after it; of
-full attention, the used rows. Fast weights are stored exactly, so that continuing from the file is
-bit-identical; or smaller, as the difference from W0 in bfloat16, or as the best low-rank
-approximation of that difference (`rank`), with the error measured and reported.
+The file is in the safetensors format; docs/generation.md lists its arrays. Its size is constant
+except for full attention. A window of keys and values is stored as its rows at the last update plus
+the rows since; full attention as the rows in use. Fast weights are stored exactly, so that
+continuing from the file is bit-identical; or smaller, as the difference from W0 in bfloat16, or as
+the best low-rank approximation of that difference (`rank`), with the error measured and reported.
 
 A file belongs to one model: its fingerprint covers the configuration of the network and the inner
 loop, and a sample of every weight.
@@ -37,12 +37,12 @@ from tttjax.inference.prefill import Context
 from tttjax.inference.session_header import (
     FORMAT,
     PRECISIONS,
-    About,
+    SessionHeader,
     checksum,
     damaged,
-    format_about,
+    format_header,
     not_finite,
-    parse_about,
+    parse_header,
 )
 from tttjax.io.atomic import atomic_write
 from tttjax.io.paths import local_path
@@ -82,7 +82,7 @@ def save_session(
     chunk_losses: Sequence[float] = (),
     chunk_losses_after: Sequence[float | None] = (),
     source: Mapping[str, Any] | None = None,
-) -> About:
+) -> SessionHeader:
     """Writes the session to `path`, atomically.
 
     model: its `fingerprint`. precision: "float32" stores the fast weights exactly, "bfloat16" their
@@ -100,7 +100,7 @@ def save_session(
         arrays["logits"] = session.logit_V
     arrays |= {"pending": session.uncommitted, "counted": session.is_target.astype(np.uint8)}
     host = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    about = About(
+    header = SessionHeader(
         format=FORMAT,
         model=model,
         tokenizer=tokenizer,
@@ -116,26 +116,26 @@ def save_session(
         chunk_losses_after=list(chunk_losses_after)[-LOSSES:],
         arrays=checksum(host),
     )
-    if bad := not_finite(host, about):
+    if bad := not_finite(host, header):
         raise UserError(
             f"{path} is not written: after {session.tokens:,} tokens {bad} is not finite; use a "
             "lower inner.lr, or continue from an earlier session"
         )
-    _write(local_path(path), host, format_about(about))
-    return about
+    _write(local_path(path), host, format_header(header))
+    return header
 
 
-def read_about(path: str | os.PathLike) -> About:
+def read_header(path: str | os.PathLike) -> SessionHeader:
     """The header of a session file. UserError if the file is no session, or damaged."""
     with _open(path) as file:
-        return parse_about(path, file.metadata())
+        return parse_header(path, file.metadata())
 
 
 def check_file(path: str | os.PathLike) -> None:
     """UserError if a session file is damaged. Needs no model: checks counts and checksums."""
     with _open(path) as file:
-        about = parse_about(path, file.metadata())
-        _check_content(path, _arrays(path, file), about)
+        header = parse_header(path, file.metadata())
+        _check_content(path, _arrays(path, file), header)
 
 
 def check_stored(precision: str, rank: int) -> None:
@@ -148,38 +148,38 @@ def check_stored(precision: str, rank: int) -> None:
 
 def load_session(
     path: str | os.PathLike, engine: Engine, *, model: str, tokenizer: str = ""
-) -> tuple[Session, About]:
+) -> tuple[Session, SessionHeader]:
     """The session in a file, for the engine of the model that wrote it.
 
     Raises UserError for the session of another model or tokenizer, for one longer than
     `engine.max_length`, and for a damaged file.
     """
     with _open(path) as file:
-        about = parse_about(path, file.metadata())
-        if about.model != model:
+        header = parse_header(path, file.metadata())
+        if header.model != model:
             raise UserError(
-                f"{path} is the session of another model (fingerprint {about.model[:12]}, this one "
-                f"has {model[:12]}); open it with the model that wrote it."
+                f"{path} is the session of another model (fingerprint {header.model[:12]}, this "
+                f"one has {model[:12]}); open it with the model that wrote it."
             )
-        if tokenizer and about.tokenizer and about.tokenizer != tokenizer:
+        if tokenizer and header.tokenizer and header.tokenizer != tokenizer:
             raise UserError(
-                f"{path} is the session of another tokenizer (fingerprint {about.tokenizer[:12]}, "
+                f"{path} is the session of another tokenizer (fingerprint {header.tokenizer[:12]}, "
                 f"this one has {tokenizer[:12]}); give its tokenizer with --tokenizer=DIR"
             )
-        engine.check((), about.tokens)
+        engine.check((), header.tokens)
         arrays = _arrays(path, file)
-    _check_content(path, arrays, about)
-    _check_shapes(path, engine, arrays, about)
-    return _session(engine, arrays, about), about
+    _check_content(path, arrays, header)
+    _check_shapes(path, engine, arrays, header)
+    return _session(engine, arrays, header), header
 
 
-def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> Session:
+def _session(engine: Engine, arrays: Mapping[str, np.ndarray], header: SessionHeader) -> Session:
     start = engine.start()
     fast = _unpack(arrays, start.learned.fast)
     leaves, structure = jax.tree.flatten(start.learned.rule_state)
     rules = [jnp.asarray(arrays[f"rule/{i}"]) for i in range(len(leaves))]
     rule_state = jax.tree.unflatten(structure, rules)
-    learned, now = _contexts(engine, start.learned, arrays, about)
+    learned, now = _contexts(engine, start.learned, arrays, header)
     # Same shardings as after prefill, else functions would be compiled again.
     learned, now = (
         jax.tree.map(
@@ -191,7 +191,7 @@ def _session(engine: Engine, arrays: Mapping[str, np.ndarray], about: About) -> 
     )
     logit_V = jnp.asarray(arrays["logits"]) if "logits" in arrays else None
     is_target = arrays["counted"].astype(bool)
-    return Session(learned, now, arrays["pending"], is_target, about.tokens, logit_V)
+    return Session(learned, now, arrays["pending"], is_target, header.tokens, logit_V)
 
 
 # --- states -------------------------------------------------------------------------------------
@@ -230,10 +230,10 @@ def _states(engine: Engine, session: Session) -> dict[str, Array]:
 
 
 def _contexts(
-    engine: Engine, start: Context, arrays: Mapping[str, np.ndarray], about: About
+    engine: Engine, start: Context, arrays: Mapping[str, np.ndarray], header: SessionHeader
 ) -> tuple[Context, Context]:
     """The contexts that `_states` came from, with the fast weights of `start`."""
-    positions = about.tokens - about.pending, about.tokens
+    positions = header.tokens - header.pending, header.tokens
     contexts = [start, start]
     for part, kinds in _cache_kinds(engine).items():
         pairs = []
@@ -241,7 +241,7 @@ def _contexts(
             name = f"{part}/{i}"
             stored = jnp.asarray(arrays[name])
             if kind == "full":
-                filled = empty.at[:, :, : about.tokens].set(stored)
+                filled = empty.at[:, :, : header.tokens].set(stored)
                 pairs.append((filled, filled))
             elif kind == "window":
                 rows = jnp.concatenate((stored, jnp.asarray(arrays[f"{name}/new"])), axis=2)
@@ -332,7 +332,7 @@ def check_writable(path: str | os.PathLike) -> None:
         raise UserError(f"{path} is a folder; name a file for the session.")
     if path.exists():
         try:
-            read_about(path)
+            read_header(path)
         except UserError as error:
             raise UserError(
                 f"{path} exists and is not a session that can be replaced ({error}); name another "
@@ -369,19 +369,21 @@ def _arrays(path: str | os.PathLike, file: Any) -> dict[str, np.ndarray]:
 # --- checks -------------------------------------------------------------------------------------
 
 
-def _check_content(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], about: About) -> None:
-    if about.arrays and checksum(arrays) != about.arrays:
+def _check_content(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], header: SessionHeader
+) -> None:
+    if header.arrays and checksum(arrays) != header.arrays:
         raise damaged(path, "the checksum of its arrays differs")
-    if bad := not_finite(arrays, about):
+    if bad := not_finite(arrays, header):
         raise damaged(path, f"{bad} is not finite")
 
 
 def _check_shapes(
-    path: str | os.PathLike, engine: Engine, arrays: Mapping[str, np.ndarray], about: About
+    path: str | os.PathLike, engine: Engine, arrays: Mapping[str, np.ndarray], header: SessionHeader
 ) -> None:
     """UserError unless names, shapes and types are those of the engine's sessions."""
-    expected = _expected(engine, about)
-    if about.tokens:
+    expected = _expected(engine, header)
+    if header.tokens:
         logits = (engine.inference_model.chunk_model.split.model.vocab_size,)
         expected["logits"] = (logits, np.dtype(np.float32))
     if missing := sorted(expected.keys() - arrays.keys()):
@@ -403,12 +405,12 @@ def _check_shapes(
         raise damaged(path, f"pending holds tokens outside the vocabulary of {vocab}")
 
 
-def _expected(engine: Engine, about: About) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def _expected(engine: Engine, header: SessionHeader) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of every array except the logits, by name."""
     start = engine.start()
     expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-        "pending": ((about.pending,), np.dtype(np.int32)),
-        "counted": ((about.pending,), np.dtype(np.uint8)),
+        "pending": ((header.pending,), np.dtype(np.int32)),
+        "counted": ((header.pending,), np.dtype(np.uint8)),
     }
 
     def add(name: str, like: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
@@ -418,11 +420,11 @@ def _expected(engine: Engine, about: About) -> dict[str, tuple[tuple[int, ...], 
         for i, (kind, leaf) in enumerate(zip(kinds, _leaves(start.learned, part), strict=True)):
             name, shape = f"{part}/{i}", leaf.shape
             if kind == "full":
-                add(name, leaf, (*shape[:2], about.tokens, *shape[3:]))
+                add(name, leaf, (*shape[:2], header.tokens, *shape[3:]))
                 continue
             add(name, leaf, shape)
             if kind == "window":
-                new = min(about.pending, shape[2])
+                new = min(header.pending, shape[2])
                 add(f"{name}/new", leaf, (*shape[:2], new, *shape[3:]))
             else:
                 add(f"{name}/now", leaf, shape)
@@ -430,11 +432,11 @@ def _expected(engine: Engine, about: About) -> dict[str, tuple[tuple[int, ...], 
         add(f"rule/{i}", leaf, leaf.shape)
     for path, weight in _flat(start.learned.fast).items():
         *lead, rows, columns = weight.shape if weight.ndim > 1 else (0, *weight.shape)
-        if about.precision == "float32":
+        if header.precision == "float32":
             add(f"fast/{path}", weight, weight.shape)
-        elif about.rank and min(rows, columns) > about.rank:
-            add(f"left/{path}", weight, (*lead, rows, about.rank), jnp.bfloat16)
-            add(f"right/{path}", weight, (*lead, about.rank, columns), jnp.bfloat16)
+        elif header.rank and min(rows, columns) > header.rank:
+            add(f"left/{path}", weight, (*lead, rows, header.rank), jnp.bfloat16)
+            add(f"right/{path}", weight, (*lead, header.rank, columns), jnp.bfloat16)
         else:
             add(f"change/{path}", weight, weight.shape, jnp.bfloat16)
     return expected

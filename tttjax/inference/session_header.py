@@ -20,14 +20,16 @@ HEADER = "session"
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
+class SessionHeader:
     """The header of a session file.
 
-    drift: ||W - W0|| of every fast weight by its path. lost: the relative error of the stored
-    difference from W0, largest over weights; 0 if it is exact. chunk_losses: NLL of the last chunks
-    before their updates, oldest first. source: of `tttjax read`, the text and the position in it.
-    layers: (||W - W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of the same chunks
-    after their updates; None if not computed.
+    model, tokenizer: fingerprints. tokens: read in all; pending: since the last update. precision,
+    rank: how the fast weights are stored. arrays: the checksum of all arrays. drift: ||W - W0|| of
+    every fast weight by its path. lost: the relative error of the stored difference from W0,
+    largest over weights; 0 if it is exact. chunk_losses: NLL of the last chunks before their
+    updates, oldest first. source: of `tttjax read`, the text and the position in it. layers: (||W -
+    W0||, ||W0||) by layer (`fast_layers`). chunk_losses_after: of the same chunks after their
+    updates; None if not computed.
     """
 
     format: str
@@ -46,12 +48,12 @@ class About:
     arrays: str = ""
 
 
-def format_about(about: About) -> dict[str, str]:
+def format_header(header: SessionHeader) -> dict[str, str]:
     """The metadata of a session file, with a checksum."""
-    return {HEADER: json.dumps(sealed(dataclasses.asdict(about)))}
+    return {HEADER: json.dumps(sealed(dataclasses.asdict(header)))}
 
 
-def parse_about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> About:
+def parse_header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> SessionHeader:
     """The header in a file's metadata. UserError for another format, or if it is damaged."""
     try:
         text = (metadata or {})[HEADER]
@@ -66,11 +68,11 @@ def parse_about(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> 
             )
         values = read_object(text, is_sealed=version == FORMAT)
         values.pop(SEAL, None)
-        about = About(**values)
-        _check_about(about)
+        header = SessionHeader(**values)
+        _check_header(header)
     except (TypeError, ValueError) as error:
         raise damaged(path, error) from error
-    return about
+    return header
 
 
 def damaged(path: str | os.PathLike, reason: object) -> UserError:
@@ -81,29 +83,33 @@ def damaged(path: str | os.PathLike, reason: object) -> UserError:
     )
 
 
-def _check_about(about: About) -> None:
+def _check_header(header: SessionHeader) -> None:
     """ValueError for a field with an invalid value."""
-    numbers = {"tokens": 2**31, "pending": about.tokens + 1 if _is_count(about.tokens) else 0}
+    numbers = {"tokens": 2**31, "pending": header.tokens + 1 if _is_count(header.tokens) else 0}
     for name, limit in {**numbers, "rank": 2**31}.items():
-        value = getattr(about, name)
+        value = getattr(header, name)
         if not _is_count(value) or value >= limit:
             raise ValueError(f"{name} is {value!r}")
-    for field in dataclasses.fields(About):
-        if field.type is str and not isinstance(getattr(about, field.name), str):
+    for field in dataclasses.fields(SessionHeader):
+        if field.type is str and not isinstance(getattr(header, field.name), str):
             raise ValueError(f"{field.name} is no string")
-    if about.precision not in PRECISIONS:
-        raise ValueError(f"precision is {about.precision!r}")
-    if (about.format == FORMAT) != bool(about.arrays):
+    if header.precision not in PRECISIONS:
+        raise ValueError(f"precision is {header.precision!r}")
+    if (header.format == FORMAT) != bool(header.arrays):
         raise ValueError("the checksum of its arrays is missing")
-    if not all(isinstance(d, dict) for d in (about.drift, about.layers, about.source)):
+    if not all(isinstance(d, dict) for d in (header.drift, header.layers, header.source)):
         raise ValueError("drift, layers or source is no object")
-    if any(not isinstance(row, list) or len(row) != 2 for row in about.layers.values()):
+    if any(not isinstance(row, list) or len(row) != 2 for row in header.layers.values()):
         raise ValueError("layers has rows that are not two numbers")
-    after = [loss for loss in about.chunk_losses_after if loss is not None]
-    norms = (*about.drift.values(), *(x for row in about.layers.values() for x in row), about.lost)
-    if not all(_is_finite(x) for x in (*norms, *about.chunk_losses, *after)):
+    after = [loss for loss in header.chunk_losses_after if loss is not None]
+    norms = (
+        *header.drift.values(),
+        *(x for row in header.layers.values() for x in row),
+        header.lost,
+    )
+    if not all(_is_finite(x) for x in (*norms, *header.chunk_losses, *after)):
         raise ValueError("a norm or a loss is not a finite number")
-    source = about.source
+    source = header.source
     if source and not (
         isinstance(source.get("text"), str)
         and all(_is_count(source.get(name)) for name in ("tokens", "of"))
@@ -128,11 +134,11 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def not_finite(arrays: Mapping[str, np.ndarray], about: About) -> str:
+def not_finite(arrays: Mapping[str, np.ndarray], header: SessionHeader) -> str:
     """The name of an array or field with a value that is not finite; "" if there is none."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             return name
-    after = [loss for loss in about.chunk_losses_after if loss is not None]
-    losses = (*about.chunk_losses, *after)
+    after = [loss for loss in header.chunk_losses_after if loss is not None]
+    losses = (*header.chunk_losses, *after)
     return "" if all(map(math.isfinite, losses)) else "the loss of a chunk"

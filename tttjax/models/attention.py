@@ -4,7 +4,8 @@ Every mixer is a function of any number of tokens of one sequence:
 
     mixer(x_TD, state, position) -> (y_TD, state)
 
-state: None for a whole sequence at once, as in training. position: number of tokens before x_TD.
+state: None if x_TD is the full sequence. Training also calls with a state, in the loop over chunks.
+position: number of tokens before x_TD.
 """
 
 from functools import partial
@@ -35,7 +36,8 @@ class Attention(nnx.Module):
             of these tokens.
         "prefill": the first tokens of a sequence, with an empty state.
         "decode": one token, with a state from `to_decode_cache`; returns its row for `append_kv`.
-    kernel: "xla" for XLA alone; else the platform's kernels where they apply.
+    kernel: "xla": no kernels. Otherwise library kernels for full sequences and Pallas kernels for
+        chunks, where supported; decoding and full attention with a state always use XLA.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class Attention(nnx.Module):
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
 
     def _init_cache(self, state, k_TGK, v_TGK):
-        """An empty state after the first tokens of a sequence."""
+        """The cache after the first tokens of a sequence, from an empty one."""
 
         def one(empty_SGK, new_TGK):
             if self.cache_size:

@@ -1,8 +1,8 @@
 """A model split at its lowest fast weight, into a parallel and a sequential part.
 
 The parallel part runs once over all tokens of a sequence: the prefix, which has no fast weights,
-and the mixers of the first suffix block where no weight in or before them is fast. The inner loop
-runs the sequential part, the rest, chunk by chunk.
+and the mixers of the first suffix block, unless one of their weights is fast. The inner loop runs
+the sequential part, everything after it, chunk by chunk.
 """
 
 import dataclasses

@@ -89,7 +89,7 @@ def run_stage(
 
     weights, state: by the name of the stack; state None: the sequence starts here and ends here.
     remat: recompute each row in the backward pass. cast: cast all weights to the compute dtype at
-    once, since the derivative would else store a copy of each row's.
+    once; otherwise the derivative stores a cast copy of every row's weights.
     Returns the hidden states [T, D] and the new state.
     """
 

@@ -14,7 +14,7 @@ from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.session import CHUNKS_PER_CALL, Session
-from tttjax.inference.session_file import LOSSES, About, read_about, save_session
+from tttjax.inference.session_file import LOSSES, SessionHeader, read_header, save_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.runs.chunk_log import ChunkRow, chunk_rows
 from tttjax.runs.load import LoadedModel, load_or_start_session
@@ -26,7 +26,7 @@ STATIC_TOKENS_PER_CALL = 2048  # for a model without an inner loop
 class TextPrefill:
     """Progress of a prefill: `done` of the text's `total` tokens are in the session.
 
-    losses, losses_after: of the last chunks, as in `About`.
+    losses, losses_after: of the last chunks, as in `SessionHeader`.
     """
 
     file: InputFile
@@ -81,18 +81,18 @@ def resume_prefill(loaded: LoadedModel, file: InputFile, path: str | Path) -> Te
 
     Raises UserError if the file is of another text or another inner loop.
     """
-    about = read_about(path)
-    if not is_session_of(about, file):
-        name = about.source.get("text", "a prompt")
+    header = read_header(path)
+    if not is_session_of(header, file):
+        name = header.source.get("text", "a prompt")
         changed = ", which has changed since" if name == file.id else ""
         raise UserError(
             f"{path} holds the session of another text ({name}{changed}); give another "
             "--save-session, and --session to continue from that one"
         )
     current = describe_learning(loaded)
-    if about.source.get("how", current) != current:
+    if header.source.get("how", current) != current:
         raise UserError(
-            f"{path} was read {about.source['how']}, and would go on {current}: give the same "
+            f"{path} was read {header.source['how']}, and would go on {current}: give the same "
             "--learn and --mode as before"
         )
     return TextPrefill(
@@ -100,9 +100,9 @@ def resume_prefill(loaded: LoadedModel, file: InputFile, path: str | Path) -> Te
         text_fingerprint=text_fingerprint(file),
         total=count_tokens(loaded.tokenizer, file),
         session=load_or_start_session(loaded, str(path)),
-        done=about.source["tokens"],
-        losses=deque(about.chunk_losses, LOSSES),
-        losses_after=deque(about.chunk_losses_after, LOSSES),
+        done=header.source["tokens"],
+        losses=deque(header.chunk_losses, LOSSES),
+        losses_after=deque(header.chunk_losses_after, LOSSES),
     )
 
 
@@ -114,9 +114,9 @@ def describe_learning(loaded: LoadedModel) -> str:
     return f"learning from every {reader.chunk_size} tokens at a rate of {reader.lr:g}"
 
 
-def is_session_of(about: About, file: InputFile) -> bool:
+def is_session_of(header: SessionHeader, file: InputFile) -> bool:
     """Whether a session was saved while reading this file, which has not changed since."""
-    return about.source.get("mark") == text_fingerprint(file)
+    return header.source.get("mark") == text_fingerprint(file)
 
 
 def text_fingerprint(file: InputFile) -> str:
@@ -193,7 +193,7 @@ def save_prefill(
     prefill: TextPrefill,
     precision: str = "float32",
     rank: int = 0,
-) -> About:
+) -> SessionHeader:
     """Writes the session file of a prefill."""
     traced = {"telescope": True} if isinstance(loaded.engine, TracingEngine) else {}
     return save_session(

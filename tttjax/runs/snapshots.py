@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tttjax.errors import UserError
-from tttjax.inference.session_file import About, read_about
+from tttjax.inference.session_file import SessionHeader, read_header
 from tttjax.io.atomic import atomic_write
 
 SUFFIX = ".session"
@@ -45,9 +45,9 @@ class Snapshots:
 
     def check(self) -> None:
         """UserError if the folder holds snapshots of another session."""
-        current = read_about(self.path) if self.path.exists() else None
-        for path, about in list_snapshots(self.path).items():
-            if current is None or _identity(about) != _identity(current):
+        current = read_header(self.path) if self.path.exists() else None
+        for path, header in list_snapshots(self.path).items():
+            if current is None or _identity(header) != _identity(current):
                 raise UserError(
                     f"{path.parent} holds sessions of an earlier reading; remove it, or give "
                     "another --save-session"
@@ -55,11 +55,11 @@ class Snapshots:
 
     def take(self) -> None:
         """Copies the session file into a snapshot, and removes snapshots beyond `max_count`."""
-        about = read_about(self.path)
-        target = snapshot_dir(self.path) / f"{about.tokens:012}{SUFFIX}"
+        header = read_header(self.path)
+        target = snapshot_dir(self.path) / f"{header.tokens:012}{SUFFIX}"
         if not target.exists():
             copy_atomically(self.path, target)
-        interval = self.interval(about.source["tokens"] // self.call_tokens)
+        interval = self.interval(header.source["tokens"] // self.call_tokens)
         for path, snapshot in list_snapshots(self.path).items():
             if snapshot.source["tokens"] // self.call_tokens % interval:
                 path.unlink()
@@ -70,9 +70,9 @@ def snapshot_dir(session: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(session)}.kept")
 
 
-def list_snapshots(session: str | os.PathLike) -> dict[Path, About]:
+def list_snapshots(session: str | os.PathLike) -> dict[Path, SessionHeader]:
     """The snapshots of a session file, oldest first."""
-    return {path: read_about(path) for path in sorted(snapshot_dir(session).glob(f"*{SUFFIX}"))}
+    return {path: read_header(path) for path in sorted(snapshot_dir(session).glob(f"*{SUFFIX}"))}
 
 
 def find_snapshot(session: Path, tokens: int) -> Path:
@@ -82,12 +82,12 @@ def find_snapshot(session: Path, tokens: int) -> Path:
     """
     snapshots = list_snapshots(session)
     candidates = {
-        path: about.tokens
-        for path, about in {**snapshots, session: read_about(session)}.items()
-        if about.tokens <= tokens and about.precision == "float32"
+        path: header.tokens
+        for path, header in {**snapshots, session: read_header(session)}.items()
+        if header.tokens <= tokens and header.precision == "float32"
     }
     if not candidates:
-        first = min((about.tokens for about in snapshots.values()), default=None)
+        first = min((header.tokens for header in snapshots.values()), default=None)
         before = "" if first is None else f" before {first:,} tokens"
         raise UserError(
             f"{session} cannot rewind to {tokens:,} tokens: it has no snapshots{before}; make "
@@ -103,5 +103,5 @@ def copy_atomically(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _identity(about: About) -> tuple[str, str, str]:
-    return about.model, about.source.get("text", ""), about.source.get("mark", "")
+def _identity(header: SessionHeader) -> tuple[str, str, str]:
+    return header.model, header.source.get("text", ""), header.source.get("mark", "")

@@ -1,7 +1,8 @@
 """One chunk of B sequences in the sequential part of a model: loss, gradient and inner update.
 
-`inner_loop.read_chunk` for a batch of sequences at the same position, with blocked attention and
-logits in blocks. Training (`meta_gradient`) and inference (`inference.prefill`) loop over it.
+The steps of `inner_loop.read_chunk` for a batch of sequences at one position: `loss_and_gradient`,
+then `apply_inner_update`. Attention and logits are computed in blocks. Training (`meta_gradient`)
+and inference (`inference.prefill`) loop over it.
 """
 
 from functools import partial
@@ -57,8 +58,9 @@ class ChunkRecords(NamedTuple):
 def batch_loss(
     chunk_model: ChunkModel, slow, fast, state, chunk: Chunks, form: str, ce_residuals=None
 ):
-    """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)); `chunk` without axis N.
+    """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)).
 
+    chunk: one chunk, so its arrays are [B, C, ...], without the axis N of their names.
     form: "blocked" for jax.grad, "blocked_jvp" for jax.grad of jax.jvp. ce_residuals: from an
     earlier call with the same weights and inputs (`ops.cross_entropy.CEResiduals`).
     """

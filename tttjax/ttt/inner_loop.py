@@ -6,8 +6,9 @@ For chunks i = 1..n of one sequence (arXiv 2512.23675, eq. 5 and section 3 of th
     g_i    = d loss_i / d W_{i-1}                    profits from its own gradient
     W_i    = W_{i-1} + lr * rule(g_i)                rule: clipped SGD in the paper
 
-Training and inference use the same function. In training, `outer_loss` differentiates through it:
-gradients of gradients.
+`read_chunk` and `adapt` define the method; `outer_loss` differentiates through them. By default
+training (`meta_gradient`) and inference (`inference.prefill`) compute the same numbers for a batch
+of sequences with `ttt.chunk`. All of them call `update`.
 """
 
 from collections.abc import Callable
@@ -78,8 +79,8 @@ def update(
 ) -> tuple[PyTree, PyTree, Array]:
     """W_i = W_{i-1} + lr * rule(g_i): the new weights, the rule's new state, and ||g_i||."""
     grad_norm = global_norm(g)
-    # Without targets the rule gets ones instead of zeros, and its result is dropped: its derivative
-    # at zero might be NaN, and with it the whole meta-gradient.
+    # A rule's derivative at a zero gradient may be NaN, which would reach the meta-gradient even if
+    # its result is dropped. So without targets the rule gets ones, and its result is dropped.
     g = jax.tree.map(lambda leaf: jnp.where(has_targets, leaf, jnp.ones_like(leaf)), g)
     change, new_rule_state = rule.update(g, rule_state, fast)
     if update_is_constant:

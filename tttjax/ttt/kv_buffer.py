@@ -109,7 +109,11 @@ class KVBuffer:
         return sum(map(one, self.kinds, cotangent, new), jnp.zeros(()))
 
     def cotangent_before(self, cotangent: list[Array], blocks_bar: PyTree) -> list[Array]:
-        """The cotangent before a chunk, from the one after it and the one of its input state."""
+        """The cotangent of the state before a chunk.
+
+        It is that of the state after it, shifted back by one chunk, plus `blocks_bar`, the chunk's
+        own gradient.
+        """
 
         def one(kind, after, bar):
             bar = bar.astype(after.dtype)

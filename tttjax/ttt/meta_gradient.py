@@ -6,9 +6,10 @@ Forward, per chunk,
 
     l_i, g_i = value and gradient of the chunk's loss in W_{i-1};  W_i = update(W_{i-1}, g_i).
 
-Backward, the chunks come in reverse. The cotangent of W_i is pulled back through the update; its
-part for g_i is v. The remaining contribution of a chunk is one ordinary gradient, in W_{i-1}, the
-slow weights, the inputs and the cached keys and values, of the scalar
+Backward, the chunks come in reverse. Pulling the cotangent of W_i back through the update gives
+cotangents of W_{i-1} and of g_i; call the latter v. The remaining contribution of a chunk is one
+ordinary gradient, in W_{i-1}, the slow weights, the inputs and the cached keys and values, of the
+scalar
 
     S = sum (cotangents x outputs) + d/de l_i(W_{i-1} + e v) at e = 0,
 
@@ -108,7 +109,8 @@ def _exact_from(loop: LoopConfig, chunks: int) -> int:
 def _segment(loop: LoopConfig, chunks: int) -> int:
     """Chunks per segment: at most the square root of their number, to limit memory.
 
-    Divides the number of chunks and the number of those with constant updates.
+    It divides both the number of chunks and the number of chunks whose updates are constants, so no
+    segment mixes the two.
     """
     common = math.gcd(chunks, _exact_from(loop, chunks))
     return max(n for n in range(1, math.isqrt(chunks) + 1) if common % n == 0)
@@ -270,7 +272,7 @@ def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
 def _chunk_gradient(
     loop: LoopConfig, kv_buffer: KVBuffer, slow, fast, state, chunk: Chunks, ce_residuals, outer
 ):
-    """The gradient of S, a chunk's contribution, in (slow, fast, the state's blocks, x).
+    """The gradient of S (module docstring) in slow, fast, the state's blocks and x.
 
     outer: the cotangents of its records and of the state after it, and v (None: the update is a
     constant).

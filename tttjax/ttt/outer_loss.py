@@ -3,8 +3,10 @@
     loss(theta, W0) = mean over sequences of mean over chunks of loss_i(W_{i-1})     (eq. 6)
 
 with W_i from `inner_loop.adapt`. The outer gradient is plain `jax.grad` of this function, through
-every update, the clip's norm, the cached keys and values, and the prefix. `meta_gradient` has
-a loop with the same values and a custom VJP, which training uses (`InnerLoop.form`).
+every update, the clip's norm, the cached keys and values, and the prefix. By default
+(`InnerLoop.form`) training computes the same values with `meta_gradient.make_loop`, whose VJP is
+custom. `make_forward` chooses: `forward_static` without updates, `forward_ttt` the definition,
+`forward_ttt_fast` the default.
 """
 
 from collections.abc import Callable
