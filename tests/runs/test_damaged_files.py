@@ -321,7 +321,13 @@ def session_loader(loaded):
         session, header = load_session(
             path, loaded.engine, model=loaded.model_fingerprint, tokenizer="t"
         )
-        state = session.learned, session.now, session.uncommitted, session.counted, session.logit_V
+        state = (
+            session.learned,
+            session.now,
+            session.uncommitted,
+            session.is_target,
+            session.logit_V,
+        )
         return session.tokens, hash_arrays(state), dataclasses.replace(header, format="", arrays="")
 
     return load
@@ -417,7 +423,7 @@ def import_export(folder):
     """Configuration, weights and tokenizer of an imported export."""
     source = open_huggingface(folder, config="", overrides=[], tokenizer="", log=lambda line: None)
     model = build_model(source.config.model, source.config.inner)
-    arrays = {str(piece[:-1]): piece[-1] for piece in source.pieces(model)}
+    arrays = {str(weight[:-1]): weight[-1] for weight in source.iter_weights(model)}
     return source.config, hash_arrays(arrays), source.tokenizer.fingerprint()
 
 
