@@ -25,7 +25,7 @@ def test_results_belong_to_their_configurations():
         assert result.memory_bytes >= 3 * 4 * result.parameters / 8
 
 
-def test_a_step_that_does_not_fit_is_left_blank(monkeypatch):
+def test_step_that_does_not_fit_is_left_blank(monkeypatch):
     def too_large(entry):
         if entry.name == "large":
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")

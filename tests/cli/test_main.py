@@ -66,7 +66,7 @@ def test_every_command_has_help(name, capsys):
     assert len(out.splitlines()) > 5
 
 
-def test_a_command_gets_its_arguments_and_returns_its_code(command):
+def test_command_gets_its_arguments_and_returns_its_code(command):
     command(lambda args: 7 if args.name == "Ada" and args.overrides == [] else 0)
     assert main.main(["greet", "--name=Ada"]) == 7
 

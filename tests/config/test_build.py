@@ -108,6 +108,6 @@ def test_values_are_read_by_the_fields_type(name, text, value):
         ("eval.context_lengths", "1,x"),
     ],
 )
-def test_what_does_not_read_as_the_type_is_refused(name, text):
+def test_what_does_not_read_as_type_is_refused(name, text):
     with pytest.raises(UserError, match=name.replace(".", r"\.") + " = "):
         parse_value(name, text)

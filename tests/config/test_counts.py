@@ -59,7 +59,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_have_as_many_parameters_as_is_said(name):
+def test_published_models_have_their_stated_parameter_counts(name):
     vocab, layers, embed, heads, kv_heads, head, mlp, qk_norm, tied, count = PUBLISHED[name]
     model = ModelConfig(
         vocab_size=vocab,
@@ -103,7 +103,7 @@ def test_matched_models_are_equally_large(suffix):
     assert width % 4 == 0
 
 
-def test_a_model_that_cannot_be_that_small_is_refused():
+def test_model_that_cannot_be_that_small_is_refused():
     with pytest.raises(UserError, match="No mlp_dim gives 1000 parameters"):
         match_parameters(ModelConfig(), 1000)
 
@@ -151,7 +151,7 @@ LARGE = ModelConfig(vocab_size=100, embed_dim=256, num_layers=8, num_heads=4, ml
 
 @pytest.mark.parametrize("count", ["total", "non_embedding"])
 @pytest.mark.parametrize("mixers", [("mamba2+window",), ("gated_deltanet",), ("none", "full")])
-def test_the_width_of_mlps_makes_up_for_other_mixers(mixers, count):
+def test_width_of_mlps_makes_up_for_other_mixers(mixers, count):
     target = parameter_count(dataclasses.replace(LARGE, mlp_dim=1024))[count]
     model = matched_model(dataclasses.replace(LARGE, mixers=mixers), target, count=count)
     assert parameter_count(model)[count] == pytest.approx(target, rel=0.02)
