@@ -274,13 +274,13 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("packing", PACKED)
-def test_byte_order_mark_is_dropped_and_line_ends_stay(tmp_path, packing):
+def test_byte_order_mark_goes_and_line_ends_stay(tmp_path, packing):
     path = tmp_path / "a.txt"
     path.write_bytes(PACKED[packing](b"\xef\xbb\xbfa\r\nb\rc\n\xef\xbb\xbf"))
     assert read_text(path) == texts_of([path])["a.txt"] == "a\r\nb\rc\n\ufeff"
 
 
-def test_flipped_bytes_of_a_gz_file_raise_user_errors(tmp_path):
+def test_flipped_bytes_of_gz_file_raise_user_errors(tmp_path):
     path = tmp_path / "a.txt.gz"
     packed = gzip.compress(b"one line of text\n" * 40)
     for i in range(2, len(packed)):

@@ -60,7 +60,7 @@ def test_make_batch_by_hand():
     assert batch.mask.tolist() == [[True, True, False, True], [True, True, False, False]]
 
 
-def test_an_epoch_is_a_permutation_and_the_next_another(prepared):
+def test_epoch_is_permutation_and_next_another(prepared):
     steps = epoch_steps(prepared)
     stream = make_train_stream([prepared], OPTIONS)
     first, second = take(stream, steps), take(stream, steps)

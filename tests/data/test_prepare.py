@@ -70,7 +70,7 @@ def test_counts_filter_and_borders(corpus, tmp_path):
         assert (tokens[stops - 1] == data.tokenizer.eos_id).all()
 
 
-def test_a_documents_split_does_not_depend_on_the_others(corpus, tmp_path):
+def test_documents_split_does_not_depend_on_others(corpus, tmp_path):
     everything = prepare([corpus], tmp_path / "all", val_fraction=0.3)
     some = prepare([corpus], tmp_path / "some", val_fraction=0.3, pattern="doc00*.txt")
     other_seed = prepare([corpus], tmp_path / "seed", val_fraction=0.3, seed=1)
@@ -90,7 +90,7 @@ def test_no_split_is_empty_by_chance(tmp_path, val_fraction):
     assert data.manifest["skipped"]["empty"] == 1
 
 
-def test_the_end_of_a_single_document_is_held_out(tmp_path):
+def test_end_of_single_document_is_held_out(tmp_path):
     corpus = write_corpus(tmp_path / "c", [4000])
     data = prepare([corpus], tmp_path / "d", val_fraction=0.25)
     train, val = data.split("train"), data.split("val")
@@ -100,7 +100,7 @@ def test_the_end_of_a_single_document_is_held_out(tmp_path):
     assert (train.num_bytes, val.num_bytes) == (3000, 1000)
 
 
-def test_the_end_of_the_only_long_document_is_held_out(tmp_path):
+def test_end_of_only_long_document_is_held_out(tmp_path):
     corpus = write_corpus(tmp_path / "c", [700, 700, 2000, 700])
     data = prepare([corpus], tmp_path / "d", val_fraction=0.5, min_document_tokens=800)
     train, val = data.split("train"), data.split("val")
@@ -199,7 +199,7 @@ def _interrupt(*args):
     raise KeyboardInterrupt
 
 
-def test_bad_input_does_not_cost_an_earlier_calls_work(tmp_path, monkeypatch):
+def test_bad_input_keeps_the_work_of_earlier_calls(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "c", [300, 300, 300])
     with monkeypatch.context() as interrupted:
         interrupted.setattr(preparation, "_finish", _interrupt)
