@@ -64,7 +64,7 @@ def tokenizer(request, sentencepiece_file, tokenizer_json):
     return HuggingFaceTokenizer(tokenizer_json)
 
 
-def test_every_text_comes_back_and_its_bytes_are_counted(tokenizer):
+def test_every_text_is_restored_with_its_byte_counts(tokenizer):
     rng = random.Random(0)
     characters = [chr(c) for c in (*range(128), *range(0xA0, 0x180), 0x2581, 0x1F600, 0x4E2D)]
     texts = AWKWARD + ["".join(rng.choices(characters, k=300)) for _ in range(50)]

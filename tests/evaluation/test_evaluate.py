@@ -159,7 +159,7 @@ def test_learning_changes_the_later_chunks_only(comparison):
     assert difference[:, CHUNK:].max() > 1e-3
 
 
-def test_with_a_learning_rate_of_zero_on_equals_off(config, params, data, mesh):
+def test_with_learning_rate_of_zero_on_equals_off(config, params, data, mesh):
     still = LearningOptions(inner={"lr": 0.0})
     result = evaluate(config, params, data, mesh=mesh, settings=one_length(config), learning=still)
     on, off = (series.contexts[LONGEST].loss_DL for series in result.series)
@@ -183,7 +183,7 @@ def test_a_sharded_mesh_changes_nothing(comparison, config, params, data):
     np.testing.assert_allclose(actual.loss_DL, expected.loss_DL, rtol=1e-4)
 
 
-def test_losses_of_a_bfloat16_model_have_no_bfloat16_steps(config, params, data, mesh):
+def test_losses_of_bfloat16_models_have_float32_resolution(config, params, data, mesh):
     model = dataclasses.replace(config.model, compute_dtype="bfloat16")
     config = dataclasses.replace(config, model=model)
     settings = one_length(config, context_lengths=(16,), num_sequences=1)
@@ -247,14 +247,14 @@ def test_masked_targets_do_not_count():
     np.testing.assert_array_equal(sums.loss_by_position().mean, [2.5, 4])
 
 
-def test_documents_of_equal_weight_have_the_usual_standard_error():
+def test_equally_weighted_documents_have_the_usual_standard_error():
     means = np.array([1.0, 4.0, 2.5, 3.0])
     mean, stderr = ratio_of_sums(means * 8, np.full(4, 8))
     assert mean == pytest.approx(means.mean())
     assert stderr == pytest.approx(means.std(ddof=1) / 2)
 
 
-def test_one_document_has_no_standard_error_and_masked_positions_no_loss():
+def test_single_documents_and_masked_positions_give_nan():
     mean, stderr = ratio_of_sums(np.array([[2.0, 0.0]]), np.array([[1, 0]]))
     assert mean[0] == 2
     assert np.isnan(stderr[0])
@@ -279,7 +279,7 @@ def test_contexts_of_a_sequence_are_summed_by_position():
 @pytest.mark.parametrize(
     ("length", "window", "bins"), [(2048, 256, 32), (131072, 8192, 32), (64, 64, 8), (96, 64, 2)]
 )
-def test_bins_cover_every_position_once_and_end_at_the_window(length, window, bins):
+def test_bins_cover_every_position_once_and_end_at_window(length, window, bins):
     edges = position_bins(length, window, bins)
     assert (edges[0], edges[-1]) == (0, length)
     assert (np.diff(edges) > 0).all()
@@ -288,7 +288,7 @@ def test_bins_cover_every_position_once_and_end_at_the_window(length, window, bi
     assert position_bins(length, window, 1).tolist() == [0, length]
 
 
-def test_binning_keeps_sums_and_doubling_windows_reach_the_end():
+def test_binning_keeps_sums_doubling_windows_reach_the_end():
     sums = Sums(np.arange(10.0)[None], np.ones((1, 10)), None)
     assert sums.binned([0, 3, 4, 10]).loss_DL.tolist() == [[3, 3, 39]]
     assert sums.between(2, 5).loss_DL.tolist() == [[9]]

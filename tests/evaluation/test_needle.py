@@ -422,7 +422,7 @@ def test_needle_options_alone_are_refused(workdir, capsys):
     assert "--needle-samples is an option of needle tests" in (capsys.readouterr().err)
 
 
-def test_without_text_the_haystack_is_noise_with_a_note(workdir, tmp_path):
+def test_without_text_haystack_is_noise_with_note(workdir, tmp_path):
     from tttjax.evaluation.needle.runner import _haystacks
 
     run = open_run(RunSpec(workdir))

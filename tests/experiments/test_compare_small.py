@@ -61,7 +61,7 @@ def test_all_systems_have_equal_parameters_and_tokens(scale, system):
         assert config.train.seq_len == windows * table.window
 
 
-def test_the_gpu_scale_has_10_to_50_million_parameters():
+def test_gpu_scale_has_10_to_50_million_parameters():
     assert 10e6 < parameters("gpu", "full") < 50e6
 
 
@@ -87,7 +87,7 @@ def test_it_is_an_experiment_file():
         ({2: 1.0, 3: 0.9, 4: 0.8, 5: 0.85}, [2, 3, 4, 5], 4),
     ],
 )
-def test_the_sweep_continues_while_the_best_is_at_its_edge(losses, rates, best):
+def test_sweep_continues_while_best_is_at_its_edge(losses, rates, best):
     assert rates_to_try([1, 2, 3, 4, 5], 3, losses) == (rates, best)
 
 
@@ -154,7 +154,7 @@ def test_the_plan_covers_every_system_seed_and_context(tmp_path):
     assert "| sgd | 0.01 | inf |" in notes
 
 
-def test_runs_that_diverge_later_are_named_in_the_report(tmp_path):
+def test_runs_that_diverge_later_are_named_in_report(tmp_path):
     plan = Plan("cpu", tmp_path)
     losses = {"mamba2-lr0.01-seed1": math.inf, "ttt_e2e-x8-share0.033-seed1": math.inf}
     losses |= {"window-x8-share0.033-seed0": math.inf}
@@ -205,7 +205,7 @@ def test_tasks_wait_for_the_tasks_they_need(tmp_path):
     assert set(seconds) == {"last", "a", "b"}
 
 
-def test_the_error_has_the_last_line_of_a_failed_task(tmp_path):
+def test_error_has_last_line_of_failed_task(tmp_path):
     task = python("a", tmp_path, "sys.exit('error: no such luck')")
     with pytest.raises(UserError, match=r"a failed with exit code 1: no such luck .*logs/a\.log"):
         run_tasks(lambda: [task], tmp_path, jobs=1, stop=Stop(), log=print)
@@ -253,7 +253,7 @@ class Batches:
         pass
 
 
-def test_a_converted_run_computes_the_same_within_a_window(tmp_path):
+def test_converted_run_computes_same_within_window(tmp_path):
     full, hybrid = (
         from_config_dict(recipe("smoke", system, "pretrain")) for system in ("full", "hybrid")
     )

@@ -98,7 +98,7 @@ def test_read_batch_of_different_lengths_equals_single_reads(x64, monkeypatch, n
     assert results[3][0].logit_V is None
 
 
-def test_update_waits_for_the_last_target_of_a_chunk(x64):
+def test_update_waits_for_last_target_of_chunk(x64):
     engine, token = make_engine("ttt_e2e")
     four, _ = engine.read(engine.start(), token[0, :4])
     assert len(four.uncommitted) == 4

@@ -154,7 +154,7 @@ def test_greedy_generation_learns_as_tttjax_does(opened, model):
     ).shape == (2, 26)
 
 
-def test_logits_do_not_depend_on_the_split_into_calls(model):
+def test_logits_do_not_depend_on_split_into_calls(model):
     ids = tokens(2, 29)
     full_logits = logits(model, ids)
     cache, outputs = None, []

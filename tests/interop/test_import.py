@@ -89,7 +89,7 @@ def test_an_imported_run_generates(imported, capsys):
     assert len(json.loads(capsys.readouterr().out)[0]["tokens"]) == 2
 
 
-def test_an_imported_run_can_be_extended_but_not_resumed(imported):
+def test_imported_run_can_be_extended_but_not_resumed(imported):
     trainer = make_trainer(read_config(imported), make_mesh())
     checkpoints.restore_params(imported, trainer.abstract_state.params)
     saver = checkpoints.Checkpointer(imported / checkpoints.CHECKPOINT_DIR)

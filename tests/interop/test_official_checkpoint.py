@@ -224,7 +224,7 @@ def test_a_checkpoint_in_a_bucket(step, arrays, monkeypatch):
             open_official_checkpoint("gs://bucket/elsewhere")
 
 
-def test_a_checkpoint_in_a_folder_with_an_odd_name(step, arrays, tmp_path):
+def test_checkpoint_in_folder_with_odd_name(step, arrays, tmp_path):
     odd = shutil.copytree(step, tmp_path / "a b%20#c?" / "3")
     checkpoint = open_official_checkpoint(odd)
     name = TOP_LEVEL_NAMES["embedding"]

@@ -43,7 +43,7 @@ def runs(make_run):
     )
 
 
-def test_a_trained_run_has_the_origin_it_started_from(runs):
+def test_trained_run_has_origin_it_started_from(runs):
     imported, later, scratch, orphan = runs
     assert find_origin(imported)[0]["license"] == "none found"
     assert find_origin(later) == find_origin(imported)

@@ -111,7 +111,7 @@ def test_window_longer_than_the_sequence():
     assert np.isfinite(logits).all()
 
 
-def test_full_attention_in_the_suffix_reaches_the_first_token():
+def test_full_attention_in_suffix_reaches_first_token():
     """The first token reaches the last chunk through attention alone (no learning)."""
     config = small_config(model={"mixers": ("full",), "suffix_layers": 2})
     model = build_model(config.model, config.inner)

@@ -113,7 +113,7 @@ def test_nll_of_bfloat16_is_not_rounded_to_bfloat16():
 
 
 @pytest.mark.parametrize("block", [2, 3, 7, 100])
-def test_nll_in_blocks_is_the_same_with_its_gradient(block):
+def test_nll_in_blocks_is_same_with_its_gradient(block):
     h, head, target = make_nll_inputs("float64")
 
     def loss(f, *args):

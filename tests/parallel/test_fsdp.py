@@ -52,7 +52,7 @@ def test_value_and_gradient_equal_the_unsharded(dtype):
     np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_gradients_are_summed_in_the_dtype_of_the_shard():
+def test_gradients_are_summed_in_dtype_of_shard():
     """257 is not a bfloat16: a sum in bfloat16 would be 256."""
     weight = jnp.ones((1, 2))
     x = jnp.array([[256.0], [1.0]])

@@ -36,7 +36,7 @@ def test_a_product_of_several_dimensions():
     assert flops(partial(jnp.einsum, "bikl,bklj->bij"), x, y) == 2 * (2 * 3 * 7) * (4 * 5)
 
 
-def test_a_convolution_counts_its_taps_and_the_features_of_its_group():
+def test_convolution_counts_taps_and_features_of_its_group():
     x, kernel = jnp.ones((2, 10, 6)), jnp.ones((4, 3, 8))  # 2 groups of 3 to 4 features
 
     def convolve(x, kernel):
@@ -49,7 +49,7 @@ def test_a_convolution_counts_its_taps_and_the_features_of_its_group():
     assert flops(convolve, x, kernel) == 2 * (2 * 7 * 8) * (4 * 3)
 
 
-def test_a_scan_counts_its_length_and_one_inside_another_the_product():
+def test_nested_scans_count_the_product_of_lengths():
     assert flops(lambda x: loop(x, lambda x: x @ W, 7), X) == 7 * ONCE
     assert flops(lambda x: loop(x, lambda x: loop(x, lambda x: x @ W, 4), 7), X) == 28 * ONCE
 
@@ -90,7 +90,7 @@ def test_the_most_expensive_branch_counts():
     assert flops(lambda i, x: jax.lax.switch(i, branches, x), 0, X) == 2 * ONCE
 
 
-def test_a_while_counts_its_trip_count_or_is_reported():
+def test_while_counts_its_trip_count_or_is_reported():
     def rounds(limit, x):
         return jax.lax.while_loop(lambda c: c[0] < limit, lambda c: (c[0] + 1, c[1] @ W), (0, x))
 
@@ -101,7 +101,7 @@ def test_a_while_counts_its_trip_count_or_is_reported():
     assert (unknown.flops, unknown.unknown_loops) == (ONCE, 1)
 
 
-def test_a_while_may_update_its_counter_in_any_way():
+def test_while_may_update_its_counter_in_any_way():
     def rounds(x):
         return jax.lax.while_loop(lambda c: c[0] < 8, lambda c: (c[0] * 2, c[1] @ W), (1, x))
 

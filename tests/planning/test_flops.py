@@ -76,7 +76,7 @@ def test_the_parts_of_a_train_step():
     assert static.outer == pytest.approx(2 * (exact.prefix + exact.suffix))
 
 
-def test_train_flops_without_fast_weights_are_three_forward_passes():
+def test_static_train_flops_are_three_forward_passes():
     model = dataclasses.replace(MODEL, suffix_layers=0, fast_mlp=False, mixers=("full",))
     forward = flops.forward_flops_per_token(model, INNER, 16)
     full = 3 * (PROJECTIONS + 4 * 8 * 8.5 + MLP) + HEAD
@@ -170,7 +170,7 @@ def test_multi_head_fast_mlps_by_hand():
     )
 
 
-def test_the_inner_backward_pass_ends_at_a_fast_mixer():
+def test_inner_backward_pass_ends_at_fast_mixer():
     model = replace(RECURRENT, suffix_layers=1, mixers=("mamba2",))
     inner = replace(INNER, fast_paths=("suffix/**/mixer/wo",))
     wo = 2 * 16 * 8

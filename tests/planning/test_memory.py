@@ -69,7 +69,7 @@ def test_weights_of_single_blocks_are_trajectory_too():
     assert saved(2, 1, 6, 4).trajectory == 0
 
 
-def test_stacked_outputs_that_no_loop_reads_are_not_residuals():
+def test_unread_stacked_outputs_are_not_residuals():
     def collect(x):
         return jax.lax.scan(lambda x, _: (x @ x, x), x, None, length=3)[1]
 

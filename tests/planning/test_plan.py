@@ -143,7 +143,7 @@ def test_json_and_table(file, capsys, tmp_path):
     assert "is not a plan" in capsys.readouterr().err
 
 
-def test_a_recipe_that_does_not_fit_has_a_proposal():
+def test_recipe_that_does_not_fit_has_proposal():
     topology = parse_topology("gpu:h100:2")
     config = small_config(**SHALLOW)
     before = make_plan(config, topology)

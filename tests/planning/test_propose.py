@@ -71,7 +71,7 @@ def test_a_large_trajectory_is_recomputed():
     assert "inner.trajectory" not in proposals(config, needs(), 110)[0]
 
 
-def test_every_candidate_is_a_valid_recipe_with_the_same_batch():
+def test_candidates_are_valid_recipes_with_the_same_batch():
     for candidate in candidates(recipe(), DEVICES, needs(), 110):
         config = candidate.config
         assert config.train.batch_size == 32

@@ -227,7 +227,7 @@ def test_long_sequences_stay_finite(kind, dtype):
 
 
 @pytest.mark.parametrize("name", ["window", "mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp"])
-def test_cast_to_compute_weights_are_used_in_compute_dtype(name):
+def test_cast_weights_are_used_in_compute_dtype(name):
     """So they can be gathered and cast before they are used."""
     kind, changes = MIXERS[name]
     block = block_of(kind, **changes)

@@ -210,7 +210,7 @@ def test_the_path_to_ttt_e2e_keeps_the_parameters(step):
     assert non_embedding(f"ablations:path,{step}") == pytest.approx(full, rel=0.02)
 
 
-def test_the_path_says_what_to_expect_of_each_step(monkeypatch):
+def test_path_says_what_to_expect_of_each_step(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from tttjax.recipes import ablations
 

@@ -144,7 +144,7 @@ def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     assert worst(grads, fast_grads) < 1e-11 * largest
 
 
-def test_both_forms_agree_for_a_random_configuration_in_float32():
+def test_both_forms_agree_for_random_configuration_in_float32():
     seed = 3
     config = drawn(seed)
     with jax.default_matmul_precision("highest"):

@@ -114,7 +114,7 @@ def test_adam_is_optax_adam():
         assert_close(u, w, atol=1e-8)
 
 
-def test_muon_makes_every_matrix_of_a_stack_near_orthogonal():
+def test_muon_makes_every_matrix_of_stack_near_orthogonal():
     (u,) = updates_of(make_rule("muon", clip=0.0), [make_tree()])
     for matrix in np.asarray(u["a"]):
         singular = np.linalg.svd(matrix, compute_uv=False)

@@ -99,7 +99,7 @@ def test_the_checkpoints_bit_for_bit(monkeypatch):
     assert "loss" in {row.quantity for row in rows}
 
 
-def test_an_official_checkpoint_by_its_parent_folder_and_its_step(tmp_path):
+def test_official_checkpoint_by_parent_folder_and_step(tmp_path):
     root = FOLDER / "checkpoint" / "01_e2e_basic_full"
     by_parent, by_step = (load_official_checkpoint(p) for p in (root, root / "4"))
     assert by_parent.step == by_step.step == 4

@@ -72,7 +72,7 @@ def test_training_costs_what_the_formula_says(report, runs):
         assert facts.known_from_start
 
 
-def test_the_state_is_keys_and_values_and_fast_weights(report):
+def test_state_is_keys_and_values_and_fast_weights(report):
     """float32; one block of one head of 8, and a fast MLP of three 8 x 8 matrices."""
     full, ttt = report.systems
     position = 4
@@ -248,7 +248,7 @@ def test_invalid_arguments_are_user_errors(runs, make_run, tmp_path, capsys):
         assert not out.exists()
 
 
-def test_a_baseline_without_a_run_at_any_length_is_refused(make_run, tmp_path):
+def test_baseline_without_run_at_any_length_is_refused(make_run, tmp_path):
     runs = [make_run(f"full_at_{n}", seq_len=n, mixers=("full",)) for n in (8, 16)]
     with pytest.raises(
         UserError, match="full has no run for any of the contexts 32, only for 8, 1"

@@ -105,7 +105,7 @@ def test_unknown_errors_add_nothing():
     assert not Value(*np.zeros((3, 1))).is_significant()
 
 
-def test_a_change_with_position_is_that_of_the_same_documents():
+def test_change_with_position_compares_the_same_documents():
     """Against the jackknife over documents, which knows nothing of ratios and residuals."""
     count_DL = np.random.default_rng(7).integers(20, 30, (400, LENGTH)).astype(float)
     sums = make_sums(2.0, count_DL, seed=8)

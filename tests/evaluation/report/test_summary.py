@@ -85,7 +85,7 @@ def test_noise_is_not_called_an_advantage():
     assert "the difference does not change significantly" in standing
 
 
-def test_a_difference_that_seeds_do_not_support_is_none():
+def test_difference_that_seeds_do_not_support_is_none():
     """0.001 between systems: clear over documents, but the seeds of one lie 0.002 apart."""
     sure = make_system("other", {16: 3.001, 64: 2.901}, noise=1e-6)
     base = make_system("full", {16: 3.0, 64: 2.9}, noise=1e-6)
@@ -127,7 +127,7 @@ def test_a_system_may_lack_a_length(lengths):
         assert images(name, report)[0].startswith(b"\x89PNG")
 
 
-def test_one_system_alone_and_a_baseline_that_lacks_the_longest():
+def test_one_system_alone_and_baseline_that_lacks_longest():
     assert sections(make_report(FULL))
     report = make_report(make_system("full", {16: 3.0}), make_system("other", {16: 3.0, 64: 2.9}))
     assert "at 16 tokens" in summarise(report)[1]
