@@ -279,7 +279,7 @@ def test_contexts_of_a_sequence_are_summed_by_position():
 @pytest.mark.parametrize(
     ("length", "window", "bins"), [(2048, 256, 32), (131072, 8192, 32), (64, 64, 8), (96, 64, 2)]
 )
-def test_bins_cover_every_position_once_and_end_at_window(length, window, bins):
+def test_bins_cover_every_position_once_until_the_window(length, window, bins):
     edges = position_bins(length, window, bins)
     assert (edges[0], edges[-1]) == (0, length)
     assert (np.diff(edges) > 0).all()

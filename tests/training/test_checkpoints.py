@@ -83,7 +83,7 @@ def arrays_of(path, step, item="train"):
     return sorted(folder.iterdir(), key=lambda f: f.stat().st_size)
 
 
-def test_round_trip_is_exact_and_old_steps_are_dropped(tmp_path):
+def test_round_trip_is_exact_and_old_steps_go(tmp_path):
     states = save_steps(tmp_path, [1, 2, 3], keep=2)
     restored = restore(tmp_path, abstract(states[3]))
     assert (restored.step, restored.data_state, restored.extra) == (3, {"next": 3}, {"tokens": 30})
