@@ -48,10 +48,13 @@ from importlib import metadata
 from pip._vendor.packaging.requirements import Requirement
 
 root, extras = pathlib.Path(sys.argv[1]), [e for e in sys.argv[2].split(",") if e]
-origin = json.loads(metadata.distribution("tttjax").read_text("direct_url.json"))
+installed = metadata.distribution("tttjax")
+origin = json.loads(installed.read_text("direct_url.json"))
 if origin["url"] != root.as_uri() or not origin.get("dir_info", {}).get("editable"):
     sys.exit(1)
 project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+if {script.name: script.value for script in installed.entry_points} != project["scripts"]:
+    sys.exit(1)  # of a version with other commands
 requirements = list(project["dependencies"])
 for extra in extras:
     requirements += project["optional-dependencies"][extra]
