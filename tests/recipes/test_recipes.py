@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers.paths import ROOT
 from helpers.recipe_dump import dumps
 
 from tttjax.config import Config, load_config, parameter_count, to_flat_dict
@@ -194,8 +193,7 @@ def test_every_system_is_as_large_as_full_attention(size, system):
     assert count == pytest.approx(non_embedding(f"paper:{size},full,pretrain"), rel=0.02)
 
 
-def test_the_table_of_sizes_has_every_system(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_the_table_of_sizes_has_every_system():
     from tttjax.recipes.paper import size_table
 
     head, *rows = size_table().splitlines()
@@ -210,8 +208,7 @@ def test_the_path_to_ttt_e2e_keeps_the_parameters(step):
     assert non_embedding(f"ablations:path,{step}") == pytest.approx(full, rel=0.02)
 
 
-def test_path_says_what_to_expect_of_each_step(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_path_says_what_to_expect_of_each_step():
     from tttjax.recipes import ablations
 
     for step, loss in ablations.PATH.items():
@@ -257,9 +254,8 @@ def test_multi_head_fast_mlps_are_the_papers_state():
     assert count["fast"] / 2**20 == pytest.approx(18, rel=0.012)
 
 
-def test_training_costs_at_3b_are_the_papers(monkeypatch):
+def test_training_costs_at_3b_are_the_papers():
     """To the rounding of its figures for attention; see baselines.py for the recurrent systems."""
-    monkeypatch.syspath_prepend(str(ROOT))
     from tttjax.recipes.results import TRAIN_FLOPS_3B
 
     def cost(system: str, stage: str) -> float:
@@ -361,8 +357,7 @@ def test_a_recipe_that_does_not_exist_says_so(word, sentence):
         resolve(word)
 
 
-def test_a_description_gives_command_cost_and_expectation(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_a_description_gives_command_cost_and_expectation():
     from tttjax.recipes.paper import describe
 
     text = describe("3b,ttt_e2e,extend,128k,3x")

@@ -77,8 +77,9 @@ class InnerConfig:
         "rewind",
         "How the backward pass of the fast form obtains the fast weights before each chunk. "
         "rewind: saves the inner gradients and undoes the updates. store: saves the fast weights "
-        "as well. recompute: saves the fast weights before every sqrt(N)th of N chunks and "
-        "recomputes the chunks between; for long sequences.",
+        "as well. recompute: saves the fast weights before every sqrt(N)th of N chunks, and runs "
+        "all chunks once more to recover the gradients that undo their updates; for long "
+        "sequences.",
         choices=TRAJECTORIES,
         mutable_on_resume=True,
     )
