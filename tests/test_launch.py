@@ -115,7 +115,7 @@ echo "$*" >>"$LOG"
 if [[ $2 == meta-gradient ]]; then
     echo '[{"name": "fast", "step_seconds": 3}, {"name": "full", "step_seconds": 2}]'
 else
-    echo '[{"name": "x/paper.py:3b,a", "seconds": 4}, {"name": "b", "seconds": null}]'
+    echo '[{"name": "paper:3b,a", "seconds": 4}, {"name": "b", "seconds": null}]'
 fi"""
     python = {"python": f'exec {sys.executable} "$@"'}
     run = partial(shell, str(LAUNCH / "gpu_benchmarks.sh"), programs={"tttjax": body, **python})

@@ -41,6 +41,7 @@ def imports(name: str) -> set[str]:
         if isinstance(node, ast.Import):
             result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
             result |= {f"{node.module}.{alias.name}" for alias in node.names}
     return result
 
@@ -68,9 +69,18 @@ def test_imports_point_downward():
     assert not upward
 
 
-def test_nnx_and_flags_stay_in_their_folders():
+def test_some_imports_stay_in_their_folders():
     assert importers("flax.nnx") == {"models"}
+    assert importers("flax.linen") == set()
     assert importers("argparse") == {"cli"}
+    assert importers("absl.flags") == set()
+
+
+def test_ops_models_and_ttt_do_not_import_the_configuration():
+    users = {
+        name for name in modules() if any(t.startswith("tttjax.config") for t in imports(name))
+    }
+    assert not {name.split(".")[0] for name in users} & {"ops", "models", "ttt"}
 
 
 def test_class_names_are_unique():

@@ -162,7 +162,7 @@ def test_unreadable_text_is_an_error(workspace, capsys, monkeypatch, name):
         words = [*PREPARE, name, "--num-workers=0"]
         assert main.main(words) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(rf"error: Cannot read {name} \(Permission denied\); mend .*\n", err), err
+    assert re.fullmatch(rf"error: Cannot read {name} \(Permission denied\); repair .*\n", err), err
     assert not Path("new").exists()
 
 
@@ -179,5 +179,5 @@ def test_an_unreadable_folder_is_an_error(workspace, capsys, monkeypatch):
     with monkeypatch.context() as unreadable:
         unreadable.setattr(os, "scandir", refuse)
         assert main.main([*PREPARE, "folder"]) == 2
-    assert "Cannot read folder/closed (Permission denied); mend" in capsys.readouterr().err
+    assert "Cannot read folder/closed (Permission denied); repair" in capsys.readouterr().err
     assert not Path("new").exists()

@@ -323,7 +323,7 @@ def test_the_sentence_says_what_the_numbers_say(comparison, beyond, expected):
     text = sentence(fake(comparison, beyond))
     assert text.startswith("Beyond the window (tokens 17-64 of 5 held-out documents), learning")
     assert expected in text
-    assert "with learning off" in text
+    assert "with TTT off" in text
 
 
 def test_the_sentence_gives_the_difference_at_the_start(comparison):
@@ -513,10 +513,10 @@ def test_data_of_another_tokenizer_are_refused(config, params, data, tmp_path):
 
 def test_ambiguous_or_missing_data_are_user_errors(config, params):
     several = dataclasses.replace(config, data=DataConfig(sources=("a", "b")))
-    with pytest.raises(UserError, match=r"was trained on 2 \(a, b\)"):
+    with pytest.raises(UserError, match=r"was trained on 2 \(a, b\); give --data=DIR"):
         evaluate(several, params)
     moved = dataclasses.replace(config, data=DataConfig(sources=("moved/away",)))
-    with pytest.raises(UserError, match=r"tried moved/away"):
+    with pytest.raises(UserError, match=r"were not found \(tried moved/away"):
         evaluate(moved, params)
 
 

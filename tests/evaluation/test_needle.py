@@ -151,7 +151,7 @@ def test_too_short_a_context_is_refused(tokenizers, task):
 
 
 def test_lossy_tokenizers_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="unknown tokenizer, so text cannot be encoded"):
+    with pytest.raises(UserError, match="unknown tokenizer, so it cannot encode text"):
         check_tokenizer(IdsTokenizer(50, 0, 1), list(TASKS.values()))
 
     class Shouting(ByteTokenizer):

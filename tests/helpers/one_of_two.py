@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from helpers.paths import TINY
 from tttjax.config import load_config
 from tttjax.parallel.distributed import start_distributed
 from tttjax.training.loop import train
+
+TINY = Path(__file__).parent / "tiny_run.py"
 
 
 def main() -> None:

@@ -94,7 +94,14 @@ def test_gathering_per_layer_needs_less_memory():
 
 def test_text_has_all_sections(plan):
     text = show(plan)
-    for words in ("optimizer", "inner backward", "program", "all-gather", "compiled in"):
+    for words in (
+        "optimizer",
+        "inner backward",
+        "model FLOPs",
+        "\n  program  ",
+        "all-gather",
+        "compiled in",
+    ):
         assert words in text
     assert max(map(len, text.splitlines())) < 120
 

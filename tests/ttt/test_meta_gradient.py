@@ -50,14 +50,17 @@ CASES = {
         "inner": {"trajectory": "recompute", "chunk_size": 3},
     },
     "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
-    "muon, truncated": {
-        "inner": {"rule": "muon", "meta_gradient": "truncated", "truncate_chunks": 2},
+    "muon": {"inner": {"rule": "muon"}},
+    "first order": {"inner": {"meta_gradient": "first_order"}},
+    "normalised, truncated": {
+        "inner": {
+            "rule": "normalized_sgd",
+            "meta_gradient": "truncated",
+            "truncate_chunks": 2,
+        },
         "train": {"seq_len": 16},
     },
-    "no mixers, first order": {
-        "model": {"mixers": ("none",), "suffix_layers": 2},
-        "inner": {"meta_gradient": "first_order"},
-    },
+    "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
     "static MLPs and the last norm are fast": {
         "model": {"fast_mlp": False},
         "inner": {"fast_paths": ("suffix/**/mlp/**", "final_norm/**")},
@@ -67,7 +70,7 @@ CASES = {
         "model": {"tie_embeddings": False},
         "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
     },
-    "untied, no norms, multi-head fast MLPs, one KV head, trajectory stored, normalised": {
+    "untied, no norms, multi-head fast MLPs, one KV head, trajectory stored": {
         "model": {
             "tie_embeddings": False,
             "post_norm": False,
@@ -75,7 +78,7 @@ CASES = {
             "fast_mlp_heads": 2,
             "num_kv_heads": 1,
         },
-        "inner": {"trajectory": "store", "rule": "normalized_sgd"},
+        "inner": {"trajectory": "store"},
     },
 }
 

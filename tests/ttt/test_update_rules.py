@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from tttjax.config import schema
 from tttjax.ttt.update_rules import (
     RULES,
     clip_by_global_norm,
@@ -146,3 +147,7 @@ def test_derivatives_are_finite_at_zero_gradients(name, where):
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="unknown inner rule 'sdg'"):
         make_rule("sdg")
+
+
+def test_configuration_offers_every_rule():
+    assert schema.RULES == RULES

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         metavar="FILE.py[:ARG]",
-        help="experiment file (default: inferred from the source); --config.SECTION.FIELD=VALUE "
+        help="recipe (paper:125m,...) or experiment file (default: inferred from the source); "
+        "--config.SECTION.FIELD=VALUE "
         "sets single fields, also without a file",
     )
     add(

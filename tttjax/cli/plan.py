@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         metavar="FILE.py[:ARG]",
-        help="experiment file; --config.SECTION.FIELD=VALUE changes it",
+        help="recipe (paper:125m,...) or experiment file; --config.SECTION.FIELD=VALUE changes it",
     )
     add("--topology", metavar="NAME", help="the pod, see above")
     add(

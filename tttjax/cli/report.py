@@ -83,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_learning(entries: Sequence[ReportEntry], args: argparse.Namespace) -> list[ReportEntry]:
-    """Applies the inner-loop options to the entries in the mode dynamic."""
+    """Applies the inner-loop options to the entries in the mode dynamic.
+
+    Raises UserError if there is no such entry.
+    """
     learning = LearningOptions(
         inner={"rule": args.inner_rule} if args.inner_rule else {},
         dynamic_lrs=() if args.dynamic_lr is None else (args.dynamic_lr,),

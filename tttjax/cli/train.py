@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE.py[:ARG]",
-        help="experiment file; --config.SECTION.FIELD=VALUE changes any field",
+        help="recipe (quickstart, paper:125m,...) or experiment file; "
+        "--config.SECTION.FIELD=VALUE changes any field",
     )
     parser.add_argument(
         "--workdir",

@@ -123,12 +123,11 @@ def read_config(workdir: str | Path) -> Config | None:
     values = _read_json(path, dict)
     if values is None:
         return None
-    written = values.pop("format", FORMAT)  # what was written before there was one is the first
-    if written != FORMAT:
+    version = values.pop("format", FORMAT)  # what was written before there was one is the first
+    if version != FORMAT:
         raise UserError(
-            f"{path} has the format {written!r}, and this version of tttjax reads {FORMAT}; use "
-            f"the "
-            "version that wrote it, or a later one"
+            f"{path} has the format {version!r}, and this version of tttjax reads {FORMAT}; use "
+            "the version that wrote it, or a later one"
         )
     return from_config_dict(values)
 

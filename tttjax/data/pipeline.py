@@ -210,8 +210,9 @@ def make_train_stream(
 ) -> TrainStream:
     """Batches of this process from one prepared data set or a mixture of several.
 
-    prefetch: batches prefetched in background threads. fingerprint: of the model's tokenizer.
-    Raises UserError for data that are missing, damaged, too short or of different tokenizers.
+    prefetch: batches prefetched in background threads (0: none). fingerprint: of the model's
+    tokenizer. Raises UserError for data that are missing, damaged, too short or of different
+    tokenizers.
     """
     options.check()
     if not sources:

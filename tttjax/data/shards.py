@@ -56,7 +56,7 @@ class Document:
 
 
 class _Shard:
-    """One memory-mapped shard."""
+    """One memory-mapped shard. Token and document offsets are those within the split."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype):
         self.path = folder / f"{entry['name']}.tokens"

@@ -155,12 +155,12 @@ def _about_learning(comparison: Comparison, learning: Series) -> str:
         _describe_change(
             _difference(comparison, learning, other, region),
             f"the loss of {learning.run}",
-            "against the same weights with learning off",
+            "against the same weights with TTT off",
         )
         for other in same
     ]
     other_runs = [other for other in others if other.run != learning.run]
-    subject = "its loss with learning" if same else f"the loss of {learning.label}"
+    subject = "its loss with TTT" if same else f"the loss of {learning.label}"
     parts += [
         _describe_advantage(comparison, learning, other, region, subject) for other in other_runs
     ]
@@ -169,7 +169,7 @@ def _about_learning(comparison: Comparison, learning: Series) -> str:
         return f"{where}, {learning.label} had a loss of {format_estimate(loss)} nats per token."
     several = sum(s.learns and s.run == learning.run for s in comparison.series) > 1
     how = f" ({learning.label})" if several else ""
-    lead = f"learning while reading{how} " if same else ""
+    lead = f"test-time training{how} " if same else ""
     return f"{where}, {lead}{'; '.join(parts)} {_unit(comparison)}."
 
 

@@ -93,7 +93,10 @@ def sample_tokens(vocab_size: int) -> np.ndarray:
 
 
 def sample_logits(config: Config, params: Params) -> np.ndarray:
-    """Logits [T, V] of random tokens, without inner updates."""
+    """Logits [T, V] of random tokens, without inner updates.
+
+    They use every weight; of the embedding, only the rows of these tokens.
+    """
     # XLA attention can be sharded and agrees with the other kernels up to rounding.
     xla_config = dataclasses.replace(config.model, attention_kernel="xla", remat="none")
     model = build_model(xla_config, config.inner)

@@ -140,7 +140,7 @@ class Attention(nnx.Module):
         window, length = self.cache_size, q_THK.shape[0]
         slot_S = jnp.arange(window + length)
 
-        def apply_rope(x_THK, first):
+        def rotated(x_THK, first):
             return self.apply_rope(x_THK, slot_S[first : first + x_THK.shape[0]])
 
         new_state = {"k": k_TGK, "v": v_TGK}
@@ -150,9 +150,9 @@ class Attention(nnx.Module):
                 for name, new in new_state.items()
             }
         q_THK, k_TGK, k_window = (
-            apply_rope(q_THK, window),
-            apply_rope(k_TGK, window),
-            apply_rope(state["k"], 0),
+            rotated(q_THK, window),
+            rotated(k_TGK, window),
+            rotated(state["k"], 0),
         )
         if self.form == "dense":
             position_S = slot_S - window + position  # negative: an empty slot

@@ -53,7 +53,8 @@ def make_mesh(
         raise UserError(
             f"data {data} x fsdp {fsdp} x tensor {tensor} = {data * model_shards} devices does not "
             f"fit the {len(devices)} available; choose mesh.data, mesh.fsdp and mesh.tensor so "
-            "that their product is the number of devices (mesh.data = -1 uses all of them)"
+            "that their product is the number of devices (mesh.data = -1 takes the remaining "
+            "devices)"
         )
     grid = arrange_devices(devices, data, fsdp, tensor)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

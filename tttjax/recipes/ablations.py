@@ -19,7 +19,7 @@ layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon
 meta,NAME                exact, truncated2, truncated4, first_order, none
 
-Each is `paper.py:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
+Each is `paper:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
 extension 0.76B). Expected numbers: `PATH`, `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for
 example loss on DCLM at 8K 2.805 with b = 1K against 2.814 with 4K [V]; nothing is published for
 rules and meta-gradients at this size.

@@ -18,7 +18,7 @@ def load_run_tokenizer(run: Run, path: Path | str | None = None) -> Tokenizer:
     Raises UserError if there is none, or it is not the one that the run was trained with.
     """
     folders = [local_path(path)] if path else list(_default_folders(run))
-    candidates = [path for folder in folders for path in (folder / TOKENIZER_DIR, folder)]
+    candidates = [option for folder in folders for option in (folder / TOKENIZER_DIR, folder)]
     existing = [folder for folder in candidates if (folder / CONFIG_FILE).exists()]
     if not existing:
         raise UserError(

@@ -67,7 +67,7 @@ class _Saved(NamedTuple):
     rule_state: PyTree
     g: PyTree
     recurrent: tuple[Array | None, ...]
-    ce_residuals: CEResiduals | None  # None with a fast head
+    ce_residuals: CEResiduals | None  # of the losses; None with a fast head
 
 
 # --- the loop ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tttjax.config import load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax bench meta-gradient`."""
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="configuration with fast MLPs")
+    add("--config", required=True, metavar="FILE.py[:ARG]", help="recipe with fast MLPs")
     add_measuring(parser, "timed steps of each program")
 
 

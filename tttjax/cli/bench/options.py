@@ -43,8 +43,8 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="FILE.py[:ARG]",
-        help="configuration, or several with * in ARG; may be repeated. --config.FIELD=VALUE "
-        "changes all of them",
+        help="recipe (mid_size:full) or experiment file, or several with * in ARG; may be repeated. "
+        "--config.FIELD=VALUE changes all of them",
     )
 
 

@@ -144,7 +144,7 @@ def _loss_by_flops(axes: Axes, report: Report) -> None:
     contexts = (
         "its context (small numbers)" if several else f"a context of {trained_runs[0][1]:,} tokens"
     )
-    axes.set_title(f"Every trained run, read with {contexts}", loc="left", fontsize=10)
+    axes.set_title(f"Every trained run, evaluated at {contexts}", loc="left", fontsize=10)
 
 
 def _state(axes: Axes, report: Report) -> None:

@@ -117,17 +117,17 @@ def change_with_context(
     None if the contexts cover different tokens. Equal numbers of runs are paired in order, as the
     same seeds.
     """
-    (a, b), (c, d) = ([[s.total() for s in seeds] for seeds in pair] for pair in (long, short))
+    (a, b), (c, d) = ([[s.total() for s in runs] for runs in pair] for pair in (long, short))
     try:
         change = (mean_of(a) - mean_of(b)) - (mean_of(c) - mean_of(d))
     except ValueError:
         return None
     mean, documents = change.loss()
-    if len({len(seeds) for seeds in (a, b, c, d)}) == 1:
-        seeds = _stderr(_means(a) - _means(b) - _means(c) + _means(d))
+    if len({len(runs) for runs in (a, b, c, d)}) == 1:
+        seed_errors = _stderr(_means(a) - _means(b) - _means(c) + _means(d))
     else:
-        seeds = _add_errors(*(_over_seeds_of_difference(*pair) for pair in ((a, c), (b, d))))
-    return Value(mean, documents, seeds[0])
+        seed_errors = _add_errors(*(_over_seeds_of_difference(*pair) for pair in ((a, c), (b, d))))
+    return Value(mean, documents, seed_errors[0])
 
 
 def _over_seeds_of_difference(a: Sequence[Sums], b: Sequence[Sums]) -> np.ndarray:

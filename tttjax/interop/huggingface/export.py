@@ -263,7 +263,7 @@ def _compare(export: ExportPlan, folder: Path, log: Log) -> None:
         folder, token_T, position_P, chunk_size=size if learn else 0
     )
     if transformers_logit_PV is None:
-        log("transformers or torch is not installed, so the export was not compared with it")
+        log("transformers or torch is not installed, so the export was not compared with them")
         return
     # A tied weight that is stored as two tensors is rounded twice.
     is_tied_twice = len({(slot.path, slot.row) for slot in export.slots}) < len(export.slots)
