@@ -11,6 +11,8 @@ import pytest
 
 from tttjax.cli import main
 
+pytestmark = pytest.mark.slow
+
 VERSION_0_1_0 = Path(__file__).parent / "fixtures" / "version_0_1_0"
 EXPECTED = json.loads((VERSION_0_1_0 / "expected.json").read_text())
 

@@ -9,6 +9,8 @@ from tttjax.benchmarks.decode import bench_decode
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_context_length_and_batch_size_is_measured():
     config = small_config(model={"mixers": ("window",)})

@@ -8,6 +8,8 @@ from tttjax.cli.main import main
 from tttjax.config import parameter_count
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "model": {
         **{"mixers": ("window",), "num_layers": 1, "embed_dim": 16, "mlp_dim": 24},

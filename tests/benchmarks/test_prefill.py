@@ -10,6 +10,8 @@ from tttjax.benchmarks.prefill import bench_prefill
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_only_the_state_of_full_attention_grows():
     static = {"fast_mlp": False, "suffix_layers": 0}

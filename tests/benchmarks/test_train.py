@@ -10,6 +10,8 @@ from tttjax.benchmarks.train import bench_train
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_results_belong_to_their_configurations():
     train = {"batch_size": 8}  # the tests have eight devices

@@ -8,6 +8,8 @@ from tttjax.benchmarks.ttt_dual import DualSizes, bench_ttt_dual
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_dual_form_stores_no_weights_per_token():
     results = bench_ttt_dual([32], DualSizes(heads=1, head_dim=16, chunk=16), rounds=1)

@@ -8,6 +8,8 @@ import pytest
 
 from tttjax.cli import main
 
+pytestmark = pytest.mark.slow
+
 BAD = ("nan", "inf", "-inf", "1e39", "-1e39", "1e400", "", "x", "1.5.0", "0x10", "\uff11", "1__0")
 TOO_LARGE = ("-2147483649", "4294967296", "9223372036854775808", "1.5")
 TOO_SMALL = ("1e-46", "1e-400")

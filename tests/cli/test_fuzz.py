@@ -25,6 +25,8 @@ from tttjax.training import loop
 from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
 from tttjax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 START = ["train", f"--config={TINY}", "--workdir=run", "--config.data.sources=data"]
 SMALL = ["--config.model.num_layers=1", "--config.train.steps=12", "--stop-after=1"]
 

@@ -11,6 +11,8 @@ from tttjax.data.documents import file_spans, list_inputs
 from tttjax.data.text_spans import encode_span, encode_text
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SIZE = 24_000
 RANDOM = random.Random(0)
 WORDS = [

@@ -45,6 +45,8 @@ from tttjax.training import checkpoints
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 from tttjax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 WINDOW, CHUNK, LONGEST = 16, 8, 64
 LENGTHS = (16, 64)
 
@@ -321,7 +323,9 @@ def fake(comparison, beyond):
 )
 def test_the_sentence_says_what_the_numbers_say(comparison, beyond, expected):
     text = sentence(fake(comparison, beyond))
-    assert text.startswith("Beyond the window (tokens 17-64 of 5 held-out documents), learning")
+    assert text.startswith(
+        "Beyond the window (tokens 17-64 of 5 held-out documents), test-time training"
+    )
     assert expected in text
     assert "with TTT off" in text
 

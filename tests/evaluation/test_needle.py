@@ -31,6 +31,8 @@ from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import LearningOptions, RunSpec, iter_eval_setups, open_run
 
+pytestmark = pytest.mark.slow
+
 STORY = (
     "A heron stood in the shallows, and no fish came near it! Who would wait so long? Not the fox. "
     "He had other plans; the hens of the mill were fat, the miller slept, the night was dark.\n\n"

@@ -26,6 +26,8 @@ from tttjax.training import checkpoints
 from tttjax.training.loop import train
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = ROOT / "experiments" / "compare_small.py"
 
 

@@ -9,6 +9,8 @@ import tttjax.inference.engine
 from tttjax.inference.engine import Engine
 from tttjax.inference.session import bucket_sizes
 
+pytestmark = pytest.mark.slow
+
 
 def test_bucket_sizes_add_up():
     assert bucket_sizes(0) == []

@@ -13,6 +13,8 @@ from tttjax.errors import UserError
 from tttjax.inference.generator import Generator, Request, Transcript
 from tttjax.inference.sampling import Sampling
 
+pytestmark = pytest.mark.slow
+
 
 class Letters(IdsTokenizer):
     """Tokens 0..10 as letters; 10 is EOS."""

@@ -22,6 +22,8 @@ from tttjax.ttt.outer_loss import make_forward as make_training_forward
 from tttjax.ttt.outer_loss import make_inner_loop
 from tttjax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 LEARNING: dict[str, dict] = {
     "fast MLP": {},
     "hybrid": {"model": {"num_layers": 4, "suffix_layers": 2, "mixers": ("window", "full")}},

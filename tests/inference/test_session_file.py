@@ -9,6 +9,8 @@ from helpers.small import worst
 from tttjax.errors import UserError
 from tttjax.inference.session_file import load_session, read_header, save_session
 
+pytestmark = pytest.mark.slow
+
 MODEL = "a" * 64
 
 

@@ -17,6 +17,8 @@ from tttjax.ttt import inner_loop
 from tttjax.ttt.layer_norms import fast_layers, norms, squares
 from tttjax.ttt.outer_loss import make_chunk_loss
 
+pytestmark = pytest.mark.slow
+
 SYSTEMS: dict[str, dict] = {
     "three layers in stacks, clipped": {
         "model": {"num_layers": 4, "suffix_layers": 3, "mixers": ("window", "full")},

@@ -39,7 +39,7 @@ CONFIG = {
     "eos_token_id": 2,
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-pytestmark = pytest.mark.filterwarnings("ignore")  # by torch and transformers
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # by torch and transformers
 
 
 @pytest.fixture

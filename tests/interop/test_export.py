@@ -21,7 +21,7 @@ from tttjax.runs.load import load_model
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)  # the models are too small for threads
-pytestmark = pytest.mark.filterwarnings("ignore")  # by torch and transformers
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # by torch and transformers
 
 STATIC = {"num_layers": 3, "num_heads": 2, "embed_dim": 8}
 PLAIN = {"post_norm": False, "qk_norm": False}

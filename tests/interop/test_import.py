@@ -24,6 +24,8 @@ from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import checkpoints
 from tttjax.training.step import make_trainer, weights_template
 
+pytestmark = pytest.mark.slow
+
 CONFIG = official_config()
 OVERRIDES = (
     *("--config.model.window_size=16", "--config.inner.chunk_size=8", "--config.train.seq_len=32"),

@@ -32,7 +32,7 @@ from tttjax.types import Batch
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore")  # by torch and transformers
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # by torch and transformers
 
 SIZES = {
     "vocab_size": 96,

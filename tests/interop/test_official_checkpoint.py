@@ -34,6 +34,8 @@ from tttjax.models import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training.step import weights_template
 
+pytestmark = pytest.mark.slow
+
 CONFIG = official_config()
 
 

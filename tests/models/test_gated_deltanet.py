@@ -12,7 +12,7 @@ from helpers.small import shaken, worst
 from tttjax.errors import UserError
 from tttjax.models.gated_deltanet import GatedDeltaNet
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 LENGTH, EMBED, TAPS, CHUNK = 11, 6, 3, 4
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 1, 2, 3, 4

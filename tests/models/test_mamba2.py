@@ -9,7 +9,7 @@ from flax import nnx
 from tttjax.errors import UserError
 from tttjax.models.mamba2 import Mamba2
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 T, D, H, P, G, N, J = 10, 6, 4, 3, 2, 5, 4
 SIZES = {

@@ -14,7 +14,7 @@ from tttjax.errors import UserError
 from tttjax.models import build_model, combine, path_filter, relayout
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 PATTERNS = {
     "full": ("full",),
     "window": ("window",),

@@ -13,7 +13,7 @@ from helpers.small import shaken, worst
 from tttjax.errors import UserError
 from tttjax.models.ttt_layer import TTTLayer
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 WIDTH, HEADS, CHUNK, LENGTH = 8, 2, 4, 11
 BASE = {
     "inner": "linear",

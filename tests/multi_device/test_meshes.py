@@ -12,7 +12,7 @@ from tttjax.errors import UserError
 from tttjax.parallel.mesh import make_mesh, spec
 from tttjax.training.step import make_trainer
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 STEPS = 5
 

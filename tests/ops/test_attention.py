@@ -7,7 +7,7 @@ import pytest
 
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_blocked, mask_fn
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 
 def numpy_attention(q, k, v, attention_mask):

@@ -19,7 +19,7 @@ from tttjax.ops.cross_entropy.nll import (
     token_nll,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 T, D, V = 7, 5, 11
 # One block; blocks that divide neither rows nor vocabulary (the last overlaps or is padded).
 BLOCKS = [{}, {"rows_block": 3}, {"vocab_block": 4}, {"rows_block": 3, "vocab_block": 4}]

@@ -15,7 +15,7 @@ from tttjax.ops.delta_rule import (
     unit_lower_inverse,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 KEY_DIM, VALUE_DIM = 4, 3
 

@@ -9,7 +9,7 @@ from tttjax.ops.cross_entropy.nll import masked_mean, token_nll, token_nll_in_bl
 from tttjax.ops.norms import layer_norm, rms_norm
 from tttjax.ops.rope import apply_rope, frequencies
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 RNG = np.random.default_rng(0)
 
 

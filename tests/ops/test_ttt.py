@@ -18,7 +18,7 @@ from tttjax.ops.ttt import (
     ttt,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 INNER = ("linear", "mlp")
 HEADS, SIZE, CHUNK, LENGTH, EPS = 2, 4, 5, 13, 1e-6
 BASE_LR = 2.0  # several times what the paper takes, so that an error in what is learned shows

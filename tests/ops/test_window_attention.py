@@ -15,7 +15,7 @@ from tttjax.ops.window_attention import (
     window_attention_pair,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 HEADS = 2  # by default, with a batch of two
 
 

@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 from tttjax.parallel.fsdp import ShardedParam, all_gather_params
 from tttjax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.slow
+
 
 def on_two(function, weight, x, dtype):
     """function(full weight, local rows of x) on two devices, each with half of the weight."""

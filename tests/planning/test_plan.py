@@ -17,6 +17,8 @@ from tttjax.planning.program import _out_of_memory, trace
 from tttjax.planning.show import duration, markdown, show
 from tttjax.planning.topologies import parse_topology
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 CONFIG = """\
 from helpers.small import SMALL

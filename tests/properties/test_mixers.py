@@ -13,6 +13,8 @@ from tttjax.models import build_model
 from tttjax.models.block import Block
 from tttjax.models.stacking import Stack
 
+pytestmark = pytest.mark.slow
+
 # name: (kind, fields of the model's configuration)
 MIXERS = {
     "full": ("full", {}),

@@ -15,6 +15,8 @@ from tttjax.errors import UserError
 from tttjax.models import build_model
 from tttjax.planning.flops import train_flops_per_token
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -35,6 +35,8 @@ from tttjax.training import checkpoints
 from tttjax.training.checkpoint_format import checksums
 from tttjax.training.step import weights_template
 
+pytestmark = pytest.mark.slow
+
 REFUSED, EARLIER, SAME, OTHER = "refused", "earlier", "same", "other"
 
 

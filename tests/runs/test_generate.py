@@ -14,6 +14,8 @@ from tttjax.inference.engine import Engine
 from tttjax.runs.load import load_model
 from tttjax.runs.long_text import find_text
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the cat sat on the mat. " * 12
 
 

@@ -17,6 +17,8 @@ from tttjax.io.locks import hold
 from tttjax.runs.load import load_model
 from tttjax.runs.snapshots import list_snapshots
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the cat sat on the mat. " * 19  # 7 prefill calls of 64 bytes, and a shorter one
 SNAPSHOT_FLAGS = ("--keep-every=64", "--keep-most=3")
 

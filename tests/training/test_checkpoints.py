@@ -21,6 +21,8 @@ from tttjax.errors import UserError
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.types import Params
 
+pytestmark = pytest.mark.slow
+
 
 def mesh(*shape):
     return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

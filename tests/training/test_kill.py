@@ -1,6 +1,9 @@
 """`kill_and_resume.py` with two kills; its default is twenty."""
 
+import pytest
 from training import kill_and_resume
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_kills_leave_results_bit_identical(capsys, monkeypatch):

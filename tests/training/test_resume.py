@@ -15,6 +15,8 @@ from tttjax.errors import UserError
 from tttjax.training.loop import train
 from tttjax.training.metrics import deterministic_records, read_records
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny, tmp_path_factory):

@@ -21,6 +21,8 @@ from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import loop as train_module
 from tttjax.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("train.steps=4", "optim.warmup_steps=1")
 
 

@@ -13,7 +13,7 @@ from tttjax.training.optimizer import make_optimizer
 from tttjax.training.step import make_trainer
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 
 def make_config(**train):

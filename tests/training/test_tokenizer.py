@@ -15,6 +15,8 @@ from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.training import checkpoints
 from tttjax.training.loop import open_batches, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory):

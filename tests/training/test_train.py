@@ -27,6 +27,8 @@ from tttjax.training.metrics import read_records
 from tttjax.training.stopping import StopRequest
 from tttjax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 
 class TraceCounter(logging.Handler):
     """Collects the names of the programs that JAX compiles, from its compile log."""

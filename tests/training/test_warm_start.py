@@ -14,6 +14,8 @@ from tttjax.training import checkpoints
 from tttjax.training.step import make_trainer
 from tttjax.training.warm_start import load_initial_weights
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"num_layers": 3, "num_kv_heads": 1, "post_norm": False}
 STATIC = {**SIZES, "suffix_layers": 0, "fast_mlp": False}
 EXTENDED = {**SIZES, "suffix_layers": 2, "fast_mlp_init": "zero"}

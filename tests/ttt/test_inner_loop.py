@@ -8,7 +8,7 @@ import pytest
 from tttjax.ttt import inner_loop
 from tttjax.ttt.update_rules import RULES, global_norm, make_rule
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 CHUNKS, ROWS = 4, 3
 
 

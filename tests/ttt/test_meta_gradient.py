@@ -9,6 +9,8 @@ from helpers.small import random_batch, shaken, small_config, worst
 from tttjax.models import SplitModel, build_model
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "clip active": {"inner": {"clip": 0.1}},
     "no clip, chunks of two, one sequence": {

@@ -14,7 +14,7 @@ from tttjax.models import build_model
 from tttjax.ttt.outer_loss import exact_chunks, inner_lr, learns, make_inner_loop, make_outer_loss
 from tttjax.types import Batch, Params
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 LR = 0.7
 CHUNKS = 3
 

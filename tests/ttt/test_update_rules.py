@@ -15,7 +15,7 @@ from tttjax.ttt.update_rules import (
     normalize_by_global_norm,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 
 def make_tree(seed=0, scale=1.0):

@@ -14,6 +14,8 @@ import pytest
 from tttjax.cli.main import main
 from tttjax.verification.verify import verify
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 7
 VOCAB = 5
 MAMBA = {

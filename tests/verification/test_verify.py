@@ -13,6 +13,8 @@ from tttjax.ttt import update_rules
 from tttjax.verification import rows
 from tttjax.verification.verify import find_cases, format_table, verify
 
+pytestmark = pytest.mark.slow
+
 
 def failed(results):
     return {row.quantity for row in results if not row.ok}

@@ -22,6 +22,8 @@ from tttjax.evaluation.report.tables import sections
 from tttjax.planning.flops import train_flops_per_token
 from tttjax.runs.run import RunSpec
 
+pytestmark = pytest.mark.slow
+
 LENGTHS, STEPS, WINDOW = (8, 32), 3, 8  # of the runs in tiny_runs.py
 PLOTS = (
     *("loss_difference_by_context", "loss_by_position", "loss_by_flops"),

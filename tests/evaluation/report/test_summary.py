@@ -12,6 +12,8 @@ from tttjax.evaluation.report.summary import summarise
 from tttjax.evaluation.report.tables import about_errors, sections
 from tttjax.evaluation.statistics import Sums
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS, TOKENS, WINDOW = 6, 64, 16
 LENGTHS = (16, 64)
 

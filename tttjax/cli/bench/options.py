@@ -43,7 +43,7 @@ def add_configs(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="FILE.py[:ARG]",
-        help="recipe (mid_size:full) or experiment file, or several with * in ARG; may be repeated. "
+        help="recipe (mid_size:full) or experiment file, several with * in ARG; may be repeated. "
         "--config.FIELD=VALUE changes all of them",
     )
 
