@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tttjax.benchmarks.timing import check_rounds, median_seconds, quotient, temporary_bytes
-from tttjax.errors import UserError
+from tttjax.benchmarks.timing import check_sizes, median_seconds, quotient, temporary_bytes
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_blocked, mask_fn
 from tttjax.ops.attention.library import attend_sequence, unsupported_reason_on_backend
 from tttjax.ops.attention.library import unsupported_reason as library_unsupported_reason
@@ -19,7 +18,6 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.training.attention_kernels import platform_of
 from tttjax.types import Array
 
-DTYPES = ("float32", "bfloat16")
 QUERY_BLOCK = 1024  # of blocked attention over a whole sequence
 BASELINE_FORM = {"chunk gradient": "dense", "chunk pair": "dense"}  # else "xla"
 
@@ -60,12 +58,7 @@ def bench_attention(
     Raises UserError for a size below one and for an unknown dtype.
     """
     sizes = sizes or AttentionSizes()
-    check_rounds(rounds)
-    for name, value in asdict(sizes).items():
-        if name != "dtype" and value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
-    if sizes.dtype not in DTYPES:
-        raise UserError(f"dtype={sizes.dtype!r} must be one of {', '.join(DTYPES)}.")
+    check_sizes(rounds, **asdict(sizes))
     programs: dict[tuple[str, str], Any] = {}
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for task, form, function, arguments in (*_chunk_tasks(sizes), *_sequence_tasks(sizes)):

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tttjax.benchmarks.timing import median_seconds, quotient, temporary_bytes
-from tttjax.errors import UserError
+from tttjax.benchmarks.timing import check_sizes, median_seconds, quotient, temporary_bytes
 from tttjax.ops.cross_entropy.nll import (
     blocked_nll,
     blocked_nll_jvp,
@@ -19,7 +18,6 @@ from tttjax.ops.cross_entropy.nll import (
 from tttjax.types import Array
 
 TASKS = ("forward", "gradient", "second")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,9 @@ def bench_cross_entropy(
     Raises UserError for a size below one and for an unknown dtype.
     """
     sizes = sizes or CrossEntropySizes()
-    counts = {name: value for name, value in asdict(sizes).items() if name != "dtype"}
-    for name, value in (("rounds", rounds), *counts.items()):
-        if value < (0 if name == "vocab_block" else 1):
-            raise UserError(f"{name}={value} must be at least 1.")
-    if sizes.dtype not in DTYPES:
-        raise UserError(f"dtype={sizes.dtype!r} must be one of {', '.join(DTYPES)}.")
+    counts = asdict(sizes)
+    check_sizes(rounds, least=0, vocab_block=counts.pop("vocab_block"))
+    check_sizes(rounds, **counts)
     arguments = _arguments(sizes)
     programs: dict[tuple[str, str], Any] = {}
     for key, function in _functions(sizes).items():

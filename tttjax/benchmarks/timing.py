@@ -40,6 +40,19 @@ def _finish(run: Callable[[], Any]) -> bool:
     return True
 
 
+DTYPES = ("float32", "bfloat16")
+
+
+def check_sizes(rounds: int, dtype: str = DTYPES[0], *, least: int = 1, **sizes: int) -> None:
+    """UserError for no rounds, a size below `least`, or an unknown dtype."""
+    check_rounds(rounds)
+    for name, value in sizes.items():
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}.")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+
+
 def none_if_out_of_memory(make: Callable[[], Result]) -> Result | None:
     """The result of `make`; None if it exceeds the device's memory."""
     try:

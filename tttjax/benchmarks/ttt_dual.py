@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tttjax.benchmarks.timing import median_seconds, quotient, temporary_bytes
+from tttjax.benchmarks.timing import check_sizes, median_seconds, quotient, temporary_bytes
 from tttjax.errors import UserError
 from tttjax.ops.ttt import FORMS, InnerNorm, learning_rates, ttt
 from tttjax.types import Array
@@ -53,9 +53,7 @@ def bench_ttt_dual(
     Raises UserError for a size below one.
     """
     sizes = sizes or DualSizes()
-    for name, value in (("rounds", rounds), *asdict(sizes).items()):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1.")
+    check_sizes(rounds, **asdict(sizes))
     if not seq_lens or min(seq_lens) < 1:
         raise UserError(f"seq_len={list(seq_lens)} must be lengths of at least 1 token.")
     return [result for length in seq_lens for result in _bench_length(length, sizes, rounds)]

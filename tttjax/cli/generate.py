@@ -26,14 +26,13 @@ from pathlib import Path
 import numpy as np
 
 from tttjax.cli.flag_types import float32, int32, uint32
-from tttjax.cli.model_arguments import add_model_arguments, load_from_args
+from tttjax.cli.model_arguments import add_model_arguments, add_storage_arguments, load_from_args
 from tttjax.data.streams import check_unicode, clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.inference.engine import Session
 from tttjax.inference.generator import GeneratedToken, Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.session_file import (
-    PRECISIONS,
     check_stored,
     check_writable,
     save_session,
@@ -102,19 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file for the session after prompt and generated text",
     )
-    add(
-        "--session-precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of stored arrays (default: %(default)s)",
-    )
-    add(
-        "--session-rank",
-        type=int32,
-        default=0,
-        metavar="N",
-        help="rank of stored weight changes; 0: full",
-    )
+    add_storage_arguments(sessions)
     add_model_arguments(parser)
 
 

@@ -4,6 +4,7 @@ import argparse
 
 from tttjax.cli.flag_types import int32
 from tttjax.errors import UserError
+from tttjax.inference.session_file import PRECISIONS
 from tttjax.runs.load import LEARN, LoadedModel, load_model
 from tttjax.runs.run import MODES
 
@@ -36,6 +37,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="KV cache capacity of full attention in tokens (default: eight training sequences)",
+    )
+
+
+def add_storage_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the options of how a session file stores the fast weights."""
+    parser.add_argument(
+        "--session-precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of stored arrays (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--session-rank",
+        type=int32,
+        default=0,
+        metavar="N",
+        help="rank of stored weight changes; 0: full",
     )
 
 

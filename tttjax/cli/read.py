@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tttjax.cli.flag_types import int32
-from tttjax.cli.model_arguments import add_model_arguments, load_from_args
+from tttjax.cli.model_arguments import add_model_arguments, add_storage_arguments, load_from_args
 from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluation.prefill_text import ChunkOutput, prefill_session_file
 from tttjax.evaluation.update_trace import UpdateTraceWriter
-from tttjax.inference.session_file import PRECISIONS, check_stored, check_writable
+from tttjax.inference.session_file import check_stored, check_writable
 from tttjax.io.locks import Lock, hold
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.chunk_log import CsvLog
@@ -51,19 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("text", metavar="FILE", help="text in UTF-8; also .gz, .xz, .zst")
     add("--save-session", required=True, metavar="FILE", help="session file to write")
     add("--session", metavar="FILE", help="session to continue (default: an empty one)")
-    add(
-        "--session-precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of stored arrays (default: %(default)s)",
-    )
-    add(
-        "--session-rank",
-        type=int32,
-        default=0,
-        metavar="N",
-        help="rank of stored weight changes; 0: full",
-    )
+    add_storage_arguments(parser)
     add("--log", metavar="FILE.csv", help="log of loss and gradient norm of every chunk")
     add("--telescope", metavar="DIR", help="trace of all inner updates, as JSON and as a plot")
     add = parser.add_argument_group("snapshots, in FILE.kept/").add_argument

@@ -7,14 +7,12 @@ the command line's overrides and checks everything once. Importing this package 
 from tttjax.config.build import default_config, from_config_dict, to_dict, to_flat_dict
 from tttjax.config.checks import check_mesh, has_fast_weights
 from tttjax.config.counts import match_parameters, matched_model, parameter_count
-from tttjax.config.files import apply_override, load_config, load_config_dict
+from tttjax.config.files import load_config
 from tttjax.config.least_memory import check_memory
 from tttjax.config.run_info import (
     check_same_run,
     check_weights_config,
     config_fingerprint,
-    describe_environment,
-    fixed_values,
     read_config,
     with_absolute_paths,
     write_run_info,
@@ -39,19 +37,15 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
-    "apply_override",
     "check_memory",
     "check_mesh",
     "check_same_run",
     "check_weights_config",
     "config_fingerprint",
     "default_config",
-    "describe_environment",
-    "fixed_values",
     "from_config_dict",
     "has_fast_weights",
     "load_config",
-    "load_config_dict",
     "match_parameters",
     "matched_model",
     "parameter_count",

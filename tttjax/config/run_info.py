@@ -208,6 +208,12 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
+def workdir_of(source: Path) -> Path:
+    """The work directory of a checkpoint; `source` itself if it is one."""
+    folders = (source, *source.absolute().parents[:2])
+    return next((folder for folder in folders if (folder / CONFIG).exists()), source)
+
+
 def candidate_paths(path: str, workdir: str | Path) -> list[Path]:
     """Where a path in a run's configuration may lead to, the likeliest first.
 

@@ -101,7 +101,7 @@ def _series(comparison: Comparison, series: Series) -> dict[str, Any]:
         "inner": series.inner,
         "seconds": round(series.seconds, 3),
         "contexts": contexts,
-        "longest_minus_shortest_context": None if change is None else _estimate(change),
+        "longest_minus_shortest_context": None if change is None else estimate_values(change),
     }
 
 
@@ -125,8 +125,8 @@ def _regions(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
             "first_token": first + 1,
             "last_token": stop,
             "targets": int(part.count_DL.sum()),
-            "nats_per_token": _estimate(part.loss()),
-            "bits_per_byte": None if bits is None else _estimate(bits),
+            "nats_per_token": estimate_values(part.loss()),
+            "bits_per_byte": None if bits is None else estimate_values(bits),
         }
     return regions
 
@@ -146,17 +146,18 @@ def _bins(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
     }
 
 
-def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    return {"mean": _number(estimate.mean), "stderr": _number(estimate.stderr)}
+def estimate_values(estimate: Estimate) -> dict[str, float | None]:
+    """Mean and standard error for JSON; None where there is none."""
+    return {"mean": round_number(estimate.mean), "stderr": round_number(estimate.stderr)}
 
 
-def _number(value: Any) -> float | None:
+def round_number(value: Any) -> float | None:
     """Seven significant digits, which keeps the files of long contexts small."""
     return float(f"{float(value):.7g}") if math.isfinite(float(value)) else None
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_number(value) for value in values]
+    return [round_number(value) for value in values]
 
 
 # CSV ---------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def by_position(comparison: Comparison, log_x: bool = False) -> Figure:
     for axes in (top, bottom):
         if axes is not None:
             _mark_windows(axes, comparison)
-            _decorate(axes)
+            decorate(axes)
     _label_window(top, comparison)
     _set_positions(bottom or top, comparison, log_x)
     return figure
@@ -62,13 +62,13 @@ def by_context(comparison: Comparison) -> Figure:
         _points(top, lengths, losses, bars=not pairs, **_style(comparison, series))
     top.set_ylabel("loss (nats per token)")
     top.set_title("The same tokens, read with more context", loc="left")
-    _decorate(top)
+    decorate(top)
     if bottom is not None:
         for a, b, style in _styled_pairs(pairs):
             changes = [(a.contexts[length] - b.contexts[length]).loss() for length in lengths]
             _points(bottom, lengths, changes, bars=True, **style)
         _decorate_differences(bottom)
-        _decorate(bottom)
+        decorate(bottom)
     last = bottom or top
     last.set_xscale("log", base=2)
     last.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -187,7 +187,8 @@ def _decorate_differences(axes: Axes) -> None:
     axes.set_title("Token by token; below 0 the first is better (± 1 s.e.)", loc="left")
 
 
-def _decorate(axes: Axes) -> None:
+def decorate(axes: Axes) -> None:
+    """Grid, spines and legend of every line plot."""
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")

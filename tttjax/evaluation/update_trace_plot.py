@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tttjax.evaluation.plots import COLOURS, DPI
+from tttjax.evaluation.plots import COLOURS, DPI, decorate
 
 MAX_LINES = 8  # with more layers, drift is drawn as a heat map
 
@@ -32,7 +32,7 @@ def _losses(axes: Axes, tokens, loss, after) -> None:
     axes.plot(tokens, loss, color=COLOURS[0], label="before the update")
     axes.plot(tokens, after, color=COLOURS[1], label="after the update")
     axes.set_ylabel("loss (nats per token)")
-    _decorate(axes)
+    decorate(axes)
 
 
 def _gradients(axes: Axes, tokens, norm, norms, layers, clip: float, rate: float) -> None:
@@ -45,7 +45,7 @@ def _gradients(axes: Axes, tokens, norm, norms, layers, clip: float, rate: float
         axes.axhline(clip, color=COLOURS[1], linestyle="--", linewidth=1, label=label)
     axes.set_ylabel("gradient norm")
     axes.set_yscale("log")
-    _decorate(axes)
+    decorate(axes)
 
 
 def _drifts(axes: Axes, tokens, drifts, layers, start) -> None:
@@ -57,7 +57,7 @@ def _drifts(axes: Axes, tokens, drifts, layers, start) -> None:
         for name, line, color in zip(layers, drifts, _shades(len(layers)), strict=True):
             axes.plot(tokens, line, color=color, label=name)
         axes.set_ylabel(label)
-        _decorate(axes)
+        decorate(axes)
         return
     image = axes.pcolormesh(tokens, np.arange(len(layers)), drifts, shading="nearest")
     axes.set_yticks(np.arange(len(layers)), layers, fontsize=7)
@@ -66,9 +66,3 @@ def _drifts(axes: Axes, tokens, drifts, layers, start) -> None:
 
 def _shades(number: int) -> np.ndarray:
     return colormaps["viridis"](np.linspace(0, 0.85, number))
-
-
-def _decorate(axes: Axes) -> None:
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")

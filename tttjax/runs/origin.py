@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.config import read_config
+from tttjax.config.run_info import workdir_of
 
 ORIGIN = "origin.json"
 NOT_STATED = "not stated"
@@ -45,7 +46,7 @@ def find_origin(source: Path) -> tuple[dict[str, Any] | None, str]:
     """
     visited: set[Path] = set()
     while True:
-        workdir = _workdir(source)
+        workdir = workdir_of(source.absolute())
         if (origin := _read(workdir / ORIGIN)) is not None:
             return origin, ""
         config = read_config(workdir)
@@ -55,12 +56,6 @@ def find_origin(source: Path) -> tuple[dict[str, Any] | None, str]:
             return None, ""
         visited.add(workdir)
         source = Path(config.train.init_from)
-
-
-def _workdir(source: Path) -> Path:
-    """The work directory of a checkpoint; `source` itself if it is one."""
-    folders = (source.absolute(), *source.absolute().parents[:2])
-    return next((f for f in folders if (f / "config.json").exists()), folders[0])
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
 from tttjax.runs.run import Run
-from tttjax.training.checkpoints import CHECKPOINT_DIR
 
 
 def load_run_tokenizer(run: Run, path: Path | str | None = None) -> Tokenizer:
@@ -42,7 +41,6 @@ def load_run_tokenizer(run: Run, path: Path | str | None = None) -> Tokenizer:
 
 def _default_folders(run: Run) -> Iterator[Path]:
     """Where a run's tokenizer may be, in order of preference: work directory, data."""
-    if run.checkpoint:
-        parent = run.checkpoint.parent
-        yield parent.parent if parent.name == CHECKPOINT_DIR else parent
+    if run.workdir:
+        yield run.workdir
     yield from map(Path, run.config.data.sources)

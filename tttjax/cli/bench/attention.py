@@ -14,8 +14,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.attention import DTYPES, AttentionSizes, bench_attention, unsupported_forms
+from tttjax.benchmarks.attention import AttentionSizes, bench_attention, unsupported_forms
 from tttjax.benchmarks.timing import (
+    DTYPES,
     cell,
     mebibytes,
 )

@@ -12,8 +12,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.cross_entropy import DTYPES, CrossEntropySizes, bench_cross_entropy
-from tttjax.benchmarks.timing import cell, mebibytes
+from tttjax.benchmarks.cross_entropy import CrossEntropySizes, bench_cross_entropy
+from tttjax.benchmarks.timing import DTYPES, cell, mebibytes
 from tttjax.cli.bench.options import add_sizes
 
 

@@ -1,14 +1,13 @@
 """Needle results on disk: needle.json, two CSV tables, one heat map per task."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tttjax.evaluation.files import to_csv
+from tttjax.evaluation.files import estimate_values, round_number, to_csv
 from tttjax.evaluation.needle import plots
 from tttjax.evaluation.needle.results import (
     MEASURES,
@@ -21,7 +20,6 @@ from tttjax.evaluation.needle.results import (
     wilson,
 )
 from tttjax.evaluation.needle.tables import sentence, table
-from tttjax.evaluation.statistics import Estimate
 from tttjax.io.atomic import write_files, write_text
 
 FORMAT = 1
@@ -84,10 +82,14 @@ def to_dict(results: NeedleResults) -> dict[str, Any]:
 def _group(group: SampleGroup) -> dict[str, Any]:
     values: dict[str, Any] = {"by": group.by, **group.where, "needles": len(group.samples)}
     low, high = wilson(group.correct, len(group.samples))
-    values |= {"found": group.correct, "found_low": _number(low), "found_high": _number(high)}
+    values |= {
+        "found": group.correct,
+        "found_low": round_number(low),
+        "found_high": round_number(high),
+    }
     for name in MEASURES:
         if group.samples:
-            values[name] = _estimate(mean(group.samples, name))
+            values[name] = estimate_values(mean(group.samples, name))
     return values
 
 
@@ -104,18 +106,10 @@ def _differences(results: NeedleResults) -> Iterator[dict[str, Any]]:
                         "region": region,
                         "needles": len(ours),
                         **{
-                            name: _estimate(difference(ours, theirs, name))
+                            name: estimate_values(difference(ours, theirs, name))
                             for name in ("correct", "recall", "gain", "logprob")
                         },
                     }
-
-
-def _estimate(estimate: Estimate) -> dict[str, float | None]:
-    return {"mean": _number(estimate.mean), "stderr": _number(estimate.stderr)}
-
-
-def _number(value: Any) -> float | None:
-    return float(f"{float(value):.7g}") if math.isfinite(float(value)) else None
 
 
 Rows = Iterator[Sequence[Any]]
@@ -160,7 +154,7 @@ def _samples(results: NeedleResults) -> tuple[Sequence[str], Rows]:
                 yield (
                     *(series.run, series.mode, series.label, *_spec_columns(sample)),
                     *(sample.distance, sample.region, sample.value, sample.answer.text),
-                    *(_number(measure(sample)) for measure in MEASURES.values()),
+                    *(round_number(measure(sample)) for measure in MEASURES.values()),
                 )
 
     return head, rows()

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from tttjax.config import Config, InnerConfig, ModelConfig, read_config
-from tttjax.config.run_info import CONFIG, candidate_paths
+from tttjax.config.run_info import candidate_paths, workdir_of
 from tttjax.errors import UserError
 from tttjax.evaluation.report.entries import Member, shown_path
 from tttjax.evaluation.report.results import RunFacts
@@ -116,12 +116,6 @@ def _step(source: Path) -> int | None:
         completed = checkpoint_format.completed_checkpoints(folder / checkpoints.CHECKPOINT_DIR)
         folder = completed[-1] if completed else folder
     return int(folder.name) if folder.name.isdigit() else None
-
-
-def workdir_of(source: Path) -> Path:
-    """The work directory of a checkpoint; `source` itself if it is one."""
-    folders = (source, *source.absolute().parents[:2])
-    return next((folder for folder in folders if (folder / CONFIG).exists()), source)
 
 
 def _records(source: Path, step: int | None) -> list[dict[str, Any]]:

@@ -14,9 +14,7 @@ from tttjax.interop.huggingface.configs import (
 from tttjax.interop.huggingface.names import (
     EMBEDDING,
     HEAD,
-    TensorSlot,
     check_names,
-    families,
     iter_weights,
     tensor_slots,
     unmatched_weights,
@@ -25,10 +23,8 @@ from tttjax.interop.huggingface.names import (
 __all__ = [
     "EMBEDDING",
     "HEAD",
-    "TensorSlot",
     "check_names",
     "config_from_huggingface",
-    "families",
     "inner_from_huggingface",
     "iter_weights",
     "supported",
