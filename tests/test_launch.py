@@ -123,7 +123,7 @@ fi"""
     result = run(str(out), "--config.model.remat=none", LOG=str(log), BROKEN="", BATCH="2")
     assert result.returncode == 0, result.stderr
     assert "TTT-E2E / full attention: 1.50; inverse 0.67" in result.stdout
-    assert re.search(r"3b,a +4.000 s", result.stdout)
+    assert re.search(r"(?m)^  3b,a +4.000 s", result.stdout)
     assert re.search(r"b +does not fit", result.stdout)
     assert result.stdout.count("TTT-E2E / full") == 1
     assert {path.name for path in out.iterdir()} == {"train_step.json", "prefill.json"}

@@ -83,6 +83,18 @@ def test_ops_models_and_ttt_do_not_import_the_configuration():
     assert not {name.split(".")[0] for name in users} & {"ops", "models", "ttt"}
 
 
+def test_the_library_below_training_does_not_print():
+    printers = {
+        name.split(".")[0]
+        for name, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    }
+    assert printers <= {"cli", "parallel", "recipes", "training"}  # warnings, waiting, signals
+
+
 def test_class_names_are_unique():
     nodes = [node for tree in modules().values() for node in tree.body]
     count = Counter(node.name for node in nodes if isinstance(node, ast.ClassDef))

@@ -150,7 +150,7 @@ def test_generation_options_are_converted_or_refused():
     request = _request_options({"do_sample": True, "temperature": 0.7, "top_p": 0.9})
     assert (request["sampling"].temperature, request["sampling"].top_p) == (0.7, 0.9)
     assert (request["max_tokens"], request["stop"]) == (256, ())
-    with pytest.raises(UserError, match="generation option num_beams.* is not supported"):
+    with pytest.raises(UserError, match=r"generation option num_beams.* is not supported"):
         _request_options({"num_beams": 4})
 
 

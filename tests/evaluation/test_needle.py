@@ -421,7 +421,7 @@ def test_invalid_settings_are_user_errors(workdir, words, expected, tmp_path, ca
 
 def test_needle_options_alone_are_refused(workdir, capsys):
     assert main.main(["evaluate", str(workdir), "--needle-samples=3"]) == 2
-    assert "--needle-samples is an option of needle tests" in (capsys.readouterr().err)
+    assert "--needle-samples is an option of needle tests: add --needle" in capsys.readouterr().err
 
 
 def test_without_text_haystack_is_noise_with_note(workdir, tmp_path):

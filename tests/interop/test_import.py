@@ -126,7 +126,7 @@ def test_a_configuration_file_must_fit(step, tmp_path, capsys):
     [
         ("absent", "There is no folder"),
         ("file", "is a file; give the folder"),
-        ("empty", "is neither a checkpoint of the official TTT-E2E code.*llama"),
+        ("empty", "is neither .*official TTT-E2E code.*supported Hugging Face models.*llama"),
         ("run", "is a tttjax run already"),
         ("s3://bucket/x", "is neither a folder nor a path like gs://"),
         ("begun", "is still being written"),

@@ -263,8 +263,8 @@ def cut_short(folder):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (remove_metadata, "no _METADATA: it is still being written"),
-        (remove_manifest, "no manifest.ocdbt: it is still being written"),
+        (remove_metadata, "no _METADATA: it is still being written, or was not fully copied"),
+        (remove_manifest, "no manifest.ocdbt: it is still being written, or was not fully copied"),
         (begin_item, "is still being written"),
         (begin_step, "is still being written"),
         (uncommit, "is still being written"),

@@ -214,7 +214,10 @@ def products(f, *args):
 @pytest.mark.parametrize("blocks", [{}, {"rows_block": 16}, {"rows_block": 16, "vocab_block": 8}])
 def test_number_of_products_is_as_documented(blocks):
     h, head, target = jnp.ones((64, 8)), jnp.ones((8, 32)), jnp.zeros(64, int)
-    nll = lambda h, head: jnp.mean(blocked_nll(h, head, target, **blocks))  # noqa: E731
+
+    def nll(h, head):
+        return jnp.mean(blocked_nll(h, head, target, **blocks))
+
     assert products(nll, h, head) == 1
     assert products(jax.value_and_grad(nll), h, head) == 2
     assert products(jax.value_and_grad(nll, (0, 1)), h, head) == 4
@@ -272,8 +275,10 @@ def test_a_sharded_vocabulary_is_not_all_gathered():
     ]
 
     def of(h, head, h_dot, target):
-        grad_of_grad = lambda *x: blocked_nll_jvp(*x, target, rows_block=6)  # noqa: E731
-        second = partial(meta, grad_of_grad)
+        def jvp(*x):
+            return blocked_nll_jvp(*x, target, rows_block=6)
+
+        second = partial(meta, jvp)
         return jax.value_and_grad(second, (0, 1, 2))(h, head, h_dot)
 
     def of_shard(*args):
