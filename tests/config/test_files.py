@@ -36,7 +36,9 @@ def test_a_star_stands_for_all_recipes_that_fit(experiment):
     assert matching_specs(f"{experiment}:7*") == [f"{experiment}:7", f"{experiment}:70"]
     assert matching_specs(f"{experiment}:9") == [f"{experiment}:9"]
     assert matching_specs(str(experiment)) == [str(experiment)]
-    with pytest.raises(UserError, match=r"'9\*' fits no recipe of .*mine.py; there are 7, 70, 8"):
+    with pytest.raises(
+        UserError, match=r"'9\*' matches no recipe of .*mine.py; there are 7, 70, 8"
+    ):
         matching_specs(f"{experiment}:9*")
     assert len(matching_specs("paper:125m,*,pretrain")) == 9
     experiment.write_text(GOOD)

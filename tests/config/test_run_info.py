@@ -9,11 +9,10 @@ from tttjax.config import (
     Config,
     check_same_run,
     config_fingerprint,
-    describe_environment,
     read_config,
     write_run_info,
 )
-from tttjax.config.run_info import CONFIG, ENVIRONMENT
+from tttjax.config.run_info import CONFIG, ENVIRONMENT, describe_environment
 from tttjax.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""Configuration: a ConfigDict at the edge, frozen typed dataclasses inside.
+"""Configuration: an editable ConfigDict from the user, checked once into frozen dataclasses.
 
 An experiment file returns `default_config()` with its own values; `load_config` runs it, applies
 the command line's overrides and checks everything once. Importing this package never imports JAX.

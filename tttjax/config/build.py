@@ -1,4 +1,4 @@
-"""From an editable ConfigDict to the frozen Config, once, at the edge; and back to plain values."""
+"""Checks a ConfigDict into the frozen Config, and turns that into plain values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def _with_current_names(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """What files of earlier versions call otherwise, under the names of today."""
+    """The sections, with fields and values that earlier versions named differently renamed."""
     sections = dict(config.items())
     train, mesh = sections.get("train"), sections.get("mesh")
     if isinstance(train, ConfigDict | Mapping) and "nonfinite_limit" in train:

@@ -12,7 +12,7 @@ from tttjax.errors import UserError
 
 
 def has_fast_weights(model: ModelConfig, inner: InnerConfig) -> bool:
-    """Whether anything is there for the inner loop to rewrite."""
+    """Whether the inner loop has weights to update."""
     return model.fast_mlp or bool(inner.fast_paths)
 
 
@@ -160,7 +160,8 @@ def _check_mamba(model: ModelConfig) -> None:
     limits = model.mamba_dt_limits
     if limits and (len(limits) != 2 or limits[0] > limits[1]):
         raise UserError(
-            f"model.mamba_dt_limits = {limits} must be the least and the largest time step, such "
+            f"model.mamba_dt_limits = {limits} must be the smallest and the largest time step, "
+            f"such "
             "as (0.001, 0.1), or empty."
         )
 
@@ -221,12 +222,12 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
             f"inner.truncate_chunks = {inner.truncate_chunks} is only for inner.meta_gradient = "
             f'"truncated", not "{inner.meta_gradient}"; set it to 0.'
         )
-    is_narrow = "window" in model.mixer_kinds and model.window_size < inner.chunk_size
-    if has_fast_weights(model, inner) and is_narrow:
+    window_too_small = "window" in model.mixer_kinds and model.window_size < inner.chunk_size
+    if has_fast_weights(model, inner) and window_too_small:
         raise UserError(
             f"model.window_size = {model.window_size} is smaller than inner.chunk_size = "
-            f"{inner.chunk_size}; tokens of one chunk would not see each other before the weights "
-            "change, so the window must be at least a chunk."
+            f"{inner.chunk_size}; tokens of one chunk could not attend to each other before the "
+            "update; make the window at least as long as a chunk."
         )
 
 

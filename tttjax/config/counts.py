@@ -12,10 +12,10 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
     """Counts of scalars: `total`, `non_embedding`, and `fast` (the fast MLPs).
 
     `non_embedding` leaves out the embedding table and an untied output matrix. `fast` counts the
-    weights declared fast, whatever `inner.fast_paths` may choose instead; what a TTT layer learns
-    while it reads is its state, and the start of it an ordinary weight. For attention in every
-    block, tied embeddings and all norms on, with s suffix blocks and G heads of keys and values
-    (H unless num_kv_heads says less),
+    weights declared fast, whatever `inner.fast_paths` may choose instead; the inner
+    weights of a TTT layer are its state, and their initial values ordinary weights. For attention
+    in every block, tied embeddings and all norms on, with s suffix blocks and G heads of keys and
+    values (H unless num_kv_heads says less),
 
         non_embedding = L (2 D (H + G) K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
     """
@@ -73,15 +73,15 @@ def matched_model(
     """
     if model.mlp_dim:
         narrowest = dataclasses.replace(model, mlp_dim=multiple_of)
-        most = round(target * (1 + within))
-        if parameter_count(narrowest)[count] > most:
-            layers = min(model.num_layers, _most_blocks(narrowest, most, count))
+        largest = round(target * (1 + within))
+        if parameter_count(narrowest)[count] > largest:
+            layers = min(model.num_layers, _max_blocks(narrowest, largest, count))
             model = dataclasses.replace(model, num_layers=layers)
         width = match_parameters(model, target, multiple_of, count)
         model = dataclasses.replace(model, mlp_dim=width)
     else:
-        below = _most_blocks(model, target, count)
-        choices = [dataclasses.replace(model, num_layers=below + more) for more in (0, 1)]
+        fewer = _max_blocks(model, target, count)
+        choices = [dataclasses.replace(model, num_layers=fewer + more) for more in (0, 1)]
         model = min(choices, key=lambda m: abs(parameter_count(m)[count] - target))
     result = parameter_count(model)[count]
     if abs(result - target) > within * target:
@@ -94,7 +94,7 @@ def matched_model(
     return model
 
 
-def _most_blocks(model: ModelConfig, target: int, count: str) -> int:
+def _max_blocks(model: ModelConfig, target: int, count: str) -> int:
     """The largest num_layers that the fields allow with at most `target` scalars, or the least."""
     least = max(len(model.mixers), model.suffix_layers, 1)
     for layers in itertools.count(least):

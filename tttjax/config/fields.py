@@ -1,4 +1,4 @@
-"""How a configuration field is declared: what is known of it beside name, type and default."""
+"""Declaration of configuration fields: documentation, limits, and how a change is treated."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What is known of a field beside its name, type and default.
+    """Metadata of a field, besides its name, type and default.
 
     doc: its meaning. choices: the allowed strings (of each entry, for a tuple). joined: whether
     several of them may be joined by `+`. minimum, maximum, above, below: numeric limits (inclusive,
     inclusive, exclusive, exclusive) of the value or of each entry; integers have a maximum even
     where none is given, INT_MAX. mutable_on_resume: whether a resumed run may use another value
-    than the first run of its work directory. path: of this machine; `~` is expanded, and runs
-    record where it leads from every folder. omit_default_in_hash: whether there may be runs from
-    before there was this field; its default is what they did (`unset_additions`).
+    than the first run of its work directory. path: a path of this machine; `~` is
+    expanded, and runs record the absolute path. omit_default_in_hash: for fields added after runs
+    existed; the default is what those runs did (`unset_additions`).
     """
 
     doc: str
@@ -43,7 +43,7 @@ def field_info(field: dataclasses.Field) -> FieldInfo:
 def unset_additions(section: Any) -> set[str]:
     """Names of a section's fields that were added later and hold their defaults.
 
-    A fingerprint leaves them out, so that those from before there were such fields stay valid.
+    Fingerprints omit them, so that those of older runs stay valid.
     """
     return {
         field.name

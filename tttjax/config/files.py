@@ -82,20 +82,22 @@ def recipe_names() -> list[str]:
 
 
 def matching_specs(spec: str) -> list[str]:
-    """`file.py:arg` with `*` in its argument: all that fit it of those that `recipes()` lists.
+    """`file.py:arg` with `*` in its argument: the recipes of `recipes()` that match.
 
-    Without, itself. Raises UserError if none fits.
+    Without `*`, the word itself. Raises UserError if none matches.
     """
     path, arg = split_spec(spec)
     if arg is None or "*" not in arg:
         return [spec]
     recipes = getattr(_run_file(path), "recipes", None)
     if not callable(recipes):
-        raise UserError(f"{path} has no function recipes() among whose arguments * could choose.")
+        raise UserError(f"{path} has no function recipes(), so * cannot be used in its argument.")
     known = [str(recipe) for recipe in recipes()]
     matching = [word for word in known if fnmatch.fnmatchcase(word, arg)]
     if not matching:
-        raise UserError(f"{arg!r} fits no recipe of {path}; there are {', '.join(known[:10])} ...")
+        raise UserError(
+            f"{arg!r} matches no recipe of {path}; there are {', '.join(known[:10])} ..."
+        )
     return [f"{spec.removesuffix(arg)}{word}" for word in matching]
 
 

@@ -1,7 +1,7 @@
-"""What training cannot do without, in bytes: what is certainly too large is refused at once.
+"""A lower bound on the memory of training: configurations that certainly exceed it are refused.
 
-Otherwise it would be compiled for minutes, or the system would end the process without a word. That
-a configuration passes does not mean that it fits; `tttjax plan` says what does.
+Otherwise they would compile for minutes, or the system would kill the process without a message. A
+configuration that passes may still not fit; `tttjax plan` tells.
 """
 
 from tttjax.config.counts import parameter_count
@@ -16,7 +16,7 @@ _GB = 1e9
 def check_memory(
     config: Config, mesh: MeshConfig, device_bytes: float, host_bytes: float, processes: int = 1
 ) -> None:
-    """UserError if a device has no room for weights and optimizer, or a host for its batches.
+    """UserError if weights and optimizer exceed a device, or the batches a host.
 
     mesh: with `data` resolved. device_bytes, host_bytes: the memory of one device, of one host.
     """
@@ -25,8 +25,8 @@ def check_memory(
         raise UserError(
             f"The {parameter_count(config.model)['total']:,} parameters and their optimizer state "
             f"need {state / _GB:,.1f} GB on each device, which has {device_bytes / _GB:,.1f} GB: "
-            "make the model smaller (model.embed_dim, model.num_layers, ...), or divide it by "
-            "mesh.fsdp among more devices; `tttjax plan` says what fits."
+            "make the model smaller (model.embed_dim, model.num_layers, ...), or shard it over "
+            "more devices with mesh.fsdp; `tttjax plan` says what fits."
         )
     activations = least_activation_bytes(config, mesh)
     if activations > device_bytes:
@@ -40,23 +40,23 @@ def check_memory(
     if batches > host_bytes:
         raise UserError(
             f"Batches of {config.train.batch_size} x {config.train.seq_len} tokens "
-            f"(train.batch_size x train.seq_len), {config.data.prefetch} of them ahead of time "
+            f"(train.batch_size x train.seq_len), {config.data.prefetch} of them prefetched "
             f"(data.prefetch), need {batches / _GB:,.1f} GB of the host's memory, which has "
             f"{host_bytes / _GB:,.1f} GB: lower one of the three."
         )
 
 
 def least_state_bytes(config: Config, mesh: MeshConfig) -> float:
-    """Weights and Adam's two moments on one device, all divided as far as the mesh allows."""
+    """Weights and Adam's two moments on one device, all sharded as far as the mesh allows."""
     width = _BYTES[config.model.param_dtype]
     count = parameter_count(config.model)["total"]
     return count * (width + 2 * max(4, width)) / (mesh.fsdp * mesh.tensor)
 
 
 def least_activation_bytes(config: Config, mesh: MeshConfig) -> float:
-    """What one block gives the next for a device's part of a micro-batch.
+    """The hidden states between two blocks for a device's part of a microbatch.
 
-    0 where all blocks run chunk by chunk, so that no whole sequence need be there at once.
+    0 where all blocks run chunk by chunk, so that no full sequence is in memory.
     """
     model, train = config.model, config.train
     if model.suffix_layers == model.num_layers:

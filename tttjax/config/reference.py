@@ -29,7 +29,7 @@ def get_config(arg: str | None = None):
     return config
 ```
 
-Choose the file, its argument, and any field on the command line; the last word wins:
+Choose the file, its argument, and any field on the command line; the last one wins:
 
 ```
 tttjax train --config=paper:125m,ttt_e2e,pretrain --workdir=runs/125m \\
@@ -37,7 +37,7 @@ tttjax train --config=paper:125m,ttt_e2e,pretrain --workdir=runs/125m \\
 ```
 
 Lists are written `a,b`; booleans `true` and `false`; numbers in decimal notation (`100`,
-`1_000`, `1e-3`). Integers are at most 2147483647 (int32), but for seeds; numbers are finite in
+`1_000`, `1e-3`). Integers are at most 2147483647 (int32), except seeds; numbers are finite in
 float32, and 0 or at least 1.2e-38 in size. Everything is checked once, before anything else
 happens: an unknown name, a wrong type, a value out of its limits or fields that contradict each
 other end the program with a sentence that says so.

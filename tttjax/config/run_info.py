@@ -1,7 +1,7 @@
 """What a run writes beside its results: resolved configuration, versions, git revision.
 
-And the other side of it: whether a work directory belongs to a configuration. Nothing here reads
-the environment's variables, so no secret can end up in a file.
+It also checks whether a work directory belongs to a configuration. It does not read environment
+variables, so no secret can end up in a file.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def fixed_values(config: Config) -> dict[str, Any]:
 def config_fingerprint(config: Config) -> str:
     """A short hash of `fixed_values`: equal for two runs that compute the same numbers.
 
-    A field that was added later counts from where it leaves its default, so that the fingerprints
-    that older runs have written stay theirs.
+    A field that was added later is hashed only if it differs from its default, so that fingerprints
+    of older runs stay valid.
     """
     values = fixed_values(config)
     for section in SECTIONS:
@@ -136,7 +136,7 @@ def check_weights_config(saved: Mapping[str, Any] | None, config: Config, where:
     """UserError, naming the fields, unless weights were trained with `config`.
 
     saved: the configuration that was stored with the weights; None passes, since nothing is known.
-    where: they lie. Fields that a resumed run may change may differ, and paths, which move.
+    where: the path of the weights. Fields that a resumed run may change may differ, and paths.
     """
     if saved is None:
         return
@@ -184,7 +184,7 @@ def check_same_run(workdir: str | Path, config: Config) -> None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with its paths as they are found from every folder.
+    """The configuration with absolute paths.
 
     Raises UserError for paths that are not of this machine.
     """
@@ -193,12 +193,12 @@ def with_absolute_paths(config: Config) -> Config:
         section, _, key = name.partition(".")
         value = getattr(getattr(config, section), key)
         if field_info(field).path and value:
-            made = (
+            absolute = (
                 absolute_path(value, name)
                 if isinstance(value, str)
                 else tuple(absolute_path(entry, name) for entry in value)
             )
-            sections.setdefault(section, {})[key] = made
+            sections.setdefault(section, {})[key] = absolute
     return dataclasses.replace(
         config,
         **{
@@ -215,15 +215,15 @@ def workdir_of(source: Path) -> Path:
 
 
 def candidate_paths(path: str, workdir: str | Path) -> list[Path]:
-    """Where a path in a run's configuration may lead to, the likeliest first.
+    """Where a path in a run's configuration may be now, the most likely candidate first.
 
-    As it is; then as far from the work directory as it was when the run was started, so that runs
-    and data can be moved together. A relative one, as older runs have it, also from the folders
-    above the work directory, in one of which the run was started.
+    As it is; then at the same position relative to the work directory, since runs and data may be
+    moved together. A relative path of an older run is also tried from the parents of the work
+    directory, in one of which the run was started.
     """
     home, before = Path(absolute_path(workdir)), _earlier_workdir(workdir)
     if not os.path.isabs(path):
-        return [Path(path), *(above / path for above in home.parents)]
+        return [Path(path), *(parent / path for parent in home.parents)]
     moved = [Path(os.path.normpath(home / os.path.relpath(path, before)))] if before else []
     return list(dict.fromkeys([Path(path), *moved]))
 

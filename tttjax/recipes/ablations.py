@@ -5,15 +5,15 @@
 path,STEP                from window attention to TTT-E2E, one thing changed at a time:
   window                 window attention alone                                 2.827 [P]
   ttt_kvb                and TTT-MLP in every block: keys bound to values       2.818 [P]
-  key_output             a token's output is its key, read with the weights     2.819 [P]
-                         before its mini-batch; queries are gone
+  key_output             the inner model is applied to keys, with the weights   2.819 [P]
+                         before the mini-batch; there are no queries
   end_loss               the inner loss is that of the next token, at the end   2.806 [P]
                          of the model: TTT-E2E, all blocks, multi-head MLPs
-  ttt_e2e                the last quarter of the blocks only, whole MLPs        2.805 [P]
+  ttt_e2e                the last quarter of the blocks only, single MLPs       2.805 [P]
 window,K[,SYSTEM]        window of 1k, 2k, 4k, 8k tokens; SYSTEM ttt_e2e (default), window or
                          gated_deltanet
 chunk,B[,SYSTEM]         mini-batch of 1k, 2k, 4k, 8k tokens; at 8k, the whole sequence, no update
-                         comes in time to matter; SYSTEM ttt_e2e (default) or ttt_kvb
+                         precedes a loss; SYSTEM ttt_e2e (default) or ttt_kvb
 layers,N                 last 1, 3, 6 or 12 of 24 blocks updated; pretraining
 layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon

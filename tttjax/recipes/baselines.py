@@ -11,7 +11,7 @@ Of TTT layers the fast weights are counted; the sums of their gradients within a
 many again.
 
 The first three are hybrids with window attention of 8K tokens, with QK-norm, which the paper found
-to help them. It says neither how often the attention comes nor how wide the mixers are. But from
+to help them. It says neither which blocks have attention nor how wide the mixers are. But from
 8K to 128K tokens of context the training cost of all three grows by as much as that of window
 attention alone, 0.38e10 FLOPs per token at 3B, which is just what 32 windows of 8K and full width
 cost. So ours have window attention in every block, and grow by as much. The whole cost of our
@@ -39,7 +39,7 @@ mixers into one block:
     ("mamba2", "window")                   every other block
     (*["gated_deltanet"] * 3, "full")      three to one
     ("gated_deltanet", "mamba2+window")    both
-    ("full+ttt_mlp",)                      TTT-KVB that sees everything
+    ("full+ttt_mlp",)                      TTT-KVB with full attention
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ from typing import Any
 
 CHUNK_KVB = 1024  # the mini-batch at which the paper's TTT-KVB is best
 HEAD_KVB = 64  # 2 matrices of 64 x 256 for each head: 18M in all at 760M, as in the paper
-MOST_KEY_DIM = 256
+MAX_KEY_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def _mamba2(embed_dim: int) -> dict[str, Any]:
 def _gated_deltanet(embed_dim: int) -> dict[str, Any]:
     """Official defaults: keys 3/4 as wide as the model in heads of 256, values twice that.
 
-    Where heads of 256 do not come out even, the widest below that are multiples of 64 and do.
+    Where 256 does not divide the keys' width, the largest smaller multiple of 64 that does.
     """
     keys = 3 * embed_dim // 4
-    key_dim = next(k for k in range(MOST_KEY_DIM, 0, -64) if keys % k == 0)
+    key_dim = next(k for k in range(MAX_KEY_DIM, 0, -64) if keys % k == 0)
     return {
         "delta_heads": keys // key_dim,
         "delta_key_dim": key_dim,

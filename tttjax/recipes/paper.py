@@ -6,8 +6,8 @@
 SIZE 125m, 350m, 760m, 1b, 3b; CONTEXT 8k, 16k, 32k, 64k, 128k; MULTIPLE 1x to 5x the
 Chinchilla-optimal tokens (default 1x; the paper's large 3B run is 3x). SYSTEM:
 
-full, window, hybrid     attention: to all tokens, to the last 8K, five of these for one of those
-ttt_e2e                  window attention, the MLPs of the last quarter learn while reading
+full, window, hybrid     full attention; window attention of 8K tokens; one full layer in six
+ttt_e2e                  window attention, the MLPs of the last quarter of the blocks are fast
 mamba2, gated_deltanet   each with window attention in every block
 ttt_kvb                  window attention and TTT-MLP in every block
 ttt_linear, ttt_mlp      the second paper's layers, without attention
@@ -29,7 +29,7 @@ of its pretraining run as named by the command that is printed. The mesh is the 
 3b need `--config.mesh.fsdp=8` or the like, and `--config.train.accum_steps` where memory is short.
 
 One choice differs from the published runs: their warm-up starts at a learning rate of 0, so that
-the first step does nothing; here it starts one notch up (`--config.optim.init_lr=0` is theirs).
+the first step does nothing; here it starts above zero (`--config.optim.init_lr=0` is theirs).
 """
 
 import re

@@ -1,18 +1,18 @@
-"""A small model that learns to read, and its control: what `launch/quickstart.sh` trains.
+"""A small TTT-E2E model and its control: what `launch/quickstart.sh` trains.
 
     tttjax train --config=quickstart:ttt_e2e --workdir=DIR --config.data.sources=DATA
     tttjax train --config=quickstart:window --workdir=DIR --config.data.sources=DATA
 
-ttt_e2e   window attention of 64 tokens; the last two of four blocks learn while they read, a step
-          on every 32 tokens
+ttt_e2e   window attention of 64 tokens; the last two of four blocks have fast weights, updated
+          every 32 tokens
 window    window attention alone, its MLPs wider so that both have as many parameters
 
-A window so small makes memory visible within a short run: sequences are eight windows long, pieces
-of long documents, and what was read more than a window ago can only be in the weights. Meta-learned
+The small window shows memory within a short run: sequences are eight windows long, from long
+documents, and only the weights can hold what was read more than a window ago. Meta-learned
 from scratch with the exact meta-gradient and the paper's inner rule.
 
 Cost: 2.5 million tokens each; 6 and 4 minutes on two CPU cores. Expected on the default text, loss
-beyond the window in nats per token: ttt_e2e 2.60 with learning on, 3.26 with learning off; window
+beyond the window in nats per token: ttt_e2e 2.60 with TTT on, 3.26 with TTT off; window
 3.50 (docs/quickstart.md).
 """
 

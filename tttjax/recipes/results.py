@@ -83,7 +83,7 @@ TOY = {"full": 5.196, "none": 5.881, "naive,1": 5.769, "e2e,1": 5.242, "e2e,16":
 
 
 def expected(size: str, system: str, stage: str, context: str, multiple: int) -> str:
-    """What the paper leads one to expect of a recipe, with sources; says so if nothing."""
+    """The published results to expect of a recipe, with sources; says so if there are none."""
     result = []
     recipe = size, system, multiple
     if stage == "pretrain":

@@ -71,7 +71,7 @@ MLP_MULTIPLE = 64  # of which MLP widths that are solved for are multiples
 CONTEXTS = {"8k": 8192, "16k": 16384, "32k": 32768, "64k": 65536, "128k": 131072}
 
 # The paper raises theta for full attention when it extends the context. For sliding windows and
-# hybrids it says nothing. Ours: a window never sees distances beyond 8K, so it keeps the 500K of
+# hybrids it says nothing. Ours: a window has no distances beyond 8K, so it keeps the 500K of
 # pretraining, as TTT-E2E does, and so does the window attention of the recurrent baselines; a
 # hybrid with full-attention layers takes their theta.
 THETA = 500_000.0
