@@ -10,6 +10,7 @@ import pytest
 from tttjax.cli import main
 from tttjax.errors import UserError
 from tttjax.parallel import coordinator, distributed
+from tttjax.runtime import progress
 
 
 @pytest.fixture
@@ -73,9 +74,12 @@ def test_a_process_id_beyond_the_count_is_refused():
 
 def test_other_processes_report_no_answer(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.5)
-    monkeypatch.setattr(coordinator, "FIRST_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
     port = free_port()
-    with pytest.raises(UserError, match=f"nothing answered at --coordinator=localhost:{port} "):
+    with (
+        progress.show_activity(sys.stderr),
+        pytest.raises(UserError, match=f"nothing answered at --coordinator=localhost:{port} "),
+    ):
         distributed.start_distributed(f"localhost:{port}", 1, 2)
     assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
 
@@ -102,8 +106,7 @@ def test_join_timeout_exits_the_program(monkeypatch, capsys):
         exited.set()
 
     monkeypatch.setattr(coordinator.os, "_exit", end)
-    monkeypatch.setattr(coordinator, "FIRST_REPORT_SECONDS", 0.05)
-    with coordinator.report_waiting("others", 0.2, "they did not join"):
+    with coordinator.exit_on_timeout(0.2, "they did not join"):
         assert exited.wait(5)
     assert codes[0] == 2
     assert "error: they did not join\n" in capsys.readouterr().err

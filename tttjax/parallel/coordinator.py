@@ -16,8 +16,6 @@ from collections.abc import Iterator
 
 from tttjax.errors import UserError
 
-FIRST_REPORT_SECONDS, REPORT_SECONDS = 2.0, 10.0  # seconds
-
 
 def split_address(address: str) -> tuple[str, int]:
     """(host, port) of HOST:PORT; IPv6 hosts in brackets. Raises UserError for anything else."""
@@ -77,29 +75,20 @@ def await_coordinator(host: str, port: int, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def report_waiting(what: str, seconds: float, timeout_error: str = "") -> Iterator[None]:
-    """Prints waiting messages to stderr at intervals while the block runs.
+def exit_on_timeout(seconds: float, error: str) -> Iterator[None]:
+    """Prints `error` and ends the process with exit code 2 if the block takes longer.
 
-    timeout_error: if not empty, the process prints it and exits with code 2 when the block takes
-    longer than `seconds`. A thread does this, because JAX's runtime cannot be interrupted and
-    would crash the process.
+    A thread does this, because JAX's runtime cannot be interrupted and would crash the process.
     """
-    done = threading.Event()
 
-    def report() -> None:
-        started, pause = time.monotonic(), FIRST_REPORT_SECONDS
-        while not done.wait(pause):
-            waited = time.monotonic() - started
-            if timeout_error and waited >= seconds:
-                print(f"error: {timeout_error}", file=sys.stderr, flush=True)
-                os._exit(2)
-            print(f"waiting for {what} ({waited:.0f} of {seconds:.0f} s)", file=sys.stderr)
-            pause = max(0.0, min(REPORT_SECONDS, seconds - waited)) or REPORT_SECONDS
+    def end() -> None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
 
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        timer.cancel()

@@ -6,9 +6,10 @@ from tttjax.errors import UserError
 from tttjax.parallel.coordinator import (
     await_coordinator,
     check_port,
-    report_waiting,
+    exit_on_timeout,
     split_address,
 )
+from tttjax.runtime.progress import report_activity
 
 JOIN_SECONDS = 300  # timeout of processes waiting for each other at the start
 _JOIN_TIMEOUT_ERROR = (
@@ -43,7 +44,10 @@ def start_distributed(
     if coordinator is not None and process_id is not None and process_count is not None:
         _check_address(coordinator, process_id, process_count)
     try:
-        with report_waiting("the other processes of the run", JOIN_SECONDS, _JOIN_TIMEOUT_ERROR):
+        with (
+            report_activity("waiting for the other processes of the run"),
+            exit_on_timeout(JOIN_SECONDS, _JOIN_TIMEOUT_ERROR),
+        ):
             jax.distributed.initialize(
                 *(coordinator, process_count, process_id),
                 initialization_timeout=2 * JOIN_SECONDS,  # must exceed our own timeout
@@ -67,5 +71,5 @@ def _check_address(coordinator: str, process_id: int, process_count: int) -> Non
     if process_id == 0:
         check_port(port)
         return
-    with report_waiting(f"process 0 at {coordinator}", JOIN_SECONDS):
+    with report_activity(f"waiting for process 0 at {coordinator}"):
         await_coordinator(host, port, JOIN_SECONDS)
