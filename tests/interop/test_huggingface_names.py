@@ -12,12 +12,12 @@ from tttjax.interop.huggingface import (
     HEAD,
     check_names,
     config_from_huggingface,
-    families,
     inner_from_huggingface,
     iter_weights,
     tensor_slots,
     unmatched_weights,
 )
+from tttjax.interop.huggingface.names import families
 from tttjax.models import build_model, combine
 
 STATIC = {"fast_mlp": False, "suffix_layers": 0, "qk_norm": False, "post_norm": False}

@@ -78,8 +78,6 @@ BY_LAYERS = {
     6: {"8k": -0.027, "16k": -0.027, "32k": -0.026, "64k": -0.026, "128k": -0.026},
     12: {"8k": -0.026, "16k": -0.027, "32k": -0.027, "64k": -0.026, "128k": -0.028},
 }
-# Appendix A, mean loss over 128 tokens of context [V].
-TOY = {"full": 5.196, "none": 5.881, "naive,1": 5.769, "e2e,1": 5.242, "e2e,16": 5.439}
 
 
 def expected(size: str, system: str, stage: str, context: str, multiple: int) -> str:

@@ -1,13 +1,13 @@
-"""The toy of the TTT-E2E paper's appendix A: can weights that learn replace attention?
+"""The toy of the TTT-E2E paper's appendix A: can test-time training replace attention?
 
     tttjax train --config=toy:NAME --workdir=DIR
 
 NAME      what                                                mean loss over 128 tokens [V]
 full      attention                                                 5.196
-none      no attention, nothing learned while reading               5.881
-naive,1   the same trained model, learning after each token         5.769
-e2e,1     meta-trained to learn after each token                    5.242
-e2e,16    meta-trained, mini-batches of 16 tokens                   5.439
+none      no attention, TTT off                                     5.881
+naive,1   the same model, with dynamic evaluation after each token  5.769
+e2e,1     TTT-E2E, an update after each token                       5.242
+e2e,16    TTT-E2E, mini-batches of 16 tokens                        5.439
 
 [V]: read off the paper's figure. Two blocks, width 384, 6 heads, 128 tokens of DCLM with the
 Llama 3 tokenizer, batches of 125K tokens; the learning rate is 3e-3 with attention, 5e-3 without.
