@@ -11,6 +11,7 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -225,7 +226,8 @@ def run(make_run, tmp_path_factory):
     params = checkpoints.restore_params(template, weights_template(model, make_mesh()))
     saver = checkpoints.Checkpointer(folder / checkpoints.CHECKPOINT_DIR)
     for step in (2, 3):
-        state = {"params": jax.tree.map(lambda x, k=step: x * k, params), "step": np.int32(step)}
+        scaled = jax.tree.map(lambda x, k=step: jnp.asarray(np.asarray(x) * k), params)
+        state = {"params": scaled, "step": np.int32(step)}
         saver.save(step, state, config=to_dict(config), tokenizer=ByteTokenizer().fingerprint())
     saver.close()
     return folder
@@ -289,7 +291,7 @@ def test_nonfinite_weights_are_refused(run, tmp_path):
     config = read_config(run)
     model = build_model(config.model, config.inner)
     params = checkpoints.restore_params(run, weights_template(model, make_mesh()))
-    bad = jax.tree.map(lambda x: x * np.nan, params)
+    bad = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * np.float32(np.nan)), params)
     write_run_info(tmp_path, config)
     saver = checkpoints.Checkpointer(tmp_path / checkpoints.CHECKPOINT_DIR)
     saver.save(3, {"params": bad})
@@ -311,7 +313,7 @@ def loaded(run):
 def session(loaded, tmp_path_factory):
     path = tmp_path_factory.mktemp("session") / "good.session"
     engine = loaded.engine
-    read, _ = engine.read(engine.start(), np.arange(20, dtype=np.int32))
+    read, _ = engine.read(engine.start(), np.arange(12, dtype=np.int32))
     save_session(
         path, engine, read, model=loaded.model_fingerprint, tokenizer="t", chunk_losses=[2.5]
     )

@@ -11,17 +11,13 @@ from tttjax.cli.main import main
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine
+from tttjax.inference.session_file import read_header
 from tttjax.runs.load import load_model
 from tttjax.runs.long_text import find_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_models")]
 
-TEXT = "the cat sat on the mat. " * 12
-
-
-@pytest.fixture(scope="module")
-def run(make_run):
-    return str(make_run("generate", suffix_layers=1, fast_mlp=True, mixers=("window",)))
+TEXT = "the cat sat on the mat. " * 3  # one prefill call of 64 bytes, and one of 8
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -104,6 +100,8 @@ def test_session_resumes_prefill(run, tmp_path, capsys):
     assert file.read_bytes() == before
     _, single_call, _ = call(capsys, "generate", run, "--prompt-file", tmp_path / "u.txt", *options)
     assert json.loads(resumed)[0]["tokens"] == json.loads(single_call)[0]["tokens"]
+    # The model is opened once for all commands here; opened again, it is the session's model too.
+    assert read_header(file).model == load_model(run).model_fingerprint
     code, summary, _ = call(capsys, "sessions", file)
     assert code == 0
     assert f"{len(TEXT) + 1} tokens, " in summary

@@ -1,20 +1,21 @@
 """`tttjax read`: update traces, snapshots, stop and resume, rewinding, forks."""
 
 import functools
+import io
 import json
 import os
 import shutil
 
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-import tttjax.cli.generate
 import tttjax.cli.read
-import tttjax.cli.sessions
+import tttjax.evaluation.update_trace
 from tttjax.cli.main import main
+from tttjax.evaluation.update_trace_plot import draw
 from tttjax.inference.session_file import read_header
 from tttjax.io.locks import hold
-from tttjax.runs.load import load_model
 from tttjax.runs.snapshots import list_snapshots
 
 pytestmark = pytest.mark.slow
@@ -39,30 +40,45 @@ class StopAfter:
         return number + 1 == self.calls
 
 
-@pytest.fixture(scope="module")
-def run(make_run):
-    return str(make_run("read", suffix_layers=1, fast_mlp=True, mixers=("window",)))
+class Picture:
+    """The plot of one trace, drawn once for all tests that write it."""
+
+    def __init__(self, *arguments):
+        self._arguments = arguments
+
+    @functools.cached_property
+    def _png(self):
+        file = io.BytesIO()
+        draw(*self._arguments).savefig(file, format="png")
+        return file.getvalue()
+
+    def savefig(self, path, format):
+        path.write_bytes(self._png if format == "png" else b"")
 
 
-@pytest.fixture(scope="module")
-def open_once():
-    """As `load_from_args`, but models of the same options are the same, and compiled once."""
-    opened = functools.cache(
-        lambda workdir, learn, trace_updates: load_model(
-            workdir, mode="off" if learn == "none" else "", trace_updates=trace_updates
-        )
-    )
-    return lambda args, trace_updates=False: opened(args.workdir, args.learn, trace_updates)
+@pytest.fixture(scope="module", autouse=True)
+def picture():
+    """A plot of each trace: drawing takes seconds."""
+    pictures = {}
+
+    def picture(about, means):
+        key = json.dumps(about), means.tobytes()
+        return pictures.setdefault(key, Picture(about, means))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tttjax.evaluation.update_trace, "draw", picture)
+        yield picture
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, open_once):
+def call(monkeypatch, capsys, shared_models, picture):
     """call(words..., stop=None) -> (exit code, stdout, stderr)."""
-    for module in (tttjax.cli.generate, tttjax.cli.read, tttjax.cli.sessions):
-        monkeypatch.setattr(module, "load_from_args", open_once)
 
     def call(*words, stop=None):
         monkeypatch.setattr(tttjax.cli.read, "StopRequest", lambda: StopAfter(stop))
+        # The plot of a part of the text is replaced by that of the whole.
+        plot = (lambda *_: Figure()) if stop else picture
+        monkeypatch.setattr(tttjax.evaluation.update_trace, "draw", plot)
         code = main([str(word) for word in words])
         out, err = capsys.readouterr()
         return code, out, err
