@@ -1,5 +1,6 @@
 """Training on every mesh: equal steps, one gradient reduction, shardings as declared."""
 
+import functools
 import re
 
 import jax
@@ -10,16 +11,16 @@ from helpers.small import random_batch, small_config, worst
 
 from tttjax.errors import UserError
 from tttjax.parallel.mesh import make_mesh, spec
-from tttjax.training.step import make_trainer
+from tttjax.training.step import make_gradient, make_trainer
+from tttjax.ttt.outer_loss import make_inner_loop
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 STEPS = 5
 
 
-def make_config(model=None, gather="layer", form="fast", remat="none", **train):
+def make_config(model=None, gather="layer", form="fast", **train):
     sizes = {"embed_dim": 16, "mlp_dim": 8, "vocab_size": 16}
-    sizes |= {"num_heads": 16, "num_kv_heads": 8, "head_dim": 2, "remat": remat}
+    sizes |= {"num_heads": 16, "num_kv_heads": 8, "head_dim": 2}
     return small_config(
         model={**sizes, **(model or {})},
         train={"batch_size": 8, "seq_len": 8, **train},
@@ -28,38 +29,99 @@ def make_config(model=None, gather="layer", form="fast", remat="none", **train):
     )
 
 
+@functools.cache
+def make_on(shape):
+    """The trainer of the default configuration."""
+    return make(shape)
+
+
 def make(shape, **changes):
     devices = jax.devices()[: int(np.prod(shape))]
     return make_trainer(make_config(**changes), make_mesh(*shape, devices=devices))
 
 
-def five_steps(trainer):
-    """(losses, final weights as numpy, last state)"""
-    state, losses = trainer.init_state(0), []
+def random_state(trainer):
+    """Random weights, the same on every mesh; the rest is zero, as in an initial state."""
+    rng = np.random.default_rng(0)
+    abstract = trainer.abstract_state
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    params = jax.tree.map(lambda x: 0.4 * rng.normal(size=x.shape), abstract.params)
+    return jax.device_put(
+        zeros.replace(params=params), jax.tree.map(lambda x: x.sharding, abstract)
+    )
+
+
+def five_steps(trainer, step=None):
+    """(losses, final weights as numpy, last state). step: instead of `trainer.step`."""
+    state, losses = random_state(trainer), []
     for seed in range(STEPS):
         batch = trainer.put_batch(random_batch(make_config(), seed))
-        state, metrics = trainer.step(state, batch)
+        state, metrics = (step or trainer.step)(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, jax.tree.map(np.asarray, state.params), state
 
 
+@functools.cache
+def compiled_for_data():
+    """The compiled step of eight devices along `data`."""
+    trainer = make_on((8, 1, 1))
+    batch = random_batch(make_config())
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    return trainer.step.lower(trainer.abstract_state, abstract).compile()
+
+
 @pytest.fixture(scope="module")
 def on_one_device(x64):
-    return five_steps(make((1, 1, 1)))
+    return five_steps(make_on((1, 1, 1)))
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_five_steps_are_the_same_on_every_mesh(shape, on_one_device):
-    trainer = make(shape, remat="block" if shape == (1, 8, 1) else "none")
-    losses, params, state = five_steps(trainer)
-    np.testing.assert_allclose(losses, on_one_device[0], atol=1e-11)
-    assert worst(params, on_one_device[1]) < 1e-9
+def assert_same_steps(actual, expected, trainer):
+    losses, params, state = actual
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(losses, expected[0], atol=1e-11)
+    assert worst(params, expected[1]) < 1e-9
     for array, declared in zip(
         jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True
     ):
         assert array.sharding == declared.sharding
         assert (array.shape, array.dtype) == (declared.shape, declared.dtype)
+
+
+def test_five_steps_are_the_same_along_data(on_one_device):
+    trainer = make_on((8, 1, 1))
+    assert_same_steps(five_steps(trainer, compiled_for_data()), on_one_device, trainer)
+
+
+# Gathering by layer matters to the blocks before the loop over chunks, which both forms share.
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((1, 1, 8), {"form": "reference"}),
+        ((1, 4, 1), {"accum_steps": 2, "gather": "step"}),
+        ((2, 2, 2), {"accum_steps": 2, "gather": "layer", "model": {"remat": "block"}}),
+    ],
+    ids=[
+        "tensor, reference form",
+        "fsdp, accumulated, gathered by step",
+        "all axes, accumulated, remat",
+    ],
+)
+def test_five_steps_are_the_same_on_every_mesh(shape, changes, on_one_device):
+    trainer = make(shape, **changes)
+    assert_same_steps(five_steps(trainer), on_one_device, trainer)
     assert trainer.step._cache_size() == 1, "the step was traced again"
+
+
+def test_initial_weights_are_the_same_on_a_mesh():
+    states = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        trainer = make(shape, model={"num_layers": 1})
+        states.append(trainer.init_state(0))
+        same = jax.tree.map(
+            lambda x, y: x.sharding == y.sharding, states[-1], trainer.abstract_state
+        )
+        assert all(jax.tree.leaves(same))
+    assert worst(*states) < 1e-14
 
 
 RECURRENT = {
@@ -70,27 +132,15 @@ RECURRENT = {
 
 
 def test_recurrent_mixers_are_the_same_on_a_mesh():
-    losses = []
+    config, results = make_config(RECURRENT), []
     for shape in ((1, 1, 1), (2, 2, 2)):
-        config = make_config(RECURRENT)
-        devices = jax.devices()[: int(np.prod(shape))]
-        trainer = make_trainer(config, make_mesh(*shape, devices=devices))
-        state = trainer.init_state(0)
-        for seed in range(2):  # the second loss shows the first step's gradient
-            state, metrics = trainer.step(state, trainer.put_batch(random_batch(config, seed)))
-        losses.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-10)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"gather": "layer"}, {"gather": "step"}, {"remat": "block", "form": "reference"}],
-    ids=str,
-)
-def test_accumulation_over_a_mesh_is_the_full_batch(on_one_device, changes):
-    losses, params, _ = five_steps(make((1, 2, 1), accum_steps=2, **changes))
-    np.testing.assert_allclose(losses, on_one_device[0], atol=1e-11)
-    assert worst(params, on_one_device[1]) < 1e-9
+        trainer = make(shape, model=RECURRENT)
+        inner = make_inner_loop(config.inner)
+        gradient = jax.jit(make_gradient(trainer.model, inner, trainer.mesh, learn=False))
+        batch = trainer.put_batch(random_batch(config))
+        results.append(gradient(random_state(trainer).params, batch, np.float64(1)))
+    for actual, expected in zip(*map(jax.tree.leaves, results[::-1]), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def computations(hlo):
@@ -128,12 +178,7 @@ def called_by_loops(lines_by_computation):
 
 
 def test_the_gradient_is_reduced_outside_loops():
-    trainer = make((8, 1, 1))
-    batch = random_batch(make_config())
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    lines_by_computation = computations(
-        trainer.step.lower(trainer.abstract_state, abstract).compile().as_text()
-    )
+    lines_by_computation = computations(compiled_for_data().as_text())
     in_loops = called_by_loops(lines_by_computation)
     collective = re.compile(r" (all-reduce|reduce-scatter|all-gather|all-to-all)(-start)?\(")
     reduced_in = [
