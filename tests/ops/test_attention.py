@@ -35,14 +35,12 @@ def qkv(length, seed=0, heads=(2, 2, 2)):
 
 CASES = [
     # tokens, window, block, query_block: dense, windowed, segments; with and without padding
-    (9, 0, 0, 8),
     (9, 4, 0, 8),
     (24, 5, 0, 4),
     (23, 5, 0, 4),
     (21, 1, 0, 3),
     (24, 0, 0, 4),
     (23, 0, 0, 4),
-    (33, 0, 0, 2),
     (22, 20, 0, 4),
     (22, 60, 0, 4),
     (24, 0, 6, 4),
@@ -64,15 +62,17 @@ def test_blocked_equals_dense(length, window, block, query_block):
     def dense(q, k, v):
         return attend(q, k, v, mask_fn(position, position, attention_mask))
 
-    def value_and_gradient(f):
-        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weight), argnums=(0, 1, 2)))
+    def out_and_gradients(f):
+        def loss(*a):
+            out = f(*a)
+            return jnp.sum(out * weight), out
 
-    np.testing.assert_allclose(
-        jax.jit(blocked)(q, k, v), numpy_attention(q, k, v, attention_mask), atol=1e-12
-    )
-    loss, grads = value_and_gradient(blocked)(q, k, v)
-    expected, expected_grads = value_and_gradient(dense)(q, k, v)
-    assert float(loss) == pytest.approx(float(expected), abs=1e-11)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    grads, out = out_and_gradients(blocked)
+    np.testing.assert_allclose(out, numpy_attention(q, k, v, attention_mask), atol=1e-12)
+    expected_grads, expected = out_and_gradients(dense)
+    np.testing.assert_allclose(out, expected, atol=1e-12)
     for actual, expected in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-12)
 
@@ -92,7 +92,7 @@ def test_fully_masked_query_has_finite_derivatives():
     def loss(q, k, v):
         return jnp.sum(attend(q, k, v, jnp.zeros((4, 4), bool)))
 
-    hessian_rows = jax.jacfwd(jax.grad(loss))(*qkv(4))
+    hessian_rows = jax.jit(jax.jacfwd(jax.grad(loss)))(*qkv(4))
     assert np.isfinite(loss(q, k, v))
     assert np.isfinite(hessian_rows).all()
 
