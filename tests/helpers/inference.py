@@ -3,13 +3,21 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from helpers.small import shaken, small_config
+from helpers.small import small_config
 from tttjax.inference.engine import Engine
-from tttjax.inference.prefill import make_inference_model, split_weights
-from tttjax.models import build_model
+from tttjax.inference.prefill import (
+    Context,
+    InferenceModel,
+    init_context,
+    make_inference_model,
+    split_weights,
+)
+from tttjax.models import Transformer, build_model
 from tttjax.ttt.outer_loss import make_inner_loop
+from tttjax.types import Params
 
 LENGTH = 22  # tokens of the texts of `make_engine`
 PREFILL_LENGTH = 16  # tokens of the sequences of `setting`
@@ -17,7 +25,7 @@ SYSTEMS = {
     "ttt_e2e": {"model": {"mixers": ("window",)}},
     "hybrid": {
         "model": {
-            **{"mixers": ("mamba2", "full+local"), "suffix_layers": 2, "num_kv_heads": 1},
+            **{"mixers": ("mamba2+full+local",), "num_layers": 1, "num_kv_heads": 1},
             "window_size": 3,  # less than a chunk, which local attention may have
         }
     },
@@ -30,6 +38,18 @@ SYSTEMS = {
 }
 
 
+def random_params(model: Transformer) -> Params:
+    """Random weights without a compiled program: those of norms about 1, others about 0."""
+    rng = np.random.default_rng(0)
+
+    def random(path, x):
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        mean, scale = (1.0, 0.2) if is_norm else (0.0, 0.3)
+        return jnp.asarray((mean + scale * rng.standard_normal(x.shape)).astype(x.dtype))
+
+    return jax.tree_util.tree_map_with_path(random, model.abstract_params())
+
+
 def make_engine(name: str):
     """An engine, compiled once for all tests that use it, and two random texts."""
     return _make_engine(name, jax.config.jax_enable_x64)
@@ -40,17 +60,23 @@ def _make_engine(name: str, x64: bool):
     del x64  # part of the cache key
     config = small_config(**SYSTEMS[name])
     model = build_model(config.model, config.inner)
-    params = shaken(model.init(jax.random.key(0)))
+    params = random_params(model)
     inference_model = make_inference_model(model, make_inner_loop(config.inner), config.inner.lr)
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, LENGTH))
     return Engine(inference_model, params, max_length=64), token.astype(np.int32)
+
+
+def empty_context(inference_model: InferenceModel, params: Params) -> Context:
+    """The context of two sequences of at most PREFILL_LENGTH tokens before the first token."""
+    make = functools.partial(init_context, inference_model, batch=2, max_length=PREFILL_LENGTH)
+    return jax.jit(make)(params)
 
 
 def setting(sections: dict, learn: bool = True):
     """(config, model, params, inference_model, its weights, tokens [2, PREFILL_LENGTH + 1])."""
     config = small_config(**sections)
     model = build_model(config.model, config.inner)
-    params = shaken(model.init(jax.random.key(0)))
+    params = random_params(model)
     inference_model = make_inference_model(
         model, make_inner_loop(config.inner), config.inner.lr, learn=learn
     )

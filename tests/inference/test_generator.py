@@ -71,8 +71,8 @@ def test_learn_false_excludes_generated_tokens_from_updates():
     engine, token = make_engine("ttt_e2e")
     (request,) = requests(engine, token, 1, max_tokens=9)
     for learn in (True, False):
-        generator = Generator(engine, Letters(), [request], learn=learn)
-        assert len(list(generator)) == 9
+        generator = Generator(engine, IdsTokenizer(11, None, None), [request], learn=learn)
+        assert len(list(generator)) == 9  # no token is EOS
         (session,) = generator.sessions
         assert len(session.uncommitted) == 4
         drift = worst(session.learned.fast, engine.start().learned.fast)

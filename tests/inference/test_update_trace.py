@@ -1,5 +1,6 @@
 """The update trace equals a plain loop over chunks and does not change the context."""
 
+import functools
 from functools import partial
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.inference import PREFILL_LENGTH as LENGTH
-from helpers.inference import setting
+from helpers.inference import empty_context, setting
 from helpers.small import worst
 
 from tttjax.inference.engine import Engine
-from tttjax.inference.prefill import init_context, read_chunks
+from tttjax.inference.prefill import read_chunks
 from tttjax.inference.update_trace import start_norms, trace_chunks
 from tttjax.ttt import inner_loop
 from tttjax.ttt.layer_norms import fast_layers, norms, squares
@@ -59,19 +60,27 @@ def plain(config, model, params, rule, token_T, layers):
 
     @jax.jit
     def step(read_state, chunk):
-        loss, (state, _, _) = chunk_loss(read_state.fast, read_state.state, chunk)
-        g = jax.grad(lambda fast: chunk_loss(fast, read_state.state, chunk)[0])(read_state.fast)
+        (loss, (state, _, _)), g = jax.value_and_grad(chunk_loss, has_aux=True)(
+            read_state.fast, read_state.state, chunk
+        )
         fast, rule_state, _ = inner_loop.update(
             rule, config.inner.lr, read_state.fast, read_state.rule_state, g, jnp.array(True)
         )
         again, _ = chunk_loss(fast, read_state.state, chunk)
         return inner_loop.ReadState(fast, rule_state, state), g, loss, again
 
-    x_TD, _ = model.run_part("prefix", params.slow, None, model.embed(params.slow, token_T[:-1]))
-    read_state = inner_loop.start(rule, params.fast, model.init_state(LENGTH, parts=["suffix"]))
+    @jax.jit
+    def start(params):
+        embedded_TD = model.embed(params.slow, token_T[:-1])
+        x_TD, _ = model.run_part("prefix", params.slow, None, embedded_TD)
+        state = model.init_state(LENGTH, parts=["suffix"])
+        return x_TD, inner_loop.start(rule, params.fast, state)
+
+    x_TD, read_state = start(params)
     rows = []
     for at in range(0, len(token_T) - 1, size):
-        chunk = x_TD[at : at + size], token_T[at + 1 : at + size + 1], jnp.ones(size, bool)
+        end = at + size
+        chunk = np.asarray(x_TD)[at:end], token_T[at + 1 : end + 1], np.ones(size, bool)
         read_state, g, loss, again = step(read_state, chunk)
         drift = jax.tree.map(np.subtract, read_state.fast, params.fast)
         layer_norms = [[norm_of(tree, layer) for layer in layers] for tree in (g, drift)]
@@ -79,20 +88,27 @@ def plain(config, model, params, rule, token_T, layers):
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
+@functools.cache
+def traced(name):
+    """`setting`, the empty context, and the results of `trace_chunks` from it."""
+    config, model, params, inference_model, weights, token = setting(SYSTEMS[name])
+    context = empty_context(inference_model, params)
+    run_trace = jax.jit(partial(trace_chunks, inference_model, at_start=True))
+    first = jax.tree.map(lambda w: np.asarray(w)[:1], context.fast)
+    results = run_trace(first, weights, context, token[:, :-1], token[:, -1])
+    return (config, model, params, inference_model, weights, token), context, results
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_trace_equals_a_plain_loop(x64, name):
-    config, model, params, inference_model, weights, token = setting(SYSTEMS[name])
+    (config, model, params, inference_model, _, token), _, (_, trace) = traced(name)
     assert fast_layers(model) == LAYERS[name]
-    context = init_context(inference_model, params, 2, LENGTH)
-    run_trace = jax.jit(partial(trace_chunks, inference_model, at_start=True))
-    first = jax.tree.map(lambda w: w[:1], context.fast)
-    _, trace = run_trace(first, weights, context, token[:, :-1], token[:, -1])
     before, after, grad, drift = plain(
         config,
         model,
         params,
         inference_model.chunk_model.rule,
-        jnp.asarray(token[1]),
+        token[1],
         LAYERS[name].values(),
     )
     np.testing.assert_allclose(trace.loss_NB[:, 1], before, atol=1e-11)
@@ -106,11 +122,10 @@ def test_trace_equals_a_plain_loop(x64, name):
 
 
 def test_trace_does_not_change_context_or_records(x64):
-    _, _, params, inference_model, weights, token = setting({})
-    read = init_context(inference_model, params, 2, LENGTH), token[:, :-1], token[:, -1]
-    context, records = jax.jit(partial(read_chunks, inference_model, at_start=True))(weights, *read)
-    run_trace = jax.jit(partial(trace_chunks, inference_model, at_start=True))
-    traced_context, trace = run_trace(jax.tree.map(lambda w: w[:1], read[0].fast), weights, *read)
+    (*_, inference_model, weights, token), start, results = traced("head and norm, momentum")
+    traced_context, trace = results
+    read = jax.jit(partial(read_chunks, inference_model, at_start=True))
+    context, records = read(weights, start, token[:, :-1], token[:, -1])
     assert worst(traced_context, context) < 1e-12
     for name in records._fields:
         assert worst(getattr(trace, name), getattr(records, name)) < 1e-12
@@ -118,7 +133,7 @@ def test_trace_does_not_change_context_or_records(x64):
 
 def test_start_norms_by_layer_in_float32(x64):
     name = "head and norm, momentum"
-    _, model, params, inference_model, _, _ = setting(SYSTEMS[name])
+    (_, model, params, inference_model, *_), *_ = traced(name)
     start = start_norms(Engine(inference_model, params, 64))
     expected = [norm_of(params.fast, layer) for layer in LAYERS[name].values()]
     np.testing.assert_allclose(start, expected, rtol=1e-12)
