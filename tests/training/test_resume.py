@@ -44,7 +44,13 @@ def test_two_stops(tiny, uninterrupted, tmp_path):
 
 
 def test_two_stops_with_an_inner_loop(tiny, tmp_path):
-    cfg = tiny("train.steps=6", arg="ttt_e2e")
+    small = (
+        "inner.remat=False",
+        "model.remat=none",
+        "model.qk_norm=False",
+        "model.post_norm=False",
+    )
+    cfg = tiny("train.steps=6", *small, arg="ttt_e2e")
     uninterrupted = train(cfg, tmp_path / "uninterrupted")
     train(cfg, tmp_path / "resumed", stop_after=2)
     train(cfg, tmp_path / "resumed", stop_after=5)
@@ -119,7 +125,7 @@ def start(data, workdir, *overrides):
 
 
 def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path):
-    many = ("train.steps=100000", "train.checkpoint_every=100000", "optim.decay_steps=1000")
+    many = ("train.steps=100000", "train.checkpoint_every=100000", "optim.decay_steps=12")
     process = start(data, tmp_path, *many)
     deadline = time.monotonic() + 120
     while len(read_records(tmp_path)) < 5 and process.poll() is None:

@@ -23,7 +23,7 @@ from tttjax.training.loop import train
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("train.steps=4", "optim.warmup_steps=1")
+SHORT = ("train.steps=4", "optim.decay_steps=12")  # the programs of 12 steps
 
 
 def content(folder):
@@ -82,7 +82,7 @@ def test_files_of_a_killed_start_are_taken_over(tiny, tmp_path, capsys):
     (tmp_path / FOLDER_LOCK).write_text(json.dumps(dataclasses.asdict(killed)))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    other_config = tiny("train.steps=1", "train.seed=3", "optim.warmup_steps=0")
+    other_config = tiny("train.steps=1", "train.seed=3")
     assert train(other_config, tmp_path).step == 1
     assert "taking over" in capsys.readouterr().err
     assert not (tmp_path / FOLDER_LOCK).exists()
@@ -176,7 +176,7 @@ def test_older_runs_find_relative_data_in_parent_folders(data, copied, tmp_path,
 def test_init_from_may_move_with_the_run(tiny, stopped_run, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(stopped_run, project / "first")
-    config = [f"train.init_from={project / 'first'}", "train.steps=2", "optim.warmup_steps=0"]
+    config = [f"train.init_from={project / 'first'}", "train.steps=2"]
     train(tiny(*config), project / "second", stop_after=1)
     moved = project.rename(tmp_path / "moved")
     config[0] = f"train.init_from={stopped_run}"

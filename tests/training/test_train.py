@@ -44,8 +44,9 @@ class TraceCounter(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def complete_run(tiny, tmp_path_factory):
+def complete_run(tiny, trainers, tmp_path_factory):
     """(work directory, result, names of compiled programs) of a complete run."""
+    trainers.clear()
     workdir = tmp_path_factory.mktemp("run")
     counter = TraceCounter()
     logging.getLogger("jax").addHandler(counter)
