@@ -1,10 +1,9 @@
 """Checkpoints: exact round trips, damage, differences, full disks."""
 
 import contextlib
+import functools
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,13 +37,16 @@ def shardings(tree, on):
 
 
 def make_state(on, seed=0, width=16):
-    key = jax.random.key(seed)
+    rng = np.random.default_rng(seed)
     params = Params(
-        slow={"embedding": jax.random.normal(key, (32, width)), "norm": {"scale": jnp.ones(width)}},
-        fast={"mlp": jax.random.normal(key, (width, 8)).astype(jnp.bfloat16)},
+        slow={
+            "embedding": rng.normal(size=(32, width)).astype(np.float32),
+            "norm": {"scale": np.ones(width, np.float32)},
+        },
+        fast={"mlp": rng.normal(size=(width, 8)).astype(jnp.bfloat16)},
     )
     opt_state = optax.chain(optax.identity(), optax.adam(0.1)).init(params)
-    state = {"step": jnp.int32(seed), "params": params, "opt_state": opt_state}
+    state = {"step": np.int32(seed), "params": params, "opt_state": opt_state}
     return jax.device_put(state, shardings(state, on))
 
 
@@ -62,14 +64,39 @@ def assert_same_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+@functools.cache
+def state_of(step):
+    return make_state(mesh(4, 2), seed=step)
+
+
 def save_steps(path, steps, keep=5):
     """Saves one state per step under path/checkpoints and returns them by step."""
-    states = {n: make_state(mesh(4, 2), seed=n) for n in steps}
+    states = {n: state_of(n) for n in steps}
     saver = checkpoints.Checkpointer(path / "checkpoints", keep=keep)
     for n, state in states.items():
         saver.save(n, state, data_state={"next": n}, extra={"tokens": 10 * n}, config={"a": {}})
     saver.close()
     return states
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoints of `save_steps` 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_steps(folder, [1, 2])
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def copy_steps(saved):
+    """copy_steps(path, steps): as `save_steps`, of steps 1 and 2, without saving again."""
+
+    def copy(path, steps):
+        for step in map(str, steps):
+            shutil.copytree(saved / step, path / "checkpoints" / step)
+        return {n: state_of(n) for n in steps}
+
+    return copy
 
 
 def restore(path, target):
@@ -126,8 +153,8 @@ def test_saved_state_may_be_donated(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1)])
-def test_restores_onto_another_mesh(tmp_path, shape):
-    states = save_steps(tmp_path, [1])
+def test_restores_onto_another_mesh(tmp_path, shape, copy_steps):
+    states = copy_steps(tmp_path, [1])
     devices = np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
     other_mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
     restored = restore(tmp_path, abstract(states[1], other_mesh)).state
@@ -174,8 +201,8 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_newest_checkpoint_falls_back_to_previous(tmp_path, capfd, damage):
-    states = save_steps(tmp_path, [1, 2])
+def test_damaged_newest_checkpoint_falls_back_to_previous(tmp_path, capfd, damage, copy_steps):
+    states = copy_steps(tmp_path, [1, 2])
     damage(tmp_path)
     restored = restore(tmp_path, abstract(states[1]))
     assert restored.step == 1
@@ -187,8 +214,8 @@ def test_damaged_newest_checkpoint_falls_back_to_previous(tmp_path, capfd, damag
     assert restore(tmp_path, abstract(states[1])).step == 2
 
 
-def test_all_checkpoints_damaged_is_an_error(tmp_path):
-    save_steps(tmp_path, [2])
+def test_all_checkpoints_damaged_is_an_error(tmp_path, copy_steps):
+    copy_steps(tmp_path, [2])
     truncate(tmp_path)
     target = abstract(make_state(mesh(4, 2)))
     for _ in range(2):  # a second attempt gives the same error
@@ -196,16 +223,16 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path):
             restore(tmp_path, target)
 
 
-def test_only_renamed_damaged_checkpoints_is_an_error(tmp_path):
-    save_steps(tmp_path, [2])
+def test_only_renamed_damaged_checkpoints_is_an_error(tmp_path, copy_steps):
+    copy_steps(tmp_path, [2])
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "2").rename(checkpoints / "damaged-2")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(damaged-2\)"):
         restore(tmp_path, abstract(make_state(mesh(4, 2))))
 
 
-def test_incomplete_checkpoint_is_reported_and_ignored(tmp_path, capfd):
-    states = save_steps(tmp_path, [1, 2])
+def test_incomplete_checkpoint_is_reported_and_ignored(tmp_path, capfd, copy_steps):
+    states = copy_steps(tmp_path, [1, 2])
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "2").rename(checkpoints / "2.orbax-checkpoint-tmp")
     assert restore(tmp_path, abstract(states[1])).step == 1
@@ -213,8 +240,8 @@ def test_incomplete_checkpoint_is_reported_and_ignored(tmp_path, capfd):
     assert not (checkpoints / "2.orbax-checkpoint-tmp").exists()
 
 
-def test_other_architecture_is_refused_with_every_difference(tmp_path):
-    states = save_steps(tmp_path, [1])
+def test_other_architecture_is_refused_with_every_difference(tmp_path, copy_steps):
+    states = copy_steps(tmp_path, [1])
     target = abstract(make_state(mesh(4, 2), width=24))
     params = target["params"]
     params.slow["norm_out"] = params.slow.pop("norm")
@@ -229,8 +256,8 @@ def test_other_architecture_is_refused_with_every_difference(tmp_path):
     assert restore(tmp_path, abstract(states[1])).step == 1
 
 
-def test_other_dtype_is_refused(tmp_path):
-    target = abstract(save_steps(tmp_path, [1])[1])
+def test_other_dtype_is_refused(tmp_path, copy_steps):
+    target = abstract(copy_steps(tmp_path, [1])[1])
     mlp = target["params"].fast["mlp"]
     target["params"].fast["mlp"] = jax.ShapeDtypeStruct(
         mlp.shape, jnp.float32, sharding=mlp.sharding
@@ -239,8 +266,8 @@ def test_other_dtype_is_refused(tmp_path):
         restore(tmp_path, target)
 
 
-def test_restore_params_from_work_directory_or_checkpoint(tmp_path):
-    states = save_steps(tmp_path, [1, 2])
+def test_restore_params_from_work_directory_or_checkpoint(tmp_path, copy_steps):
+    states = copy_steps(tmp_path, [1, 2])
     target = abstract(states[1])["params"]
     for path, step in [
         (tmp_path, 2),
@@ -253,8 +280,8 @@ def test_restore_params_from_work_directory_or_checkpoint(tmp_path):
         checkpoints.restore_params(tmp_path / "nowhere", target)
 
 
-def test_restore_params_skips_damaged_without_renaming(tmp_path, capfd):
-    states = save_steps(tmp_path, [1, 2])
+def test_restore_params_skips_damaged_without_renaming(tmp_path, capfd, copy_steps):
+    states = copy_steps(tmp_path, [1, 2])
     flip_a_bit(tmp_path)
     restored = checkpoints.restore_params(tmp_path, abstract(states[1])["params"])
     assert_same_bits(restored, states[1]["params"])
@@ -262,8 +289,8 @@ def test_restore_params_skips_damaged_without_renaming(tmp_path, capfd):
     assert (tmp_path / "checkpoints" / "2").exists()
 
 
-def test_partial_loading_must_be_requested(tmp_path):
-    saved = save_steps(tmp_path, [1])[1]["params"]
+def test_partial_loading_must_be_requested(tmp_path, copy_steps):
+    saved = copy_steps(tmp_path, [1])[1]["params"]
     target = abstract(saved)
     extra = jax.device_put(jnp.full((3,), 7.0), NamedSharding(mesh(4, 2), PartitionSpec()))
     target = target.replace(fast={**target.fast, "new": {"scale": extra}})
@@ -283,36 +310,33 @@ def test_partial_loading_must_be_requested(tmp_path):
     assert list(restored.slow) == ["embedding"]
 
 
-def test_full_disk_is_an_error_and_keeps_checkpoints(tmp_path):
-    """A limit on file sizes simulates a full disk; it needs its own process."""
-    script = textwrap.dedent("""
-        import resource, sys
-        from absl import logging
-        import jax, jax.numpy as jnp
-        from tttjax.training import checkpoints
-        from tttjax.errors import UserError
+@contextlib.contextmanager
+def limited_file_size(limit):
+    """Writes beyond `limit` bytes fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-        logging.set_verbosity("fatal")
-        w = jax.random.normal(jax.random.key(0), (512, 512))
-        state = {"params": {"w": w}, "step": jnp.int32(0)}
-        saver = checkpoints.Checkpointer(sys.argv[1], keep=3)
-        saver.save(1, state)
-        saver.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            saver.save(2, state)
-            saver.wait()
-        except UserError as error:
-            print("UserError", error)
-        print("latest", checkpoints.find_checkpoint(sys.argv[1]).name)
-    """)
+
+def test_full_disk_is_an_error_and_keeps_checkpoints(tmp_path):
+    w = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
+    state = jax.device_put({"params": {"w": w}, "step": np.int32(0)})
     folder = tmp_path / "checkpoints"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=120
-    )
-    assert "UserError no space left" in done.stdout, done.stderr[-2000:]
-    assert "step 1 is intact" in done.stdout
-    assert "latest 1" in done.stdout
+    saver = checkpoints.Checkpointer(folder, keep=3)
+
+    def save(step):
+        saver.save(step, state)
+        saver.wait()
+
+    save(1)
+    with limited_file_size(100_000), pytest.raises(UserError, match="no space left") as info:
+        save(2)
+    assert "step 1 is intact" in str(info.value)
+    saver.close()
+    assert checkpoints.find_checkpoint(folder).name == "1"
     assert not list(folder.glob("*tmp*"))
 
 

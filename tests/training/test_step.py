@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers.small import random_batch, small_config, worst
 
@@ -36,36 +35,41 @@ def numpy_of(tree):
     return jax.tree.map(np.array, tree)
 
 
+def put(trainer, state):
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, trainer.abstract_state))
+
+
 def test_step_equals_gradient_clip_adam_and_schedules(trainer):
     config = make_config()
     model = build_model(config.model, config.inner)
     state = trainer.init_state(0)
-    params = jax.tree.map(jnp.array, state.params)
+    params = numpy_of(state.params)
     loss = make_outer_loss(model, make_inner_loop(config.inner), learn=True)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    opt_state, update = optimizer.init(params), jax.jit(optimizer.update)
+    opt_state, update = jax.jit(optimizer.init)(params), jax.jit(optimizer.update)
     for n, rate in enumerate((0.1 + 0.9 / 4, 0.55)):
         params_before = params
         (expected_loss, output), grads = gradient(params, random_batch(config, n), np.float32(rate))
         updates, opt_state = update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.tree.map(np.add, params, updates)
         state, metrics = take(trainer, state, n)
         assert float(metrics["loss"]) == pytest.approx(float(expected_loss), abs=1e-11)
         assert float(metrics["inner_lr"]) == pytest.approx(rate, rel=1e-6)
         assert float(metrics["lr"]) == pytest.approx(1e-2 * (n + 1) / 4, rel=1e-6)
-        norm = float(optax.tree.norm(grads))
+        output = numpy_of(output)
+        norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(grads)))
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-9)
-        drift = float(jnp.mean(output.drift))
+        drift = np.mean(output.drift)
         assert float(metrics["fast_drift"]) == pytest.approx(drift, rel=1e-9)
         moved = jax.tree.map(lambda a, b: a - b, output.fast, params_before.fast)
-        squares = sum(jnp.sum(x**2, axis=range(1, x.ndim)) for x in jax.tree.leaves(moved))
-        drift = float(jnp.mean(jnp.sqrt(squares)))  # of the one layer that has fast weights
+        squares = sum((x**2).reshape(len(x), -1).sum(1) for x in jax.tree.leaves(moved))
+        drift = np.mean(np.sqrt(squares))  # of the one layer that has fast weights
         assert float(metrics["fast_drift_layer1"]) == pytest.approx(drift, rel=1e-9)
         for name, chunk in (("first", 0), ("last", -1)):
-            loss = float(jnp.mean(output.chunk_loss_N[:, chunk]))
+            loss = np.mean(output.chunk_loss_N[:, chunk])
             assert float(metrics[f"{name}_chunk_loss"]) == pytest.approx(loss, rel=1e-9)
-        clipped = float(jnp.mean(output.grad_norm_N >= 1.0))
+        clipped = np.mean(output.grad_norm_N >= 1.0)
         assert float(metrics["inner_clip_rate"]) == pytest.approx(clipped)
     assert worst(state.params, params) < 1e-9
     assert int(state.step) == 2
@@ -84,8 +88,10 @@ def test_the_first_step_moves_the_weights(trainer):
 def test_nonfinite_step_is_skipped_and_counted(trainer):
     state, _ = take(trainer, trainer.init_state(0), 0)
     saved = numpy_of(state)
-    poisoned = state.replace(params=jax.tree.map(lambda x: x.at[0].set(jnp.inf), state.params))
-    before_skips = numpy_of(poisoned)
+    before_skips = numpy_of(state)
+    for x in jax.tree.leaves(before_skips.params):
+        x[0] = np.inf
+    poisoned = put(trainer, before_skips)
     for times in (1, 2):
         poisoned, metrics = take(trainer, poisoned, times)
         assert bool(metrics["nonfinite"])
@@ -94,8 +100,7 @@ def test_nonfinite_step_is_skipped_and_counted(trainer):
     for part in ("params", "opt_state"):
         before, after = getattr(before_skips, part), numpy_of(getattr(poisoned, part))
         jax.tree.map(np.testing.assert_array_equal, before, after)
-    healed = poisoned.replace(params=jax.tree.map(jnp.asarray, saved.params))
-    healed = jax.device_put(healed, jax.tree.map(lambda x: x.sharding, trainer.abstract_state))
+    healed = put(trainer, numpy_of(poisoned).replace(params=saved.params))
     healed, metrics = take(trainer, healed, 3)
     assert not bool(metrics["nonfinite"])
     assert (int(healed.skipped), int(healed.skipped_in_row)) == (2, 0)
@@ -103,9 +108,9 @@ def test_nonfinite_step_is_skipped_and_counted(trainer):
 
 
 def test_accumulated_gradient_equals_full_batch_gradient(trainer):
-    parts = make_trainer(make_config(accum_steps=2), make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    parts = make_trainer(make_config(accum_steps=2), trainer.mesh)
     full_state, full = take(trainer, trainer.init_state(0), 5)
-    accumulated_state, accumulated = take(parts, parts.init_state(0), 5)
+    accumulated_state, accumulated = take(parts, trainer.init_state(0), 5)
     assert worst(full_state.params, accumulated_state.params) < 1e-10
     names = ("loss", "grad_norm", "grad_norm_fast", "fast_drift", "inner_clip_rate")
     for name in (*names, "fast_drift_layer1", "first_chunk_loss", "last_chunk_loss"):
