@@ -1,4 +1,4 @@
-"""Hundreds of generated command lines: each is rejected with one error line, or can run.
+"""More than a hundred generated command lines: each is rejected with one error line, or can run.
 
 For an accepted line the model is built and its loss traced, which checks shapes. Only one step is
 compiled, of a run with all values at their limits.
@@ -54,16 +54,19 @@ def call(workspace, monkeypatch, capsys):
 
     def first_step(run, state, last):
         config = run.config
-        key = config.model, config.inner, config.train.seq_len
+        learn = learns(run.trainer.model, config.inner.meta_gradient)
+        key = config.model, config.inner if learn else None, config.train.seq_len
         if key not in traced:
             traced.add(key)
             token_BT = np.zeros((2, config.train.seq_len), np.int32)
-            learn = learns(run.trainer.model, config.inner.meta_gradient)
             loss = make_outer_loss(run.trainer.model, make_inner_loop(config.inner), learn=learn)
             batch = Batch(token_BT, token_BT, token_BT == 0)
             jax.eval_shape(loss, state.params, batch, jnp.float32(1))
         return state, run.start
 
+    # Only the shapes of weights are needed, and most of the time of tracing them is for these.
+    zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
+    monkeypatch.setattr(jax.random, "normal", zeros)
     monkeypatch.setattr(loop, "make_trainer", make)
     monkeypatch.setattr(loop, "_loop", first_step)
     monkeypatch.setattr(loop.flops, "device_peak", lambda: None)
@@ -117,7 +120,9 @@ def test_fixed_lines(call):
 
 def test_lines_generated_from_the_schema(call):
     codes = []
-    for line in lines(200):
+    number = 120
+    assert number >= len(all_fields())
+    for line in lines(number):
         code, err = call(line)
         codes.append(code)
         if code == 2:
@@ -125,7 +130,7 @@ def test_lines_generated_from_the_schema(call):
         else:
             check_numbers(line)
     assert set(codes) <= {0, 2, 75}
-    assert 20 < sum(code == 2 for code in codes) < 180
+    assert 20 < sum(code == 2 for code in codes) < 100
 
 
 def test_a_run_at_its_limits_takes_a_step(workspace):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recipe_dump import dumps
@@ -308,6 +309,14 @@ def _shapes_of(word: str):
 
 
 _ONE_WORD_PER_MODEL = {_shapes_of(word): word for word in RECIPES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_random_numbers():
+    """Weights of zeros: of their shapes, tracing random numbers is the most expensive part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+        yield
 
 
 @pytest.mark.parametrize("word", _ONE_WORD_PER_MODEL.values())
