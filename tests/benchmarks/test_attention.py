@@ -8,6 +8,7 @@ import pytest
 
 from tttjax.benchmarks import attention
 from tttjax.benchmarks.attention import AttentionSizes, bench_attention
+from tttjax.cli.bench import attention as command
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
@@ -33,8 +34,8 @@ def test_forms_of_a_task_give_the_same_results():
                 np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_results_are_by_task_and_form():
-    results = bench_attention(SMALL, rounds=1)
+def test_results_are_by_task_and_form(measure_once):
+    results = measure_once(command, "bench_attention")(SMALL, 1)
     assert [(r.task, r.form) for r in results][:2] == [
         ("chunk gradient", "dense"),
         ("chunk gradient", "xla"),
@@ -45,9 +46,10 @@ def test_results_are_by_task_and_form():
         assert r.speedup == seconds[r.task, first] / r.seconds
 
 
-def test_command_line(capsys):
-    words = ["bench", "attention", "--chunk=4", "--window=8", "--seq-len=16", "--rounds=1"]
-    assert main([*words, "--head-dim=8", "--json"]) == 0
+def test_command_line(measure_once, capsys):
+    measure_once(command, "bench_attention")
+    words = ["bench", "attention", "--chunk=8", "--window=16", "--seq-len=32", "--rounds=1"]
+    assert main([*words, "--heads=2", "--head-dim=8", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 6
     assert main([*words, "--heads=0"]) == 2
     assert "heads=0 must be at least 1" in capsys.readouterr().err

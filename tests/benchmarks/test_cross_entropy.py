@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tttjax.benchmarks.cross_entropy import CrossEntropySizes, bench_cross_entropy
+from tttjax.cli.bench import cross_entropy as command_module
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
@@ -39,7 +40,8 @@ def test_invalid_sizes_and_dtypes_are_rejected(arguments, message):
         bench_cross_entropy(**arguments)
 
 
-def test_command_line(capsys):
+def test_command_line(measure_once, capsys):
+    measure_once(command_module, "bench_cross_entropy")
     small = ["--rows=6", "--embed-dim=2", "--vocab=8", "--rows-block=4", "--vocab-block=4"]
     command = ["bench", "cross-entropy", *small, "--dtype=bfloat16", "--rounds=1"]
     assert main([*command, "--json"]) == 0

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_context_length_and_batch_size_is_measured():
-    config = small_config(model={"mixers": ("window",)})
+    config = small_config(model={"mixers": ("window",), "num_layers": 1})
     results = bench_decode([("ttt_e2e", config)], read=[9, 5], batches=[1, 2], rounds=1)
     assert [(r.read, r.batch) for r in results] == [(5, 1), (5, 2), (9, 1), (9, 2)]
     for r in results:
@@ -26,7 +26,7 @@ def test_every_context_length_and_batch_size_is_measured():
 
 
 def test_command_line(capsys):
-    small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
+    small = ["embed_dim=16", "num_layers=1", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
     words = ["bench", "decode", "--config=mid_size:full", "--rounds=1"]
     words += [f"--config.model.{field}" for field in small]
     assert main([*words, "--read=4", "--json"]) == 0

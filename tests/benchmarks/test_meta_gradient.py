@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 SIZES = {
     "model": {
         **{"mixers": ("window",), "num_layers": 1, "embed_dim": 16, "mlp_dim": 24},
-        "vocab_size": 32,
+        **{"vocab_size": 32, "post_norm": False, "qk_norm": False},
     },
     "train": {"batch_size": 8},
 }
@@ -33,7 +33,7 @@ def test_the_controls_are_static_and_of_equal_size():
         assert parameter_count(model)["total"] == pytest.approx(size, rel=0.1)
 
 
-def test_the_four_steps_are_measured():
+def test_the_four_steps_are_measured(zero_weights):
     results = {r.name: r for r in bench_meta_gradient(small_config(**SIZES), rounds=1)}
     assert list(results) == ["fast", "reference", "window", "full"]
     for form in ("fast", "reference"):

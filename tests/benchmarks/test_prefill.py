@@ -7,6 +7,7 @@ from helpers.small import small_config
 
 from tttjax.benchmarks import prefill
 from tttjax.benchmarks.prefill import bench_prefill
+from tttjax.cli.bench import prefill as command
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 def test_only_the_state_of_full_attention_grows():
     static = {"fast_mlp": False, "suffix_layers": 0}
     configs = [
-        ("ttt_e2e", small_config(model={"mixers": ("window",)})),
+        ("ttt_e2e", small_config(model={"mixers": ("window",), "num_layers": 1})),
         ("full", small_config(model={"mixers": ("full",), **static})),
     ]
     short, long = (bench_prefill(configs, length, batch=2, rounds=1) for length in (6, 12))
@@ -28,7 +29,7 @@ def test_only_the_state_of_full_attention_grows():
     assert long[1].ratio == 1
 
 
-def test_programs_that_do_not_fit_are_left_blank(monkeypatch, capsys):
+def test_programs_that_do_not_fit_are_left_blank(measure_once, monkeypatch, capsys):
     def too_large(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
@@ -46,7 +47,8 @@ def test_programs_that_do_not_fit_are_left_blank(monkeypatch, capsys):
 
     compile_all = prefill._compile
     monkeypatch.setattr(prefill, "_compile", compile_some)
-    small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=0", "vocab_size=32"]
+    measure_once(command, "bench_prefill")
+    small = ["embed_dim=16", "num_layers=1", "num_heads=2", "mlp_dim=0", "vocab_size=32"]
     words = ["bench", "prefill", "--config=mid_size:w*", "--rounds=1"]
     words += ["--config=mid_size:full", "--lengths=5,9"]
     words += [f"--config.model.{field}" for field in small]
@@ -81,7 +83,7 @@ def test_sizes_below_one_are_rejected():
 
 
 def test_command_line(capsys):
-    small = ["embed_dim=16", "num_layers=2", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
+    small = ["embed_dim=16", "num_layers=1", "num_heads=2", "mlp_dim=16", "vocab_size=32"]
     words = ["bench", "prefill", "--config=mid_size:window", "--rounds=1"]
     words += [f"--config.model.{field}" for field in small]
     assert main([*words, "--lengths=5,9", "--json"]) == 0

@@ -5,14 +5,16 @@ import json
 import pytest
 
 from tttjax.benchmarks.ttt_dual import DualSizes, bench_ttt_dual
+from tttjax.cli.bench import ttt_dual as command
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_dual_form_stores_no_weights_per_token():
-    results = bench_ttt_dual([32], DualSizes(heads=1, head_dim=16, chunk=16), rounds=1)
+def test_the_dual_form_stores_no_weights_per_token(measure_once):
+    bench = measure_once(command, "bench_ttt_dual")
+    results = bench([32], DualSizes(heads=1, head_dim=16, chunk=16), 1)
     kinds = [(result.inner, result.task) for result in results]
     assert kinds == [(i, t) for i in ("linear", "mlp") for t in ("forward", "gradient")]
     for result in results:
@@ -35,10 +37,11 @@ def test_sizes_below_one_are_rejected(arguments, message):
         bench_ttt_dual(**arguments)
 
 
-def test_command_line(capsys):
-    small = ["--seq-len=8", "--heads=1", "--head-dim=4", "--chunk=4", "--rounds=1"]
+def test_command_line(measure_once, capsys):
+    measure_once(command, "bench_ttt_dual")
+    small = ["--seq-len=32", "--heads=1", "--head-dim=16", "--chunk=16", "--rounds=1"]
     assert main(["bench", "ttt-dual", *small, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
-    assert [result["seq_len"] for result in results] == [8] * 4
+    assert [result["seq_len"] for result in results] == [32] * 4
     assert main(["bench", "ttt-dual", *small]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 5
