@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helpers.shapes import shapes
 from helpers.small import small_config
 from tttjax.inference.engine import Engine
 from tttjax.inference.prefill import (
@@ -47,7 +48,7 @@ def random_params(model: Transformer) -> Params:
         mean, scale = (1.0, 0.2) if is_norm else (0.0, 0.3)
         return jnp.asarray((mean + scale * rng.standard_normal(x.shape)).astype(x.dtype))
 
-    return jax.tree_util.tree_map_with_path(random, model.abstract_params())
+    return jax.tree_util.tree_map_with_path(random, shapes(model))
 
 
 def make_engine(name: str):

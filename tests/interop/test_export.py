@@ -270,11 +270,10 @@ def test_a_concurrent_export_is_refused(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_exports_have_the_permissions_of_the_umask(make_run, tmp_path, umask, mode):
-    workdir = make_run("hf-permissions", **PLAIN)
+def test_exports_have_the_permissions_of_the_umask(run, tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        assert export(workdir, tmp_path / "hf", "--max-shard-size=4KB") == 0
+        assert export(run, tmp_path / "hf", "--max-shard-size=4KB") == 0
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
