@@ -14,6 +14,7 @@ import pytest
 from helpers.paths import ROOT
 from helpers.small import random_batch
 
+from experiments import compare_small
 from experiments.comparison import convert, summary, text
 from experiments.comparison.plan import Plan, Task, rates_to_try, read_losses
 from experiments.comparison.runner import Stop, run_tasks
@@ -268,11 +269,8 @@ def test_converted_run_computes_same_within_window(tmp_path):
 
     def loss(config, params):
         model = build_model(config.model, config.inner)
-        return make_outer_loss(model, make_inner_loop(config.inner), learn=False)(
-            params,
-            jax.tree.map(lambda x: x[None], batch),
-            0.0,
-        )[0]
+        outer_loss = make_outer_loss(model, make_inner_loop(config.inner), learn=False)
+        return jax.jit(outer_loss)(params, jax.tree.map(lambda x: x[None], batch), 0.0)[0]
 
     model = build_model(hybrid.model, hybrid.inner)
     template = model.abstract_params()
@@ -296,26 +294,27 @@ def test_only_long_documents_are_held_out(tmp_path):
     assert {name: again[name] for name in split_of} == split_of
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60
-    )
+def run_here(monkeypatch, *arguments: str) -> int:
+    """The script's exit code, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    return compare_small.main()
 
 
-def test_bad_input_is_one_line(tmp_path):
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "one.txt").write_text("only one document " * 100)
-    few = command("--text", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"))
+    command = [sys.executable, SCRIPT, "--text", tmp_path / "one.txt", "--out", tmp_path / "out"]
+    few = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60)
     assert few.returncode == 2
     assert few.stderr.startswith("error: --text has 0 documents of more than")
     assert few.stderr.count("\n") == 1
-    other = command("--out", str(tmp_path / "out"), "--scale", "smoke")
-    assert other.returncode == 2
-    assert "has a comparison with --scale cpu, not smoke" in other.stderr
+    other = ("--text", str(tmp_path / "one.txt"), "--out", str(tmp_path / "out"))
+    assert run_here(monkeypatch, *other, "--scale", "smoke") == 2
+    assert "has a comparison with --scale cpu, not smoke" in capsys.readouterr().err
 
 
-def test_the_plan_is_printed(tmp_path):
-    done = command("--out", str(tmp_path / "out"), "--plan", "--jobs=2")
-    assert done.returncode == 0, done.stderr
-    assert "ttt_mlp-x8-share?-seed1" in done.stdout
-    assert f"{SCALES['cpu'].pretrain_steps * 2048:,} tokens" in done.stdout
+def test_the_plan_is_printed(tmp_path, monkeypatch, capsys):
+    assert run_here(monkeypatch, "--out", str(tmp_path / "out"), "--plan", "--jobs=2") == 0
+    out = capsys.readouterr().out
+    assert "ttt_mlp-x8-share?-seed1" in out
+    assert f"{SCALES['cpu'].pretrain_steps * 2048:,} tokens" in out
     assert not (tmp_path / "out").exists()

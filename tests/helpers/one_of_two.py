@@ -1,8 +1,9 @@
 """One process of a two-process run, for `test_two_processes.py`; rank 0 saves the weights.
 
-python one_of_two.py FOLDER PORT RANK COUNT     (COUNT 1: a single process with all devices)
+python one_of_two.py FOLDER PORT RANK
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -11,24 +12,27 @@ import numpy as np
 
 from tttjax.config import load_config
 from tttjax.parallel.distributed import start_distributed
-from tttjax.training.loop import train
+from tttjax.training import loop
 
 TINY = Path(__file__).parent / "tiny_run.py"
 
 
-def main() -> None:
-    folder, port, rank, count = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    if count > 1:
-        start_distributed(f"localhost:{port}", rank, count)
+def make_config(folder: Path):
     float64 = ("model.param_dtype", "model.compute_dtype", "inner.fast_dtype")
     overrides = [f"{name}=float64" for name in float64]
     overrides += [f"data.sources={folder / 'data'}", "mesh.fsdp=2"]
-    config = load_config(f"{TINY}:static", overrides)
-    workdir = folder / f"of_{count}"
-    train(config, workdir, stop_after=2)
-    result = train(config, workdir, stop_after=5)  # after restoring a checkpoint
-    assert jax.device_count() == 2
-    assert jax.process_count() == count
+    return load_config(f"{TINY}:static", overrides)
+
+
+def main() -> None:
+    folder, port, rank = Path(sys.argv[1]), *map(int, sys.argv[2:4])
+    start_distributed(f"localhost:{port}", rank, 2)
+    # The second start need not compile again.
+    loop.make_trainer = functools.cache(loop.make_trainer)
+    config, workdir = make_config(folder), folder / "of_two"
+    loop.train(config, workdir, stop_after=2)
+    result = loop.train(config, workdir, stop_after=5)  # after restoring a checkpoint
+    assert jax.device_count() == jax.process_count() == 2
     replicated = jax.jit(
         lambda params: params,
         out_shardings=jax.sharding.NamedSharding(
@@ -37,7 +41,7 @@ def main() -> None:
     )(result.state.params)
     if rank == 0:
         arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(replicated))}
-        np.savez(folder / f"of_{count}.npz", **arrays)
+        np.savez(folder / "of_two.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from helpers.small import small_config
 
 from tttjax.cli import main
 from tttjax.planning import flops
+from tttjax.planning import make as make_module
 from tttjax.planning.bounds import make_bounds, wire_bytes
 from tttjax.planning.count import Transfer
 from tttjax.planning.make import make_plan
@@ -32,6 +33,22 @@ def get_config():
     return config
 """
 SHALLOW = {"model": {"num_layers": 1}, "train": {"batch_size": 4}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_programs():
+    """Plans of one configuration for one topology, with any accelerator, share a traced program."""
+    programs = {}
+
+    def trace_once(config, topology):
+        key = (config, topology.name)
+        if key not in programs:
+            programs[key] = trace(config, topology)
+        return dataclasses.replace(programs[key], topology=topology)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_module, "trace", trace_once)
+        yield
 
 
 @pytest.fixture
@@ -135,7 +152,8 @@ def test_short_runs_are_not_given_in_days():
 
 
 def test_json_and_table(file, capsys, tmp_path):
-    words = [f"--config={file}", "--config.model.num_layers=1", "--topology=gpu:h100:2"]
+    words = [f"--config={file}", "--config.model.num_layers=1", "--config.train.batch_size=4"]
+    words += ["--topology=gpu:h100:2"]
     assert main.main(["plan", *words, "--json"]) == 0
     text = capsys.readouterr().out
     plan = json.loads(text)
