@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers.inference import random_params
 from helpers.tiny_runs import prepare_texts
 
 from tttjax.cli import main
@@ -88,7 +89,7 @@ def one_length(config, **values):
 
 
 def make_params(config, seed=0):
-    return build_model(config.model, config.inner).init(jax.random.key(seed))
+    return random_params(build_model(config.model, config.inner), seed)
 
 
 @pytest.fixture(scope="module")

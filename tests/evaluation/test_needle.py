@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import tttjax.evaluation.needle.model
 from tttjax.cli import main
 from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer
 from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
@@ -27,6 +28,7 @@ from tttjax.evaluation.needle.prompts import (
 from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, difference, mean, wilson
 from tttjax.evaluation.needle.runner import NeedleSettings, run_prompts
 from tttjax.evaluation.needle.tables import sentence, table
+from tttjax.inference.engine import Engine
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import LearningOptions, RunSpec, iter_eval_setups, open_run
@@ -319,6 +321,20 @@ def workdir(make_run):
     return make_run("needle", **FAST)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_engine_per_mode():
+    """All engines here have the weights of one run, so those of one mode are one engine."""
+    engines = {}
+
+    def engine(inference_model, params, max_length):
+        key = inference_model.chunk_size, max_length
+        return engines.setdefault(key, Engine(inference_model, params, max_length))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tttjax.evaluation.needle.model, "Engine", engine)
+        yield
+
+
 def test_engine_answers_equal_token_by_token_decoding(workdir, tokenizers):
     """Against token-by-token decoding of single prompts, without prefix sharing or batching."""
     run, tokenizer = open_run(RunSpec(workdir)), tokenizers["bytes"]
@@ -326,7 +342,7 @@ def test_engine_answers_equal_token_by_token_decoding(workdir, tokenizers):
     prompts = [make_prompt(PromptSpec(TASKS["passkey"], 300, d, 0), hay, 0) for d in (0.1, 0.7)]
     mesh = make_mesh(devices=jax.devices()[:1])
     (setup,) = next(iter_eval_setups(run, ["on"], LearningOptions(), mesh))
-    model = EngineModel(setup, tokenizer, 300)
+    model = EngineModel(setup, tokenizer, 330)
     answers, engine = model(prompts), model._engine  # its functions are compiled already
 
     def follow(token_T, answer_A):

@@ -39,9 +39,9 @@ SYSTEMS = {
 }
 
 
-def random_params(model: Transformer) -> Params:
+def random_params(model: Transformer, seed: int = 0) -> Params:
     """Random weights without a compiled program: those of norms about 1, others about 0."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def random(path, x):
         is_norm = "norm" in jax.tree_util.keystr(path)

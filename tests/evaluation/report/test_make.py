@@ -14,7 +14,7 @@ from tttjax.cli import main
 from tttjax.config import read_config
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
-from tttjax.evaluation.report import losses
+from tttjax.evaluation.report import losses, plots
 from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.files import COLUMNS, to_markdown
 from tttjax.evaluation.report.make import make_report
@@ -165,7 +165,9 @@ def no_computing(monkeypatch):
     monkeypatch.setattr(losses, "compare", lambda *args, **options: pytest.fail("it reads"))
 
 
-def test_the_command_reuses_cached_losses(report, folder, runs, no_computing, capsys):
+def test_the_command_reuses_cached_losses(report, folder, runs, no_computing, monkeypatch, capsys):
+    drawn = {name: (folder / f"{name}.png").read_bytes() for name in PLOTS}
+    monkeypatch.setattr(plots, "images", lambda name, report: (drawn[name], drawn[name]))
     before = (folder / "report.csv").read_text()
     words = [f"full={runs[0]}", f"full={runs[1]}", f"ttt={runs[2]}:on", f"--out={folder}"]
     assert main.main(["report", *words, "--title=Two & more"]) == 0
@@ -199,8 +201,9 @@ def test_other_settings_do_not_use_the_cache(folder, runs, no_computing):
 # A run for every context -------------------------------------------------------------------------
 
 
-def test_runs_of_several_contexts_use_their_own(make_run, tmp_path):
+def test_runs_of_several_contexts_use_their_own(make_run, tmp_path, monkeypatch):
     """The cost of an extension has that of the run before it; the first of these has stopped."""
+    monkeypatch.setattr(plots, "images", lambda name, report: (b"", b""))
     mixers = ("full",)
     first = make_run("first", seq_len=8, step=2, mixers=mixers)
     longer = make_run("longer", seq_len=16, init_from=first, mixers=mixers)

@@ -1,12 +1,13 @@
 """Summary sentences of a report, for significant and insignificant differences."""
 
 import dataclasses
+import io
 from zlib import crc32
 
 import numpy as np
 import pytest
 
-from tttjax.evaluation.report.plots import PLOTS, images
+from tttjax.evaluation.report.plots import PLOTS, draw
 from tttjax.evaluation.report.results import Report, RunFacts, SystemResult
 from tttjax.evaluation.report.summary import summarise
 from tttjax.evaluation.report.tables import about_errors, sections
@@ -61,6 +62,14 @@ def make_report(*systems):
         bins=8,
         text={"data": "d", "split": "val", "documents": DOCUMENTS, "sequences": 6, "tokens": 384},
     )
+
+
+def check_plots(report, dark=False):
+    for name in PLOTS:
+        figure = draw(name, report, dark=dark)
+        figure.set_dpi(30)
+        figure.savefig(file := io.BytesIO(), format="png")
+        assert file.getvalue().startswith(b"\x89PNG")
 
 
 FULL = make_system("full", {16: 3.0, 64: 2.9})
@@ -125,13 +134,11 @@ def test_a_system_may_lack_a_length(lengths):
     (row,) = (r for r in by_title["Loss by context"].rows if r[0] == "part")
     assert [cell == "-" for cell in row[3:]] == [length not in lengths for length in LENGTHS]
     assert row[1:3] == ("1.23M", "1,000")
-    for name in PLOTS:
-        assert images(name, report)[0].startswith(b"\x89PNG")
+    check_plots(report)
 
 
 def test_one_system_alone_and_baseline_that_lacks_longest():
     assert sections(make_report(FULL))
     report = make_report(make_system("full", {16: 3.0}), make_system("other", {16: 3.0, 64: 2.9}))
     assert "at 16 tokens" in summarise(report)[1]
-    for name in PLOTS:
-        assert images(name, report)[1].startswith(b"\x89PNG")
+    check_plots(report, dark=True)
