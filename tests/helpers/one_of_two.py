@@ -20,6 +20,7 @@ TINY = Path(__file__).parent / "tiny_run.py"
 def make_config(folder: Path):
     float64 = ("model.param_dtype", "model.compute_dtype", "inner.fast_dtype")
     overrides = [f"{name}=float64" for name in float64]
+    overrides += ["model.num_layers=1", "model.qk_norm=False", "model.post_norm=False"]
     overrides += [f"data.sources={folder / 'data'}", "mesh.fsdp=2"]
     return load_config(f"{TINY}:static", overrides)
 

@@ -94,6 +94,7 @@ def test_fsdp_gathers_and_reduces_every_weight(plan):
 def test_gathering_per_layer_needs_less_memory():
     """Only one of the eleven prefix blocks, and its gradient, is all-gathered at a time."""
     sizes = {"num_layers": 12, "suffix_layers": 1, "embed_dim": 32, "mlp_dim": 128}
+    sizes |= {"qk_norm": False, "post_norm": False}
     per_layer, per_step = (
         make_plan(
             small_config(

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
     """A prepared data set of bytes: two files of the standard library."""
     folder = tmp_path_factory.mktemp("data") / "prepared"
     library = Path(os.__file__).parent
-    prepare([str(library / f"{name}.py") for name in ("argparse", "ast")], folder, num_workers=1)
+    prepare([str(library / f"{name}.py") for name in ("argparse", "ast")], folder, num_workers=0)
     return folder
 
 

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = Path(folder)
         library = Path(os.__file__).parent
         texts = [str(library / name) for name in ("argparse.py", "ast.py", "shutil.py")]
-        prepare(texts, root / "data", num_workers=1)
+        prepare(texts, root / "data", num_workers=0)
 
         print("training without a stop", flush=True)
         complete(root / "uninterrupted", root / "data", options)
