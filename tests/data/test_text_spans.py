@@ -13,7 +13,7 @@ from tttjax.errors import UserError
 
 pytestmark = pytest.mark.slow
 
-SIZE = 24_000
+SIZE = 12_000
 RANDOM = random.Random(0)
 WORDS = [
     *SCRIPTS["Latin"].split(),
@@ -44,7 +44,7 @@ def tokenizer(request):
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
-    monkeypatch.setattr(text_spans, "SPAN_CHARS", 4000)
+    monkeypatch.setattr(text_spans, "SPAN_CHARS", 2000)
 
 
 def spans(text, folder):
@@ -70,7 +70,7 @@ def test_ordinary_text_is_encoded_in_spans(tokenizer, monkeypatch):
 @pytest.mark.parametrize("kind", ["lines", "no newlines", "no spaces", "letters"])
 def test_file_spans_have_the_tokens_of_the_document(tokenizer, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", 1 << 12)
-    text = TEXTS[kind] * 2
+    text = TEXTS[kind] * 3
     document = spans(text, tmp_path)
     assert len(document) > 2
     if not tokenizer.splittable:
