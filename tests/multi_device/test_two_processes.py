@@ -18,7 +18,8 @@ from helpers import one_of_two
 from helpers.paths import ROOT
 
 from tttjax.data.preparation import prepare
-from tttjax.training.loop import train
+from tttjax.parallel.mesh import make_mesh
+from tttjax.training import loop
 from tttjax.training.metrics import deterministic_records
 
 PROGRAM = ROOT / "tests" / "helpers" / "one_of_two.py"
@@ -68,8 +69,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_two_processes_compute_what_one_does(folder):
-    weights = train(one_of_two.make_config(folder), folder / "of_one", stop_after=5).state.params
+def test_two_processes_compute_what_one_does(folder, monkeypatch):
+    mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    monkeypatch.setattr(loop, "_make_mesh", lambda config: mesh)
+    weights = loop.train(
+        one_of_two.make_config(folder), folder / "of_one", stop_after=5
+    ).state.params
     logs = run_two(folder)
     one, two = (deterministic_records(folder / f"of_{count}") for count in ("one", "two"))
     assert [record["step"] for record in two] == [1, 2, 3, 4, 5]

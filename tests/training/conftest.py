@@ -1,15 +1,17 @@
-"""Fixtures of a tiny run: configuration, data, compiled programs."""
+"""Fixtures of a tiny run: configuration, data, devices, compiled programs."""
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import jax
 import pytest
 from helpers.paths import TINY
 
-from tttjax.config import load_config
+from tttjax.config import MeshConfig, load_config
 from tttjax.data.preparation import prepare
+from tttjax.parallel.mesh import make_mesh
 from tttjax.training import loop
 from tttjax.training.step import make_trainer
 
@@ -28,12 +30,31 @@ def shared_trainer(config, mesh):
     return TRAINERS[key]
 
 
+mesh_of_all_devices = loop._make_mesh
+
+
+def small_mesh(config):
+    """One device for configurations that do not mention the mesh: the others only take time."""
+    if config.mesh == MeshConfig():
+        return make_mesh(devices=jax.devices()[:1])
+    return mesh_of_all_devices(config)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def trainers():
     """The trainers that the runs of this module share; clear it to compile again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_trainer", shared_trainer)
+        patch.setattr(loop, "_make_mesh", small_mesh)
         yield TRAINERS
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Processes that the test starts have one device, as the runs in this process."""
+    jax.devices()  # this process keeps its number
+    flags = re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", flags)
 
 
 @pytest.fixture(scope="session")

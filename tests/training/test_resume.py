@@ -124,7 +124,7 @@ def start(data, workdir, *overrides):
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_sigterm_saves_and_the_restart_continues(tiny, data, tmp_path):
+def test_sigterm_saves_and_the_restart_continues(one_device, tiny, data, tmp_path):
     many = ("train.steps=100000", "train.checkpoint_every=100000", "optim.decay_steps=12")
     process = start(data, tmp_path, *many)
     deadline = time.monotonic() + 120

@@ -21,7 +21,7 @@ from helpers.paths import TINY
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 from tttjax.parallel.distributed import start_distributed
-from tttjax.training import records
+from tttjax.training import loop, records
 from tttjax.training.loop import train
 from tttjax.training.metrics import read_records
 from tttjax.training.stopping import StopRequest
@@ -83,10 +83,24 @@ def test_step_is_compiled_once_per_run(complete_run):
     assert len(steps) == 1
 
 
-def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys):
-    bad = ("optim.peak_lr=1e30", "optim.weight_decay=0.0", "train.max_skipped_steps=3")
+def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys, monkeypatch):
+    make_trainer = loop.make_trainer
+
+    def make_poisoned(*arguments):
+        trainer = make_trainer(*arguments)
+
+        def step(state, batch):
+            if int(state.step) == 2:
+                poison = jax.tree.map(lambda x: np.full(x.shape, np.inf, x.dtype), state.params)
+                params = jax.device_put(poison, jax.tree.map(lambda x: x.sharding, state.params))
+                state = state.replace(params=params)
+            return trainer.step(state, batch)
+
+        return dataclasses.replace(trainer, step=step)
+
+    monkeypatch.setattr(loop, "make_trainer", make_poisoned)
     with pytest.raises(UserError, match=r"3 steps in a row.*batch [0-9a-f]{16}.*grad_norm="):
-        train(tiny(*bad), tmp_path)
+        train(tiny("train.max_skipped_steps=3"), tmp_path)
     text = (tmp_path / "nonfinite.json").read_text()
     report = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     last = read_records(tmp_path)[-1]
