@@ -20,9 +20,11 @@ pytestmark = pytest.mark.slow
 # In each, other mixers, stacks and fast weights, in the prefix and in the suffix.
 LEARNING: dict[str, dict] = {
     "fast MLP": {},
-    "full prefix, window in the suffix": {"model": {"mixers": ("full", "window")}},
-    "two layers in the suffix, the head learns": {
-        "model": {"suffix_layers": 2, "mixers": ("full",), "tie_embeddings": False},
+    "full prefix, two layers in the suffix, the head learns": {
+        "model": {
+            **{"num_layers": 3, "suffix_layers": 2, "mixers": ("full", "window", "full")},
+            "tie_embeddings": False,
+        },
         "inner": {"fast_paths": ("head", "suffix/**/mlp/**")},
     },
     "recurrent, momentum": {
@@ -62,22 +64,21 @@ def test_reading_equals_the_training_loop(x64, name):
     """Chunks with their updates, and the tokens of a chunk without."""
     params, inference_model, weights, token, (expected_nll, expected_fast) = learning_setting(name)
     read = jax.jit(partial(read_chunks, inference_model), static_argnames="at_start")
-    for lengths in ((16,), (4, 12)) if name == "fast MLP" else ((8, 8),):
-        context, at, nll = empty_context(inference_model, params), 0, []
-        for size in lengths:
-            after = at + size
-            context, records = read(
-                weights, context, token[:, at:after], token[:, after], at_start=at == 0
-            )
-            nll.append(np.swapaxes(records.nll_NBC, 0, 1).reshape(2, -1))
-            if at == 0 and after < LENGTH:
-                logit_BTV = read_tokens(inference_model, weights, context, token[:, after:][:, :4])
-                found = nll_of(logit_BTV, token[:, after + 1 :][:, :4])
-                assert worst(found, expected_nll[:, after : after + 4]) < 1e-11
-            at = after
-        assert worst(np.concatenate(nll, axis=1), expected_nll) < 1e-11
-        fast = jax.jit(jax.vmap(inference_model.chunk_model.split.join))(context.fast)
-        assert worst(fast, expected_fast) < 1e-11
+    context, at, nll = empty_context(inference_model, params), 0, []
+    for size in (4, 12) if name == "fast MLP" else (8, 8):
+        after = at + size
+        context, records = read(
+            weights, context, token[:, at:after], token[:, after], at_start=at == 0
+        )
+        nll.append(np.swapaxes(records.nll_NBC, 0, 1).reshape(2, -1))
+        if at == 0:
+            logit_BTV = read_tokens(inference_model, weights, context, token[:, after:][:, :4])
+            found = nll_of(logit_BTV, token[:, after + 1 :][:, :4])
+            assert worst(found, expected_nll[:, after : after + 4]) < 1e-11
+        at = after
+    assert worst(np.concatenate(nll, axis=1), expected_nll) < 1e-11
+    fast = jax.jit(jax.vmap(inference_model.chunk_model.split.join))(context.fast)
+    assert worst(fast, expected_fast) < 1e-11
 
 
 @partial(jax.jit, static_argnums=0)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 SYSTEMS: dict[str, dict] = {
     "three layers in stacks, clipped": {
-        "model": {"num_layers": 4, "suffix_layers": 3, "mixers": ("window", "full")},
+        "model": {"num_layers": 3, "suffix_layers": 3, "mixers": ("window", "full")},
         "inner": {"clip": 0.5},
     },
     "head and norm, momentum": {
@@ -33,9 +33,9 @@ SYSTEMS: dict[str, dict] = {
 # The weights of each layer, by hand: (path, row).
 LAYERS = {
     "three layers in stacks, clipped": {
-        "layer1": ("suffix/stage0/block0", 0),
-        "layer2": ("suffix/stage0/block1", 0),
-        "layer3": ("suffix/stage1/block0", 0),
+        "layer0": ("suffix/stage0/block0", 0),
+        "layer1": ("suffix/stage0/block1", 0),
+        "layer2": ("suffix/stage1/block0", 0),
     },
     "head and norm, momentum": {
         "layer1": ("suffix/stage0/block0", 0),
