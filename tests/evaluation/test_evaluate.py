@@ -14,6 +14,7 @@ import pytest
 from helpers.inference import random_params
 from helpers.tiny_runs import prepare_texts
 
+import tttjax.evaluation.compare
 from tttjax.cli import main
 from tttjax.config import (
     Config,
@@ -450,7 +451,8 @@ def workdir(config, params, tmp_path_factory):
     return folder
 
 
-def test_the_command_evaluates_a_work_directory(workdir, comparison, capsys):
+def test_the_command_evaluates_a_work_directory(workdir, comparison, mesh, monkeypatch, capsys):
+    monkeypatch.setattr(tttjax.evaluation.compare, "make_run_mesh", lambda config: mesh)
     words = ["--context-lengths=64", "--modes=on", "--bins=4", "--names=first"]
     assert main.main(["evaluate", str(workdir), *words]) == 0
     out, err = capsys.readouterr()
