@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers.fuzz_lines import REFUSED, WORKS, lines
 from helpers.paths import TINY
+from helpers.shapes import no_random_numbers
 
 from tttjax.cli import main
 from tttjax.config import load_config
@@ -64,9 +65,6 @@ def call(workspace, monkeypatch, capsys):
             jax.eval_shape(loss, state.params, batch, jnp.float32(1))
         return state, run.start
 
-    # Only the shapes of weights are needed, and most of the time of tracing them is for these.
-    zeros = lambda key, shape, dtype: jnp.zeros(shape, dtype)  # noqa: E731
-    monkeypatch.setattr(jax.random, "normal", zeros)
     monkeypatch.setattr(loop, "make_trainer", make)
     monkeypatch.setattr(loop, "_loop", first_step)
     monkeypatch.setattr(loop.flops, "device_peak", lambda: None)
@@ -80,7 +78,8 @@ def call(workspace, monkeypatch, capsys):
             raise AssertionError(f"{line} ended in {type(error).__name__}: {error}") from error
         return code, capsys.readouterr().err
 
-    return run
+    with no_random_numbers():  # only the shapes of weights are needed
+        yield run
 
 
 def check_rejected(line, err):

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.recipe_dump import dumps
+from helpers.shapes import no_random_numbers
 
 from tttjax.config import Config, load_config, parameter_count, to_flat_dict
 from tttjax.errors import UserError
@@ -312,10 +312,9 @@ _ONE_WORD_PER_MODEL = {_shapes_of(word): word for word in RECIPES}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_random_numbers():
-    """Weights of zeros: of their shapes, tracing random numbers is the most expensive part."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.random, "normal", lambda key, shape, dtype: jnp.zeros(shape, dtype))
+def only_shapes():
+    """Of shapes, tracing random numbers is the most expensive part."""
+    with no_random_numbers():
         yield
 
 
