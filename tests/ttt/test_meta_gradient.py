@@ -1,7 +1,8 @@
 """The fast form of the meta-gradient equals the reference form for all configurations."""
 
+from functools import cache
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.small import random_batch, shaken, small_config, worst
@@ -11,65 +12,41 @@ from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 pytestmark = pytest.mark.slow
 
+# Options that do not interact share a case; with one suffix block its mixers are in the parallel
+# part, so attention in the loop over chunks needs two.
 CASES = {
-    "clip active": {"inner": {"clip": 0.1}},
-    "no clip, chunks of two, one sequence": {
-        "inner": {"clip": 0.0, "chunk_size": 2},
-        "train": {"batch_size": 1},
-    },
-    "recomputed and truncated": {
-        "inner": {
-            "trajectory": "recompute",
-            "rule": "momentum",
-            "meta_gradient": "truncated",
-            "truncate_chunks": 2,
-        },
-        "train": {"seq_len": 16},
-    },
-    "three suffix blocks, window of a chunk": {
-        "model": {"num_layers": 4, "suffix_layers": 3, "window_size": 4}
-    },
-    "the whole model is suffix, long window, adam": {
-        "model": {"suffix_layers": 2, "window_size": 50},
-        "inner": {"rule": "adam", "lr": 0.1},
-    },
-    "a pattern with full attention, grouped queries": {
+    "three suffix blocks, window of a chunk, full attention, grouped queries, clip active": {
         "model": {
-            "num_layers": 3,
-            "suffix_layers": 2,
-            "mixers": ("full", "window"),
+            "num_layers": 4,
+            "suffix_layers": 3,
+            "window_size": 4,
+            "mixers": ("window", "full"),
             "num_heads": 4,
             "num_kv_heads": 2,
-        }
+        },
+        "inner": {"clip": 0.1},
     },
-    "blocks of the official code": {"model": {"mixers": ("local",), "suffix_layers": 2}},
-    "recurrent layers, recomputed": {
+    "the whole model is suffix, long window, adam, no clip, chunks of two, one sequence": {
+        "model": {"suffix_layers": 2, "window_size": 50},
+        "inner": {"rule": "adam", "lr": 0.1, "clip": 0.0, "chunk_size": 2},
+        "train": {"batch_size": 1, "seq_len": 6},
+    },
+    "recurrent layers and a convolution, recomputed": {
         "model": {
             "suffix_layers": 2,
             "mixers": ("window", "ttt_linear"),
             "pre_conv": True,
         },
-        "inner": {"trajectory": "recompute", "chunk_size": 3},
-    },
-    "one chunk": {"inner": {"chunk_size": 12}, "model": {"window_size": 12}},
-    "muon": {"inner": {"rule": "muon"}},
-    "first order": {"inner": {"meta_gradient": "first_order"}},
-    "truncated": {
-        "inner": {
-            "meta_gradient": "truncated",
-            "truncate_chunks": 2,
-        },
+        "inner": {"trajectory": "recompute"},
         "train": {"seq_len": 16},
     },
-    "no mixers": {"model": {"mixers": ("none",), "suffix_layers": 2}},
-    "static MLPs and the last norm are fast": {
-        "model": {"fast_mlp": False},
-        "inner": {"fast_paths": ("suffix/**/mlp/**", "final_norm/**")},
+    "blocks of the official code, an untied head is fast, muon": {
+        "model": {"mixers": ("local",), "suffix_layers": 2, "tie_embeddings": False},
+        "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1"), "rule": "muon"},
     },
-    "attention is fast": {"inner": {"fast_paths": ("suffix/**/mixer/w*",)}},
-    "an untied head is fast": {
-        "model": {"tie_embeddings": False},
-        "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1")},
+    "attention, static MLPs and the last norm are fast": {
+        "model": {"fast_mlp": False},
+        "inner": {"fast_paths": ("suffix/**/mixer/w*", "suffix/**/mlp/**", "final_norm/**")},
     },
     "untied, no norms, multi-head fast MLPs, one KV head, trajectory stored, normalised": {
         "model": {
@@ -81,20 +58,47 @@ CASES = {
         },
         "inner": {"trajectory": "store", "rule": "normalized_sgd"},
     },
+    "no mixers, truncated": {
+        "model": {"mixers": ("none",)},
+        "inner": {"meta_gradient": "truncated", "truncate_chunks": 2},
+        "train": {"seq_len": 16},
+    },
+    "no mixers, recomputed, truncated, momentum": {
+        "model": {"mixers": ("none",), "suffix_layers": 2},
+        "inner": {
+            "trajectory": "recompute",
+            "rule": "momentum",
+            "meta_gradient": "truncated",
+            "truncate_chunks": 2,
+        },
+        "train": {"seq_len": 16},
+    },
+    "first order": {
+        "model": {"mixers": ("none",)},
+        "inner": {"meta_gradient": "first_order"},
+    },
+    "one chunk": {"model": {"mixers": ("none",)}, "inner": {"chunk_size": 12}},
 }
+
+
+@cache
+def derivatives(config, dtype):
+    """(weights, by form: the jitted loss, output, gradients in weights and inner rate)."""
+    model = build_model(config.model, config.inner)
+    inner = make_inner_loop(config.inner)
+    params = shaken(jax.jit(model.init)(jax.random.key(0)))
+    functions = {}
+    for form in ("reference", "fast"):
+        loss = make_outer_loss(model, inner._replace(form=form), learn=True)
+        functions[form] = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+    return params, functions
 
 
 def both_forms(config, batch, dtype):
     """(loss, output, gradients in weights and inner learning rate) of each form."""
-    model = build_model(config.model, config.inner)
-    inner = make_inner_loop(config.inner)
-    params = shaken(model.init(jax.random.key(0)))
-    results = {}
-    for form in ("reference", "fast"):
-        loss = make_outer_loss(model, inner._replace(form=form), learn=True)
-        derive = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
-        results[form] = derive(params, batch, jnp.asarray(0.7, dtype))
-    return results["reference"], results["fast"]
+    params, functions = derivatives(config, dtype)
+    lr = np.asarray(0.7, dtype)
+    return functions["reference"](params, batch, lr), functions["fast"](params, batch, lr)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,7 +110,7 @@ def test_both_forms_agree(x64, name):
     )
     assert abs(loss - fast_loss) < 1e-12
     assert worst(reading, fast_reading) < 1e-10
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(grads))
     assert largest > 1e-3
     assert worst(grads, fast_grads) < 1e-11 * max(1.0, largest)
 
@@ -140,16 +144,16 @@ def drawn(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("seed", [2, 3])
 def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     config = drawn(seed)
     (_, grads), (_, fast_grads) = both_forms(config, random_batch(config, seed, 0.3), "float64")
-    largest = max(1.0, *(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads)))
+    largest = max(1.0, *(float(np.abs(x).max()) for x in jax.tree.leaves(grads)))
     assert worst(grads, fast_grads) < 1e-11 * largest
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_both_forms_agree_for_random_configurations_in_float32(seed):
+def test_both_forms_agree_for_a_random_configuration_in_float32():
+    seed = 3
     config = drawn(seed)
     with jax.default_matmul_precision("highest"):
         results = both_forms(config, random_batch(config, seed, 0.3), "float32")
@@ -160,12 +164,12 @@ def test_both_forms_agree_for_random_configurations_in_float32(seed):
 
 
 def test_chunk_without_targets_has_no_update(x64):
-    config = small_config()
+    config = small_config(**CASES["attention, static MLPs and the last norm are fast"])
     batch = random_batch(config)
     mask = batch.mask.copy()
     mask[0, 4:8] = False
     (_, grads), (_, fast_grads) = both_forms(config, batch.replace(mask=mask), "float64")
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(fast_grads))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(fast_grads))
     assert worst(grads, fast_grads) < 1e-11
 
 
