@@ -45,12 +45,8 @@ def test_every_case_in_float32(case):
     assert sum(row.deviation is not None for row in rows) >= 10
 
 
-LEARNING = [case for case in CASES if "e2e" in case]
-
-
-@pytest.mark.parametrize("case", LEARNING)
-def test_the_reference_form_in_float32(case, monkeypatch):
-    """`verify` uses the fast form; this test checks the reference form."""
+def test_the_reference_form_in_float32(monkeypatch):
+    """`verify` uses the fast form, which `ttt/test_meta_gradient.py` holds against this one."""
 
     def in_the_reference_form(inner):
         made.append(make_inner_loop(inner)._replace(form="reference"))
@@ -58,15 +54,17 @@ def test_the_reference_form_in_float32(case, monkeypatch):
 
     make_inner_loop, made = golden.make_inner_loop, []
     monkeypatch.setattr(golden, "make_inner_loop", in_the_reference_form)
-    assert not failures(verify(FOLDER / f"{case}.json"))
+    assert not failures(verify(FOLDER / "02_e2e_suffix2.json"))
     assert made
 
 
 LAYER_CASES = sorted(path.stem for path in LAYERS.glob("*.json"))
 
 
-@pytest.mark.parametrize("case", LAYER_CASES)
-def test_every_layer_in_float32(case):
+@pytest.mark.parametrize(
+    "case", ["mamba2_groups2", "gdn_qwen3next_gva", "lm_ttt_linear", "ttt_mlp"]
+)
+def test_one_case_of_every_layer_in_float32(case):
     rows = verify(LAYERS / f"{case}.json")
     assert not failures(rows)
     assert sum(row.deviation is not None for row in rows) >= 2
@@ -74,7 +72,9 @@ def test_every_layer_in_float32(case):
 
 @pytest.mark.parametrize("case", LAYER_CASES)
 def test_every_layer_in_float64_agrees_to_rounding(case):
-    assert not failures(verify(LAYERS / f"{case}.json", x64=True))
+    rows = verify(LAYERS / f"{case}.json", x64=True)
+    assert not failures(rows)
+    assert sum(row.deviation is not None for row in rows) >= 2
 
 
 @pytest.mark.parametrize("case", ["03_e2e_noclip", "05_swa_pretrain"])
