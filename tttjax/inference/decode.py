@@ -6,6 +6,8 @@ token in place: a token costs one pass over weights and window. Converted back, 
 one that prefill would give.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 
 from tttjax.inference.prefill import Context, InferenceModel, Weights
 from tttjax.models import combine
+from tttjax.models.caches import Cache
 from tttjax.parallel.batching import over_sequences
 from tttjax.types import Array, PyTree
 
@@ -39,10 +42,17 @@ def to_decode_state(
     current: `committed` after `uncommitted` more tokens. Contexts are of one sequence, [1, ...]; of
     `committed`, only the states are used.
     """
-    parts = inference_model.chunk_model.split.to_decode_cache(
-        _parts(committed), _parts(current), uncommitted, capacity
+
+    def convert(caches: PyTree, before: PyTree, now: PyTree) -> PyTree:
+        position = before["position"]
+        sizes = {"first": position, "uncommitted": uncommitted, "capacity": capacity}
+        to_decode = _by_layer(lambda cache: partial(cache.to_decode, **sizes))
+        return {**now, "blocks": jax.tree.map(to_decode, caches, before["blocks"], now["blocks"])}
+
+    parallel, sequential = map(
+        convert, _caches(inference_model), _parts(committed), _parts(current)
     )
-    return DecodeState(*parts, _unbatch(current.fast))
+    return DecodeState(parallel, sequential, _unbatch(current.fast))
 
 
 def decode_step(
@@ -62,21 +72,32 @@ def decode_step(
         one, in_axes=(decode_axes(state), 0), out_axes=(0, (STEP_AXES, STEP_AXES))
     )
     logit_RV, new = run_all(state, token_R)
-    parts = split.append_kv((state.parallel, state.sequential), new)
-    return DecodeState(*parts, state.fast), logit_RV
+
+    def append(caches: PyTree, before: PyTree, after: PyTree) -> PyTree:
+        def of_mixer(cache: Cache, state: PyTree, new: PyTree) -> PyTree:
+            return cache.append_decoded(state, new, before["position"])
+
+        return {
+            **after,
+            "blocks": jax.tree.map(of_mixer, caches, before["blocks"], after["blocks"]),
+        }
+
+    parallel, sequential = map(append, _caches(inference_model), state[:2], new)
+    return DecodeState(parallel, sequential, state.fast), logit_RV
 
 
 def from_decode_state(
     inference_model: InferenceModel, committed: Context, state: DecodeState, uncommitted: Array
 ) -> Context:
     """The context `uncommitted` tokens after `committed`."""
-    states = state.parallel, state.sequential
-    parallel, sequential = inference_model.chunk_model.split.from_decode_cache(
-        _parts(committed), states, uncommitted
-    )
-    return Context(
-        _batch(parallel), _batch(sequential), _add_axis(state.fast), committed.rule_state
-    )
+
+    def convert(caches: PyTree, before: PyTree, after: PyTree) -> PyTree:
+        from_decode = _by_layer(lambda cache: partial(cache.from_decode, uncommitted=uncommitted))
+        blocks = jax.tree.map(from_decode, caches, before["blocks"], after["blocks"])
+        return _batch({**after, "blocks": blocks})
+
+    parallel, sequential = map(convert, _caches(inference_model), _parts(committed), state[:2])
+    return Context(parallel, sequential, _add_axis(state.fast), committed.rule_state)
 
 
 def decode_axes(state: DecodeState) -> DecodeState:
@@ -90,6 +111,16 @@ def decode_axes(state: DecodeState) -> DecodeState:
         for name, tree in state.fast.items()
     }
     return DecodeState(part(state.parallel), part(state.sequential), fast)
+
+
+def _caches(inference_model: InferenceModel) -> tuple[PyTree, PyTree]:
+    split = inference_model.chunk_model.split
+    return split.parallel_caches, split.sequential_caches
+
+
+def _by_layer(method: Callable[[Cache], Callable]) -> Callable[..., PyTree]:
+    """(cache, states of a stack) -> what the cache's method gives for each of its layers."""
+    return lambda cache, *states: jax.vmap(method(cache))(*states)
 
 
 def _ones(tree: PyTree) -> PyTree:

@@ -113,9 +113,8 @@ class Engine:
     def has_full_attention(self) -> bool:
         """Whether a layer caches all tokens, at most `max_length`."""
         split = self.inference_model.chunk_model.split
-        return "full" in jax.tree.leaves(
-            (split.sequential_cache_kinds(), split.parallel_cache_kinds())
-        )
+        caches = jax.tree.leaves((split.parallel_caches, split.sequential_caches))
+        return any(cache.grows for cache in caches)
 
     def start(self) -> Session:
         """A session before the first token."""
@@ -249,16 +248,8 @@ class DecodeBatch:
             committed = session.now._replace(fast=None)
             split = self._engine.inference_model.chunk_model.split
             committed = committed._replace(
-                parallel={
-                    **committed.parallel,
-                    "blocks": _windows(split.parallel_cache_kinds(), committed.parallel["blocks"]),
-                },
-                sequential={
-                    **committed.sequential,
-                    "blocks": _windows(
-                        split.sequential_cache_kinds(), committed.sequential["blocks"]
-                    ),
-                },
+                parallel=_base_of_decoding(split.parallel_caches, committed.parallel),
+                sequential=_base_of_decoding(split.sequential_caches, committed.sequential),
             )
         return replace(session, learned=committed, now=committed, logit_V=None)
 
@@ -333,11 +324,12 @@ class DecodeBatch:
         return replace(session, learned=learned, now=now, logit_V=self.logit_RV[r])
 
 
-def _windows(kinds: PyTree, blocks: PyTree) -> PyTree:
-    """The state with only its windows; other arrays are reduced to their first two axes."""
-    return jax.tree.map(
-        lambda kind, x: x if kind == "window" else jnp.zeros(x.shape[:2]), kinds, blocks
+def _base_of_decoding(caches: PyTree, state: PyTree) -> PyTree:
+    """The state of a part with what `Cache.from_decode` needs of it."""
+    blocks = jax.tree.map(
+        lambda cache, arrays: jax.tree.map(cache.base_of_decoding, arrays), caches, state["blocks"]
     )
+    return {**state, "blocks": blocks}
 
 
 def _power_of_two(count: int) -> int:

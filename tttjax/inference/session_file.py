@@ -200,32 +200,28 @@ def _session(engine: Engine, arrays: Mapping[str, np.ndarray], header: SessionHe
 PARTS = {"below": "parallel", "above": "sequential"}  # names in the file: fields of `Context`
 
 
-def _cache_kinds(engine: Engine) -> dict[str, list[str]]:
-    """`Block.cache_kinds` of the arrays of both parts, by name in the file."""
+def _rows(engine: Engine, *contexts: Context) -> Iterable[tuple[Any, ...]]:
+    """(name in the file, its cache, the array of each context) of every array of the states."""
     split = engine.inference_model.chunk_model.split
-    kinds = {"below": split.parallel_cache_kinds(), "above": split.sequential_cache_kinds()}
-    return {part: jax.tree.leaves(kinds[part]) for part in PARTS}
-
-
-def _leaves(context: Context, part: str) -> list[Array]:
-    return jax.tree.leaves(getattr(context, PARTS[part])["blocks"])
+    caches = {"below": split.parallel_caches, "above": split.sequential_caches}
+    for part, field in PARTS.items():
+        blocks = [getattr(context, field)["blocks"] for context in contexts]
+        of_arrays = jax.tree.map(
+            lambda cache, arrays: jax.tree.map(lambda _, cache=cache: cache, arrays),
+            caches[part],
+            blocks[0],
+        )
+        leaves = map(jax.tree.leaves, (of_arrays, *blocks))
+        for i, (cache, *arrays) in enumerate(zip(*leaves, strict=True)):
+            yield f"{part}/{i}", cache, *arrays
 
 
 def _states(engine: Engine, session: Session) -> dict[str, Array]:
     """The arrays of both contexts, each row once."""
-    uncommitted, tokens = len(session.uncommitted), session.tokens
     arrays: dict[str, Array] = {}
-    for part, kinds in _cache_kinds(engine).items():
-        both = (_leaves(context, part) for context in (session.learned, session.now))
-        for i, (kind, learned, now) in enumerate(zip(kinds, *both, strict=True)):
-            name = f"{part}/{i}"
-            if kind == "full":  # `learned` has the same rows up to its position
-                arrays[name] = now[:, :, :tokens]
-            elif kind == "window":
-                arrays[name] = learned
-                arrays[f"{name}/new"] = now[:, :, max(0, now.shape[2] - uncommitted) :]
-            else:
-                arrays |= {name: learned, f"{name}/now": now}
+    for name, cache, learned, now in _rows(engine, session.learned, session.now):
+        stored = cache.to_store(learned, now, session.tokens, len(session.uncommitted))
+        arrays |= {f"{name}{suffix}": array for suffix, array in stored.items()}
     return arrays
 
 
@@ -233,26 +229,21 @@ def _contexts(
     engine: Engine, start: Context, arrays: Mapping[str, np.ndarray], header: SessionHeader
 ) -> tuple[Context, Context]:
     """The contexts that `_states` came from, with the fast weights of `start`."""
-    positions = header.tokens - header.pending, header.tokens
-    contexts = [start, start]
-    for part, kinds in _cache_kinds(engine).items():
-        pairs = []
-        for i, (kind, empty) in enumerate(zip(kinds, _leaves(start, part), strict=True)):
-            name = f"{part}/{i}"
-            stored = jnp.asarray(arrays[name])
-            if kind == "full":
-                filled = empty.at[:, :, : header.tokens].set(stored)
-                pairs.append((filled, filled))
-            elif kind == "window":
-                rows = jnp.concatenate((stored, jnp.asarray(arrays[f"{name}/new"])), axis=2)
-                pairs.append((stored, rows[:, :, rows.shape[2] - stored.shape[2] :]))
-            else:
-                pairs.append((stored, jnp.asarray(arrays[f"{name}/now"])))
-        structure = jax.tree.structure(getattr(start, PARTS[part])["blocks"])
-        for which, position in enumerate(positions):
-            blocks = jax.tree.unflatten(structure, [pair[which] for pair in pairs])
-            state = {"position": jnp.asarray(position, jnp.int32), "blocks": blocks}
-            contexts[which] = contexts[which]._replace(**{PARTS[part]: state})
+    both: dict[str, tuple[list[Array], list[Array]]] = {part: ([], []) for part in PARTS}
+    for name, cache, empty in _rows(engine, start):
+        shapes = cache.stored_shapes(empty.shape, header.tokens, header.pending)
+        stored = {suffix: jnp.asarray(arrays[f"{name}{suffix}"]) for suffix in shapes}
+        pair = cache.from_store(stored, empty, header.tokens)
+        for leaves, array in zip(both[name.split("/")[0]], pair, strict=True):
+            leaves.append(array)
+    contexts = []
+    for which, position in enumerate((header.tokens - header.pending, header.tokens)):
+        states = {}
+        for part, field in PARTS.items():
+            structure = jax.tree.structure(getattr(start, field)["blocks"])
+            blocks = jax.tree.unflatten(structure, both[part][which])
+            states[field] = {"position": jnp.asarray(position, jnp.int32), "blocks": blocks}
+        contexts.append(start._replace(**states))
     return contexts[0], contexts[1]
 
 
@@ -416,18 +407,10 @@ def _expected(engine: Engine, header: SessionHeader) -> dict[str, tuple[tuple[in
     def add(name: str, like: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
         expected[name] = (shape, np.dtype(dtype or like.dtype))
 
-    for part, kinds in _cache_kinds(engine).items():
-        for i, (kind, leaf) in enumerate(zip(kinds, _leaves(start.learned, part), strict=True)):
-            name, shape = f"{part}/{i}", leaf.shape
-            if kind == "full":
-                add(name, leaf, (*shape[:2], header.tokens, *shape[3:]))
-                continue
-            add(name, leaf, shape)
-            if kind == "window":
-                new = min(header.pending, shape[2])
-                add(f"{name}/new", leaf, (*shape[:2], new, *shape[3:]))
-            else:
-                add(f"{name}/now", leaf, shape)
+    for name, cache, leaf in _rows(engine, start.learned):
+        shapes = cache.stored_shapes(leaf.shape, header.tokens, header.pending)
+        for suffix, shape in shapes.items():
+            add(f"{name}{suffix}", leaf, shape)
     for i, leaf in enumerate(jax.tree.leaves(start.learned.rule_state)):
         add(f"rule/{i}", leaf, leaf.shape)
     for path, weight in _flat(start.learned.fast).items():

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tttjax.models.caches import FullCache, MixerState, WindowCache
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_decode, mask_fn
 from tttjax.ops.attention.library import attend_sequence
@@ -21,7 +22,6 @@ from tttjax.ops.rope import apply_rope
 from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.types import Array
 
-MixerState = dict[str, Array]
 State = MixerState | None
 
 
@@ -35,7 +35,8 @@ class Attention(nnx.Module):
         "blocked_jvp": the same for jax.grad of jax.jvp; a window's new state holds only the rows
             of these tokens.
         "prefill": the first tokens of a sequence, with an empty state.
-        "decode": one token, with a state from `to_decode_cache`; returns its row for `append_kv`.
+        "decode": one token, with a state from `cache.to_decode`; returns its row for
+            `cache.append_decoded`.
     kernel: "xla": no kernels. Otherwise library kernels for full sequences and Pallas kernels for
         chunks, where supported; decoding and full attention with a state always use XLA.
     """
@@ -81,24 +82,15 @@ class Attention(nnx.Module):
         self.kernel = kernel
 
     @property
-    def cache_size(self) -> int:
-        """Number of cached keys; 0: all keys of the sequence."""
+    def cache(self) -> WindowCache | FullCache:
+        """Of the last keys that the mask allows, or of all."""
         limits = [size for size in self.attention_mask if size]
-        return min(limits) if limits else 0
+        return WindowCache(min(limits), self.apply_rope) if limits else FullCache()
 
-    @property
-    def cache_kind(self) -> str:
-        """The last `cache_size` rows ("window"), or all rows by position ("full")."""
-        return "window" if self.cache_size else "full"
-
-    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
-        """An empty state. Its size does not depend on `max_length` except for full attention.
-
-        A window caches keys after k_norm and before RoPE: its positions are relative, 0..W+T-1, and
-        never grow. Full attention caches keys after RoPE.
-        """
-        shape = (self.cache_size or max_length, *self.wk.shape[-2:])
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> MixerState:
+        """An empty state. Its size does not depend on `max_length` except for full attention."""
+        row = self.wk.shape[-2:]
+        return {name: self.cache.empty(max_length, row, dtype) for name in ("k", "v")}
 
     def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
         def project(weight):
@@ -110,34 +102,24 @@ class Attention(nnx.Module):
         if state is None or self.form == "prefill":
             position_T = jnp.arange(x_TD.shape[0])
             q_THK, rotated_TGK = (self.apply_rope(x, position_T) for x in (q_THK, k_TGK))
-            cache = state and self._init_cache(
-                state, k_TGK if self.cache_size else rotated_TGK, v_TGK
-            )
+            if state is not None:
+                is_window = isinstance(self.cache, WindowCache)
+                new = {"k": k_TGK if is_window else rotated_TGK, "v": v_TGK}
+                state = {name: self.cache.append(state[name], new[name], 0) for name in new}
             y_THK = attend_sequence(
                 q_THK, rotated_TGK, v_TGK, self.attention_mask, self.query_block, self.kernel
             )
-            state = cache
         elif self.form == "decode":
             y_THK, state = self._attend_decode(q_THK, k_TGK, v_TGK, state, position)
-        elif self.cache_size:
+        elif isinstance(self.cache, WindowCache):
             y_THK, state = self._attend_window(q_THK, k_TGK, v_TGK, state, position)
         else:
             y_THK, state = self._attend_full(q_THK, k_TGK, v_TGK, state, position)
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
 
-    def _init_cache(self, state, k_TGK, v_TGK):
-        """The cache after the first tokens of a sequence, from an empty one."""
-
-        def one(empty_SGK, new_TGK):
-            if self.cache_size:
-                return jnp.concatenate((empty_SGK, new_TGK))[-self.cache_size :]
-            return jax.lax.dynamic_update_slice_in_dim(empty_SGK, new_TGK, 0, axis=0)
-
-        return {"k": one(state["k"], k_TGK), "v": one(state["v"], v_TGK)}
-
     def _attend_window(self, q_THK, k_TGK, v_TGK, state, position):
         """Attends to the window's keys, then the new ones, at relative positions 0..W+T-1."""
-        window, length = self.cache_size, q_THK.shape[0]
+        window, length = state["k"].shape[0], q_THK.shape[0]
         slot_S = jnp.arange(window + length)
 
         def rotated(x_THK, first):
@@ -146,7 +128,7 @@ class Attention(nnx.Module):
         new_state = {"k": k_TGK, "v": v_TGK}
         if self.form != "blocked_jvp":
             new_state = {
-                name: jnp.concatenate((state[name], new))[length:]
+                name: self.cache.append(state[name], new, position)
                 for name, new in new_state.items()
             }
         q_THK, k_TGK, k_window = (
@@ -171,11 +153,11 @@ class Attention(nnx.Module):
 
     def _attend_full(self, q_THK, k_TGK, v_TGK, state, position):
         """Attends to all keys of the sequence, each at its own position in a buffer."""
-        write, length = jax.lax.dynamic_update_slice_in_dim, q_THK.shape[0]
+        length = q_THK.shape[0]
         query_T = position + jnp.arange(length)
         q_THK, k_TGK = self.apply_rope(q_THK, query_T), self.apply_rope(k_TGK, query_T)
-        k_SGK = write(state["k"], k_TGK, position, axis=0)
-        v_SGK = write(state["v"], v_TGK, position, axis=0)
+        k_SGK = self.cache.append(state["k"], k_TGK, position)
+        v_SGK = self.cache.append(state["v"], v_TGK, position)
         key_S = jnp.arange(k_SGK.shape[0])
 
         def block(rows):
@@ -191,84 +173,23 @@ class Attention(nnx.Module):
             y_THK = block(rows)
         return y_THK, {"k": k_SGK, "v": v_SGK}
 
-    # --- decoding, one token at a time ------------------------------------------------------------
-
-    def to_decode_cache(
-        self,
-        committed: MixerState,
-        current: MixerState,
-        first: Array,
-        uncommitted: Array,
-        capacity: int,
-    ) -> MixerState:
-        """The state for form "decode", with slots for `capacity` tokens after `committed`.
-
-        current: `committed` after `uncommitted` more tokens. first: position of the first of these.
-        A window becomes a buffer whose keys have RoPE applied once and are never shifted. Axes:
-        heads, rows, entries.
-        """
-        if not self.cache_size:
-            return {name: x.swapaxes(0, 1) for name, x in current.items()}
-
-        def new_slots(name):
-            empty = jnp.zeros((capacity, *current[name].shape[1:]), current[name].dtype)
-            # Of more uncommitted tokens than the window holds, the oldest are never attended to.
-            rows = jnp.concatenate((empty, current[name], empty))
-            start = capacity + self.cache_size - uncommitted
-            return jax.lax.dynamic_slice_in_dim(rows, start, capacity)
-
-        k_SGK, v_SGK = (jnp.concatenate((committed[name], new_slots(name))) for name in ("k", "v"))
-        rotated_SGK = self.apply_rope(k_SGK, jnp.arange(k_SGK.shape[0]))
-        rows = {"k": rotated_SGK, "v": v_SGK, "new": new_slots("k")}
-        return {name: x.swapaxes(0, 1) for name, x in rows.items()} | {"first": first}
-
-    def append_kv(self, state: MixerState, row: MixerState, position_R: Array) -> MixerState:
-        """The decode state with the rows that calls of form "decode" returned, at `position_R`.
-
-        For L layers and R sequences at once, [L, R, ...], so that each row is written in place.
-        """
-        slots = {"k": position_R, "v": position_R}
-        if self.cache_size:
-            slot_R = position_R - state["first"][0] + self.cache_size
-            slots = {"k": slot_R, "v": slot_R, "new": slot_R - self.cache_size}
-
-        def append(r, buffers):
-            def one(name, buffer_LRGSK):
-                rows = jax.lax.dynamic_slice_in_dim(row[name], r, 1, axis=1)
-                start = [jnp.asarray(i, jnp.int32) for i in (0, r, 0, slots[name][r], 0)]
-                return jax.lax.dynamic_update_slice(buffer_LRGSK, rows, start)
-
-            return {name: one(name, buffer) for name, buffer in buffers.items()}
-
-        buffers = {name: state[name] for name in slots}
-        return {**state, **jax.lax.fori_loop(0, position_R.shape[0], append, buffers)}
-
-    def from_decode_cache(
-        self, committed: MixerState, state: MixerState, uncommitted: Array
-    ) -> MixerState:
-        """The inverse of `to_decode_cache`: the state `uncommitted` tokens after `committed`."""
-        rows = {name: x.swapaxes(0, 1) for name, x in state.items() if name != "first"}
-        if not self.cache_size:
-            return rows
-        rows["k"] = jnp.concatenate((committed["k"], rows.pop("new")))
-        take = jax.lax.dynamic_slice_in_dim
-        return {name: take(x, uncommitted, self.cache_size) for name, x in rows.items()}
-
     def _attend_decode(self, q_1HK, k_1GK, v_1GK, state, position):
-        """One token; the returned state is its row alone, for `append_kv`."""
-        slot = position - state["first"] + self.cache_size if self.cache_size else position
+        """One token; the returned state is its row alone."""
+        slot = self.cache.slot(state, position)
         q_1HK, rotated_1GK = self.apply_rope(q_1HK, slot[None]), self.apply_rope(k_1GK, slot[None])
         key_S = jnp.arange(state["k"].shape[1]) + (position - slot)
         mask_S = mask_fn(position[None], key_S, self.attention_mask)[0] & (key_S < position)
         y_HK = attend_decode(q_1HK[0], state["k"], state["v"], rotated_1GK[0], v_1GK[0], mask_S)
-        row = {"k": rotated_1GK, "v": v_1GK} | ({"new": k_1GK} if self.cache_size else {})
+        row = {"k": rotated_1GK, "v": v_1GK}
+        if isinstance(self.cache, WindowCache):
+            row["new"] = k_1GK
         return y_HK[None], {name: one.swapaxes(0, 1) for name, one in row.items()}
 
 
 class NoMixer(nnx.Module):
     """No token mixing (the toy model of the paper's appendix A)."""
 
-    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
+    def init_state(self, max_length: int, dtype: jnp.dtype) -> MixerState:
         """No state."""
         del max_length, dtype
         return {}

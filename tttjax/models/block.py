@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.models.attention import Attention, NoMixer
+from tttjax.models.caches import Cache, RecurrentCache
 from tttjax.models.gated_deltanet import GatedDeltaNet
 from tttjax.models.layers import (
     FastWeight,
@@ -193,37 +194,10 @@ class Block(nnx.Module):
             state["pre_conv"] = self.pre_conv.init_state(dtype)
         return state
 
-    def cache_kinds(self) -> dict[str, str]:
-        """The kind of each branch's state.
-
-        "window": the last rows of keys and values. "full": all rows. "recurrent": constant size,
-        replaced by every call.
-        """
-        kinds = {name: getattr(self, name).cache_kind for name in self.mixers}
-        return kinds | ({"pre_conv": "recurrent"} if self.has_conv else {})
-
-    def to_decode_cache(self, committed, current, **arguments: Any) -> dict[str, Any]:
-        """The state for decoding (`Attention.to_decode_cache`); other mixers' is unchanged."""
-        return self._map_branches("to_decode_cache", current, committed, current, **arguments)
-
-    def append_kv(self, state, new, position_R: Array) -> dict[str, Any]:
-        """The state of R sequences after one token each; new: what the block returned for it."""
-        return self._map_branches("append_kv", new, state, new, position_R=position_R)
-
-    def from_decode_cache(self, committed, state, uncommitted: Array) -> dict[str, Any]:
-        """The inverse of `to_decode_cache`."""
-        return self._map_branches(
-            "from_decode_cache", state, committed, state, uncommitted=uncommitted
-        )
-
-    def _map_branches(self, method: str, default, *states, **arguments) -> dict[str, Any]:
-        """Calls the method of every branch on its states; `default` for branches without it."""
-
-        def one(name):
-            run = getattr(getattr(self, name), method, None)
-            return default[name] if run is None else run(*(s[name] for s in states), **arguments)
-
-        return {name: one(name) for name in default}
+    def caches(self) -> dict[str, Cache]:
+        """The cache of every branch that has a state."""
+        caches: dict[str, Cache] = {name: getattr(self, name).cache for name in self.mixers}
+        return caches | ({"pre_conv": RecurrentCache()} if self.has_conv else {})
 
     def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
         new_state: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from flax import nnx
 
 from tttjax.errors import UserError
 from tttjax.models.attention import State
+from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.models.recurrent import (
     empty_conv_states,
@@ -79,7 +80,7 @@ class GatedDeltaNet(nnx.Module):
         self.norm_eps = norm_eps
         self.chunk = chunk
 
-    cache_kind = "recurrent"
+    cache = RecurrentCache()
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state before the first token; its size does not depend on `max_length`."""

@@ -6,10 +6,8 @@ the sequential part, everything after it, chunk by chunk.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +45,7 @@ class SplitModel:
     def first_mixers_are_parallel(self) -> bool:
         """Whether the mixers of the first suffix block belong to the parallel part."""
         first = "suffix/stage0/block0/"
-        if first.rstrip("/") not in self.model.stacks or not self._first_block.cache_kinds():
+        if first.rstrip("/") not in self.model.stacks or not self._first_block.caches():
             return False
         mixing = tuple(first + name for name in MIXING)
         return not any(path.startswith(mixing) for path in self.model.fast_paths)
@@ -214,31 +212,22 @@ class SplitModel:
         }
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
-    def sequential_cache_kinds(self) -> PyTree:
-        """`Block.cache_kinds` of every array in the sequential part's state `blocks`."""
-        state = jax.eval_shape(lambda: self.init_sequential(1))
-        return _cache_kinds(self._sequential_stacks, state["blocks"])
-
-    def parallel_cache_kinds(self) -> PyTree:
-        """`Block.cache_kinds` of every array in the parallel part's state `blocks`."""
-        state = jax.eval_shape(lambda: self.init_parallel(1))
-        return _cache_kinds(self._parallel_stacks, state["blocks"])
-
     @cached_property
-    def _parallel_stacks(self) -> PyTree:
-        """The parallel part's stacks, in the structure of its state."""
-        stages = {
+    def parallel_caches(self) -> PyTree:
+        """The caches of all mixers, in the structure of the parallel part's state `blocks`."""
+        prefix = {
             f"stage{i}": {
                 f"block{j}": self.model.stacks[f"prefix/stage{i}/block{j}"]
                 for j in range(len(stage.kinds))
             }
             for i, stage in enumerate(self.model.stages["prefix"])
         }
-        return {"prefix": stages, "first_mixers": self._first_mixers("dense")}
+        return _caches({"prefix": prefix, "first_mixers": self._first_mixers("dense")})
 
     @cached_property
-    def _sequential_stacks(self) -> PyTree:
-        return {name: segment.stacks for name, segment in self.segments.items()}
+    def sequential_caches(self) -> PyTree:
+        """The caches of all mixers, in the structure of the sequential part's state `blocks`."""
+        return _caches({name: segment.stacks for name, segment in self.segments.items()})
 
     def run_sequential(
         self, weights: PyTree, state: PyTree, x_CD: Array, form: str = "dense"
@@ -260,51 +249,10 @@ class SplitModel:
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
 
-    # --- decoding, one token at a time ----------------------------------------------------------
-
-    def to_decode_cache(
-        self, committed: PartStates, current: PartStates, uncommitted: Array, capacity: int
-    ) -> PartStates:
-        """The states of both parts for decoding up to `capacity` tokens after `committed`.
-
-        current: `committed` after `uncommitted` more tokens.
-        """
-
-        def convert(stacks: PyTree, committed: PyTree, current: PyTree) -> PyTree:
-            blocks = _map_blocks(
-                stacks,
-                "to_decode_cache",
-                committed["blocks"],
-                current["blocks"],
-                first=committed["position"],
-                uncommitted=uncommitted,
-                capacity=capacity,
-            )
-            return {**current, "blocks": blocks}
-
-        return self._map_parts(convert, committed, current)
-
-    def from_decode_cache(
-        self, committed: PartStates, states: PartStates, uncommitted: Array
-    ) -> PartStates:
-        """The inverse of `to_decode_cache`, `uncommitted` tokens after `committed`."""
-
-        def convert(stacks: PyTree, committed: PyTree, state: PyTree) -> PyTree:
-            blocks = _map_blocks(
-                stacks,
-                "from_decode_cache",
-                committed["blocks"],
-                state["blocks"],
-                uncommitted=uncommitted,
-            )
-            return {**state, "blocks": blocks}
-
-        return self._map_parts(convert, committed, states)
-
     def decode_one(
         self, parallel: PyTree, sequential: PyTree, states: PartStates, token: Array
     ) -> tuple[Array, PartStates]:
-        """(the last block's output for one token [D], the new rows for `append_kv`).
+        """(the last block's output for one token [D], the states for `Cache.append_decoded`).
 
         parallel, sequential: weights of the parts; sequential: slow and fast combined.
         """
@@ -312,57 +260,10 @@ class SplitModel:
         x_1D, new_sequential = self.run_sequential(sequential, states[1], x_1D, "decode")
         return x_1D[0], (new_parallel, new_sequential)
 
-    def append_kv(self, states: PartStates, new: PartStates) -> PartStates:
-        """The decode states of R sequences with the new rows of `decode_one`.
 
-        Positions are [R]; blocks have [L, R, ...], with L layers of a stack.
-        """
-
-        def append(stacks: PyTree, state: PyTree, new: PyTree) -> PyTree:
-            blocks = _map_blocks(
-                stacks,
-                "append_kv",
-                state["blocks"],
-                new["blocks"],
-                by_row=False,
-                position_R=state["position"],
-            )
-            return {**new, "blocks": blocks}
-
-        return self._map_parts(append, states, new)
-
-    def _map_parts(self, run: Callable[..., PyTree], *states: PartStates) -> PartStates:
-        parallel, sequential = zip(*states, strict=True)
-        return run(self._parallel_stacks, *parallel), run(self._sequential_stacks, *sequential)
-
-
-def _map_blocks(
-    stacks: PyTree, method: str, *states: PyTree, by_row: bool = True, **arguments: Any
-) -> PyTree:
-    """Calls a method of `Block` on the states of all stacks, row by row or on all rows at once."""
-    if isinstance(stacks, Stack):
-        if not jax.tree.leaves(states):  # a block without a mixer has no state
-            return states[0]
-        run = partial(getattr(stacks.module(), method), **arguments)
-        return jax.vmap(run)(*states) if by_row else run(*states)
-    return {
-        name: _map_blocks(inner, method, *(s[name] for s in states), by_row=by_row, **arguments)
-        for name, inner in stacks.items()
-    }
-
-
-def _cache_kinds(stacks: PyTree, blocks: PyTree) -> PyTree:
-    """`Block.cache_kinds` of every stack, one string per array of `blocks`."""
-    kinds = jax.tree.map(
-        lambda stack: stack.module().cache_kinds(),
-        stacks,
-        is_leaf=lambda node: isinstance(node, Stack),
-    )
+def _caches(stacks: PyTree) -> PyTree:
     return jax.tree.map(
-        lambda kind, arrays: jax.tree.map(lambda _: kind, arrays),
-        kinds,
-        blocks,
-        is_leaf=lambda node: isinstance(node, str),
+        lambda stack: stack.module().caches(), stacks, is_leaf=lambda node: isinstance(node, Stack)
     )
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 
 from tttjax.errors import UserError
 from tttjax.models.attention import State
+from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.ops.norms import layer_norm
 from tttjax.ops.rope import apply_rope
@@ -132,7 +133,7 @@ class TTTLayer(nnx.Module):
         """The inner learning rate at each position in a mini-batch, without the token's factor."""
         return learning_rates(self.base_lr, self.head_dim, self.token_idx[...])
 
-    cache_kind = "recurrent"
+    cache = RecurrentCache()
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
         """The state before the first token; its size is constant.

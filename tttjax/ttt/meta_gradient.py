@@ -57,7 +57,7 @@ class _Start(NamedTuple):
 
     fast: PyTree  # W_{i-1}
     rule_state: PyTree
-    recurrent: tuple[Array | None, ...]
+    recurrent: PyTree
 
 
 class _Saved(NamedTuple):
@@ -66,7 +66,7 @@ class _Saved(NamedTuple):
     fast: PyTree  # W_{i-1}; None if it is rewound
     rule_state: PyTree
     g: PyTree
-    recurrent: tuple[Array | None, ...]
+    recurrent: PyTree
     ce_residuals: CEResiduals | None  # of the losses; None with a fast head
 
 
@@ -193,7 +193,7 @@ class _Cotangents(NamedTuple):
 
     fast: PyTree
     rule_state: list[Array]  # of its `_inexact_leaves`
-    state: list[Array]  # as `KVBuffer.zero_cotangent`
+    state: PyTree  # as `KVBuffer.zero_cotangent`
     slow: PyTree
     lr: Array
 
