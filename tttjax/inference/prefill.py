@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.models import SplitModel, Transformer, combine
+from tttjax.models.attention import AttentionForm
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt.chunk import (
     STATE_AXES,
@@ -232,7 +233,7 @@ def prefill(
     return context if size else now, now, logit_BV
 
 
-def _attention_form(length: int, at_start: bool) -> str:
+def _attention_form(length: int, at_start: bool) -> AttentionForm:
     """The form of attention: a single query has few scores; more queries go in blocks."""
     if at_start:
         return "prefill"

@@ -2,13 +2,28 @@
 
 Every mixer is a function of any number of tokens of one sequence:
 
-    mixer(x_TD, state, position) -> (y_TD, state)
+    mixer(x_TD, state, position, form) -> (y_TD, state)
 
 state: None if x_TD is the full sequence. Training also calls with a state, in the loop over chunks.
-position: number of tokens before x_TD.
+position: number of tokens before x_TD. form: the implementation of attention; other mixers ignore
+it. Which one runs when:
+
+    caller                                          state   form         implementation
+    training, the parallel part                     None    -            `ops.attention.library`
+    training, the inner loop's definition           yes     dense        `attend`: all scores in
+                                                                         memory, any derivative
+    training and prefill, chunks: inner gradient    yes     blocked      `ops.window_attention`,
+                                                                         for jax.grad
+    training, chunks: backward pass                 yes     blocked_jvp  the same, for jax.grad of
+                                                                         jax.jvp
+    inference, the first tokens of a sequence       empty   prefill      `ops.attention.library`
+    inference, one token                            decode  decode       `attend_decode`
+
+Full attention with a state attends in blocks of queries in every form but "prefill" and "decode".
 """
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +38,13 @@ from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.types import Array
 
 State = MixerState | None
+AttentionForm = Literal["dense", "blocked", "blocked_jvp", "prefill", "decode"]
 
 
 class Attention(nnx.Module):
     """Multi-head attention under `attention_mask`, with QK-norm before RoPE.
 
     kv_heads: heads of keys and values (G), a divisor of num_heads; only these are cached.
-    form: the implementation where there is a state:
-        "dense": all scores in memory; any derivative.
-        "blocked": window attention in blocks (`ops.window_attention`), for jax.grad.
-        "blocked_jvp": the same for jax.grad of jax.jvp; a window's new state holds only the rows
-            of these tokens.
-        "prefill": the first tokens of a sequence, with an empty state.
-        "decode": one token, with a state from `cache.to_decode`; returns its row for
-            `cache.append_decoded`.
     kernel: "xla": no kernels. Otherwise library kernels for full sequences and Pallas kernels for
         chunks, where supported; decoding and full attention with a state always use XLA.
     """
@@ -57,7 +65,6 @@ class Attention(nnx.Module):
         std: float,
         dtype: jnp.dtype,
         query_block: int,
-        form: str = "dense",
         kernel: str = "auto",
     ):
         def weight(shape, axes):
@@ -78,7 +85,6 @@ class Attention(nnx.Module):
         self.attention_mask = attention_mask
         self.apply_rope = partial(apply_rope, theta=rope_theta, scaling=rope_scaling)
         self.query_block = query_block
-        self.form = form
         self.kernel = kernel
 
     @property
@@ -92,14 +98,22 @@ class Attention(nnx.Module):
         row = self.wk.shape[-2:]
         return {name: self.cache.empty(max_length, row, dtype) for name in ("k", "v")}
 
-    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+    def __call__(
+        self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
+    ) -> tuple[Array, State]:
+        """x [T, D] -> y [T, D] (module docstring).
+
+        The new state of a window after "blocked_jvp" holds only the rows of these tokens. "decode"
+        takes a state from `cache.to_decode` and returns a row for `cache.append_decoded`.
+        """
+
         def project(weight):
             return jnp.einsum("td,dhk->thk", x_TD, weight[...].astype(x_TD.dtype))
 
         q_THK = self.q_norm(project(self.wq))
         k_TGK = self.k_norm(project(self.wk))
         v_TGK = project(self.wv)
-        if state is None or self.form == "prefill":
+        if state is None or form == "prefill":
             position_T = jnp.arange(x_TD.shape[0])
             q_THK, rotated_TGK = (self.apply_rope(x, position_T) for x in (q_THK, k_TGK))
             if state is not None:
@@ -109,15 +123,15 @@ class Attention(nnx.Module):
             y_THK = attend_sequence(
                 q_THK, rotated_TGK, v_TGK, self.attention_mask, self.query_block, self.kernel
             )
-        elif self.form == "decode":
+        elif form == "decode":
             y_THK, state = self._attend_decode(q_THK, k_TGK, v_TGK, state, position)
         elif isinstance(self.cache, WindowCache):
-            y_THK, state = self._attend_window(q_THK, k_TGK, v_TGK, state, position)
+            y_THK, state = self._attend_window(q_THK, k_TGK, v_TGK, state, position, form)
         else:
             y_THK, state = self._attend_full(q_THK, k_TGK, v_TGK, state, position)
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
 
-    def _attend_window(self, q_THK, k_TGK, v_TGK, state, position):
+    def _attend_window(self, q_THK, k_TGK, v_TGK, state, position, form):
         """Attends to the window's keys, then the new ones, at relative positions 0..W+T-1."""
         window, length = state["k"].shape[0], q_THK.shape[0]
         slot_S = jnp.arange(window + length)
@@ -126,7 +140,7 @@ class Attention(nnx.Module):
             return self.apply_rope(x_THK, slot_S[first : first + x_THK.shape[0]])
 
         new_state = {"k": k_TGK, "v": v_TGK}
-        if self.form != "blocked_jvp":
+        if form != "blocked_jvp":
             new_state = {
                 name: self.cache.append(state[name], new, position)
                 for name, new in new_state.items()
@@ -136,15 +150,13 @@ class Attention(nnx.Module):
             rotated(k_TGK, window),
             rotated(state["k"], 0),
         )
-        if self.form == "dense":
+        if form == "dense":
             position_S = slot_S - window + position  # negative: an empty slot
             mask_TS = mask_fn(position_S[window:], position_S, self.attention_mask)
             k_SGK = jnp.concatenate((k_window, k_TGK))
             v_SGK = jnp.concatenate((state["v"], v_TGK))
             return attend(q_THK, k_SGK, v_SGK, mask_TS), new_state
-        attend_blocks = {"blocked": window_attention, "blocked_jvp": window_attention_jvp}[
-            self.form
-        ]
+        attend_blocks = window_attention if form == "blocked" else window_attention_jvp
         kernel = "xla" if self.kernel == "xla" else "auto"
         y_THK = attend_blocks(
             q_THK, k_window, state["v"], k_TGK, v_TGK, position, self.attention_mask, kernel=kernel

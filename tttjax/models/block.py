@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from tttjax.models.attention import Attention, NoMixer
+from tttjax.models.attention import Attention, AttentionForm, NoMixer
 from tttjax.models.caches import Cache, RecurrentCache
 from tttjax.models.gated_deltanet import GatedDeltaNet
 from tttjax.models.layers import (
@@ -92,7 +92,6 @@ class BlockShape:
     scan_chunk: int
     param_dtype: jnp.dtype
     query_block: int
-    attention_form: str
     attention_kernel: str
     mamba: MambaShape
     delta: DeltaShape
@@ -150,7 +149,6 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
         qk_norm=shape.qk_norm,
         norm_eps=shape.norm_eps,
         query_block=shape.query_block,
-        form=shape.attention_form,
         kernel=shape.attention_kernel,
         **common,
     )
@@ -199,7 +197,10 @@ class Block(nnx.Module):
         caches: dict[str, Cache] = {name: getattr(self, name).cache for name in self.mixers}
         return caches | ({"pre_conv": RecurrentCache()} if self.has_conv else {})
 
-    def __call__(self, x_TD: Array, state: BlockState, position: Array) -> tuple[Array, BlockState]:
+    def __call__(
+        self, x_TD: Array, state: BlockState, position: Array, form: AttentionForm = "dense"
+    ) -> tuple[Array, BlockState]:
+        """x [T, D] -> (x [T, D], the new state), as a mixer's (`attention`)."""
         new_state: dict[str, Any] = {}
         if self.has_conv:
             conv_state = None if state is None else state["pre_conv"]
@@ -207,7 +208,7 @@ class Block(nnx.Module):
             x_TD = x_TD + y_TD
         for name in self.mixers:
             pre, mixer, post = self._branch(name)
-            y_TD, new_state[name] = mixer(pre(x_TD), state and state[name], position)
+            y_TD, new_state[name] = mixer(pre(x_TD), state and state[name], position, form)
             x_TD = x_TD + post(y_TD)
         for name in self.mlps:
             pre, mlp, post = self._branch(name)

@@ -49,7 +49,6 @@ def _block_shape(model: Any, chunk_size: int) -> BlockShape:
         scan_chunk=model.scan_chunk,
         param_dtype=jnp.dtype(model.param_dtype),
         query_block=min(1024, max(128, model.window_size // 2)),
-        attention_form="dense",
         attention_kernel=model.attention_kernel,
         mamba=MambaShape(
             expand=model.mamba_expand,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.errors import UserError
-from tttjax.models.attention import State
+from tttjax.models.attention import AttentionForm, State
 from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.models.recurrent import (
@@ -88,9 +88,11 @@ class GatedDeltaNet(nnx.Module):
         kernels = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
         return {"memory": self._empty_memory(dtype), **empty_conv_states(kernels, dtype)}
 
-    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+    def __call__(
+        self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
+    ) -> tuple[Array, State]:
         """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
-        del position
+        del position, form
         cache = state or {}
 
         def convolved(weight, name):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.errors import UserError
-from tttjax.models.attention import State
+from tttjax.models.attention import AttentionForm, State
 from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.models.recurrent import (
@@ -91,9 +91,11 @@ class Mamba2(nnx.Module):
         empty_HPN = jnp.zeros((*self.norm.shape[-2:], self.wb.shape[-1]), wide)
         return {"ssm": empty_HPN, **empty_conv_states(kernels, dtype)}
 
-    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+    def __call__(
+        self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
+    ) -> tuple[Array, State]:
         """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
-        del position
+        del position, form
         cache = state or {}
 
         def convolved(weight, name):

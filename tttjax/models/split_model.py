@@ -12,13 +12,13 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
+from tttjax.models.attention import AttentionForm
 from tttjax.models.block import Block, BlockShape
 from tttjax.models.stacking import Stack, empty_state, run_stage
 from tttjax.models.transformer import Transformer, advance
 from tttjax.types import Array, PyTree
 
 MIXING = ("mixer", "pre_conv")  # name prefixes of a block's weights before its MLPs
-ATTENTION_FORMS = ("dense", "blocked", "blocked_jvp", "prefill", "decode")
 PartStates = tuple[PyTree, PyTree]  # states of the parallel and of the sequential part
 FIRST = "first"  # the segment of row 0 of stage 0, if its mixers are in the parallel part
 
@@ -54,37 +54,20 @@ class SplitModel:
     def _first_block(self) -> Block:
         return self.model.stacks["suffix/stage0/block0"].module()
 
-    def _shape(self, form: str) -> BlockShape:
-        return dataclasses.replace(self.model.shape, attention_form=form)
-
     @cached_property
-    def _models(self) -> dict[str, Transformer]:
-        """The model with each form of attention."""
-        return {
-            form: dataclasses.replace(self.model, shape=self._shape(form))
-            for form in ATTENTION_FORMS
-        }
-
-    def _first_mixers(self, form: str) -> dict[str, Stack]:
+    def _first_mixers(self) -> dict[str, Stack]:
         """The first suffix block without its MLPs, if its mixers are in the parallel part."""
         if not self.first_mixers_are_parallel:
             return {}
         kind = self.model.stages["suffix"][0].kinds[0]
-        without_mlp = dataclasses.replace(self._shape(form), mlp_dim=0)
+        without_mlp = dataclasses.replace(self.model.shape, mlp_dim=0)
         return {"block0": Stack(Block, 1, (kind, False, without_mlp))}
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
         """The sequential part by name, in the order in which it runs."""
-        return self._segments_by_form["dense"]
-
-    @cached_property
-    def _segments_by_form(self) -> dict[str, dict[str, Segment]]:
-        return {form: self._make_segments(form) for form in ATTENTION_FORMS}
-
-    def _make_segments(self, form: str) -> dict[str, Segment]:
         model, segments = self.model, {}
-        shape = self._shape(form)
+        shape = model.shape
 
         def stack(kind: str, height: int, shape: BlockShape = shape) -> Stack:
             return Stack(Block, height, (kind, model.fast_mlp, shape))
@@ -159,7 +142,7 @@ class SplitModel:
         return self._forward_parallel(slow, None, token_T, "dense", self.model.remat)[0]
 
     def extend_parallel(
-        self, slow: PyTree, state: PyTree, token_T: Array, form: str = "dense"
+        self, slow: PyTree, state: PyTree, token_T: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, PyTree]:
         """`run_parallel` for the next T tokens of a sequence, and the new state.
 
@@ -169,24 +152,26 @@ class SplitModel:
         x_TD, blocks = self._forward_parallel(slow, state, token_T, form, remat=False)
         return x_TD, advance({**state, "blocks": blocks}, token_T.shape[0])
 
-    def _forward_parallel(self, slow, state: PyTree | None, token_T, form: str, remat: bool):
-        model, first_mixers = self._models[form], self._first_mixers(form)
-        x_TD = model.embed(slow, token_T)
-        x_TD, after = model.run_part("prefix", slow, state, x_TD, remat=remat)
+    def _forward_parallel(
+        self, slow: PyTree, state: PyTree | None, token_T: Array, form: AttentionForm, remat: bool
+    ) -> tuple[Array, PyTree | None]:
+        x_TD = self.model.embed(slow, token_T)
+        x_TD, after = self.model.run_part("prefix", slow, state, x_TD, remat=remat, form=form)
         blocks = after and dict(after["blocks"])
-        if first_mixers:
+        if self._first_mixers:
             first = slow["suffix"]["stage0"]["block0"]
             mixing = _first_row_of_mixers(first)
             mixer_state = state and state["blocks"]["first_mixers"]
             position = jnp.zeros((), jnp.int32) if state is None else state["position"]
             x_TD, mixer_state = run_stage(
-                first_mixers,
+                self._first_mixers,
                 {"block0": mixing},
                 mixer_state,
                 x_TD,
                 position,
                 remat=remat,
                 cast=state is None,
+                form=form,
             )
             blocks = blocks and {**blocks, "first_mixers": mixer_state}
         return x_TD, blocks
@@ -197,7 +182,7 @@ class SplitModel:
         blocks = self.model.init_state(max_length, parts=["prefix"])["blocks"]
         blocks["first_mixers"] = {
             name: empty_state(stack, max_length, dtype)
-            for name, stack in self._first_mixers("dense").items()
+            for name, stack in self._first_mixers.items()
         }
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
@@ -222,7 +207,7 @@ class SplitModel:
             }
             for i, stage in enumerate(self.model.stages["prefix"])
         }
-        return _caches({"prefix": prefix, "first_mixers": self._first_mixers("dense")})
+        return _caches({"prefix": prefix, "first_mixers": self._first_mixers})
 
     @cached_property
     def sequential_caches(self) -> PyTree:
@@ -230,14 +215,14 @@ class SplitModel:
         return _caches({name: segment.stacks for name, segment in self.segments.items()})
 
     def run_sequential(
-        self, weights: PyTree, state: PyTree, x_CD: Array, form: str = "dense"
+        self, weights: PyTree, state: PyTree, x_CD: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, PyTree]:
         """Runs the sequential part over the next C tokens.
 
         weights: `sequential_weights` of slow and fast combined. form: of attention (`Attention`).
         """
         blocks = {}
-        for name, segment in self._segments_by_form[form].items():
+        for name, segment in self.segments.items():
             x_CD, blocks[name] = run_stage(
                 segment.stacks,
                 weights["suffix"][name],
@@ -246,6 +231,7 @@ class SplitModel:
                 state["position"],
                 remat=False,
                 cast=form in ("blocked", "blocked_jvp"),
+                form=form,
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
 

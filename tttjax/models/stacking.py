@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tttjax.models.attention import AttentionForm
 from tttjax.models.layers import FastWeight
 from tttjax.parallel.fsdp import all_gather_params, is_sharded
 from tttjax.types import Array, Params, PyTree
@@ -84,12 +85,13 @@ def run_stage(
     *,
     remat: bool,
     cast: bool,
+    form: AttentionForm = "dense",
 ) -> tuple[Array, PyTree | None]:
     """Runs stacks of equal height row by row: row 0 of each in order, then row 1 of each, ...
 
     weights, state: by the name of the stack; state None: the sequence starts here and ends here.
     remat: recompute each row in the backward pass. cast: cast all weights to the compute dtype at
-    once; otherwise the derivative stores a cast copy of every row's weights.
+    once; otherwise the derivative stores a cast copy of every row's weights. form: of attention.
     Returns the hidden states [T, D] and the new state.
     """
 
@@ -99,7 +101,9 @@ def run_stage(
         new_state = {}
         for name, stack in stacks.items():
             block_state = row_state and row_state[name]
-            x_TD, new_state[name] = stack.apply(row_weights[name], x_TD, block_state, position)
+            x_TD, new_state[name] = stack.apply(
+                row_weights[name], x_TD, block_state, position, form
+            )
         return x_TD, row_state and new_state
 
     weights = {

@@ -20,6 +20,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from tttjax.errors import UserError
+from tttjax.models.attention import AttentionForm
 from tttjax.models.block import Block, BlockShape
 from tttjax.models.layers import RMSNorm, normal_weight
 from tttjax.models.stacking import (
@@ -246,12 +247,13 @@ class Transformer:
         state: PyTree | None,
         x_TD: Array,
         remat: bool | None = None,
+        form: AttentionForm = "dense",
     ) -> tuple[Array, PyTree | None]:
         """Runs the blocks of "prefix" or "suffix" over the next T tokens of a sequence.
 
         weights: the nested dict of all weights (`combine(slow, fast)`), or at least this part.
         state: from `init_state` or an earlier call; None: x_TD is the whole sequence.
-        remat: overrides whether the backward pass recomputes blocks.
+        remat: overrides whether the backward pass recomputes blocks. form: of attention.
         Returns the hidden states [T, D] and the new state with the old position: call `advance`
         once all parts have run.
         """
@@ -269,6 +271,7 @@ class Transformer:
                 position,
                 remat=self.remat if remat is None else remat,
                 cast=state is None,
+                form=form,
             )
         if state is None:
             return x_TD, None

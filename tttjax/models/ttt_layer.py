@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.errors import UserError
-from tttjax.models.attention import State
+from tttjax.models.attention import AttentionForm, State
 from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.ops.norms import layer_norm
@@ -152,7 +152,11 @@ class TTTLayer(nnx.Module):
         """The inner model after `position` tokens, from the `state` after them."""
         return final_weights(state, self._initial_weights, self.rate_C, position)
 
-    def __call__(self, x_TD: Array, state: State, position: Array) -> tuple[Array, State]:
+    def __call__(
+        self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
+    ) -> tuple[Array, State]:
+        """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
+        del form
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
         qk, convs = self._queries_and_keys(x_TD, state)
         first = 0 if state is None else position

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from tttjax.models import SplitModel, combine
+from tttjax.models.attention import AttentionForm
 from tttjax.ops.cross_entropy.nll import (
+    CEResiduals,
     blocked_nll_jvp,
     blocked_nll_with_residuals,
     masked_mean,
@@ -22,7 +24,7 @@ from tttjax.ops.cross_entropy.nll import (
 from tttjax.parallel.batching import over_sequences
 from tttjax.parallel.kernel_mesh import auto_axes
 from tttjax.ttt import inner_loop
-from tttjax.types import Array
+from tttjax.types import Array, PyTree
 
 LOGIT_COLUMNS = 2**14  # block of the vocabulary, if it is not sharded
 STATE_AXES = {"position": None, "blocks": 0}  # all sequences of a batch have one position
@@ -56,8 +58,14 @@ class ChunkRecords(NamedTuple):
 
 
 def batch_loss(
-    chunk_model: ChunkModel, slow, fast, state, chunk: Chunks, form: str, ce_residuals=None
-):
+    chunk_model: ChunkModel,
+    slow: PyTree,
+    fast: PyTree,
+    state: PyTree,
+    chunk: Chunks,
+    form: AttentionForm,
+    ce_residuals: CEResiduals | None = None,
+) -> tuple[Array, tuple[PyTree, Array, CEResiduals | None]]:
     """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)).
 
     chunk: one chunk, so its arrays are [B, C, ...], without the axis N of their names.

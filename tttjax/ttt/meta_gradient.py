@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tttjax.models.attention import AttentionForm
 from tttjax.ops.cross_entropy.nll import CEResiduals
 from tttjax.ttt.chunk import (
     ChunkModel,
@@ -281,7 +282,7 @@ def _chunk_gradient(
 
     def outputs(slow, fast, blocks, x_BCD):
         before = {**state, "blocks": blocks}
-        form = "blocked" if v is None else "blocked_jvp"
+        form: AttentionForm = "blocked" if v is None else "blocked_jvp"
         inputs = chunk._replace(x_NBCD=x_BCD)
         loss_B, (after, nll_BC, _) = batch_loss(
             loop.chunk_model, slow, fast, before, inputs, form, ce_residuals
