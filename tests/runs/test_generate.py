@@ -159,7 +159,6 @@ def test_text_is_read_to_its_end_once(run, tmp_path, capsys):
         ([], "the prompt is empty"),
         (["--prompt", "x", "--samples=0"], "--samples=0 must be at least 1"),
         (["--prompt", "x", "--max-tokens=0"], "generates nothing: add --save-session"),
-        (["--prompt", "x", "--save-session=s", "--session-rank=2"], "needs the precision bfloat16"),
         (["--prompt", "x", "--stop="], "--stop is empty"),
         (["--prompt", "x", "--learn=none", "--mode=dynamic"], "contradict each other"),
         (["--prompt", "x", "--temperature=-1"], "temperature=-1.0 must be at least 0"),

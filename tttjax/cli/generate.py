@@ -33,7 +33,6 @@ from tttjax.inference.engine import Session
 from tttjax.inference.generator import GeneratedToken, Generator, Request
 from tttjax.inference.sampling import Sampling
 from tttjax.inference.session_file import (
-    check_stored,
     check_writable,
     save_session,
 )
@@ -142,7 +141,6 @@ def _run(args: argparse.Namespace) -> int:
                 model=loaded.model_fingerprint,
                 tokenizer=loaded.tokenizer_fingerprint,
                 precision=args.session_precision,
-                rank=args.session_rank,
             )
             size = Path(args.save_session).stat().st_size
             error = f", {about.lost:.2%} of the weight changes lost" if about.lost else ""
@@ -164,7 +162,6 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < low:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low}.")
-    check_stored(args.session_precision, args.session_rank)
     if not args.save_session and args.session_precision != "float32":
         raise UserError("--session-precision applies to --save-session: add it.")
     if args.seed + args.samples > 2**32:

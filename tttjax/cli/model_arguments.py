@@ -48,13 +48,6 @@ def add_storage_arguments(parser: argparse._ActionsContainer) -> None:
         default="float32",
         help="precision of stored arrays (default: %(default)s)",
     )
-    parser.add_argument(
-        "--session-rank",
-        type=int32,
-        default=0,
-        metavar="N",
-        help="rank of stored weight changes; 0: full",
-    )
 
 
 def load_from_args(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:

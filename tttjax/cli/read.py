@@ -25,7 +25,7 @@ from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
 from tttjax.evaluation.prefill_text import ChunkOutput, prefill_session_file
 from tttjax.evaluation.update_trace import UpdateTraceWriter
-from tttjax.inference.session_file import check_stored, check_writable
+from tttjax.inference.session_file import check_writable
 from tttjax.io.locks import Lock, hold
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.chunk_log import CsvLog
@@ -116,7 +116,6 @@ def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> in
                     outputs=_open_outputs(args, loaded, prefill, stack),
                     snapshots=snapshots,
                     precision=args.session_precision,
-                    rank=args.session_rank,
                     locks=locks,
                     stop=stop,
                     stream=sys.stderr,
@@ -127,7 +126,6 @@ def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> in
 
 
 def _check(args: argparse.Namespace) -> None:
-    check_stored(args.session_precision, args.session_rank)
     for name, low in (("keep_every", 0), ("keep_most", 2)):
         value = getattr(args, name)
         if value < low:

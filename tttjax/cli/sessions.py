@@ -80,11 +80,10 @@ def _as_json(path: str, header: SessionHeader) -> dict:
 
 
 def _describe(path: str, header: SessionHeader) -> list[str]:
-    stored = header.precision + (f", rank {header.rank}" if header.rank else "")
     error = f", {header.lost:.2%} of the weight changes lost" if header.lost else ""
     lines = [
         f"{path}: {header.tokens:,} tokens, {header.pending} since the last inner update; "
-        f"{Path(path).stat().st_size:,} bytes ({stored}{error})",
+        f"{Path(path).stat().st_size:,} bytes ({header.precision}{error})",
         f"  model {header.model[:12]}, tokenizer {header.tokenizer[:12] or 'unknown'}",
     ]
     if header.source:

@@ -3,8 +3,8 @@
 The file is in the safetensors format; docs/generation.md lists its arrays. Its size is constant
 except for full attention. A window of keys and values is stored as its rows at the last update plus
 the rows since; full attention as the rows in use. Fast weights are stored exactly, so that
-continuing from the file is bit-identical; or smaller, as the difference from W0 in bfloat16, or as
-the best low-rank approximation of that difference (`rank`), with the error measured and reported.
+continuing from the file is bit-identical; or smaller, as the difference from W0 in bfloat16, with
+the error measured and reported.
 
 A file belongs to one model: its fingerprint covers the configuration of the network and the inner
 loop, and a sample of every weight.
@@ -78,7 +78,6 @@ def save_session(
     model: str,
     tokenizer: str = "",
     precision: str = "float32",
-    rank: int = 0,
     chunk_losses: Sequence[float] = (),
     chunk_losses_after: Sequence[float | None] = (),
     source: Mapping[str, Any] | None = None,
@@ -86,13 +85,14 @@ def save_session(
     """Writes the session to `path`, atomically.
 
     model: its `fingerprint`. precision: "float32" stores the fast weights exactly, "bfloat16" their
-    difference from W0. rank: of a low-rank approximation of that difference; 0: none.
-    Raises UserError for invalid options, and for a session with values that are not finite.
+    difference from W0. Raises UserError for another precision, and for a session with values that
+    are not finite.
     """
-    check_stored(precision, rank)
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: choose {' or '.join(PRECISIONS)}.")
     start = engine.start()
     arrays: dict[str, Any] = _states(engine, session)
-    fast, drift, lost = _pack(session.learned.fast, start.learned.fast, precision, rank)
+    fast, drift, lost = _pack(session.learned.fast, start.learned.fast, precision)
     arrays |= fast
     for i, leaf in enumerate(jax.tree.leaves(session.learned.rule_state)):
         arrays[f"rule/{i}"] = leaf
@@ -107,7 +107,6 @@ def save_session(
         tokens=session.tokens,
         pending=len(session.uncommitted),
         precision=precision,
-        rank=rank,
         drift=drift,
         lost=lost,
         chunk_losses=list(chunk_losses)[-LOSSES:],
@@ -136,14 +135,6 @@ def check_file(path: str | os.PathLike) -> None:
     with _open(path) as file:
         header = parse_header(path, file.metadata())
         _check_content(path, _arrays(path, file), header)
-
-
-def check_stored(precision: str, rank: int) -> None:
-    """UserError for an invalid precision or rank."""
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r}: choose {' or '.join(PRECISIONS)}.")
-    if rank < 0 or (rank and precision == "float32"):
-        raise UserError(f"rank={rank} must be at least 0, and needs the precision bfloat16.")
 
 
 def load_session(
@@ -251,7 +242,7 @@ def _contexts(
 
 
 def _pack(
-    fast: PyTree, start: PyTree, precision: str, rank: int
+    fast: PyTree, start: PyTree, precision: str
 ) -> tuple[dict[str, Array], dict[str, float], float]:
     """(arrays to store, drift by path, the largest relative error of a stored difference)."""
     arrays: dict[str, Array] = {}
@@ -264,22 +255,11 @@ def _pack(
         if precision == "float32":
             arrays[f"fast/{path}"] = weight
             continue
-        if rank and min(change.shape[-2:]) > rank:
-            u, s, v = jnp.linalg.svd(change, full_matrices=False)
-            thin = {"left": u[..., :rank] * s[..., None, :rank], "right": v[..., :rank, :]}
-        else:
-            thin = {"change": change}
-        stored = {f"{name}/{path}": x.astype(jnp.bfloat16) for name, x in thin.items()}
-        arrays |= stored
+        stored = arrays[f"change/{path}"] = change.astype(jnp.bfloat16)
         if size:
-            error = change - _change(stored.values(), change.dtype)
+            error = change - stored.astype(change.dtype)
             lost = max(lost, float(jnp.linalg.norm(error)) / size)
     return arrays, drift, lost
-
-
-def _change(stored: Iterable[Any], dtype: jnp.dtype) -> Array:
-    first, *second = (jnp.asarray(x).astype(dtype) for x in stored)
-    return first @ second[0] if second else first
 
 
 def _layers(engine: Engine, fast: PyTree, start: PyTree) -> dict[str, list[float]]:
@@ -304,8 +284,7 @@ def _unpack(arrays: Mapping[str, np.ndarray], start: PyTree) -> PyTree:
         if f"fast/{path}" in arrays:
             fast[path] = jnp.asarray(arrays[f"fast/{path}"])
             continue
-        names = ("change",) if f"change/{path}" in arrays else ("left", "right")
-        fast[path] = zero + _change((arrays[f"{n}/{path}"] for n in names), zero.dtype)
+        fast[path] = zero + jnp.asarray(arrays[f"change/{path}"]).astype(zero.dtype)
     return {**start, **unflatten_dict(fast, sep="/")}
 
 
@@ -414,12 +393,8 @@ def _expected(engine: Engine, header: SessionHeader) -> dict[str, tuple[tuple[in
     for i, leaf in enumerate(jax.tree.leaves(start.learned.rule_state)):
         add(f"rule/{i}", leaf, leaf.shape)
     for path, weight in _flat(start.learned.fast).items():
-        *lead, rows, columns = weight.shape if weight.ndim > 1 else (0, *weight.shape)
         if header.precision == "float32":
             add(f"fast/{path}", weight, weight.shape)
-        elif header.rank and min(rows, columns) > header.rank:
-            add(f"left/{path}", weight, (*lead, rows, header.rank), jnp.bfloat16)
-            add(f"right/{path}", weight, (*lead, header.rank, columns), jnp.bfloat16)
         else:
             add(f"change/{path}", weight, weight.shape, jnp.bfloat16)
     return expected

@@ -23,8 +23,8 @@ HEADER = "session"
 class SessionHeader:
     """The header of a session file.
 
-    model, tokenizer: fingerprints. tokens: read in all; pending: since the last update. precision,
-    rank: how the fast weights are stored. arrays: the checksum of all arrays. drift: ||W - W0|| of
+    model, tokenizer: fingerprints. tokens: read in all; pending: since the last update. precision:
+    how the fast weights are stored. arrays: the checksum of all arrays. drift: ||W - W0|| of
     every fast weight by its path. lost: the relative error of the stored difference from W0,
     largest over weights; 0 if it is exact. chunk_losses: NLL of the last chunks before their
     updates, oldest first. source: of `tttjax read`, the text and the position in it. layers: (||W -
@@ -38,7 +38,6 @@ class SessionHeader:
     tokens: int
     pending: int
     precision: str
-    rank: int
     drift: dict[str, float]
     lost: float
     chunk_losses: list[float]
@@ -68,6 +67,11 @@ def parse_header(path: str | os.PathLike, metadata: Mapping[str, str] | None) ->
             )
         values = read_object(text, is_sealed=version == FORMAT)
         values.pop(SEAL, None)
+        if values.pop("rank", 0):  # files of version 0.1.0 have it
+            raise UserError(
+                f"{path} holds a low-rank approximation of the fast weights, which this version of "
+                "tttjax no longer reads: open it with version 0.1.0, or read the text again"
+            )
         header = SessionHeader(**values)
         _check_header(header)
     except (TypeError, ValueError) as error:
@@ -86,7 +90,7 @@ def damaged(path: str | os.PathLike, reason: object) -> UserError:
 def _check_header(header: SessionHeader) -> None:
     """ValueError for a field with an invalid value."""
     numbers = {"tokens": 2**31, "pending": header.tokens + 1 if _is_count(header.tokens) else 0}
-    for name, limit in {**numbers, "rank": 2**31}.items():
+    for name, limit in numbers.items():
         value = getattr(header, name)
         if not _is_count(value) or value >= limit:
             raise ValueError(f"{name} is {value!r}")

@@ -192,7 +192,6 @@ def save_prefill(
     loaded: LoadedModel,
     prefill: TextPrefill,
     precision: str = "float32",
-    rank: int = 0,
 ) -> SessionHeader:
     """Writes the session file of a prefill."""
     traced = {"telescope": True} if isinstance(loaded.engine, TracingEngine) else {}
@@ -203,7 +202,6 @@ def save_prefill(
         model=loaded.model_fingerprint,
         tokenizer=loaded.tokenizer_fingerprint,
         precision=precision,
-        rank=rank,
         chunk_losses=list(prefill.losses),
         chunk_losses_after=list(prefill.losses_after),
         source={**prefill.source(), "how": describe_learning(loaded), **traced},
