@@ -42,9 +42,12 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def _with_current_names(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """The sections, with fields and values that earlier versions named differently renamed."""
+    """The sections with today's names of fields and values, and without removed ones."""
     sections = dict(config.items())
-    train, mesh = sections.get("train"), sections.get("mesh")
+    train, mesh, model = (sections.get(name) for name in ("train", "mesh", "model"))
+    if isinstance(model, ConfigDict | Mapping) and model.get("ttt_form") in ("dual", "primal"):
+        # It chose between two ways to compute the same numbers.
+        sections["model"] = {k: v for k, v in model.items() if k != "ttt_form"}
     if isinstance(train, ConfigDict | Mapping) and "nonfinite_limit" in train:
         values = dict(train.items())
         limit = values.pop("nonfinite_limit")

@@ -171,13 +171,6 @@ class ModelConfig:
         "convolutions for queries and keys, and an output gate. plain: three projections.",
         choices=("mamba", "plain"),
     )
-    ttt_form: str = declare(
-        "dual",
-        "How a TTT layer computes a mini-batch. dual: by matrix products. primal: by the weights "
-        "after every token. Both give the same numbers.",
-        choices=("dual", "primal"),
-        mutable_on_resume=True,
-    )
     ttt_output: str = declare(
         "query",
         "Output of a TTT layer for a token. query: the inner model applied to its query, with the "

@@ -14,6 +14,7 @@ neither written nor read. Files of the previous format, "tttjax-session-2", have
 shapes, types and counts are compared with the model's.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.config import Config
-from tttjax.config.fields import unset_additions
+from tttjax.config.fields import field_info, unset_additions
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.prefill import Context
@@ -51,17 +52,25 @@ from tttjax.types import Array, Params, PyTree
 
 SAMPLE = 4096  # entries of each weight in the fingerprint
 LOSSES = 256  # stored losses: those of the last chunks
-CHANGES_NO_NUMBER = ("remat", "form", "trajectory", "attention_kernel", "scan_chunk")
+# A field of the configuration in version 0.1.0, which sessions' fingerprints contain.
+REMOVED = {"model": {"ttt_form": repr("dual")}, "inner": {}}
 
 
 def fingerprint(config: Config, params: Params) -> str:
-    """sha256 (hex) of a network's configuration, its inner loop, and a sample of every weight."""
+    """sha256 (hex) of a network's configuration, its inner loop, and a sample of every weight.
+
+    Without fields that change no number, which a resumed run may change too.
+    """
     digest = hashlib.sha256()
-    for section in (config.model, config.inner):
-        values = {name: repr(value) for name, value in sorted(vars(section).items())}
-        for name in (*CHANGES_NO_NUMBER, *unset_additions(section)):
-            values.pop(name, None)
-        digest.update(json.dumps(values).encode())
+    for name, removed in REMOVED.items():
+        section = getattr(config, name)
+        values = removed | {
+            field.name: repr(getattr(section, field.name))
+            for field in dataclasses.fields(section)
+            if not field_info(field).mutable_on_resume
+            and field.name not in unset_additions(section)
+        }
+        digest.update(json.dumps(dict(sorted(values.items()))).encode())
     flat = flatten_dict({"slow": params.slow, "fast": params.fast}, sep="/")
     for path, weight in sorted(flat.items()):
         step = max(1, weight.size // SAMPLE)

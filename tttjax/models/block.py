@@ -61,7 +61,6 @@ class TTTShape:
     base_lr_mlp: float
     rope_theta: float
     backbone: str
-    form: str
     output: str
     norm_eps: float
 
@@ -128,7 +127,6 @@ def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
             base_lr=shape.ttt.base_lr_linear if is_linear else shape.ttt.base_lr_mlp,
             rope_theta=shape.ttt.rope_theta,
             backbone=shape.ttt.backbone,
-            form=shape.ttt.form,
             output=shape.ttt.output,
             conv_size=shape.conv_size,
             norm_eps=shape.ttt.norm_eps,

@@ -73,7 +73,6 @@ def _block_shape(model: Any, chunk_size: int) -> BlockShape:
             base_lr_mlp=model.ttt_base_lr("mlp"),
             rope_theta=model.ttt_rope_theta,
             backbone=model.ttt_backbone,
-            form=model.ttt_form,
             output=model.ttt_output,
             norm_eps=model.norm_eps,
         ),

@@ -65,11 +65,11 @@ class TTTLayer(nnx.Module):
         rope_theta: float,
         backbone: str,
         conv_size: int,
-        form: str,
         output: str,
         norm_eps: float,
         std: float,
         dtype: jnp.dtype,
+        form: str = "dual",
     ):
         _check_choices(inner=inner, backbone=backbone, form=form, output=output)
         head_dim = _head_dim(embed_dim, num_heads, chunk_size)

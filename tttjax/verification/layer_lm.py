@@ -200,7 +200,7 @@ def delta_model(fields: CaseFields, dtype: str, fused: bool) -> ReferenceLM:
     return ReferenceLM(config, DELTA_NAMES[fused], lambda take: convert(s, take))
 
 
-def ttt_model(fields: CaseFields, dtype: str, inner: str, plain: bool, form: str) -> ReferenceLM:
+def ttt_model(fields: CaseFields, dtype: str, inner: str, plain: bool) -> ReferenceLM:
     s = lw.TTTSizes.from_fields(fields, inner, plain)
     lr = fields.number("ttt_base_lr")
     if lr <= 0:
@@ -219,6 +219,5 @@ def ttt_model(fields: CaseFields, dtype: str, inner: str, plain: bool, form: str
         ttt_lr=lr,
         ttt_rope_theta=fields.number("rope_theta", 10000.0),
         ttt_backbone="plain" if plain else "mamba",
-        ttt_form=form,
     )
     return ReferenceLM(config, TTT_NAMES, lambda take: lw.ttt(s, take))

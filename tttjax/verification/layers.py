@@ -307,5 +307,5 @@ for _inner in ("linear", "mlp"):
         _choice: dict[str, Any] = {"inner": _inner, "plain": bool(_suffix)}
         _BUILDERS[f"ttt_{_inner}{_suffix}"] = partial(_build_ttt, **_choice)
         _BUILDERS[f"lm:ttt_{_inner}{_suffix}"] = partial(
-            _build_lm, partial(layer_lm.ttt_model, form="dual", **_choice)
+            _build_lm, partial(layer_lm.ttt_model, **_choice)
         )
