@@ -381,6 +381,7 @@ def _require_logits(logit_V: Array | None) -> Array:
     return logit_V
 
 
+@jax.jit
 def _stack(states: Sequence[DecodeState]) -> DecodeState:
     axes = decode_axes(states[0])
     return jax.tree.map(lambda axis, *leaves: jnp.stack(leaves, axis), axes, *states)

@@ -15,16 +15,30 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import jax
-from tensorboardX import SummaryWriter
 
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
 from tttjax.training.progress import Throughput, TrainProgress
 
 JSONL = "metrics.jsonl"
+
+
+def _summary_writer() -> Any:
+    """TensorBoard's writer, without PyTorch, which it would import where it is installed.
+
+    That takes five seconds, and nothing of it is used.
+    """
+    is_imported = "torch" in sys.modules
+    if not is_imported:
+        sys.modules["torch"] = cast(Any, None)  # so that an import fails
+    try:
+        return importlib.import_module("tensorboardX").SummaryWriter
+    finally:
+        if not is_imported:
+            del sys.modules["torch"]
 
 
 class AsyncMetrics:
@@ -194,7 +208,7 @@ class MetricLogger:
         self.workdir.mkdir(parents=True, exist_ok=True)
         _truncate_after(self.workdir / JSONL, self.start_step)
         self._jsonl = (self.workdir / JSONL).open("a")
-        self._tensorboard = SummaryWriter(
+        self._tensorboard = _summary_writer()(
             str(self.workdir / "tensorboard"),
             purge_step=self.start_step + 1 if self.start_step else None,
         )
