@@ -45,6 +45,18 @@ gc.freeze()
 gc.set_threshold(100_000, 20, 20)
 
 
+LONGEST = ("test_meta_gradient.py", "test_reference.py", "test_mixers.py", "test_meshes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long modules first, so that all test processes end at about the same time."""
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        return item.path.name not in LONGEST, item.get_closest_marker("slow") is None
+
+    items.sort(key=order)
+
+
 @pytest.fixture(scope="module")
 def x64():
     """Everything in the module that asks for it, float64."""

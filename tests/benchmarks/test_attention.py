@@ -12,6 +12,8 @@ from tttjax.cli.bench import attention as command
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SMALL = AttentionSizes(heads=2, head_dim=8, chunk=8, window=16, seq_len=32)
 
 

@@ -9,6 +9,8 @@ from tttjax.cli.bench import cross_entropy as command_module
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_only_the_dense_form_stores_all_logits():
     sizes = CrossEntropySizes(rows=64, embed_dim=4, vocab=512, rows_block=8)

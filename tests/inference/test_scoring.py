@@ -9,6 +9,8 @@ from helpers.small import worst
 from tttjax.errors import UserError
 from tttjax.inference.scoring import Scorer, score_batch
 
+pytestmark = pytest.mark.slow
+
 
 def by_hand(engine, session, token_T, learn=True):
     """Teacher forcing with `Engine.read` alone; the session after it, and losses and ranks."""

@@ -22,6 +22,8 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.training import loop
 from tttjax.training.metrics import deterministic_records
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = ROOT / "tests" / "helpers" / "one_of_two.py"
 SECONDS = 150
 

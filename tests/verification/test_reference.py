@@ -26,9 +26,12 @@ FOLDER = Path(
     os.environ.get("TTTJAX_GOLDEN", Path(__file__).parents[3] / "shared" / "golden" / "e2e")
 )
 LAYERS = FOLDER.parent / "layers"
-pytestmark = pytest.mark.skipif(
-    not FOLDER.is_dir(), reason=f"no reference numbers at {FOLDER} (set TTTJAX_GOLDEN)"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not FOLDER.is_dir(), reason=f"no reference numbers at {FOLDER} (set TTTJAX_GOLDEN)"
+    ),
+    pytest.mark.slow,
+]
 
 
 def failures(rows):

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tttjax.verification.verify import verify
+
+pytestmark = pytest.mark.slow
 
 CASES = Path(__file__).parent / "cases"
 
