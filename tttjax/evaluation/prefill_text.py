@@ -31,17 +31,16 @@ def prefill_session_file(
     outputs: Sequence[ChunkOutput] = (),
     snapshots: Snapshots | None = None,
     precision: str = "float32",
-    rank: int = 0,
     locks: Sequence[Lock] = (),
     stop: StopRequest,
     stream: TextIO,
 ) -> None:
     """Prefills and saves to `path`, until the end of the text or a request to stop.
 
-    outputs: get the rows of every chunk. precision, rank: of the final session; earlier ones are
+    outputs: get the rows of every chunk. precision: of the final session; earlier ones are
     stored exactly. locks: checked before each save. stream: for progress lines.
     """
-    saver = _SessionSaver(path, loaded, prefill, outputs, snapshots, (precision, rank), locks)
+    saver = _SessionSaver(path, loaded, prefill, outputs, snapshots, precision, locks)
     progress = Progress(prefill.total - prefill.done, stream, title="read")
     recent: deque[ChunkRow] = deque(maxlen=CHUNKS_PER_CALL)
     clip = loaded.engine.inference_model.clip
@@ -86,12 +85,12 @@ class _SessionSaver:
         prefill: TextPrefill,
         outputs: Sequence[ChunkOutput],
         snapshots: Snapshots | None,
-        final_storage: tuple[str, int],
+        final_precision: str,
         locks: Sequence[Lock],
     ):
         self._path, self._loaded, self._prefill = path, loaded, prefill
         self._outputs, self._snapshots, self._locks = outputs, snapshots, locks
-        self._final_storage = final_storage
+        self._final_precision = final_precision
         self._last_save = time.monotonic()
 
     def save(self, *, draw: bool = True) -> None:
@@ -102,8 +101,9 @@ class _SessionSaver:
             output.sync()
         prefill = self._prefill
         # Lossy storage only at the end: a resumed prefill needs the exact state.
-        storage = self._final_storage if prefill.done == prefill.total else ()
-        save_prefill(self._path, self._loaded, prefill, *storage)
+        is_final = prefill.done == prefill.total
+        precision = self._final_precision if is_final else "float32"
+        save_prefill(self._path, self._loaded, prefill, precision)
         for output in self._outputs:
             if draw and isinstance(output, UpdateTraceWriter):
                 output.finish()
