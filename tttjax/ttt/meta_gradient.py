@@ -200,6 +200,18 @@ class _Cotangents(NamedTuple):
 
 
 def _backward(loop: LoopConfig, residuals, cotangents):
+    """The cotangents of (slow, fast, chunks, lr). r: state of the rule; s: state of the model.
+
+        W_bar = cotangent of W_N;  r_bar, s_bar, slow_bar = 0
+        for i = N ... 1:
+            W_{i-1} = W_i - update(g_i)                                        # rewind
+            W_bar, r_bar, v = pull W_bar, r_bar back through update(W_{i-1}, r_{i-1}, g_i)
+            of_slow, of_W, of_s, x_bar_i = gradient of S(slow, W_{i-1}, s_{i-1}, x_i; v, s_bar)
+            W_bar += of_W;  slow_bar += of_slow;  s_bar = (s_bar of older keys) + of_s
+
+    Chunks before `first_exact` have no v: their updates are constants. "store" reads W_{i-1}.
+    "recompute" first runs the chunks of a segment forward again, which gives their g_i.
+    """
     slow, fast_end, chunks, lr, saved, buffered = residuals
     records_bar, fast_bar = cotangents
     kv_buffer = _make_kv_buffer(loop, chunks)
