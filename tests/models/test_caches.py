@@ -63,8 +63,11 @@ def test_buffer_shows_the_array_before_every_chunk(cache):
 def test_recurrent_arrays_are_replaced():
     cache, old, new = RecurrentCache(), np.zeros((1, 1, 2)), np.ones((1, 1, 2))
     assert cache.view(cache.write(old, new, 3, CHUNK), new.shape, 6) is new
-    assert cache.to_decode({"m": old}, {"m": new}, first=0, uncommitted=3, capacity=4)["m"] is new
-    assert cache.from_decode({"m": old}, {"m": new}, 3)["m"] is new
+    assert (
+        cache.to_decode_cache({"m": old}, {"m": new}, first=0, uncommitted=3, capacity=4)["m"]
+        is new
+    )
+    assert cache.from_decode_cache({"m": old}, {"m": new}, 3)["m"] is new
     assert not cache.grows
 
 
@@ -90,10 +93,10 @@ def test_window_cotangents_equal_autodiff():
     arrays = arrays_after(cache, rows())
     bar, of_rows = jnp.zeros(arrays[0].shape), []
     for i in reversed(range(LENGTH // CHUNK)):
-        of_rows.insert(0, np.asarray(cache.own(bar, CHUNK))[0, 0])
+        of_rows.insert(0, np.asarray(cache.last_rows(bar, CHUNK))[0, 0])
         bar = cache.cotangent_before(bar, np.cos(arrays[i * CHUNK]) * weights[i], CHUNK)
-    wanted_TGK = jax.jit(jax.grad(losses))(rows())
-    np.testing.assert_allclose(np.concatenate(of_rows), wanted_TGK, atol=1e-14)
+    expected_TGK = jax.jit(jax.grad(losses))(rows())
+    np.testing.assert_allclose(np.concatenate(of_rows), expected_TGK, atol=1e-14)
 
 
 @every_cache
@@ -107,7 +110,9 @@ def test_decoding_gives_the_state_of_appending(cache, committed, current):
 
     starts = [committed, max(committed - 1, 0)]
     decoded = [
-        cache.to_decode(state(start), state(now), first=start, uncommitted=now - start, capacity=10)
+        cache.to_decode_cache(
+            state(start), state(now), first=start, uncommitted=now - start, capacity=10
+        )
         for start, now in zip(starts, (current, max(current - 1, 0)), strict=True)
     ]
     stacked = jax.tree.map(lambda *x: jnp.stack(x)[None], *decoded)
@@ -121,11 +126,11 @@ def test_decoding_gives_the_state_of_appending(cache, committed, current):
                 cache.rotate(x[None], s[None]) for x, s in zip(new["k"][0], slots, strict=True)
             ]
             row = {**row, "new": row["k"], "k": jnp.stack(rotated)[None, :, 0, :, None]}
-        stacked = cache.append_decoded(stacked, row, jnp.asarray(position_R))
+        stacked = cache.append_kv(stacked, row, jnp.asarray(position_R))
         position_R = position_R + 1
     for r, start in enumerate(starts):
         one = jax.tree.map(lambda x, r=r: x[0, r], stacked)
-        result = cache.from_decode(state(start), one, position_R[r] - start)
+        result = cache.from_decode_cache(state(start), one, position_R[r] - start)
         assert worst(result, state(position_R[r])) == 0
 
 
@@ -151,5 +156,5 @@ def test_stored_arrays_restore_both_contexts(cache, tokens, pending):
 
 def test_a_window_is_stored_once():
     """The rows at the last update and those since, not both contexts."""
-    shapes = CACHES["window"].stored_shapes((1, 1, WINDOW, *HEADS), tokens=9, pending=2)
+    shapes = CACHES["window"].stored_shapes((1, 1, WINDOW, *HEADS), tokens=9, uncommitted=2)
     assert [shape[ROWS] for shape in shapes.values()] == [WINDOW, 2]

@@ -23,7 +23,7 @@ BASE = {
     "rope_theta": 100.0,
     "backbone": "mamba",
     "conv_size": 3,
-    "form": "dual",
+    "minibatch_form": "dual",
     "output": "query",
     "norm_eps": 1e-6,
     "std": 0.5,

@@ -42,7 +42,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def _with_current_names(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """The sections with today's names of fields and values, and without removed ones."""
+    """The sections with current names of fields and values, and without removed ones."""
     sections = dict(config.items())
     train, mesh, model = (sections.get(name) for name in ("train", "mesh", "model"))
     if isinstance(model, ConfigDict | Mapping) and model.get("ttt_form") in ("dual", "primal"):

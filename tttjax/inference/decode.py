@@ -46,7 +46,7 @@ def to_decode_state(
     def convert(caches: PyTree, before: PyTree, now: PyTree) -> PyTree:
         position = before["position"]
         sizes = {"first": position, "uncommitted": uncommitted, "capacity": capacity}
-        to_decode = _by_layer(lambda cache: partial(cache.to_decode, **sizes))
+        to_decode = _by_layer(lambda cache: partial(cache.to_decode_cache, **sizes))
         return {**now, "blocks": jax.tree.map(to_decode, caches, before["blocks"], now["blocks"])}
 
     parallel, sequential = map(
@@ -75,7 +75,7 @@ def decode_step(
 
     def append(caches: PyTree, before: PyTree, after: PyTree) -> PyTree:
         def of_mixer(cache: Cache, state: PyTree, new: PyTree) -> PyTree:
-            return cache.append_decoded(state, new, before["position"])
+            return cache.append_kv(state, new, before["position"])
 
         return {
             **after,
@@ -92,7 +92,9 @@ def from_decode_state(
     """The context `uncommitted` tokens after `committed`."""
 
     def convert(caches: PyTree, before: PyTree, after: PyTree) -> PyTree:
-        from_decode = _by_layer(lambda cache: partial(cache.from_decode, uncommitted=uncommitted))
+        from_decode = _by_layer(
+            lambda cache: partial(cache.from_decode_cache, uncommitted=uncommitted)
+        )
         blocks = jax.tree.map(from_decode, caches, before["blocks"], after["blocks"])
         return _batch({**after, "blocks": blocks})
 

@@ -248,8 +248,8 @@ class DecodeBatch:
             committed = session.now._replace(fast=None)
             split = self._engine.inference_model.chunk_model.split
             committed = committed._replace(
-                parallel=_base_of_decoding(split.parallel_caches, committed.parallel),
-                sequential=_base_of_decoding(split.sequential_caches, committed.sequential),
+                parallel=_base_for_decode(split.parallel_caches, committed.parallel),
+                sequential=_base_for_decode(split.sequential_caches, committed.sequential),
             )
         return replace(session, learned=committed, now=committed, logit_V=None)
 
@@ -324,10 +324,10 @@ class DecodeBatch:
         return replace(session, learned=learned, now=now, logit_V=self.logit_RV[r])
 
 
-def _base_of_decoding(caches: PyTree, state: PyTree) -> PyTree:
-    """The state of a part with what `Cache.from_decode` needs of it."""
+def _base_for_decode(caches: PyTree, state: PyTree) -> PyTree:
+    """The state of a part with what `Cache.from_decode_cache` needs of it."""
     blocks = jax.tree.map(
-        lambda cache, arrays: jax.tree.map(cache.base_of_decoding, arrays), caches, state["blocks"]
+        lambda cache, arrays: jax.tree.map(cache.base_for_decode, arrays), caches, state["blocks"]
     )
     return {**state, "blocks": blocks}
 

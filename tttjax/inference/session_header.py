@@ -67,10 +67,11 @@ def parse_header(path: str | os.PathLike, metadata: Mapping[str, str] | None) ->
             )
         values = read_object(text, is_sealed=version == FORMAT)
         values.pop(SEAL, None)
-        if values.pop("rank", 0):  # files of version 0.1.0 have it
+        if values.pop("rank", 0):  # of the removed option --session-rank
             raise UserError(
-                f"{path} holds a low-rank approximation of the fast weights, which this version of "
-                "tttjax no longer reads: open it with version 0.1.0, or read the text again"
+                f"{path} ({version}) holds a low-rank product of fast weights, which this version "
+                "of tttjax does not read: open it with the version that wrote it, or read the text "
+                "again"
             )
         header = SessionHeader(**values)
         _check_header(header)

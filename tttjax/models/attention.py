@@ -5,21 +5,15 @@ Every mixer is a function of any number of tokens of one sequence:
     mixer(x_TD, state, position, form) -> (y_TD, state)
 
 state: None if x_TD is the full sequence. Training also calls with a state, in the loop over chunks.
-position: number of tokens before x_TD. form: the implementation of attention; other mixers ignore
-it. Which one runs when:
+position: number of tokens before x_TD. form: of attention with a state; other mixers ignore it.
 
-    caller                                          state   form         implementation
-    training, the parallel part                     None    -            `ops.attention.library`
-    training, the inner loop's definition           yes     dense        `attend`: all scores in
-                                                                         memory, any derivative
-    training and prefill, chunks: inner gradient    yes     blocked      `ops.window_attention`,
-                                                                         for jax.grad
-    training, chunks: backward pass                 yes     blocked_jvp  the same, for jax.grad of
-                                                                         jax.jvp
-    inference, the first tokens of a sequence       empty   prefill      `ops.attention.library`
-    inference, one token                            decode  decode       `attend_decode`
+    dense        all scores in memory; any derivative
+    blocked      window attention in blocks, for jax.grad
+    blocked_jvp  the same, for jax.grad of jax.jvp
+    prefill      the first tokens of a sequence, with an empty state
+    decode       one token, with a state in the layout of `cache.to_decode_cache`
 
-Full attention with a state attends in blocks of queries in every form but "prefill" and "decode".
+docs/concepts.md has the table of which attention runs when.
 """
 
 from functools import partial
@@ -89,7 +83,7 @@ class Attention(nnx.Module):
 
     @property
     def cache(self) -> WindowCache | FullCache:
-        """Of the last keys that the mask allows, or of all."""
+        """A window as wide as the mask, or all keys without a limit."""
         limits = [size for size in self.attention_mask if size]
         return WindowCache(min(limits), self.apply_rope) if limits else FullCache()
 
@@ -104,7 +98,7 @@ class Attention(nnx.Module):
         """x [T, D] -> y [T, D] (module docstring).
 
         The new state of a window after "blocked_jvp" holds only the rows of these tokens. "decode"
-        takes a state from `cache.to_decode` and returns a row for `cache.append_decoded`.
+        returns a row for `cache.append_kv`.
         """
 
         def project(weight):
@@ -156,7 +150,7 @@ class Attention(nnx.Module):
             k_SGK = jnp.concatenate((k_window, k_TGK))
             v_SGK = jnp.concatenate((state["v"], v_TGK))
             return attend(q_THK, k_SGK, v_SGK, mask_TS), new_state
-        attend_blocks = window_attention if form == "blocked" else window_attention_jvp
+        attend_blocks = {"blocked": window_attention, "blocked_jvp": window_attention_jvp}[form]
         kernel = "xla" if self.kernel == "xla" else "auto"
         y_THK = attend_blocks(
             q_THK, k_window, state["v"], k_TGK, v_TGK, position, self.attention_mask, kernel=kernel

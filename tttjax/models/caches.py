@@ -1,12 +1,12 @@
-"""Caches: what a mixer keeps of the tokens before a call.
+"""Caches: the states of mixers, and every operation on them outside the forward pass.
 
     WindowCache     the last rows of keys and values
     FullCache       all rows, each at its own position
     RecurrentCache  arrays of constant size, replaced by every call
 
-A mixer's `cache` is one of these. All that is done with its state outside of its forward pass is a
-method here: the buffers and cotangents of the fast form (`ttt.kv_buffer`), the layout for decoding
-(`inference.decode`), and the arrays of a session file (`inference.session_file`).
+A mixer's `cache` is one of these. Its methods serve the buffers and cotangents of the fast form
+(`ttt.kv_buffer`), the layout for decoding (`inference.decode`), and the arrays of a session file
+(`inference.session_file`).
 
 Methods on "arrays" take one array of B sequences and the L layers of a stack, [B, L, ...]; of keys
 and values [B, L, S, G, K]. Methods for decoding take a state, a dict of arrays, of one layer and
@@ -54,8 +54,8 @@ class Cache:
         del buffer, position, tokens
         return new
 
-    def own(self, array: Array, tokens: int) -> Array:
-        """What the last `tokens` computed of an array."""
+    def last_rows(self, array: Array, tokens: int) -> Array:
+        """The part of an array that the last `tokens` computed."""
         del tokens
         return array
 
@@ -69,7 +69,7 @@ class Cache:
 
     # --- decoding, one token at a time ---------------------------------------------------------
 
-    def to_decode(
+    def to_decode_cache(
         self,
         committed: MixerState,
         current: MixerState,
@@ -85,7 +85,7 @@ class Cache:
         del committed, first, uncommitted, capacity
         return current
 
-    def append_decoded(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
+    def append_kv(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
         """The decode state after one token each of R sequences, [L, R, ...].
 
         new: what the mixer returned for the tokens, which are at `position_R`.
@@ -93,37 +93,39 @@ class Cache:
         del state, position_R
         return new
 
-    def from_decode(
+    def from_decode_cache(
         self, committed: MixerState, state: MixerState, uncommitted: Array
     ) -> MixerState:
-        """The inverse of `to_decode`: the state `uncommitted` tokens after `committed`."""
+        """The inverse of `to_decode_cache`: the state `uncommitted` tokens after `committed`."""
         del committed, uncommitted
         return state
 
-    def base_of_decoding(self, array: Array) -> Array:
-        """What `from_decode` needs of an array of `committed`, if that is also the current one."""
+    def base_for_decode(self, array: Array) -> Array:
+        """What `from_decode_cache` needs of an array of `committed`, if nothing is uncommitted."""
         return jnp.zeros(array.shape[:ROWS])
 
     # --- session files ---------------------------------------------------------------------------
 
-    def to_store(self, learned: Array, now: Array, tokens: int, pending: int) -> dict[str, Array]:
+    def to_store(
+        self, committed: Array, current: Array, tokens: int, uncommitted: int
+    ) -> dict[str, Array]:
         """Arrays of a file by suffix of their name, each row once.
 
-        learned: after the last update. now: after all `tokens`, `pending` of them since then.
+        committed: after the last update. current: after all `tokens`, `uncommitted` of them since.
         """
-        del tokens, pending
-        return {"": learned, "/now": now}
+        del tokens, uncommitted
+        return {"": committed, "/now": current}
 
     def from_store(
         self, stored: Mapping[str, Array], empty: Array, tokens: int
     ) -> tuple[Array, Array]:
-        """(learned, now) that `to_store` came from. empty: the array before the first token."""
+        """(committed, current) as given to `to_store`. empty: the array before the first token."""
         del empty, tokens
         return stored[""], stored["/now"]
 
-    def stored_shapes(self, shape: Shape, tokens: int, pending: int) -> dict[str, Shape]:
+    def stored_shapes(self, shape: Shape, tokens: int, uncommitted: int) -> dict[str, Shape]:
         """Shapes of `to_store`."""
-        del tokens, pending
+        del tokens, uncommitted
         return {"": shape, "/now": shape}
 
 
@@ -151,7 +153,7 @@ class FullCache(Cache):
         del state
         return position
 
-    def to_decode(
+    def to_decode_cache(
         self,
         committed: MixerState,
         current: MixerState,
@@ -164,19 +166,21 @@ class FullCache(Cache):
         del committed, first, uncommitted, capacity
         return _heads_first(current)
 
-    def append_decoded(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
+    def append_kv(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
         return _write_rows(state, new, {"k": position_R, "v": position_R})
 
-    def from_decode(
+    def from_decode_cache(
         self, committed: MixerState, state: MixerState, uncommitted: Array
     ) -> MixerState:
         del committed, uncommitted
         return _heads_first(state)
 
-    def to_store(self, learned: Array, now: Array, tokens: int, pending: int) -> dict[str, Array]:
-        """The rows in use; `learned` has the same ones up to its position."""
-        del learned, pending
-        return {"": now[:, :, :tokens]}
+    def to_store(
+        self, committed: Array, current: Array, tokens: int, uncommitted: int
+    ) -> dict[str, Array]:
+        """The rows in use; `committed` has the same ones up to its position."""
+        del committed, uncommitted
+        return {"": current[:, :, :tokens]}
 
     def from_store(
         self, stored: Mapping[str, Array], empty: Array, tokens: int
@@ -184,8 +188,8 @@ class FullCache(Cache):
         filled = empty.at[:, :, :tokens].set(stored[""])
         return filled, filled
 
-    def stored_shapes(self, shape: Shape, tokens: int, pending: int) -> dict[str, Shape]:
-        del pending
+    def stored_shapes(self, shape: Shape, tokens: int, uncommitted: int) -> dict[str, Shape]:
+        del uncommitted
         return {"": (*shape[:ROWS], tokens, *shape[ROWS + 1 :])}
 
 
@@ -225,10 +229,10 @@ class WindowCache(Cache):
         return jax.lax.dynamic_slice_in_dim(buffer, position, shape[ROWS], ROWS)
 
     def write(self, buffer: Array, new: Array, position: Array, tokens: int) -> Array:
-        rows = self.own(new, tokens)
+        rows = self.last_rows(new, tokens)
         return jax.lax.dynamic_update_slice_in_dim(buffer, rows, self.size + position, ROWS)
 
-    def own(self, array: Array, tokens: int) -> Array:
+    def last_rows(self, array: Array, tokens: int) -> Array:
         return jax.lax.slice_in_dim(array, -tokens, None, axis=ROWS)
 
     def cotangent_before(self, after: Array, bar: Array, tokens: int) -> Array:
@@ -240,7 +244,7 @@ class WindowCache(Cache):
 
     # --- decoding: a buffer whose keys have RoPE applied once and are never shifted --------------
 
-    def to_decode(
+    def to_decode_cache(
         self,
         committed: MixerState,
         current: MixerState,
@@ -263,11 +267,11 @@ class WindowCache(Cache):
         rows = {"k": rotated_SGK, "v": v_SGK, "new": new_slots("k")}
         return _heads_first(rows) | {"first": first}
 
-    def append_decoded(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
+    def append_kv(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
         slot_R = position_R - state["first"][0] + self.size
         return _write_rows(state, new, {"k": slot_R, "v": slot_R, "new": slot_R - self.size})
 
-    def from_decode(
+    def from_decode_cache(
         self, committed: MixerState, state: MixerState, uncommitted: Array
     ) -> MixerState:
         rows = _heads_first({name: x for name, x in state.items() if name != "first"})
@@ -275,14 +279,17 @@ class WindowCache(Cache):
         take = partial(jax.lax.dynamic_slice_in_dim, start_index=uncommitted, slice_size=self.size)
         return {name: take(x) for name, x in rows.items()}
 
-    def base_of_decoding(self, array: Array) -> Array:
+    def base_for_decode(self, array: Array) -> Array:
         return array
 
     # --- session files: the rows at the last update, and those since ------------------------------
 
-    def to_store(self, learned: Array, now: Array, tokens: int, pending: int) -> dict[str, Array]:
+    def to_store(
+        self, committed: Array, current: Array, tokens: int, uncommitted: int
+    ) -> dict[str, Array]:
         del tokens
-        return {"": learned, "/new": now[:, :, max(0, now.shape[ROWS] - pending) :]}
+        first = max(0, current.shape[ROWS] - uncommitted)
+        return {"": committed, "/new": current[:, :, first:]}
 
     def from_store(
         self, stored: Mapping[str, Array], empty: Array, tokens: int
@@ -291,9 +298,9 @@ class WindowCache(Cache):
         rows = jnp.concatenate((stored[""], stored["/new"]), axis=ROWS)
         return stored[""], rows[:, :, rows.shape[ROWS] - stored[""].shape[ROWS] :]
 
-    def stored_shapes(self, shape: Shape, tokens: int, pending: int) -> dict[str, Shape]:
+    def stored_shapes(self, shape: Shape, tokens: int, uncommitted: int) -> dict[str, Shape]:
         del tokens
-        new = min(pending, shape[ROWS])
+        new = min(uncommitted, shape[ROWS])
         return {"": shape, "/new": (*shape[:ROWS], new, *shape[ROWS + 1 :])}
 
 

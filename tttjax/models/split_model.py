@@ -238,7 +238,7 @@ class SplitModel:
     def decode_one(
         self, parallel: PyTree, sequential: PyTree, states: PartStates, token: Array
     ) -> tuple[Array, PartStates]:
-        """(the last block's output for one token [D], the states for `Cache.append_decoded`).
+        """(the last block's output for one token [D], the states for `Cache.append_kv`).
 
         parallel, sequential: weights of the parts; sequential: slow and fast combined.
         """

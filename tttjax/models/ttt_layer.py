@@ -42,7 +42,7 @@ class TTTLayer(nnx.Module):
     base_lr: the inner learning rate before division by the head dimension. rope_theta: base of
         RoPE, whose positions restart at 0 in every mini-batch.
     backbone: "mamba" or "plain"; conv_size: taps of the convolutions of "mamba".
-    form: "dual" or "primal", two ways to compute the same result.
+    minibatch_form: "dual" or "primal", two ways to compute the same result.
     output: "query" applies the weights after the token's own gradient to the query; "key" is the
         simplified output rule of the TTT-E2E paper: it applies the weights before the mini-batch's
         update to the key, and there are no queries.
@@ -69,11 +69,11 @@ class TTTLayer(nnx.Module):
         norm_eps: float,
         std: float,
         dtype: jnp.dtype,
-        form: str = "dual",
+        minibatch_form: str = "dual",
     ):
-        _check_choices(inner=inner, backbone=backbone, form=form, output=output)
+        _check_choices(inner=inner, backbone=backbone, form=minibatch_form, output=output)
         head_dim = _head_dim(embed_dim, num_heads, chunk_size)
-        self.backbone, self.form, self.output = backbone, form, output
+        self.backbone, self.minibatch_form, self.output = backbone, minibatch_form, output
         self.head_dim, self.conv_size = head_dim, conv_size
         self.base_lr, self.rope_theta, self.norm_eps = base_lr, rope_theta, norm_eps
 
@@ -177,7 +177,7 @@ class TTTLayer(nnx.Module):
             norm,
             state,
             position,
-            form=self.form,
+            form=self.minibatch_form,
         )
         if state is not None:
             state = {**(inner_state or {}), **convs}

@@ -29,7 +29,7 @@ JSONL = "metrics.jsonl"
 def _summary_writer() -> Any:
     """TensorBoard's writer, without PyTorch, which it would import where it is installed.
 
-    That takes five seconds, and nothing of it is used.
+    That takes five seconds, and nothing of it is used. Call it before other threads import.
     """
     is_imported = "torch" in sys.modules
     if not is_imported:

@@ -2,8 +2,8 @@
 
 A window that is shifted at every chunk would have to be stored at every chunk for the backward
 pass. Here each key is stored once, in a buffer as long as the sequence, and a chunk slices its
-window from it. Recurrent states are stored per chunk. What is done with each array, its cache says
-(`models.caches`).
+window from it. Recurrent states are stored per chunk. The caches of the mixers (`models.caches`)
+define these operations.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tttjax.types import Array, PyTree
 
 
 class BufferState(NamedTuple):
-    """The states of all mixers (the `blocks` of a state), by where they are: {} in the other."""
+    """The states of all mixers, split by `Cache.is_buffered`: {} in the other field."""
 
     buffered: PyTree
     recurrent: PyTree
@@ -78,7 +78,7 @@ class KVBuffer:
         """<cotangent, state> over what the last chunk computed. state: after the chunk."""
 
         def one(cache, bar, new):
-            bar, new = (cache.own(x, self.chunk_size) for x in (bar, new))
+            bar, new = (cache.last_rows(x, self.chunk_size) for x in (bar, new))
             return jnp.vdot(bar, new.astype(bar.dtype))
 
         products = self._map(one, cotangent, state["blocks"])

@@ -233,7 +233,7 @@ def _build_ttt(fields: CaseFields, dtype: str, inner: str, plain: bool) -> Layer
             rope_theta=rope_theta,
             backbone="plain" if plain else "mamba",
             conv_size=s.J,
-            form=form,
+            minibatch_form=form,
             output="query",
             norm_eps=layer_lm.TTT_EPS,
             std=INIT_STD,
