@@ -58,13 +58,9 @@ CASES = {
         },
         "inner": {"trajectory": "store", "rule": "normalized_sgd"},
     },
-    "no mixers, truncated": {
-        "model": {"mixers": ("none",)},
-        "inner": {"meta_gradient": "truncated", "truncate_chunks": 2},
-        "train": {"seq_len": 16},
-    },
-    "no mixers, recomputed, truncated, momentum": {
-        "model": {"mixers": ("none",), "suffix_layers": 2},
+    "no mixers": {"model": {"mixers": ("none",)}},
+    "window attention, recomputed, truncated, momentum": {
+        "model": {"suffix_layers": 2},
         "inner": {
             "trajectory": "recompute",
             "rule": "momentum",
@@ -73,11 +69,11 @@ CASES = {
         },
         "train": {"seq_len": 16},
     },
-    "first order": {
-        "model": {"mixers": ("none",)},
-        "inner": {"meta_gradient": "first_order"},
+    "first order": {"inner": {"meta_gradient": "first_order"}},
+    "one chunk, two suffix blocks, trajectory stored": {
+        "model": {"suffix_layers": 2, "window_size": 12},
+        "inner": {"chunk_size": 12, "trajectory": "store"},
     },
-    "one chunk": {"model": {"mixers": ("none",)}, "inner": {"chunk_size": 12}},
 }
 
 

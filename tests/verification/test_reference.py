@@ -65,9 +65,9 @@ LAYER_CASES = sorted(path.stem for path in LAYERS.glob("*.json"))
 
 
 @pytest.mark.parametrize(
-    "case", ["mamba2_groups2", "gdn_qwen3next_gva", "lm_ttt_linear", "ttt_mlp"]
+    "case", ["mamba2_groups2", "gdn_qwen3next_gva", "lm_ttt_linear", "ttt_linear_init", "ttt_mlp"]
 )
-def test_one_case_of_every_layer_in_float32(case):
+def test_cases_of_layers_in_float32(case):
     rows = verify(LAYERS / f"{case}.json")
     assert not failures(rows)
     assert sum(row.deviation is not None for row in rows) >= 2
