@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from helpers.shapes import shapes
 from helpers.small import small_config
 from tttjax.inference.engine import Engine
 from tttjax.inference.prefill import (
@@ -48,7 +47,7 @@ def random_params(model: Transformer, seed: int = 0) -> Params:
         mean, scale = (1.0, 0.2) if is_norm else (0.0, 0.3)
         return jnp.asarray((mean + scale * rng.standard_normal(x.shape)).astype(x.dtype))
 
-    return jax.tree_util.tree_map_with_path(random, shapes(model))
+    return jax.tree_util.tree_map_with_path(random, model.abstract_params())
 
 
 def make_engine(name: str):

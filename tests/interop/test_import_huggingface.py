@@ -11,7 +11,6 @@ import pytest
 import tokenizers
 from flax.traverse_util import flatten_dict
 from helpers.official_files import official_config
-from helpers.shapes import shapes
 from safetensors.numpy import load_file, save_file
 
 from tttjax.cli import main
@@ -246,7 +245,9 @@ def test_exports_can_be_imported(tmp_path):
     config = official_config(num_kv_heads=1, rope_scaling=(4.0, 1.0, 4.0, 16.0))
     model = build_model(config.model, config.inner)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), shapes(model))
+    params = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape, np.float32), model.abstract_params()
+    )
     flat = flatten_dict(combine(params.slow, params.fast), sep="/")
 
     def read(slot):

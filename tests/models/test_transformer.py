@@ -150,6 +150,12 @@ def test_every_weight_names_every_dimension(name):
         assert all(len(axes[k]) == shapes[k].ndim for k in shapes)
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_abstract_weights_are_those_of_init(name):
+    model, _, _ = built(name)
+    assert model.abstract_params() == jax.eval_shape(model.init, jax.random.key(0))
+
+
 def test_fast_weights_are_declared_or_match_patterns():
     model, params, _ = built("window")
     declared = set(flatten_dict(params.fast, sep="/"))

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from helpers.recipe_dump import dumps
-from helpers.shapes import no_random_numbers
 
 from tttjax.config import Config, load_config, parameter_count, to_flat_dict
 from tttjax.errors import UserError
@@ -309,13 +308,6 @@ def _shapes_of(word: str):
 
 
 _ONE_WORD_PER_MODEL = {_shapes_of(word): word for word in RECIPES}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_shapes():
-    """Of shapes, tracing random numbers is the most expensive part."""
-    with no_random_numbers():
-        yield
 
 
 @pytest.mark.parametrize("word", _ONE_WORD_PER_MODEL.values())

@@ -3,7 +3,6 @@
 import functools
 
 import pytest
-from helpers.shapes import cheap_shapes  # noqa: F401 (of every module)
 
 import tttjax.cli.generate
 import tttjax.cli.read

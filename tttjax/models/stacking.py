@@ -20,8 +20,14 @@ UNROLL_UP_TO = 2  # up to so many blocks a loop costs more than it saves
 
 
 @lru_cache(maxsize=512)
-def _abstract(make: Callable[..., nnx.Module], arguments: tuple[Hashable, ...]) -> nnx.Module:
-    """A module without values. Cached, since every trace of a model asks for its modules often."""
+def _abstract(
+    make: Callable[..., nnx.Module], arguments: tuple[Hashable, ...], widest: jnp.dtype
+) -> nnx.Module:
+    """A module without values. Cached, since every trace of a model asks for its modules often.
+
+    widest: float64 or, without x64, float32; dtypes of the weights depend on it.
+    """
+    del widest
     return nnx.eval_shape(lambda: make(*arguments, nnx.Rngs(0)))
 
 
@@ -52,7 +58,7 @@ class Stack:
 
     def module(self) -> Any:
         """One copy without values, for shapes and settings. Do not change it."""
-        return _abstract(self.make, self.arguments)
+        return _abstract(self.make, self.arguments, jnp.result_type(float))
 
     def cast_params(self, weights: PyTree, dtype: jnp.dtype, *, arrays: bool) -> PyTree:
         """Casts weights declared `cast_to_compute` to `dtype`.

@@ -158,14 +158,14 @@ class Transformer:
         ]
 
     @cached_property
-    def _variables(self) -> dict[str, tuple[nnx.Variable, bool]]:
-        """Every declared weight by path, and whether it is stacked."""
-        variables = {
-            "/".join(path): (v, False) for path, v in self._embed_and_head.variables().items()
+    def _variables(self) -> dict[str, tuple[nnx.Variable, int | None]]:
+        """Every declared weight by path, and the height of its stack (None: outside the blocks)."""
+        variables: dict[str, tuple[nnx.Variable, int | None]] = {
+            "/".join(path): (v, None) for path, v in self._embed_and_head.variables().items()
         }
         for prefix, stack in self.stacks.items():
             for path, variable in stack.variables().items():
-                variables["/".join((prefix, *path))] = (variable, True)
+                variables["/".join((prefix, *path))] = (variable, stack.repeats)
         return variables
 
     @cached_property
@@ -202,7 +202,10 @@ class Transformer:
 
     def axes(self) -> Params:
         """Logical axis names (a tuple of strings) of every weight."""
-        tree = {path: declared_axes(v, stacked) for path, (v, stacked) in self._variables.items()}
+        tree = {
+            path: declared_axes(v, height is not None)
+            for path, (v, height) in self._variables.items()
+        }
         return partition(unflatten_dict(tree, sep="/"), self.fast_paths)
 
     # --- parameters and state ---------------------------------------------------------------
@@ -217,8 +220,14 @@ class Transformer:
         return partition({**ends, **unflatten_dict(blocks, sep="/")}, self.fast_paths)
 
     def abstract_params(self) -> Params:
-        """Shapes and dtypes of `init` without computing anything."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """Shapes and dtypes of `init`, which is not traced."""
+
+        def abstract(variable: nnx.Variable, height: int | None) -> jax.ShapeDtypeStruct:
+            leading = () if height is None else (height,)
+            return jax.ShapeDtypeStruct((*leading, *variable.shape), variable.dtype)
+
+        tree = {path: abstract(*row) for path, row in self._variables.items()}
+        return partition(unflatten_dict(tree, sep="/"), self.fast_paths)
 
     def init_state(self, max_length: int, parts: Sequence[str] = PARTS) -> PyTree:
         """The state before the first token.
