@@ -15,6 +15,7 @@ from tttjax.errors import UserError, is_out_of_memory
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
+DTYPES = ("float32", "bfloat16")
 
 
 def median_seconds(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, float]:
@@ -38,9 +39,6 @@ def median_seconds(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[K
 def _finish(run: Callable[[], Any]) -> bool:
     jax.block_until_ready(run())
     return True
-
-
-DTYPES = ("float32", "bfloat16")
 
 
 def check_sizes(rounds: int, dtype: str = DTYPES[0], *, least: int = 1, **sizes: int) -> None:

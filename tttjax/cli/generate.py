@@ -32,10 +32,7 @@ from tttjax.errors import UserError
 from tttjax.inference.engine import Session
 from tttjax.inference.generator import GeneratedToken, Generator, Request
 from tttjax.inference.sampling import Sampling
-from tttjax.inference.session_file import (
-    check_writable,
-    save_session,
-)
+from tttjax.inference.session_file import check_writable, save_session
 from tttjax.io.locks import hold
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.generation import generate_all, read_prompts, to_record

@@ -161,8 +161,7 @@ def _check_mamba(model: ModelConfig) -> None:
     if limits and (len(limits) != 2 or limits[0] > limits[1]):
         raise UserError(
             f"model.mamba_dt_limits = {limits} must be the smallest and the largest time step, "
-            f"such "
-            "as (0.001, 0.1), or empty."
+            "such as (0.001, 0.1), or empty."
         )
 
 

@@ -12,10 +12,10 @@ def parameter_count(model: ModelConfig) -> dict[str, int]:
     """Counts of scalars: `total`, `non_embedding`, and `fast` (the fast MLPs).
 
     `non_embedding` leaves out the embedding table and an untied output matrix. `fast` counts the
-    weights declared fast, whatever `inner.fast_paths` may choose instead; the inner
-    weights of a TTT layer are its state, and their initial values ordinary weights. For attention
-    in every block, tied embeddings and all norms on, with s suffix blocks and G heads of keys and
-    values (H unless num_kv_heads says less),
+    weights declared fast, whatever `inner.fast_paths` may choose instead; the inner weights of a
+    TTT layer are its state, and their initial values ordinary weights. For attention in every
+    block, tied embeddings and all norms on, with s suffix blocks and G heads of keys and values (H
+    unless num_kv_heads says less),
 
         non_embedding = L (2 D (H + G) K + 3 D F + 4 D + 2 K) + D + s (3 D F + 2 D).
     """

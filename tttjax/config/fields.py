@@ -13,9 +13,9 @@ class FieldInfo:
     several of them may be joined by `+`. minimum, maximum, above, below: numeric limits (inclusive,
     inclusive, exclusive, exclusive) of the value or of each entry; integers have a maximum even
     where none is given, INT_MAX. mutable_on_resume: whether a resumed run may use another value
-    than the first run of its work directory. path: a path of this machine; `~` is
-    expanded, and runs record the absolute path. omit_default_in_hash: for fields added after runs
-    existed; the default is what those runs did (`unset_additions`).
+    than the first run of its work directory. path: a path of this machine; `~` is expanded, and
+    runs record the absolute path. omit_default_in_hash: for fields added after runs existed; the
+    default is what those runs did (`unset_additions`).
     """
 
     doc: str

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,11 @@ def fingerprint(config: Config, params: Params) -> str:
     digest = hashlib.sha256()
     for name, removed in REMOVED.items():
         section = getattr(config, name)
+        unset = unset_additions(section)
         values = removed | {
             field.name: repr(getattr(section, field.name))
             for field in dataclasses.fields(section)
-            if not field_info(field).mutable_on_resume
-            and field.name not in unset_additions(section)
+            if not field_info(field).mutable_on_resume and field.name not in unset
         }
         digest.update(json.dumps(dict(sorted(values.items()))).encode())
     flat = flatten_dict({"slow": params.slow, "fast": params.fast}, sep="/")
@@ -200,7 +200,7 @@ def _session(engine: Engine, arrays: Mapping[str, np.ndarray], header: SessionHe
 PARTS = {"below": "parallel", "above": "sequential"}  # names in the file: fields of `Context`
 
 
-def _rows(engine: Engine, *contexts: Context) -> Iterable[tuple[Any, ...]]:
+def _rows(engine: Engine, *contexts: Context) -> Iterator[tuple[Any, ...]]:
     """(name in the file, its cache, the array of each context) of every array of the states."""
     split = engine.inference_model.chunk_model.split
     caches = {"below": split.parallel_caches, "above": split.sequential_caches}

@@ -1,7 +1,6 @@
 """Import of a source as a run: reads and compares the weights, writes the run, verifies it."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -101,7 +100,11 @@ def sample_logits(config: Config, params: Params) -> np.ndarray:
     xla_config = dataclasses.replace(config.model, attention_kernel="xla", remat="none")
     model = build_model(xla_config, config.inner)
     token_T = jnp.asarray(sample_tokens(config.model.vocab_size))
-    return np.asarray(jax.jit(partial(static_logits, model))(params, token_T))
+    return np.asarray(_jitted_static_logits(model, params, token_T))
+
+
+# By model, so that the logits of what was read and of what was written are one program.
+_jitted_static_logits = jax.jit(static_logits, static_argnums=0)
 
 
 def _read_weights(source: ImportSource, model: Transformer, template: Params) -> Params:

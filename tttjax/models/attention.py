@@ -190,12 +190,3 @@ class Attention(nnx.Module):
         if isinstance(self.cache, WindowCache):
             row["new"] = k_1GK
         return y_HK[None], {name: one.swapaxes(0, 1) for name, one in row.items()}
-
-
-class NoMixer(nnx.Module):
-    """No token mixing (the toy model of the paper's appendix A)."""
-
-    def init_state(self, max_length: int, dtype: jnp.dtype) -> MixerState:
-        """No state."""
-        del max_length, dtype
-        return {}

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from tttjax.models.attention import Attention, AttentionForm, NoMixer
+from tttjax.models.attention import Attention, AttentionForm
 from tttjax.models.caches import Cache, RecurrentCache
 from tttjax.models.gated_deltanet import GatedDeltaNet
 from tttjax.models.layers import (
@@ -24,7 +24,7 @@ from tttjax.types import Array
 
 BlockState = dict[str, dict[str, Array]] | None  # by name of the branch
 
-Mixer = Attention | NoMixer | Mamba2 | GatedDeltaNet | TTTLayer
+Mixer = Attention | Mamba2 | GatedDeltaNet | TTTLayer
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,6 @@ def attention_masks(shape: BlockShape) -> dict[str, AttentionMask]:
 
 def make_mixer(kind: str, shape: BlockShape, rngs: nnx.Rngs) -> Mixer:
     """The mixer called `kind`. Add a new mixer here. Raises ValueError for an unknown kind."""
-    if kind == "none":
-        return NoMixer()
     common: dict[str, Any] = {"std": shape.init_std, "dtype": shape.param_dtype}
     scanned = {"norm_eps": shape.mixer_norm_eps, "chunk": shape.scan_chunk, **common}
     if kind == "mamba2":

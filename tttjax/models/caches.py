@@ -101,7 +101,7 @@ class Cache:
         return state
 
     def base_for_decode(self, array: Array) -> Array:
-        """What `from_decode_cache` needs of an array of `committed`, if nothing is uncommitted."""
+        """What `from_decode_cache` needs of an array of `committed`."""
         return jnp.zeros(array.shape[:ROWS])
 
     # --- session files ---------------------------------------------------------------------------
@@ -154,16 +154,10 @@ class FullCache(Cache):
         return position
 
     def to_decode_cache(
-        self,
-        committed: MixerState,
-        current: MixerState,
-        *,
-        first: Array,
-        uncommitted: Array,
-        capacity: int,
+        self, committed: MixerState, current: MixerState, **slots: Array | int
     ) -> MixerState:
         """With axes heads, rows, entries."""
-        del committed, first, uncommitted, capacity
+        del committed, slots
         return _heads_first(current)
 
     def append_kv(self, state: MixerState, new: MixerState, position_R: Array) -> MixerState:
