@@ -10,13 +10,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers.engines import shared_programs  # noqa: F401 (run and imported export are one model)
-from helpers.shapes import cheap_shapes  # noqa: F401 (of all models here)
 
 from tttjax.cli import main
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs import run
-from tttjax.training import loop
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +23,7 @@ EXPECTED = json.loads((VERSION_0_1_0 / "expected.json").read_text())
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Programs for one device compile faster; tests/multi_device has meshes."""
-    monkeypatch.setattr(loop, "_make_mesh", lambda config: make_mesh(devices=jax.devices()[:1]))
+    """Models are opened on one device, since its programs compile faster."""
     monkeypatch.setattr(run, "make_mesh", partial(make_mesh, devices=jax.devices()[:1]))
 
 
@@ -59,7 +55,8 @@ def test_session_generates_as_before(folder, capsys):
 
 
 def test_run_resumes_with_the_same_losses(folder):
-    assert main.main(["train", "--config=recipe.py", "--workdir=run"]) == 0
+    words = ["--config=recipe.py", "--workdir=run", "--config.mesh.tensor=2"]  # of eight devices
+    assert main.main(["train", *words]) == 0
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()[-2:]
     for line, expected in zip(lines, EXPECTED["resumed"], strict=True):
         assert {k: json.loads(line)[k] for k in expected} == pytest.approx(expected, rel=1e-4)

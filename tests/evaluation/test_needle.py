@@ -9,6 +9,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers.small import worst
 
 import tttjax.evaluation.needle.model
 from tttjax.cli import main
@@ -328,7 +329,10 @@ def one_engine_per_mode():
 
     def engine(inference_model, params, max_length):
         key = inference_model.chunk_size, max_length
-        return engines.setdefault(key, Engine(inference_model, params, max_length))
+        known = engines.setdefault(key, Engine(inference_model, params, max_length))
+        assert known.inference_model.lr == inference_model.lr
+        assert worst(known._params, params) == 0
+        return known
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tttjax.evaluation.needle.model, "Engine", engine)

@@ -24,7 +24,7 @@ from tttjax.config import from_config_dict, load_config, read_config, write_run_
 from tttjax.data.documents import list_inputs
 from tttjax.errors import UserError
 from tttjax.models import build_model
-from tttjax.training import checkpoints
+from tttjax.training import checkpoint_format, checkpoints
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 pytestmark = pytest.mark.slow
@@ -248,7 +248,7 @@ def test_converted_run_computes_same_within_window(tmp_path, monkeypatch):
     )
     write_run_info(tmp_path / "full", full)
     saver = checkpoints.Checkpointer(tmp_path / "full" / checkpoints.CHECKPOINT_DIR)
-    saver.save(4, {"params": full_params})
+    saver.save(4, {"params": full_params}, tokenizer="t")
     saver.close()
     for name in ("metrics.jsonl", "summary.json"):
         write(tmp_path / "full" / name)
@@ -259,6 +259,9 @@ def test_converted_run_computes_same_within_window(tmp_path, monkeypatch):
     convert.convert_run(tmp_path / "full", tmp_path / "hybrid", hybrid)
     assert read_config(tmp_path / "hybrid") == hybrid
     assert (tmp_path / "hybrid" / "summary.json").exists()
+    converted = checkpoints.find_checkpoint(tmp_path / "hybrid")
+    assert converted.name == "4"
+    assert checkpoint_format.read_meta(converted)["tokenizer"] == "t"
     batch = jax.tree.map(lambda x: x[:1], random_batch(full, masked=0.0))
 
     def loss(config, params):

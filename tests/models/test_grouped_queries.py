@@ -50,7 +50,7 @@ def test_loss_and_gradient_equal_repeated_heads():
     for kv_heads in (KV_HEADS, 0):
         config, model = built(kv_heads)
         inner = make_inner_loop(config.inner)._replace(form="reference")
-        loss = make_outer_loss(model, inner, learn=False)
+        loss = make_outer_loss(model, inner, learn=True)
         params = shaken(built(KV_HEADS)[1].init(jax.random.key(0)))
         params = params if kv_heads else repeated(params)
         derive = jax.jit(jax.value_and_grad(loss, has_aux=True))

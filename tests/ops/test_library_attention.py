@@ -211,6 +211,7 @@ def test_flops_equal_those_of_xla(everywhere):
         {"form": "fast"},
         {"form": "reference"},
         {"form": "fast", "fast_paths": ("suffix/**/mixer/wq",)},
+        {"form": "reference", "fast_paths": ("suffix/**/mixer/wq",)},
     ],
 )
 def test_training_differentiates_the_kernel_once(monkeypatch, inner):

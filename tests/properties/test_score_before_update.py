@@ -8,7 +8,7 @@ from helpers.small import random_batch, shaken, small_config
 from tttjax.models import build_model
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("x64")
 CHUNK, LENGTH = 4, 12
 
 

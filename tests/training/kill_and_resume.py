@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process too, before JAX is imported
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -46,7 +48,6 @@ def start(workdir: Path, data: Path, options: argparse.Namespace) -> subprocess.
     """One start of the training command; output goes to `workdir`.log."""
     words = [sys.executable, "-m", "tttjax", *command(workdir, data, options)]
     environment = {
-        "JAX_PLATFORMS": "cpu",
         # Restarts then spend their time training, where the kills should fall.
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -40,9 +40,14 @@ CASES = {
         "inner": {"trajectory": "recompute"},
         "train": {"seq_len": 16},
     },
-    "blocks of the official code, an untied head is fast, muon": {
+    "blocks of the official code, an untied head is fast, muon, truncated": {
         "model": {"mixers": ("local",), "suffix_layers": 2, "tie_embeddings": False},
-        "inner": {"fast_paths": ("head", "suffix/**/fast_mlp/w1"), "rule": "muon"},
+        "inner": {
+            "fast_paths": ("head", "suffix/**/fast_mlp/w1"),
+            "rule": "muon",
+            "meta_gradient": "truncated",
+            "truncate_chunks": 2,
+        },
     },
     "attention, static MLPs and the last norm are fast": {
         "model": {"fast_mlp": False},
@@ -148,12 +153,19 @@ def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     assert worst(grads, fast_grads) < 1e-11 * largest
 
 
+def both_gradients_in_float32(make_config, **batch):
+    """Gradients by each form, whatever the other tests of the module have set."""
+    with jax.enable_x64(False), jax.default_matmul_precision("highest"):
+        config = make_config()
+        (_, grads), (_, fast_grads) = both_forms(config, random_batch(config, **batch), "float32")
+    dtypes = {x.dtype for x in jax.tree.leaves((grads, fast_grads))}
+    assert dtypes == {np.dtype(np.float32)}
+    return grads, fast_grads
+
+
 def test_both_forms_agree_for_a_random_configuration_in_float32():
     seed = 3
-    config = drawn(seed)
-    with jax.default_matmul_precision("highest"):
-        results = both_forms(config, random_batch(config, seed, 0.3), "float32")
-    (_, grads), (_, fast_grads) = results
+    grads, fast_grads = both_gradients_in_float32(lambda: drawn(seed), seed=seed, masked=0.3)
     pairs = list(zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True))
     total = np.sqrt(sum(np.linalg.norm(a) ** 2 for a, _ in pairs))
     assert np.sqrt(sum(np.linalg.norm(a - b) ** 2 for a, b in pairs)) <= 1e-5 * total
@@ -170,9 +182,7 @@ def test_chunk_without_targets_has_no_update(x64):
 
 
 def test_in_float32():
-    config = small_config()
-    with jax.default_matmul_precision("highest"):
-        (_, grads), (_, fast_grads) = both_forms(config, random_batch(config), "float32")
+    grads, fast_grads = both_gradients_in_float32(small_config)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a) + 1e-7
 
