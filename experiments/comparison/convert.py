@@ -17,7 +17,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tttjax.config import Config, load_config, read_config, write_run_info
-from tttjax.models import build_model, relayout
+from tttjax.models.relayout import relayout
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.step import make_trainer

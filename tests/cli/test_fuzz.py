@@ -20,6 +20,7 @@ from helpers.paths import TINY
 
 from tttjax.cli import main
 from tttjax.config import load_config
+from tttjax.config.fields import get_value
 from tttjax.config.schema import all_fields
 from tttjax.training import loop
 from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
@@ -93,8 +94,7 @@ def check_numbers(line):
     config = load_config(str(TINY), ["data.sources=data", *SMALL[:2], *joined])
     last = {name: text for name, _, text in (word[9:].partition("=") for word in joined)}
     for name, text in last.items():
-        section, _, key = name.partition(".")
-        value, kind = getattr(getattr(config, section), key), all_fields()[name].type
+        value, kind = get_value(config, name), all_fields()[name].type
         assert text.isascii() or kind is str, line
         if kind is int:
             assert value == Decimal(text), line

@@ -14,7 +14,10 @@ from tttjax.config import (
     parameter_count,
 )
 from tttjax.errors import UserError
-from tttjax.models import build_model
+from tttjax.models.gated_deltanet.config import GatedDeltaNetConfig
+from tttjax.models.mamba2.config import Mamba2Config
+from tttjax.models.transformer import build_model
+from tttjax.models.ttt_layer.config import TTTLayerConfig
 
 # Layers, embed, heads, MLP, suffix; total, without embedding, fast: of the official code.
 OFFICIAL = {
@@ -109,21 +112,27 @@ def test_model_that_cannot_be_that_small_is_refused():
 
 
 SMALL = ModelConfig(vocab_size=10, embed_dim=16, num_layers=3, num_heads=2, mlp_dim=6)
-MAMBA = {"mamba_head_dim": 4, "mamba_state": 3, "mamba_groups": 2, "conv_size": 3}
-DELTA = {"delta_heads": 2, "delta_value_heads": 4, "delta_key_dim": 3, "delta_value_dim": 5}
-TTT = {"ttt_heads": 4, "ttt_chunk": 5, "conv_size": 3}
+MAMBA = {"mamba2": Mamba2Config(head_dim=4, state_size=3, groups=2), "conv_size": 3}
+DELTA = {"gated_deltanet": GatedDeltaNetConfig(key_heads=2, value_heads=4, key_dim=3, value_dim=5)}
+TTT_SIZES = {"heads": 4, "chunk_size": 5}
+TTT = {"ttt_layer": TTTLayerConfig(**TTT_SIZES), "conv_size": 3}
+PLAIN = {"ttt_layer": TTTLayerConfig(**TTT_SIZES, backbone="plain"), "conv_size": 3}
 VARIANTS = [
     {"mixers": ("mamba2",), **MAMBA},
-    {"mixers": ("mamba2",), "mamba_expand": 3, "mamba_head_dim": 8, "mlp_dim": 0},
+    {"mixers": ("mamba2",), "mamba2": Mamba2Config(expand=3, head_dim=8), "mlp_dim": 0},
     {"mixers": ("gated_deltanet",)},
     {"mixers": ("gated_deltanet", "full"), **DELTA, "conv_size": 2},
     {"mixers": ("ttt_linear",), **TTT},
-    {"mixers": ("ttt_linear",), **TTT, "ttt_backbone": "plain"},
+    {"mixers": ("ttt_linear",), **PLAIN},
     {"mixers": ("ttt_mlp",), **TTT},
-    {"mixers": ("ttt_mlp",), **TTT, "ttt_backbone": "plain"},
-    {"mixers": ("ttt_mlp",), "ttt_output": "key"},
-    {"mixers": ("ttt_mlp",), "ttt_output": "key", "ttt_backbone": "plain"},
-    {"mixers": ("window+ttt_mlp",), "ttt_backbone": "plain", "post_norm": False},
+    {"mixers": ("ttt_mlp",), **PLAIN},
+    {"mixers": ("ttt_mlp",), "ttt_layer": TTTLayerConfig(output="key")},
+    {"mixers": ("ttt_mlp",), "ttt_layer": TTTLayerConfig(output="key", backbone="plain")},
+    {
+        "mixers": ("window+ttt_mlp",),
+        "ttt_layer": TTTLayerConfig(backbone="plain"),
+        "post_norm": False,
+    },
     {"mixers": ("none", "mamba2+gated_deltanet", "window"), **MAMBA, **DELTA, "pre_norm": False},
     {"num_kv_heads": 1, "suffix_layers": 1, "fast_mlp": True, "qk_norm": False},
     {"mixers": ("ttt_linear", "window"), "pre_conv": True, "conv_size": 3, "mlp_dim": 0},

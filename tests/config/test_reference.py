@@ -15,8 +15,12 @@ def test_the_page_is_current():
 
 
 def test_every_field_has_a_row_with_a_meaning():
-    page = reference()
-    for name in all_fields():
-        rows = [row for row in page.splitlines() if row.startswith(f"| `{name.partition('.')[2]}`")]
-        assert rows, name
-        assert all(len(row.split("|")[4].strip()) > 10 for row in rows)
+    heading, rows = "", {}
+    for line in reference().splitlines():
+        if line.startswith("##"):
+            heading = line.lstrip("# ")
+        if line.startswith("| `"):
+            _, name, _, _, meaning, _ = line.replace("\\|", "").split("|", 5)
+            rows[f"{heading}.{name.strip(' `')}"] = meaning.strip()
+    assert rows.keys() == all_fields().keys()
+    assert all(len(meaning) > 10 for meaning in rows.values())

@@ -40,7 +40,7 @@ from tttjax.evaluation.statistics import (
 )
 from tttjax.evaluation.tables import fit_table, format_estimate, markdown_table, sentence, table
 from tttjax.evaluation.text import Text
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import LearningOptions, RunSpec, run_of_params
 from tttjax.training import checkpoints

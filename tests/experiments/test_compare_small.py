@@ -23,7 +23,7 @@ from experiments.comparison.scales import SCALES, SYSTEMS, parameters, recipe
 from tttjax.config import from_config_dict, load_config, read_config, write_run_info
 from tttjax.data.documents import list_inputs
 from tttjax.errors import UserError
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 

@@ -78,12 +78,12 @@ _BOOLEANS = ("true", "False", "1", "2", "", "on", "None")
 def companions(name: str) -> list[str]:
     """Other flags with which the field has an effect."""
     key = name.split(".")[1]
-    if key.startswith("mamba"):
-        sizes = ["--config.model.mamba_head_dim=8", "--config.model.mamba_state=4"]
+    if key == "mamba2":
+        sizes = ["--config.model.mamba2.head_dim=8", "--config.model.mamba2.state_size=4"]
         return ["--config.model.mixers=mamba2", *sizes]
-    if key.startswith(("delta", "mixer_norm", "scan_chunk")):
+    if key in ("gated_deltanet", "mixer_norm_eps", "scan_chunk"):
         return ["--config.model.mixers=gated_deltanet"]
-    if key.startswith("ttt"):
+    if key == "ttt_layer":
         return ["--config.model.mixers=ttt_linear"]
     if key == "conv_size":
         return ["--config.model.pre_conv=true"]

@@ -15,7 +15,7 @@ from tttjax.inference.prefill import (
     make_inference_model,
     split_weights,
 )
-from tttjax.models import Transformer, build_model
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.ttt.outer_loss import make_inner_loop
 from tttjax.types import Params
 
@@ -25,7 +25,7 @@ SYSTEMS = {
     "ttt_e2e": {"model": {"mixers": ("window",)}},
     "hybrid": {
         "model": {
-            **{"mixers": ("mamba2+full+local",), "num_layers": 1, "num_kv_heads": 1},
+            **{"mixers": ("mamba2+full+local:4",), "num_layers": 1, "num_kv_heads": 1},
             "window_size": 3,  # less than a chunk, which local attention may have
         }
     },

@@ -8,7 +8,7 @@ from flax.traverse_util import unflatten_dict
 
 from tttjax.config import Config, from_config_dict
 from tttjax.interop.official.names import official_shapes
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 
 
 def official_config(**model) -> Config:

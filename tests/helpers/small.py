@@ -1,5 +1,8 @@
 """Small configurations and random batches for the tests of the core."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +23,8 @@ SMALL = {
         "init_std": 0.4,
         "rope_theta": 100.0,
         "remat": "none",
-        "mamba_head_dim": 4,
-        "mamba_state": 3,
-        "ttt_chunk": 5,
+        "mamba2": {"head_dim": 4, "state_size": 3},
+        "ttt_layer": {"chunk_size": 5},
         "scan_chunk": 6,
     },
     "inner": {"chunk_size": 4, "clip": 1.0, "remat": False},
@@ -32,15 +34,22 @@ SMALL = {
 
 
 def small_config(**sections: dict) -> Config:
-    """SMALL with changes by section; in float64 wherever x64 is on."""
+    """SMALL with changes by section; in float64 wherever x64 is on.
+
+    Mixers may be "local:SIZE" too, which runs cannot choose.
+    """
     config = default_config()
     for changes in (SMALL, sections):
         for section, values in changes.items():
             config[section].update(values)
+    mixers = config.model.mixers
+    config.model.mixers = tuple(re.sub(r"local:\d+", "full", entry) for entry in mixers)
     if jax.config.jax_enable_x64 and config.model.compute_dtype == "float32":
         config.model.param_dtype = config.model.compute_dtype = "float64"
         config.inner.fast_dtype = "float64"
-    return from_config_dict(config)
+    checked = from_config_dict(config)
+    model = dataclasses.replace(checked.model, mixers=tuple(mixers))
+    return dataclasses.replace(checked, model=model)
 
 
 def random_batch(config: Config, seed: int = 0, masked: float = 0.1) -> Batch:

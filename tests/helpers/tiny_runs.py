@@ -15,7 +15,7 @@ from tttjax.config import (
     write_run_info,
 )
 from tttjax.data.preparation import prepare
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.training import checkpoints
 
 WINDOW, CHUNK, STEPS = 8, 8, 3

@@ -32,7 +32,7 @@ LEARNING: dict[str, dict] = {
         "inner": {"rule": "momentum"},
     },
 }
-STATIC = (("full", "window"), ("local", "mamba2+ttt_linear"))
+STATIC = (("full", "window"), ("local:4", "mamba2+ttt_linear"))
 
 
 def nll_of(logit, target):

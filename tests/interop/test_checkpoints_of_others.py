@@ -19,7 +19,7 @@ from tttjax.interop.huggingface import import_ as huggingface
 from tttjax.interop.huggingface import tensor_slots
 from tttjax.interop.huggingface.files import INDEX, SINGLE
 from tttjax.interop.huggingface.import_ import open_huggingface
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run

@@ -244,7 +244,7 @@ def test_a_folder_in_use_is_refused(run, tmp_path):
 
 
 def test_models_that_cannot_be_exported_are_refused(make_run, tmp_path, capsys):
-    workdir = make_run("hf-mamba", mixers=("mamba2",), mamba_head_dim=4, mamba_state=4)
+    workdir = make_run("hf-mamba", mixers=("mamba2",), mamba2={"head_dim": 4, "state_size": 4})
     assert export(workdir, tmp_path / "hf") == 2
     err = capsys.readouterr().err
     assert "model.mixers has 'mamba2'" in err

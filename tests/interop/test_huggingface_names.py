@@ -18,7 +18,8 @@ from tttjax.interop.huggingface import (
     unmatched_weights,
 )
 from tttjax.interop.huggingface.names import families
-from tttjax.models import build_model, combine
+from tttjax.models.stacking import combine
+from tttjax.models.transformer import build_model
 
 STATIC = {"fast_mlp": False, "suffix_layers": 0, "qk_norm": False, "post_norm": False}
 MODELS = {

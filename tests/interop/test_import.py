@@ -16,7 +16,7 @@ from tttjax.interop.official.import_ import open_official
 from tttjax.interop.official.names import TOP_LEVEL_NAMES, from_official
 from tttjax.interop.transfer import import_run
 from tttjax.io.locks import hold
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs import write_run
 from tttjax.runs.origin import ORIGIN

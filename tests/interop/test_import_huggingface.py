@@ -24,7 +24,8 @@ from tttjax.interop.huggingface.files import write_tensors
 from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.interop.streaming import assemble
 from tttjax.interop.transfer import import_run
-from tttjax.models import build_model, combine
+from tttjax.models.stacking import combine
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.training.step import make_trainer, weights_template

@@ -30,7 +30,7 @@ from tttjax.interop.official.names import (
     official_shapes,
 )
 from tttjax.interop.streaming import assemble, return_freed_memory
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training.step import weights_template
 

@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers.small import random_batch, shaken, small_config, worst
 
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 from tttjax.types import Params
 

@@ -1,37 +1,33 @@
 """The Mamba-2 layer against its definition, in parts, its limits and initial weights."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from tttjax.config import ModelConfig
 from tttjax.errors import UserError
-from tttjax.models.mamba2 import Mamba2
+from tttjax.models.mamba2.config import Mamba2Config
+from tttjax.models.mamba2.layer import Mamba2
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
 T, D, H, P, G, N, J = 10, 6, 4, 3, 2, 5, 4
-SIZES = {
-    "expand": 2,
-    "head_dim": P,
-    "state_size": N,
-    "groups": G,
-    "conv_size": J,
-    "dt_limits": (),
-    "norm_eps": 1e-5,
-    "chunk": 4,
-    "std": 0.4,
-    "dtype": jnp.float64,
-}
+SIZES = Mamba2Config(head_dim=P, state_size=N, groups=G)
+MODEL = ModelConfig(
+    embed_dim=D, mamba2=SIZES, conv_size=J, scan_chunk=4, init_std=0.4, param_dtype="float64"
+)
 
 
-def make_layer(**changes):
+def make_layer(sizes=SIZES, **changes):
     """A layer and its weights with noise on all, so that no bias is 0 and no scale is 1.
 
     Steps are of order 1, where each token writes and erases much.
     """
-    graphdef, weights = nnx.split(Mamba2(D, nnx.Rngs(0), **{**SIZES, **changes}))
+    graphdef, weights = nnx.split(make_mamba2(mamba2=sizes, **changes))
     rng = np.random.default_rng(0)
     weights = jax.tree.map(
         lambda w: w + jnp.asarray(0.3 * rng.normal(size=w.shape), w.dtype),
@@ -39,6 +35,10 @@ def make_layer(**changes):
     )
     weights["dt_bias"] = jnp.asarray(rng.normal(size=H), weights["dt_bias"].dtype)
     return lambda weights: nnx.merge(graphdef, weights), weights
+
+
+def make_mamba2(**changes):
+    return Mamba2("mamba2", replace(MODEL, **changes), nnx.Rngs(0))
 
 
 def make_input(length: int = T) -> np.ndarray:
@@ -128,7 +128,7 @@ def test_any_split_gives_the_same(cuts):
 
 
 def test_state_is_float32_and_does_not_grow():
-    module = Mamba2(D, nnx.Rngs(0), **{**SIZES, "dtype": jnp.bfloat16})
+    module = make_mamba2(param_dtype="bfloat16")
     state = module.init_state(10, jnp.bfloat16)
     assert {name: (a.shape, a.dtype.name) for name, a in state.items()} == {
         "ssm": ((H, P, N), "float32"),
@@ -142,7 +142,7 @@ def test_state_is_float32_and_does_not_grow():
 
 
 def test_bfloat16_is_finite_with_its_gradient():
-    layer, weights = make_layer(dtype=jnp.float32)
+    layer, weights = make_layer(param_dtype="float32")
 
     def total(weights, x):
         return jnp.sum(layer(weights)(x, None, 0)[0].astype(jnp.float32))
@@ -156,7 +156,7 @@ def test_bfloat16_is_finite_with_its_gradient():
 
 def test_initial_weights():
     """Step sizes within [1e-3, 0.1] and rates within [1, 16], spread over those ranges."""
-    wide = Mamba2(256, nnx.Rngs(0), **{**SIZES, "head_dim": 1, "dtype": jnp.float32})
+    wide = make_mamba2(embed_dim=256, mamba2=replace(SIZES, head_dim=1), param_dtype="float32")
     dt, rate = jax.nn.softplus(wide.dt_bias[...]), jnp.exp(wide.a_log[...])
     assert dt.min() > 0.999e-3
     assert dt.max() < 0.1001
@@ -166,7 +166,7 @@ def test_initial_weights():
     assert 7.5 < float(rate.mean()) < 9.5
     taps = wide.conv_x[...]
     assert 0.49 < float(jnp.abs(taps).max()) <= 0.5
-    assert float(wide.wx[...].std()) == pytest.approx(SIZES["std"], rel=0.01)
+    assert float(wide.wx[...].std()) == pytest.approx(MODEL.init_std, rel=0.01)
     assert (wide.skip[...] == 1).all()
     assert (wide.norm[...] == 1).all()
     assert not wide.conv_x_bias[...].any()
@@ -175,12 +175,12 @@ def test_initial_weights():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"head_dim": 5}, "not a multiple of the head dimension 5"),
-        ({"groups": 3}, "4 heads cannot be divided into 3 groups"),
-        ({"dt_limits": (0.1,)}, "smallest and the largest step size"),
-        ({"dt_limits": (0.2, 0.1)}, "smallest and the largest step size"),
+        ({"head_dim": 5}, "not a multiple of model.mamba2.head_dim = 5"),
+        ({"groups": 3}, "4 heads .*not a multiple of model.mamba2.groups = 3"),
+        ({"dt_limits": (0.1,)}, "smallest and the largest time step"),
+        ({"dt_limits": (0.2, 0.1)}, "smallest and the largest time step"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, says):
     with pytest.raises(UserError, match=says):
-        Mamba2(D, nnx.Rngs(0), **{**SIZES, **changes})
+        replace(SIZES, **changes).check(MODEL)

@@ -11,13 +11,15 @@ from flax.traverse_util import flatten_dict
 from helpers.small import random_batch, shaken, small_config, worst
 
 from tttjax.errors import UserError
-from tttjax.models import build_model, combine, path_filter, relayout
+from tttjax.models.relayout import relayout
+from tttjax.models.stacking import combine, path_filter
+from tttjax.models.transformer import build_model
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 PATTERNS = {
     "window": ("window",),
-    "all": ("window", "full", "local", "none"),
+    "all": ("window", "full", "local:4", "none"),
     "recurrent": ("gated_deltanet", "mamba2", "ttt_linear", "window+ttt_mlp"),
 }
 LENGTH = 12

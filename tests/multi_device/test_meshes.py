@@ -127,7 +127,9 @@ def test_initial_weights_are_the_same_on_a_mesh():
 RECURRENT = {
     "mixers": ("mamba2+gated_deltanet+ttt_mlp",),
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "pre_conv": True, "num_kv_heads": 0},
-    **{"num_heads": 2, "head_dim": 8, "mamba_groups": 2, "mamba_head_dim": 8, "ttt_chunk": 3},
+    **{"num_heads": 2, "head_dim": 8},
+    "mamba2": {"groups": 2, "head_dim": 8},
+    "ttt_layer": {"chunk_size": 3},
 }
 
 

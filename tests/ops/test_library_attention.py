@@ -9,7 +9,7 @@ import pytest
 from helpers.small import random_batch, small_config, worst
 from jax.sharding import PartitionSpec as P
 
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.ops.attention import library
 from tttjax.ops.attention.attend import AttentionMask, attend, mask_fn
 from tttjax.ops.attention.library import attend_sequence, unsupported_reason
@@ -232,7 +232,7 @@ def test_training_differentiates_the_kernel_once(monkeypatch, inner):
         library, "unsupported_reason", lambda p, q, attention_mask: "local" * attention_mask.block
     )
     monkeypatch.setattr(library, "unsupported_reason_on_backend", lambda *_: "")
-    layers = {"num_layers": 3, "mixers": ("window", "full", "local")}
+    layers = {"num_layers": 3, "mixers": ("window", "full", "local:4")}
     config = small_config(model={**layers, "remat": "block"}, inner=inner)
     model = build_model(config.model, config.inner)
     loss = make_outer_loss(model, make_inner_loop(config.inner), learn=True)

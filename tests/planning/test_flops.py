@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 
 from tttjax.config import InnerConfig, ModelConfig
+from tttjax.models.gated_deltanet.config import GatedDeltaNetConfig
+from tttjax.models.mamba2.config import Mamba2Config
+from tttjax.models.ttt_layer.config import TTTLayerConfig
 from tttjax.planning import flops
 
 MODEL = ModelConfig(
@@ -98,20 +101,15 @@ RECURRENT = replace(
     num_layers=1,
     suffix_layers=0,
     fast_mlp=False,
-    mamba_head_dim=4,
-    mamba_state=3,
-    mamba_groups=2,
-    delta_heads=1,
-    delta_value_heads=2,
-    delta_key_dim=4,
-    delta_value_dim=6,
+    mamba2=Mamba2Config(head_dim=4, state_size=3, groups=2),
+    gated_deltanet=GatedDeltaNetConfig(key_heads=1, value_heads=2, key_dim=4, value_dim=6),
 )
 BY_MIXER = {
     "mamba2": (MAMBA2, {}),
     "gated_deltanet": (DELTA, {}),
     "ttt_linear": (TTT_LINEAR, {}),
-    "ttt_mlp": (TTT_MLP, {"ttt_backbone": "plain"}),
-    "ttt_mlp, key": (TTT_MLP_KEY, {"ttt_backbone": "plain", "ttt_output": "key"}),
+    "ttt_mlp": (TTT_MLP, {"ttt_layer": TTTLayerConfig(backbone="plain")}),
+    "ttt_mlp, key": (TTT_MLP_KEY, {"ttt_layer": TTTLayerConfig(backbone="plain", output="key")}),
 }
 
 

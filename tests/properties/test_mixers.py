@@ -9,7 +9,6 @@ import pytest
 from helpers.small import small_config, worst
 
 from tttjax.config.model import MIXERS as KINDS
-from tttjax.models import build_model
 from tttjax.models.block import Block
 from tttjax.models.stacking import Stack
 
@@ -19,22 +18,22 @@ pytestmark = pytest.mark.slow
 MIXERS = {
     "full": ("full", {}),
     "window": ("window", {}),
-    "local": ("local", {}),
+    "local": ("local:4", {}),
     "none": ("none", {}),
     "mamba2": ("mamba2", {}),
-    "mamba2, groups and limits": ("mamba2", {"mamba_groups": 2, "mamba_dt_limits": (0.01, 2.0)}),
+    "mamba2, groups and limits": ("mamba2", {"mamba2": {"groups": 2, "dt_limits": (0.01, 2.0)}}),
     "gated_deltanet": ("gated_deltanet", {}),
     "gated_deltanet, grouped values": (
         "gated_deltanet",
-        {"delta_heads": 1, "delta_value_heads": 2, "delta_negative": True},
+        {"gated_deltanet": {"key_heads": 1, "value_heads": 2, "negative_eigenvalues": True}},
     ),
     "ttt_linear": ("ttt_linear", {}),
-    "ttt_linear, plain": ("ttt_linear", {"ttt_backbone": "plain"}),
+    "ttt_linear, plain": ("ttt_linear", {"ttt_layer": {"backbone": "plain"}}),
     "ttt_mlp": ("ttt_mlp", {}),
-    "ttt_mlp, plain": ("ttt_mlp", {"ttt_backbone": "plain"}),
+    "ttt_mlp, plain": ("ttt_mlp", {"ttt_layer": {"backbone": "plain"}}),
     "window+ttt_mlp, read with keys, grouped queries": (
         "window+ttt_mlp",
-        {"ttt_output": "key", "ttt_backbone": "plain", "num_kv_heads": 1},
+        {"ttt_layer": {"output": "key", "backbone": "plain"}, "num_kv_heads": 1},
     ),
     "mamba2+full, convolution first, grouped queries": (
         "mamba2+full",
@@ -51,8 +50,7 @@ EXTREME = (  # every kind, and the variants with other ranges
 LONG = tuple(kind for kind in KINDS if kind != "none")
 SMALL_SIZES = {
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "mlp_dim": 0},
-    **{"mamba_head_dim": 4, "mamba_state": 3, "delta_value_dim": 6, "ttt_chunk": 5},
-    **{"scan_chunk": 6, "conv_size": 3},
+    **{"scan_chunk": 6, "conv_size": 3, "gated_deltanet": {"value_dim": 6}},
 }
 LENGTH, WIDTH = 23, 8
 
@@ -61,9 +59,8 @@ every_mixer = pytest.mark.parametrize("name", MIXERS)
 
 def block_of(kind, **changes) -> Stack:
     """One block with only the mixer, its norms and residual."""
-    config = small_config(model={**SMALL_SIZES, "mixers": (kind,), **changes})
-    shape = build_model(config.model, config.inner).shape
-    return Stack(Block, 1, (kind, False, shape))
+    model = small_config(model={**SMALL_SIZES, **changes}).model
+    return Stack(Block, 1, (kind, False, model))
 
 
 def weights_of(block, scale=1.0, dtype=None):
@@ -222,7 +219,7 @@ def test_extremes_stay_finite(name, dtype, case):
 
 @pytest.mark.parametrize("kind", LONG)
 def test_long_sequences_stay_finite_in_bfloat16(kind):
-    block = block_of(kind, scan_chunk=64, ttt_chunk=16)
+    block = block_of(kind, scan_chunk=64, ttt_layer={"chunk_size": 16})
     length = 1024 * (4 if kind == "full" else 16)
     x_TD = inputs(length, dtype=jnp.bfloat16)
     assert finite(loss_and_gradients(block, jnp.bfloat16)(weights_of(block), x_TD))

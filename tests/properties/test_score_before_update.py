@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.small import random_batch, shaken, small_config
 
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -12,7 +12,7 @@ from helpers.recipe_dump import dumps
 
 from tttjax.config import Config, load_config, parameter_count, to_flat_dict
 from tttjax.errors import UserError
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.planning.flops import train_flops_per_token
 
 pytestmark = pytest.mark.slow
@@ -113,9 +113,9 @@ def test_the_large_run_has_164_billion_tokens():
             "paper:760m,mamba2,extend,128k",
             {
                 "model.mixers": ["mamba2+window"],
-                "model.mamba_expand": 2,
-                "model.mamba_head_dim": 64,
-                "model.mamba_state": 128,
+                "model.mamba2.expand": 2,
+                "model.mamba2.head_dim": 64,
+                "model.mamba2.state_size": 128,
                 "model.window_size": 8192,
                 "model.qk_norm": True,
                 "model.rope_theta": 5e5,
@@ -127,9 +127,9 @@ def test_the_large_run_has_164_billion_tokens():
             "paper:1b,gated_deltanet,pretrain",  # as published: 6 heads of 256, values of 512
             {
                 "model.mixers": ["gated_deltanet+window"],
-                "model.delta_heads": 6,
-                "model.delta_key_dim": 256,
-                "model.delta_value_dim": 512,
+                "model.gated_deltanet.key_heads": 6,
+                "model.gated_deltanet.key_dim": 256,
+                "model.gated_deltanet.value_dim": 512,
                 "model.conv_size": 4,
                 "model.qk_norm": True,
             },
@@ -138,19 +138,19 @@ def test_the_large_run_has_164_billion_tokens():
             "paper:760m,ttt_kvb,pretrain",
             {
                 "model.mixers": ["window+ttt_mlp"],
-                "model.ttt_heads": 24,
-                "model.ttt_chunk": 1024,
-                "model.ttt_backbone": "plain",
-                "model.ttt_output": "query",
+                "model.ttt_layer.heads": 24,
+                "model.ttt_layer.chunk_size": 1024,
+                "model.ttt_layer.backbone": "plain",
+                "model.ttt_layer.output": "query",
             },
         ),
         (
             "paper:350m,ttt_linear,pretrain",
             {
                 "model.mixers": ["ttt_linear"],
-                "model.ttt_chunk": 16,
-                "model.ttt_lr": 0.0,  # of each layer its own: 1.0, and 0.1 for ttt_mlp
-                "model.ttt_backbone": "mamba",
+                "model.ttt_layer.chunk_size": 16,
+                "model.ttt_layer.lr": 0.0,  # of each layer its own: 1.0, and 0.1 for ttt_mlp
+                "model.ttt_layer.backbone": "mamba",
                 "model.pre_conv": True,
                 "model.post_norm": False,
             },
@@ -158,9 +158,16 @@ def test_the_large_run_has_164_billion_tokens():
         ("ablations:window,2k,gated_deltanet", {"model.window_size": 2048}),
         (
             "ablations:chunk,4k,ttt_kvb",
-            {"model.ttt_chunk": 4096, "inner.chunk_size": 1024, "model.window_size": 8192},
+            {
+                "model.ttt_layer.chunk_size": 4096,
+                "inner.chunk_size": 1024,
+                "model.window_size": 8192,
+            },
         ),
-        ("ablations:path,key_output", {"model.ttt_output": "key", "model.ttt_heads": 24}),
+        (
+            "ablations:path,key_output",
+            {"model.ttt_layer.output": "key", "model.ttt_layer.heads": 24},
+        ),
         (
             "ablations:path,end_loss",
             {

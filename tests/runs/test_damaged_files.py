@@ -27,7 +27,7 @@ from tttjax.interop.huggingface import export
 from tttjax.interop.huggingface.import_ import open_huggingface
 from tttjax.interop.huggingface.seal import EXPORT
 from tttjax.io.sealed import SEAL
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run

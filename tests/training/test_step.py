@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.small import random_batch, small_config, worst
 
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training.optimizer import make_optimizer
 from tttjax.training.step import make_trainer

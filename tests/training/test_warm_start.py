@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 from helpers.small import random_batch, small_config, worst
 
 from tttjax.errors import UserError
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import checkpoints
 from tttjax.training.step import make_trainer

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers.small import random_batch, shaken, small_config, worst
 
-from tttjax.models import SplitModel, build_model
+from tttjax.models.split_model import SplitModel
+from tttjax.models.transformer import build_model
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ CASES = {
         "train": {"seq_len": 16},
     },
     "blocks of the official code, an untied head is fast, muon, truncated": {
-        "model": {"mixers": ("local",), "suffix_layers": 2, "tie_embeddings": False},
+        "model": {"mixers": ("local:4",), "suffix_layers": 2, "tie_embeddings": False},
         "inner": {
             "fast_paths": ("head", "suffix/**/fast_mlp/w1"),
             "rule": "muon",

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers.reference import Shape, sequence
 from helpers.small import random_batch, shaken, small_config, worst
 
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.ttt.outer_loss import exact_chunks, inner_lr, learns, make_inner_loop, make_outer_loss
 from tttjax.types import Batch, Params
 

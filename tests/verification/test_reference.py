@@ -15,7 +15,7 @@ from tttjax.cli import main
 from tttjax.errors import UserError
 from tttjax.interop.official.checkpoint import load_official_checkpoint
 from tttjax.interop.official.names import to_official
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.training.step import weights_template

@@ -14,7 +14,7 @@ from tttjax.errors import UserError
 from tttjax.inference.engine import DecodeBatch, Engine
 from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session import Session
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.ttt.outer_loss import make_inner_loop
 

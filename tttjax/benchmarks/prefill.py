@@ -20,7 +20,7 @@ from tttjax.benchmarks.timing import (
 from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.inference.prefill import init_context, make_inference_model, prefill, split_weights
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.ttt.outer_loss import make_inner_loop
 

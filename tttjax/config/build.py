@@ -1,13 +1,15 @@
 """Checks a ConfigDict into the frozen Config, and turns that into plain values."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from tttjax.config.checks import check_config
-from tttjax.config.schema import SECTIONS, Config
+from tttjax.config.fields import field_info, get_value
+from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.config.values import check_value, nearest
 from tttjax.errors import UserError
 
@@ -25,33 +27,59 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     an unknown name (with the nearest spelling), a wrong type, a value out of its limits, or fields
     that contradict each other.
     """
-    sections = {}
-    for name, values in _with_current_names(config).items():
+    values: dict[str, Any] = {}
+    for name, section in _with_current_values(config).items():
         if name not in SECTIONS:
             raise UserError(
                 f"There is no configuration section {name!r}; the sections are "
                 f"{', '.join(SECTIONS)}.{nearest(name, SECTIONS)}"
             )
-        if not isinstance(values, ConfigDict | Mapping):
-            raise UserError(f"{name} = {values!r} must be a section with fields.")
-        checked = {key: check_value(f"{name}.{key}", value) for key, value in values.items()}
-        sections[name] = SECTIONS[name](**checked)
-    result = Config(**sections)
+        if not isinstance(section, ConfigDict | Mapping):
+            raise UserError(f"{name} = {section!r} must be a section with fields.")
+        for key, value in _flat(section, f"{name}."):
+            values[_first_names().get(key, key)] = value
+    values = {name: check_value(name, value) for name, value in values.items()}
+    result = replace_values(Config(), values)
     check_config(result)
     return result
 
 
-def _with_current_names(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """The sections with current names of fields and values, and without removed ones."""
+def replace_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values by dotted name, which are not checked."""
+    return _replaced(config, unflatten(values))
+
+
+def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
+    changes = {
+        name: _replaced(getattr(section, name), value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return dataclasses.replace(section, **changes)
+
+
+def _flat(section: ConfigDict | Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """The values of a section and those nested in it, by dotted name."""
+    for key, value in section.items():
+        if isinstance(value, ConfigDict | Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@functools.cache
+def _first_names() -> dict[str, str]:
+    """The current name of every renamed field by its first one."""
+    renamed = {name: field_info(field).first_name for name, field in all_fields().items()}
+    return {f"{name.split('.')[0]}.{first}": name for name, first in renamed.items() if first}
+
+
+def _with_current_values(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The sections without a removed field, and with a value's current name."""
     sections = dict(config.items())
-    train, mesh, model = (sections.get(name) for name in ("train", "mesh", "model"))
+    mesh, model = sections.get("mesh"), sections.get("model")
     if isinstance(model, ConfigDict | Mapping) and model.get("ttt_form") in ("dual", "primal"):
         # It chose between two ways to compute the same numbers.
         sections["model"] = {k: v for k, v in model.items() if k != "ttt_form"}
-    if isinstance(train, ConfigDict | Mapping) and "nonfinite_limit" in train:
-        values = dict(train.items())
-        limit = values.pop("nonfinite_limit")
-        sections["train"] = {"max_skipped_steps": limit, **values}
     if isinstance(mesh, ConfigDict | Mapping) and mesh.get("gather") == "block":
         sections["mesh"] = {**dict(mesh.items()), "gather": "layer"}
     return sections
@@ -59,18 +87,22 @@ def _with_current_names(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain nested dicts, ready for JSON (tuples become lists); `from_config_dict` inverts it."""
-    return {
-        section: {
-            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
-        }
-        for section, values in dataclasses.asdict(config).items()
-    }
+    return unflatten(to_flat_dict(config))
 
 
 def to_flat_dict(config: Config) -> dict[str, Any]:
     """All values by dotted name: `{"model.vocab_size": 32000, ...}`, tuples as lists."""
-    return {
-        f"{section}.{key}": value
-        for section, values in to_dict(config).items()
-        for key, value in values.items()
-    }
+    values = {name: get_value(config, name) for name in all_fields()}
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in values.items()}
+
+
+def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of values by dotted name."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        inner = result
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+    return result

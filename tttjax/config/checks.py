@@ -70,18 +70,9 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
 
 def _sharded_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:
     """What the mesh axis `tensor` divides: sizes and their names."""
-    kinds = model.mixer_kinds
     result = [(model.mlp_dim, "model.mlp_dim"), (model.vocab_size, "model.vocab_size")]
-    if kinds & {"full", "window", "local"}:
-        result.append((model.num_heads, "model.num_heads"))
-        result.append((model.kv_heads, "model.num_kv_heads"))
-    if "mamba2" in kinds:
-        result.append((model.mamba_heads, "The number of mamba2's heads"))
-    if "gated_deltanet" in kinds:
-        names = ("model.delta_heads (or num_heads)", "model.delta_value_heads (or delta_heads)")
-        result += zip(model.delta_sizes, names, strict=False)
-    if kinds & {"ttt_linear", "ttt_mlp"}:
-        result.append((model.ttt_num_heads, "model.ttt_heads (or num_heads)"))
+    for mixer in model.mixers_in_use:
+        result += mixer.divided_by_tensor(model)
     if model.fast_mlp_heads:
         result.append((model.fast_mlp_heads, "model.fast_mlp_heads"))
     return result
@@ -100,97 +91,8 @@ def _check_shapes(model: ModelConfig) -> None:
             f"model.suffix_layers = {model.suffix_layers} is more than model.num_layers = "
             f"{model.num_layers}; the suffix is the last blocks of the model."
         )
-    for check in (_check_attention, _check_mamba, _check_delta, _check_ttt):
-        check(model)
-
-
-def _check_attention(model: ModelConfig) -> None:
-    if not model.mixer_kinds & {"full", "window", "local"}:
-        return
-    if model.head_dim == 0 and model.embed_dim % model.num_heads:
-        raise UserError(
-            f"model.embed_dim = {model.embed_dim} is not a multiple of model.num_heads = "
-            f"{model.num_heads}; change one, or set model.head_dim."
-        )
-    if model.head_size % 2:
-        raise UserError(
-            f"A head has {model.head_size} entries (model.head_dim, or embed_dim / num_heads = "
-            f"{model.embed_dim} / {model.num_heads}); rotary positions need an even number."
-        )
-    if model.num_heads % model.kv_heads:
-        raise UserError(
-            f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = "
-            f"{model.num_heads}; every head of keys and values serves as many query heads."
-        )
-    _check_rope_scaling(model.rope_scaling)
-
-
-def _check_rope_scaling(scaling: tuple[float, ...]) -> None:
-    if len(scaling) not in (0, 1, 4):
-        raise UserError(
-            f"model.rope_scaling = {scaling} has {len(scaling)} numbers; give none, one (a factor) "
-            "or four: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, "
-            "such as (8, 1, 4, 8192)."
-        )
-    if scaling and scaling[0] < 1:
-        raise UserError(
-            f"model.rope_scaling = {scaling}: its factor, {scaling[0]:g}, must be at least 1."
-        )
-    if len(scaling) == 4 and scaling[1] >= scaling[2]:
-        raise UserError(
-            f"model.rope_scaling = {scaling}: low_freq_factor, {scaling[1]:g}, must be less than "
-            f"high_freq_factor, {scaling[2]:g}."
-        )
-
-
-def _check_mamba(model: ModelConfig) -> None:
-    if "mamba2" not in model.mixer_kinds:
-        return
-    width = model.mamba_expand * model.embed_dim
-    if width % model.mamba_head_dim:
-        raise UserError(
-            f"model.mamba_expand x model.embed_dim = {model.mamba_expand} x {model.embed_dim} = "
-            f"{width} is not a multiple of model.mamba_head_dim = {model.mamba_head_dim}."
-        )
-    if model.mamba_heads % model.mamba_groups:
-        raise UserError(
-            f"mamba2 has {model.mamba_heads} heads (mamba_expand x embed_dim / mamba_head_dim), "
-            f"not a multiple of model.mamba_groups = {model.mamba_groups}."
-        )
-    limits = model.mamba_dt_limits
-    if limits and (len(limits) != 2 or limits[0] > limits[1]):
-        raise UserError(
-            f"model.mamba_dt_limits = {limits} must be the smallest and the largest time step, "
-            "such as (0.001, 0.1), or empty."
-        )
-
-
-def _check_delta(model: ModelConfig) -> None:
-    if "gated_deltanet" not in model.mixer_kinds:
-        return
-    key_heads, value_heads, key_dim, _ = model.delta_sizes
-    if value_heads % key_heads:
-        raise UserError(
-            f"model.delta_value_heads = {value_heads} is not a multiple of the {key_heads} key "
-            "heads (model.delta_heads, or num_heads); each key head serves as many value heads."
-        )
-    if key_dim == 0:
-        raise UserError(
-            f"model.embed_dim / model.num_heads = {model.embed_dim} / {model.num_heads} leaves a "
-            "key of gated_deltanet no entry; set model.delta_key_dim."
-        )
-
-
-def _check_ttt(model: ModelConfig) -> None:
-    if not model.mixer_kinds & {"ttt_linear", "ttt_mlp"}:
-        return
-    heads = model.ttt_num_heads
-    if model.embed_dim % heads or model.embed_dim // heads % 2:
-        raise UserError(
-            f"A TTT layer of {heads} heads (model.ttt_heads, or num_heads) divides "
-            f"model.embed_dim = {model.embed_dim} into {model.embed_dim / heads:g} entries each; "
-            "rotary positions need an even whole number."
-        )
+    for mixer in model.mixers_in_use:
+        mixer.check(model)
 
 
 def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:

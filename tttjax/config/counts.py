@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 
-from tttjax.config.model import ModelConfig
+from tttjax.config.model import ModelConfig, split_mixers
 from tttjax.errors import UserError
 
 
@@ -109,16 +108,15 @@ def _max_blocks(model: ModelConfig, target: int, count: str) -> int:
 def _block(model: ModelConfig, mixers: str) -> int:
     """A block without its fast MLP. mixers: its entry of `model.mixers`."""
     D = model.embed_dim
-    count = sum(MIXERS[kind](model) + _branch_norms(model) for kind in _real(mixers))
+    count = sum(
+        model.mixer(kind).parameter_count(kind, model) + _branch_norms(model)
+        for kind in split_mixers(mixers)
+    )
     if model.mlp_dim:
         count += 3 * D * model.mlp_dim + _branch_norms(model)
     if model.pre_conv:
         count += D + model.conv_size * D + D  # norm, taps, bias
     return count
-
-
-def _real(mixers: str) -> list[str]:
-    return [kind for kind in mixers.split("+") if kind != "none"]
 
 
 def _branch_norms(model: ModelConfig) -> int:
@@ -132,64 +130,3 @@ def _fast_mlp(model: ModelConfig) -> int:
         head = model.embed_dim // model.fast_mlp_heads
         return model.fast_mlp_heads * (2 * head * 4 * head + 4 * head + head)
     return 3 * model.embed_dim * model.mlp_dim
-
-
-# --- mixers -------------------------------------------------------------------------------------
-
-
-def _attention(model: ModelConfig) -> int:
-    K = model.head_size
-    heads = 2 * model.num_heads + 2 * model.kv_heads  # of queries, output, keys and values
-    return model.embed_dim * heads * K + 2 * K * model.qk_norm
-
-
-def _mamba2(model: ModelConfig) -> int:
-    D, H = model.embed_dim, model.mamba_heads
-    inner = H * model.mamba_head_dim
-    groups = model.mamba_groups * model.mamba_state  # of B, and of C
-    projections = D * (2 * inner + 2 * groups + H) + inner * D
-    convolutions = (model.conv_size + 1) * (inner + 2 * groups)
-    return projections + convolutions + 3 * H + inner  # dt's bias, A and the skip; the norm
-
-
-def _gated_deltanet(model: ModelConfig) -> int:
-    D = model.embed_dim
-    key_heads, value_heads, key_dim, value_dim = model.delta_sizes
-    keys, values = key_heads * key_dim, value_heads * value_dim
-    projections = D * (2 * keys + 2 * values + 2 * value_heads) + values * D
-    convolutions = model.conv_size * (2 * keys + values)
-    return projections + convolutions + 2 * value_heads + value_dim  # A, dt's bias; the norm
-
-
-def _ttt(model: ModelConfig, inner: int) -> int:
-    """A TTT layer whose inner model has `inner` scalars over all heads."""
-    D, heads = model.embed_dim, model.ttt_num_heads
-    reads_queries = model.ttt_output == "query"
-    if model.ttt_backbone == "mamba":  # one projection and its convolutions; values, gate, output
-        outer = 4 * D * D + (1 + reads_queries) * (model.conv_size + 1) * D
-    else:
-        outer = (3 + reads_queries) * D * D
-    rates = D * heads + heads + model.ttt_chunk
-    return outer + rates + inner + 4 * D  # the inner norm and the one of the output
-
-
-def _ttt_linear(model: ModelConfig) -> int:
-    D = model.embed_dim
-    return _ttt(model, inner=D * (D // model.ttt_num_heads) + D)
-
-
-def _ttt_mlp(model: ModelConfig) -> int:
-    D = model.embed_dim
-    hidden = 4 * D // model.ttt_num_heads
-    return _ttt(model, inner=2 * D * hidden + model.ttt_num_heads * hidden + D)
-
-
-MIXERS: dict[str, Callable[[ModelConfig], int]] = {
-    "full": _attention,
-    "window": _attention,
-    "local": _attention,
-    "mamba2": _mamba2,
-    "gated_deltanet": _gated_deltanet,
-    "ttt_linear": _ttt_linear,
-    "ttt_mlp": _ttt_mlp,
-}

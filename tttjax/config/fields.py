@@ -1,7 +1,9 @@
 """Declaration of configuration fields: documentation, limits, and how a change is treated."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 
@@ -15,7 +17,8 @@ class FieldInfo:
     where none is given, INT_MAX. mutable_on_resume: whether a resumed run may use another value
     than the first run of its work directory. path: a path of this machine; `~` is expanded, and
     runs record the absolute path. omit_default_in_hash: for fields added after runs existed; the
-    default is what those runs did (`unset_additions`).
+    default is what those runs did (`fingerprint_values`). first_name: the name that a renamed field
+    had in its section at first; files with it are read, and fingerprints are made with it.
     """
 
     doc: str
@@ -28,6 +31,7 @@ class FieldInfo:
     mutable_on_resume: bool = False
     path: bool = False
     omit_default_in_hash: bool = False
+    first_name: str = ""
 
 
 def declare(default: Any, doc: str, **limits: Any) -> Any:
@@ -40,13 +44,32 @@ def field_info(field: dataclasses.Field) -> FieldInfo:
     return field.metadata["info"]
 
 
-def unset_additions(section: Any) -> set[str]:
-    """Names of a section's fields that were added later and hold their defaults.
+def fields_of(section: type) -> dict[str, dataclasses.Field]:
+    """Every field of a section by its name, those of nested sections as `mamba2.expand`."""
+    result: dict[str, dataclasses.Field] = {}
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            inner: Any = field.type
+            result |= {f"{field.name}.{name}": f for name, f in fields_of(inner).items()}
+        else:
+            result[field.name] = field
+    return result
 
-    Fingerprints omit them, so that those of older runs stay valid.
+
+def get_value(section: Any, name: str) -> Any:
+    """The value of a dotted name."""
+    return reduce(getattr, name.split("."), section)
+
+
+def fingerprint_values(section: Any) -> Iterator[tuple[str, str, Any]]:
+    """(name, name in fingerprints, value) of the fields that decide the numbers of a run.
+
+    A field that was added later counts only if it differs from its default, so that fingerprints
+    of older runs stay valid.
     """
-    return {
-        field.name
-        for field in dataclasses.fields(section)
-        if field_info(field).omit_default_in_hash and getattr(section, field.name) == field.default
-    }
+    for name, field in fields_of(type(section)).items():
+        info, value = field_info(field), get_value(section, name)
+        if not info.mutable_on_resume and not (
+            info.omit_default_in_hash and value == field.default
+        ):
+            yield name, info.first_name or name, value

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tttjax.config.build import from_config_dict
-from tttjax.config.schema import SECTIONS, Config, all_fields
+from tttjax.config.schema import Config, all_fields
 from tttjax.config.values import nearest, parse_value
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
@@ -109,12 +109,14 @@ def apply_override(config: ConfigDict, override: str) -> None:
             f"{override} has no value; write {OVERRIDE_PREFIX}{name}=VALUE, without spaces."
         )
     value = parse_value(name, text)
-    section, _, key = name.partition(".")
+    *sections, key = name.split(".")
     with config.unlocked(), config.ignore_type():
-        if section not in config:
-            config[section] = ConfigDict()
-        if section in SECTIONS:
-            config[section][key] = value
+        inner = config
+        for section in sections:
+            if section not in inner:
+                inner[section] = ConfigDict()
+            inner = inner[section]
+        inner[key] = value
 
 
 def _run_file(path: Path) -> ModuleType:

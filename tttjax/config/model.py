@@ -1,13 +1,17 @@
 """The network's fields."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from tttjax.config.fields import declare
+from tttjax.config.mixer import MixerConfig
+from tttjax.models.attention.config import AttentionConfig
+from tttjax.models.gated_deltanet.config import GatedDeltaNetConfig
+from tttjax.models.mamba2.config import Mamba2Config
+from tttjax.models.ttt_layer.config import TTTLayerConfig
 
-MIXERS = (
-    *("full", "window", "local", "none"),
-    *("mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp"),
-)
+# A new mixer is added here, and as a field of `ModelConfig`.
+MIXERS = (AttentionConfig, Mamba2Config, GatedDeltaNetConfig, TTTLayerConfig)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,11 @@ class ModelConfig:
     mixers: tuple[str, ...] = declare(
         ("window",),
         "Sequence mixer of each block, a pattern repeated over the layers. full: causal attention. "
-        "window: sliding-window attention over window_size tokens. local: causal inside blocks of "
-        "inner.chunk_size tokens (the official code's full attention in meta mode; for "
-        "verification). mamba2, gated_deltanet, ttt_linear, ttt_mlp: recurrent layers. none: no "
-        "mixer. Two mixers joined by + run one after the other, each with its own "
-        "norms and residual: window+ttt_mlp is the papers' TTT-KVB.",
-        choices=MIXERS,
+        "window: sliding-window attention over window_size tokens. mamba2, gated_deltanet, "
+        "ttt_linear, ttt_mlp: recurrent layers. none: no mixer. Two mixers joined by + run one "
+        "after the other, each with its own norms and residual: window+ttt_mlp is the papers' "
+        "TTT-KVB.",
+        choices=(*(kind for mixer in MIXERS for kind in mixer.kinds if kind != "local"), "none"),
         joined=True,
     )
     window_size: int = declare(
@@ -131,60 +134,32 @@ class ModelConfig:
         minimum=1,
         mutable_on_resume=True,
     )
-    mamba_expand: int = declare(2, "Total width of mamba2's heads / embed_dim.", minimum=1)
-    mamba_head_dim: int = declare(64, "Entries of one head of mamba2 (P).", minimum=1)
-    mamba_state: int = declare(128, "State entries of mamba2 per head entry (N).", minimum=1)
-    mamba_groups: int = declare(
-        1, "Groups of mamba2's heads that share B, C and the norm (G).", minimum=1
-    )
-    mamba_dt_limits: tuple[float, ...] = declare(
-        (), "Smallest and largest time step of mamba2; empty: no limits.", minimum=0
-    )
-    delta_heads: int = declare(0, "Key heads of gated_deltanet; 0: num_heads.", minimum=0)
-    delta_value_heads: int = declare(
-        0, "Value heads of gated_deltanet, a multiple of delta_heads; 0: delta_heads.", minimum=0
-    )
-    delta_key_dim: int = declare(
-        0, "Entries of a key of gated_deltanet; 0: those of an attention head.", minimum=0
-    )
-    delta_value_dim: int = declare(
-        0, "Entries of a value of gated_deltanet; 0: twice those of a key.", minimum=0
-    )
-    delta_negative: bool = declare(
-        False, "Whether gated_deltanet's beta is in (0, 2) instead of (0, 1): negative eigenvalues."
-    )
-    ttt_heads: int = declare(
-        0, "Heads of the TTT layers, embed_dim / heads entries each; 0: num_heads.", minimum=0
-    )
-    ttt_chunk: int = declare(16, "Tokens of one inner mini-batch of the TTT layers.", minimum=1)
-    ttt_lr: float = declare(
-        0.0,
-        "Base inner learning rate; 0: the paper's, 1 for ttt_linear, 0.1 for ttt_mlp.",
-        minimum=0,
-    )
-    ttt_rope_theta: float = declare(
-        10000.0, "Base of the rotary embedding inside each mini-batch of a TTT layer.", minimum=1
-    )
-    ttt_backbone: str = declare(
-        "mamba",
-        "Projections around the inner model of TTT layers. mamba: one projection and two "
-        "convolutions for queries and keys, and an output gate. plain: three projections.",
-        choices=("mamba", "plain"),
-    )
-    ttt_output: str = declare(
-        "query",
-        "Output of a TTT layer for a token. query: the inner model applied to its query, with the "
-        "weights after its own update. key: applied to its key, with the weights before the "
-        "mini-batch (the simplified rule of the TTT-E2E paper; there are no queries then).",
-        choices=("query", "key"),
-    )
+    mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
+    gated_deltanet: GatedDeltaNetConfig = dataclasses.field(default_factory=GatedDeltaNetConfig)
+    ttt_layer: TTTLayerConfig = dataclasses.field(default_factory=TTTLayerConfig)
 
     # --- derived from the fields ---
 
     @property
     def mixer_kinds(self) -> frozenset[str]:
         """Every mixer in use, joined ones separately."""
-        return frozenset(kind for entry in self.mixers for kind in entry.split("+"))
+        return frozenset(kind for entry in self.mixers for kind in split_mixers(entry))
+
+    @property
+    def mixers_in_use(self) -> tuple[MixerConfig, ...]:
+        """The configuration of every mixer in use, in the order of the blocks."""
+        kinds = (kind for entry in self.mixers for kind in split_mixers(entry))
+        return tuple(dict.fromkeys(map(self.mixer, kinds)))
+
+    def mixer(self, kind: str) -> MixerConfig:
+        """The configuration of the mixer that `kind` chooses. Raises ValueError for another."""
+        sections = (getattr(self, field.name) for field in dataclasses.fields(self))
+        mixers = [AttentionConfig(), *(s for s in sections if isinstance(s, MixerConfig))]
+        name = kind.partition(":")[0]
+        chosen = next((mixer for mixer in mixers if name in mixer.kinds), None)
+        if chosen is None:
+            raise ValueError(f"unknown mixer {kind!r}")
+        return chosen
 
     @property
     def head_size(self) -> int:
@@ -196,24 +171,7 @@ class ModelConfig:
         """Heads of keys and values in attention."""
         return self.num_kv_heads or self.num_heads
 
-    @property
-    def mamba_heads(self) -> int:
-        return self.mamba_expand * self.embed_dim // self.mamba_head_dim
 
-    @property
-    def delta_sizes(self) -> tuple[int, int, int, int]:
-        """Of gated_deltanet: key heads, value heads, entries of a key, entries of a value."""
-        key_heads = self.delta_heads or self.num_heads
-        key_dim = self.delta_key_dim or self.head_size
-        return (
-            *(key_heads, self.delta_value_heads or key_heads),
-            *(key_dim, self.delta_value_dim or 2 * key_dim),
-        )
-
-    @property
-    def ttt_num_heads(self) -> int:
-        return self.ttt_heads or self.num_heads
-
-    def ttt_base_lr(self, inner: str) -> float:
-        """Of the TTT layer with the inner model "linear" or "mlp"."""
-        return self.ttt_lr or {"linear": 1.0, "mlp": 0.1}[inner]
+def split_mixers(entry: str) -> list[str]:
+    """The mixers of a block, as `model.mixers` joins them."""
+    return [kind for kind in entry.split("+") if kind != "none"]

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import sys
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import cast, get_args, get_origin
 
 from tttjax.config.fields import FieldInfo, field_info
 from tttjax.config.schema import SECTIONS
@@ -65,11 +65,11 @@ _BETWEEN_FIELDS = """\
   even number of entries. `model.num_kv_heads` divides `model.num_heads`.
 - `model.rope_scaling` is empty, one number, or four; its factor is at least 1, and the second of
   four is less than the third.
-- The width of mamba2's heads, `model.mamba_expand` x `model.embed_dim`, is a multiple of
-  `model.mamba_head_dim`, their number one of `model.mamba_groups`; `model.mamba_dt_limits` is empty
-  or two numbers, the lower one first.
-- `model.delta_value_heads` is a multiple of `model.delta_heads`; `model.embed_dim` is a multiple of
-  the number of the TTT layers' heads, which have an even number of entries.
+- The width of mamba2's heads, `model.mamba2.expand` x `model.embed_dim`, is a multiple of
+  `model.mamba2.head_dim`, their number one of `model.mamba2.groups`; `model.mamba2.dt_limits` is
+  empty or two numbers, the lower one first.
+- `model.gated_deltanet.value_heads` is a multiple of `model.gated_deltanet.key_heads`;
+  `model.embed_dim` is a multiple of `model.ttt_layer.heads`, which have an even number of entries.
 - `model.fast_mlp` needs `model.mlp_dim` above 0 or `model.fast_mlp_heads`; the latter is only for
   `model.fast_mlp` and divides `model.embed_dim`. `model.fast_mlp_init` = `zero` is only for
   `model.fast_mlp`.
@@ -89,10 +89,19 @@ def reference() -> str:
     """The whole page as Markdown."""
     parts = [_HEAD]
     for name, section in SECTIONS.items():
-        rows = [_row(field) for field in dataclasses.fields(section)]
-        table = "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows])
-        parts.append(f"## {name}\n\n{inspect.getdoc(section)}\n\n{table}\n")
+        parts += _tables(name, section)
     return "\n".join([*parts, _BETWEEN_FIELDS])
+
+
+def _tables(name: str, section: type) -> list[str]:
+    """The table of a section, then those of the sections nested in it."""
+    fields = [f for f in dataclasses.fields(section) if not dataclasses.is_dataclass(f.type)]
+    nested = [f for f in dataclasses.fields(section) if dataclasses.is_dataclass(f.type)]
+    rows = "\n".join(map(_row, fields))
+    table = f"| field | type | default | meaning |\n|---|---|---|---|\n{rows}"
+    heading = "#" * (2 + name.count("."))
+    first = f"{heading} {name}\n\n{inspect.getdoc(section)}\n\n{table}\n"
+    return [first, *(t for f in nested for t in _tables(f"{name}.{f.name}", cast(type, f.type)))]
 
 
 def _row(field: dataclasses.Field) -> str:

@@ -4,7 +4,6 @@ It also checks whether a work directory belongs to a configuration. It does not 
 variables, so no secret can end up in a file.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tttjax.config.build import from_config_dict, to_dict, to_flat_dict
-from tttjax.config.fields import field_info, unset_additions
+from tttjax.config.build import from_config_dict, replace_values, to_dict, to_flat_dict
+from tttjax.config.fields import field_info, fingerprint_values, get_value
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
@@ -51,13 +50,15 @@ def fixed_values(config: Config) -> dict[str, Any]:
 def config_fingerprint(config: Config) -> str:
     """A short hash of `fixed_values`: equal for two runs that compute the same numbers.
 
-    A field that was added later is hashed only if it differs from its default, so that fingerprints
-    of older runs stay valid.
+    Those of older runs stay valid (`fingerprint_values`).
     """
-    values = fixed_values(config)
-    for section in SECTIONS:
-        for name in unset_additions(getattr(config, section)):
-            values.pop(f"{section}.{name}", None)
+    fixed = fixed_values(config)
+    values = {
+        f"{section}.{first_name}": fixed[f"{section}.{name}"]
+        for section in SECTIONS
+        for name, first_name, _ in fingerprint_values(getattr(config, section))
+        if f"{section}.{name}" in fixed
+    }
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -188,24 +189,16 @@ def with_absolute_paths(config: Config) -> Config:
 
     Raises UserError for paths that are not of this machine.
     """
-    sections: dict[str, dict[str, Any]] = {}
+    paths: dict[str, str | tuple[str, ...]] = {}
     for name, field in all_fields().items():
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section), key)
+        value = get_value(config, name)
         if field_info(field).path and value:
-            absolute = (
+            paths[name] = (
                 absolute_path(value, name)
                 if isinstance(value, str)
                 else tuple(absolute_path(entry, name) for entry in value)
             )
-            sections.setdefault(section, {})[key] = absolute
-    return dataclasses.replace(
-        config,
-        **{
-            name: dataclasses.replace(getattr(config, name), **values)
-            for name, values in sections.items()
-        },
-    )
+    return replace_values(config, paths)
 
 
 def workdir_of(source: Path) -> Path:

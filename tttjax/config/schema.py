@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-from tttjax.config.fields import declare
+from tttjax.config.fields import declare, fields_of
 from tttjax.config.limits import SEED_MAX
 from tttjax.config.model import ModelConfig
 
@@ -156,6 +156,7 @@ class TrainConfig:
         "training stops.",
         minimum=1,
         mutable_on_resume=True,
+        first_name="nonfinite_limit",
     )
     profile_steps: tuple[int, ...] = declare(
         (),
@@ -272,8 +273,4 @@ SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 @functools.cache
 def all_fields() -> dict[str, dataclasses.Field]:
     """Every field by its dotted name, `train.steps` and so on, in order of declaration."""
-    return {
-        f"{section}.{field.name}": field
-        for section, cls in SECTIONS.items()
-        for field in dataclasses.fields(cls)
-    }
+    return fields_of(Config)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.data.held_out import HeldOut
-from tttjax.models import Transformer
+from tttjax.models.transformer import Transformer
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     BATCH_AXES,

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.inference.prefill import Context, InferenceModel, Weights
-from tttjax.models import combine
 from tttjax.models.caches import Cache
+from tttjax.models.stacking import combine
 from tttjax.parallel.batching import over_sequences
 from tttjax.types import Array, PyTree
 

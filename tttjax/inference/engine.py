@@ -122,7 +122,7 @@ class Engine:
 
     def check(self, tokens: Sequence[int] | np.ndarray, position: int) -> None:
         """UserError if tokens from `position` on are too many or outside the vocabulary."""
-        vocab = self.inference_model.chunk_model.split.model.vocab_size
+        vocab = self.inference_model.chunk_model.split.model.config.vocab_size
         smallest, largest = (np.min(tokens), np.max(tokens)) if len(tokens) else (0, 0)
         if smallest < 0 or largest >= vocab:
             raise UserError(

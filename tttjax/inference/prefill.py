@@ -14,8 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.models import SplitModel, Transformer, combine
-from tttjax.models.attention import AttentionForm
+from tttjax.models.mixer import AttentionForm
+from tttjax.models.split_model import SplitModel
+from tttjax.models.stacking import combine
+from tttjax.models.transformer import Transformer
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt.chunk import (
     STATE_AXES,

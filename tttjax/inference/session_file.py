@@ -14,7 +14,6 @@ neither written nor read. Files of the previous format, "tttjax-session-2", have
 shapes, types and counts are compared with the model's.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.config import Config
-from tttjax.config.fields import field_info, unset_additions
+from tttjax.config.fields import fingerprint_values
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
 from tttjax.inference.prefill import Context
@@ -63,13 +62,8 @@ def fingerprint(config: Config, params: Params) -> str:
     """
     digest = hashlib.sha256()
     for name, removed in REMOVED.items():
-        section = getattr(config, name)
-        unset = unset_additions(section)
-        values = removed | {
-            field.name: repr(getattr(section, field.name))
-            for field in dataclasses.fields(section)
-            if not field_info(field).mutable_on_resume and field.name not in unset
-        }
+        rows = fingerprint_values(getattr(config, name))
+        values = removed | {first_name: repr(value) for _, first_name, value in rows}
         digest.update(json.dumps(dict(sorted(values.items()))).encode())
     flat = flatten_dict({"slow": params.slow, "fast": params.fast}, sep="/")
     for path, weight in sorted(flat.items()):
@@ -363,7 +357,7 @@ def _check_shapes(
     """UserError unless names, shapes and types are those of the engine's sessions."""
     expected = _expected(engine, header)
     if header.tokens:
-        logits = (engine.inference_model.chunk_model.split.model.vocab_size,)
+        logits = (engine.inference_model.chunk_model.split.model.config.vocab_size,)
         expected["logits"] = (logits, np.dtype(np.float32))
     if missing := sorted(expected.keys() - arrays.keys()):
         raise UserError(
@@ -379,7 +373,10 @@ def _check_shapes(
                 path,
                 f"{name} is {array.dtype.name}{list(array.shape)}, not {dtype.name}{list(shape)}",
             )
-    pending, vocab = arrays["pending"], engine.inference_model.chunk_model.split.model.vocab_size
+    pending, vocab = (
+        arrays["pending"],
+        engine.inference_model.chunk_model.split.model.config.vocab_size,
+    )
     if len(pending) and not 0 <= pending.min() <= pending.max() < vocab:
         raise damaged(path, f"pending holds tokens outside the vocabulary of {vocab}")
 

@@ -16,7 +16,7 @@ from tttjax.data.tokenizers.vocabulary import open_tokenizer
 from tttjax.errors import UserError
 from tttjax.interop.streaming import WeightSlice
 from tttjax.io.paths import local_path
-from tttjax.models import Transformer
+from tttjax.models.transformer import Transformer
 
 Log = Callable[[str], None]
 

@@ -14,7 +14,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tttjax.models import Transformer, combine, partition
+from tttjax.models.stacking import combine, partition
+from tttjax.models.transformer import Transformer
 from tttjax.types import Array, Params
 
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt

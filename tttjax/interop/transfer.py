@@ -14,7 +14,8 @@ from tttjax.interop.huggingface.compare import TOLERANCE, largest_difference, st
 from tttjax.interop.source import ImportSource, Log, Reference
 from tttjax.interop.streaming import assemble, flat_weights, return_freed_memory
 from tttjax.io.atomic import atomic_folder
-from tttjax.models import Transformer, build_model, fast_mlps
+from tttjax.models.relayout import fast_mlps
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.run import RunSpec, open_run

@@ -12,8 +12,9 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
-from tttjax.models.attention import AttentionForm
-from tttjax.models.block import Block, BlockShape
+from tttjax.config.model import ModelConfig
+from tttjax.models.block import Block
+from tttjax.models.mixer import AttentionForm
 from tttjax.models.stacking import Stack, empty_state, run_stage
 from tttjax.models.transformer import Transformer, advance
 from tttjax.types import Array, PyTree
@@ -60,23 +61,23 @@ class SplitModel:
         if not self.first_mixers_are_parallel:
             return {}
         kind = self.model.stages["suffix"][0].kinds[0]
-        without_mlp = dataclasses.replace(self.model.shape, mlp_dim=0)
+        without_mlp = dataclasses.replace(self.model.config, mlp_dim=0)
         return {"block0": Stack(Block, 1, (kind, False, without_mlp))}
 
     @cached_property
     def segments(self) -> dict[str, Segment]:
         """The sequential part by name, in the order in which it runs."""
         model, segments = self.model, {}
-        shape = model.shape
+        config = model.config
 
-        def stack(kind: str, height: int, shape: BlockShape = shape) -> Stack:
-            return Stack(Block, height, (kind, model.fast_mlp, shape))
+        def stack(kind: str, height: int, config: ModelConfig = config) -> Stack:
+            return Stack(Block, height, (kind, config.fast_mlp, config))
 
         for i, stage in enumerate(model.stages["suffix"]):
             rows = slice(0, stage.repeats)
             if i == 0 and self.first_mixers_are_parallel:
                 first = {f"block{j}": stack(kind, 1) for j, kind in enumerate(stage.kinds)}
-                only_mlps = dataclasses.replace(shape, pre_conv=False)
+                only_mlps = dataclasses.replace(config, pre_conv=False)
                 first["block0"] = stack("none", 1, only_mlps)
                 segments[FIRST] = Segment("stage0", slice(0, 1), first)
                 rows = slice(1, stage.repeats)
@@ -109,7 +110,7 @@ class SplitModel:
                 blocks["block0"] = {k: w for k, w in block.items() if not k.startswith(MIXING)}
             suffix[name] = jax.tree.map(lambda w, rows=segment.rows: w[rows], blocks)
         outside_blocks = {name: w for name, w in tree.items() if name not in ("prefix", "suffix")}
-        if not self.model.tied:
+        if not self.model.config.tie_embeddings:
             outside_blocks.pop("embedding", None)
         return {**outside_blocks, "suffix": suffix}
 
@@ -139,7 +140,8 @@ class SplitModel:
 
     def run_parallel(self, slow: PyTree, token_T: Array) -> Array:
         """The input of the sequential part for a whole sequence, [T, D]."""
-        return self._forward_parallel(slow, None, token_T, "dense", self.model.remat)[0]
+        remat = self.model.config.remat == "block"
+        return self._forward_parallel(slow, None, token_T, "dense", remat)[0]
 
     def extend_parallel(
         self, slow: PyTree, state: PyTree, token_T: Array, form: AttentionForm = "dense"

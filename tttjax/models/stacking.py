@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tttjax.models.attention import AttentionForm
 from tttjax.models.layers import FastWeight
+from tttjax.models.mixer import AttentionForm
 from tttjax.parallel.fsdp import all_gather_params, is_sharded
 from tttjax.types import Array, Params, PyTree
 

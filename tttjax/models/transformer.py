@@ -19,10 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from tttjax.config.model import ModelConfig
+from tttjax.config.schema import InnerConfig
 from tttjax.errors import UserError
-from tttjax.models.attention import AttentionForm
-from tttjax.models.block import Block, BlockShape
+from tttjax.models.block import Block
 from tttjax.models.layers import RMSNorm, normal_weight
+from tttjax.models.mixer import AttentionForm
 from tttjax.models.stacking import (
     Stack,
     combine,
@@ -33,7 +35,7 @@ from tttjax.models.stacking import (
     path_filter,
     run_stage,
 )
-from tttjax.models.ttt_layer import TTTLayer
+from tttjax.models.ttt_layer.layer import TTTLayer
 from tttjax.ops.cross_entropy.nll import token_nll, token_nll_in_blocks
 from tttjax.ops.norms import rms_norm
 from tttjax.types import Array, Params, PyTree
@@ -81,47 +83,44 @@ def plan_stages(kinds: Sequence[str]) -> tuple[Stage, ...]:
 class EmbedAndHead(nnx.Module):
     """The weights outside the blocks: embedding, final norm, head."""
 
-    def __init__(self, vocab_size: int, tied: bool, shape: BlockShape, rngs: nnx.Rngs):
-        def weight(size, axes):
-            return normal_weight(rngs, size, axes, std=shape.init_std, dtype=shape.param_dtype)
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+        D, V, dtype = model.embed_dim, model.vocab_size, jnp.dtype(model.param_dtype)
 
-        self.embedding = weight((vocab_size, shape.embed_dim), ("vocab", "embed"))
-        self.final_norm = RMSNorm(
-            shape.embed_dim, "embed", eps=shape.norm_eps, dtype=shape.param_dtype
-        )
-        if not tied:
-            self.head = weight((shape.embed_dim, vocab_size), ("embed", "vocab"))
+        def weight(size, axes):
+            return normal_weight(rngs, size, axes, std=model.init_std, dtype=dtype)
+
+        self.embedding = weight((V, D), ("vocab", "embed"))
+        self.final_norm = RMSNorm(D, "embed", eps=model.norm_eps, dtype=dtype)
+        if not model.tie_embeddings:
+            self.head = weight((D, V), ("embed", "vocab"))
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """Sizes and pure functions of a model, without weights.
+    """Pure functions of a model, without weights.
 
-    suffix_layers: blocks of the suffix; with `fast_mlp` each has an extra fast MLP.
     fast_patterns: paths of the fast weights, in place of the declared ones (`FastWeight`).
     """
 
-    shape: BlockShape
-    vocab_size: int
-    mixers: tuple[str, ...]
-    num_layers: int
-    suffix_layers: int
-    fast_mlp: bool
-    tied: bool
-    compute_dtype: jnp.dtype
-    remat: bool
+    config: ModelConfig
     fast_patterns: tuple[str, ...] = ()
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """Dtype of activations and matrix products."""
+        return jnp.dtype(self.config.compute_dtype)
 
     # --- layout -----------------------------------------------------------------------------
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """The mixer of every block, first to last."""
-        return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_layers))
+        mixers = self.config.mixers
+        return tuple(mixers[i % len(mixers)] for i in range(self.config.num_layers))
 
     @cached_property
     def stages(self) -> dict[str, tuple[Stage, ...]]:
-        first = self.num_layers - self.suffix_layers
+        first = self.config.num_layers - self.config.suffix_layers
         return {
             "prefix": plan_stages(self.kinds[:first]),
             "suffix": plan_stages(self.kinds[first:]),
@@ -132,11 +131,11 @@ class Transformer:
         """Every stack of blocks by path, in order of execution."""
 
         def stack(kind: str, fast: bool, repeats: int) -> Stack:
-            return Stack(Block, repeats, (kind, fast, self.shape))
+            return Stack(Block, repeats, (kind, fast, self.config))
 
         return {
             f"{part}/stage{i}/block{j}": stack(
-                kind, self.fast_mlp and part == "suffix", stage.repeats
+                kind, self.config.fast_mlp and part == "suffix", stage.repeats
             )
             for part in PARTS
             for i, stage in enumerate(self.stages[part])
@@ -145,7 +144,7 @@ class Transformer:
 
     @cached_property
     def _embed_and_head(self) -> Stack:
-        return Stack(EmbedAndHead, 1, (self.vocab_size, self.tied, self.shape))
+        return Stack(EmbedAndHead, 1, (self.config,))
 
     def block_paths(self) -> list[tuple[str, int]]:
         """(path of the stack, row in it) of every block, first to last."""
@@ -278,7 +277,7 @@ class Transformer:
                 state and state["blocks"][part][f"stage{i}"],
                 x_TD,
                 position,
-                remat=self.remat if remat is None else remat,
+                remat=self.config.remat == "block" if remat is None else remat,
                 cast=state is None,
                 form=form,
             )
@@ -289,11 +288,11 @@ class Transformer:
 
     def head(self, weights: PyTree) -> Array:
         """The output matrix [D, V] in the compute dtype."""
-        head_DV = weights["embedding"].T if self.tied else weights["head"]
+        head_DV = weights["embedding"].T if self.config.tie_embeddings else weights["head"]
         return head_DV.astype(self.compute_dtype)
 
     def final_norm(self, weights: PyTree, x_TD: Array) -> Array:
-        return rms_norm(x_TD, weights["final_norm"]["weight"], self.shape.norm_eps)
+        return rms_norm(x_TD, weights["final_norm"]["weight"], self.config.norm_eps)
 
     def logits(self, weights: PyTree, h_TD: Array) -> Array:
         """Logits [T, V] of hidden states after the last norm, in float32 at least."""
@@ -321,3 +320,8 @@ class Transformer:
             x_TD, state = self.run_part(part, weights, state, x_TD)
         logit_TV = self.logits(weights, self.final_norm(weights, x_TD))
         return logit_TV, advance(state, token_T.shape[0])
+
+
+def build_model(model: ModelConfig, inner: InnerConfig) -> Transformer:
+    """The model of a configuration, with the fast weights that the inner loop updates."""
+    return Transformer(model, inner.fast_paths)

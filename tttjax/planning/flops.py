@@ -12,7 +12,7 @@ number of keys that a query attends to,
     Gated DeltaNet    F = 6 H K V           the state times k, the write, the state times q
     TTT layer         F = 2 E for the inner model on the key, E its matrices' entries,
                         + 2 E for its weight gradients, and 2 x entries of w2 back through w2,
-                        + 2 E for the inner model on the query (not with ttt_output = "key")
+                        + 2 E for the inner model on the query (not with output = "key")
     head              F = 2 D V
 
 Training without an inner loop costs 3 F: the forward pass, and twice that backward, once for the
@@ -37,19 +37,17 @@ treats as a constant (first order; truncated, before the last m chunks) costs B 
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from tttjax.models import Transformer, build_model, combine
+from tttjax.config import InnerConfig, ModelConfig
+from tttjax.config.model import split_mixers
+from tttjax.models.stacking import combine
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.planning.accelerators import peaks
-
-if TYPE_CHECKING:
-    from tttjax.config import InnerConfig, ModelConfig
 
 # By prefix of `device_kind`; the longest match applies.
 PEAKS = peaks()
@@ -87,9 +85,7 @@ def mean_keys(length: int, window: int) -> float:
     return (full * (full + 1) / 2 + (length - full) * window) / length
 
 
-def _parts(
-    model: "ModelConfig", inner: "InnerConfig", seq_len: int
-) -> tuple[list[Part], list[Part]]:
+def _parts(model: ModelConfig, inner: InnerConfig, seq_len: int) -> tuple[list[Part], list[Part]]:
     """Branches of the prefix, and of the suffix with the head, in forward order."""
     network = build_model(model, inner)
     entries = _Entries(network)
@@ -99,8 +95,7 @@ def _parts(
         parts = suffix if stack.startswith("suffix") else prefix
         if model.pre_conv:
             parts.append(entries.part(f"{stack}/pre_conv"))
-        mixers = [kind for kind in kinds.split("+") if kind != "none"]
-        for i, kind in enumerate(mixers):
+        for i, kind in enumerate(split_mixers(kinds)):
             path = f"{stack}/mixer{i + 1 if i else ''}"
             parts.append(entries.part(path, out="wo", **_mixing(kind, model, inner, seq_len)))
         for branch in ("fast_mlp", "mlp"):
@@ -145,51 +140,16 @@ def _multiplies_tokens(path: str, axes: tuple[str, ...]) -> bool:
     return len(axes) > 2 and ("embed" in axes or "taps" in axes)
 
 
-def _mixing(
-    kind: str, model: "ModelConfig", inner: "InnerConfig", seq_len: int
-) -> dict[str, float]:
+def _mixing(kind: str, model: ModelConfig, inner: InnerConfig, seq_len: int) -> dict[str, float]:
     """The fields of a mixer's Part that are not its matrices: attention or recurrence."""
-    if kind in RECURRENCES:
-        return {"recurrence": RECURRENCES[kind](model)}
-    chunk = inner.chunk_size
-    attention_mask = {"full": seq_len, "window": model.window_size, "local": chunk}[kind]
+    spans = {"full": seq_len, "window": model.window_size}
+    if kind not in spans:
+        return {"recurrence": model.mixer(kind).recurrence_flops(kind, model)}
     per_key = 4 * model.num_heads * model.head_size
     return {
-        "scores": per_key * mean_keys(chunk if kind == "local" else seq_len, attention_mask),
-        "own_scores": per_key * mean_keys(chunk, attention_mask),
+        "scores": per_key * mean_keys(seq_len, spans[kind]),
+        "own_scores": per_key * mean_keys(inner.chunk_size, spans[kind]),
     }
-
-
-def _mamba2(model: "ModelConfig") -> float:
-    return 4.0 * model.mamba_heads * model.mamba_head_dim * model.mamba_state
-
-
-def _gated_deltanet(model: "ModelConfig") -> float:
-    _, value_heads, key_dim, value_dim = model.delta_sizes
-    return 6.0 * value_heads * key_dim * value_dim
-
-
-def _ttt_linear(model: "ModelConfig") -> float:
-    entries = model.embed_dim * (model.embed_dim // model.ttt_num_heads)
-    return _ttt(model, entries)
-
-
-def _ttt_mlp(model: "ModelConfig") -> float:
-    w2 = 4 * model.embed_dim * (model.embed_dim // model.ttt_num_heads)
-    return _ttt(model, 2 * w2) + 2.0 * w2
-
-
-def _ttt(model: "ModelConfig", entries: int) -> float:
-    """The inner model on the key, its gradient, and the inner model on the query if used."""
-    return 2.0 * entries * (2 + (model.ttt_output == "query"))
-
-
-RECURRENCES: dict[str, Callable[["ModelConfig"], float]] = {
-    "mamba2": _mamba2,
-    "gated_deltanet": _gated_deltanet,
-    "ttt_linear": _ttt_linear,
-    "ttt_mlp": _ttt_mlp,
-}
 
 
 def _forward(parts: list[Part]) -> float:
@@ -207,7 +167,7 @@ def _inner_backward(parts: list[Part]) -> float:
     return total
 
 
-def forward_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> float:
+def forward_flops_per_token(model: ModelConfig, inner: InnerConfig, seq_len: int) -> float:
     """Model FLOPs per token of one forward pass over sequences of `seq_len` tokens."""
     prefix, suffix = _parts(model, inner, seq_len)
     return _forward(prefix) + _forward(suffix)
@@ -231,7 +191,7 @@ class TrainFlops:
         return self.prefix + self.suffix + self.inner_backward + self.outer
 
 
-def train_flops_by_part(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> TrainFlops:
+def train_flops_by_part(model: ModelConfig, inner: InnerConfig, seq_len: int) -> TrainFlops:
     """`train_flops_per_token` by part."""
     prefix_parts, suffix_parts = _parts(model, inner, seq_len)
     prefix, suffix = _forward(prefix_parts), _forward(suffix_parts)
@@ -250,7 +210,7 @@ def train_flops_by_part(model: "ModelConfig", inner: "InnerConfig", seq_len: int
     return TrainFlops(prefix, suffix, inner_backward, outer)
 
 
-def train_flops_per_token(model: "ModelConfig", inner: "InnerConfig", seq_len: int) -> float:
+def train_flops_per_token(model: ModelConfig, inner: InnerConfig, seq_len: int) -> float:
     """Model FLOPs per token of a train step, inner and second-order terms included."""
     return train_flops_by_part(model, inner, seq_len).total
 

@@ -22,7 +22,7 @@ import jax
 
 from tttjax.config import Config, InnerConfig, ModelConfig, check_mesh, has_fast_weights
 from tttjax.errors import UserError
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.planning.memory import Memory
 from tttjax.training.step import gathered_per_layer
 from tttjax.ttt.outer_loss import learns

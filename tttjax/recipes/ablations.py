@@ -111,7 +111,7 @@ def _path(step: str) -> ConfigDict:
         return config
     config = pretraining(SIZE, "ttt_kvb" if step == "key_output" else step)
     if step == "key_output":
-        config.model.ttt_output = "key"
+        config.model.ttt_layer.output = "key"
         match_full_attention(config, SIZE)
     return config
 
@@ -126,7 +126,7 @@ def _chunk(length: str, system: str = "ttt_e2e") -> ConfigDict:
     config = pretraining(SIZE, choose(system, CHUNK_SYSTEMS, "The system"))
     tokens = LENGTHS[choose(length, LENGTHS, "The mini-batch")]
     if system == "ttt_kvb":
-        config.model.ttt_chunk = tokens
+        config.model.ttt_layer.chunk_size = tokens
     else:
         config.inner.chunk_size = tokens
     return config

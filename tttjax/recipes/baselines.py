@@ -22,7 +22,7 @@ The recurrent mixer comes first, as in the hybrids of the Gated DeltaNet paper, 
 after the attention. Mamba-2 and Gated DeltaNet have the sizes of their official defaults. TTT-KVB
 takes one inner step for each 1,024 tokens, the mean over them of their gradients, so that it learns
 less from a token than TTT-MLP with its 16 does; the paper gives no rate, ours is that of TTT-MLP
-(`--config.model.ttt_lr`).
+(`--config.model.ttt_layer.lr`).
 
 The last two are those of the second paper (arXiv 2407.04620), in its Mamba backbone, without
 attention and without norms after the mixers; inner learning rates 1 and 0.1. The paper warms the
@@ -61,7 +61,7 @@ class Baseline:
 
 def _mamba2(embed_dim: int) -> dict[str, Any]:
     """Official defaults: expand 2, heads of 64, state 128, one group."""
-    return {"mamba_expand": 2, "mamba_head_dim": 64, "mamba_state": 128, "mamba_groups": 1}
+    return {"mamba2": {"expand": 2, "head_dim": 64, "state_size": 128, "groups": 1}}
 
 
 def _gated_deltanet(embed_dim: int) -> dict[str, Any]:
@@ -71,25 +71,20 @@ def _gated_deltanet(embed_dim: int) -> dict[str, Any]:
     """
     keys = 3 * embed_dim // 4
     key_dim = next(k for k in range(MAX_KEY_DIM, 0, -64) if keys % k == 0)
-    return {
-        "delta_heads": keys // key_dim,
-        "delta_key_dim": key_dim,
-        "delta_value_dim": 2 * key_dim,
-    }
+    sizes = {"key_heads": keys // key_dim, "key_dim": key_dim, "value_dim": 2 * key_dim}
+    return {"gated_deltanet": sizes}
 
 
 def _ttt(embed_dim: int) -> dict[str, Any]:
     """The second paper's block, with the attention heads of the size as the TTT layer's."""
-    return {"ttt_backbone": "mamba", "ttt_chunk": 16, "pre_conv": True, "post_norm": False}
+    layer = {"backbone": "mamba", "chunk_size": 16}
+    return {"ttt_layer": layer, "pre_conv": True, "post_norm": False}
 
 
 def _ttt_kvb(embed_dim: int) -> dict[str, Any]:
     """Queries, keys and values each of their own, no convolution: attention is there for that."""
-    return {
-        "ttt_backbone": "plain",
-        "ttt_chunk": CHUNK_KVB,
-        "ttt_heads": embed_dim // HEAD_KVB,
-    }
+    heads = embed_dim // HEAD_KVB
+    return {"ttt_layer": {"backbone": "plain", "chunk_size": CHUNK_KVB, "heads": heads}}
 
 
 BASELINES = {

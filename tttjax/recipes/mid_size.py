@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     system = choose(arg or "ttt_e2e", SYSTEMS, "The system")
     config = _ttt_e2e()
     if system == "ttt_kvb":
-        config.model.update(ttt_backbone="plain", ttt_chunk=config.inner.chunk_size)
+        config.model.ttt_layer.update(backbone="plain", chunk_size=config.inner.chunk_size)
     if system != "ttt_e2e":
         make_control(config, CONTROLS[system])
     return config
@@ -61,7 +61,7 @@ def _ttt_e2e() -> ConfigDict:
         suffix_layers=2,
         fast_mlp=True,
         remat="none",
-        mamba_state=64,
+        mamba2={"state_size": 64},
     )
     config.inner.update(chunk_size=128, lr_init=0.1, lr_warmup_steps=7000)
     config.optim.update(peak_lr=3e-3, warmup_steps=7000)

@@ -26,7 +26,8 @@ from tttjax.data.shards import content_id, read_manifest
 from tttjax.data.splits import TRAIN
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
-from tttjax.models import Transformer, build_model, relayout
+from tttjax.models.relayout import relayout
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh, param_shardings
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.step import weights_template

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.models import SplitModel, build_model
-from tttjax.models.block import attention_masks
+from tttjax.models.attention.config import AttentionConfig
+from tttjax.models.attention.layer import attention_mask
+from tttjax.models.split_model import SplitModel
+from tttjax.models.transformer import build_model
 from tttjax.ops.attention.library import KERNELS, unsupported_reason, unsupported_reason_on_backend
 from tttjax.ops.window_attention import window_attention_unsupported_reason
 from tttjax.ttt.outer_loss import learns
@@ -43,17 +45,14 @@ def choose_kernels(
     Raises UserError if `model.attention_kernel` is "library" and a kind is not supported.
     """
     model = config.model
-    shape = build_model(model, config.inner).shape
     q_THK = jax.ShapeDtypeStruct(
-        (config.train.seq_len, shape.num_heads, shape.head_dim), model.compute_dtype
+        (config.train.seq_len, model.num_heads, model.head_size), model.compute_dtype
     )
     choices = {}
-    for kind, attention_mask in attention_masks(shape).items():
-        if kind not in model.mixer_kinds:
-            continue
-        reason = unsupported_reason(platform, q_THK, attention_mask)
+    for kind in (kind for kind in AttentionConfig.kinds if kind in model.mixer_kinds):
+        reason = unsupported_reason(platform, q_THK, attention_mask(kind, model))
         if not reason and compile_locally:
-            reason = unsupported_reason_on_backend(platform, q_THK, shape.kv_heads)
+            reason = unsupported_reason_on_backend(platform, q_THK, model.kv_heads)
         if reason and model.attention_kernel == "library":
             raise UserError(
                 f'model.attention_kernel = "library" does not support {kind} attention here '
@@ -70,24 +69,19 @@ def choose_chunk_kernels(config: Config, platform: str) -> dict[str, KernelChoic
 
     Empty without an inner loop, and for the reference form, which materializes all scores.
     """
-    model = build_model(config.model, config.inner)
-    if config.inner.form != "fast" or not learns(model, config.inner.meta_gradient):
+    model, network = config.model, build_model(config.model, config.inner)
+    if config.inner.form != "fast" or not learns(network, config.inner.meta_gradient):
         return {}
-    kinds = SplitModel(model).sequential_mixers
-    shape, chunk = model.shape, config.inner.chunk_size
-    choices = {}
-    for kind, attention_mask in attention_masks(shape).items():
-        spans = [size for size in attention_mask if size]
-        if not spans or kind not in kinds:
-            continue
-        reason = window_attention_unsupported_reason(
-            *(platform, (chunk, shape.num_heads, shape.head_dim), min(spans)),
-            jnp.dtype(config.model.compute_dtype),
-            kv_heads=shape.kv_heads,
-            kernel="xla" if config.model.attention_kernel == "xla" else "auto",
-        )
-        choices[kind] = KernelChoice("XLA", reason) if reason else KernelChoice("Pallas")
-    return choices
+    if "window" not in SplitModel(network).sequential_mixers:
+        return {}
+    q_shape = config.inner.chunk_size, model.num_heads, model.head_size
+    reason = window_attention_unsupported_reason(
+        *(platform, q_shape, model.window_size),
+        jnp.dtype(model.compute_dtype),
+        kv_heads=model.kv_heads,
+        kernel="xla" if model.attention_kernel == "xla" else "auto",
+    )
+    return {"window": KernelChoice("XLA", reason) if reason else KernelChoice("Pallas")}
 
 
 def describe_kernels(config: Config, platform: str, *, compile_locally: bool = True) -> str:

@@ -14,7 +14,7 @@ from etils import epath
 
 from tttjax.errors import UserError
 from tttjax.io.sealed import file_checksums
-from tttjax.models import path_filter
+from tttjax.models.stacking import path_filter
 from tttjax.types import PyTree
 
 FORMAT = 1

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.config import Config
-from tttjax.models import Transformer, build_model
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     as_sharded_param,

@@ -9,7 +9,8 @@ import sys
 import jax
 
 from tttjax.config import from_config_dict
-from tttjax.models import Transformer, build_model, fast_mlps, relayout
+from tttjax.models.relayout import fast_mlps, relayout
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.step import Trainer, weights_template
 from tttjax.types import Array, Params, PyTree
@@ -65,10 +66,11 @@ def _shapes(tree: PyTree) -> dict[str, tuple]:
 def _print_note(source: Transformer, target: Transformer, path: str) -> None:
     if jax.process_index() != 0:
         return
-    added = target.fast_mlp and not source.fast_mlp
-    start = "at zero" if target.shape.fast_mlp_init == "zero" else "at random"
+    added = target.config.fast_mlp and not source.config.fast_mlp
+    start = "at zero" if target.config.fast_mlp_init == "zero" else "at random"
     mlps = f"; their fast MLPs are new and start {start}" if added else ""
     print(
-        f"note: of the model in {path} the last {target.suffix_layers} blocks are the suffix{mlps}",
+        f"note: of the model in {path} the last {target.config.suffix_layers} blocks "
+        f"are the suffix{mlps}",
         file=sys.stderr,
     )

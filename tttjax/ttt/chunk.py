@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tttjax.models import SplitModel, combine
-from tttjax.models.attention import AttentionForm
+from tttjax.models.mixer import AttentionForm
+from tttjax.models.split_model import SplitModel
+from tttjax.models.stacking import combine
 from tttjax.ops.cross_entropy.nll import (
     CEResiduals,
     blocked_nll_jvp,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.models import SplitModel
+from tttjax.models.split_model import SplitModel
 from tttjax.types import Array, PyTree
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tttjax.models import SplitModel, Transformer
+from tttjax.models.split_model import SplitModel
+from tttjax.models.transformer import Transformer
 from tttjax.types import Array, PyTree
 
 

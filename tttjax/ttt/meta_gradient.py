@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.models.attention import AttentionForm
+from tttjax.models.mixer import AttentionForm
 from tttjax.ops.cross_entropy.nll import CEResiduals
 from tttjax.ttt.chunk import (
     ChunkModel,

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tttjax.models import SplitModel, Transformer, advance, combine
+from tttjax.models.split_model import SplitModel
+from tttjax.models.stacking import combine
+from tttjax.models.transformer import Transformer, advance
 from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt import inner_loop

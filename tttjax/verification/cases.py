@@ -147,7 +147,7 @@ def first_step(case: Mapping[str, Any]) -> int:
 
 def _check_setup(case: Mapping[str, Any], c: _Comparison, cache: Cache) -> Iterator[VerifyRow]:
     setup = c.setup
-    param_dtype = setup.model.shape.param_dtype
+    param_dtype = jnp.dtype(setup.model.config.param_dtype)
     params = from_official(select_prefix(c.arrays, "params/"), setup.model, param_dtype)
     batch = golden.load_batch(c.arrays)
     step = jnp.asarray(first_step(case))

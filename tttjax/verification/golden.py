@@ -21,7 +21,8 @@ import optax
 from tttjax.config import InnerConfig, ModelConfig, OptimConfig
 from tttjax.errors import UserError
 from tttjax.interop.official.names import TOP_LEVEL_NAMES, suffix_names
-from tttjax.models import Transformer, build_model, path_filter
+from tttjax.models.stacking import path_filter
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.training.optimizer import make_optimizer, make_schedule
 from tttjax.ttt.outer_loss import InnerLoop, inner_lr, make_inner_loop, make_outer_loss
 from tttjax.types import Array, Batch, Params
@@ -103,7 +104,7 @@ class CaseSetup:
         return jax.vmap(one)(batch.inputs)
 
 
-def _mixers(block: str, meta: bool, layers: int, suffix: int) -> tuple[str, ...]:
+def _mixers(block: str, meta: bool, layers: int, suffix: int, chunk: int) -> tuple[str, ...]:
     if block not in ("SWA", *LOCAL_BLOCKS):
         raise UserError(
             f"unsupported setting: seq_modeling_block {block!r} is none of SWA, "
@@ -112,7 +113,7 @@ def _mixers(block: str, meta: bool, layers: int, suffix: int) -> tuple[str, ...]
     mixer = "full" if block == "self_attention" else "window"
     if not meta or block == "SWA":
         return (mixer,) * layers
-    return (mixer,) * (layers - suffix) + ("local",) * suffix
+    return (mixer,) * (layers - suffix) + (f"local:{chunk}",) * suffix
 
 
 def _dtype(model: Mapping[str, Any], field: str, x64: bool) -> str:
@@ -186,7 +187,7 @@ def make_case_setup(
             num_heads=model["num_attention_heads"],
             head_dim=0,
             mlp_dim=model["intermediate_size"],
-            mixers=_mixers(block, meta, model["num_hidden_layers"], suffix),
+            mixers=_mixers(block, meta, model["num_hidden_layers"], suffix, chunk),
             window_size=window,
             suffix_layers=suffix,
             fast_mlp=bool(model["prime"]) and suffix > 0,

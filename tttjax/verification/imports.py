@@ -62,7 +62,7 @@ def _loss(case, config, arrays, weights, x64: bool, cache: Cache) -> Iterator[Ve
     for prefix, setup in golden.case_setups(config, x64).items():
         is_f64 = setup.dtype == "float64" and f"f64/{prefix}loss" in arrays
         reference = arrays[("f64/" if is_f64 else "") + prefix + "loss"]
-        dtype = setup.model.shape.param_dtype
+        dtype = jnp.dtype(setup.model.config.param_dtype)
         params = from_official(weights, setup.model, dtype)
         step = jnp.asarray(first_step(config))
         compiled = cache.get(cache_key(config, prefix)) or CompiledCase(setup)

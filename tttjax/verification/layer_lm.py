@@ -1,19 +1,16 @@
 """Language models of the `layers` family: our Transformer with the reference's parameters."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
 from tttjax.config import InnerConfig, ModelConfig
-from tttjax.errors import UserError
-from tttjax.models import Transformer, build_model
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.types import Array, Params, PyTree
 from tttjax.verification import layer_weights as lw
 from tttjax.verification.layer_format import CaseArrays, CaseFields
-
-TTT_EPS = 1e-6  # of every layer norm in the reference's TTT layers
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,7 @@ class ReferenceLM:
 
     @property
     def transformer(self) -> Transformer:
-        model = build_model(self.config, InnerConfig())
-        # The reference's TTT layers have their own epsilon, independent of the blocks'.
-        ttt = replace(model.shape.ttt, norm_eps=TTT_EPS)
-        return replace(model, shape=replace(model.shape, ttt=ttt))
+        return build_model(self.config, InnerConfig())
 
     def params(self, take: CaseArrays) -> Params:
         """The reference's parameters as those of `transformer`."""
@@ -156,45 +150,23 @@ def _config(fields: CaseFields, mixer: str, dtype: str, **settings: Any) -> Mode
 
 def mamba2_model(fields: CaseFields, dtype: str) -> ReferenceLM:
     s = lw.Mamba2Sizes.from_fields(fields)
-    eps = fields.number("eps", 1e-5)
-    config = _config(
-        fields,
-        "mamba2",
-        dtype,
-        embed_dim=s.D,
-        mlp_dim=0,
-        norm_eps=eps,
-        mixer_norm_eps=eps,
-        conv_size=s.J,
-        scan_chunk=fields.positive_int("chunk_size", 64),
-        mamba_expand=s.expand,
-        mamba_head_dim=s.P,
-        mamba_state=s.N,
-        mamba_groups=s.G,
-        mamba_dt_limits=fields.limits("time_step_limit"),
-    )
+    settings = lw.mamba2_settings(s, fields)
+    eps = settings["mixer_norm_eps"]
+    config = _config(fields, "mamba2", dtype, mlp_dim=0, norm_eps=eps, **settings)
     return ReferenceLM(config, MAMBA2_NAMES, lambda take: lw.mamba2(s, take))
 
 
 def delta_model(fields: CaseFields, dtype: str, fused: bool) -> ReferenceLM:
     """fused: Qwen3-Next's parameter layout, else that of flash-linear-attention."""
     s = lw.DeltaSizes.from_fields(fields)
-    eps = fields.number("eps", 1e-6 if fused else 1e-5)
+    settings = lw.delta_settings(s, fields, fused)
     config = _config(
         fields,
         "gated_deltanet",
         dtype,
-        embed_dim=s.D,
         mlp_dim=fields.positive_int("intermediate_size"),
-        norm_eps=eps if fused else fields.number("lm_eps", 1e-6),
-        mixer_norm_eps=eps,
-        conv_size=s.J,
-        scan_chunk=fields.positive_int("chunk_size", 64),
-        delta_heads=s.G,
-        delta_value_heads=s.H,
-        delta_key_dim=s.K,
-        delta_value_dim=s.V,
-        delta_negative=fields.flag("allow_neg_eigval", False),
+        norm_eps=settings["mixer_norm_eps"] if fused else fields.number("lm_eps", 1e-6),
+        **settings,
     )
     convert = lw.delta_fused if fused else lw.delta_separate
     return ReferenceLM(config, DELTA_NAMES[fused], lambda take: convert(s, take))
@@ -202,22 +174,13 @@ def delta_model(fields: CaseFields, dtype: str, fused: bool) -> ReferenceLM:
 
 def ttt_model(fields: CaseFields, dtype: str, inner: str, plain: bool) -> ReferenceLM:
     s = lw.TTTSizes.from_fields(fields, inner, plain)
-    lr = fields.number("ttt_base_lr")
-    if lr <= 0:
-        raise UserError(f"unsupported setting: config.ttt_base_lr = {lr}, not above 0")
     config = _config(
         fields,
         f"ttt_{inner}",
         dtype,
-        embed_dim=s.D,
         mlp_dim=fields.positive_int("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         pre_conv=fields.flag("pre_conv", False),
-        conv_size=s.J,
-        ttt_heads=s.H,
-        ttt_chunk=s.C,
-        ttt_lr=lr,
-        ttt_rope_theta=fields.number("rope_theta", 10000.0),
-        ttt_backbone="plain" if plain else "mamba",
+        **lw.ttt_settings(s, fields, plain),
     )
     return ReferenceLM(config, TTT_NAMES, lambda take: lw.ttt(s, take))

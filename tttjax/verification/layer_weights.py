@@ -6,14 +6,20 @@ respect to the reference's parameters. Letters: D width, H heads, J convolution 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from tttjax.errors import UserError
+from tttjax.models.gated_deltanet.config import GatedDeltaNetConfig
+from tttjax.models.mamba2.config import Mamba2Config
+from tttjax.models.ttt_layer.config import TTTLayerConfig
 from tttjax.types import Array
 from tttjax.verification.layer_format import CaseArrays, CaseFields
 
 Weights = dict[str, Array]
+
+TTT_EPS = 1e-6  # of every layer norm in the reference's TTT layers
 
 
 def _split(array: Array, sizes: tuple[int, ...], axis: int = 0) -> list[Array]:
@@ -66,6 +72,23 @@ class Mamba2Sizes:
         if sizes.H % sizes.G:
             raise UserError(f"config.n_groups = {sizes.G} does not divide num_heads {sizes.H}")
         return sizes
+
+
+def mamba2_settings(s: Mamba2Sizes, fields: CaseFields) -> dict[str, Any]:
+    """The fields of our `ModelConfig` that the layer needs."""
+    return {
+        "embed_dim": s.D,
+        "mixer_norm_eps": fields.number("eps", 1e-5),
+        "conv_size": s.J,
+        "scan_chunk": fields.positive_int("chunk_size", 64),
+        "mamba2": Mamba2Config(
+            expand=s.expand,
+            head_dim=s.P,
+            state_size=s.N,
+            groups=s.G,
+            dt_limits=fields.limits("time_step_limit"),
+        ),
+    }
 
 
 def mamba2(s: Mamba2Sizes, take: CaseArrays) -> Weights:
@@ -142,6 +165,23 @@ def _delta_common(s: DeltaSizes, take: CaseArrays, norm: str, out: str) -> Weigh
     }
 
 
+def delta_settings(s: DeltaSizes, fields: CaseFields, fused: bool) -> dict[str, Any]:
+    """The fields of our `ModelConfig` that the layer needs."""
+    return {
+        "embed_dim": s.D,
+        "mixer_norm_eps": fields.number("eps", 1e-6 if fused else 1e-5),
+        "conv_size": s.J,
+        "scan_chunk": fields.positive_int("chunk_size", 64),
+        "gated_deltanet": GatedDeltaNetConfig(
+            key_heads=s.G,
+            value_heads=s.H,
+            key_dim=s.K,
+            value_dim=s.V,
+            negative_eigenvalues=fields.flag("allow_neg_eigval", False),
+        ),
+    }
+
+
 def delta_separate(s: DeltaSizes, take: CaseArrays) -> Weights:
     """Gated DeltaNet with separate projections of q, k, v, the gate z, b and a."""
     return {
@@ -199,6 +239,25 @@ class TTTSizes:
             raise UserError(f"head_dim {D // H} is odd; RoPE needs pairs")
         C = config.positive_int("mini_batch_size")
         return cls(D, H, D // H, C, config.positive_int("conv_width", 4), inner, plain)
+
+
+def ttt_settings(s: TTTSizes, fields: CaseFields, plain: bool) -> dict[str, Any]:
+    """The fields of our `ModelConfig` that the layer needs."""
+    lr = fields.number("ttt_base_lr")
+    if lr <= 0:
+        raise UserError(f"unsupported setting: config.ttt_base_lr = {lr}, not above 0")
+    return {
+        "embed_dim": s.D,
+        "conv_size": s.J,
+        "ttt_layer": TTTLayerConfig(
+            heads=s.H,
+            chunk_size=s.C,
+            lr=lr,
+            rope_theta=fields.number("rope_theta", 10000.0),
+            backbone="plain" if plain else "mamba",
+            norm_eps=TTT_EPS,
+        ),
+    }
 
 
 def ttt(s: TTTSizes, take: CaseArrays) -> Weights:

@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tttjax.config import ModelConfig
 from tttjax.errors import UserError
-from tttjax.models.gated_deltanet import GatedDeltaNet
-from tttjax.models.mamba2 import Mamba2
+from tttjax.models.mixer import make_mixer
 from tttjax.models.stacking import Stack
-from tttjax.models.ttt_layer import TTTLayer
 from tttjax.ops.delta_rule import gated_delta_rule, gated_delta_rule_recurrent, l2_normalise
 from tttjax.ops.ssd import ssd, ssd_recurrent
 from tttjax.ops.ttt import final_weights, learning_rates
@@ -28,7 +27,6 @@ from tttjax.verification.layer_format import CaseArrays, CaseFields
 
 Form = Callable[[CaseArrays], dict[str, Array]]
 
-INIT_STD = 0.02  # of weights that the case's replace
 TTT_FORMS = ("dual", "primal")
 TTT_STATE = {"w1": "ttt_dense_0", "b1": "ttt_bias_0", "w2": "ttt_dense_1", "b2": "ttt_bias_1"}
 
@@ -165,6 +163,19 @@ def _mixer_form(stack: Stack, weights: Callable[[CaseArrays], PyTree], width: in
     return form
 
 
+def _stack(kind: str, dtype: str, settings: dict[str, Any], **attributes: str) -> Stack:
+    """One layer, with attributes changed after it is made."""
+    model = ModelConfig(param_dtype=dtype, **settings)
+
+    def make(rngs) -> Any:
+        layer = make_mixer(kind, model, rngs)
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+        return layer
+
+    return Stack(make, 1)
+
+
 def _recurrent_layer(
     stack: Stack, weights: Callable[[CaseArrays], PyTree], width: int
 ) -> LayerForms:
@@ -179,67 +190,22 @@ def _recurrent_layer(
 
 def _build_mamba2(fields: CaseFields, dtype: str) -> LayerForms:
     s = layer_weights.Mamba2Sizes.from_fields(fields)
-    make = partial(
-        Mamba2,
-        s.D,
-        expand=s.expand,
-        head_dim=s.P,
-        state_size=s.N,
-        groups=s.G,
-        conv_size=s.J,
-        dt_limits=fields.limits("time_step_limit"),
-        norm_eps=fields.number("eps", 1e-5),
-        chunk=fields.positive_int("chunk_size", 64),
-        std=INIT_STD,
-        dtype=jnp.dtype(dtype),
-    )
-    stack = Stack(lambda rngs: make(rngs=rngs), 1)
+    stack = _stack("mamba2", dtype, layer_weights.mamba2_settings(s, fields))
     return _recurrent_layer(stack, partial(layer_weights.mamba2, s), s.D)
 
 
 def _build_delta(fields: CaseFields, dtype: str, fused: bool) -> LayerForms:
     s = layer_weights.DeltaSizes.from_fields(fields)
-    make = partial(
-        GatedDeltaNet,
-        s.D,
-        key_heads=s.G,
-        value_heads=s.H,
-        key_dim=s.K,
-        value_dim=s.V,
-        conv_size=s.J,
-        negative=fields.flag("allow_neg_eigval", False),
-        norm_eps=fields.number("eps", 1e-6 if fused else 1e-5),
-        chunk=fields.positive_int("chunk_size", 64),
-        std=INIT_STD,
-        dtype=jnp.dtype(dtype),
-    )
-    stack = Stack(lambda rngs: make(rngs=rngs), 1)
+    stack = _stack("gated_deltanet", dtype, layer_weights.delta_settings(s, fields, fused))
     convert = layer_weights.delta_fused if fused else layer_weights.delta_separate
     return _recurrent_layer(stack, partial(convert, s), s.D)
 
 
 def _build_ttt(fields: CaseFields, dtype: str, inner: str, plain: bool) -> LayerForms:
     s = layer_weights.TTTSizes.from_fields(fields, inner, plain)
-    base_lr = fields.number("ttt_base_lr")
-
-    def stack(form: str) -> Stack:
-        make = partial(
-            TTTLayer,
-            s.D,
-            inner=inner,
-            num_heads=s.H,
-            chunk_size=s.C,
-            base_lr=base_lr,
-            rope_theta=rope_theta,
-            backbone="plain" if plain else "mamba",
-            conv_size=s.J,
-            minibatch_form=form,
-            output="query",
-            norm_eps=layer_lm.TTT_EPS,
-            std=INIT_STD,
-            dtype=jnp.dtype(dtype),
-        )
-        return Stack(lambda rngs: make(rngs=rngs), 1)
+    settings = layer_weights.ttt_settings(s, fields, plain)
+    base_lr = settings["ttt_layer"].lr
+    dual, primal = (_stack(f"ttt_{inner}", dtype, settings, minibatch_form=f) for f in TTT_FORMS)
 
     def output_and_state(run, stack: Stack, weights: PyTree, x_TD: Array) -> dict[str, Array]:
         y_TD, state = run(stack, weights, x_TD)
@@ -250,8 +216,6 @@ def _build_ttt(fields: CaseFields, dtype: str, inner: str, plain: bool) -> Layer
         state_arrays = {n: w if n.startswith("w") else w[:, None] for n, w in final.items()}
         return {"out.y": y_TD, **{f"state.{TTT_STATE[n]}": w for n, w in state_arrays.items()}}
 
-    rope_theta = fields.number("rope_theta", 10000.0)
-    dual, primal = map(stack, TTT_FORMS)
     runs = {
         "dual": (dual, lambda *args: {"out.y": _full_sequence(*args)}),
         "primal": (primal, lambda *args: {"out.y": _full_sequence(*args)}),

@@ -7,7 +7,7 @@ import jax
 
 from tttjax.config import InnerConfig
 from tttjax.evaluation.report.entries import Member
-from tttjax.models import Transformer
+from tttjax.models.transformer import Transformer
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.run import build_eval_model
 from tttjax.ttt.outer_loss import make_inner_loop

@@ -12,7 +12,7 @@ from tttjax.errors import UserError
 from tttjax.interop.huggingface import configs
 from tttjax.interop.huggingface.configs import OWN
 from tttjax.interop.huggingface.names import tensor_slots
-from tttjax.models import Transformer
+from tttjax.models.transformer import Transformer
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -149,7 +149,7 @@ def learning_json(
         "inner_normalize": inner.rule == "normalized_sgd",
         "learn": learn,
         # Only needed to import the model again.
-        "suffix_layers": model.suffix_layers,
+        "suffix_layers": model.config.suffix_layers,
         "fast_paths": list(model.fast_patterns),
     }
 

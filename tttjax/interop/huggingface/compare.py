@@ -18,7 +18,8 @@ import numpy as np
 
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
-from tttjax.models import Transformer, advance, combine
+from tttjax.models.stacking import combine
+from tttjax.models.transformer import Transformer, advance
 from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.ttt import inner_loop
 from tttjax.ttt.outer_loss import InnerLoop, split_chunks

@@ -23,7 +23,7 @@ from tttjax.interop.official.checkpoint import StoredArray, open_item
 from tttjax.interop.source import Log
 from tttjax.interop.streaming import assemble
 from tttjax.io.atomic import atomic_folder
-from tttjax.models import Transformer, build_model
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.origin import card_metadata, card_section, find_origin

@@ -40,7 +40,7 @@ from tttjax.interop.source import (
     load_checked_tokenizer,
     read_json,
 )
-from tttjax.models import Transformer, build_model
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.runs.origin import huggingface_terms
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"

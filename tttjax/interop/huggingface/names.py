@@ -17,7 +17,7 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.interop.streaming import WeightSlice, abstract_weights
-from tttjax.models import Transformer
+from tttjax.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,17 @@ def families() -> tuple[str, ...]:
 
 def _top_level(model: Transformer, family: str) -> list[tuple[str, str, Conversion]]:
     """(path, tensor name, conversion) of the weights outside the blocks."""
+    tied = model.config.tie_embeddings
     if family == "gemma3_text":
         # Gemma multiplies embeddings by sqrt(D), so the head cannot share their tensor.
-        scaled = Conversion("same", scale=model.shape.embed_dim**-0.5)
+        scaled = Conversion("same", scale=model.config.embed_dim**-0.5)
         top_level = [
             ("embedding", EMBEDDING, scaled),
             ("final_norm/weight", FINAL_NORM, ZERO_CENTRED),
         ]
-        return [*top_level, ("embedding", HEAD, SAME) if model.tied else ("head", HEAD, MATRIX)]
+        return [*top_level, ("embedding", HEAD, SAME) if tied else ("head", HEAD, MATRIX)]
     top_level = [("embedding", EMBEDDING, SAME), ("final_norm/weight", FINAL_NORM, SAME)]
-    return top_level if model.tied else [*top_level, ("head", HEAD, MATRIX)]
+    return top_level if tied else [*top_level, ("head", HEAD, MATRIX)]
 
 
 def tensor_slots(model: Transformer, family: str) -> list[TensorSlot]:

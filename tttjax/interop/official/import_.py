@@ -15,7 +15,7 @@ from tttjax.interop.source import (
     is_overridden,
     load_checked_tokenizer,
 )
-from tttjax.models import build_model
+from tttjax.models.transformer import build_model
 from tttjax.runs.origin import OFFICIAL
 
 

@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tttjax.errors import UserError
 from tttjax.interop.streaming import WeightSlice, abstract_weights, flat_weights
-from tttjax.models import Transformer, partition
+from tttjax.models.stacking import partition
+from tttjax.models.transformer import Transformer
 from tttjax.types import Params
 
 BLOCK_PREFIX = "language_model.model.h.blocks."
@@ -60,7 +61,7 @@ def weight_slots(model: Transformer) -> list[OfficialSlot]:
         for path, name in TOP_LEVEL_NAMES.items()
         if path in paths
     ]
-    first_of_suffix = model.num_layers - model.suffix_layers
+    first_of_suffix = model.config.num_layers - model.config.suffix_layers
     for layer, (stack, row) in enumerate(model.block_paths()):
         for names, prefix, official_row in (
             (BLOCK_NAMES, BLOCK_PREFIX, layer),

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tttjax.errors import UserError
-from tttjax.models.attention import AttentionForm, State
+from tttjax.config.model import ModelConfig
 from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
+from tttjax.models.mixer import AttentionForm, State
+from tttjax.models.ttt_layer.config import MLP_WIDTH
 from tttjax.ops.norms import layer_norm
 from tttjax.ops.rope import apply_rope
 from tttjax.ops.short_conv import short_conv
 from tttjax.ops.ttt import (
-    FORMS,
     InnerNorm,
     Weights,
     final_weights,
@@ -29,53 +29,29 @@ from tttjax.ops.ttt import (
 )
 from tttjax.types import Array
 
-INNER_MODELS = ("linear", "mlp")
-BACKBONES = ("mamba", "plain")
-OUTPUTS = ("query", "key")
-INNER_MLP_WIDTH = 4  # hidden entries of the inner MLP for each entry of a head
-
 
 class TTTLayer(nnx.Module):
-    """One TTT layer, [T, D] -> [T, D].
+    """One TTT layer, [T, D] -> [T, D], with the inner model that `kind` names.
 
-    inner: "linear" or "mlp", the inner model. chunk_size: tokens C of an inner mini-batch.
-    base_lr: the inner learning rate before division by the head dimension. rope_theta: base of
-        RoPE, whose positions restart at 0 in every mini-batch.
-    backbone: "mamba" or "plain"; conv_size: taps of the convolutions of "mamba".
-    minibatch_form: "dual" or "primal", two ways to compute the same result.
-    output: "query" applies the weights after the token's own gradient to the query; "key" is the
-        simplified output rule of the TTT-E2E paper: it applies the weights before the mini-batch's
-        update to the key, and there are no queries.
-    norm_eps: of all norms. std: of the initial matrices, also of the inner model.
-    Raises UserError for an unknown setting and for sizes that do not fit.
+    The positions of RoPE restart at 0 in every mini-batch of C = `chunk_size` tokens. With `output`
+    "query" the weights after the token's own gradient are applied to the query; with "key", the
+    simplified output rule of the TTT-E2E paper, the weights before the mini-batch's update to the
+    key, and there are no queries.
     """
 
+    minibatch_form = "dual"  # "primal" computes the same result another way
     # The inner model before the first token; no other mixer has weights of these names.
     INNER_WEIGHTS = ("w1", "b1", "w2", "b2")
 
-    def __init__(
-        self,
-        embed_dim: int,
-        rngs: nnx.Rngs,
-        *,
-        inner: str,
-        num_heads: int,
-        chunk_size: int,
-        base_lr: float,
-        rope_theta: float,
-        backbone: str,
-        conv_size: int,
-        output: str,
-        norm_eps: float,
-        std: float,
-        dtype: jnp.dtype,
-        minibatch_form: str = "dual",
-    ):
-        _check_choices(inner=inner, backbone=backbone, form=minibatch_form, output=output)
-        head_dim = _head_dim(embed_dim, num_heads, chunk_size)
-        self.backbone, self.minibatch_form, self.output = backbone, minibatch_form, output
-        self.head_dim, self.conv_size = head_dim, conv_size
-        self.base_lr, self.rope_theta, self.norm_eps = base_lr, rope_theta, norm_eps
+    def __init__(self, kind: str, model: ModelConfig, rngs: nnx.Rngs):
+        settings, embed_dim = model.ttt_layer, model.embed_dim
+        num_heads = settings.num_heads(model)
+        head_dim = embed_dim // num_heads
+        self.backbone, self.output = settings.backbone, settings.output
+        self.head_dim, self.conv_size = head_dim, model.conv_size
+        self.base_lr, self.rope_theta = settings.base_lr(kind), settings.rope_theta
+        self.norm_eps = settings.norm_eps or model.norm_eps
+        dtype, std = jnp.dtype(model.param_dtype), model.init_std
 
         def matrix(shape, axes):
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
@@ -88,15 +64,15 @@ class TTTLayer(nnx.Module):
 
         into_heads = (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim")
         per_head = (num_heads, head_dim), ("heads", "head_dim")
-        if backbone == "mamba" or output == "query":
+        if self.backbone == "mamba" or self.output == "query":
             self.wq = matrix(*into_heads)
-        if backbone == "plain":
+        if self.backbone == "plain":
             self.wk = matrix(*into_heads)
         self.wv = matrix(*into_heads)
         self.wo = matrix((num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
-        if backbone == "mamba":
+        if self.backbone == "mamba":
             self.wg = matrix(*into_heads)
-            taps = (conv_size, num_heads, head_dim), ("taps", "heads", "head_dim")
+            taps = (model.conv_size, num_heads, head_dim), ("taps", "heads", "head_dim")
             lecun = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
             for name in self._convolved:
                 kernel = nnx.Param(lecun(rngs.params(), taps[0], dtype), axes=taps[1])
@@ -104,13 +80,14 @@ class TTTLayer(nnx.Module):
                 setattr(self, f"conv_{name}_bias", constant(0, *per_head))
         self.wlr = matrix((embed_dim, num_heads), ("embed", "heads"))
         self.lr_bias = constant(0, (num_heads,), ("heads",))
-        self.token_idx = constant(0, (chunk_size,), ("taps",))
+        self.token_idx = constant(0, (settings.chunk_size,), ("taps",))
         self.norm_scale, self.norm_bias = constant(1, *per_head), constant(0, *per_head)
-        hidden = INNER_MLP_WIDTH * head_dim if inner == "mlp" else head_dim
+        is_mlp = kind == "ttt_mlp"
+        hidden = MLP_WIDTH * head_dim if is_mlp else head_dim
         self.w1 = inner_matrix((num_heads, head_dim, hidden), ("heads", "head_dim", "state"))
         self.b1 = constant(0, (num_heads, hidden), ("heads", "state"))
         self.inner_names: tuple[str, ...] = ("w1", "b1")
-        if inner == "mlp":
+        if is_mlp:
             self.w2 = inner_matrix((num_heads, hidden, head_dim), ("heads", "state", "head_dim"))
             self.b2 = constant(0, *per_head)
             self.inner_names = self.INNER_WEIGHTS
@@ -155,7 +132,7 @@ class TTTLayer(nnx.Module):
     def __call__(
         self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
+        """x [T, D] -> y [T, D]; state None: a whole sequence (see `mixer`)."""
         del form
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
         qk, convs = self._queries_and_keys(x_TD, state)
@@ -210,28 +187,3 @@ class TTTLayer(nnx.Module):
         if self.backbone == "mamba":
             y_THK = jax.nn.gelu(self._project(self.wg, x_TD), approximate=True) * y_THK
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype))
-
-
-def _check_choices(*, inner: str, backbone: str, form: str, output: str) -> None:
-    for what, choice, choices in (
-        ("inner model", inner, INNER_MODELS),
-        ("backbone", backbone, BACKBONES),
-        ("form", form, FORMS),
-        ("output rule", output, OUTPUTS),
-    ):
-        if choice not in choices:
-            raise UserError(
-                f"unknown {what} {choice!r} of a TTT layer; one of {', '.join(choices)}."
-            )
-
-
-def _head_dim(embed_dim: int, num_heads: int, chunk_size: int) -> int:
-    """Entries of one head. Raises UserError if there is no such even number."""
-    if num_heads < 1 or embed_dim % (2 * num_heads):
-        raise UserError(
-            f"a TTT layer of {num_heads} heads needs a width that {2 * num_heads} divides (RoPE "
-            f"turns pairs of a head's entries), not {embed_dim}; change the heads or the width."
-        )
-    if chunk_size < 1:
-        raise UserError(f"a TTT layer's mini-batch of {chunk_size} tokens must have at least 1.")
-    return embed_dim // num_heads

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tttjax.errors import UserError
-from tttjax.models.attention import AttentionForm, State
+from tttjax.config.model import ModelConfig
 from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
+from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.recurrent import (
     empty_conv_states,
     initial_a_log,
@@ -26,42 +26,28 @@ A_RANGE = (1.0, 16.0)  # decay rates at the start of training, uniform
 class Mamba2(nnx.Module):
     """The Mamba-2 mixer: projections, short convolutions, SSD, gated norm, projection.
 
-    H = expand * embed_dim / head_dim heads of P = head_dim entries; b and c of N = state_size
-    entries are shared by the H/G consecutive heads of a group. `dt_limits`: empty, or the smallest
-    and largest step size. `chunk`: tokens per block of the training form; it changes no result.
-    Raises UserError for sizes that do not divide.
+    H heads of P = head_dim entries; b and c of N = state_size entries are shared by the H/G
+    consecutive heads of a group.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        rngs: nnx.Rngs,
-        *,
-        expand: int,
-        head_dim: int,
-        state_size: int,
-        groups: int,
-        conv_size: int,
-        dt_limits: tuple[float, ...],
-        norm_eps: float,
-        chunk: int,
-        std: float,
-        dtype: jnp.dtype,
-    ):
-        heads = _count_heads(expand * embed_dim, head_dim, groups)
-        _check_limits(dt_limits)
+    def __init__(self, kind: str, model: ModelConfig, rngs: nnx.Rngs):
+        del kind
+        sizes, embed_dim = model.mamba2, model.embed_dim
+        heads, head_dim = sizes.heads(model), sizes.head_dim
+        dtype = jnp.dtype(model.param_dtype)
 
         def weight(shape, axes):
+            std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         per_head = (heads, head_dim), ("heads", "head_dim")
-        per_group = (groups, state_size), ("kv_groups", "state")
+        per_group = (sizes.groups, sizes.state_size), ("kv_groups", "state")
 
         def input_weight(shape, axes):
             return weight((embed_dim, *shape), ("embed", *axes))
 
         def taps(shape, axes):
-            return uniform_taps(rngs, conv_size, shape, axes, dtype)
+            return uniform_taps(rngs, model.conv_size, shape, axes, dtype)
 
         def full(value, shape, axes):
             return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
@@ -77,9 +63,9 @@ class Mamba2(nnx.Module):
         self.skip = full(1, (heads,), ("heads",))
         self.norm = full(1, *per_head)
         self.wo = weight((heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
-        self.dt_limits = dt_limits
-        self.norm_eps = norm_eps
-        self.chunk = chunk
+        self.dt_limits = sizes.dt_limits
+        self.norm_eps = model.mixer_norm_eps
+        self.chunk = model.scan_chunk
 
     cache = RecurrentCache()
 
@@ -94,7 +80,7 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
+        """x [T, D] -> y [T, D]; state None: a whole sequence (see `mixer`)."""
         del position, form
         cache = state or {}
 
@@ -138,26 +124,3 @@ class Mamba2(nnx.Module):
         weight_GE = self.norm[...].reshape(groups, -1)
         normed_TGE = rms_norm(gated_TGE, weight_GE, self.norm_eps)
         return normed_TGE.reshape(y_THP.shape).astype(y_THP.dtype)
-
-
-def _count_heads(inner_dim: int, head_dim: int, groups: int) -> int:
-    heads, remainder = divmod(inner_dim, head_dim)
-    if remainder or not heads:
-        raise UserError(
-            f"Mamba-2: the inner width expand * embed_dim = {inner_dim} is not a multiple of the "
-            f"head dimension {head_dim}; change the head dimension or the expansion"
-        )
-    if heads % groups:
-        raise UserError(
-            f"Mamba-2: {heads} heads cannot be divided into {groups} groups; choose a number of "
-            "groups that divides the heads"
-        )
-    return heads
-
-
-def _check_limits(dt_limits: tuple[float, ...]) -> None:
-    if dt_limits and not (len(dt_limits) == 2 and 0 <= dt_limits[0] <= dt_limits[1]):
-        raise UserError(
-            f"Mamba-2: dt_limits is {dt_limits}; give the smallest and the largest step "
-            "size, 0 <= smallest <= largest, or nothing for no limits"
-        )

@@ -1,85 +1,62 @@
-"""Attention mixers: full, sliding-window, and local (within blocks).
-
-Every mixer is a function of any number of tokens of one sequence:
-
-    mixer(x_TD, state, position, form) -> (y_TD, state)
-
-state: None if x_TD is the full sequence. Training also calls with a state, in the loop over chunks.
-position: number of tokens before x_TD. form: of attention with a state; other mixers ignore it.
-
-    dense        all scores in memory; any derivative
-    blocked      window attention in blocks, for jax.grad
-    blocked_jvp  the same, for jax.grad of jax.jvp
-    prefill      the first tokens of a sequence, with an empty state
-    decode       one token, with a state in the layout of `cache.to_decode_cache`
-
-docs/concepts.md has the table of which attention runs when.
-"""
+"""Attention mixers: full, sliding-window, and local (within blocks)."""
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tttjax.config.model import ModelConfig
 from tttjax.models.caches import FullCache, MixerState, WindowCache
 from tttjax.models.layers import Identity, RMSNorm, normal_weight
+from tttjax.models.mixer import AttentionForm, State
 from tttjax.ops.attention.attend import AttentionMask, attend, attend_decode, mask_fn
 from tttjax.ops.attention.library import attend_sequence
 from tttjax.ops.rope import apply_rope
 from tttjax.ops.window_attention import window_attention, window_attention_jvp
 from tttjax.types import Array
 
-State = MixerState | None
-AttentionForm = Literal["dense", "blocked", "blocked_jvp", "prefill", "decode"]
+
+def attention_mask(kind: str, model: ModelConfig) -> AttentionMask:
+    """The mask of "full", "window" or "local:SIZE"."""
+    name, _, size = kind.partition(":")
+    if name == "local":
+        return AttentionMask(window=model.window_size, block=int(size))
+    return AttentionMask(window=model.window_size) if name == "window" else AttentionMask()
 
 
 class Attention(nnx.Module):
     """Multi-head attention under `attention_mask`, with QK-norm before RoPE.
 
-    kv_heads: heads of keys and values (G), a divisor of num_heads; only these are cached.
-    kernel: "xla": no kernels. Otherwise library kernels for full sequences and Pallas kernels for
-        chunks, where supported; decoding and full attention with a state always use XLA.
+    Only keys and values of G = `model.kv_heads` heads are cached. `model.attention_kernel`: "xla":
+    no kernels. Otherwise library kernels for full sequences and Pallas kernels for chunks, where
+    supported; decoding and full attention with a state always use XLA.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        head_dim: int,
-        rngs: nnx.Rngs,
-        *,
-        kv_heads: int,
-        attention_mask: AttentionMask,
-        rope_theta: float,
-        rope_scaling: tuple[float, ...],
-        qk_norm: bool,
-        norm_eps: float,
-        std: float,
-        dtype: jnp.dtype,
-        query_block: int,
-        kernel: str = "auto",
-    ):
+    def __init__(self, kind: str, model: ModelConfig, rngs: nnx.Rngs):
+        D, H, G, K = model.embed_dim, model.num_heads, model.kv_heads, model.head_size
+        dtype = jnp.dtype(model.param_dtype)
+
         def weight(shape, axes):
+            std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         def head_norm():
-            return RMSNorm(head_dim, "head_dim", eps=norm_eps, dtype=dtype)
+            return RMSNorm(K, "head_dim", eps=model.norm_eps, dtype=dtype)
 
         def into_heads(heads, name):
-            return weight((embed_dim, heads, head_dim), ("embed", name, "head_dim"))
+            return weight((D, heads, K), ("embed", name, "head_dim"))
 
-        self.wq = into_heads(num_heads, "heads")
-        self.wk = into_heads(kv_heads, "kv_heads")
-        self.wv = into_heads(kv_heads, "kv_heads")
-        self.wo = weight((num_heads, head_dim, embed_dim), ("heads", "head_dim", "embed"))
-        self.q_norm = head_norm() if qk_norm else Identity()
-        self.k_norm = head_norm() if qk_norm else Identity()
-        self.attention_mask = attention_mask
-        self.apply_rope = partial(apply_rope, theta=rope_theta, scaling=rope_scaling)
-        self.query_block = query_block
-        self.kernel = kernel
+        self.wq = into_heads(H, "heads")
+        self.wk = into_heads(G, "kv_heads")
+        self.wv = into_heads(G, "kv_heads")
+        self.wo = weight((H, K, D), ("heads", "head_dim", "embed"))
+        self.q_norm = head_norm() if model.qk_norm else Identity()
+        self.k_norm = head_norm() if model.qk_norm else Identity()
+        self.attention_mask = attention_mask(kind, model)
+        self.apply_rope = partial(apply_rope, theta=model.rope_theta, scaling=model.rope_scaling)
+        self.query_block = min(1024, max(128, model.window_size // 2))
+        self.kernel = model.attention_kernel
 
     @property
     def cache(self) -> WindowCache | FullCache:
@@ -95,7 +72,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D] (module docstring).
+        """x [T, D] -> y [T, D] (`mixer`).
 
         The new state of a window after "blocked_jvp" holds only the rows of these tokens. "decode"
         returns a row for `cache.append_kv`.

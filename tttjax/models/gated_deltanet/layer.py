@@ -1,17 +1,17 @@
 """Gated DeltaNet (arXiv 2412.06464): a recurrent mixer with the gated delta rule.
 
-With `negative`, beta reaches 2 and the transition of the state may have negative eigenvalues
-(arXiv 2411.12537).
+With `negative_eigenvalues`, beta reaches 2 and the transition of the state may have negative
+eigenvalues (arXiv 2411.12537).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tttjax.errors import UserError
-from tttjax.models.attention import AttentionForm, State
+from tttjax.config.model import ModelConfig
 from tttjax.models.caches import RecurrentCache
 from tttjax.models.layers import normal_weight
+from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.recurrent import (
     empty_conv_states,
     initial_a_log,
@@ -34,29 +34,13 @@ class GatedDeltaNet(nnx.Module):
     RMS norm after the rule, then the gate silu(z). No biases.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        rngs: nnx.Rngs,
-        *,
-        key_heads: int,
-        value_heads: int,
-        key_dim: int,
-        value_dim: int,
-        conv_size: int,
-        negative: bool,
-        norm_eps: float,
-        chunk: int,
-        std: float,
-        dtype: jnp.dtype,
-    ):
-        if value_heads % key_heads:
-            raise UserError(
-                f"Gated DeltaNet: {value_heads} value heads cannot share {key_heads} key heads "
-                "evenly; choose a number of value heads that is a multiple of the key heads"
-            )
+    def __init__(self, kind: str, model: ModelConfig, rngs: nnx.Rngs):
+        del kind
+        key_heads, value_heads, key_dim, value_dim = model.gated_deltanet.sizes(model)
+        embed_dim, dtype = model.embed_dim, jnp.dtype(model.param_dtype)
 
         def matrix(shape, axes):
+            std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         def into(*heads):
@@ -64,7 +48,7 @@ class GatedDeltaNet(nnx.Module):
             return matrix((embed_dim, *heads), axes)
 
         def conv(*heads):
-            return uniform_taps(rngs, conv_size, heads, ("heads", "head_dim"), dtype)
+            return uniform_taps(rngs, model.conv_size, heads, ("heads", "head_dim"), dtype)
 
         self.wq, self.wk = into(key_heads, key_dim), into(key_heads, key_dim)
         self.wv, self.wz = into(value_heads, value_dim), into(value_heads, value_dim)
@@ -76,9 +60,9 @@ class GatedDeltaNet(nnx.Module):
         self.norm = nnx.Param(jnp.ones((value_dim,), dtype), axes=("head_dim",))
         out = (value_heads, value_dim, embed_dim), ("heads", "head_dim", "embed")
         self.wo = matrix(*out)
-        self.negative = negative
-        self.norm_eps = norm_eps
-        self.chunk = chunk
+        self.largest_beta = 2 if model.gated_deltanet.negative_eigenvalues else 1
+        self.norm_eps = model.mixer_norm_eps
+        self.chunk = model.scan_chunk
 
     cache = RecurrentCache()
 
@@ -91,7 +75,7 @@ class GatedDeltaNet(nnx.Module):
     def __call__(
         self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]; state None: a whole sequence (see `attention`)."""
+        """x [T, D] -> y [T, D]; state None: a whole sequence (see `mixer`)."""
         del position, form
         cache = state or {}
 
@@ -123,7 +107,7 @@ class GatedDeltaNet(nnx.Module):
         b_TH = jnp.matmul(x_TD, wb_DH, preferred_element_type=wide)
         dt_TH = jax.nn.softplus(a_TH + self.dt_bias[...].astype(wide))
         g_TH = -jnp.exp(self.a_log[...].astype(wide)) * dt_TH
-        return g_TH, jax.nn.sigmoid(b_TH) * (2 if self.negative else 1)
+        return g_TH, jax.nn.sigmoid(b_TH) * self.largest_beta
 
     def _gated_norm(self, o_THV: Array, z_THV: Array) -> Array:
         """RMS norm of each head, then times silu(z), in float32 at least."""

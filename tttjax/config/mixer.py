@@ -1,0 +1,39 @@
+"""What the configuration of a sequence mixer declares besides its fields.
+
+A mixer is one folder of tttjax/models: `config.py` with a `MixerConfig`, which imports no JAX, and
+`layer.py` with the layer. It becomes known by its field in `ModelConfig`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from tttjax.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """The fields of a mixer, `model.<mixer>.*`, and what follows from them.
+
+    kinds: the words in `model.mixers` that choose it. layer: `module:class`, imported when a model
+    is built. All methods get the whole model, since sizes default to those of attention.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+    layer: ClassVar[str]
+
+    def check(self, model: "ModelConfig") -> None:
+        """UserError for sizes that do not fit, in one sentence that names the fields."""
+
+    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+        """The sizes that the mesh axis `tensor` divides, with their names."""
+        raise NotImplementedError
+
+    def parameter_count(self, kind: str, model: "ModelConfig") -> int:
+        """Scalars of one layer."""
+        raise NotImplementedError
+
+    def recurrence_flops(self, kind: str, model: "ModelConfig") -> float:
+        """FLOPs of the matrix products of a token's state update and read, none by default."""
+        del kind, model
+        return 0.0
