@@ -15,6 +15,7 @@ from tttjax.config import (
 )
 from tttjax.errors import UserError
 from tttjax.models.gated_deltanet.config import GatedDeltaNetConfig
+from tttjax.models.kda.config import KDAConfig
 from tttjax.models.mamba2.config import Mamba2Config
 from tttjax.models.transformer import build_model
 from tttjax.models.ttt_layer.config import TTTLayerConfig
@@ -122,6 +123,8 @@ VARIANTS = [
     {"mixers": ("mamba2",), "mamba2": Mamba2Config(expand=3, head_dim=8), "mlp_dim": 0},
     {"mixers": ("gated_deltanet",)},
     {"mixers": ("gated_deltanet", "full"), **DELTA, "conv_size": 2},
+    {"mixers": ("kda",)},
+    {"mixers": ("kda", "full"), "kda": KDAConfig(heads=3, key_dim=4, value_dim=5), "conv_size": 2},
     {"mixers": ("ttt_linear",), **TTT},
     {"mixers": ("ttt_linear",), **PLAIN},
     {"mixers": ("ttt_mlp",), **TTT},

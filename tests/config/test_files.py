@@ -40,7 +40,7 @@ def test_a_star_stands_for_all_recipes_that_fit(experiment):
         UserError, match=r"'9\*' matches no recipe of .*mine.py; there are 7, 70, 8"
     ):
         matching_specs(f"{experiment}:9*")
-    assert len(matching_specs("paper:125m,*,pretrain")) == 9
+    assert len(matching_specs("paper:125m,*,pretrain")) == 10
     experiment.write_text(GOOD)
     with pytest.raises(UserError, match=r"mine.py has no function recipes\(\)"):
         matching_specs(f"{experiment}:*")

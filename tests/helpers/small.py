@@ -71,4 +71,4 @@ def shaken(params, seed: int = 0):
 def worst(a, b) -> float:
     """Largest absolute difference of two trees of one structure; 0 without leaves."""
     difference = jax.tree.map(lambda x, y: np.max(np.abs(np.asarray(x) - np.asarray(y))), a, b)
-    return float(max(jax.tree.leaves(difference), default=0.0))
+    return float(np.max(jax.tree.leaves(difference), initial=0.0))  # NaN if any is

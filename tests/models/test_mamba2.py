@@ -77,7 +77,7 @@ def by_definition(w, x, limits=(0, np.inf), eps=1e-5):
 
 @pytest.mark.parametrize("limits", [(), (0.4, 0.6)], ids=["no limits", "limits"])
 def test_equals_the_definition(limits):
-    layer, weights = make_layer(dt_limits=limits)
+    layer, weights = make_layer(replace(SIZES, dt_limits=limits))
     x = make_input()
     y, state = jax.jit(lambda w, x: layer(w)(x, None, 0))(weights, x)
     assert state is None
@@ -86,7 +86,7 @@ def test_equals_the_definition(limits):
 
 def test_limits_clip_steps_on_both_sides():
     """Else a layer without limits would pass the test of the definition."""
-    layer, weights = make_layer(dt_limits=(0.4, 0.6))
+    layer, weights = make_layer(replace(SIZES, dt_limits=(0.4, 0.6)))
     free, _ = make_layer()
     x = jnp.asarray(make_input())
     limited_TH, dt_TH = layer(weights)._step_sizes(x), free(weights)._step_sizes(x)

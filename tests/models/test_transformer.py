@@ -13,7 +13,7 @@ from helpers.small import random_batch, shaken, small_config, worst
 from tttjax.errors import UserError
 from tttjax.models.relayout import relayout
 from tttjax.models.stacking import combine, path_filter
-from tttjax.models.transformer import build_model
+from tttjax.models.transformer import Transformer, build_model
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
@@ -197,7 +197,8 @@ def test_relayout_keeps_the_function_and_inverts():
     """A model without suffix, given one for dynamic evaluation: equal logits before any update."""
     plain = small_config(model={"num_layers": 3, "suffix_layers": 0, "fast_mlp": False})
     source = build_model(plain.model, plain.inner)
-    target = dataclasses.replace(source, suffix_layers=2, fast_patterns=("suffix/**/mlp/**",))
+    model = dataclasses.replace(plain.model, suffix_layers=2)
+    target = Transformer(model, ("suffix/**/mlp/**",))
     params = source.init(jax.random.key(0))
     moved = relayout(params, source, target)
     assert set(flatten_dict(moved.fast, sep="/")) == target.fast_paths

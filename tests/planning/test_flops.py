@@ -90,6 +90,7 @@ def test_static_train_flops_are_three_forward_passes():
 # Per token, for one mixer of width 8: matrices, convolution taps, recurrence.
 MAMBA2 = 2 * 8 * (2 * 16 + 2 * 2 * 3 + 4) + 2 * 16 * 8 + 2 * 4 * (16 + 2 * 2 * 3) + 4 * 4 * 4 * 3
 DELTA = 2 * 8 * (2 * 4 + 2 * 12 + 2 * 2) + 2 * 12 * 8 + 2 * 4 * (2 * 4 + 12) + 6 * 2 * 4 * 6
+KDA = 2 * 8 * (3 * 8 + 2 + 2 * 4) + 2 * 4 * 16 + 2 * 8 * 8 + 2 * 4 * 3 * 8 + 6 * 2 * 4 * 4
 RATES, CONV = 2 * 8 * 2, 2 * 4 * 8
 # Two heads of 4: on the key and in the gradient 2 x 16 each, on the query again.
 TTT_LINEAR = 4 * 2 * 64 + RATES + 2 * CONV + 2 * 3 * 2 * 16
@@ -107,6 +108,7 @@ RECURRENT = replace(
 BY_MIXER = {
     "mamba2": (MAMBA2, {}),
     "gated_deltanet": (DELTA, {}),
+    "kda": (KDA, {}),
     "ttt_linear": (TTT_LINEAR, {}),
     "ttt_mlp": (TTT_MLP, {"ttt_layer": TTTLayerConfig(backbone="plain")}),
     "ttt_mlp, key": (TTT_MLP_KEY, {"ttt_layer": TTTLayerConfig(backbone="plain", output="key")}),

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from helpers.small import small_config, worst
 
-from tttjax.config.model import MIXERS as KINDS
+from tttjax.config.model import MIXERS as CONFIGS
 from tttjax.models.block import Block
 from tttjax.models.stacking import Stack
 
 pytestmark = pytest.mark.slow
 
+LONG = tuple(kind for config in CONFIGS for kind in config.kinds if kind != "local")
+KINDS = (*LONG, "none")
 # name: (kind, fields of the model's configuration)
 MIXERS = {
     "full": ("full", {}),
@@ -27,6 +29,7 @@ MIXERS = {
         "gated_deltanet",
         {"gated_deltanet": {"key_heads": 1, "value_heads": 2, "negative_eigenvalues": True}},
     ),
+    "kda": ("kda", {}),
     "ttt_linear": ("ttt_linear", {}),
     "ttt_linear, plain": ("ttt_linear", {"ttt_layer": {"backbone": "plain"}}),
     "ttt_mlp": ("ttt_mlp", {}),
@@ -47,7 +50,6 @@ EXTREME = (  # every kind, and the variants with other ranges
     *("mamba2, groups and limits", "gated_deltanet, grouped values"),
     "window+ttt_mlp, read with keys, grouped queries",
 )
-LONG = tuple(kind for kind in KINDS if kind != "none")
 SMALL_SIZES = {
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "mlp_dim": 0},
     **{"scan_chunk": 6, "conv_size": 3, "gated_deltanet": {"value_dim": 6}},
@@ -132,7 +134,8 @@ def finite(tree) -> bool:
 
 
 def test_every_mixer_is_tested():
-    assert {kind for joined, _ in MIXERS.values() for kind in joined.split("+")} == set(KINDS)
+    tested = {kind for joined, _ in MIXERS.values() for kind in joined.split("+")}
+    assert tested == {*KINDS, "local:4"}
 
 
 @every_mixer
@@ -225,7 +228,7 @@ def test_long_sequences_stay_finite_in_bfloat16(kind):
     assert finite(loss_and_gradients(block, jnp.bfloat16)(weights_of(block), x_TD))
 
 
-@pytest.mark.parametrize("name", ["window", "mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp"])
+@pytest.mark.parametrize("name", sorted({*LONG} - {"full"}))
 def test_cast_weights_are_used_in_compute_dtype(name):
     """So they can be gathered and cast before they are used."""
     kind, changes = MIXERS[name]

@@ -30,7 +30,7 @@ RECIPES = _recipe_words()
 SIZES = ("125m", "350m", "760m", "1b", "3b")
 SYSTEMS = (
     *("full", "window", "hybrid", "ttt_e2e"),
-    *("mamba2", "gated_deltanet", "ttt_linear", "ttt_mlp", "ttt_kvb"),
+    *("mamba2", "gated_deltanet", "kda", "ttt_linear", "ttt_mlp", "ttt_kvb"),
 )
 
 
@@ -248,6 +248,7 @@ def _state_in_millions(word: str) -> float:
         ("window", 0),
         ("mamba2", 9.4),
         ("gated_deltanet", 10.6),
+        ("kda", 4.7),
         ("ttt_kvb", 19.1),  # the paper says 18M: 18.9M weights in units of 2^20, biases apart
         ("ttt_linear", 3.6),
         ("ttt_mlp", 28.5),

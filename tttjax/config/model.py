@@ -7,11 +7,12 @@ from tttjax.config.fields import declare
 from tttjax.config.mixer import MixerConfig
 from tttjax.models.attention.config import AttentionConfig
 from tttjax.models.gated_deltanet.config import GatedDeltaNetConfig
+from tttjax.models.kda.config import KDAConfig
 from tttjax.models.mamba2.config import Mamba2Config
 from tttjax.models.ttt_layer.config import TTTLayerConfig
 
 # A new mixer is added here, and as a field of `ModelConfig`.
-MIXERS = (AttentionConfig, Mamba2Config, GatedDeltaNetConfig, TTTLayerConfig)
+MIXERS = (AttentionConfig, Mamba2Config, GatedDeltaNetConfig, KDAConfig, TTTLayerConfig)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class ModelConfig:
         ("window",),
         "Sequence mixer of each block, a pattern repeated over the layers. full: causal attention. "
         "window: sliding-window attention over window_size tokens. mamba2, gated_deltanet, "
-        "ttt_linear, ttt_mlp: recurrent layers. none: no mixer. Two mixers joined by + run one "
-        "after the other, each with its own norms and residual: window+ttt_mlp is the papers' "
+        "kda, ttt_linear, ttt_mlp: recurrent layers. none: no mixer. Two mixers joined by + run "
+        "one after the other, each with its own norms and residual: window+ttt_mlp is the papers' "
         "TTT-KVB.",
         choices=(*(kind for mixer in MIXERS for kind in mixer.kinds if kind != "local"), "none"),
         joined=True,
@@ -87,7 +88,7 @@ class ModelConfig:
         1e-6, "Epsilon of every norm except the gated ones, inside the root.", above=0
     )
     mixer_norm_eps: float = declare(
-        1e-5, "Epsilon of the gated norms inside mamba2 and gated_deltanet.", above=0
+        1e-5, "Epsilon of the gated norms inside mamba2, gated_deltanet and kda.", above=0
     )
     init_std: float = declare(0.02, "Standard deviation of every initial matrix.", minimum=0)
     qk_norm: bool = declare(True, "RMSNorm of queries and keys, before RoPE.")
@@ -130,12 +131,14 @@ class ModelConfig:
     )
     scan_chunk: int = declare(
         64,
-        "Chunk length of the parallel scan of mamba2 and gated_deltanet; does not affect results.",
+        "Chunk length of the parallel scans of mamba2, gated_deltanet and kda; does not affect "
+        "results.",
         minimum=1,
         mutable_on_resume=True,
     )
     mamba2: Mamba2Config = dataclasses.field(default_factory=Mamba2Config)
     gated_deltanet: GatedDeltaNetConfig = dataclasses.field(default_factory=GatedDeltaNetConfig)
+    kda: KDAConfig = dataclasses.field(default_factory=KDAConfig)
     ttt_layer: TTTLayerConfig = dataclasses.field(default_factory=TTTLayerConfig)
 
     # --- derived from the fields ---

@@ -9,7 +9,7 @@ number of keys that a query attends to,
     convolutions      F = 2 x entries of the kernel: one tap per channel and token
     attention         F = 4 H K s(T)        scores and weighted values
     Mamba-2           F = 4 H P N           x B^T into the state, the state times C
-    Gated DeltaNet    F = 6 H K V           the state times k, the write, the state times q
+    Gated DeltaNet, KDA   F = 6 H K V       the state times k, the write, the state times q
     TTT layer         F = 2 E for the inner model on the key, E its matrices' entries,
                         + 2 E for its weight gradients, and 2 x entries of w2 back through w2,
                         + 2 E for the inner model on the query (not with output = "key")
@@ -137,7 +137,7 @@ def _multiplies_tokens(path: str, axes: tuple[str, ...]) -> bool:
     """
     if "/fast_mlp/" in path and "heads" in axes:
         return "head_dim" in axes and "hidden" in axes
-    return len(axes) > 2 and ("embed" in axes or "taps" in axes)
+    return len(axes) > 2 and not {"embed", "taps", "hidden"}.isdisjoint(axes)
 
 
 def _mixing(kind: str, model: ModelConfig, inner: InnerConfig, seq_len: int) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""The recurrent systems that the TTT-E2E paper compares with: their mixers and own sizes.
+"""The recurrent systems that TTT-E2E is compared with: their mixers and own sizes.
 
 system          a block                                      state of a sequence at 760M
 mamba2          Mamba-2, window attention, MLP               9.4M scalars and the window
 gated_deltanet  Gated DeltaNet, window attention, MLP        10.6M and the window
+kda             Kimi Delta Attention, window attention, MLP  4.7M and the window
 ttt_kvb         window attention, TTT-MLP, MLP               19.1M and the window
 ttt_linear      convolution, TTT-Linear, MLP                 3.6M
 ttt_mlp         convolution, TTT-MLP, MLP                    28.5M
@@ -10,13 +11,17 @@ ttt_mlp         convolution, TTT-MLP, MLP                    28.5M
 Of TTT layers the fast weights are counted; the sums of their gradients within a mini-batch are as
 many again.
 
-The first three are hybrids with window attention of 8K tokens, with QK-norm, which the paper found
-to help them. It says neither which blocks have attention nor how wide the mixers are. But from
-8K to 128K tokens of context the training cost of all three grows by as much as that of window
-attention alone, 0.38e10 FLOPs per token at 3B, which is just what 32 windows of 8K and full width
-cost. So ours have window attention in every block, and grow by as much. The whole cost of our
-TTT-KVB is the published one, too; that of the other two is published as 0.41e10 less than ours at
-every length, which is what attention to 8K tokens costs, as though that had not been counted.
+All are systems of the papers but kda (arXiv 2510.26692), which is younger: it has the heads of its
+official default, 128 entries each, in the place of Gated DeltaNet.
+
+mamba2, gated_deltanet and ttt_kvb are hybrids with window attention of 8K tokens, with QK-norm,
+which the paper found to help them. It says neither which blocks have attention nor how wide the
+mixers are. But from 8K to 128K tokens of context the training cost of all three grows by as much as
+that of window attention alone, 0.38e10 FLOPs per token at 3B, which is just what 32 windows of 8K
+and full width cost. So ours have window attention in every block, and grow by as much. The whole
+cost of our TTT-KVB is the published one, too; that of the other two is published as 0.41e10 less
+than ours at every length, which is what attention to 8K tokens costs, as though that had not been
+counted.
 
 The recurrent mixer comes first, as in the hybrids of the Gated DeltaNet paper, but in TTT-KVB
 after the attention. Mamba-2 and Gated DeltaNet have the sizes of their official defaults. TTT-KVB
@@ -49,6 +54,7 @@ from typing import Any
 CHUNK_KVB = 1024  # the mini-batch at which the paper's TTT-KVB is best
 HEAD_KVB = 64  # 2 matrices of 64 x 256 for each head: 18M in all at 760M, as in the paper
 MAX_KEY_DIM = 256
+HEAD_KDA = 128
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,16 @@ def _ttt_kvb(embed_dim: int) -> dict[str, Any]:
     return {"ttt_layer": {"backbone": "plain", "chunk_size": CHUNK_KVB, "heads": heads}}
 
 
+def _kda(embed_dim: int) -> dict[str, Any]:
+    """Official defaults: as wide as the model, in heads of 128."""
+    sizes = {"heads": embed_dim // HEAD_KDA, "key_dim": HEAD_KDA, "value_dim": HEAD_KDA}
+    return {"kda": sizes}
+
+
 BASELINES = {
     "mamba2": Baseline(("mamba2+window",), _mamba2),
     "gated_deltanet": Baseline(("gated_deltanet+window",), _gated_deltanet),
+    "kda": Baseline(("kda+window",), _kda),
     "ttt_linear": Baseline(("ttt_linear",), _ttt),
     "ttt_mlp": Baseline(("ttt_mlp",), _ttt),
     "ttt_kvb": Baseline(("window+ttt_mlp",), _ttt_kvb),

@@ -5,7 +5,7 @@
 
 ttt_e2e          window attention of 512 tokens, two of eight blocks learn on every 128 tokens
 window, full     attention alone, the MLPs wider so that all have as many parameters
-mamba2, gated_deltanet, ttt_linear, ttt_mlp    that mixer alone, likewise
+mamba2, gated_deltanet, kda, ttt_linear, ttt_mlp    that mixer alone, likewise
 ttt_kvb          window attention and TTT-MLP, one step on every 128 tokens, likewise
 
 All mixers at three lengths, in one run:
@@ -26,6 +26,7 @@ CONTROLS = {
     "full": ("full",),
     "mamba2": ("mamba2",),
     "gated_deltanet": ("gated_deltanet",),
+    "kda": ("kda",),
     "ttt_linear": ("ttt_linear",),
     "ttt_mlp": ("ttt_mlp",),
     "ttt_kvb": ("window+ttt_mlp",),

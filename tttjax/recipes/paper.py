@@ -9,10 +9,11 @@ Chinchilla-optimal tokens (default 1x; the paper's large 3B run is 3x). SYSTEM:
 full, window, hybrid     full attention; window attention of 8K tokens; one full layer in six
 ttt_e2e                  window attention, the MLPs of the last quarter of the blocks are fast
 mamba2, gated_deltanet   each with window attention in every block
+kda                      the same with Kimi Delta Attention, which the papers do not have
 ttt_kvb                  window attention and TTT-MLP in every block
 ttt_linear, ttt_mlp      the second paper's layers, without attention
 
-The last five are described in baselines.py, with patterns for any other hybrid. Every system is as
+The last six are described in baselines.py, with patterns for any other hybrid. Every system is as
 large as full attention, the embedding left out, to within 2%.
 
 Cost, in tokens of pretraining at 1x: 2.5B (125m), 7.1B (350m), 15.2B (760m), 26.2B (1b), 54.5B
