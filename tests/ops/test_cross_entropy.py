@@ -11,30 +11,35 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tttjax.errors import UserError
-from tttjax.ops.cross_entropy.nll import (
-    blocked_nll,
-    blocked_nll_jvp,
-    blocked_nll_pair,
-    blocked_nll_with_residuals,
-    token_nll,
-)
+from tttjax.ops.cross_entropy.blocked import Blocks
+from tttjax.ops.cross_entropy.nll import blocked_nll, blocked_nll_jvp, token_nll
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 T, D, V = 7, 5, 11
 # One block; blocks that divide neither rows nor vocabulary (the last overlaps or is padded).
-BLOCKS = [{}, {"rows_block": 3}, {"vocab_block": 4}, {"rows_block": 3, "vocab_block": 4}]
+BLOCKS = [Blocks(8, None), Blocks(3, None), Blocks(8, 4), Blocks(3, 4)]
+
+
+def nll_and_pair(h, head, target, h_dot, blocks):
+    """The losses, and the same with their derivative along h_dot."""
+    nll, residuals = blocked_nll(h, head, target, blocks)
+    return nll, jvp(lambda h: blocked_nll_jvp(h, head, target, residuals, blocks), h, h_dot)
+
+
+def jvp(f, h, h_dot):
+    return jax.jvp(f, (h,), (h_dot,))
 
 
 @pytest.fixture(scope="module")
 def arrays(x64):
-    """h, head, targets (first and last column among them), directions of h and head, weights."""
+    """h, head, targets (first and last column among them), direction of h, weights of losses."""
     rng = np.random.default_rng(0)
     h, h_dot = rng.normal(size=(2, T, D))
-    head, head_dot = rng.normal(size=(2, D, V))
+    head = rng.normal(size=(D, V))
     target = np.array([0, V - 1, 3, 7, 7, 8, V - 1])
     a, b = rng.normal(size=(2, T))
     a[2] = b[4] = 0
-    return tuple(jnp.asarray(x) for x in (h, head, target, h_dot, head_dot, a, b))
+    return tuple(jnp.asarray(x) for x in (h, head, target, h_dot, a, b))
 
 
 def close(got, expected, atol=1e-12):
@@ -45,7 +50,7 @@ def close(got, expected, atol=1e-12):
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_value_and_gradient(arrays, blocks):
-    h, head, target, *_, a, _ = arrays
+    h, head, target, _, a, _ = arrays
 
     def loss(nll, *of):
         nll_T = nll(*of, target)
@@ -55,86 +60,50 @@ def test_value_and_gradient(arrays, blocks):
         derive = jax.value_and_grad(partial(loss, nll), (0, 1), has_aux=True)
         return jax.jit(derive)(h, head)
 
-    close(derivatives(partial(blocked_nll, **blocks)), derivatives(token_nll))
+    close(derivatives(lambda *x: blocked_nll(*x, blocks)[0]), derivatives(token_nll))
 
 
-def dense_pair(h, head, target, h_dot, head_dot):
-    return jax.jvp(lambda *x: token_nll(*x, target), (h, head), (h_dot, head_dot))
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_tangent_and_gradient_of_both(arrays, blocks):
+    h, head, target, h_dot, a, b = arrays
+    residuals = blocked_nll(h, head, target, blocks)[1]
+
+    def derivatives(nll):
+        def loss(h, head, h_dot):
+            pair = jvp(lambda h: nll(h, head), h, h_dot)
+            return jnp.sum(a * jnp.sin(pair[0]) + b * pair[1] ** 2), pair
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(h, head, h_dot)
+
+    close(
+        derivatives(lambda h, head: blocked_nll_jvp(h, head, target, residuals, blocks)),
+        derivatives(lambda h, head: token_nll(h, head, target)),
+    )
 
 
-@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("blocks", [BLOCKS[0], BLOCKS[3]])
-def test_pair_and_its_gradient(arrays, blocks, moving):
-    h, head, target, h_dot, head_dot, a, b = arrays
-    head_dot = head_dot if moving else jnp.zeros_like(head)
-
-    def loss(pair):
-        return jnp.sum(a * jnp.sin(pair[0]) + b * pair[1] ** 2), pair
-
-    def blocked(h, head, h_dot, head_dot):
-        of_head = (head_dot,) if moving else ()
-        return loss(blocked_nll_pair(h, head, target, h_dot, *of_head, **blocks))
-
-    def dense(h, head, h_dot, head_dot):
-        return loss(dense_pair(h, head, target, h_dot, head_dot))
-
-    of = (0, 1, 2, 3) if moving else (0, 1, 2)
-    got = jax.jit(jax.value_and_grad(blocked, of, has_aux=True))(h, head, h_dot, head_dot)
-    expected = jax.jit(jax.value_and_grad(dense, of, has_aux=True))(h, head, h_dot, head_dot)
-    close(got, expected)
-
-
-@pytest.mark.parametrize("with_residuals", [False, True])
-@pytest.mark.parametrize("blocks", [BLOCKS[1], BLOCKS[3]])
-def test_gradient_of_jvp_as_in_the_meta_gradient(arrays, blocks, with_residuals):
-    """Tangents of h alone, then of h and the head."""
-    h, head, target, h_dot, head_dot, a, _ = arrays
-    residuals = None
-    if with_residuals:
-        residuals = blocked_nll_with_residuals(h, head, target, **blocks)[1]
-
-    def outer(nll, directions):
-        def chunk_loss(h, head, *moving):
-            return jnp.sum(a * nll(*moving, *(h, head)[len(moving) :]))
-
-        def of(h, head):
-            primals = (h, head)[: len(directions)]
-            value, tangent = jax.jvp(partial(chunk_loss, h, head), primals, directions)
-            return value * 0.3 + tangent
-
-        return jax.jit(jax.grad(of, (0, 1)))(h, head)
-
-    def blocked(h, head):
-        return blocked_nll_jvp(h, head, target, residuals, **blocks)
-
-    for directions in ((h_dot,), (h_dot, head_dot)):
-        expected = outer(lambda h, head: token_nll(h, head, target), directions)
-        close(outer(blocked, directions), expected)
-
-
-@pytest.mark.parametrize("blocks", [BLOCKS[3]])
 def test_gradient_of_gradient(arrays, blocks):
-    """Reverse over reverse; the inner gradient of h alone, as in the inner loop, or of both."""
-    h, head, target, h_dot, head_dot, a, _ = arrays
+    h, head, target, h_dot, a, _ = arrays
 
-    def grad_of_grad(nll, inner):
+    def grad_of_grad(nll):
         def of(h, head, a):
-            grads = jax.grad(lambda *x: jnp.sum(a * nll(*x, target)), inner)(h, head)
-            along = (h_dot, head_dot)[: len(grads)]
-            return sum(map(jnp.vdot, grads, along))
+            grads = jax.grad(lambda *x: jnp.sum(a * nll(*x, target)), (0, 1))(h, head)
+            return jnp.vdot(grads[0], h_dot) + jnp.sum(jnp.sin(grads[1]))
 
         return jax.jit(jax.grad(of, (0, 1, 2)))(h, head, a)
 
-    for inner in ((0,), (0, 1)):
-        close(
-            grad_of_grad(lambda *x: blocked_nll(*x, **blocks), inner),
-            grad_of_grad(token_nll, inner),
-        )
+    close(grad_of_grad(lambda *x: blocked_nll(*x, blocks)[0]), grad_of_grad(token_nll))
 
 
 def meta(nll, h, head, h_dot):
     """Loss plus its derivative along h_dot, as differentiated by the meta-gradient."""
-    return sum(jax.jvp(lambda h: jnp.mean(nll(h, head)), (h,), (h_dot,)))
+    return sum(jvp(lambda h: jnp.mean(nll(h, head)), h, h_dot))
+
+
+def blocked_meta(h, head, target, h_dot, blocks):
+    """`meta` of the blocked form; the residuals are constants."""
+    residuals = blocked_nll(*jax.lax.stop_gradient((h, head)), target, blocks)[1]
+    return meta(lambda *x: blocked_nll_jvp(*x, target, residuals, blocks), h, head, h_dot)
 
 
 def test_a_batch_is_the_same_as_its_rows(arrays):
@@ -143,8 +112,7 @@ def test_a_batch_is_the_same_as_its_rows(arrays):
     batch = [np.stack([x, x[::-1]]) for x in (h, target, h_dot)]
 
     def loss(h, head, target, h_dot):
-        nll = blocked_nll(h, head, target, rows_block=4)
-        pair = blocked_nll_pair(h, head, target, h_dot, rows_block=4)
+        nll, pair = nll_and_pair(h, head, target, h_dot, Blocks(4, None))
         return jnp.sum(nll**2) + jnp.sum(pair[0] * pair[1])
 
     grad = jax.grad(loss, (0, 1))
@@ -164,18 +132,18 @@ def test_extreme_logits_are_finite_and_exact(arrays, blocks):
     h[:3] *= 5e3
     args_float32 = [x.astype(np.float32) for x in (h, head, h_dot)]
 
-    def of(nll, *args):
-        return jax.jit(jax.value_and_grad(partial(meta, nll), (0, 1, 2)))(*args)
+    def of(meta, *args):
+        return jax.jit(jax.value_and_grad(meta, (0, 1, 2)))(*args)
 
-    got = of(lambda h, head: blocked_nll_jvp(h, head, target, **blocks), *args_float32)
-    expected = of(lambda h, head: token_nll(h, head, target), h, head, h_dot)
+    got = of(lambda h, head, h_dot: blocked_meta(h, head, target, h_dot, blocks), *args_float32)
+    expected = of(partial(meta, lambda h, head: token_nll(h, head, target)), h, head, h_dot)
     assert np.abs(h @ head).max() > 1e4
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
 
 
-@pytest.mark.parametrize("blocks", [{"rows_block": 20}, {"rows_block": 20, "vocab_block": 30}])
+@pytest.mark.parametrize("blocks", [Blocks(20, None), Blocks(20, 30)])
 def test_bfloat16_accumulates_in_float32(blocks):
     """Losses and tangents are not rounded to bfloat16; gradients to within its precision."""
     rng = np.random.default_rng(1)
@@ -187,13 +155,13 @@ def test_bfloat16_accumulates_in_float32(blocks):
 
     @jax.jit
     def narrow(h, head, h_dot):
-        loss = jax.grad(lambda *x: jnp.sum(blocked_nll(*x, target, **blocks)), (0, 1))
-        return blocked_nll_pair(h, head, target, h_dot, **blocks), loss(h, head)
+        loss = jax.grad(lambda *x: jnp.sum(blocked_nll(*x, target, blocks)[0]), (0, 1))
+        return nll_and_pair(h, head, target, h_dot, blocks)[1], loss(h, head)
 
     @jax.jit
     def wide(h, head, h_dot):
         loss = jax.grad(lambda *x: jnp.sum(token_nll(*x, target)), (0, 1))
-        return dense_pair(h, head, target, h_dot, jnp.zeros_like(head)), loss(h, head)
+        return jvp(lambda h: token_nll(h, head, target), h, h_dot), loss(h, head)
 
     (pair, grads), (dense, expected) = narrow(h, head, h_dot), wide(*exact)
     for x, y, tolerance in zip(pair, dense, (1e-5, 3e-2), strict=True):
@@ -223,55 +191,44 @@ def products(f, *args):
     return count(jax.make_jaxpr(f)(*args).jaxpr, 1) / (64 * 8 * 32)
 
 
-@pytest.mark.parametrize("blocks", [{}, {"rows_block": 16}, {"rows_block": 16, "vocab_block": 8}])
+@pytest.mark.parametrize("blocks", [Blocks(64, None), Blocks(16, None), Blocks(16, 8)])
 def test_number_of_products_is_as_documented(blocks):
     h, head, target = jnp.ones((64, 8)), jnp.ones((8, 32)), jnp.zeros(64, int)
 
     def nll(h, head):
-        return jnp.mean(blocked_nll(h, head, target, **blocks))
+        return jnp.mean(blocked_nll(h, head, target, blocks)[0])
 
-    assert products(nll, h, head) == 1
+    assert products(nll, h, head) == 2
     assert products(jax.value_and_grad(nll), h, head) == 2
     assert products(jax.value_and_grad(nll, (0, 1)), h, head) == 4
 
     def pair(h, head, h_dot, residuals):
-        return meta(lambda *x: blocked_nll_jvp(*x, target, residuals, **blocks), h, head, h_dot)
+        return meta(lambda *x: blocked_nll_jvp(*x, target, residuals, blocks), h, head, h_dot)
 
-    residuals = blocked_nll_with_residuals(h, head, target, **blocks)[1]
-    assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, None) == 7
+    residuals = blocked_nll(h, head, target, blocks)[1]
     assert products(pair, h, head, h, residuals) == 0
     assert products(jax.value_and_grad(pair, (0, 1, 2)), h, head, h, residuals) == 5
-    assert products(jax.value_and_grad(pair, 0), h, head, h, residuals) == 3
-
-    def moving(h, head):
-        return sum(map(jnp.sum, blocked_nll_pair(h, head, target, h, head, **blocks)))
-
-    assert products(moving, h, head) == 4
 
 
-@pytest.mark.parametrize("blocks", [{"rows_block": 32}, {"rows_block": 64, "vocab_block": 256}])
+@pytest.mark.parametrize("blocks", [Blocks(32, None), Blocks(64, 256)])
 def test_memory_has_a_bound(blocks):
     """Bound: six blocks of logits, six arrays like h, one like the head."""
     h, head, target = jnp.ones((512, 8), "float32"), jnp.ones((8, 2048), "float32"), jnp.arange(512)
-    block = blocks["rows_block"] * blocks.get("vocab_block", 2048)
+    block = blocks.rows * (blocks.vocab or 2048)
     bound = 4 * (6 * block + 6 * h.size + head.size + 8 * len(h))
     assert bound < h.shape[0] * head.shape[1] * 4 / 2
 
     def first(h, head):
-        return jnp.mean(blocked_nll(h, head, target, **blocks))
+        return jnp.mean(blocked_nll(h, head, target, blocks)[0])
 
     def second(h, head, h_dot):
-        return meta(lambda *x: blocked_nll_jvp(*x, target, **blocks), h, head, h_dot)
-
-    def reverse(h, head, h_dot):
-        return jnp.vdot(jax.grad(first)(h, head), h_dot)
+        return blocked_meta(h, head, target, h_dot, blocks)
 
     def temporary(f, *args):
         return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(jax.value_and_grad(first, (0, 1)), h, head) < bound
     assert temporary(jax.grad(second, (0, 1, 2)), h, head, h) < bound
-    assert temporary(jax.grad(reverse, (0, 1)), h, head, h) < bound
 
 
 def test_a_sharded_vocabulary_is_not_all_gathered():
@@ -287,10 +244,9 @@ def test_a_sharded_vocabulary_is_not_all_gathered():
     ]
 
     def of(h, head, h_dot, target):
-        def jvp(*x):
-            return blocked_nll_jvp(*x, target, rows_block=6)
+        def second(h, head, h_dot):
+            return blocked_meta(h, head, target, h_dot, Blocks(6, None))
 
-        second = partial(meta, jvp)
         return jax.value_and_grad(second, (0, 1, 2))(h, head, h_dot)
 
     def of_shard(*args):
@@ -319,31 +275,24 @@ def test_a_sharded_vocabulary_is_not_all_gathered():
 
 def test_unsupported_derivatives_raise(arrays):
     h, head, target, h_dot, *_ = arrays
+    blocks = BLOCKS[0]
+    residuals = blocked_nll(h, head, target, blocks)[1]
 
-    def loss(h):
-        return jnp.sum(blocked_nll(h, head, target))
+    def loss(h, head):
+        return jnp.sum(blocked_nll_jvp(h, head, target, residuals, blocks))
 
     def second(h):
-        return jnp.vdot(h_dot, jax.grad(loss)(h))
+        return jax.jvp(lambda h: loss(h, head), (h,), (h_dot,))[1]
 
     with pytest.raises(UserError, match="first and second derivatives only"):
         jax.grad(lambda h: jnp.sum(jax.grad(second)(h)))(h)
-    with pytest.raises(TypeError, match=r"jvp.*custom_vjp"):
-        jax.jvp(jax.grad(loss), (h,), (h_dot,))
+    with pytest.raises(UserError, match="no tangent along the head"):
+        jax.jvp(loss, (h, head), (h_dot, head))
     with pytest.raises(ValueError, match="reverse-mode"):
-        jax.grad(lambda h: jnp.sum(blocked_nll_jvp(h, head, target)))(h)
+        jax.grad(loss)(h, head)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rows_block": 0}, "rows_block=0 must be at least 1"),
-        ({"vocab_block": 0}, "vocab_block=0 must be at least 1"),
-        ({"target_T": jnp.zeros(3, int)}, r"targets \(3,\) must be shaped"),
-        ({"h_dot_TD": jnp.zeros((T, 2))}, r"h_dot \(7, 2\) must be shaped like h"),
-    ],
-)
-def test_invalid_arguments_raise(arrays, change, message):
-    names = ("h_TD", "head_DV", "target_T", "h_dot_TD")
-    with pytest.raises(UserError, match=message):
-        blocked_nll_pair(**{**dict(zip(names, arrays, strict=False)), **change})
+def test_shapes_that_do_not_match_raise(arrays):
+    h, head, *_ = arrays
+    with pytest.raises(UserError, match=r"targets \(3,\) must be shaped"):
+        blocked_nll(h, head, jnp.zeros(3, int), BLOCKS[0])

@@ -9,21 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.benchmarks.timing import check_sizes, median_seconds, quotient, temporary_bytes
-from tttjax.ops.cross_entropy.nll import (
-    blocked_nll,
-    blocked_nll_jvp,
-    blocked_nll_with_residuals,
-    token_nll,
-)
+from tttjax.ops.cross_entropy.blocked import Blocks
+from tttjax.ops.cross_entropy.nll import blocked_nll, blocked_nll_jvp, token_nll
 from tttjax.types import Array
-
-TASKS = ("forward", "gradient", "second")
 
 
 @dataclass(frozen=True)
 class CrossEntropyBenchmark:
-    """Cost of one form in one task. form: "dense", "blocked", or "known" (task "second" only): the
-    blocked form with the residuals of the forward pass given.
+    """Cost of one form in one task.
+
+    task: "gradient" or "second". form: "dense" or "blocked"; in "second", the blocked form is given
+    the residuals of the forward pass.
 
     speedup: over the dense form, by medians. Times are None if the device runs out of memory.
     memory_bytes: peak temporary memory as the compiler reports it; None if it does not.
@@ -40,7 +36,7 @@ class CrossEntropyBenchmark:
 class CrossEntropySizes:
     """Array sizes. rows: tokens. embed_dim: width of h.
 
-    rows_block, vocab_block: as in `blocked_nll`; vocab_block 0 is the whole vocabulary.
+    rows_block, vocab_block: the largest block of logits; vocab_block 0 is the whole vocabulary.
     """
 
     rows: int = 1024
@@ -88,13 +84,13 @@ def _arguments(sizes: CrossEntropySizes) -> dict[str, Any]:
     head_DV = jax.random.normal(keys[2], (sizes.embed_dim, sizes.vocab), sizes.dtype)
     head_DV = head_DV * sizes.embed_dim**-0.5
     target_T = jax.random.randint(keys[3], (sizes.rows,), 0, sizes.vocab)
-    residuals = blocked_nll_with_residuals(h_TD, head_DV, target_T, **_blocks(sizes))[1]
+    residuals = blocked_nll(h_TD, head_DV, target_T, _blocks(sizes))[1]
     tokens = {"h": h_TD, "h_dot": h_dot_TD, "head": head_DV}
     return {**tokens, "target": target_T, "residuals": residuals}
 
 
-def _blocks(sizes: CrossEntropySizes) -> dict[str, Any]:
-    return {"rows_block": sizes.rows_block, "vocab_block": sizes.vocab_block or None}
+def _blocks(sizes: CrossEntropySizes) -> Blocks:
+    return Blocks(sizes.rows_block, sizes.vocab_block or None)
 
 
 def _functions(sizes: CrossEntropySizes) -> dict[tuple[str, str], Callable[[dict[str, Any]], Any]]:
@@ -104,26 +100,17 @@ def _functions(sizes: CrossEntropySizes) -> dict[tuple[str, str], Callable[[dict
         return token_nll(h_TD, head_DV, x["target"])
 
     def blocked(x, h_TD, head_DV):
-        return blocked_nll(h_TD, head_DV, x["target"], **blocks)
+        return blocked_nll(h_TD, head_DV, x["target"], blocks)[0]
 
     def blocked_jvp(x, h_TD, head_DV):
-        return blocked_nll_jvp(h_TD, head_DV, x["target"], **blocks)
+        return blocked_nll_jvp(h_TD, head_DV, x["target"], x["residuals"], blocks)
 
-    def blocked_jvp_with_residuals(x, h_TD, head_DV):
-        return blocked_nll_jvp(h_TD, head_DV, x["target"], x["residuals"], **blocks)
-
-    functions: dict[tuple[str, str], Callable[[dict[str, Any]], Any]] = {}
-    for form, nll in (("dense", dense), ("blocked", blocked)):
-        functions["forward", form] = _forward(nll)
-        functions["gradient", form] = _gradient(nll)
-    second_order = {"dense": dense, "blocked": blocked_jvp, "known": blocked_jvp_with_residuals}
-    for form, nll in second_order.items():
-        functions["second", form] = _second(nll)
-    return {key: functions[key] for task in TASKS for key in functions if key[0] == task}
-
-
-def _forward(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:
-    return lambda x: jnp.mean(nll(x, x["h"], x["head"]))
+    return {
+        ("gradient", "dense"): _gradient(dense),
+        ("gradient", "blocked"): _gradient(blocked),
+        ("second", "dense"): _second(dense),
+        ("second", "blocked"): _second(blocked_jvp),
+    }
 
 
 def _gradient(nll: Callable[..., Array]) -> Callable[[dict[str, Any]], Any]:

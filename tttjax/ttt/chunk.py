@@ -6,7 +6,7 @@ and inference (`inference.prefill`) loop over it.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ import optax
 from tttjax.models.mixer import AttentionForm
 from tttjax.models.split_model import SplitModel
 from tttjax.models.stacking import combine
+from tttjax.ops.cross_entropy.blocked import Blocks, CEResiduals
 from tttjax.ops.cross_entropy.nll import (
-    CEResiduals,
+    blocked_nll,
     blocked_nll_jvp,
-    blocked_nll_with_residuals,
     masked_mean,
     token_nll_in_blocks,
 )
@@ -70,8 +70,8 @@ def batch_loss(
     """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)).
 
     chunk: one chunk, so its arrays are [B, C, ...], without the axis N of their names.
-    form: "blocked" for jax.grad, "blocked_jvp" for jax.grad of jax.jvp. ce_residuals: from an
-    earlier call with the same weights and inputs (`ops.cross_entropy.CEResiduals`).
+    form: "blocked" for jax.grad, "blocked_jvp" for jax.grad of jax.jvp. ce_residuals: those of
+    "blocked" with the same weights and inputs, which "blocked_jvp" needs unless the head is fast.
     """
     model, split = chunk_model.split.model, chunk_model.split
 
@@ -90,12 +90,12 @@ def batch_loss(
     else:
         head_DV = model.head(slow)
         read = h_BCD, head_DV, chunk.target_NBC
-        sizes: dict[str, Any] = {"rows_block": chunk_model.logit_rows}
-        sizes["vocab_block"] = _vocab_block(head_DV.shape[1])
+        blocks = Blocks(chunk_model.logit_rows, _vocab_block(head_DV.shape[1]))
         if form == "blocked_jvp":
-            nll_BC = blocked_nll_jvp(*read, ce_residuals, **sizes)
+            assert ce_residuals is not None
+            nll_BC = blocked_nll_jvp(*read, ce_residuals, blocks)
         else:
-            nll_BC, ce_residuals = blocked_nll_with_residuals(*read, **sizes)
+            nll_BC, ce_residuals = blocked_nll(*read, blocks)
     return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, ce_residuals)
 
 

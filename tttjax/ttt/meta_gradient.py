@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.models.mixer import AttentionForm
-from tttjax.ops.cross_entropy.nll import CEResiduals
+from tttjax.ops.cross_entropy.blocked import CEResiduals
 from tttjax.ttt.chunk import (
     ChunkModel,
     ChunkRecords,

@@ -2,10 +2,10 @@
 
   tttjax bench cross-entropy --rows=1024 --vocab=32768 --rows-block=256
 
-Tasks: "forward", the loss; "gradient", loss and gradient for h and head; "second", as in the
-meta-gradient: the gradient, for h, its tangent and head, of the loss plus its directional
-derivative. In "second", the form `blocked` computes everything; `known` is given the residuals of
-the forward pass. All programs are compiled first, then run alternately; times are medians.
+Tasks: "gradient", loss and gradient for h and head; "second", as in the meta-gradient: the
+gradient, for h, its tangent and head, of the loss plus its directional derivative. In "second", the
+form `blocked` is given the residuals of the forward pass. All programs are compiled first, then run
+alternately; times are medians.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 For a row t with logits z = W^T h, target y, softmax p and e the one-hot vector of y:
 
-    nll = log Σ_v exp z_v - z_y            grad = ∂nll/∂h = W q,   q = p - e
-    nll_dot = ⟨q, ż⟩,  ż = W^T ḣ + Ẇ^T h   = ⟨grad, ḣ⟩ where Ẇ = 0: no product with W
+    nll = log Σ_v exp z_v - z_y         grad = ∂nll/∂h = W q,   q = p - e
+    nll_dot = ⟨q, ż⟩,  ż = W^T ḣ        = ⟨grad, ḣ⟩: no product with W
     ∂nll_dot/∂z = p (ż - m) =: r,  m = ⟨p, ż⟩ = nll_dot + ż_y
 
 Products with W use the common dtype of h and W and accumulate in float32 or wider, as does
@@ -31,7 +31,7 @@ class CEResiduals(NamedTuple):
 
     nll_T: the losses. top_T, log_sum_T: largest logit, and log Σ exp(z - top); separate, because
     their sum rounds at large logits. grad_TD: gradient of each loss with respect to its row of h.
-    All in float32 at least. top_T, log_sum_T are constants under differentiation.
+    All in float32 at least.
     """
 
     nll_T: Array
@@ -40,7 +40,7 @@ class CEResiduals(NamedTuple):
     grad_TD: Array
 
 
-def wide_dtype(*arrays: Array) -> Any:
+def _wide_dtype(*arrays: Array) -> Any:
     """The accumulation dtype."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
@@ -51,27 +51,6 @@ def _multiply(subscripts: str, x: Array, y: Array, cast_dtype: Any) -> Array:
     return jnp.einsum(
         subscripts, x.astype(cast_dtype), y.astype(cast_dtype), preferred_element_type=wide
     )
-
-
-def _sum_products(
-    subscripts: str, pairs: tuple[tuple[Array | None, Array | None], ...], cast_dtype: Any
-) -> Any:
-    """The sum of `_multiply` over pairs without None; None if there is no such pair."""
-    total = None
-    for x, y in pairs:
-        if x is not None and y is not None:
-            total = _add(total, _multiply(subscripts, x, y, cast_dtype))
-    return total
-
-
-def _scale(x_R: Array | None, y_RV: Array) -> Any:
-    return None if x_R is None else x_R[:, None] * y_RV
-
-
-def _add(x: Array | None, y: Array | None) -> Array | None:
-    if x is None or y is None:
-        return x if y is None else y
-    return x + y
 
 
 def _scan_rows(
@@ -151,29 +130,23 @@ def _in_vocab_blocks(blocks: Blocks, vocab: int) -> bool:
     return blocks.vocab is not None and blocks.vocab < vocab
 
 
-# the fields of CEResiduals; grad_TD is None unless requested
-Values = tuple[Array, Array, Array, Any]
-
-
 # --- value and gradient of h --------------------------------------------------------------------
 
 
-def values(blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, with_grad: bool) -> Values:
-    """The losses: 1 product of [T, D] with [D, V]; with their gradients in h: 2."""
+def values(blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array) -> CEResiduals:
+    """The losses and their gradients in h: 2 products of [T, D] with [D, V]."""
     row_values = (
         _online_values if _in_vocab_blocks(blocks, head_DV.shape[1]) else _full_vocab_values
     )
 
     def step(carry, rows):
         h_RD, target_R = rows
-        return carry, row_values(blocks, h_RD, target_R, head_DV, with_grad)
+        return carry, row_values(blocks, h_RD, target_R, head_DV)
 
     return _scan_rows(step, None, (h_TD, target_T), blocks.rows)[1]
 
 
-def _full_vocab_values(
-    blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, with_grad: bool
-) -> Values:
+def _full_vocab_values(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array) -> CEResiduals:
     """A block of rows with its logits over the full vocabulary."""
     cast_dtype = jnp.result_type(h_RD, head_DV)
     logit_RV = _multiply("rd,dv->rv", h_RD, head_DV, cast_dtype)
@@ -185,20 +158,15 @@ def _full_vocab_values(
     nontarget_sum_R = jnp.sum(jnp.where(onehot_RV, 0, exp_RV), axis=1)
     sum_R = nontarget_sum_R + jnp.exp(target_logit_R - top_R)
     log_sum_R = jnp.log(sum_R)
-    grad_RD = None
-    if with_grad:
-        scaled_q_RV = jnp.where(onehot_RV, -nontarget_sum_R[:, None], exp_RV)
-        grad_RD = _multiply("rv,dv->rd", scaled_q_RV, head_DV, cast_dtype) / sum_R[:, None]
-    return log_sum_R + (top_R - target_logit_R), top_R, log_sum_R, grad_RD
+    scaled_q_RV = jnp.where(onehot_RV, -nontarget_sum_R[:, None], exp_RV)
+    grad_RD = _multiply("rv,dv->rd", scaled_q_RV, head_DV, cast_dtype) / sum_R[:, None]
+    return CEResiduals(log_sum_R + (top_R - target_logit_R), top_R, log_sum_R, grad_RD)
 
 
-def _online_values(
-    blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array, with_grad: bool
-) -> Values:
+def _online_values(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array) -> CEResiduals:
     """A block of rows by online softmax over blocks of the vocabulary."""
-    cast_dtype, wide = jnp.result_type(h_RD, head_DV), wide_dtype(h_RD, head_DV)
+    cast_dtype, wide = jnp.result_type(h_RD, head_DV), _wide_dtype(h_RD, head_DV)
     zero_R = jnp.zeros(h_RD.shape[0], wide)
-    sum_RD = jnp.zeros(h_RD.shape, wide) if with_grad else None
 
     def step(carry, columns):
         top_R, nontarget_sum_R, target_logit_R, sum_RD = carry
@@ -210,153 +178,76 @@ def _online_values(
         nontarget_RV = jnp.where(onehot_RV, 0, jnp.exp(logit_RV - new_top_R[:, None]))
         nontarget_sum_R = nontarget_sum_R * rescale_R + jnp.sum(nontarget_RV, axis=1)
         target_logit_R = target_logit_R + jnp.sum(jnp.where(onehot_RV, logit_RV, 0), axis=1)
-        if with_grad:
-            part_RD = _multiply("rv,dv->rd", nontarget_RV, part_DV, cast_dtype)
-            sum_RD = sum_RD * rescale_R[:, None] + part_RD
+        part_RD = _multiply("rv,dv->rd", nontarget_RV, part_DV, cast_dtype)
+        sum_RD = sum_RD * rescale_R[:, None] + part_RD
         return new_top_R, nontarget_sum_R, target_logit_R, sum_RD
 
-    start = (jnp.full_like(zero_R, -jnp.inf), zero_R, zero_R, sum_RD)
+    start = (jnp.full_like(zero_R, -jnp.inf), zero_R, zero_R, jnp.zeros(h_RD.shape, wide))
     top_R, nontarget_sum_R, target_logit_R, sum_RD = _scan_vocab(
         step, start, head_DV.shape[1], blocks.vocab
     )
     sum_R = nontarget_sum_R + jnp.exp(target_logit_R - top_R)
     log_sum_R = jnp.log(sum_R)
-    grad_RD = None
-    if with_grad:
-        target_RD = head_DV[:, target_R].T.astype(wide)
-        grad_RD = (sum_RD - nontarget_sum_R[:, None] * target_RD) / sum_R[:, None]
-    return log_sum_R + (top_R - target_logit_R), top_R, log_sum_R, grad_RD
-
-
-def head_tangent(
-    blocks: Blocks,
-    h_TD: Array,
-    head_DV: Array,
-    target_T: Array,
-    residuals: CEResiduals,
-    head_dot_DV: Array,
-) -> Array:
-    """The part ⟨q, Ẇ^T h⟩ of nll_dot [T]: 2 products."""
-    cast_dtype, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
-
-    def row_step(carry, rows):
-        h_RD, target_R, top_R, log_sum_R = rows
-
-        def step(sum_R, columns):
-            _, q_RV = _softmax(h_RD, target_R, top_R, log_sum_R, columns, head_DV, cast_dtype)
-            dot_RV = _multiply("rd,dv->rv", h_RD, columns.of(head_dot_DV), cast_dtype)
-            return sum_R + jnp.sum(q_RV * dot_RV, axis=1)
-
-        zero_R = jnp.zeros(h_RD.shape[0], wide)
-        return carry, _scan_vocab(step, zero_R, head_DV.shape[1], blocks.vocab)
-
-    rows = h_TD, target_T, residuals.top_T, residuals.log_sum_T
-    return _scan_rows(row_step, None, rows, blocks.rows)[1]
-
-
-def _softmax(
-    h_RD: Array, target_R: Array, top_R: Array, log_sum_R: Array, columns: _Columns,
-    head_DV: Array, cast_dtype: Any,
-) -> tuple[Array, Array]:  # fmt: skip
-    """(p, q = p - e) of a block of rows and columns."""
-    logit_RV = _multiply("rd,dv->rv", h_RD, columns.of(head_DV), cast_dtype)
-    p_RV = jnp.exp((logit_RV - top_R[:, None]) - log_sum_R[:, None])
-    p_RV = columns.where_valid(p_RV, 0)
-    return p_RV, p_RV - columns.onehot(target_R)
+    target_RD = head_DV[:, target_R].T.astype(wide)
+    grad_RD = (sum_RD - nontarget_sum_R[:, None] * target_RD) / sum_R[:, None]
+    return CEResiduals(log_sum_R + (top_R - target_logit_R), top_R, log_sum_R, grad_RD)
 
 
 # --- gradients ----------------------------------------------------------------------------------
 
 
 class Tangent(NamedTuple):
-    """Directions of h and of the head (None: zero), and the losses' derivative along both."""
+    """A direction of h, the losses' derivative along it, and the cotangent of that derivative."""
 
-    h_dot_TD: Array | None
-    head_dot_DV: Array | None
+    h_dot_TD: Array
     nll_dot_T: Array
-
-
-@jax.tree_util.register_static
-class RequestedGradients(NamedTuple):
-    """Which gradients to compute; static, so that it can be among the saved residuals."""
-
-    h: bool
-    head: bool
-    head_dot: bool = False
-
-
-class Gradients(NamedTuple):
-    """Gradients of Σ a nll + b nll_dot, in float32 at least; None: not requested.
-
-    curve_TD is the part of h's gradient that is not a multiple of grad_TD.
-    """
-
-    curvature_TD: Array | None
-    head_DV: Array | None
-    head_dot_DV: Array | None
+    b_T: Array
 
 
 def gradients(
     blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array, residuals: CEResiduals,
-    tangent: Tangent | None, a_T: Array | None, b_T: Array | None, requested: RequestedGradients,
-) -> Gradients:  # fmt: skip
-    """One pass over the blocks for cotangents a of nll and b of nll_dot (None: zero).
+    a_T: Array, tangent: Tangent | None = None,
+) -> tuple[Array | None, Array]:  # fmt: skip
+    """(curvature [T, D], the head's gradient [D, V]) of Σ a nll + b nll_dot, in float32 at least.
 
-    Products of [T, D] with [D, V]: z again; with b: ḣ's logits and Ẇ's logits; one (with Ẇ: two)
-    for the curvature, one each for h and ḣ in the head's gradient, one for Ẇ's gradient.
+    curvature: the part of h's gradient that is not a multiple of grad_TD; None without tangent.
+    One pass over the blocks. Products of [T, D] with [D, V]: 2; with tangent 5.
     """
-    cast_dtype, wide = jnp.result_type(h_TD, head_DV), wide_dtype(h_TD, head_DV)
+    cast_dtype, wide = jnp.result_type(h_TD, head_DV), _wide_dtype(h_TD, head_DV)
     vocab, mean_T = head_DV.shape[1], None
-    if b_T is None or tangent is None:
-        tangent, b_T, requested = None, None, RequestedGradients(False, requested.head)
-    elif _in_vocab_blocks(blocks, vocab):
-        mean_T = tangent.nll_dot_T + _target_tangent(h_TD, head_DV, target_T, tangent)
-    h_dot_TD, head_dot_DV = (tangent.h_dot_TD, tangent.head_dot_DV) if tangent else (None, None)
+    h_dot_TD, nll_dot_T, b_T = tangent or (None, None, None)
+    if tangent and _in_vocab_blocks(blocks, vocab):
+        target_TD = head_DV[:, target_T].astype(wide).T
+        mean_T = nll_dot_T + jnp.sum(tangent.h_dot_TD.astype(wide) * target_TD, axis=1)
 
-    def row_step(totals, rows):
-        h_RD, target_R, top_R, log_sum_R, a_R, b_R, h_dot_RD, mean_R = rows
+    def row_step(head_grad, rows):
+        h_RD, target_R, top_R, log_sum_R, a_R, h_dot_RD, b_R, mean_R = rows
 
         def step(carry, columns):
-            curvature_RD, head_grad, head_dot_grad = carry
+            curvature_RD, head_grad = carry
             part_DV = columns.of(head_DV)
-            dot_part_DV = None if head_dot_DV is None else columns.of(head_dot_DV)
-            p_RV, q_RV = _softmax(h_RD, target_R, top_R, log_sum_R, columns, head_DV, cast_dtype)
-            aq_RV, bq_RV, br_RV = _scale(a_R, q_RV), _scale(b_R, q_RV), None
-            if b_R is not None:
-                pairs = ((h_dot_RD, part_DV), (h_RD, dot_part_DV))
-                dot_RV = _sum_products("rd,dv->rv", pairs, cast_dtype)
-                m_R = jnp.sum(p_RV * dot_RV, axis=1) if mean_R is None else mean_R
-                br_RV = _scale(b_R, p_RV * (dot_RV - m_R[:, None]))
-            if requested.h:
-                pairs = ((br_RV, part_DV), (bq_RV, dot_part_DV))
-                curvature_RD = curvature_RD + _sum_products("rv,dv->rd", pairs, cast_dtype)
-            if requested.head:
-                pairs = ((h_RD, _add(aq_RV, br_RV)), (h_dot_RD, bq_RV))
-                head_grad = columns.add(head_grad, _sum_products("rd,rv->dv", pairs, cast_dtype))
-            if requested.head_dot:
-                part = _multiply("rd,rv->dv", h_RD, bq_RV, cast_dtype)
-                head_dot_grad = columns.add(head_dot_grad, part)
-            return curvature_RD, head_grad, head_dot_grad
+            logit_RV = _multiply("rd,dv->rv", h_RD, part_DV, cast_dtype)
+            p_RV = jnp.exp((logit_RV - top_R[:, None]) - log_sum_R[:, None])
+            p_RV = columns.where_valid(p_RV, 0)
+            q_RV = p_RV - columns.onehot(target_R)
+            logit_bar_RV = a_R[:, None] * q_RV
+            if tangent is None:
+                part = _multiply("rd,rv->dv", h_RD, logit_bar_RV, cast_dtype)
+                return None, columns.add(head_grad, part)
+            dot_RV = _multiply("rd,dv->rv", h_dot_RD, part_DV, cast_dtype)
+            m_R = jnp.sum(p_RV * dot_RV, axis=1) if mean_R is None else mean_R
+            br_RV = b_R[:, None] * (p_RV * (dot_RV - m_R[:, None]))
+            curvature_RD = curvature_RD + _multiply("rv,dv->rd", br_RV, part_DV, cast_dtype)
+            part = _multiply("rd,rv->dv", h_RD, logit_bar_RV + br_RV, cast_dtype)
+            part = part + _multiply("rd,rv->dv", h_dot_RD, b_R[:, None] * q_RV, cast_dtype)
+            return curvature_RD, columns.add(head_grad, part)
 
-        curvature_RD = jnp.zeros(h_RD.shape, wide) if requested.h else None
-        curvature_RD, *totals = _scan_vocab(step, (curvature_RD, *totals), vocab, blocks.vocab)
-        return tuple(totals), curvature_RD
+        curvature_RD = jnp.zeros(h_RD.shape, wide) if tangent else None
+        curvature_RD, head_grad = _scan_vocab(step, (curvature_RD, head_grad), vocab, blocks.vocab)
+        return head_grad, curvature_RD
 
-    zero = (
-        jnp.zeros(head_DV.shape, wide) if requested.head else None,
-        jnp.zeros(head_DV.shape, wide) if requested.head_dot else None,
+    rows = (h_TD, target_T, residuals.top_T, residuals.log_sum_T, a_T, h_dot_TD, b_T, mean_T)
+    head_grad, curvature_TD = _scan_rows(
+        row_step, jnp.zeros(head_DV.shape, wide), rows, blocks.rows
     )
-    rows = (h_TD, target_T, residuals.top_T, residuals.log_sum_T, a_T, b_T, h_dot_TD, mean_T)
-    totals, curvature_TD = _scan_rows(row_step, zero, rows, blocks.rows)
-    return Gradients(curvature_TD, *totals)
-
-
-def _target_tangent(h_TD: Array, head_DV: Array, target_T: Array, tangent: Tangent) -> Array:
-    """The tangent of each target's logit [T]."""
-    wide = wide_dtype(h_TD, head_DV)
-    total_T = jnp.zeros(h_TD.shape[0], wide)
-    for lhs_TD, rhs_DV in ((tangent.h_dot_TD, head_DV), (h_TD, tangent.head_dot_DV)):
-        if lhs_TD is not None and rhs_DV is not None:
-            columns_DT = rhs_DV[:, target_T].astype(wide)
-            total_T = total_T + jnp.sum(lhs_TD.astype(wide) * columns_DT.T, axis=1)
-    return total_T
+    return curvature_TD, head_grad

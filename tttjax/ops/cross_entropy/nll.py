@@ -1,9 +1,8 @@
-"""Next-token cross-entropy in float32: reference form, blocked forms, masked mean.
+"""Next-token cross-entropy in float32: reference form, blocked form, masked mean.
 
-`token_nll` is the reference. The blocked forms give the same values without storing the logits of
-a sequence, and define their own derivatives: `blocked_nll` for a value and its gradient,
-`blocked_nll_pair` for a value, its tangent and the gradient of both, `blocked_nll_jvp` for jax.jvp
-(it calls the pair).
+`token_nll` is the reference. The blocked form, of the fast meta-gradient, gives the same values
+without storing the logits of a sequence, and defines its own derivatives: `blocked_nll` for a value
+and its gradient, `blocked_nll_jvp` for a value, its tangent and the gradient of both.
 """
 
 from functools import partial
@@ -13,19 +12,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from tttjax.errors import UserError
-from tttjax.ops.cross_entropy.blocked import (
-    Blocks,
-    CEResiduals,
-    Gradients,
-    RequestedGradients,
-    Tangent,
-    gradients,
-    head_tangent,
-    values,
-)
+from tttjax.ops.cross_entropy.blocked import Blocks, CEResiduals, Tangent, gradients, values
 from tttjax.types import Array, PyTree
-
-ROWS = 1024  # default number of rows of logits in memory at a time
 
 
 def token_nll(h_TD: Array, head_DV: Array, target_T: Array) -> Array:
@@ -63,106 +51,48 @@ def masked_mean(nll_C: Array, mask_C: Array) -> Array:
 
 
 def blocked_nll(
-    h_TD: Array,
-    head_DV: Array,
-    target_T: Array,
-    *,
-    rows_block: int = ROWS,
-    vocab_block: int | None = None,
-) -> Array:
-    """`token_nll` without storing logits [T, V]; h [..., D] and targets [...], any batch shape.
-
-    Memory besides arguments and results: at most 6 arrays rows_block x V (or rows_block x
-    vocab_block) in float32 at least; the gradients [T, D] of the losses until the backward pass;
-    for the head's gradient one sum [D, V] over all rows, in float32 at least. Do not set
-    vocab_block where the head is sharded over V: each device then has a small block anyway.
-
-    Products of [T, D] with [D, V]: 1; with the gradient of h 2 (none in the backward pass); with
-    the head's gradient 4. Supports jax.grad and grad of grad, both blocked. For jax.jvp use
-    `blocked_nll_jvp`. Prefer a batch dimension in h to vmap: vmap sums the head's gradient last.
-    """
-    flat = _flatten(rows_block, vocab_block, h_TD, head_DV, target_T)
-    return _nll(*flat).reshape(target_T.shape)
-
-
-def blocked_nll_with_residuals(
-    h_TD: Array,
-    head_DV: Array,
-    target_T: Array,
-    *,
-    rows_block: int = ROWS,
-    vocab_block: int | None = None,
+    h_TD: Array, head_DV: Array, target_T: Array, blocks: Blocks
 ) -> tuple[Array, CEResiduals]:
-    """(`blocked_nll`, residuals that save `blocked_nll_pair` its first pass): 2 products."""
-    flat = _flatten(rows_block, vocab_block, h_TD, head_DV, target_T)
-    residuals = _with_residuals(*flat)
-    return residuals.nll_T.reshape(target_T.shape), _reshape(residuals, target_T.shape)
+    """`token_nll` without storing logits [T, V], and residuals for `blocked_nll_jvp`.
 
+    h [..., D] and targets [...], any batch shape. The residuals are constants under
+    differentiation. Do not divide the vocabulary where the head is sharded over V: each device then
+    has a small block anyway.
 
-def blocked_nll_pair(
-    h_TD: Array,
-    head_DV: Array,
-    target_T: Array,
-    h_dot_TD: Array,
-    head_dot_DV: Array | None = None,
-    residuals: CEResiduals | None = None,
-    *,
-    rows_block: int = ROWS,
-    vocab_block: int | None = None,
-) -> tuple[Array, Array]:
-    """(`blocked_nll`, its derivative along h_dot and head_dot), differentiable in reverse mode.
+    Memory besides arguments and results: at most 6 blocks of logits in float32 at least; for the
+    head's gradient one sum [D, V] over all rows, in float32 at least.
 
-    head_dot: None means zero, at no cost. residuals: from `blocked_nll_with_residuals` for the same
-    h, head and targets; treated as a constant by differentiation.
-
-    Products of [T, D] with [D, V]: forward 2, or none with `residuals`; backward 5, in one pass,
-    for the cotangents of h, h_dot and head together. So the gradient, the tangent and the
-    tangent's gradient take 7, where autodiff takes 11. head_dot adds 2 forward and 3 backward.
-    Memory as `blocked_nll`.
+    Products of [T, D] with [D, V]: 2, which include the gradient of h; with the head's gradient 4.
+    The second derivative is plain autodiff, which stores the logits.
     """
-    blocks, h, head, target = _flatten(rows_block, vocab_block, h_TD, head_DV, target_T)
-    if h_dot_TD.shape != h_TD.shape or (residuals and residuals.top_T.shape != target_T.shape):
-        raise UserError(
-            f"h_dot {h_dot_TD.shape} must be shaped like h {h_TD.shape}, and the "
-            "residuals must be of the same targets."
-        )
-    h_dot, residuals = h_dot_TD.reshape(h.shape), residuals and _reshape(residuals, target.shape)
-    nll_T, nll_dot_T = _pair(blocks, h, head, target, h_dot, head_dot_DV, residuals)
-    return nll_T.reshape(target_T.shape), nll_dot_T.reshape(target_T.shape)
+    residuals = _nll(blocks, *_flatten(h_TD, head_DV, target_T))
+    constants = jax.lax.stop_gradient(_reshape(residuals, target_T.shape))
+    return residuals.nll_T.reshape(target_T.shape), constants
 
 
 def blocked_nll_jvp(
-    h_TD: Array,
-    head_DV: Array,
-    target_T: Array,
-    residuals: CEResiduals | None = None,
-    *,
-    rows_block: int = ROWS,
-    vocab_block: int | None = None,
+    h_TD: Array, head_DV: Array, target_T: Array, residuals: CEResiduals, blocks: Blocks
 ) -> Array:
-    """`blocked_nll` for jax.jvp, and for jax.grad of a function that contains that jax.jvp.
+    """`blocked_nll` for jax.jvp along h, and for jax.grad of a function that contains that jax.jvp.
 
-    The tangent is that of `blocked_nll_pair`; a head with zero tangent costs nothing. For jax.grad
-    without a jax.jvp inside use `blocked_nll`.
+    residuals: of `blocked_nll` for the same h, head and targets, treated as constants.
+
+    Products of [T, D] with [D, V]: none for the value and its tangent, 5 for the gradient of both
+    in h, its tangent and the head, in one pass. With those of the residuals 7, where autodiff takes
+    11. Memory as `blocked_nll`.
     """
-    blocks, h, head, target = _flatten(rows_block, vocab_block, h_TD, head_DV, target_T)
-    residuals = residuals and _reshape(residuals, target.shape)
+    h, head, target = _flatten(h_TD, head_DV, target_T)
+    residuals = _reshape(residuals, target.shape)
     return _nll_jvp(blocks, h, head, target, residuals).reshape(target_T.shape)
 
 
-def _flatten(
-    rows_block: int, vocab_block: int | None, h_TD: Array, head_DV: Array, target_T: Array
-) -> tuple[Blocks, Array, Array, Array]:
-    for name, size in (("rows_block", rows_block), ("vocab_block", vocab_block)):
-        if size is not None and size < 1:
-            raise UserError(f"{name}={size} must be at least 1.")
+def _flatten(h_TD: Array, head_DV: Array, target_T: Array) -> tuple[Array, Array, Array]:
     if h_TD.shape[:-1] != target_T.shape or head_DV.ndim != 2 or h_TD.shape[-1] != len(head_DV):
         raise UserError(
             f"h {h_TD.shape}, head {head_DV.shape} and targets {target_T.shape} must be shaped "
             "[..., D], [D, V] and [...]."
         )
-    h_TD = h_TD.reshape(-1, h_TD.shape[-1])
-    return Blocks(rows_block, vocab_block), h_TD, head_DV, target_T.reshape(-1)
+    return h_TD.reshape(-1, h_TD.shape[-1]), head_DV, target_T.reshape(-1)
 
 
 def _reshape(residuals: CEResiduals, shape: tuple[int, ...]) -> CEResiduals:
@@ -176,142 +106,63 @@ def _reshape(residuals: CEResiduals, shape: tuple[int, ...]) -> CEResiduals:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _nll(blocks, h, head, target):
-    return values(blocks, h, head, target, with_grad=False)[0]
+    return values(blocks, h, head, target)
 
 
 def _nll_forward(blocks, h, head, target):
-    requested = RequestedGradients(h.perturbed, head.perturbed)
-    h, head, target = h.value, head.value, target.value
-    residuals = _with_residuals(blocks, h, head, target)
-    return residuals.nll_T, (h, head, target, residuals, requested)
+    residuals = values(blocks, h.value, head.value, target.value)
+    # no head: its gradient is not requested, as in the inner loop
+    head = head.value if head.perturbed else None
+    return residuals, (h.value, head, target.value, residuals)
 
 
-def _nll_backward(blocks, saved, a):
-    h, head, target, residuals, requested = saved
-    if isinstance(a, SymbolicZero):
-        return None, None, None
-    d_head = _head_gradient(blocks, h, head, target, residuals, a) if requested.head else None
-    return _h_gradient(h, a, residuals.grad_TD), d_head, None
+def _nll_backward(blocks, saved, cotangent):
+    h, head, target, residuals = saved
+    a, d_head = cotangent.nll_T, None
+    if head is not None:
+        _, d_head = gradients(blocks, h, head, target, residuals, a)
+        d_head = d_head.astype(head.dtype)
+    return (a[:, None] * residuals.grad_TD).astype(h.dtype), d_head, None
 
 
 _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_residuals(blocks, h, head, target):
-    """The CEResiduals. The cotangent u of grad is a direction of h, because ⟨u, grad⟩ is the
-    tangent of nll along u."""
-    return CEResiduals(*values(blocks, h, head, target, with_grad=True))
-
-
-def _with_residuals_forward(blocks, h, head, target):
-    requested = RequestedGradients(h.perturbed, head.perturbed)
-    h, head, target = h.value, head.value, target.value
-    residuals = _with_residuals(blocks, h, head, target)  # differentiable again
-    return residuals, (h, head, target, residuals, requested)
-
-
-def _with_residuals_backward(blocks, saved, cotangent):
-    a, u = _array_or_none(cotangent.nll_T), _array_or_none(cotangent.grad_TD)
-    if u is None:
-        return _nll_backward(blocks, saved, cotangent.nll_T)
-    saved, a, u = _forbid_third_derivative((saved, a, u))
-    h, head, target, residuals, requested = saved
-    tangent = Tangent(u, None, jnp.sum(residuals.grad_TD * u, axis=1))
-    b = jnp.ones_like(residuals.nll_T)
-    grads = gradients(blocks, h, head, target, residuals, tangent, a, b, requested)
-    d_h = _h_gradient(h, a, residuals.grad_TD, grads.curvature_TD)
-    return d_h, _cast_like(grads.head_DV, head), None
-
-
-_with_residuals.defvjp(_with_residuals_forward, _with_residuals_backward, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_gradient(blocks, h, head, target, residuals, a):
-    """Σ a ∂nll/∂head [D, V]. Its cotangent U is a direction of the head, because ⟨U, this⟩ is
-    Σ a times nll's tangent along U. The cotangents of h and head include those through residuals.
-    """
-    requested = RequestedGradients(h=False, head=True)
-    grads = gradients(blocks, h, head, target, residuals, None, a, None, requested)
-    return _cast_like(grads.head_DV, head)
-
-
-def _head_gradient_forward(blocks, h, head, target, residuals, a):
-    requested = RequestedGradients(h.perturbed, head.perturbed)
-    h, head, target, residuals, a = _primal_values((h, head, target, residuals, a))
-    result = _head_gradient(blocks, h, head, target, residuals, a)
-    return result, (h, head, target, residuals, a, requested)
-
-
-def _head_gradient_backward(blocks, saved, direction):
-    if isinstance(direction, SymbolicZero):
-        return None, None, None, None, None
-    saved, direction = _forbid_third_derivative((saved, direction))
-    h, head, target, residuals, a, requested = saved
-    nll_dot = head_tangent(blocks, h, head, target, residuals, direction)
-    tangent = Tangent(None, direction, nll_dot)
-    grads = gradients(blocks, h, head, target, residuals, tangent, None, a, requested)
-    return _cast_like(grads.curvature_TD, h), _cast_like(grads.head_DV, head), None, None, nll_dot
-
-
-_head_gradient.defvjp(_head_gradient_forward, _head_gradient_backward, symbolic_zeros=True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pair(blocks, h, head, target, h_dot, head_dot, residuals):
-    return _pair_with_residuals(blocks, h, head, target, h_dot, head_dot, residuals)[1]
-
-
-def _pair_with_residuals(blocks, h, head, target, h_dot, head_dot, residuals):
-    if residuals is None:
-        residuals = _with_residuals(blocks, h, head, target)
-    nll_dot = jnp.sum(residuals.grad_TD * h_dot, axis=1)
-    if head_dot is not None:
-        nll_dot = nll_dot + head_tangent(blocks, h, head, target, residuals, head_dot)
-    return residuals, (residuals.nll_T, nll_dot)
-
-
-def _pair_forward(blocks, h, head, target, h_dot, head_dot, residuals):
-    head_dot_requested = head_dot is not None and head_dot.perturbed
-    requested = RequestedGradients(h.perturbed, head.perturbed, head_dot_requested)
-    h, head, target, h_dot, head_dot, residuals = _primal_values(
-        (h, head, target, h_dot, head_dot, residuals)
-    )
-    residuals, pair = _pair_with_residuals(blocks, h, head, target, h_dot, head_dot, residuals)
-    return pair, (h, head, target, h_dot, head_dot, residuals, pair[1], requested)
-
-
-def _pair_backward(blocks, saved, cotangents):
-    a, b = (_array_or_none(x) for x in cotangents)
-    saved, a, b = _forbid_third_derivative((saved, a, b))
-    h, head, target, h_dot, head_dot, residuals, nll_dot, requested = saved
-    tangent = Tangent(h_dot, head_dot, nll_dot)
-    grads = Gradients(None, None, None)
-    if any(requested) and (a is not None or b is not None):
-        grads = gradients(blocks, h, head, target, residuals, tangent, a, b, requested)
-    d_h = _h_gradient(h, a, residuals.grad_TD, grads.curvature_TD)
-    d_h_dot = _h_gradient(h_dot, b, residuals.grad_TD)
-    d_head = _cast_like(grads.head_DV, head)
-    d_head_dot = _cast_like(grads.head_dot_DV, head_dot)
-    return d_h, d_head, None, d_h_dot, d_head_dot, None
-
-
-_pair.defvjp(_pair_forward, _pair_backward, symbolic_zeros=True)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _nll_jvp(blocks, h, head, target, residuals):
-    return _nll(blocks, h, head, target) if residuals is None else residuals.nll_T
+    return residuals.nll_T
 
 
 @partial(_nll_jvp.defjvp, symbolic_zeros=True)
 def _nll_jvp_rule(blocks, primals, tangents):
-    h, head, target, residuals = primals
-    h_dot, head_dot = (_array_or_none(x) for x in tangents[:2])
-    if h_dot is None:
-        h_dot = jnp.zeros_like(h)
-    return _pair(blocks, h, head, target, h_dot, head_dot, residuals)
+    h_dot, head_dot, *_ = tangents
+    if not isinstance(head_dot, SymbolicZero):
+        raise UserError("The blocked cross-entropy has no tangent along the head; use token_nll.")
+    return _pair(blocks, *primals, h_dot)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pair(blocks, h, head, target, residuals, h_dot):
+    """(the losses, their derivative along h_dot)."""
+    return residuals.nll_T, jnp.sum(residuals.grad_TD * h_dot, axis=1)
+
+
+def _pair_forward(blocks, h, head, target, residuals, h_dot):
+    pair = _pair(blocks, h, head, target, residuals, h_dot)
+    return pair, (h, head, target, residuals, h_dot, pair[1])
+
+
+def _pair_backward(blocks, saved, cotangents):
+    saved, (a, b) = _forbid_third_derivative((saved, cotangents))
+    h, head, target, residuals, h_dot, nll_dot = saved
+    tangent = Tangent(h_dot, nll_dot, b)
+    curvature, d_head = gradients(blocks, h, head, target, residuals, a, tangent)
+    d_h = a[:, None] * residuals.grad_TD + curvature
+    d_h_dot = b[:, None] * residuals.grad_TD
+    return d_h.astype(h.dtype), d_head.astype(head.dtype), None, None, d_h_dot.astype(h_dot.dtype)
+
+
+_pair.defvjp(_pair_forward, _pair_backward)
 
 
 @jax.custom_jvp
@@ -326,25 +177,3 @@ def _third_derivative_error(primals, tangents):
         "The blocked cross-entropy has first and second derivatives only; use token_nll, which "
         "stores all logits, for a third."
     )
-
-
-def _array_or_none(cotangent: Array | SymbolicZero) -> Array | None:
-    return None if isinstance(cotangent, SymbolicZero) else cotangent
-
-
-def _primal_values(primals: PyTree) -> PyTree:
-    return jax.tree.map(lambda primal: primal.value, primals)
-
-
-def _cast_like(x: Array | None, like: Array | None) -> Array | None:
-    return x if x is None or like is None else x.astype(like.dtype)
-
-
-def _h_gradient(
-    like_TD: Array, a_T: Array | None, grad_TD: Array, curvature_TD: Array | None = None
-):
-    """a grad + curvature, in the dtype of `like`; None where both are None."""
-    scaled_TD = None if a_T is None else a_T[:, None] * grad_TD
-    if scaled_TD is not None and curvature_TD is not None:
-        scaled_TD = scaled_TD + curvature_TD
-    return _cast_like(curvature_TD if scaled_TD is None else scaled_TD, like_TD)
