@@ -215,10 +215,10 @@ def gradients(
     """
     cast_dtype, wide = jnp.result_type(h_TD, head_DV), _wide_dtype(h_TD, head_DV)
     vocab, mean_T = head_DV.shape[1], None
-    h_dot_TD, nll_dot_T, b_T = tangent or (None, None, None)
+    h_dot_TD, _, b_T = tangent or (None, None, None)
     if tangent and _in_vocab_blocks(blocks, vocab):
         target_TD = head_DV[:, target_T].astype(wide).T
-        mean_T = nll_dot_T + jnp.sum(tangent.h_dot_TD.astype(wide) * target_TD, axis=1)
+        mean_T = tangent.nll_dot_T + jnp.sum(tangent.h_dot_TD.astype(wide) * target_TD, axis=1)
 
     def row_step(head_grad, rows):
         h_RD, target_R, top_R, log_sum_R, a_R, h_dot_RD, b_R, mean_R = rows
