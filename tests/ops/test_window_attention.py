@@ -1,11 +1,14 @@
 """Window attention's custom derivatives against autodiff of dense attention, in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.attention_chunks import dense, random_chunk
 
+from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import (
     QKV,
@@ -102,42 +105,49 @@ def small_losses():
     )
 
 
-def test_second_derivatives_in_every_order():
-    """jvp of grad and grad of jvp, buffer included, equal grad of grad of dense attention."""
+def test_gradient_of_tangent_includes_the_buffer():
+    """jvp of grad, and grad of jvp along the chunk, equal those of dense attention."""
     blocked, blocked_jvp, dense_loss = small_losses()
     x, dot = random_chunk(4, 5), random_chunk(4, 5, seed=2)
 
-    def grad_of_grad(x):
-        grad = jax.grad(dense_loss)(x)
-        return sum(jnp.sum(g * d) for g, d in zip(grad, dot, strict=True))
+    def tangent(loss):
+        def along_chunk(x):
+            return jax.jvp(partial(of_chunk, x, loss), chunk_arrays(x), chunk_arrays(dot))[1]
 
-    expected = jax.jit(jax.grad(grad_of_grad))(x)
-    close(jax.jit(lambda x: jax.jvp(jax.grad(blocked), (x,), (dot,))[1])(x), expected)
-    close(jax.jit(jax.grad(lambda x: jax.jvp(blocked_jvp, (x,), (dot,))[1]))(x), expected)
+        return jax.jit(jax.grad(along_chunk))(x)
+
+    def jvp_of_grad(loss):
+        return jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (dot,))[1])(x)
+
+    close(tangent(blocked_jvp), tangent(dense_loss))
+    close(jvp_of_grad(blocked), jvp_of_grad(dense_loss))
+
+
+def test_tangent_along_the_buffer_raises():
+    x = random_chunk(4, 5)
+    with pytest.raises(UserError, match="no tangent along buffered keys"):
+        jax.jvp(small_losses()[1], (x,), (x,))
+
+
+def chunk_arrays(x):
+    return x.q, x.k_chunk, x.v_chunk
+
+
+def of_chunk(x, loss, q, k_chunk, v_chunk):
+    """`loss` of x with other arrays of the chunk; the buffer is a constant."""
+    return loss(x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk))
 
 
 def test_constant_buffer_needs_no_cotangent_products():
     """The inner step has 3 matrix products with the buffer; the full gradient has 5."""
-    blocked, blocked_jvp, _ = small_losses()
+    blocked = small_losses()[0]
     x = random_chunk(4, 5)
 
     def products(f, *arguments):
         return str(jax.make_jaxpr(f)(*arguments)).count("dot_general[")
 
-    def inner(q, k_chunk, v_chunk):
-        return blocked(x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk))
-
-    own = x.q, x.k_chunk, x.v_chunk
-    everything = products(jax.grad(blocked), x)
-    assert products(jax.grad(inner, argnums=(0, 1, 2)), *own) == everything - 2
-    tangent = products(lambda *own: jax.jvp(inner_jvp(x, blocked_jvp), own, own), *own)
-    assert tangent == products(lambda x: jax.jvp(blocked_jvp, (x,), (x,)), x) - 2
-
-
-def inner_jvp(x, blocked_jvp):
-    return lambda q, k_chunk, v_chunk: blocked_jvp(
-        x._replace(q=q, k_chunk=k_chunk, v_chunk=v_chunk)
-    )
+    inner = jax.grad(partial(of_chunk, x, blocked), argnums=(0, 1, 2))
+    assert products(inner, *chunk_arrays(x)) == products(jax.grad(blocked), x) - 2
 
 
 def test_pair_value_and_unbatched_sequence():

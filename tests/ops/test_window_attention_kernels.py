@@ -35,34 +35,30 @@ random_chunk = partial(random_chunk, dim=4)
 
 
 def everything(blocked, blocked_jvp, weight, buffer_grads):
-    """Value and gradient of a loss, and of a loss of (output, tangent), for all inputs.
+    """Value and gradient of a loss, and of a loss of (output, tangent along the chunk).
 
-    buffer_grads: whether buffered keys and values have tangents and gradients.
+    buffer_grads: whether the gradients include buffered keys and values.
     """
 
-    def differentiated(x):
-        return x if buffer_grads else x._replace(k_buffered=None, v_buffered=None)
+    def split(x):
+        return x._replace(k_buffered=None, v_buffered=None), x[1:3]
 
-    def with_buffer(part, x):
-        return (
-            part
-            if buffer_grads
-            else part._replace(k_buffered=x.k_buffered, v_buffered=x.v_buffered)
-        )
+    def join(own, buffer):
+        return own._replace(k_buffered=buffer[0], v_buffered=buffer[1])
 
-    def first(part, x, position):
-        return jnp.sum(jnp.sin(blocked(with_buffer(part, x), position) * weight.q))
+    def first(own, buffer, position):
+        return jnp.sum(jnp.sin(blocked(join(own, buffer), position) * weight.q))
 
-    def second(part, along, x, position):
-        o, o_dot = jax.jvp(
-            lambda part: blocked_jvp(with_buffer(part, x), position), (part,), (along,)
-        )
+    def second(own, buffer, along, position):
+        o, o_dot = jax.jvp(lambda own: blocked_jvp(join(own, buffer), position), (own,), (along,))
         return jnp.sum(jnp.cos(o * weight.q) + jnp.sin(o_dot) * weight.k_chunk)
 
     def derivatives(x, dot, position):
-        part, along = differentiated(x), differentiated(dot)
-        of_second = jax.value_and_grad(second, argnums=(0, 1))(part, along, x, position)
-        return jax.value_and_grad(first)(part, x, position), of_second
+        own, buffer = split(x)
+        along, _ = split(dot)
+        of_first = jax.value_and_grad(first, argnums=(0, 1) if buffer_grads else 0)
+        of_second = jax.value_and_grad(second, argnums=(0, 1, 2))
+        return of_first(own, buffer, position), of_second(own, buffer, along, position)
 
     return jax.jit(derivatives)
 

@@ -167,7 +167,7 @@ def pair_backward(
 ) -> tuple[QKV, QKV]:
     """Cotangents of `qkv` and `qkv_dot`, from those of o and of o's tangent.
 
-    outputs: of `pair_forward`. An absent tangent in `qkv_dot` has no cotangent.
+    outputs: of `pair_forward`. Buffered keys have no tangents, so these have no cotangents.
     """
     (o, o_dot, statistics), accum_dtype, scale = outputs, _accum_dtype(qkv), _scale(qkv)
     arrays_HCK = [_heads_first(x) for x in (qkv.q, qkv_dot.q, o_bar, o_dot_bar)]
@@ -203,8 +203,7 @@ def pair_backward(
     key_sums = [_zeros(*(x for x in kv_group[1:] if x is not None)) for kv_group in kv_groups]
     q_bars, (buffered, chunk) = scan_key_tiles(geometry, kv_groups, step, (zeros, zeros), key_sums)
     q_bar, q_dot_bar = (_heads_first(x).astype(qkv.q.dtype) for x in q_bars)
-    buffered_dot = buffered[2:] or (None, None)
-    return QKV(q_bar, *buffered[:2], *chunk[:2]), QKV(q_dot_bar, *buffered_dot, *chunk[2:])
+    return QKV(q_bar, *buffered, *chunk[:2]), QKV(q_dot_bar, None, None, *chunk[2:])
 
 
 def _accum_dtype(qkv: QKV) -> jnp.dtype:
@@ -225,17 +224,11 @@ def _zeros(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _kv_groups(qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVGroup, KVGroup]:
-    """Buffered and chunk keys. Tangents of k and v are both present or both absent."""
-    qkv_dot = qkv_dot or QKV(None, None, None, None, None)
+    """Buffered and chunk keys, the latter with their tangents."""
+    chunk_dot = qkv_dot[3:] if qkv_dot else ()
     return (
-        KVGroup(
-            -qkv.k_buffered.shape[-3],
-            qkv.k_buffered,
-            qkv.v_buffered,
-            qkv_dot.k_buffered,
-            qkv_dot.v_buffered,
-        ),
-        KVGroup(0, qkv.k_chunk, qkv.v_chunk, qkv_dot.k_chunk, qkv_dot.v_chunk),
+        KVGroup(-qkv.k_buffered.shape[-3], qkv.k_buffered, qkv.v_buffered),
+        KVGroup(0, qkv.k_chunk, qkv.v_chunk, *chunk_dot),
     )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import select
 from tttjax.ops.window_attention.functions import QKV
@@ -53,7 +54,7 @@ def window_attention_jvp(
     """`window_attention` for `jax.jvp`, and for `jax.grad` of its `jax.jvp`.
 
     `jax.grad` of the function itself is not supported: only its JVP rule, `window_attention_pair`,
-    has a reverse mode. Buffered keys and values without tangents add no work.
+    has a reverse mode. Buffered keys and values have no tangents.
     """
     qkv = QKV(q_CHK, k_buffered_WHK, v_buffered_WHK, k_chunk_CHK, v_chunk_CHK)
     return _jvp(*qkv, position, attention_mask, tiling, kernel)
@@ -69,7 +70,7 @@ def window_attention_pair(
 ) -> tuple[Array, Array]:
     """(o, tangent of o along `qkv_dot`), differentiable once, in reverse mode, in both arguments.
 
-    `qkv_dot` has None for buffered keys and values without tangents (both or neither).
+    `qkv_dot` has None for buffered keys and values, which have no tangents.
     """
     return _pair(qkv, qkv_dot, position, attention_mask, tiling, kernel)
 
@@ -112,12 +113,11 @@ def _jvp(q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, 
 
 def _jvp_rule(attention_mask, tiling, kernel, primals, tangents):
     *qkv, position = primals
-    qkv_dot = QKV(*tangents[:-1])
-    if isinstance(qkv_dot.k_buffered, SymbolicZero) and isinstance(
-        qkv_dot.v_buffered, SymbolicZero
-    ):
-        qkv_dot = qkv_dot._replace(k_buffered=None, v_buffered=None)
-    qkv_dot = jax.tree.map(_instantiate, qkv_dot, is_leaf=_is_zero)
+    q_dot, k_buffered_dot, v_buffered_dot, k_chunk_dot, v_chunk_dot, _ = tangents
+    if not (_is_zero(k_buffered_dot) and _is_zero(v_buffered_dot)):
+        raise UserError("Window attention has no tangent along buffered keys; use `attend`.")
+    q_dot, k_chunk_dot, v_chunk_dot = map(_instantiate, (q_dot, k_chunk_dot, v_chunk_dot))
+    qkv_dot = QKV(q_dot, None, None, k_chunk_dot, v_chunk_dot)
     return _pair(QKV(*qkv), qkv_dot, position, attention_mask, tiling, kernel)
 
 

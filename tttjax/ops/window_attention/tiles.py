@@ -44,7 +44,7 @@ class ChunkGeometry(NamedTuple):
 
 
 class KVGroup(NamedTuple):
-    """Buffered or chunk keys and values, [..., S, H, K], with tangents (None: constants).
+    """Buffered or chunk keys and values, [..., S, H, K]; only the chunk's can have tangents.
 
     first: position of the first key, relative to the chunk's first query (-W or 0).
     """
@@ -52,8 +52,8 @@ class KVGroup(NamedTuple):
     first: int
     k: Array
     v: Array
-    k_dot: Array | None
-    v_dot: Array | None
+    k_dot: Array | None = None
+    v_dot: Array | None = None
 
 
 class Tile(NamedTuple):
@@ -100,16 +100,8 @@ def take_tile(x: Array, tile: Tile, axis: int) -> Array:
 
 def take_kv_tile(kv_group: KVGroup, cols: Tile) -> KVGroup:
     """The tile's keys and values, with their tangents."""
-    k_dot, v_dot = (
-        None if x is None else take_tile(x, cols, -3) for x in (kv_group.k_dot, kv_group.v_dot)
-    )
-    return KVGroup(
-        kv_group.first,
-        take_tile(kv_group.k, cols, -3),
-        take_tile(kv_group.v, cols, -3),
-        k_dot,
-        v_dot,
-    )
+    arrays: Any = (x if x is None else take_tile(x, cols, -3) for x in kv_group[1:])
+    return KVGroup(kv_group.first, *arrays)
 
 
 def _write_tile(x: Array, update: Array, tile: Tile, axis: int) -> Array:

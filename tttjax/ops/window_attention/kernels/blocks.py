@@ -14,12 +14,12 @@ from tttjax.types import Array
 
 
 class Keys(NamedTuple):
-    """A block of keys and values, with their tangents (None: constants)."""
+    """A block of keys and values; only the chunk's can have tangents."""
 
     k: Array
     v: Array
-    k_dot: Array | None
-    v_dot: Array | None
+    k_dot: Array | None = None
+    v_dot: Array | None = None
 
 
 class TileCotangents(NamedTuple):

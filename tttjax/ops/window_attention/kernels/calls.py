@@ -55,12 +55,11 @@ class _Layout:
 
     def kv_blocks(self, qkv: QKV, qkv_dot: QKV | None = None) -> tuple[KVBlocks | None, KVBlocks]:
         """(buffered, chunk) keys; None: no keys are buffered."""
-        qkv_dot = qkv_dot or QKV(None, None, None, None, None)
-        chunk = Keys(qkv.k_chunk, qkv.v_chunk, qkv_dot.k_chunk, qkv_dot.v_chunk)
+        chunk_dot = qkv_dot[3:] if qkv_dot else ()
+        chunk = self._pad_kv(Keys(qkv.k_chunk, qkv.v_chunk, *chunk_dot), 1)
         if not self.num_buffered:
-            return None, self._pad_kv(chunk, 1)
-        buffered = Keys(qkv.k_buffered, qkv.v_buffered, qkv_dot.k_buffered, qkv_dot.v_buffered)
-        return self._pad_kv(buffered, 0), self._pad_kv(chunk, 1)
+            return None, chunk
+        return self._pad_kv(Keys(qkv.k_buffered, qkv.v_buffered), 0), chunk
 
     def _pad_kv(self, keys: Keys, kv_index: int) -> KVBlocks:
         size, pad_end = self.key_sizes[kv_index], kv_index == 1
@@ -221,22 +220,18 @@ def pair_backward(
         query_step,
         lambda carry: carry,
     )
-    kv_bars: list[Array] = []
-    kv_dot_bars: list[Array | None] = []
-    for kv_index, kv_block in enumerate(kv_blocks):
-        if kv_block is None:
-            results = [jnp.zeros_like(x) for x in (qkv.k_buffered, qkv.v_buffered)]
-            results += [
-                jnp.zeros_like(x) for x in (qkv_dot.k_buffered, qkv_dot.v_buffered) if x is not None
-            ]
-        else:
-            outs = len(jax.tree.leaves(kv_block.keys))
-            results = call_key_grid(layout.grid, rows, kv_block, outs, key_step)
-            results = [layout.of_keys(x, kv_index) for x in results]
-        kv_bars += results[:2]
-        kv_dot_bars += results[2:] or (None, None)
+    buffered, chunk = kv_blocks
+    buffered_bars = [jnp.zeros_like(x) for x in (qkv.k_buffered, qkv.v_buffered)]
+    if buffered is not None:
+        results = call_key_grid(layout.grid, rows, buffered, 2, key_step)
+        buffered_bars = [layout.of_keys(x, 0) for x in results]
+    results = call_key_grid(layout.grid, rows, chunk, 4, key_step)
+    chunk_bars = [layout.of_keys(x, 1) for x in results]
     q_bar, q_dot_bar = map(layout.of_queries, q_bars)
-    return QKV(q_bar, *kv_bars), QKV(q_dot_bar, *kv_dot_bars)
+    return (
+        QKV(q_bar, *buffered_bars, *chunk_bars[:2]),
+        QKV(q_dot_bar, None, None, *chunk_bars[2:]),
+    )
 
 
 def _present(kv_blocks: tuple[KVBlocks | None, KVBlocks]) -> tuple[KVBlocks, ...]:
