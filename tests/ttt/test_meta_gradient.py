@@ -54,7 +54,7 @@ CASES = {
         "model": {"fast_mlp": False},
         "inner": {"fast_paths": ("suffix/**/mixer/w*", "suffix/**/mlp/**", "final_norm/**")},
     },
-    "untied, no norms, multi-head fast MLPs, one KV head, trajectory stored, normalised": {
+    "untied, no norms, multi-head fast MLPs, one KV head, normalised": {
         "model": {
             "tie_embeddings": False,
             "post_norm": False,
@@ -62,7 +62,7 @@ CASES = {
             "fast_mlp_heads": 2,
             "num_kv_heads": 1,
         },
-        "inner": {"trajectory": "store", "rule": "normalized_sgd"},
+        "inner": {"rule": "normalized_sgd"},
     },
     "no mixers": {"model": {"mixers": ("none",)}},
     "window attention, recomputed, truncated, momentum": {
@@ -76,9 +76,13 @@ CASES = {
         "train": {"seq_len": 16},
     },
     "first order": {"inner": {"meta_gradient": "first_order"}},
-    "one chunk, two suffix blocks, trajectory stored": {
+    "only the last stage of three suffix blocks learns": {
+        "model": {"mixers": ("full", "window"), "num_layers": 3, "suffix_layers": 3},
+        "inner": {"fast_paths": ("suffix/stage1/block0/fast_mlp/**",)},
+    },
+    "one chunk, two suffix blocks": {
         "model": {"suffix_layers": 2, "window_size": 12},
-        "inner": {"chunk_size": 12, "trajectory": "store"},
+        "inner": {"chunk_size": 12},
     },
 }
 
@@ -140,7 +144,7 @@ def drawn(seed):
             "clip": pick(0.0, 0.1, 1.0),
             "rule": pick("sgd", "momentum", "adam"),
             "lr": pick(0.1, 0.5),
-            "trajectory": pick("rewind", "store", "recompute"),
+            "trajectory": pick("rewind", "recompute"),
         },
         train={"seq_len": chunk * pick(1, 3, 4), "batch_size": pick(1, 2, 3)},
     )

@@ -76,10 +76,13 @@ def _first_names() -> dict[str, str]:
 def _with_current_values(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The sections without a removed field, and with a value's current name."""
     sections = dict(config.items())
-    mesh, model = sections.get("mesh"), sections.get("model")
+    mesh, model, inner = (sections.get(name) for name in ("mesh", "model", "inner"))
     if isinstance(model, ConfigDict | Mapping) and model.get("ttt_form") in ("dual", "primal"):
         # It chose between two ways to compute the same numbers.
         sections["model"] = {k: v for k, v in model.items() if k != "ttt_form"}
+    if isinstance(inner, ConfigDict | Mapping) and inner.get("trajectory") == "store":
+        # It stored what "rewind" computes.
+        sections["inner"] = {**dict(inner.items()), "trajectory": "rewind"}
     if isinstance(mesh, ConfigDict | Mapping) and mesh.get("gather") == "block":
         sections["mesh"] = {**dict(mesh.items()), "gather": "layer"}
     return sections

@@ -16,7 +16,7 @@ from tttjax.config.model import ModelConfig
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")
 GATHERS = ("layer", "step")
-TRAJECTORIES = ("rewind", "store", "recompute")
+TRAJECTORIES = ("rewind", "recompute")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 
 
@@ -76,10 +76,9 @@ class InnerConfig:
     trajectory: str = declare(
         "rewind",
         "How the backward pass of the fast form obtains the fast weights before each chunk. "
-        "rewind: saves the inner gradients and undoes the updates. store: saves the fast weights "
-        "as well. recompute: saves the fast weights before every sqrt(N)th of N chunks, and runs "
-        "all chunks once more to recover the gradients that undo their updates; for long "
-        "sequences.",
+        "rewind: saves the inner gradients and undoes the updates. recompute: saves the fast "
+        "weights before every sqrt(N)th of N chunks, and runs all chunks once more to recover the "
+        "gradients that undo their updates; for long sequences.",
         choices=TRAJECTORIES,
         mutable_on_resume=True,
     )

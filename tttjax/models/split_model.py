@@ -6,6 +6,7 @@ the sequential part, everything after it, chunk by chunk.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,6 +87,16 @@ class SplitModel:
                 stacks = {f"block{j}": stack(kind, height) for j, kind in enumerate(stage.kinds)}
                 segments[f"stage{i}"] = Segment(f"stage{i}", rows, stacks)
         return segments
+
+    @cached_property
+    def _segments_below_fast_weights(self) -> frozenset[str]:
+        """The segments that the inner gradient does not reach."""
+
+        def has_fast_weights(segment: Segment) -> bool:
+            return any(p.startswith(f"suffix/{segment.stage}/") for p in self.model.fast_paths)
+
+        below = itertools.takewhile(lambda s: not has_fast_weights(s[1]), self.segments.items())
+        return frozenset(name for name, _ in below)
 
     @property
     def sequential_mixers(self) -> frozenset[str]:
@@ -221,10 +232,11 @@ class SplitModel:
     ) -> tuple[Array, PyTree]:
         """Runs the sequential part over the next C tokens.
 
-        weights: `sequential_weights` of slow and fast combined. form: of attention (`Attention`).
+        weights: `sequential_weights` of slow and fast combined. form: of attention (`mixer`).
         """
         blocks = {}
         for name, segment in self.segments.items():
+            is_below = name in self._segments_below_fast_weights
             x_CD, blocks[name] = run_stage(
                 segment.stacks,
                 weights["suffix"][name],
@@ -233,7 +245,7 @@ class SplitModel:
                 state["position"],
                 remat=False,
                 cast=form in ("blocked", "blocked_jvp"),
-                form=form,
+                form="blocked" if form == "blocked_jvp" and is_below else form,
             )
         return x_CD, advance({**state, "blocks": blocks}, x_CD.shape[0])
 

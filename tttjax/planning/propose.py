@@ -190,7 +190,7 @@ def _changes(before: Config, after: Config) -> dict[str, str]:
 def _recomputes(config: Config) -> bool:
     """Whether the recipe saves as few residuals as it can."""
     inner = config.inner
-    is_minimal = inner.remat and inner.form == "fast" and inner.trajectory != "store"
+    is_minimal = inner.remat and inner.form == "fast"
     return config.model.remat == "block" and is_minimal
 
 

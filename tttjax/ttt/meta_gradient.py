@@ -26,15 +26,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tttjax.models.mixer import AttentionForm
-from tttjax.ops.cross_entropy.blocked import CEResiduals
-from tttjax.ttt.chunk import (
-    ChunkModel,
-    ChunkRecords,
-    Chunks,
-    apply_inner_update,
-    batch_loss,
-    loss_and_gradient,
+from tttjax.ttt.chunk import ChunkModel, ChunkRecords, Chunks
+from tttjax.ttt.chunk_vjp import (
+    BackwardRow,
+    Cotangents,
+    Row,
+    Saved,
+    Shared,
+    Start,
+    backward_chunk,
+    inexact_leaves,
+    run_chunk,
 )
 from tttjax.ttt.kv_buffer import BufferState, KVBuffer
 from tttjax.types import Array, PyTree
@@ -43,9 +45,8 @@ from tttjax.types import Array, PyTree
 class LoopConfig(NamedTuple):
     """Settings of the loop.
 
-    exact_chunks: as in `inner_loop.adapt`. trajectory: how the backward pass obtains W_{i-1}.
-    "rewind": from W_i minus the update of the stored gradient; "store": it is stored;
-    "recompute": segment by segment, from the stored weights at the start of each segment.
+    exact_chunks: as in `inner_loop.adapt`. trajectory: what is saved for the backward pass, one of
+    `TRAJECTORIES`.
     """
 
     chunk_model: ChunkModel
@@ -53,218 +54,177 @@ class LoopConfig(NamedTuple):
     trajectory: str
 
 
-class _Start(NamedTuple):
-    """What is needed to run a chunk, beside its inputs and the buffered keys and values."""
+class _Residuals(NamedTuple):
+    """Residuals of the loop. saved: `Saved` of every chunk, or `Start` of every segment."""
 
-    fast: PyTree  # W_{i-1}
-    rule_state: PyTree
-    recurrent: PyTree
-
-
-class _Saved(NamedTuple):
-    """Residuals of a chunk, beside its inputs and the buffered keys and values."""
-
-    fast: PyTree  # W_{i-1}; None if it is rewound
-    rule_state: PyTree
-    g: PyTree
-    recurrent: PyTree
-    ce_residuals: CEResiduals | None  # of the losses; None with a fast head
+    slow: PyTree
+    fast_end: PyTree
+    chunks: Chunks
+    lr: Array
+    saved: Any
+    buffered: PyTree
 
 
-# --- the loop ---------------------------------------------------------------------------------
+Result = tuple[ChunkRecords, PyTree]  # records, fast weights after the last chunk [B, ...]
 
 
-def make_loop(
-    loop: LoopConfig,
-) -> Callable[[PyTree, PyTree, Chunks, Array], tuple[ChunkRecords, PyTree]]:
+def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, Array], Result]:
     """run(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
     slow, fast: by segment (`SplitModel.sequential_weights`), no batch; fast in its final dtype.
     The derivative is exact with respect to slow, fast, x and lr, for the losses, the NLL and the
     final fast weights. `grad_norm_NB` has no derivative.
     """
+    forward, backward = TRAJECTORIES[loop.trajectory]
 
     @jax.custom_vjp
     def run(slow, fast, chunks, lr):
-        (records, fast_end), _ = _forward(loop, slow, fast, chunks, lr)
-        return records, fast_end
+        return forward(loop, slow, fast, chunks, lr)[0]
 
-    def forward(slow, fast, chunks, lr):
-        (records, fast_end), (saved, buffered) = _forward(loop, slow, fast, chunks, lr)
-        return (records, fast_end), (slow, fast_end, chunks, lr, saved, buffered)
-
-    run.defvjp(forward, partial(_backward, loop))
+    run.defvjp(partial(forward, loop), partial(backward, loop))
     return run
 
 
-def _make_kv_buffer(loop: LoopConfig, chunks: Chunks) -> KVBuffer:
-    number, batch, size = chunks.target_NBC.shape
-    return KVBuffer(loop.chunk_model.split, number, size, batch)
+# --- forward ----------------------------------------------------------------------------------
 
 
-def _exact_from(loop: LoopConfig, chunks: int) -> int:
-    """The first chunk whose update the derivative goes through."""
-    return 0 if loop.exact_chunks is None else max(chunks - loop.exact_chunks, 0)
-
-
-def _segment(loop: LoopConfig, chunks: int) -> int:
-    """Chunks per segment: at most the square root of their number, to limit memory.
-
-    It divides both the number of chunks and the number of chunks whose updates are constants, so no
-    segment mixes the two.
-    """
-    common = math.gcd(chunks, _exact_from(loop, chunks))
-    return max(n for n in range(1, math.isqrt(chunks) + 1) if common % n == 0)
-
-
-def _by_segment(tree: PyTree, size: int) -> PyTree:
-    """[N, ...] to [N / size, size, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
-
-
-def _join_segments(tree: PyTree) -> PyTree:
-    """The inverse of `_by_segment`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
-def _run_chunk(loop: LoopConfig, kv_buffer: KVBuffer, slow, lr, start: _Start, buffered, row):
-    """One chunk: (records, residuals, new fast weights, new rule state, new model state)."""
-    i, chunk = row
-    fast, rule_state, recurrent = start
-    state = kv_buffer.state(BufferState(buffered, recurrent), i)
-    (loss_B, (state, nll_BC, ce_residuals)), g = loss_and_gradient(
-        loop.chunk_model, slow, fast, state, chunk
+def _forward_rewind(loop: LoopConfig, slow, fast, chunks: Chunks, lr) -> tuple[Result, _Residuals]:
+    """Saves the gradient of every chunk."""
+    shared, rows = _share(loop, chunks, slow, lr)
+    (end, buffers), (records, saved) = jax.lax.scan(
+        partial(_step, shared), _first_carry(shared, fast), rows
     )
-    new_fast, new_rule_state, norm_B = apply_inner_update(
-        loop.chunk_model, fast, rule_state, g, chunk, lr
-    )
-    stored = fast if loop.trajectory == "store" else None
-    saved = _Saved(stored, rule_state, g, recurrent, ce_residuals)
-    return ChunkRecords(loss_B, nll_BC, norm_B), saved, new_fast, new_rule_state, state
+    result = records, end.fast
+    return result, _Residuals(slow, end.fast, chunks, lr, saved, buffers.buffered)
 
 
-def _forward(loop: LoopConfig, slow, fast, chunks: Chunks, lr):
-    """((records, fast_end), (saved, buffered)).
-
-    saved: _Saved [N, ...], or with "recompute" the _Start of every segment.
-    """
-    kv_buffer = _make_kv_buffer(loop, chunks)
-
-    def step(carry, row):
-        fast, rule_state, buffers = carry
-        start = _Start(fast, rule_state, buffers.recurrent)
-        records, saved, fast, rule_state, state = _run_chunk(
-            loop, kv_buffer, slow, lr, start, buffers.buffered, row
-        )
-        return (fast, rule_state, kv_buffer.append(buffers, state, row[0])), (records, saved)
+def _forward_recompute(
+    loop: LoopConfig, slow, fast, chunks: Chunks, lr
+) -> tuple[Result, _Residuals]:
+    """Saves the fast weights before every segment of chunks."""
+    shared, rows = _share(loop, chunks, slow, lr)
 
     def segment(carry, rows):
-        fast, rule_state, buffers = carry
-        carry, (records, _) = jax.lax.scan(step, carry, rows)
-        return carry, (records, _Start(fast, rule_state, buffers.recurrent))
+        start, _ = carry
+        carry, (records, _) = jax.lax.scan(partial(_step, shared), carry, rows)
+        return carry, (records, start)
 
-    fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (kv_buffer.batch, *w.shape)), fast)
-    start = fast, jax.vmap(loop.chunk_model.rule.init)(fast), kv_buffer.start()
-    rows = jnp.arange(kv_buffer.chunks), chunks
-    if loop.trajectory == "recompute":
-        rows = _by_segment(rows, _segment(loop, kv_buffer.chunks))
-        (fast_end, _, buffers), (records, starts) = jax.lax.scan(segment, start, rows)
-        return (_join_segments(records), fast_end), (starts, buffers.buffered)
-    (fast_end, _, buffers), (records, saved) = jax.lax.scan(step, start, rows)
-    return (records, fast_end), (saved, buffers.buffered)
+    segments = _by_segment(rows, _segment_size(loop, rows))
+    (end, buffers), (records, starts) = jax.lax.scan(segment, _first_carry(shared, fast), segments)
+    result = _join_segments(records), end.fast
+    return result, _Residuals(slow, end.fast, chunks, lr, starts, buffers.buffered)
 
 
-def _recompute_segment(
-    loop: LoopConfig, kv_buffer: KVBuffer, slow, lr, start: _Start, buffered, rows
-):
-    """(fast weights after a segment, the residuals of its chunks [n, ...])."""
-
-    def step(start, row):
-        _, saved, fast, rule_state, state = _run_chunk(
-            loop, kv_buffer, slow, lr, start, buffered, row
-        )
-        return _Start(fast, rule_state, kv_buffer.recurrent(state)), saved
-
-    end, saved = jax.lax.scan(step, start, rows)
-    return end.fast, saved
+def _share(loop: LoopConfig, chunks: Chunks, slow, lr) -> tuple[Shared, Row]:
+    number, batch, size = chunks.target_NBC.shape
+    kv_buffer = KVBuffer(loop.chunk_model.split, number, size, batch)
+    return Shared(loop.chunk_model, kv_buffer, slow, lr), Row(jnp.arange(number), chunks)
 
 
-class _Cotangents(NamedTuple):
-    """Cotangents passed from chunk to chunk, and sums over chunks."""
+def _first_carry(shared: Shared, fast) -> tuple[Start, BufferState]:
+    """Fast weights [B, ...], the state of their rule, and that of the model."""
+    batch = shared.kv_buffer.batch
+    fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), fast)
+    buffers = shared.kv_buffer.start()
+    rule_state = jax.vmap(shared.chunk_model.rule.init)(fast)
+    return Start(fast, rule_state, buffers.recurrent), buffers
 
-    fast: PyTree
-    rule_state: list[Array]  # of its `_inexact_leaves`
-    state: PyTree  # as `KVBuffer.zero_cotangent`
-    slow: PyTree
-    lr: Array
+
+def _step(shared: Shared, carry: tuple[Start, BufferState], row: Row):
+    """One chunk of the forward scan: (carry, (records, residuals))."""
+    start, buffers = carry
+    result = run_chunk(shared, start, buffers.buffered, row)
+    buffers = shared.kv_buffer.append(buffers, result.state, row.i)
+    end = Start(result.fast, result.rule_state, buffers.recurrent)
+    return (end, buffers), (result.records, result.saved)
 
 
-def _backward(loop: LoopConfig, residuals, cotangents):
-    """The cotangents of (slow, fast, chunks, lr). r: state of the rule; s: state of the model.
+# --- backward ---------------------------------------------------------------------------------
+#
+# The cotangents of (slow, fast, chunks, lr). r: state of the rule; s: state of the model.
+#
+#     W_bar = cotangent of W_N;  r_bar, s_bar, slow_bar = 0
+#     for i = N ... 1:
+#         W_{i-1} = W_i - update(g_i)
+#         W_bar, r_bar, v = pull W_bar, r_bar back through update(W_{i-1}, r_{i-1}, g_i)
+#         of_slow, of_W, of_s, x_bar_i = gradient of S(slow, W_{i-1}, s_{i-1}, x_i; v, s_bar)
+#         W_bar += of_W;  slow_bar += of_slow;  s_bar = (s_bar of older keys) + of_s
+#
+# Chunks before the first exact one have no v: their updates are constants.
 
-        W_bar = cotangent of W_N;  r_bar, s_bar, slow_bar = 0
-        for i = N ... 1:
-            W_{i-1} = W_i - update(g_i)                                        # rewind
-            W_bar, r_bar, v = pull W_bar, r_bar back through update(W_{i-1}, r_{i-1}, g_i)
-            of_slow, of_W, of_s, x_bar_i = gradient of S(slow, W_{i-1}, s_{i-1}, x_i; v, s_bar)
-            W_bar += of_W;  slow_bar += of_slow;  s_bar = (s_bar of older keys) + of_s
 
-    Chunks before `first_exact` have no v: their updates are constants. "store" reads W_{i-1}.
-    "recompute" first runs the chunks of a segment forward again, which gives their g_i.
-    """
-    slow, fast_end, chunks, lr, saved, buffered = residuals
-    records_bar, fast_bar = cotangents
-    kv_buffer = _make_kv_buffer(loop, chunks)
-    first_exact = _exact_from(loop, kv_buffer.chunks)
-
-    def step(carry, row, is_exact):
-        fast, bar = carry
-        i, chunk, records_bar_i, saved = row
-        fast, bar, v = _backward_update(loop, fast, bar, saved, chunk, lr, is_exact)
-        state = kv_buffer.state(BufferState(buffered, saved.recurrent), i)
-
-        outer = records_bar_i, bar.state, v
-        slow_bar, fast_bar, blocks_bar, x_bar = _chunk_gradient(
-            loop, kv_buffer, slow, fast, state, chunk, saved.ce_residuals, outer
-        )
-        bar = _Cotangents(
-            jax.tree.map(jnp.add, bar.fast, fast_bar),
-            bar.rule_state,
-            kv_buffer.cotangent_before(bar.state, blocks_bar),
-            jax.tree.map(lambda total, new: total + new.astype(total.dtype), bar.slow, slow_bar),
-            bar.lr,
-        )
-        return (fast, bar), x_bar
-
-    carry = (
-        fast_end,
-        _Cotangents(
-            fast_bar,
-            [jnp.zeros_like(x[0]) for x in _inexact_leaves(saved.rule_state)],
-            kv_buffer.zero_cotangent(),
-            jax.tree.map(
-                lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), slow
-            ),
-            jnp.zeros_like(lr),
-        ),
+def _backward_rewind(loop: LoopConfig, residuals: _Residuals, cotangents: Result):
+    """The chunks in reverse."""
+    shared, rows = _share(loop, residuals.chunks, residuals.slow, residuals.lr)
+    records_bar, _ = cotangents
+    step = partial(backward_chunk, shared, residuals.buffered)
+    (_, bar), x_bar = _scan_back(
+        step,
+        _last_carry(shared, residuals, cotangents),
+        BackwardRow(rows, records_bar, residuals.saved),
+        _first_exact(loop, rows),
     )
+    return _input_cotangents(residuals, bar, x_bar)
 
-    def segment(carry, row, is_exact):
-        (i, chunks, records_bar), start = row
-        fast, saved = _recompute_segment(loop, kv_buffer, slow, lr, start, buffered, (i, chunks))
-        rows = i, chunks, records_bar, saved
-        carry = fast, carry[1]
-        return jax.lax.scan(partial(step, is_exact=is_exact), carry, rows, reverse=True)
 
-    rows = jnp.arange(kv_buffer.chunks), chunks, records_bar
-    if loop.trajectory == "recompute":
-        size = _segment(loop, kv_buffer.chunks)
-        segments = _by_segment(rows, size), saved
-        (_, bar), x_bar = _scan_back(segment, carry, segments, first_exact // size)
-        x_bar = _join_segments(x_bar)
-    else:
-        (_, bar), x_bar = _scan_back(step, carry, (*rows, saved), first_exact)
-    slow_bar = jax.tree.map(lambda total, w: total.astype(w.dtype), bar.slow, slow)
+def _backward_recompute(loop: LoopConfig, residuals: _Residuals, cotangents: Result):
+    """The segments in reverse. Each is run forward again, which gives its chunks' residuals."""
+    shared, rows = _share(loop, residuals.chunks, residuals.slow, residuals.lr)
+    records_bar, _ = cotangents
+    size = _segment_size(loop, rows)
+
+    def segment(carry, row: tuple[tuple[Row, ChunkRecords], Start], is_exact: bool):
+        (rows, records_bar), start = row
+        end, saved = _recompute(shared, start, residuals.buffered, rows)
+        _, bar = carry
+        step = partial(backward_chunk, shared, residuals.buffered, is_exact=is_exact)
+        backward_rows = BackwardRow(rows, records_bar, saved)
+        return jax.lax.scan(step, (end.fast, bar), backward_rows, reverse=True)
+
+    (_, bar), x_bar = _scan_back(
+        segment,
+        _last_carry(shared, residuals, cotangents),
+        (_by_segment((rows, records_bar), size), residuals.saved),
+        _first_exact(loop, rows) // size,
+    )
+    return _input_cotangents(residuals, bar, _join_segments(x_bar))
+
+
+TRAJECTORIES = {
+    "rewind": (_forward_rewind, _backward_rewind),
+    "recompute": (_forward_recompute, _backward_recompute),
+}
+
+
+def _recompute(shared: Shared, start: Start, buffered, rows: Row) -> tuple[Start, Saved]:
+    """(what follows a segment, the residuals of its chunks [n, ...])."""
+
+    def step(start: Start, row: Row):
+        result = run_chunk(shared, start, buffered, row)
+        recurrent = shared.kv_buffer.recurrent(result.state)
+        return Start(result.fast, result.rule_state, recurrent), result.saved
+
+    return jax.lax.scan(step, start, rows)
+
+
+def _last_carry(
+    shared: Shared, residuals: _Residuals, cotangents: Result
+) -> tuple[PyTree, Cotangents]:
+    """W_N, and the cotangents after the last chunk."""
+
+    def zeros(w):
+        return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+
+    _, fast_bar = cotangents
+    rule_bar = [jnp.zeros_like(x[0]) for x in inexact_leaves(residuals.saved.rule_state)]
+    state_bar, slow_bar = shared.kv_buffer.zero_cotangent(), jax.tree.map(zeros, shared.slow)
+    bar = Cotangents(fast_bar, rule_bar, state_bar, slow_bar, jnp.zeros_like(shared.lr))
+    return residuals.fast_end, bar
+
+
+def _input_cotangents(residuals: _Residuals, bar: Cotangents, x_bar: Array):
+    """The cotangents of (slow, fast, chunks, lr) from those before the first chunk."""
+    slow_bar = jax.tree.map(lambda total, w: total.astype(w.dtype), bar.slow, residuals.slow)
     fast_bar = jax.tree.map(lambda x: x.sum(0), bar.fast)
     no_cotangent: Any = None  # of integers
     return slow_bar, fast_bar, Chunks(x_bar, no_cotangent, no_cotangent), bar.lr
@@ -282,68 +242,29 @@ def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
     return carry, jnp.concatenate(parts)
 
 
-def _chunk_gradient(
-    loop: LoopConfig, kv_buffer: KVBuffer, slow, fast, state, chunk: Chunks, ce_residuals, outer
-):
-    """The gradient of S (module docstring) in slow, fast, the state's blocks and x.
+# --- chunks and segments ----------------------------------------------------------------------
 
-    outer: the cotangents of its records and of the state after it, and v (None: the update is a
-    constant).
+
+def _first_exact(loop: LoopConfig, rows: Row) -> int:
+    """The first chunk whose update the derivative goes through."""
+    return 0 if loop.exact_chunks is None else max(rows.i.size - loop.exact_chunks, 0)
+
+
+def _segment_size(loop: LoopConfig, rows: Row) -> int:
+    """Chunks per segment: at most the square root of their number, to limit memory.
+
+    It divides both the number of chunks and the number of chunks whose updates are constants, so no
+    segment mixes the two.
     """
-    records_bar, state_bar, v = outer
-
-    def outputs(slow, fast, blocks, x_BCD):
-        before = {**state, "blocks": blocks}
-        form: AttentionForm = "blocked" if v is None else "blocked_jvp"
-        inputs = chunk._replace(x_NBCD=x_BCD)
-        loss_B, (after, nll_BC, _) = batch_loss(
-            loop.chunk_model, slow, fast, before, inputs, form, ce_residuals
-        )
-        return loss_B, (after, nll_BC)
-
-    def total(slow, fast, blocks, x_BCD):
-        if v is None:
-            loss_B, (after, nll_BC) = outputs(slow, fast, blocks, x_BCD)
-            change_B = jnp.zeros_like(loss_B)
-        else:
-            loss_B, change_B, (after, nll_BC) = jax.jvp(
-                lambda fast: outputs(slow, fast, blocks, x_BCD), (fast,), (v,), has_aux=True
-            )
-        paired = jnp.vdot(records_bar.loss_NB, loss_B) + jnp.vdot(records_bar.nll_NBC, nll_BC)
-        return paired + kv_buffer.pairing(after, state_bar) + jnp.sum(change_B)
-
-    return jax.grad(total, argnums=(0, 1, 2, 3))(slow, fast, state["blocks"], chunk.x_NBCD)
+    common = math.gcd(rows.i.size, _first_exact(loop, rows))
+    return max(n for n in range(1, math.isqrt(rows.i.size) + 1) if common % n == 0)
 
 
-def _backward_update(loop: LoopConfig, fast, bar: _Cotangents, saved: _Saved, chunk, lr, is_exact):
-    """(W_{i-1}, the cotangents before the update, v: the cotangent of g_i, or None)."""
-    leaves, tree = jax.tree.flatten(saved.rule_state)
-
-    def update(fast, inexact, g, lr):
-        remaining = iter(inexact)
-        merged = [next(remaining) if _is_inexact(leaf) else leaf for leaf in leaves]
-        rule_state = jax.tree.unflatten(tree, merged)
-        fast, rule_state, norm_B = apply_inner_update(
-            loop.chunk_model, fast, rule_state, g, chunk, lr, is_constant=not is_exact
-        )
-        return fast, _inexact_leaves(rule_state), norm_B
-
-    def rewind():
-        zero = jax.tree.map(jnp.zeros_like, fast)
-        change, _, _ = update(zero, _inexact_leaves(saved.rule_state), saved.g, lr)
-        return jax.tree.map(jnp.subtract, fast, change)
-
-    before = rewind() if saved.fast is None else saved.fast
-    (_, _, norm_B), pull = jax.vjp(update, before, _inexact_leaves(saved.rule_state), saved.g, lr)
-    fast_bar, rule_bar, v, lr_bar = pull((bar.fast, bar.rule_state, jnp.zeros_like(norm_B)))
-    bar = bar._replace(fast=fast_bar, rule_state=rule_bar, lr=bar.lr + lr_bar)
-    return before, bar, v if is_exact else None
+def _by_segment(tree: PyTree, size: int) -> PyTree:
+    """[N, ...] to [N / size, size, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
 
 
-def _is_inexact(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _inexact_leaves(rule_state: PyTree) -> list[Array]:
-    """The leaves of a rule's state that have derivatives: all but integer counts."""
-    return [leaf for leaf in jax.tree.leaves(rule_state) if _is_inexact(leaf)]
+def _join_segments(tree: PyTree) -> PyTree:
+    """The inverse of `_by_segment`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
