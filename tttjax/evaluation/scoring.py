@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.data.held_out import HeldOut
-from tttjax.models.transformer import Transformer
+from tttjax.inference.prefill import InferenceModel, make_inference_model, sequence_nll
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     BATCH_AXES,
@@ -21,33 +21,28 @@ from tttjax.parallel.mesh import (
     spec,
 )
 from tttjax.runs.run import EvalSetup
-from tttjax.ttt.outer_loss import InnerLoop, make_forward
 from tttjax.types import Array, Batch, Params
 
 
 def make_scorer(setup: EvalSetup) -> Callable[[Params, Batch, float], Array]:
     """scorer(params, batch, lr) -> NLL of every target in float32 or wider, [B, T], not masked.
 
-    Compiled once per batch shape, and shared by setups that differ in their weights alone (several
-    seeds). Every device scores its own sequences; the only communication is one all-gather of the
-    weights before the forward pass.
+    Compiled once per batch shape, and shared by setups that differ in weights and rates alone.
+    Every device scores its own sequences; the only communication is one all-gather of the weights
+    before the forward pass.
     """
-    # No outer gradient is taken, so neither truncation nor remat applies.
-    inner = setup.inner._replace(exact_chunks=None, remat=False)
-    if not setup.learn:
-        inner = inner._replace(chunk_size=1)  # without TTT any length is valid
-    return _compiled_scorer(setup.model, inner, setup.learn, setup.mesh)
+    inference_model = make_inference_model(setup.model, setup.inner, lr=0.0, learn=setup.learn)
+    return _compiled_scorer(inference_model, setup.mesh)
 
 
 @lru_cache(maxsize=4)
 def _compiled_scorer(
-    model: Transformer, inner: InnerLoop, learn: bool, mesh: Mesh
+    inference_model: InferenceModel, mesh: Mesh
 ) -> Callable[[Params, Batch, float], Array]:
-    forward = make_forward(model, inner, learn=learn)
-    specs = param_specs(mesh, model.axes())
+    specs = param_specs(mesh, inference_model.chunk_model.split.model.axes())
 
     def batch_nll(params: Params, batch: Batch, lr: Array) -> Array:
-        return forward(params, batch, lr).token_nll_T
+        return sequence_nll(inference_model._replace(lr=lr), params, batch)
 
     def shard_nll(params_shard: Params, batch: Batch, lr: Array) -> Array:
         params = jax.tree.map(as_sharded_param, params_shard, specs)

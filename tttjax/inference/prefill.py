@@ -3,12 +3,13 @@
 A context is the state of B sequences, of constant size. `read_chunks` processes full chunks with
 their inner updates, once the token after them, their last target, is known. `extend` processes the
 tokens of an incomplete chunk without update. So any split of a text into calls gives the same
-context.
+context. `sequence_nll` scores whole sequences with them.
 
 All functions are pure, for B sequences at the same position. Updates compute the losses anyway;
-elsewhere only the last token's logits are computed.
+elsewhere logits are computed for the hidden states that `logits` is given.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from tttjax.models.mixer import AttentionForm
 from tttjax.models.split_model import SplitModel
 from tttjax.models.stacking import combine
 from tttjax.models.transformer import Transformer
+from tttjax.ops.cross_entropy.nll import token_nll_in_blocks
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt.chunk import (
     STATE_AXES,
@@ -28,7 +30,7 @@ from tttjax.ttt.chunk import (
     loss_and_gradient,
 )
 from tttjax.ttt.outer_loss import LOGIT_ROWS, InnerLoop, split_chunks
-from tttjax.types import Array, Params, PyTree
+from tttjax.types import Array, Batch, Params, PyTree
 
 
 class InferenceModel(NamedTuple):
@@ -40,7 +42,7 @@ class InferenceModel(NamedTuple):
 
     chunk_model: ChunkModel
     chunk_size: int
-    lr: float
+    lr: float | Array
     fast_dtype: jnp.dtype
     clip: float
 
@@ -233,6 +235,32 @@ def prefill(
     now, h_BTD = extend(inference_model, weights, context, token_BT[:, end:], at_start=end == 0)
     logit_BV = logits(inference_model, weights, now, h_BTD[:, -1:])[:, 0]
     return context if size else now, now, logit_BV
+
+
+def sequence_nll(inference_model: InferenceModel, params: Params, batch: Batch) -> Array:
+    """NLL [B, T] of the targets of whole sequences, each before the update it belongs to.
+
+    batch: its targets are the inputs shifted by one token. mask: of the inner losses; the result is
+    not masked. With updates, T is a multiple of the chunk size.
+    """
+    chunk_model, (size, length) = inference_model.chunk_model, batch.inputs.shape
+    model, learns = chunk_model.split.model, inference_model.chunk_size > 0
+    if not learns:  # every weight is slow, so all sequences share it, and no block needs a split
+        params = Params(slow=combine(params.slow, params.fast), fast={})
+        chunk_model = chunk_model._replace(split=SplitModel(model, split_block=False))
+        inference_model = inference_model._replace(chunk_model=chunk_model)
+    weights = split_weights(inference_model, params)
+    context = init_context(inference_model, params, size, length)
+    if learns:
+        next_B = batch.targets[:, -1]
+        _, records = read_chunks(
+            inference_model, weights, context, batch.inputs, next_B, batch.mask, at_start=True
+        )
+        return jnp.swapaxes(records.nll_NBC, 0, 1).reshape(size, length)
+    _, h_BTD = extend(inference_model, weights, context, batch.inputs, at_start=True)
+    head_DV = model.head(weights.sequential)
+    nll = partial(token_nll_in_blocks, block=chunk_model.logit_rows)
+    return over_sequences(nll, in_axes=(0, None, 0))(h_BTD, head_DV, batch.targets)
 
 
 def _attention_form(length: int, at_start: bool) -> AttentionForm:

@@ -39,15 +39,20 @@ class SplitModel:
     """The two parts of `model` as pure functions, and the weight layout of the sequential part.
 
     That layout is by segment: `sequential_weights(tree)["suffix"][segment][block]`.
+    split_block: False leaves all of the first suffix block in the sequential part, so that no stack
+    of weights is cut in two, which copies it.
     """
 
     model: Transformer
+    split_block: bool = True
 
     @cached_property
     def first_mixers_are_parallel(self) -> bool:
         """Whether the mixers of the first suffix block belong to the parallel part."""
         first = "suffix/stage0/block0/"
-        if first.rstrip("/") not in self.model.stacks or not self._first_block.caches():
+        if not self.split_block or first.rstrip("/") not in self.model.stacks:
+            return False
+        if not self._first_block.caches():
             return False
         mixing = tuple(first + name for name in MIXING)
         return not any(path.startswith(mixing) for path in self.model.fast_paths)

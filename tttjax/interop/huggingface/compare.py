@@ -18,11 +18,19 @@ import numpy as np
 
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
+from tttjax.inference.prefill import (
+    Context,
+    InferenceModel,
+    extend,
+    init_context,
+    logits,
+    make_inference_model,
+    read_chunks,
+    split_weights,
+)
 from tttjax.models.stacking import combine
-from tttjax.models.transformer import Transformer, advance
-from tttjax.ops.cross_entropy.nll import masked_mean
-from tttjax.ttt import inner_loop
-from tttjax.ttt.outer_loss import InnerLoop, split_chunks
+from tttjax.models.transformer import Transformer
+from tttjax.ttt.outer_loss import InnerLoop
 from tttjax.types import Array, Params
 
 MAX_POSITIONS = 64  # positions compared in each chunk, or in the text if the model is static
@@ -66,7 +74,8 @@ def _compiled(model: Transformer, inner: InnerLoop, lr: float, learn: bool):
     def static(params: Params, token_T: Array) -> Array:
         return static_logits(model, params, token_T[:-1], _stride(len(token_T) - 1))
 
-    return jax.jit(partial(_ttt_logits, model, inner, lr) if learn else static)
+    inference_model = make_inference_model(model, inner, lr, learn=learn)
+    return jax.jit(partial(_ttt_logits, inference_model) if learn else static)
 
 
 def sample_positions(length: int, chunk_size: int, *, learn: bool) -> np.ndarray:
@@ -90,34 +99,21 @@ def static_logits(model: Transformer, params: Params, token_T: Array, stride: in
     return model.logits(weights, model.final_norm(weights, x_TD[::stride]))
 
 
-def _ttt_logits(
-    model: Transformer,
-    inner: InnerLoop,
-    lr: float,
-    params: Params,
-    token_T: Array,
-) -> Array:
-    input_T, target_T = token_T[:-1], token_T[1:]
-    x_TD = model.embed(params.slow, input_T)
-    x_TD, _ = model.run_part("prefix", combine(params.slow, params.fast), None, x_TD)
+def _ttt_logits(inference_model: InferenceModel, params: Params, token_T: Array) -> Array:
+    weights, size = split_weights(inference_model, params), inference_model.chunk_size
+    context = init_context(inference_model, params, batch=1, max_length=len(token_T) - 1)
 
-    def chunk_loss(fast, state, chunk):
-        x_CD, target_C = chunk
-        weights = combine(params.slow, fast)
-        x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
-        nll_C = model.nll(weights, x_CD, target_C)
-        x_PD = x_CD[:: _stride(inner.chunk_size)]
-        logit_PV = model.logits(weights, model.final_norm(weights, x_PD))
-        is_target_C = jnp.ones(target_C.shape, bool)
-        loss = masked_mean(nll_C, is_target_C)
-        return loss, (advance(state, len(x_CD)), jnp.any(is_target_C), logit_PV)
+    def read(context: Context, chunk: tuple[Array, Array]) -> tuple[Context, Array]:
+        """The logits of a chunk before its update, and the context after it."""
+        token_1C, next_1 = chunk
+        _, h_1CD = extend(inference_model, weights, context, token_1C)
+        logit_1PV = logits(inference_model, weights, context, h_1CD[:, :: _stride(size)])
+        context, _ = read_chunks(inference_model, weights, context, token_1C, next_1)
+        return context, logit_1PV[0]
 
-    fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
-    state = model.init_state(len(input_T), parts=["suffix"])
-    chunks = tuple(split_chunks(x, inner.chunk_size) for x in (x_TD, target_T))
-    start = inner_loop.start(inner.rule, fast, state)
-    _, records = inner_loop.adapt(chunk_loss, inner.rule, lr, start, chunks, remat=False)
-    return records.aux.reshape(-1, records.aux.shape[-1])
+    chunks = token_T[:-1].reshape(-1, 1, size), token_T[size::size, None]
+    _, logit_NPV = jax.lax.scan(read, context, chunks)
+    return logit_NPV.reshape(-1, logit_NPV.shape[-1])
 
 
 def transformers_logits(

@@ -232,7 +232,9 @@ def _compare(export: ExportPlan, folder: Path, log: Log) -> None:
     """Raises ExportMismatch if the export differs from the run, UserError if it cannot be read."""
     files = TensorFiles(folder)
     check_names(files.names, export.slots, f"the export {folder.name}")
-    model = dataclasses.replace(export.run.config.model, compute_dtype="float32")
+    model = dataclasses.replace(
+        export.run.config.model, compute_dtype="float32", attention_kernel="xla"
+    )
     config = dataclasses.replace(export.run.config, model=model)
     run = dataclasses.replace(export.run, config=config)
 
