@@ -22,7 +22,9 @@ MODELS: dict[str, dict] = {
     "window, fast MLP": {},
     "full and local, two layers in the suffix, the head learns, Adam": {
         "model": {
-            **{"num_layers": 4, "suffix_layers": 2, "mixers": ("full", "local:4", "window", "full")},
+            "num_layers": 4,
+            "suffix_layers": 2,
+            "mixers": ("full", "local:4", "window", "full"),
             **{"tie_embeddings": False, "num_kv_heads": 2, "pre_conv": True},
         },
         "inner": {"fast_paths": ("head", "suffix/**/mlp/**"), "rule": "adam"},
