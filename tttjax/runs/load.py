@@ -16,7 +16,7 @@ from tttjax.inference.session_file import fingerprint, load_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.run import LearningOptions, RunSpec, choose_modes, iter_eval_setups, open_run
+from tttjax.runs.run import LearningOptions, RunSpec, choose_modes, load_eval_setup, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 
 
@@ -62,7 +62,7 @@ def load_model(
     own_tokenizer = load_run_tokenizer(run, tokenizer)
     mesh = make_mesh(devices=jax.devices()[:1])
     with x64_if_configured(run.config):
-        setup = next(iter_eval_setups(run, modes[:1], learning or LearningOptions(), mesh))[0]
+        setup = load_eval_setup(run, modes[0], learning or LearningOptions(), mesh)
         model = make_inference_model(setup.model, setup.inner, setup.lr, learn=setup.learn)
         capacity = max_length or 8 * run.config.train.seq_len
         engine = (TracingEngine if trace_updates else Engine)(model, setup.params, capacity)

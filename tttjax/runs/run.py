@@ -273,28 +273,41 @@ def iter_eval_setups(
     run: Run, modes: Sequence[str], learning: LearningOptions, mesh: Mesh
 ) -> Iterator[tuple[EvalSetup, ...]]:
     """Loads the run's weights and yields the setups of each mode, one per inner learning rate."""
-    model = build_model(run.config.model, run.config.inner)
-    params = run.weights(weights_template(model, mesh))
+    params = _load_weights(run, mesh)
     for mode in modes:
-        mode_model, inner = build_eval_model(run, mode, learning)
-        mode_params = params
-        if mode == "dynamic":
-            mode_params = _relayout(params, model, mode_model, mesh)
-        rates = inner_learning_rates(run, mode, learning)
-        yield tuple(
-            EvalSetup(
-                mode=mode,
-                label=_label(run, mode, lr if len(rates) > 1 else None),
-                model=mode_model,
-                params=mode_params,
-                mesh=mesh,
-                inner=_inner_loop(inner),
-                lr=lr,
-                learn=mode != "off",
-                rule=inner.rule,
-            )
-            for lr in rates
+        yield _eval_setups(run, mode, params, learning, mesh)
+
+
+def load_eval_setup(run: Run, mode: str, learning: LearningOptions, mesh: Mesh) -> EvalSetup:
+    """Loads the run's weights, to read in one mode and with the first of its learning rates."""
+    return _eval_setups(run, mode, _load_weights(run, mesh), learning, mesh)[0]
+
+
+def _load_weights(run: Run, mesh: Mesh) -> Params:
+    return run.weights(weights_template(build_model(run.config.model, run.config.inner), mesh))
+
+
+def _eval_setups(
+    run: Run, mode: str, params: Params, learning: LearningOptions, mesh: Mesh
+) -> tuple[EvalSetup, ...]:
+    model, inner = build_eval_model(run, mode, learning)
+    if mode == "dynamic":
+        params = _relayout(params, build_model(run.config.model, run.config.inner), model, mesh)
+    rates = inner_learning_rates(run, mode, learning)
+    return tuple(
+        EvalSetup(
+            mode=mode,
+            label=_label(run, mode, lr if len(rates) > 1 else None),
+            model=model,
+            params=params,
+            mesh=mesh,
+            inner=_inner_loop(inner),
+            lr=lr,
+            learn=mode != "off",
+            rule=inner.rule,
         )
+        for lr in rates
+    )
 
 
 def build_eval_model(

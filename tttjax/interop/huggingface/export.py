@@ -33,7 +33,7 @@ from tttjax.runs.run import (
     RunSpec,
     build_eval_model,
     choose_modes,
-    iter_eval_setups,
+    load_eval_setup,
     open_run,
 )
 from tttjax.runs.tokenizer import load_run_tokenizer
@@ -290,9 +290,7 @@ def _sample(export: ExportPlan) -> np.ndarray:
 def _logits(export: ExportPlan, run: Run, token_T: np.ndarray) -> np.ndarray:
     size = compare.sample_chunk(run.config.inner.chunk_size)
     mesh = make_mesh(devices=jax.devices()[:1])
-    setup = next(
-        iter_eval_setups(run, (export.mode,), LearningOptions(inner={"chunk_size": size}), mesh)
-    )[0]
+    setup = load_eval_setup(run, export.mode, LearningOptions(inner={"chunk_size": size}), mesh)
     return compare.tttjax_logits(
         setup.model, setup.inner, setup.lr, setup.params, token_T, learn=setup.learn
     )
