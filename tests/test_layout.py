@@ -18,7 +18,7 @@ RANKS = (
     ("training", "inference"),
     ("runs",),
     ("evaluation", "interop", "planning", "verification", "benchmarks", "recipes"),
-    ("cli",),
+    ("cli", "api"),
     ("lm_eval", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

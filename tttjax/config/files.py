@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from tttjax.config.build import from_config_dict
 from tttjax.config.schema import Config, all_fields
-from tttjax.config.values import nearest, parse_value
+from tttjax.config.values import check_value, nearest, parse_value
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
 
@@ -108,7 +108,20 @@ def apply_override(config: ConfigDict, override: str) -> None:
         raise UserError(
             f"{override} has no value; write {OVERRIDE_PREFIX}{name}=VALUE, without spaces."
         )
-    value = parse_value(name, text)
+    _set_value(config, name, parse_value(name, text))
+
+
+def set_values(config: ConfigDict, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Sets fields of `config` in place, by dotted name or by section. UserError for wrong ones."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            set_values(config, value, f"{name}.")
+        else:
+            _set_value(config, name, check_value(name, value))
+
+
+def _set_value(config: ConfigDict, name: str, value: Any) -> None:
     *sections, key = name.split(".")
     with config.unlocked(), config.ignore_type():
         inner = config

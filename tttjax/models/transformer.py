@@ -209,8 +209,9 @@ class Transformer:
 
     # --- parameters and state ---------------------------------------------------------------
 
-    def init(self, key: Array) -> Params:
-        """Random weights: matrices N(0, init_std^2), norms 1."""
+    def init(self, key: Array | int) -> Params:
+        """Random weights: matrices N(0, init_std^2), norms 1. key: of jax.random, or a seed."""
+        key = jax.random.key(key) if isinstance(key, int) else key
         end_key, *keys = jax.random.split(key, 1 + len(self.stacks))
         ends = jax.tree.map(lambda x: x[0], self._embed_and_head.init(end_key))
         blocks = {

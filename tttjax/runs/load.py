@@ -16,7 +16,14 @@ from tttjax.inference.session_file import fingerprint, load_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.run import LearningOptions, RunSpec, choose_modes, load_eval_setup, open_run
+from tttjax.runs.run import (
+    EvalSetup,
+    LearningOptions,
+    RunSpec,
+    choose_modes,
+    load_eval_setup,
+    open_run,
+)
 from tttjax.runs.tokenizer import load_run_tokenizer
 
 
@@ -24,10 +31,12 @@ from tttjax.runs.tokenizer import load_run_tokenizer
 class LoadedModel:
     """The model of a run, ready for inference.
 
-    The two fingerprints are stored in session files and compared when one is loaded.
+    setup: its model, weights and inner loop. The two fingerprints are stored in session files and
+    compared when one is loaded.
     """
 
     config: Config
+    setup: EvalSetup
     engine: Engine
     tokenizer: Tokenizer
     model_fingerprint: str
@@ -69,6 +78,7 @@ def load_model(
         model_fingerprint = fingerprint(run.config, setup.params)
     return LoadedModel(
         config=run.config,
+        setup=setup,
         engine=engine,
         tokenizer=own_tokenizer,
         model_fingerprint=model_fingerprint,

@@ -46,7 +46,7 @@ class Start(NamedTuple):
     recurrent: PyTree
 
 
-class Saved(NamedTuple):
+class SavedChunk(NamedTuple):
     """Residuals of a chunk, beside its inputs and the buffered keys and values."""
 
     rule_state: PyTree
@@ -59,7 +59,7 @@ class ChunkResult(NamedTuple):
     """What a chunk computes. state: of the model after it."""
 
     records: ChunkRecords
-    saved: Saved
+    saved: SavedChunk
     fast: PyTree
     rule_state: PyTree
     state: PyTree
@@ -73,7 +73,7 @@ def run_chunk(shared: Shared, start: Start, buffered, row: Row) -> ChunkResult:
     fast, rule_state, norm_B = apply_inner_update(
         shared.chunk_model, start.fast, start.rule_state, g, row.chunk, shared.lr
     )
-    saved = Saved(start.rule_state, g, start.recurrent, ce_residuals)
+    saved = SavedChunk(start.rule_state, g, start.recurrent, ce_residuals)
     return ChunkResult(ChunkRecords(loss_B, nll_BC, norm_B), saved, fast, rule_state, state)
 
 
@@ -95,7 +95,7 @@ class BackwardRow(NamedTuple):
 
     row: Row
     records_bar: ChunkRecords
-    saved: Saved
+    saved: SavedChunk
 
 
 class _Pairing(NamedTuple):
@@ -156,7 +156,7 @@ def _chunk_gradient(shared: Shared, fast, state, chunk: Chunks, ce_residuals, pa
 
 
 def _backward_update(
-    shared: Shared, fast, bar: Cotangents, saved: Saved, chunk: Chunks, is_exact: bool
+    shared: Shared, fast, bar: Cotangents, saved: SavedChunk, chunk: Chunks, is_exact: bool
 ):
     """(W_{i-1}, the cotangents before the update, v: the cotangent of g_i, or None)."""
     leaves, tree = jax.tree.flatten(saved.rule_state)

@@ -31,7 +31,7 @@ from tttjax.ttt.chunk_vjp import (
     BackwardRow,
     Cotangents,
     Row,
-    Saved,
+    SavedChunk,
     Shared,
     Start,
     backward_chunk,
@@ -55,7 +55,7 @@ class LoopConfig(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """Residuals of the loop. saved: `Saved` of every chunk, or `Start` of every segment."""
+    """Residuals of the loop. saved: `SavedChunk` of every chunk, or `Start` of every segment."""
 
     slow: PyTree
     fast_end: PyTree
@@ -196,7 +196,7 @@ TRAJECTORIES = {
 }
 
 
-def _recompute(shared: Shared, start: Start, buffered, rows: Row) -> tuple[Start, Saved]:
+def _recompute(shared: Shared, start: Start, buffered, rows: Row) -> tuple[Start, SavedChunk]:
     """(what follows a segment, the residuals of its chunks [n, ...])."""
 
     def step(start: Start, row: Row):

@@ -1,0 +1,42 @@
+"""The public API: what docs/api.md shows works, and importing it is cheap."""
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import ROOT
+
+import tttjax
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    for name in ("code", "more", "most"):
+        line = f"def {name}(argument):\n    return argument + 1  # {name}\n\n"
+        (tmp_path / "books" / f"{name}.txt").write_text(line * 200)
+    page = str(ROOT / "docs" / "api.md")
+    result = doctest.testfile(page, module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 20
+    assert not result.failed
+
+
+def test_the_examples_of_the_recipes_work():
+    result = doctest.testmod(tttjax.recipes)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_every_public_name_exists_and_says_what_it_is():
+    assert dir(tttjax) == sorted([*tttjax.__all__, "__version__"])
+    assert all(getattr(tttjax, name).__doc__ for name in tttjax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tttjax.nothing  # noqa: B018
+
+
+def test_importing_it_imports_no_jax():
+    code = "import sys, tttjax; print('jax' in sys.modules, dir(tttjax)[:2])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("False")
