@@ -97,7 +97,7 @@ def load(
 
 
 def build_model(config: Config) -> Transformer:
-    """The model of a configuration: pure functions, without weights. `model.init(seed)` has them."""
+    """The model of a configuration: pure functions. Its weights are `model.init(seed)`."""
     return build_transformer(config.model, config.inner)
 
 
