@@ -1,4 +1,4 @@
-"""Fixtures: benchmarks whose results several tests read, train steps from weights of zero."""
+"""Fixture: train steps from weights of zero."""
 
 import dataclasses
 
@@ -8,31 +8,6 @@ import pytest
 
 from tttjax.benchmarks import train
 from tttjax.training import step
-
-
-@pytest.fixture(scope="module")
-def measure_once():
-    """measure_once(command, name) -> the benchmark of that name in a command's module.
-
-    Equal calls in one test module, the command's own included, measure only once.
-    """
-    benchmarks = {}
-
-    def replace(command, name):
-        def once(*arguments):
-            key = repr(arguments)
-            if key not in results:
-                results[key] = measure(*arguments)
-            return results[key]
-
-        if (command, name) not in benchmarks:
-            measure, results = getattr(command, name), {}
-            patch.setattr(command, name, once)
-            benchmarks[command, name] = once
-        return benchmarks[command, name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        yield replace
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ IDS = [" ".join((*words, flag)) for words, flag, _ in FLAGS]
 def test_numeric_flags_are_found_in_all_commands():
     commands = {words[0] for words, _, _ in FLAGS}
     assert commands == set(main.COMMANDS) - {"import", "export", "verify"}
-    assert len(FLAGS) > 60
+    assert len(FLAGS) > 45
 
 
 def check_rejected(words, flag, text, capsys):

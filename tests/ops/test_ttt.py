@@ -106,6 +106,17 @@ def test_gradients_of_the_forms_agree(inner):
     assert worst(dual, primal) < 1e-10
 
 
+@pytest.mark.parametrize("inner", INNER)
+def test_dual_form_stores_no_weights_per_token(inner):
+    p = problem(inner)
+
+    def temporary_bytes(form):
+        gradient = jax.jit(jax.grad(lambda p: jnp.sum(run(p, form=form)[0])))
+        return gradient.lower(p).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("dual") < temporary_bytes("primal")
+
+
 def test_gradients_equal_finite_differences():
     """Through the inner gradients: exact second derivatives."""
     p = problem("mlp")

@@ -15,7 +15,6 @@ from tttjax.errors import UserError, is_out_of_memory
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
-DTYPES = ("float32", "bfloat16")
 
 
 def median_seconds(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, float]:
@@ -39,16 +38,6 @@ def median_seconds(runs: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[K
 def _finish(run: Callable[[], Any]) -> bool:
     jax.block_until_ready(run())
     return True
-
-
-def check_sizes(rounds: int, dtype: str = DTYPES[0], *, least: int = 1, **sizes: int) -> None:
-    """UserError for no rounds, a size below `least`, or an unknown dtype."""
-    check_rounds(rounds)
-    for name, value in sizes.items():
-        if value < least:
-            raise UserError(f"{name}={value} must be at least {least}.")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
 
 
 def none_if_out_of_memory(make: Callable[[], Result]) -> Result | None:

@@ -9,10 +9,7 @@ from types import ModuleType
 
 # Each is a module of this package with a docstring, `add_arguments(parser)` and `run(args) -> int`;
 # hyphens in the name are underscores in the module's.
-BENCHMARKS = (
-    *("attention", "commands", "cross-entropy", "data", "decode", "meta-gradient", "prefill"),
-    *("train", "ttt-dual"),
-)
+BENCHMARKS = ("commands", "data", "decode", "meta-gradient", "prefill", "train")
 
 
 def _module(name: str) -> ModuleType:

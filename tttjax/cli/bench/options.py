@@ -1,33 +1,11 @@
 """Flags shared by the benchmarks."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tttjax.cli.flag_types import int32
 from tttjax.config import Config, load_config
 from tttjax.config.files import matching_specs
-
-
-def add_sizes(
-    parser: argparse.ArgumentParser,
-    defaults: Any,
-    texts: Mapping[str, str],
-    dtypes: Sequence[str],
-) -> None:
-    """Adds an option for each integer field in `texts` (name -> help), --dtype, and the rest."""
-    for name, text in texts.items():
-        option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        parser.add_argument(
-            option, type=int32, default=default, help=f"{text} (default: %(default)s)"
-        )
-    parser.add_argument(
-        "--dtype",
-        choices=dtypes,
-        default=defaults.dtype,
-        help="dtype of the arrays (default: %(default)s)",
-    )
-    add_measuring(parser, "timed runs of each program")
 
 
 def add_measuring(parser: argparse.ArgumentParser, what: str) -> None:
