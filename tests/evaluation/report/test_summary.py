@@ -64,9 +64,9 @@ def make_report(*systems):
     )
 
 
-def check_plots(report, dark=False):
+def check_plots(report):
     for name in PLOTS:
-        figure = draw(name, report, dark=dark)
+        figure = draw(name, report)
         figure.set_dpi(30)
         figure.savefig(file := io.BytesIO(), format="png")
         assert file.getvalue().startswith(b"\x89PNG")
@@ -141,4 +141,4 @@ def test_one_system_alone_and_baseline_that_lacks_longest():
     assert sections(make_report(FULL))
     report = make_report(make_system("full", {16: 3.0}), make_system("other", {16: 3.0, 64: 2.9}))
     assert "at 16 tokens" in summarise(report)[1]
-    check_plots(report, dark=True)
+    check_plots(report)

@@ -29,9 +29,9 @@ ALL = "all"
 
 def write_report(report: Report, out: str | os.PathLike) -> dict[str, Path]:
     """Writes all files under `out`, each atomically; returns their paths by name."""
-    images = {name: plots.images(name, report) for name in plots.PLOTS}
+    images = {name: plots.image(name, report) for name in plots.PLOTS}
     writers: dict[str, Callable[[Path], None]] = {
-        f"{name}.png": partial(_write_bytes, light) for name, (light, _) in images.items()
+        f"{name}.png": partial(_write_bytes, image) for name, image in images.items()
     }
     writers["report.csv"] = lambda path: write_text(path, _csv(report))
     writers["report.json"] = lambda path: write_text(path, to_json(report))

@@ -30,17 +30,15 @@ th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap;
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--ground); }
 tbody tr.baseline td { background: var(--mark); }
-img { display: block; width: 100%; max-width: 46rem; height: auto; margin: 1rem 0; }
+img { display: block; width: 100%; max-width: 46rem; height: auto; margin: 1rem 0;
+  padding: .5rem; border: 1px solid var(--line); background: #fff; }
 pre { overflow-x: auto; background: var(--mark); padding: .7rem; font-size: .86rem; }
 code { background: var(--mark); }
 """
 
 
-Images = Mapping[str, tuple[bytes, bytes]]
-
-
-def to_html(report: Report, images: Images) -> str:
-    """The page. images: plot name -> (PNG on a light, on a dark background)."""
+def to_html(report: Report, images: Mapping[str, bytes]) -> str:
+    """The page. images: plot name -> PNG."""
     title = escape(report.title)
     return "\n".join(
         [
@@ -58,7 +56,7 @@ def to_html(report: Report, images: Images) -> str:
     )
 
 
-def _body(report: Report, images: Images) -> Iterator[str]:
+def _body(report: Report, images: Mapping[str, bytes]) -> Iterator[str]:
     if report.warnings:
         yield f'<div class="warnings">{_list(report.warnings)}</div>'
     yield "<h2>Summary</h2>"
@@ -72,21 +70,13 @@ def _list(sentences: tuple[str, ...]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _section(section: Section, image: tuple[bytes, bytes] | None, baseline: str) -> str:
+def _section(section: Section, image: bytes | None, baseline: str) -> str:
     title = escape(section.title)
     parts = [f'<div class="section"><h2>{title}</h2>', f"<p>{escape(section.text)}</p>"]
     if image:
-        light, dark = map(_data_url, image)
-        parts.append(
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{title}"></picture>'
-        )
+        data = base64.b64encode(image).decode()
+        parts.append(f'<img src="data:image/png;base64,{data}" alt="{title}">')
     return "\n".join([*parts, _table(section.table, baseline), "</div>"])
-
-
-def _data_url(png: bytes) -> str:
-    """A PNG as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _table(table: Table, baseline: str) -> str:

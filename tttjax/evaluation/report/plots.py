@@ -1,14 +1,12 @@
-"""Plots of a report on light and dark backgrounds, as matplotlib Figures without global state."""
+"""Plots of a report as matplotlib Figures, without global state."""
 
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from tttjax.evaluation.plots import COLOURS, DPI, set_loss_limits
 from tttjax.evaluation.report.results import Report, SystemResult, systems_at
@@ -16,56 +14,38 @@ from tttjax.evaluation.report.statistics import Value, by_position, difference_b
 from tttjax.evaluation.report.tables import mean_flops, trained
 from tttjax.evaluation.statistics import position_bins
 
-HUES = COLOURS[:-1]  # without black, which is invisible on a dark background
 BASELINE = "0.55"
-PALETTE = 96  # colours per file: about twenty, with shades towards the background
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
-DARK: dict[Any, Any] = {
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#14171a"),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), "#d5d9dc"),
-    **dict.fromkeys(("xtick.color", "ytick.color"), "#d5d9dc"),
-    **{"legend.facecolor": "#14171a", "grid.color": "#8a9096"},
-}
 Draw = Callable[[Axes, Report], None]
 
 
-def images(name: str, report: Report) -> tuple[bytes, bytes]:
-    """The plot as PNG on a light and on a dark background."""
-    return _png(draw(name, report)), _png(draw(name, report, dark=True))
+def image(name: str, report: Report) -> bytes:
+    """The plot as PNG."""
+    file = io.BytesIO()
+    draw(name, report).savefig(file, format="png")
+    return file.getvalue()
 
 
-def _png(figure: Figure) -> bytes:
-    """The figure as PNG with a palette, a third of the size."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(PALETTE).save(small, "png", optimize=True)
-    return small.getvalue()
-
-
-def draw(name: str, report: Report, dark: bool = False) -> Figure:
+def draw(name: str, report: Report) -> Figure:
     """The plot with this name, one of `PLOTS`."""
-    with matplotlib.rc_context(DARK if dark else {}):
-        two = name == "loss_by_position" and _has_differences(report)
-        legend = 0.2 * -(-len(report.systems) // 4)
-        height = (7.0 if two else 4.2) + legend
-        figure = Figure(figsize=(7.5, height), dpi=DPI, layout="constrained")
-        if two:
-            top, bottom = figure.subplots(2, 1, sharex=True)
-            _loss_by_position(top, report)
-            _difference_by_position(bottom, report)
-            panels = [top, bottom]
-        else:
-            panels = [figure.subplots()]
-            PLOTS[name](panels[0], report)
-        for axes in panels:
-            axes.grid(axis="y", alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False
-        )
+    two = name == "loss_by_position" and _has_differences(report)
+    legend = 0.2 * -(-len(report.systems) // 4)
+    height = (7.0 if two else 4.2) + legend
+    figure = Figure(figsize=(7.5, height), dpi=DPI, layout="constrained")
+    if two:
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        _loss_by_position(top, report)
+        _difference_by_position(bottom, report)
+        panels = [top, bottom]
+    else:
+        panels = [figure.subplots()]
+        PLOTS[name](panels[0], report)
+    for axes in panels:
+        axes.grid(axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
@@ -176,8 +156,8 @@ def _style(report: Report, system: SystemResult) -> dict[str, Any]:
     if system is report.baseline:
         return {"label": system.label, "color": BASELINE, "linestyle": "-"}
     number = _number(report, system)
-    dashes = DASHES[number // len(HUES) % len(DASHES)]
-    return {"label": system.label, "color": HUES[number % len(HUES)], "linestyle": dashes}
+    dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+    return {"label": system.label, "color": COLOURS[number % len(COLOURS)], "linestyle": dashes}
 
 
 def _number(report: Report, system: SystemResult) -> int:
