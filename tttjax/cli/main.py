@@ -44,6 +44,8 @@ COMMANDS = {
     "evaluate": Command(
         "tttjax.cli.evaluate", "measure loss by position and context, TTT on and off; needle tests"
     ),
+    "recipes": Command("tttjax.cli.recipes", "list recipes, their cost and expected loss"),
+    "paths": Command("tttjax.cli.paths", "list a model's weights, the fast ones marked"),
     "import": Command(
         "tttjax.cli.import_", "convert Hugging Face or official TTT-E2E weights into a run"
     ),

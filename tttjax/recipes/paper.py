@@ -19,9 +19,9 @@ large as full attention, the embedding left out, to within 2%.
 Cost, in tokens of pretraining at 1x: 2.5B (125m), 7.1B (350m), 15.2B (760m), 26.2B (1b), 54.5B
 (3b, 163.6B at 3x); each extension adds 5%. What to expect of one recipe, its cost and its command:
 
-    python -m tttjax.recipes.paper 3b,ttt_e2e,extend,128k,3x
+    tttjax recipes paper:3b,ttt_e2e,extend,128k,3x
 
-and the sizes of all systems: python -m tttjax.recipes.paper sizes
+and the sizes of all systems: python -m tttjax.recipes.paper
 
 The data are the user's own: DCLM-Baseline without documents under 8K tokens in data/dclm and
 books in data/books, both prepared with the Llama 3 tokenizer, or set
@@ -34,7 +34,6 @@ the first step does nothing; here it starts above zero (`--config.optim.init_lr=
 """
 
 import re
-import sys
 from dataclasses import astuple, dataclass
 from itertools import product
 
@@ -51,7 +50,6 @@ from tttjax.recipes.sizes import (
     extension,
     full_attention_size,
     pretraining,
-    run_name,
 )
 
 
@@ -106,23 +104,9 @@ def parse(arg: str | None) -> Recipe:
     return Recipe(size, system, stage, context, int(multiple[0]))
 
 
-def describe(arg: str) -> str:
-    """Command, size, cost and expected number of a recipe."""
-    recipe = parse(arg)
-    config = from_config_dict(recipe.config())
-    count = parameter_count(config.model)
-    ratio = count["non_embedding"] / full_attention_size(recipe.size)
-    train = config.train
-    name = run_name(*astuple(recipe))
-    tokens = train.steps * train.batch_size * train.seq_len
-    return (
-        f"command:    tttjax train --config=paper:{recipe} --workdir=runs/{name}\n"
-        f"parameters: {count['total'] / 1e6:.1f}M, {count['non_embedding'] / 1e6:.1f}M without "
-        f"embedding ({ratio:.3f} of full attention's), {count['fast'] / 1e6:.1f}M fast\n"
-        f"cost:       {tokens / 1e9:.2f}B tokens: {train.steps} steps of {train.batch_size} x "
-        f"{train.seq_len}\n"
-        f"expect:     {expected(*astuple(recipe))}"
-    )
+def expect(arg: str) -> str:
+    """The published numbers to expect of a recipe."""
+    return expected(*astuple(parse(arg)))
 
 
 def size_table() -> str:
@@ -152,9 +136,4 @@ def recipes() -> list[Recipe]:
 
 
 if __name__ == "__main__":
-    try:
-        words = sys.argv[1:]
-        texts = [size_table() if word == "sizes" else describe(word) for word in words]
-        print("\n\n".join(texts) or __doc__)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    print(size_table())
