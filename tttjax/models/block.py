@@ -15,8 +15,8 @@ from tttjax.models.layers import (
     RMSNorm,
     SwiGLU,
 )
-from tttjax.models.mixer import AttentionForm, make_mixer
-from tttjax.types import Array
+from tttjax.models.mixer import AttentionForm, Mixer, make_mixer
+from tttjax.types import Array, PyTree
 
 BlockState = dict[str, dict[str, Array]] | None  # by name of the branch
 
@@ -41,8 +41,8 @@ class Block(nnx.Module):
         for name in self.mlps:
             self._add(name, _make_mlp(name == "fast_mlp", model, rngs), model)
 
-    def _add(self, name: str, branch: Any, model: ModelConfig) -> None:
-        def norm(on: bool):
+    def _add(self, name: str, branch: Mixer | nnx.Module, model: ModelConfig) -> None:
+        def norm(on: bool) -> RMSNorm | Identity:
             if not on:
                 return Identity()
             dtype = _param_dtype(model)
@@ -68,7 +68,7 @@ class Block(nnx.Module):
         self, x_TD: Array, state: BlockState, position: Array, form: AttentionForm = "dense"
     ) -> tuple[Array, BlockState]:
         """x [T, D] -> (x [T, D], the new state), as a mixer's (`mixer`)."""
-        new_state: dict[str, Any] = {}
+        new_state: dict[str, PyTree] = {}
         if self.has_conv:
             conv_state = None if state is None else state["pre_conv"]
             y_TD, new_state["pre_conv"] = self.pre_conv(x_TD, conv_state)
@@ -82,7 +82,7 @@ class Block(nnx.Module):
             x_TD = x_TD + post(mlp(pre(x_TD)))
         return x_TD, None if state is None else new_state
 
-    def _branch(self, name: str) -> tuple[Any, Any, Any]:
+    def _branch(self, name: str) -> tuple[RMSNorm | Identity, Any, RMSNorm | Identity]:
         return (
             getattr(self, f"{name}_norm"),
             getattr(self, name),

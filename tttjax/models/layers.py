@@ -73,7 +73,7 @@ class SwiGLU(nnx.Module):
         dtype: jnp.dtype,
         kind: type[nnx.Param] = nnx.Param,
     ):
-        def weight(shape, axes, std):
+        def weight(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
             return normal_weight(
                 rngs, shape, axes, std=std, dtype=dtype, kind=kind, cast_to_compute=True
             )
@@ -114,12 +114,12 @@ class MultiHeadMLP(nnx.Module):
     ):
         entries = embed_dim // num_heads
 
-        def weight(shape, axes, std):
+        def weight(shape: tuple[int, ...], axes: tuple[str, ...], std: float) -> nnx.Param:
             return normal_weight(
                 rngs, shape, axes, std=std, dtype=dtype, kind=kind, cast_to_compute=True
             )
 
-        def bias(shape, axes):
+        def bias(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return kind(jnp.zeros(shape, dtype), axes=axes)
 
         self.w1 = weight((num_heads, entries, 4 * entries), ("heads", "head_dim", "hidden"), std)
@@ -152,8 +152,10 @@ class NormedConv(nnx.Module):
         taps, embed_dim = self.kernel.shape
         return {"conv": jnp.zeros((taps - 1, embed_dim), dtype)}
 
-    def __call__(self, x_TD: Array, state: dict[str, Array] | None):
+    def __call__(
+        self, x_TD: Array, state: dict[str, Array] | None
+    ) -> tuple[Array, dict[str, Array] | None]:
         """(y [T, D], the new state; None if `state` is None)."""
         past_JD = None if state is None else state["conv"]
         y_TD, past_JD = short_conv(self.norm(x_TD), self.kernel[...], self.bias[...], past_JD)
-        return y_TD, None if state is None else {"conv": past_JD}
+        return y_TD, None if past_JD is None else {"conv": past_JD}

@@ -32,7 +32,9 @@ def empty_conv_states(kernels: Mapping[str, nnx.Param], dtype: jnp.dtype) -> dic
     return {name: jnp.zeros((taps - 1, *hk), dtype) for name, (taps, *hk) in shapes.items()}
 
 
-def initial_a_log(rngs: nnx.Rngs, heads: int, low: float, high: float, dtype: jnp.dtype):
+def initial_a_log(
+    rngs: nnx.Rngs, heads: int, low: float, high: float, dtype: jnp.dtype
+) -> nnx.Param:
     """log of decay rates uniform in [low, high], as a weight [H]."""
     rate_H = jax.random.uniform(rngs.params(), (heads,), jnp.float32, low, high)
     return nnx.Param(jnp.log(rate_H).astype(dtype), axes=("heads",))

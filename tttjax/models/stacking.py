@@ -45,7 +45,7 @@ class Stack:
     def init(self, key: Array) -> PyTree:
         """Random weights, with a different key for every copy."""
 
-        def init_one(key):
+        def init_one(key: Array) -> PyTree:
             module = self.make(*self.arguments, nnx.Rngs(params=key))
             return nnx.to_pure_dict(nnx.state(module))
 
@@ -101,7 +101,7 @@ def run_stage(
     Returns the hidden states [T, D] and the new state.
     """
 
-    def one_row(x_TD, row):
+    def one_row(x_TD: Array, row: tuple[PyTree, PyTree]) -> tuple[Array, PyTree]:
         row_weights, row_state = row
         row_weights = all_gather_params(row_weights)
         new_state = {}

@@ -12,7 +12,6 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +85,7 @@ class EmbedAndHead(nnx.Module):
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         D, V, dtype = model.embed_dim, model.vocab_size, jnp.dtype(model.param_dtype)
 
-        def weight(size, axes):
+        def weight(size: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return normal_weight(rngs, size, axes, std=model.init_std, dtype=dtype)
 
         self.embedding = weight((V, D), ("vocab", "embed"))
@@ -234,7 +233,7 @@ class Transformer:
 
         max_length: capacity of full attention, in tokens; other mixers ignore it.
         """
-        state: dict[str, Any] = {
+        state: dict[str, PyTree] = {
             path: empty_state(stack, max_length, self.compute_dtype)
             for path, stack in self.stacks.items()
             if path.split("/")[0] in parts
@@ -267,7 +266,7 @@ class Transformer:
         once all parts have run.
         """
         position = jnp.zeros((), jnp.int32) if state is None else state["position"]
-        new_blocks: dict[str, Any] = {}
+        new_blocks: dict[str, PyTree] = {}
         for i, stage in enumerate(self.stages[part]):
             x_TD, new_blocks[f"stage{i}"] = run_stage(
                 {

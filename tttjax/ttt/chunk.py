@@ -31,6 +31,10 @@ LOGIT_COLUMNS = 2**14  # block of the vocabulary, if it is not sharded
 STATE_AXES = {"position": None, "blocks": 0}  # all sequences of a batch have one position
 
 
+# loss [B], (new state, nll [B, C], ce_residuals)
+LossResult = tuple[Array, tuple[PyTree, Array, CEResiduals | None]]
+
+
 class ChunkModel(NamedTuple):
     """A split model and the update rule of its fast weights.
 
@@ -66,7 +70,7 @@ def batch_loss(
     chunk: Chunks,
     form: AttentionForm,
     ce_residuals: CEResiduals | None = None,
-) -> tuple[Array, tuple[PyTree, Array, CEResiduals | None]]:
+) -> LossResult:
     """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)).
 
     chunk: one chunk, so its arrays are [B, C, ...], without the axis N of their names.
@@ -75,7 +79,7 @@ def batch_loss(
     """
     model, split = chunk_model.split.model, chunk_model.split
 
-    def run(fast, state, x_CD):
+    def run(fast: PyTree, state: PyTree, x_CD: Array) -> tuple[Array, PyTree]:
         weights = combine(slow, fast)
         x_CD, state = split.run_sequential(weights, state, x_CD, form)
         return model.final_norm(weights, x_CD), state
@@ -109,10 +113,12 @@ def _vocab_block(vocab: int) -> int | None:
     return -(-vocab // -(-vocab // LOGIT_COLUMNS))
 
 
-def loss_and_gradient(chunk_model: ChunkModel, slow, fast, state, chunk: Chunks):
+def loss_and_gradient(
+    chunk_model: ChunkModel, slow: PyTree, fast: PyTree, state: PyTree, chunk: Chunks
+) -> tuple[LossResult, PyTree]:
     """(the result of `batch_loss`, the gradient of each sequence's loss [B, ...])."""
 
-    def total(fast):
+    def total(fast: PyTree) -> tuple[Array, LossResult]:
         loss_B, aux = batch_loss(chunk_model, slow, fast, state, chunk, "blocked")
         return jnp.sum(loss_B), (loss_B, aux)
 
@@ -121,11 +127,19 @@ def loss_and_gradient(chunk_model: ChunkModel, slow, fast, state, chunk: Chunks)
 
 
 def apply_inner_update(
-    chunk_model: ChunkModel, fast, rule_state, g, chunk: Chunks, lr, is_constant: bool = False
-):
+    chunk_model: ChunkModel,
+    fast: PyTree,
+    rule_state: PyTree,
+    g: PyTree,
+    chunk: Chunks,
+    lr: Array | float,
+    is_constant: bool = False,
+) -> tuple[PyTree, PyTree, Array]:
     """`inner_loop.update` for B sequences: (fast, rule_state, norm of g [B])."""
 
-    def one(fast, rule_state, g, mask_C):
+    def one(
+        fast: PyTree, rule_state: PyTree, g: PyTree, mask_C: Array
+    ) -> tuple[PyTree, PyTree, Array]:
         return inner_loop.update(
             chunk_model.rule, lr, fast, rule_state, g, jnp.any(mask_C), is_constant
         )

@@ -65,7 +65,7 @@ class ChunkResult(NamedTuple):
     state: PyTree
 
 
-def run_chunk(shared: Shared, start: Start, buffered, row: Row) -> ChunkResult:
+def run_chunk(shared: Shared, start: Start, buffered: PyTree, row: Row) -> ChunkResult:
     state = shared.kv_buffer.state(BufferState(buffered, start.recurrent), row.i)
     (loss_B, (state, nll_BC, ce_residuals)), g = loss_and_gradient(
         shared.chunk_model, shared.slow, start.fast, state, row.chunk
@@ -90,6 +90,9 @@ class Cotangents(NamedTuple):
     lr: Array
 
 
+BackwardCarry = tuple[PyTree, Cotangents]  # W_i, the cotangents after chunk i
+
+
 class BackwardRow(NamedTuple):
     """A chunk of the backward scan, its residuals, and the cotangent of its records."""
 
@@ -106,7 +109,9 @@ class _Pairing(NamedTuple):
     v: PyTree | None
 
 
-def backward_chunk(shared: Shared, buffered, carry, row: BackwardRow, is_exact: bool):
+def backward_chunk(
+    shared: Shared, buffered: PyTree, carry: BackwardCarry, row: BackwardRow, is_exact: bool
+) -> tuple[BackwardCarry, Array]:
     """One chunk of the backward scan: ((W_{i-1}, the cotangents before it), x_bar)."""
     fast, bar = carry
     (i, chunk), records_bar, saved = row
@@ -126,11 +131,20 @@ def backward_chunk(shared: Shared, buffered, carry, row: BackwardRow, is_exact: 
     return (fast, bar), x_bar
 
 
-def _chunk_gradient(shared: Shared, fast, state, chunk: Chunks, ce_residuals, pairing: _Pairing):
+def _chunk_gradient(
+    shared: Shared,
+    fast: PyTree,
+    state: PyTree,
+    chunk: Chunks,
+    ce_residuals: CEResiduals | None,
+    pairing: _Pairing,
+) -> tuple[PyTree, PyTree, PyTree, Array]:
     """The gradient of S (module docstring) in slow, fast, the state's blocks and x."""
     form: AttentionForm = "blocked" if pairing.v is None else "blocked_jvp"
 
-    def outputs(slow, fast, blocks, x_BCD):
+    def outputs(
+        slow: PyTree, fast: PyTree, blocks: PyTree, x_BCD: Array
+    ) -> tuple[Array, tuple[PyTree, Array]]:
         before = {**state, "blocks": blocks}
         inputs = chunk._replace(x_NBCD=x_BCD)
         loss_B, (after, nll_BC, _) = batch_loss(
@@ -138,7 +152,7 @@ def _chunk_gradient(shared: Shared, fast, state, chunk: Chunks, ce_residuals, pa
         )
         return loss_B, (after, nll_BC)
 
-    def total(slow, fast, blocks, x_BCD):
+    def total(slow: PyTree, fast: PyTree, blocks: PyTree, x_BCD: Array) -> Array:
         if pairing.v is None:
             loss_B, (after, nll_BC) = outputs(slow, fast, blocks, x_BCD)
             change_B = jnp.zeros_like(loss_B)
@@ -156,12 +170,14 @@ def _chunk_gradient(shared: Shared, fast, state, chunk: Chunks, ce_residuals, pa
 
 
 def _backward_update(
-    shared: Shared, fast, bar: Cotangents, saved: SavedChunk, chunk: Chunks, is_exact: bool
-):
+    shared: Shared, fast: PyTree, bar: Cotangents, saved: SavedChunk, chunk: Chunks, is_exact: bool
+) -> tuple[PyTree, Cotangents, PyTree | None]:
     """(W_{i-1}, the cotangents before the update, v: the cotangent of g_i, or None)."""
     leaves, tree = jax.tree.flatten(saved.rule_state)
 
-    def update(fast, inexact, g, lr):
+    def update(
+        fast: PyTree, inexact: list[Array], g: PyTree, lr: Array
+    ) -> tuple[PyTree, list[Array], Array]:
         remaining = iter(inexact)
         merged = [next(remaining) if _is_inexact(leaf) else leaf for leaf in leaves]
         rule_state = jax.tree.unflatten(tree, merged)

@@ -12,7 +12,7 @@ of sequences with `ttt.chunk`. All of them call `update`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,12 @@ class ChunkRecord(NamedTuple):
     """The record of one chunk; `adapt` stacks them."""
 
     loss: Array  # mean NLL over the chunk's targets, before the update
-    aux: Any  # the auxiliary output of chunk_loss
+    aux: PyTree  # the auxiliary output of chunk_loss
     grad_norm: Array  # ||g_i|| over all fast weights, before the rule
 
 
 # chunk_loss(fast, state, chunk) -> (loss, (new model state, has_targets, aux))
-ChunkLoss = Callable[[PyTree, PyTree, PyTree], tuple[Array, tuple[PyTree, Array, Any]]]
+ChunkLoss = Callable[[PyTree, PyTree, PyTree], tuple[Array, tuple[PyTree, Array, PyTree]]]
 
 
 def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> ReadState:
@@ -86,10 +86,10 @@ def update(
     if update_is_constant:
         change, new_rule_state = jax.lax.stop_gradient((change, new_rule_state))
 
-    def add_update(w, u):
+    def add_update(w: Array, u: Array) -> Array:
         return w + jnp.where(has_targets, jnp.asarray(lr, w.dtype) * u.astype(w.dtype), 0)
 
-    def keep_if_empty(new, old):
+    def keep_if_empty(new: Array, old: Array) -> Array:
         return jnp.where(has_targets, new, old)
 
     fast = jax.tree.map(add_update, fast, change)
@@ -115,8 +115,10 @@ def adapt(
     length = jax.tree.leaves(chunks)[0].shape[0]
     first_exact = 0 if exact_chunks is None else max(length - exact_chunks, 0)
 
-    def scan(read_state: ReadState, chunks: PyTree, update_is_constant: bool):
-        def step(read_state, chunk):
+    def scan(
+        read_state: ReadState, chunks: PyTree, update_is_constant: bool
+    ) -> tuple[ReadState, ChunkRecord]:
+        def step(read_state: ReadState, chunk: PyTree) -> tuple[ReadState, ChunkRecord]:
             return read_chunk(chunk_loss, rule, lr, read_state, chunk, update_is_constant)
 
         if remat:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tttjax.models.caches import Cache
 from tttjax.models.split_model import SplitModel
 from tttjax.types import Array, PyTree
 
@@ -38,7 +39,7 @@ class KVBuffer:
         """The buffers before the first chunk: zeros."""
         tokens = self.chunks * self.chunk_size
 
-        def zeros(cache, like):
+        def zeros(cache: Cache, like: jax.ShapeDtypeStruct) -> Array:
             return jnp.zeros(cache.buffer_shape(like.shape, tokens), like.dtype)
 
         return self._split(self._map(zeros, self.shapes))
@@ -47,7 +48,7 @@ class KVBuffer:
         """The state before chunk i, as `SplitModel.run_sequential` takes it."""
         position = i * self.chunk_size
 
-        def view(cache, buffer, like):
+        def view(cache: Cache, buffer: Array, like: jax.ShapeDtypeStruct) -> Array:
             return cache.view(buffer, like.shape, position)
 
         blocks = self._map(view, self._join(buffers), self.shapes)
@@ -57,7 +58,7 @@ class KVBuffer:
         """`buffers` with the rows of chunk i. state: after the chunk."""
         position = i * self.chunk_size
 
-        def write(cache, buffer, new):
+        def write(cache: Cache, buffer: Array, new: Array) -> Array:
             return cache.write(buffer, new, position, self.chunk_size)
 
         return self._split(self._map(write, self._join(buffers), state["blocks"]))
@@ -77,7 +78,7 @@ class KVBuffer:
     def pairing(self, state: PyTree, cotangent: PyTree) -> Array:
         """<cotangent, state> over what the last chunk computed. state: after the chunk."""
 
-        def one(cache, bar, new):
+        def one(cache: Cache, bar: Array, new: Array) -> Array:
             bar, new = (cache.last_rows(x, self.chunk_size) for x in (bar, new))
             return jnp.vdot(bar, new.astype(bar.dtype))
 
@@ -90,21 +91,21 @@ class KVBuffer:
         cotangent: of the state after it. blocks_bar: the chunk's own gradient.
         """
 
-        def one(cache, after, bar):
+        def one(cache: Cache, after: Array, bar: Array) -> Array:
             return cache.cotangent_before(after, bar.astype(after.dtype), self.chunk_size)
 
         return self._map(one, cotangent, blocks_bar)
 
-    def _map(self, f: Callable, *blocks: PyTree) -> PyTree:
+    def _map(self, f: Callable[..., Array], *blocks: PyTree) -> PyTree:
         """f(cache, array, ...) for every array of the state."""
 
-        def of_mixer(cache, *states):
+        def of_mixer(cache: Cache, *states: PyTree) -> PyTree:
             return jax.tree.map(lambda *arrays: f(cache, *arrays), *states)
 
         return jax.tree.map(of_mixer, self.caches, *blocks)
 
     def _split(self, blocks: PyTree) -> BufferState:
-        def where(is_buffered):
+        def where(is_buffered: bool) -> PyTree:
             return jax.tree.map(
                 lambda cache, state: state if cache.is_buffered == is_buffered else {},
                 self.caches,

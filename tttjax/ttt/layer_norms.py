@@ -32,7 +32,7 @@ def squares(tree: PyTree) -> PyTree:
     In float32 at least; for a tree like `Params.fast` or `SplitModel.sequential_weights`.
     """
 
-    def of_leaf(path, leaf: Array) -> Array:
+    def of_leaf(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
         first = 1 if path[0].key == "suffix" else 0
         return jnp.sum(jnp.square(wide), axis=range(first, leaf.ndim))

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from tttjax.ttt.chunk import ChunkModel, ChunkRecords, Chunks
 from tttjax.ttt.chunk_vjp import (
+    BackwardCarry,
     BackwardRow,
     Cotangents,
     Row,
@@ -61,11 +62,13 @@ class _Residuals(NamedTuple):
     fast_end: PyTree
     chunks: Chunks
     lr: Array
-    saved: Any
+    saved: PyTree
     buffered: PyTree
 
 
 Result = tuple[ChunkRecords, PyTree]  # records, fast weights after the last chunk [B, ...]
+InputCotangents = tuple[PyTree, PyTree, Chunks, Array]  # of slow, fast, chunks, lr
+_Carry = tuple[Start, BufferState]
 
 
 def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, Array], Result]:
@@ -78,7 +81,7 @@ def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, Array], Res
     forward, backward = TRAJECTORIES[loop.trajectory]
 
     @jax.custom_vjp
-    def run(slow, fast, chunks, lr):
+    def run(slow: PyTree, fast: PyTree, chunks: Chunks, lr: Array) -> Result:
         return forward(loop, slow, fast, chunks, lr)[0]
 
     run.defvjp(partial(forward, loop), partial(backward, loop))
@@ -88,7 +91,9 @@ def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, Array], Res
 # --- forward ----------------------------------------------------------------------------------
 
 
-def _forward_rewind(loop: LoopConfig, slow, fast, chunks: Chunks, lr) -> tuple[Result, _Residuals]:
+def _forward_rewind(
+    loop: LoopConfig, slow: PyTree, fast: PyTree, chunks: Chunks, lr: Array
+) -> tuple[Result, _Residuals]:
     """Saves the gradient of every chunk."""
     shared, rows = _share(loop, chunks, slow, lr)
     (end, buffers), (records, saved) = jax.lax.scan(
@@ -99,12 +104,12 @@ def _forward_rewind(loop: LoopConfig, slow, fast, chunks: Chunks, lr) -> tuple[R
 
 
 def _forward_recompute(
-    loop: LoopConfig, slow, fast, chunks: Chunks, lr
+    loop: LoopConfig, slow: PyTree, fast: PyTree, chunks: Chunks, lr: Array
 ) -> tuple[Result, _Residuals]:
     """Saves the fast weights before every segment of chunks."""
     shared, rows = _share(loop, chunks, slow, lr)
 
-    def segment(carry, rows):
+    def segment(carry: _Carry, rows: Row) -> tuple[_Carry, tuple[ChunkRecords, Start]]:
         start, _ = carry
         carry, (records, _) = jax.lax.scan(partial(_step, shared), carry, rows)
         return carry, (records, start)
@@ -115,13 +120,13 @@ def _forward_recompute(
     return result, _Residuals(slow, end.fast, chunks, lr, starts, buffers.buffered)
 
 
-def _share(loop: LoopConfig, chunks: Chunks, slow, lr) -> tuple[Shared, Row]:
+def _share(loop: LoopConfig, chunks: Chunks, slow: PyTree, lr: Array) -> tuple[Shared, Row]:
     number, batch, size = chunks.target_NBC.shape
     kv_buffer = KVBuffer(loop.chunk_model.split, number, size, batch)
     return Shared(loop.chunk_model, kv_buffer, slow, lr), Row(jnp.arange(number), chunks)
 
 
-def _first_carry(shared: Shared, fast) -> tuple[Start, BufferState]:
+def _first_carry(shared: Shared, fast: PyTree) -> _Carry:
     """Fast weights [B, ...], the state of their rule, and that of the model."""
     batch = shared.kv_buffer.batch
     fast = jax.tree.map(lambda w: jnp.broadcast_to(w, (batch, *w.shape)), fast)
@@ -130,7 +135,9 @@ def _first_carry(shared: Shared, fast) -> tuple[Start, BufferState]:
     return Start(fast, rule_state, buffers.recurrent), buffers
 
 
-def _step(shared: Shared, carry: tuple[Start, BufferState], row: Row):
+def _step(
+    shared: Shared, carry: _Carry, row: Row
+) -> tuple[_Carry, tuple[ChunkRecords, SavedChunk]]:
     """One chunk of the forward scan: (carry, (records, residuals))."""
     start, buffers = carry
     result = run_chunk(shared, start, buffers.buffered, row)
@@ -153,7 +160,9 @@ def _step(shared: Shared, carry: tuple[Start, BufferState], row: Row):
 # Chunks before the first exact one have no v: their updates are constants.
 
 
-def _backward_rewind(loop: LoopConfig, residuals: _Residuals, cotangents: Result):
+def _backward_rewind(
+    loop: LoopConfig, residuals: _Residuals, cotangents: Result
+) -> InputCotangents:
     """The chunks in reverse."""
     shared, rows = _share(loop, residuals.chunks, residuals.slow, residuals.lr)
     records_bar, _ = cotangents
@@ -167,13 +176,17 @@ def _backward_rewind(loop: LoopConfig, residuals: _Residuals, cotangents: Result
     return _input_cotangents(residuals, bar, x_bar)
 
 
-def _backward_recompute(loop: LoopConfig, residuals: _Residuals, cotangents: Result):
+def _backward_recompute(
+    loop: LoopConfig, residuals: _Residuals, cotangents: Result
+) -> InputCotangents:
     """The segments in reverse. Each is run forward again, which gives its chunks' residuals."""
     shared, rows = _share(loop, residuals.chunks, residuals.slow, residuals.lr)
     records_bar, _ = cotangents
     size = _segment_size(loop, rows)
 
-    def segment(carry, row: tuple[tuple[Row, ChunkRecords], Start], is_exact: bool):
+    def segment(
+        carry: BackwardCarry, row: tuple[tuple[Row, ChunkRecords], Start], is_exact: bool
+    ) -> tuple[BackwardCarry, Array]:
         (rows, records_bar), start = row
         end, saved = _recompute(shared, start, residuals.buffered, rows)
         _, bar = carry
@@ -196,10 +209,12 @@ TRAJECTORIES = {
 }
 
 
-def _recompute(shared: Shared, start: Start, buffered, rows: Row) -> tuple[Start, SavedChunk]:
+def _recompute(
+    shared: Shared, start: Start, buffered: PyTree, rows: Row
+) -> tuple[Start, SavedChunk]:
     """(what follows a segment, the residuals of its chunks [n, ...])."""
 
-    def step(start: Start, row: Row):
+    def step(start: Start, row: Row) -> tuple[Start, SavedChunk]:
         result = run_chunk(shared, start, buffered, row)
         recurrent = shared.kv_buffer.recurrent(result.state)
         return Start(result.fast, result.rule_state, recurrent), result.saved
@@ -207,12 +222,10 @@ def _recompute(shared: Shared, start: Start, buffered, rows: Row) -> tuple[Start
     return jax.lax.scan(step, start, rows)
 
 
-def _last_carry(
-    shared: Shared, residuals: _Residuals, cotangents: Result
-) -> tuple[PyTree, Cotangents]:
+def _last_carry(shared: Shared, residuals: _Residuals, cotangents: Result) -> BackwardCarry:
     """W_N, and the cotangents after the last chunk."""
 
-    def zeros(w):
+    def zeros(w: Array) -> Array:
         return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
     _, fast_bar = cotangents
@@ -222,7 +235,7 @@ def _last_carry(
     return residuals.fast_end, bar
 
 
-def _input_cotangents(residuals: _Residuals, bar: Cotangents, x_bar: Array):
+def _input_cotangents(residuals: _Residuals, bar: Cotangents, x_bar: Array) -> InputCotangents:
     """The cotangents of (slow, fast, chunks, lr) from those before the first chunk."""
     slow_bar = jax.tree.map(lambda total, w: total.astype(w.dtype), bar.slow, residuals.slow)
     fast_bar = jax.tree.map(lambda x: x.sum(0), bar.fast)
@@ -230,7 +243,12 @@ def _input_cotangents(residuals: _Residuals, bar: Cotangents, x_bar: Array):
     return slow_bar, fast_bar, Chunks(x_bar, no_cotangent, no_cotangent), bar.lr
 
 
-def _scan_back(body: Callable, carry, rows: PyTree, first_exact: int):
+def _scan_back(
+    body: Callable[..., tuple[BackwardCarry, Array]],
+    carry: BackwardCarry,
+    rows: PyTree,
+    first_exact: int,
+) -> tuple[BackwardCarry, Array]:
     """`lax.scan` of body(carry, row, is_exact=...) in reverse; is_exact from row first_exact on."""
     length = jax.tree.leaves(rows)[0].shape[0]
     parts: list[Array] = []

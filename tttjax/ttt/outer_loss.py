@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tttjax.config.schema import InnerConfig
 from tttjax.models.split_model import SplitModel
 from tttjax.models.stacking import combine
 from tttjax.models.transformer import Transformer, advance
@@ -63,7 +64,7 @@ def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
     return {"exact": None, "truncated": truncate_chunks, "first_order": 0, "none": 0}[meta_gradient]
 
 
-def make_inner_loop(inner) -> InnerLoop:
+def make_inner_loop(inner: InnerConfig) -> InnerLoop:
     """The inner loop of an `InnerConfig`."""
     rule = make_rule(
         inner.rule,
@@ -101,7 +102,12 @@ def split_chunks(x_T: Array, chunk_size: int) -> Array:
 
 
 def _make_output(
-    model: Transformer, chunk_loss_N, nll_T, grad_norm_N, fast: PyTree, fast_start: PyTree
+    model: Transformer,
+    chunk_loss_N: Array,
+    nll_T: Array,
+    grad_norm_N: Array,
+    fast: PyTree,
+    fast_start: PyTree,
 ) -> ForwardOutput:
     change = jax.tree.map(jnp.subtract, fast, fast_start)
     drift, by_layer = global_norm(change), norms(model, squares(change))
@@ -132,7 +138,9 @@ def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
     A chunk is (x_CD, targets_C, mask_C): prefix outputs, targets, whether they count.
     """
 
-    def chunk_loss(fast, state, chunk):
+    def chunk_loss(
+        fast: PyTree, state: PyTree, chunk: tuple[Array, Array, Array]
+    ) -> tuple[Array, tuple[PyTree, Array, Array]]:
         x_CD, target_C, mask_C = chunk
         weights = combine(slow, fast)
         x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)

@@ -30,7 +30,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     optax has the same value, but its derivative is NaN at g = 0.
     """
 
-    def update(g, state, params=None):
+    def update(
+        g: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
         del params
         norm = global_norm(g)
         is_small = norm < max_norm
@@ -43,7 +45,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def normalize_by_global_norm(norm: float) -> optax.GradientTransformation:
     """g / ||g|| * norm over all fast weights together; 0 stays 0."""
 
-    def update(g, state, params=None):
+    def update(
+        g: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
         del params
         length = global_norm(g)
         is_zero = length == 0
@@ -56,7 +60,9 @@ def normalize_by_global_norm(norm: float) -> optax.GradientTransformation:
 def _spare_zeros(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Passes zeros through, for a rule that divides arrays by their norm."""
 
-    def update(g, state, params=None):
+    def update(
+        g: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
         is_zero = jax.tree.map(lambda leaf: jnp.all(leaf == 0), g)
         safe = jax.tree.map(
             lambda zero, leaf: jnp.where(zero, jnp.ones_like(leaf), leaf), is_zero, g

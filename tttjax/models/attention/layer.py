@@ -37,22 +37,22 @@ class Attention(nnx.Module):
         D, H, G, K = model.embed_dim, model.num_heads, model.kv_heads, model.head_size
         dtype = jnp.dtype(model.param_dtype)
 
-        def weight(shape, axes):
+        def weight(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
-        def head_norm():
+        def head_norm() -> RMSNorm:
             return RMSNorm(K, "head_dim", eps=model.norm_eps, dtype=dtype)
 
-        def into_heads(heads, name):
+        def into_heads(heads: int, name: str) -> nnx.Param:
             return weight((D, heads, K), ("embed", name, "head_dim"))
 
         self.wq = into_heads(H, "heads")
         self.wk = into_heads(G, "kv_heads")
         self.wv = into_heads(G, "kv_heads")
         self.wo = weight((H, K, D), ("heads", "head_dim", "embed"))
-        self.q_norm = head_norm() if model.qk_norm else Identity()
-        self.k_norm = head_norm() if model.qk_norm else Identity()
+        self.q_norm: RMSNorm | Identity = head_norm() if model.qk_norm else Identity()
+        self.k_norm: RMSNorm | Identity = head_norm() if model.qk_norm else Identity()
         self.attention_mask = attention_mask(kind, model)
         self.apply_rope = partial(apply_rope, theta=model.rope_theta, scaling=model.rope_scaling)
         self.query_block = min(1024, max(128, model.window_size // 2))
@@ -78,7 +78,7 @@ class Attention(nnx.Module):
         returns a row for `cache.append_kv`.
         """
 
-        def project(weight):
+        def project(weight: nnx.Param) -> Array:
             return jnp.einsum("td,dhk->thk", x_TD, weight[...].astype(x_TD.dtype))
 
         q_THK = self.q_norm(project(self.wq))
@@ -102,12 +102,20 @@ class Attention(nnx.Module):
             y_THK, state = self._attend_full(q_THK, k_TGK, v_TGK, state, position)
         return jnp.einsum("thk,hkd->td", y_THK, self.wo[...].astype(x_TD.dtype)), state
 
-    def _attend_window(self, q_THK, k_TGK, v_TGK, state, position, form):
+    def _attend_window(
+        self,
+        q_THK: Array,
+        k_TGK: Array,
+        v_TGK: Array,
+        state: MixerState,
+        position: Array,
+        form: AttentionForm,
+    ) -> tuple[Array, MixerState]:
         """Attends to the window's keys, then the new ones, at relative positions 0..W+T-1."""
         window, length = state["k"].shape[0], q_THK.shape[0]
         slot_S = jnp.arange(window + length)
 
-        def rotated(x_THK, first):
+        def rotated(x_THK: Array, first: int) -> Array:
             return self.apply_rope(x_THK, slot_S[first : first + x_THK.shape[0]])
 
         new_state = {"k": k_TGK, "v": v_TGK}
@@ -134,7 +142,9 @@ class Attention(nnx.Module):
         )
         return y_THK, new_state
 
-    def _attend_full(self, q_THK, k_TGK, v_TGK, state, position):
+    def _attend_full(
+        self, q_THK: Array, k_TGK: Array, v_TGK: Array, state: MixerState, position: Array
+    ) -> tuple[Array, MixerState]:
         """Attends to all keys of the sequence, each at its own position in a buffer."""
         length = q_THK.shape[0]
         query_T = position + jnp.arange(length)
@@ -143,7 +153,7 @@ class Attention(nnx.Module):
         v_SGK = self.cache.append(state["v"], v_TGK, position)
         key_S = jnp.arange(k_SGK.shape[0])
 
-        def block(rows):
+        def block(rows: tuple[Array, Array]) -> Array:
             q_QHK, query_Q = rows
             return attend(q_QHK, k_SGK, v_SGK, mask_fn(query_Q, key_S, self.attention_mask))
 
@@ -156,7 +166,9 @@ class Attention(nnx.Module):
             y_THK = block(rows)
         return y_THK, {"k": k_SGK, "v": v_SGK}
 
-    def _attend_decode(self, q_1HK, k_1GK, v_1GK, state, position):
+    def _attend_decode(
+        self, q_1HK: Array, k_1GK: Array, v_1GK: Array, state: MixerState, position: Array
+    ) -> tuple[Array, MixerState]:
         """One token; the returned state is its row alone."""
         slot = self.cache.slot(state, position)
         q_1HK, rotated_1GK = self.apply_rope(q_1HK, slot[None]), self.apply_rope(k_1GK, slot[None])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.config.model import ModelConfig
-from tttjax.models.caches import RecurrentCache
+from tttjax.models.caches import MixerState, RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.recurrent import (
@@ -39,15 +39,15 @@ class GatedDeltaNet(nnx.Module):
         key_heads, value_heads, key_dim, value_dim = model.gated_deltanet.sizes(model)
         embed_dim, dtype = model.embed_dim, jnp.dtype(model.param_dtype)
 
-        def matrix(shape, axes):
+        def matrix(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
-        def into(*heads):
+        def into(*heads: int) -> nnx.Param:
             axes = ("embed", "heads", "head_dim")[: 1 + len(heads)]
             return matrix((embed_dim, *heads), axes)
 
-        def conv(*heads):
+        def conv(*heads: int) -> nnx.Param:
             return uniform_taps(rngs, model.conv_size, heads, ("heads", "head_dim"), dtype)
 
         self.wq, self.wk = into(key_heads, key_dim), into(key_heads, key_dim)
@@ -79,10 +79,10 @@ class GatedDeltaNet(nnx.Module):
         del position, form
         cache = state or {}
 
-        def convolved(weight, name):
+        def convolved(weight: nnx.Param, name: str) -> tuple[Array, MixerState]:
             kernel_JHK = getattr(self, name)[...]
             out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, cache.get(name))
-            return jax.nn.silu(out_THK), last
+            return jax.nn.silu(out_THK), {} if last is None else {name: last}
 
         q_THK, last_q = convolved(self.wq, "conv_q")
         k_THK, last_k = convolved(self.wk, "conv_k")
@@ -95,7 +95,7 @@ class GatedDeltaNet(nnx.Module):
         else:
             o_THV, memory = gated_delta_rule(*inputs, state["memory"], self.chunk)
         if state is not None:
-            state = {"memory": memory, "conv_q": last_q, "conv_k": last_k, "conv_v": last_v}
+            state = {"memory": memory, **last_q, **last_k, **last_v}
         y_THV = self._gated_norm(o_THV, project(x_TD, self.wz))
         return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
 

@@ -33,7 +33,7 @@ def kda_recurrent(
     """
     tokens = _prepare(q_THK, k_THK, v_THV, g_THK, beta_TH)
 
-    def step(s_HKV, token):
+    def step(s_HKV: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q_HK, k_HK, v_HV, g_HK, beta_H = token
         s_HKV = jnp.exp(g_HK)[:, :, None] * s_HKV
         d_HV = beta_H[:, None] * (v_HV - jnp.einsum("hkv,hk->hv", s_HKV, k_HK))
@@ -64,7 +64,7 @@ def kda_chunked(
     chunk = _power_of_two(min(chunk, length))
     chunks = -(-length // chunk)
 
-    def in_chunks(x_TH):
+    def in_chunks(x_TH: Array) -> Array:
         """[T, H, ...] -> [N, H, C, ...]; padding tokens are zero: no decay, no update."""
         back = [(0, chunks * chunk - length)] + [(0, 0)] * (x_TH.ndim - 1)
         x_NCH = jnp.pad(x_TH, back).reshape(chunks, chunk, *x_TH.shape[1:])
@@ -79,7 +79,7 @@ def kda_chunked(
     d_free_NHCV = solve_NHCC @ v_NHCV
     d_memory_NHCK = solve_NHCC @ k_start_NHCK
 
-    def step(s_HKV, x):
+    def step(s_HKV: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         d_free_HCV, d_memory_HCK, k_end_HCK, decay_HK = x
         d_HCV = d_free_HCV - d_memory_HCK @ s_HKV
         next_s_HKV = decay_HK[:, :, None] * s_HKV + k_end_HCK.mT @ d_HCV
@@ -126,7 +126,7 @@ def _decayed_products(q_CK: Array, k_CK: Array, g_CK: Array) -> tuple[Array, ...
     -inf included) costs the others no precision.
     """
 
-    def joined(first_MBK, second_MBK):
+    def joined(first_MBK: Array, second_MBK: Array) -> Array:
         return jnp.stack((first_MBK, second_MBK), axis=-3).reshape(g_CK.shape)
 
     # Sums in the token's block: from the start up to the token, and after the token to the end.

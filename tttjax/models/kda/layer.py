@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.config.model import ModelConfig
-from tttjax.models.caches import RecurrentCache
+from tttjax.models.caches import MixerState, RecurrentCache
 from tttjax.models.kda.delta_rule import kda_chunked, kda_recurrent
 from tttjax.models.layers import normal_weight
 from tttjax.models.mixer import AttentionForm, State
@@ -39,18 +39,18 @@ class KimiDeltaAttention(nnx.Module):
         per_head = ("heads", "head_dim")
         keys, values = (heads, key_dim), (heads, value_dim)
 
-        def matrix(shape, axes):
+        def matrix(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
-        def into(*shape):
+        def into(*shape: int) -> nnx.Param:
             return matrix((embed_dim, *shape), ("embed", *per_head[: len(shape)]))
 
-        def low_rank(*shape):
+        def low_rank(*shape: int) -> tuple[nnx.Param, nnx.Param]:
             down = matrix((embed_dim, value_dim), ("embed", "hidden"))
             return down, matrix((value_dim, *shape), ("hidden", *per_head))
 
-        def conv(*shape):
+        def conv(*shape: int) -> nnx.Param:
             return uniform_taps(rngs, model.conv_size, shape, per_head, dtype)
 
         self.wq, self.wk, self.wv = into(*keys), into(*keys), into(*values)
@@ -82,10 +82,10 @@ class KimiDeltaAttention(nnx.Module):
         del position, form
         cache = state or {}
 
-        def convolved(weight, name):
+        def convolved(weight: nnx.Param, name: str) -> tuple[Array, MixerState]:
             kernel_JHK = getattr(self, name)[...]
             out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, cache.get(name))
-            return jax.nn.silu(out_THK), last
+            return jax.nn.silu(out_THK), {} if last is None else {name: last}
 
         q_THK, last_q = convolved(self.wq, "conv_q")
         k_THK, last_k = convolved(self.wk, "conv_k")
@@ -98,7 +98,7 @@ class KimiDeltaAttention(nnx.Module):
         else:
             o_THV, memory = kda_chunked(*inputs, state["memory"], self.chunk)
         if state is not None:
-            state = {"memory": memory, "conv_q": last_q, "conv_k": last_k, "conv_v": last_v}
+            state = {"memory": memory, **last_q, **last_k, **last_v}
         y_THV = self._gated_norm(o_THV, x_TD)
         return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.config.model import ModelConfig
-from tttjax.models.caches import RecurrentCache
+from tttjax.models.caches import MixerState, RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.recurrent import (
@@ -36,20 +36,20 @@ class Mamba2(nnx.Module):
         heads, head_dim = sizes.heads(model), sizes.head_dim
         dtype = jnp.dtype(model.param_dtype)
 
-        def weight(shape, axes):
+        def weight(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             std = model.init_std
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
         per_head = (heads, head_dim), ("heads", "head_dim")
         per_group = (sizes.groups, sizes.state_size), ("kv_groups", "state")
 
-        def input_weight(shape, axes):
+        def input_weight(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return weight((embed_dim, *shape), ("embed", *axes))
 
-        def taps(shape, axes):
+        def taps(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return uniform_taps(rngs, model.conv_size, shape, axes, dtype)
 
-        def full(value, shape, axes):
+        def full(value: int, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
         self.wz, self.wx = input_weight(*per_head), input_weight(*per_head)
@@ -84,10 +84,10 @@ class Mamba2(nnx.Module):
         del position, form
         cache = state or {}
 
-        def convolved(weight, name):
+        def convolved(weight: nnx.Param, name: str) -> tuple[Array, MixerState]:
             kernel, bias = getattr(self, name), getattr(self, f"{name}_bias")
             out, last = short_conv(project(x_TD, weight), kernel[...], bias[...], cache.get(name))
-            return jax.nn.silu(out), last
+            return jax.nn.silu(out), {} if last is None else {name: last}
 
         x_THP, last_x = convolved(self.wx, "conv_x")
         b_TGN, last_b = convolved(self.wb, "conv_b")
@@ -104,7 +104,7 @@ class Mamba2(nnx.Module):
             y_THP, ssm = ssd(*operands, state["ssm"], self.chunk)
         u_THP = self._gated_norm(y_THP, project(x_TD, self.wz))
         if state is not None:
-            state = {"ssm": ssm, "conv_x": last_x, "conv_b": last_b, "conv_c": last_c}
+            state = {"ssm": ssm, **last_x, **last_b, **last_c}
         return jnp.einsum("thp,hpd->td", u_THP, self.wo[...].astype(x_TD.dtype)), state
 
     def _step_sizes(self, x_TD: Array) -> Array:

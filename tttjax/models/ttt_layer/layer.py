@@ -5,14 +5,12 @@ Two backbones: "plain" projects queries, keys and values; "mamba" computes queri
 projection by two short convolutions, and gates the output.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.config.model import ModelConfig
-from tttjax.models.caches import RecurrentCache
+from tttjax.models.caches import MixerState, RecurrentCache
 from tttjax.models.layers import normal_weight
 from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.ttt_layer.config import MLP_WIDTH
@@ -53,13 +51,14 @@ class TTTLayer(nnx.Module):
         self.norm_eps = settings.norm_eps or model.norm_eps
         dtype, std = jnp.dtype(model.param_dtype), model.init_std
 
-        def matrix(shape, axes):
+        def matrix(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype, cast_to_compute=True)
 
-        def inner_matrix(shape, axes):  # updated by the layer, in float32 at least
+        def inner_matrix(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+            # updated by the layer, in float32 at least
             return normal_weight(rngs, shape, axes, std=std, dtype=dtype)
 
-        def constant(value, shape, axes):
+        def constant(value: int, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
             return nnx.Param(jnp.full(shape, value, dtype), axes=axes)
 
         into_heads = (embed_dim, num_heads, head_dim), ("embed", "heads", "head_dim")
@@ -160,21 +159,24 @@ class TTTLayer(nnx.Module):
             state = {**(inner_state or {}), **convs}
         return self._join_heads(z_THK, x_TD), state
 
-    def _project(self, weight: Any, x_TD: Array) -> Array:
+    def _project(self, weight: nnx.Param, x_TD: Array) -> Array:
         return jnp.einsum("td,dhk->thk", x_TD, weight[...].astype(x_TD.dtype))
 
-    def _queries_and_keys(self, x_TD: Array, state: State):
+    def _queries_and_keys(self, x_TD: Array, state: State) -> tuple[dict[str, Array], MixerState]:
         """({"q", "k"} [T, H, K] before RoPE, the convolutions' new states)."""
         if self.backbone == "plain":
             names = ("q", "k") if self.output == "query" else ("k",)
             return {name: self._project(getattr(self, f"w{name}"), x_TD) for name in names}, {}
         u_THK = self._project(self.wq, x_TD)
-        qk, convs = {}, {}
+        qk: dict[str, Array] = {}
+        convs: MixerState = {}
         for name in self._convolved:
             conv = f"conv_{name}"
             kernel, bias = getattr(self, conv)[...], getattr(self, f"{conv}_bias")[...]
             conv_state = None if state is None else state[conv]
-            qk[name], convs[conv] = short_conv(u_THK, kernel, bias, conv_state)
+            qk[name], last = short_conv(u_THK, kernel, bias, conv_state)
+            if last is not None:
+                convs[conv] = last
         return qk, convs
 
     def _join_heads(self, z_THK: Array, x_TD: Array) -> Array:
