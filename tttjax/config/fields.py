@@ -56,12 +56,12 @@ def fields_of(section: type) -> dict[str, dataclasses.Field]:
     return result
 
 
-def get_value(section: Any, name: str) -> Any:
+def get_value(section: object, name: str) -> Any:
     """The value of a dotted name."""
     return reduce(getattr, name.split("."), section)
 
 
-def fingerprint_values(section: Any) -> Iterator[tuple[str, str, Any]]:
+def fingerprint_values(section: object) -> Iterator[tuple[str, str, Any]]:
     """(name, name in fingerprints, value) of the fields that decide the numbers of a run.
 
     A field that was added later counts only if it differs from its default, so that fingerprints

@@ -250,7 +250,7 @@ def _read_json(path: Path, kind: type = object) -> Any:
         ) from None
 
 
-def _write_json(path: Path, values: Any) -> None:
+def _write_json(path: Path, values: object) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
 

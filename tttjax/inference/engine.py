@@ -12,7 +12,7 @@ batches of powers of two, so that few shapes are compiled. Decoding advances all
 by one token, at any positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -61,12 +61,14 @@ class Engine:
     # --- compiled functions ---------------------------------------------------------------------
 
     @cached_property
-    def _read_chunks(self):
+    def _read_chunks(self) -> Callable[..., tuple[Context, ChunkRecords]]:
         return jax.jit(partial(read_chunks, self.inference_model), static_argnames="at_start")
 
     @cached_property
-    def _extend(self):
-        def run(weights: Weights, context: Context, token_BT: Array, at_start: bool):
+    def _extend(self) -> Callable[..., tuple[Context, Array]]:
+        def run(
+            weights: Weights, context: Context, token_BT: Array, at_start: bool
+        ) -> tuple[Context, Array]:
             context, h_BTD = extend(
                 self.inference_model, weights, context, token_BT, at_start=at_start
             )
@@ -75,16 +77,16 @@ class Engine:
         return jax.jit(run, static_argnames="at_start")
 
     @cached_property
-    def _step(self):
+    def _step(self) -> Callable[..., tuple[DecodeState, Array]]:
         """One token each for R sessions at any positions."""
         return jax.jit(partial(decode_step, self.inference_model), donate_argnums=1)
 
     @cached_property
-    def _to_decode_state(self):
+    def _to_decode_state(self) -> Callable[..., DecodeState]:
         return jax.jit(partial(to_decode_state, self.inference_model, capacity=self.capacity))
 
     @cached_property
-    def _from_decode_state(self):
+    def _from_decode_state(self) -> Callable[..., Context]:
         return jax.jit(partial(from_decode_state, self.inference_model))
 
     @property

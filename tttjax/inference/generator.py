@@ -100,10 +100,12 @@ def _before(request: Request, tokenizer: Tokenizer) -> list[int]:
 @partial(jax.jit, donate_argnums=2)
 def _sample(
     seed_R: Array, position_R: Array, occurred_RV: Array, logit_RV: Array, params: SamplingParams
-):
+) -> tuple[Array, Array, Array]:
     """(tokens [R], log-probabilities [R], `occurred_RV` with these tokens)."""
 
-    def one(seed, position, occurred_V, logit_V, params):
+    def one(
+        seed: Array, position: Array, occurred_V: Array, logit_V: Array, params: SamplingParams
+    ) -> tuple[Array, Array, Array]:
         key = jax.random.fold_in(jax.random.key(seed), position)
         token, logprob = sample_token(key, logit_V, occurred_V, params)
         return token, logprob, occurred_V.at[token].set(True)

@@ -54,6 +54,9 @@ class Weights(NamedTuple):
     sequential: PyTree
 
 
+UpdateCarry = tuple[PyTree, PyTree, PyTree]  # the sequential part's state, fast, rule_state
+
+
 class Context(NamedTuple):
     """The state of B sequences; arrays are [B, ...] but for the positions.
 
@@ -131,7 +134,7 @@ def read_chunks(
         inference_model, weights, context, token_BT, next_B, mask_BT, at_start
     )
 
-    def step(carry, chunk):
+    def step(carry: UpdateCarry, chunk: Chunks) -> tuple[UpdateCarry, ChunkRecords]:
         carry, records, _ = update_from_chunk(inference_model, weights, carry, chunk)
         return carry, records
 
@@ -165,9 +168,9 @@ def prepare_chunks(
 def update_from_chunk(
     inference_model: InferenceModel,
     weights: Weights,
-    carry: tuple[PyTree, PyTree, PyTree],
+    carry: UpdateCarry,
     chunk: Chunks,
-) -> tuple[tuple[PyTree, PyTree, PyTree], ChunkRecords, PyTree]:
+) -> tuple[UpdateCarry, ChunkRecords, PyTree]:
     """One chunk and its update: (the new carry, its records, the gradient of each sequence).
 
     carry: the sequential part's state, fast weights, rule state. chunk: without axis N.

@@ -4,7 +4,6 @@ Parameters are arrays, so that requests with different parameters are sampled to
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import flax.struct
 import jax
@@ -40,7 +39,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, (low, high) = getattr(self, field.name), LIMITS[field.name]
             if not low <= value <= high:
@@ -68,7 +67,7 @@ class SamplingParams:
 
 def stack(requests: list[Sampling]) -> SamplingParams:
     """The parameters of several requests as arrays."""
-    columns: dict[str, Any] = {
+    columns: dict[str, Array] = {
         field.name: jnp.asarray([getattr(request, field.name) for request in requests])
         for field in fields(Sampling)
     }

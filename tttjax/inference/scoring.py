@@ -4,7 +4,7 @@ Like decoding with given tokens (teacher forcing): token i is scored after all t
 inner updates follow the same rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -113,10 +113,12 @@ class Scorer:
         return next(iter(bucket_sizes(min(capacity, length, LARGEST_SCORED))), 0)
 
     @cached_property
-    def _extend(self):
+    def _extend(self) -> Callable[..., tuple[Context, Array, Array, Array]]:
         inference_model = self._engine.inference_model
 
-        def run(weights: Weights, context: Context, logit_V: Array, token_T: Array):
+        def run(
+            weights: Weights, context: Context, logit_V: Array, token_T: Array
+        ) -> tuple[Context, Array, Array, Array]:
             now, h_BTD = extend(inference_model, weights, context, token_T[None])
             logit_TV = logits(inference_model, weights, now, h_BTD)[0]
             before_TV = jnp.concatenate((logit_V[None], logit_TV[:-1]))

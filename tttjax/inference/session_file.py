@@ -28,6 +28,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 
 from tttjax.config import Config
 from tttjax.config.fields import fingerprint_values
@@ -389,7 +390,7 @@ def _expected(engine: Engine, header: SessionHeader) -> dict[str, tuple[tuple[in
         "counted": ((header.pending,), np.dtype(np.uint8)),
     }
 
-    def add(name: str, like: Array, shape: tuple[int, ...], dtype: Any = None) -> None:
+    def add(name: str, like: Array, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> None:
         expected[name] = (shape, np.dtype(dtype or like.dtype))
 
     for name, cache, leaf in _rows(engine, start.learned):

@@ -122,7 +122,7 @@ def _check_header(header: SessionHeader) -> None:
         raise ValueError("source lacks its text or counts")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 

@@ -4,6 +4,7 @@
 sequential part of the model. The two are separate programs, so they may round differently.
 """
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from tttjax.inference.engine import Engine
 from tttjax.inference.prefill import (
     Context,
     InferenceModel,
+    UpdateCarry,
     Weights,
     prepare_chunks,
     update_from_chunk,
@@ -60,7 +62,7 @@ def trace_chunks(
     def drift(fast: PyTree) -> Array:
         return by_layer(jax.tree.map(jnp.subtract, fast, zero))
 
-    def step(carry, chunk: Chunks):
+    def step(carry: UpdateCarry, chunk: Chunks) -> tuple[UpdateCarry, UpdateTrace]:
         sequential_before, _, _ = carry
         carry, records, g = update_from_chunk(inference_model, weights, carry, chunk)
         _, fast, _ = carry
@@ -85,6 +87,6 @@ class TracingEngine(Engine):
     """An engine whose `read` returns `UpdateTrace`, not `ChunkRecords`."""
 
     @cached_property
-    def _read_chunks(self):
+    def _read_chunks(self) -> Callable[..., tuple[Context, PyTree]]:
         run = jax.jit(partial(trace_chunks, self.inference_model), static_argnames="at_start")
         return partial(run, self._empty_context.fast)

@@ -45,7 +45,7 @@ def gated_delta_rule_recurrent(
     q_THK, k_THK = (jnp.repeat(x, groups, axis=1) for x in (q_THK, k_THK))
     tokens = _prepare(q_THK, k_THK, v_THV, g_TH, beta_TH)
 
-    def step(s_HKV, token):
+    def step(s_HKV: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q_HK, k_HK, v_HV, g_H, beta_H = token
         s_HKV = jnp.exp(g_H)[:, None, None] * s_HKV
         d_HV = beta_H[:, None] * (v_HV - jnp.einsum("hkv,hk->hv", s_HKV, k_HK))
@@ -77,13 +77,13 @@ def gated_delta_rule(
     chunk = max(1, min(chunk, length))
     chunks = -(-length // chunk)
 
-    def in_chunks(x_TH):
+    def in_chunks(x_TH: Array) -> Array:
         """[T, H, ...] -> [N, H, C, ...]; padding tokens are zero: no decay, no update."""
         back = [(0, chunks * chunk - length)] + [(0, 0)] * (x_TH.ndim - 1)
         x_NCH = jnp.pad(x_TH, back).reshape(chunks, chunk, *x_TH.shape[1:])
         return jnp.moveaxis(x_NCH, 1, 2)
 
-    def for_value_heads(x_NHC):
+    def for_value_heads(x_NHC: Array) -> Array:
         return jnp.repeat(x_NHC, groups, axis=1)
 
     wide = _prepare(q_THK, k_THK, v_THV, g_TH, beta_TH)
@@ -100,7 +100,7 @@ def gated_delta_rule(
     d_memory_NHCK = (solve_NHCC * from_start_NHC[..., None, :]) @ k_NHCK
     k_end_NHCK = between_NHCC[..., -1, :, None] * k_NHCK
 
-    def step(s_HKV, x):
+    def step(s_HKV: Array, x: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         d_free_HCV, d_memory_HCK, k_end_HCK, decay_H = x
         d_HCV = d_free_HCV - d_memory_HCK @ s_HKV
         next_s_HKV = decay_H[:, None, None] * s_HKV + k_end_HCK.mT @ d_HCV
@@ -131,7 +131,7 @@ def _decays(g_NHC: Array) -> tuple[Array, Array]:
     fraction_NHC = jnp.cumsum(g_NHC - integer_NHC, axis=-1)
     integer_NHC = jnp.cumsum(integer_NHC, axis=-1)
 
-    def differences(x_NHC):
+    def differences(x_NHC: Array) -> Array:
         return x_NHC[..., :, None] - x_NHC[..., None, :]
 
     causal_CC = np.tri(g_NHC.shape[-1], dtype=bool)
@@ -165,7 +165,7 @@ def unit_lower_inverse(a_CC: Array) -> Array:
 
 
 @unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
+def _unit_lower_inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     inverse_CC = unit_lower_inverse(*primals)
     return inverse_CC, -_matmul_highest(_matmul_highest(inverse_CC, *tangents), inverse_CC)
 

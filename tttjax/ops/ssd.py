@@ -48,14 +48,14 @@ def ssd(
     chunks_per_segment = -(-count // max(segments, 1))
     tokens = segments * chunks_per_segment * chunk
 
-    def split(array_T):
+    def split(array_T: Array) -> Array:
         """[T, ...] -> [segments, M, C, ...], padded with tokens of dt = 0, which have no effect."""
         padding = [(0, tokens - length)] + [(0, 0)] * (array_T.ndim - 1)
         return jnp.pad(array_T, padding).reshape(
             segments, chunks_per_segment, chunk, *array_T.shape[1:]
         )
 
-    def by_group(array, axis):
+    def by_group(array: Array, axis: int) -> Array:
         """[..., H, ...] -> [..., G, R, ...]"""
         shape = array.shape
         return array.reshape(*shape[:axis], groups, heads // groups, *shape[axis + 1 :])
@@ -83,13 +83,13 @@ def _default_chunks_per_segment() -> int:
     return 1 if jax.default_backend() == "cpu" else 16
 
 
-def _segment(skip_GR: Array, state_GRPN: Array, operands) -> tuple[Array, Array]:
+def _segment(skip_GR: Array, state_GRPN: Array, operands: tuple[Array, ...]) -> tuple[Array, Array]:
     """M chunks in parallel: the state after them, and y [M, C, G, R, P] in the dtype of x."""
     x_MCGRP, dt_MCGR, log_decay_MCGR, b_MCGN, c_MCGN = operands
     dt_MGRC = jnp.moveaxis(dt_MCGR, 1, -1)
     log_decay_sum_MGRC = jnp.moveaxis(jnp.cumsum(log_decay_MCGR, axis=1), 1, -1)
 
-    def next_chunk(state_GRPN, step):
+    def next_chunk(state_GRPN: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
         decay_GR, update_GRPN = step
         return decay_GR[..., None, None] * state_GRPN + update_GRPN, state_GRPN
 
@@ -112,7 +112,9 @@ def _log_decay(dt_TH: Array, a_H: Array) -> Array:
     return jnp.maximum(dt_TH * a_H.astype(dt_TH.dtype), least)
 
 
-def _within_chunks(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN, c_MCGN) -> Array:
+def _within_chunks(
+    x_MSGRP: Array, dt_MGRS: Array, log_decay_sum_MGRS: Array, b_MSGN: Array, c_MCGN: Array
+) -> Array:
     """Outputs from tokens of the same chunk: (c b^T * decay * dt) x."""
     wide = dt_MGRS.dtype
     score_MGCS = jnp.einsum("mcgn,msgn->mgcs", c_MCGN, b_MSGN, preferred_element_type=wide)
@@ -127,7 +129,9 @@ def _within_chunks(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN, c_MCGN) -> Arra
     )  # fmt: skip
 
 
-def _state_updates(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN) -> Array:
+def _state_updates(
+    x_MSGRP: Array, dt_MGRS: Array, log_decay_sum_MGRS: Array, b_MSGN: Array
+) -> Array:
     """Each chunk's contribution to the state after its last token: [M, G, R, P, N]."""
     scale_MGRS = jnp.exp(log_decay_sum_MGRS[..., -1:] - log_decay_sum_MGRS) * dt_MGRS
     scaled_MSGRP = jnp.moveaxis(scale_MGRS, -1, 1)[..., None] * x_MSGRP
@@ -137,7 +141,7 @@ def _state_updates(x_MSGRP, dt_MGRS, log_decay_sum_MGRS, b_MSGN) -> Array:
     )  # fmt: skip
 
 
-def _from_state(start_MGRPN, log_decay_sum_MGRC, c_MCGN) -> Array:
+def _from_state(start_MGRPN: Array, log_decay_sum_MGRC: Array, c_MCGN: Array) -> Array:
     """Outputs from the state at the start of each chunk: [M, C, G, R, P]."""
     y_MCGRP = jnp.einsum(
         "mcgn,mgrpn->mcgrp", c_MCGN, start_MGRPN.astype(c_MCGN.dtype),
@@ -160,7 +164,7 @@ def ssd_recurrent(
     wide = jnp.promote_types(x_THP.dtype, jnp.float32)
     a_H, skip_H = a_H.astype(wide), skip_H.astype(wide)
 
-    def step(state_HPN, token):
+    def step(state_HPN: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         x_HP, dt_H, b_GN, c_GN = (array.astype(wide) for array in token)
         b_HN, c_HN = (jnp.repeat(array, heads // groups, axis=0) for array in (b_GN, c_GN))
         update_HPN = (dt_H[:, None] * x_HP)[:, :, None] * b_HN[:, None, :]

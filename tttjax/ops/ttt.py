@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.ops.norms import layer_norm
-from tttjax.types import Array
+from tttjax.types import Array, PyTree
 
 Weights = dict[str, Array]  # w1 [H,K,O], b1 [H,O]; with two layers also w2 [H,O,K], b2 [H,K]
 
@@ -137,7 +137,7 @@ def final_weights(
 
 
 def _update_if_full(
-    weights: Weights, sums: Weights, rate: Array, full: Array
+    weights: Weights, sums: Weights, rate: Array, full: Array | bool
 ) -> tuple[Weights, Weights]:
     """Where `full`, applies the gradient sums to the weights and resets them."""
     updated = jax.tree.map(lambda w, total: jnp.where(full, w - rate * total, w), weights, sums)
@@ -147,7 +147,15 @@ def _update_if_full(
 # --- the loop over mini-batches -------------------------------------------------------------------
 
 
-def _decode(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
+def _decode(
+    tokens: Tokens,
+    rate_C: Array,
+    weights: Weights,
+    sums: Weights,
+    phase: Array | int,
+    norm: InnerNorm,
+    form: str,
+) -> tuple[Array, tuple[Weights, Weights]]:
     """The decoding form: one token, at index `phase` of its mini-batch."""
     chunk = rate_C.shape[0]
     one = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tokens)  # [H, 1, ...]
@@ -156,7 +164,15 @@ def _decode(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form:
     return jnp.swapaxes(z_HCK, 0, 1), _update_if_full(weights, sums, rate_C[-1], phase == chunk - 1)
 
 
-def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: str):
+def _scan(
+    tokens: Tokens,
+    rate_C: Array,
+    weights: Weights,
+    sums: Weights | None,
+    phase: Array | int,
+    norm: InnerNorm,
+    form: str,
+) -> tuple[Array, PyTree]:
     """Scan over mini-batches. phase: slots of the first one that earlier calls have filled.
 
     sums None: this call is the whole sequence, and `phase` is 0.
@@ -165,7 +181,7 @@ def _scan(tokens: Tokens, rate_C, weights, sums, phase, norm: InnerNorm, form: s
     most_filled = 0 if sums is None else chunk - 1
     count = -(-(length + most_filled) // chunk)
 
-    def step(carry, row):
+    def step(carry: PyTree, row: tuple[Array, Tokens]) -> tuple[PyTree, Array]:
         weights, sums = carry
         last_slot, mini_batch = row
         z_HCK, gradient = _mini_batch(mini_batch, rate_C, weights, sums, norm, form)
@@ -196,7 +212,12 @@ def _to_mini_batches(x_TH: Array, phase: Array | int, count: int, chunk: int) ->
 
 
 def _mini_batch(
-    tokens: Tokens, rate_C: Array, weights: Weights, sums: Weights | None, norm: InnerNorm, form
+    tokens: Tokens,
+    rate_C: Array,
+    weights: Weights,
+    sums: Weights | None,
+    norm: InnerNorm,
+    form: str,
 ) -> tuple[Array, Weights]:
     """(z [H, C, K], sum_j lam_j dl_j/dW).
 
@@ -221,7 +242,9 @@ def _mini_batch(
     return z_HCK, gradient
 
 
-def _errors(tokens: Tokens, weights: Weights, norm: InnerNorm):
+def _errors(
+    tokens: Tokens, weights: Weights, norm: InnerNorm
+) -> tuple[list[Array], list[Array], Array]:
     """For every dense layer its inputs x_j [H, C, I] and errors e_j = lam_j dl_j/dy_j [H, C, O].
 
     Also LN(f(k)) [H, C, K].
@@ -239,7 +262,14 @@ def _errors(tokens: Tokens, weights: Weights, norm: InnerNorm):
     return inputs[:depth], errors, normed_HCK
 
 
-def _apply_dual(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
+def _apply_dual(
+    x_HCI: Array,
+    dense: tuple[Array, Array],
+    previous: tuple[Array, Array] | None,
+    key_HCI: Array,
+    error_HCO: Array,
+    rate_C: Array,
+) -> Array:
     """x_i W_i + b_i [H, C, O] without computing W_i; the bias is a weight with input 1."""
     overlap_HCC = jnp.tril(jnp.einsum("hci,hsi->hcs", x_HCI, key_HCI) + 1)
     update_HCO = jnp.einsum("hcs,hso->hco", overlap_HCC, error_HCO)
@@ -248,7 +278,14 @@ def _apply_dual(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
     return _dense(x_HCI, *dense) - rate_C[:, None] * update_HCO
 
 
-def _apply_primal(x_HCI, dense, previous, key_HCI, error_HCO, rate_C) -> Array:
+def _apply_primal(
+    x_HCI: Array,
+    dense: tuple[Array, Array],
+    previous: tuple[Array, Array] | None,
+    key_HCI: Array,
+    error_HCO: Array,
+    rate_C: Array,
+) -> Array:
     """x_i W_i + b_i [H, C, O] from the weights of every token."""
     w_HIO, b_HO = dense
     update_HCIO = jnp.cumsum(key_HCI[..., :, None] * error_HCO[..., None, :], axis=1)

@@ -5,6 +5,7 @@ chunk with buffered keys, and a decoded token. `attend` materializes all scores;
 gives the same result in blocks of queries, with memory O(T x (window + block)) instead of O(T x T).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def attend_decode(
     groups, head_dim = k_GK.shape
     q_GRK = q_HK.reshape(groups, -1, head_dim)
 
-    def product(subscripts, a, b):
+    def product(subscripts: str, a: Array, b: Array) -> Array:
         return jnp.einsum(subscripts, a, b, preferred_element_type=accum_dtype)
 
     score_GRS = jnp.where(
@@ -112,14 +113,19 @@ def _pad_tokens(x_THK: Array, pad_start: int, pad_end: int) -> Array:
     return jnp.pad(x_THK, ((pad_start, pad_end), (0, 0), (0, 0)))
 
 
-def _map_blocks(block_fn, starts: Array) -> Array:
+def _map_blocks(block_fn: Callable[[Array], Array], starts: Array) -> Array:
     """Maps block_fn over `starts` sequentially, rematerialized; concatenates along tokens."""
     out = jax.lax.map(jax.checkpoint(block_fn, prevent_cse=False), starts)
     return out.reshape((-1, *out.shape[2:]))
 
 
 def _attend_windowed(
-    q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, max_keys: int, query_block: int
+    q_THK: Array,
+    k_TGK: Array,
+    v_TGK: Array,
+    attention_mask: AttentionMask,
+    max_keys: int,
+    query_block: int,
 ) -> Array:
     """Each block of queries attends to itself and to the `max_keys` keys before it."""
     length = q_THK.shape[0]
@@ -128,7 +134,7 @@ def _attend_windowed(
     k_SGK = _pad_tokens(k_TGK, max_keys, pad_end)
     v_SGK = _pad_tokens(v_TGK, max_keys, pad_end)
 
-    def block(start):
+    def block(start: Array) -> Array:
         slice_of = partial(jax.lax.dynamic_slice_in_dim, start_index=start)
         query_T = start + jnp.arange(query_block)
         key_S = start - max_keys + jnp.arange(max_keys + query_block)
@@ -142,7 +148,9 @@ def _attend_windowed(
     return _map_blocks(block, jnp.arange(0, length + pad_end, query_block))[:length]
 
 
-def _attend_segments(q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, query_block: int) -> Array:
+def _attend_segments(
+    q_THK: Array, k_TGK: Array, v_TGK: Array, attention_mask: AttentionMask, query_block: int
+) -> Array:
     """Each block of queries attends to all keys up to the end of its segment."""
     length = q_THK.shape[0]
     segment = -(-length // (FULL_SEGMENTS * query_block)) * query_block
@@ -153,7 +161,9 @@ def _attend_segments(q_THK, k_TGK, v_TGK, attention_mask: AttentionMask, query_b
         keys, values = k_TGK[:last], v_TGK[:last]
         key_S = jnp.arange(keys.shape[0])
 
-        def block(start, keys=keys, values=values, key_S=key_S):
+        def block(
+            start: Array, keys: Array = keys, values: Array = values, key_S: Array = key_S
+        ) -> Array:
             q_block = jax.lax.dynamic_slice_in_dim(q_THK, start, query_block)
             query_T = start + jnp.arange(query_block)
             return attend(q_block, keys, values, mask_fn(query_T, key_S, attention_mask))

@@ -11,7 +11,7 @@ everything between them. `nll.py` defines the differentiable functions.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,12 @@ class CEResiduals(NamedTuple):
     grad_TD: Array
 
 
-def _wide_dtype(*arrays: Array) -> Any:
+def _wide_dtype(*arrays: Array) -> jnp.dtype:
     """The accumulation dtype."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _multiply(subscripts: str, x: Array, y: Array, cast_dtype: Any) -> Array:
+def _multiply(subscripts: str, x: Array, y: Array, cast_dtype: jnp.dtype) -> Array:
     """einsum of operands cast to `cast_dtype`, accumulated in float32 at least."""
     wide = jnp.promote_types(cast_dtype, jnp.float32)
     return jnp.einsum(
@@ -68,11 +68,11 @@ def _scan_rows(
     count = next((n for n in range(count, 2 * count) if length % n == 0), count)
     size = -(-length // count)
 
-    def split(x):
+    def split(x: Array) -> Array:
         x = jnp.pad(x, ((0, size * count - length), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def join(x):
+    def join(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(size * count, *x.shape[2:])[:length]
 
     carry, outputs = jax.lax.scan(step, carry, jax.tree.map(split, rows))
@@ -118,7 +118,7 @@ def _scan_vocab(
         return step(carry, _Columns(0, jnp.arange(vocab), None))
     size = -(-vocab // count)
 
-    def body(carry, number):
+    def body(carry: PyTree, number: Array) -> tuple[PyTree, None]:
         start = jnp.minimum(number * size, vocab - size)
         index_V = start + jnp.arange(size)
         return step(carry, _Columns(start, index_V, index_V >= number * size)), None
@@ -139,7 +139,7 @@ def values(blocks: Blocks, h_TD: Array, head_DV: Array, target_T: Array) -> CERe
         _online_values if _in_vocab_blocks(blocks, head_DV.shape[1]) else _full_vocab_values
     )
 
-    def step(carry, rows):
+    def step(carry: None, rows: tuple[Array, Array]) -> tuple[None, CEResiduals]:
         h_RD, target_R = rows
         return carry, row_values(blocks, h_RD, target_R, head_DV)
 
@@ -168,7 +168,7 @@ def _online_values(blocks: Blocks, h_RD: Array, target_R: Array, head_DV: Array)
     cast_dtype, wide = jnp.result_type(h_RD, head_DV), _wide_dtype(h_RD, head_DV)
     zero_R = jnp.zeros(h_RD.shape[0], wide)
 
-    def step(carry, columns):
+    def step(carry: tuple[Array, ...], columns: _Columns) -> tuple[Array, ...]:
         top_R, nontarget_sum_R, target_logit_R, sum_RD = carry
         part_DV = columns.of(head_DV)
         logit_RV = columns.where_valid(_multiply("rd,dv->rv", h_RD, part_DV, cast_dtype), -jnp.inf)
@@ -220,10 +220,10 @@ def gradients(
         target_TD = head_DV[:, target_T].astype(wide).T
         mean_T = tangent.nll_dot_T + jnp.sum(tangent.h_dot_TD.astype(wide) * target_TD, axis=1)
 
-    def row_step(head_grad, rows):
+    def row_step(head_grad: Array, rows: PyTree) -> tuple[Array, Array | None]:
         h_RD, target_R, top_R, log_sum_R, a_R, h_dot_RD, b_R, mean_R = rows
 
-        def step(carry, columns):
+        def step(carry: PyTree, columns: _Columns) -> tuple[Array | None, Array]:
             curvature_RD, head_grad = carry
             part_DV = columns.of(head_DV)
             logit_RV = _multiply("rd,dv->rv", h_RD, part_DV, cast_dtype)

@@ -6,10 +6,11 @@ and its gradient, `blocked_nll_jvp` for a value, its tangent and the gradient of
 """
 
 from functools import partial
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from tttjax.errors import UserError
 from tttjax.ops.cross_entropy.blocked import Blocks, CEResiduals, Tangent, gradients, values
@@ -104,19 +105,29 @@ def _reshape(residuals: CEResiduals, shape: tuple[int, ...]) -> CEResiduals:
 # --- derivative rules; h [T, D], targets [T], residuals a CEResiduals ---------------------------
 
 
+# h, head (None: no gradient of it), targets, residuals
+_NLLSaved = tuple[Array, Array | None, Array, CEResiduals]
+# h, head, targets, residuals, h_dot, nll_dot
+_PairSaved = tuple[Array, Array, Array, CEResiduals, Array, Array]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(blocks, h, head, target):
+def _nll(blocks: Blocks, h: Array, head: Array, target: Array) -> CEResiduals:
     return values(blocks, h, head, target)
 
 
-def _nll_forward(blocks, h, head, target):
+def _nll_forward(
+    blocks: Blocks, h: CustomVJPPrimal, head: CustomVJPPrimal, target: CustomVJPPrimal
+) -> tuple[CEResiduals, _NLLSaved]:
     residuals = values(blocks, h.value, head.value, target.value)
     # no head: its gradient is not requested, as in the inner loop
-    head = head.value if head.perturbed else None
-    return residuals, (h.value, head, target.value, residuals)
+    saved_head = head.value if head.perturbed else None
+    return residuals, (h.value, saved_head, target.value, residuals)
 
 
-def _nll_backward(blocks, saved, cotangent):
+def _nll_backward(
+    blocks: Blocks, saved: _NLLSaved, cotangent: CEResiduals
+) -> tuple[Array, Array | None, None]:
     h, head, target, residuals = saved
     a, d_head = cotangent.nll_T, None
     if head is not None:
@@ -129,12 +140,14 @@ _nll.defvjp(_nll_forward, _nll_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _nll_jvp(blocks, h, head, target, residuals):
+def _nll_jvp(blocks: Blocks, h: Array, head: Array, target: Array, residuals: CEResiduals) -> Array:
     return residuals.nll_T
 
 
 @partial(_nll_jvp.defjvp, symbolic_zeros=True)
-def _nll_jvp_rule(blocks, primals, tangents):
+def _nll_jvp_rule(
+    blocks: Blocks, primals: tuple[Array, Array, Array, CEResiduals], tangents: tuple[PyTree, ...]
+) -> tuple[Array, Array]:
     h_dot, head_dot, *_ = tangents
     if not isinstance(head_dot, SymbolicZero):
         raise UserError("The blocked cross-entropy has no tangent along the head; use token_nll.")
@@ -142,17 +155,23 @@ def _nll_jvp_rule(blocks, primals, tangents):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pair(blocks, h, head, target, residuals, h_dot):
+def _pair(
+    blocks: Blocks, h: Array, head: Array, target: Array, residuals: CEResiduals, h_dot: Array
+) -> tuple[Array, Array]:
     """(the losses, their derivative along h_dot)."""
     return residuals.nll_T, jnp.sum(residuals.grad_TD * h_dot, axis=1)
 
 
-def _pair_forward(blocks, h, head, target, residuals, h_dot):
+def _pair_forward(
+    blocks: Blocks, h: Array, head: Array, target: Array, residuals: CEResiduals, h_dot: Array
+) -> tuple[tuple[Array, Array], _PairSaved]:
     pair = _pair(blocks, h, head, target, residuals, h_dot)
     return pair, (h, head, target, residuals, h_dot, pair[1])
 
 
-def _pair_backward(blocks, saved, cotangents):
+def _pair_backward(
+    blocks: Blocks, saved: _PairSaved, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, None, None, Array]:
     saved, (a, b) = _forbid_third_derivative((saved, cotangents))
     h, head, target, residuals, h_dot, nll_dot = saved
     tangent = Tangent(h_dot, nll_dot, b)
@@ -172,7 +191,7 @@ def _forbid_third_derivative(tree: PyTree) -> PyTree:
 
 
 @_forbid_third_derivative.defjvp
-def _third_derivative_error(primals, tangents):
+def _third_derivative_error(primals: tuple[PyTree], tangents: tuple[PyTree]) -> NoReturn:
     raise UserError(
         "The blocked cross-entropy has first and second derivatives only; use token_nll, which "
         "stores all logits, for a third."

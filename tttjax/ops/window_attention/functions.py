@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from tttjax.ops.attention.attend import MASKED_SCORE
 from tttjax.ops.window_attention.tiles import (
+    Arrays,
     ChunkGeometry,
     KVGroup,
+    Tile,
     scan_key_tiles,
     scan_query_tiles,
     take_tile,
@@ -31,7 +33,7 @@ class QKV(NamedTuple):
     query heads.
     """
 
-    q: Any
+    q: Array
     k_buffered: Any
     v_buffered: Any
     k_chunk: Any
@@ -52,19 +54,19 @@ def forward(qkv: QKV, geometry: ChunkGeometry) -> tuple[Array, Array]:
     """o [..., C, H, K] in the dtype of v, and the scores' log-sum-exp [..., H, C]."""
     q_HCK, accum_dtype = _heads_first(qkv.q), _accum_dtype(qkv)
 
-    def start(rows):
+    def start(rows: Tile) -> tuple[Array, Arrays]:
         q = take_tile(q_HCK, rows, -2)
         zeros = jnp.zeros(q.shape[:-1], accum_dtype)
         return q, (zeros + INITIAL_MAX, zeros, jnp.zeros(q.shape, accum_dtype))
 
-    def step(q, carry, keys, mask):
+    def step(q: Array, carry: Arrays, keys: KVGroup, mask: Array) -> Arrays:
         row_max, row_sum, sum_o = carry
         row_max, rescale, weight = _online_softmax(row_max, _scores(q, keys, mask, accum_dtype))
         row_sum = row_sum * rescale + jnp.sum(weight, axis=-1)
         sum_o = sum_o * rescale[..., None] + _sum_over_keys(weight, keys.v)
         return row_max, row_sum, sum_o
 
-    def finish(carry):
+    def finish(carry: Arrays) -> Arrays:
         row_max, row_sum, sum_o = carry
         return sum_o / row_sum[..., None], row_max + jnp.log(row_sum)
 
@@ -86,7 +88,7 @@ def backward(
     q_HCK, o_bar_HCK = _heads_first(qkv.q), _heads_first(o_bar)
     delta_HC = _dot(o_bar, o, accum_dtype)
 
-    def step(rows, keys, mask, need_kv_grads):
+    def step(rows: Tile, keys: KVGroup, mask: Array, need_kv_grads: bool) -> tuple[Arrays, Arrays]:
         q, o_bar = take_tile(q_HCK, rows, -2), take_tile(o_bar_HCK, rows, -2)
         logsumexp, delta = (take_tile(x, rows, -1)[..., None] for x in (logsumexp_HC, delta_HC))
         prob = jnp.exp(_scores(q, keys, mask, accum_dtype) - logsumexp)
@@ -119,12 +121,12 @@ def pair_forward(
     """
     q_HCK, q_dot_HCK, accum_dtype = _heads_first(qkv.q), _heads_first(qkv_dot.q), _accum_dtype(qkv)
 
-    def start(rows):
+    def start(rows: Tile) -> tuple[tuple[Array, Array], Arrays]:
         q, q_dot = take_tile(q_HCK, rows, -2), take_tile(q_dot_HCK, rows, -2)
         zeros, zeros_o = jnp.zeros(q.shape[:-1], accum_dtype), jnp.zeros(q.shape, accum_dtype)
         return (q, q_dot), (zeros + INITIAL_MAX, zeros, zeros, zeros_o, zeros_o)
 
-    def step(queries, carry, keys, mask):
+    def step(queries: tuple[Array, Array], carry: Arrays, keys: KVGroup, mask: Array) -> Arrays:
         row_max, row_sum, mean_dot, sum_o, sum_dot = carry
         row_max, rescale, weight = _online_softmax(
             row_max, _scores(queries[0], keys, mask, accum_dtype)
@@ -141,7 +143,7 @@ def pair_forward(
         sum_o = sum_o * rescale[..., None] + _sum_over_keys(weight, keys.v)
         return row_max, row_sum, mean_dot, sum_o, sum_dot
 
-    def finish(carry):
+    def finish(carry: Arrays) -> Arrays:
         row_max, row_sum, mean_dot, sum_o, sum_dot = carry
         o, o_dot = sum_o / row_sum[..., None], sum_dot / row_sum[..., None]
         return o, o_dot, row_max + jnp.log(row_sum), mean_dot
@@ -174,7 +176,7 @@ def pair_backward(
     delta_HC = _dot(o_bar, o, accum_dtype) + _dot(o_dot_bar, o_dot, accum_dtype)
     arrays_HC = (*statistics, delta_HC, _dot(o_dot_bar, o, accum_dtype))
 
-    def step(rows, keys, mask, need_kv_grads):
+    def step(rows: Tile, keys: KVGroup, mask: Array, need_kv_grads: bool) -> tuple[Arrays, Arrays]:
         del need_kv_grads  # always True
         q, q_dot, o_bar, o_dot_bar = (take_tile(x, rows, -2) for x in arrays_HCK)
         logsumexp, mean_dot, delta, delta_dot = (

@@ -1,16 +1,15 @@
 """Window attention with custom derivatives: entry points for `jax.grad`, `jax.jvp` and the pair."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from tttjax.errors import UserError
 from tttjax.ops.attention.attend import AttentionMask
 from tttjax.ops.window_attention import select
-from tttjax.ops.window_attention.functions import QKV
+from tttjax.ops.window_attention.functions import QKV, Statistics
 from tttjax.ops.window_attention.tiles import AUTO, Tiling
 from tttjax.types import Array
 
@@ -75,15 +74,39 @@ def window_attention_pair(
     return _pair(qkv, qkv_dot, position, attention_mask, tiling, kernel)
 
 
+# qkv, position, o, logsumexp, whether gradients of the buffer are requested: () or None
+_BlockedResiduals = tuple[QKV, Array, Array, Array, tuple[()] | None]
+# qkv, qkv_dot, position, the results of `select.pair_forward`
+_PairResiduals = tuple[QKV, QKV, Array, tuple[Array, Array, Statistics]]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _blocked(q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, tiling, kernel):
+def _blocked(
+    q: Array,
+    k_buffered: Array,
+    v_buffered: Array,
+    k_chunk: Array,
+    v_chunk: Array,
+    position: Array,
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+) -> Array:
     qkv = QKV(q, k_buffered, v_buffered, k_chunk, v_chunk)
     return select.forward(qkv, position, attention_mask, tiling, kernel)[0]
 
 
 def _blocked_forward(
-    q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, tiling, kernel
-):
+    q: CustomVJPPrimal,
+    k_buffered: CustomVJPPrimal,
+    v_buffered: CustomVJPPrimal,
+    k_chunk: CustomVJPPrimal,
+    v_chunk: CustomVJPPrimal,
+    position: CustomVJPPrimal,
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+) -> tuple[Array, _BlockedResiduals]:
     arguments = q, k_buffered, v_buffered, k_chunk, v_chunk
     qkv = QKV(*(x.value for x in arguments))
     o, logsumexp = select.forward(qkv, position.value, attention_mask, tiling, kernel)
@@ -92,7 +115,13 @@ def _blocked_forward(
     return o, (qkv, position.value, o, logsumexp, buffer_grads)
 
 
-def _blocked_backward(attention_mask, tiling, kernel, residuals, o_bar):
+def _blocked_backward(
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+    residuals: _BlockedResiduals,
+    o_bar: Array | SymbolicZero,
+) -> tuple[Array | None, ...]:
     qkv, position, o, logsumexp, buffer_grads = residuals
     _assert_same_shape(qkv.q, o)
     options = position, attention_mask, tiling, kernel
@@ -106,12 +135,28 @@ _blocked.defvjp(_blocked_forward, _blocked_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
-def _jvp(q, k_buffered, v_buffered, k_chunk, v_chunk, position, attention_mask, tiling, kernel):
+def _jvp(
+    q: Array,
+    k_buffered: Array,
+    v_buffered: Array,
+    k_chunk: Array,
+    v_chunk: Array,
+    position: Array,
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+) -> Array:
     qkv = QKV(q, k_buffered, v_buffered, k_chunk, v_chunk)
     return select.forward(qkv, position, attention_mask, tiling, kernel)[0]
 
 
-def _jvp_rule(attention_mask, tiling, kernel, primals, tangents):
+def _jvp_rule(
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+    primals: tuple[Array, ...],
+    tangents: tuple[Array | SymbolicZero, ...],
+) -> tuple[Array, Array]:
     *qkv, position = primals
     q_dot, k_buffered_dot, v_buffered_dot, k_chunk_dot, v_chunk_dot, _ = tangents
     if not (_is_zero(k_buffered_dot) and _is_zero(v_buffered_dot)):
@@ -125,16 +170,36 @@ _jvp.defjvp(_jvp_rule, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _pair(qkv, qkv_dot, position, attention_mask, tiling, kernel):
+def _pair(
+    qkv: QKV,
+    qkv_dot: QKV,
+    position: Array,
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+) -> tuple[Array, Array]:
     return select.pair_forward(qkv, qkv_dot, position, attention_mask, tiling, kernel)[:2]
 
 
-def _pair_forward(qkv, qkv_dot, position, attention_mask, tiling, kernel):
+def _pair_forward(
+    qkv: QKV,
+    qkv_dot: QKV,
+    position: Array,
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+) -> tuple[tuple[Array, Array], _PairResiduals]:
     outputs = select.pair_forward(qkv, qkv_dot, position, attention_mask, tiling, kernel)
     return outputs[:2], (qkv, qkv_dot, position, outputs)
 
 
-def _pair_backward(attention_mask, tiling, kernel, residuals, bars):
+def _pair_backward(
+    attention_mask: AttentionMask,
+    tiling: Tiling,
+    kernel: str,
+    residuals: _PairResiduals,
+    bars: tuple[Array, Array],
+) -> tuple[QKV, QKV, None]:
     qkv, qkv_dot, position, outputs = residuals
     _assert_same_shape(qkv.q, qkv_dot.q, *outputs[:2])
     o_bar, o_dot_bar = bars
@@ -145,13 +210,13 @@ def _pair_backward(attention_mask, tiling, kernel, residuals, bars):
 _pair.defvjp(_pair_forward, _pair_backward)
 
 
-def _is_zero(x: Any) -> bool:
+def _is_zero(x: Array | SymbolicZero) -> bool:
     return isinstance(x, SymbolicZero)
 
 
-def _instantiate(x: Any) -> Array:
+def _instantiate(x: Array | SymbolicZero) -> Array:
     """`x` as an array, with symbolic zeros instantiated."""
-    return jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
 
 def _assert_same_shape(*arrays: Array) -> None:

@@ -18,7 +18,6 @@ all H heads and their cotangents summed, which temporarily takes the memory of H
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from tttjax.ops.window_attention import functions, kernels
 from tttjax.ops.window_attention.functions import QKV, Statistics
 from tttjax.ops.window_attention.tiles import AUTO, ChunkGeometry, Tiling, choose_tiling
 from tttjax.parallel.kernel_mesh import shard_over_heads, unsharded_reason
-from tttjax.types import Array
+from tttjax.types import Array, PyTree
 
 KERNELS = ("auto", "xla", "pallas")
 PLATFORMS = ("cpu", "tpu", "cuda")  # others use XLA with the tile sizes of a TPU
@@ -127,17 +126,17 @@ def pair_backward(
 def _run(
     name: str,
     qkv: QKV,
-    arrays: tuple[Any, ...],
+    arrays: tuple[PyTree, ...],
     position: Array,
     attention_mask: AttentionMask,
     tiling: Tiling,
     kernel: str,
     **static: bool,
-) -> Any:
+) -> PyTree:
     """Runs the function `name` in the implementation of the target platform."""
 
     def bind(implementation: str, blocks: Tiling, platform: str) -> Callable:
-        def call(position: Array, *arrays: Any) -> Any:
+        def call(position: Array, *arrays: PyTree) -> PyTree:
             geometry = ChunkGeometry(position, qkv.q.shape[-3], attention_mask, blocks)
             if implementation == "xla":
                 return getattr(functions, name)(*arrays, geometry=geometry, **static)
@@ -171,10 +170,10 @@ def _run(
     )
 
 
-def _map_kv(fn: Callable[[Array], Array], tree: Any) -> Any:
+def _map_kv(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
     """Applies `fn` to the keys and values of every QKV in `tree`."""
 
-    def map_node(node: Any) -> Any:
+    def map_node(node: PyTree) -> PyTree:
         if not isinstance(node, QKV):
             return node
         return QKV(node.q, *(x if x is None else fn(x) for x in node[1:]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
-from tttjax.types import Array
+from tttjax.types import Array, PyTree
 
 # Scores of one tile over all heads and sequences. On a CPU they should fit its caches (2 MiB in
 # float32; larger and smaller tiles were slower), elsewhere they should occupy the whole device.
@@ -19,6 +19,9 @@ TILE_ENTRIES = {"cpu": 2**19}
 TILE_ENTRIES_DEFAULT = 2**22
 MIN_BLOCK = 128  # shorter blocks leave matrix units idle
 TARGET_KEY_BLOCK = 512  # the query block is chosen for at most this many keys
+
+
+Arrays = tuple[Array, ...]
 
 
 class Tiling(NamedTuple):
@@ -117,7 +120,14 @@ def _add_to_tile(x: Array, update: Array, tile: Tile, axis: int) -> Array:
     return _write_tile(x, take_tile(x, tile, axis) + update.astype(x.dtype), tile, axis)
 
 
-def _loop_over_tiles(low, high, length: int, size: int, body: Callable, carry: Any) -> Any:
+def _loop_over_tiles(
+    low: Array | int,
+    high: Array | int,
+    length: int,
+    size: int,
+    body: Callable[[Tile, PyTree], PyTree],
+    carry: PyTree,
+) -> PyTree:
     """carry = body(tile, carry) over the tiles of [0, length) that overlap [low, high)."""
     if length == 0:
         return carry
@@ -127,7 +137,7 @@ def _loop_over_tiles(low, high, length: int, size: int, body: Callable, carry: A
     stop = -(-high // size)
     first = jnp.where(low < high, low // size, stop)
 
-    def visit(n, carry):
+    def visit(n: Array, carry: PyTree) -> PyTree:
         return body(Tile(jnp.minimum(n * size, length - size), n * size, size), carry)
 
     return lax.fori_loop(first, stop, visit, carry)
@@ -172,11 +182,11 @@ def attending_query_stop(geometry: ChunkGeometry, key: Array | int) -> Array | i
 def scan_query_tiles(
     geometry: ChunkGeometry,
     kv_groups: Sequence[KVGroup],
-    start: Callable,
-    step: Callable,
-    finish: Callable,
-    out: Any,
-) -> Any:
+    start: Callable[[Tile], tuple[PyTree, Arrays]],
+    step: Callable[[PyTree, Arrays, KVGroup, Array], Arrays],
+    finish: Callable[[Arrays], Arrays],
+    out: Arrays,
+) -> Arrays:
     """Loops over query blocks, and inside over the key blocks that each attends to.
 
     queries, carry = start(rows); carry = step(queries, carry, keys, mask) for each block of keys, a
@@ -184,11 +194,11 @@ def scan_query_tiles(
     [..., H, C].
     """
 
-    def block(rows, out):
+    def block(rows: Tile, out: Arrays) -> Arrays:
         queries, carry = start(rows)
         for kv_group in kv_groups:
 
-            def visit_tile(cols, carry, kv_group=kv_group):
+            def visit_tile(cols: Tile, carry: Arrays, kv_group: KVGroup = kv_group) -> Arrays:
                 mask = _tile_mask(geometry, rows, kv_group.first, cols)
                 return step(queries, carry, take_kv_tile(kv_group, cols), mask)
 
@@ -205,13 +215,17 @@ def scan_query_tiles(
     return _loop_over_tiles(0, geometry.length, geometry.length, geometry.tiling.query, block, out)
 
 
+# step(rows, keys, mask, need_kv_grads) -> (query_parts, key_parts)
+KeyStep = Callable[[Tile, KVGroup, Array, bool], tuple[Arrays, Arrays]]
+
+
 def scan_key_tiles(
     geometry: ChunkGeometry,
     kv_groups: Sequence[KVGroup],
-    step: Callable,
-    query_sums: tuple,
-    key_sums: Sequence[tuple],
-) -> tuple[tuple, list[tuple]]:
+    step: KeyStep,
+    query_sums: Arrays,
+    key_sums: Sequence[Arrays],
+) -> tuple[Arrays, list[Arrays]]:
     """Sums over keys per query, and over queries per key, visiting each tile once.
 
     step(rows, keys, mask, need_kv_grads) -> (query_parts, key_parts), [..., H, Q, K] and
@@ -226,17 +240,17 @@ def scan_key_tiles(
 
 
 def _scan_kv_group(
-    kv_group: KVGroup, geometry: ChunkGeometry, step: Callable, query_sums: tuple, out: tuple
-) -> tuple[tuple, tuple]:
+    kv_group: KVGroup, geometry: ChunkGeometry, step: KeyStep, query_sums: Arrays, out: Arrays
+) -> tuple[Arrays, Arrays]:
     """`scan_key_tiles` for one group: loops over key blocks, and inside over query blocks."""
     length = kv_group.k.shape[-3]
     size = min(geometry.tiling.key, length)
 
-    def block(cols, carry):
+    def block(cols: Tile, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
         query_sums, out = carry
         keys = take_kv_tile(kv_group, cols)
 
-        def visit_tile(rows, carry):
+        def visit_tile(rows: Tile, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
             query_sums, sums = carry
             valid = rows.start + jnp.arange(rows.size) >= rows.valid
             mask = _tile_mask(geometry, rows, kv_group.first, cols) & valid[:, None]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tttjax.ops.window_attention.functions import QKV, Statistics
 from tttjax.ops.window_attention.kernels import blocks
-from tttjax.ops.window_attention.kernels.blocks import Keys, accum_dtype
+from tttjax.ops.window_attention.kernels.blocks import Carry, Keys, Rows, accum_dtype
 from tttjax.ops.window_attention.kernels.grids import (
     KernelGrid,
     KVBlocks,
@@ -117,10 +117,10 @@ def backward(
     rows = layout.rows(qkv.q, o_bar, logsumexp_HC, _dot(o_bar, o, layout.accum_dtype))
     kv_blocks = layout.kv_blocks(qkv)
 
-    def query_step(q_bar, rows, keys, mask):
+    def query_step(q_bar: Array, rows: Rows, keys: Keys, mask: Array) -> Array:
         return q_bar + blocks.sum_over_keys(keys.k, blocks.score_cotangents(rows, keys, mask)[1])
 
-    def key_step(rows, keys, mask):
+    def key_step(rows: Rows, keys: Keys, mask: Array) -> tuple[Array, ...]:
         prob, score_bar = blocks.score_cotangents(rows, keys, mask)
         return blocks.sum_over_queries(rows[0], score_bar), blocks.sum_over_queries(rows[1], prob)
 
@@ -187,7 +187,7 @@ def pair_backward(
     rows = layout.rows(qkv.q, qkv_dot.q, o_bar, o_dot_bar, *statistics, delta, delta_dot)
     kv_blocks = layout.kv_blocks(qkv, qkv_dot)
 
-    def query_step(carry, rows, keys, mask):
+    def query_step(carry: Carry, rows: Rows, keys: Keys, mask: Array) -> Carry:
         bars = blocks.pair_cotangents(rows, keys, mask)
         q_bar, q_dot_bar = carry
         q_bar += blocks.sum_over_keys(keys.k, bars.score_bar)
@@ -195,7 +195,7 @@ def pair_backward(
             q_bar += blocks.sum_over_keys(keys.k_dot, bars.score_dot_bar)
         return q_bar, q_dot_bar + blocks.sum_over_keys(keys.k, bars.score_dot_bar)
 
-    def key_step(rows, keys, mask):
+    def key_step(rows: Rows, keys: Keys, mask: Array) -> tuple[Array, ...]:
         q, q_dot, o_bar, o_dot_bar, *_ = rows
         bars = blocks.pair_cotangents(rows, keys, mask)
         k_bar = blocks.sum_over_queries(q, bars.score_bar) + blocks.sum_over_queries(

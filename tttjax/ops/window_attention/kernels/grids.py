@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tttjax.ops.window_attention.kernels.blocks import Keys, accum_dtype
+from tttjax.ops.window_attention.kernels.blocks import Keys, Rows, accum_dtype
 from tttjax.ops.window_attention.kernels.platforms import ZERO, call_options, position_spec
 from tttjax.ops.window_attention.tiles import (
     ChunkGeometry,
     attending_query_stop,
     first_attended_key,
 )
-from tttjax.types import Array
+from tttjax.types import Array, PyTree
 
 
 class KernelGrid(NamedTuple):
@@ -49,12 +49,12 @@ class KVBlocks(NamedTuple):
 
 def call_query_grid(
     grid: KernelGrid,
-    rows: tuple[Array, ...],
+    rows: Rows,
     kv_blocks: tuple[KVBlocks, ...],
     outs: tuple[jax.ShapeDtypeStruct, ...],
-    start: Callable,
-    step: Callable,
-    finish: Callable,
+    start: Callable[[Rows], PyTree],
+    step: Callable[[PyTree, Rows, Keys, Array], PyTree],
+    finish: Callable[[PyTree], tuple[Array, ...]],
 ) -> list[Array]:
     """Results per query, of the shapes `outs`.
 
@@ -64,14 +64,21 @@ def call_query_grid(
     count, _, length = rows[0].shape
     size = grid.geometry.tiling.query
 
-    def kernel(position_ref, rows_refs, keys_refs, *out_refs):
+    def kernel(
+        position_ref: jax.Ref,
+        rows_refs: tuple[jax.Ref, ...],
+        keys_refs: tuple[Keys, ...],
+        *out_refs: jax.Ref,
+    ) -> None:
         geometry = grid.geometry._replace(position=position_ref[0])
         first = pl.program_id(1) * size
         queries = tuple(ref[...] for ref in rows_refs)
         low, carry = _first_attended_key(geometry, grid.num_buffered, first), start(queries)
         for kv_block, refs in zip(kv_blocks, keys_refs, strict=True):
 
-            def visit_tile(n, carry, kv_block=kv_block, refs=refs):
+            def visit_tile(
+                n: Array, carry: PyTree, kv_block: KVBlocks = kv_block, refs: Keys = refs
+            ) -> PyTree:
                 cols = pl.ds(pl.multiple_of(n * kv_block.size, kv_block.size), kv_block.size)
                 keys = jax.tree.map(lambda ref: ref[:, cols], refs)
                 mask = _tile_mask(
@@ -107,7 +114,11 @@ def call_query_grid(
 
 
 def call_key_grid(
-    grid: KernelGrid, rows: tuple[Array, ...], kv_block: KVBlocks, outs: int, step: Callable
+    grid: KernelGrid,
+    rows: Rows,
+    kv_block: KVBlocks,
+    outs: int,
+    step: Callable[[Rows, Keys, Array], tuple[Array, ...]],
 ) -> list[Array]:
     """`outs` sums over queries for each key, [N, K, S].
 
@@ -116,7 +127,9 @@ def call_key_grid(
     count, head_size, length = kv_block.keys.k.shape
     size, stride = kv_block.size, grid.geometry.tiling.query
 
-    def kernel(position_ref, rows_refs, keys_refs, *out_refs):
+    def kernel(
+        position_ref: jax.Ref, rows_refs: tuple[jax.Ref, ...], keys_refs: Keys, *out_refs: jax.Ref
+    ) -> None:
         geometry = grid.geometry._replace(position=position_ref[0])
         keys = jax.tree.map(lambda ref: ref[...], keys_refs)
         first = kv_block.first + pl.program_id(1) * size
@@ -124,7 +137,7 @@ def call_key_grid(
         stop = jnp.minimum(attending_query_stop(geometry, last), geometry.length)
         stop = jnp.where(last < _first_attended_key(geometry, grid.num_buffered, 0), 0, stop)
 
-        def visit_tile(n, sums):
+        def visit_tile(n: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             cols = pl.ds(pl.multiple_of(n * stride, stride), stride)
             queries = tuple(ref[:, cols] for ref in rows_refs)
             mask = _tile_mask(geometry, grid.num_buffered, n * stride, stride, first, size)
