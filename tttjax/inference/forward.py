@@ -1,5 +1,6 @@
 """A text's losses, token by token, and what it writes into the fast weights."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -42,7 +43,9 @@ def forward_text(
 
 
 @lru_cache(maxsize=4)
-def _compiled(inference_model: InferenceModel):
+def _compiled(
+    inference_model: InferenceModel,
+) -> Callable[[Params, Array], tuple[Array, Array, Array, PyTree]]:
     return jax.jit(partial(_forward, inference_model))
 
 
