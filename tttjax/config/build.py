@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from tttjax.config.checks import check_config
 from tttjax.config.fields import field_info, get_value
@@ -13,14 +11,19 @@ from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.config.values import check_value, nearest
 from tttjax.errors import UserError
 
+if TYPE_CHECKING:  # slow to import, and not needed for `tttjax COMMAND --help`
+    from ml_collections import ConfigDict
 
-def default_config() -> ConfigDict:
+
+def default_config() -> "ConfigDict":
     """All defaults as a ConfigDict, locked: values can be changed, fields not added."""
+    from ml_collections import ConfigDict
+
     config = ConfigDict({name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()})
     return config.lock()
 
 
-def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Config:
     """The checked, frozen configuration of a ConfigDict or of nested dicts (read from JSON).
 
     Absent fields take their defaults; names of earlier versions are read too. Raises UserError for
@@ -34,7 +37,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
                 f"There is no configuration section {name!r}; the sections are "
                 f"{', '.join(SECTIONS)}.{nearest(name, SECTIONS)}"
             )
-        if not isinstance(section, ConfigDict | Mapping):
+        if not _is_section(section):
             raise UserError(f"{name} = {section!r} must be a section with fields.")
         for key, value in _flat(section, f"{name}."):
             values[_first_names().get(key, key)] = value
@@ -57,10 +60,17 @@ def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(section, **changes)
 
 
-def _flat(section: ConfigDict | Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _is_section(value: Any) -> bool:
+    """Whether a value of a ConfigDict or of nested dicts has values of its own."""
+    from ml_collections import ConfigDict
+
+    return isinstance(value, ConfigDict | Mapping)
+
+
+def _flat(section: "ConfigDict | Mapping[str, Any]", prefix: str) -> Iterator[tuple[str, Any]]:
     """The values of a section and those nested in it, by dotted name."""
     for key, value in section.items():
-        if isinstance(value, ConfigDict | Mapping):
+        if _is_section(value):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -73,17 +83,17 @@ def _first_names() -> dict[str, str]:
     return {f"{name.split('.')[0]}.{first}": name for name, first in renamed.items() if first}
 
 
-def _with_current_values(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+def _with_current_values(config: "ConfigDict | Mapping[str, Any]") -> dict[str, Any]:
     """The sections without a removed field, and with a value's current name."""
-    sections = dict(config.items())
+    sections: dict[str, Any] = dict(config.items())
     mesh, model, inner = (sections.get(name) for name in ("mesh", "model", "inner"))
-    if isinstance(model, ConfigDict | Mapping) and model.get("ttt_form") in ("dual", "primal"):
+    if _is_section(model) and model.get("ttt_form") in ("dual", "primal"):
         # It chose between two ways to compute the same numbers.
         sections["model"] = {k: v for k, v in model.items() if k != "ttt_form"}
-    if isinstance(inner, ConfigDict | Mapping) and inner.get("trajectory") == "store":
+    if _is_section(inner) and inner.get("trajectory") == "store":
         # It stored what "rewind" computes.
         sections["inner"] = {**dict(inner.items()), "trajectory": "rewind"}
-    if isinstance(mesh, ConfigDict | Mapping) and mesh.get("gather") == "block":
+    if _is_section(mesh) and mesh.get("gather") == "block":
         sections["mesh"] = {**dict(mesh.items()), "gather": "layer"}
     return sections
 

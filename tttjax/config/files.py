@@ -10,15 +10,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING, Any
 
 from tttjax.config.build import from_config_dict
 from tttjax.config.schema import Config, all_fields
 from tttjax.config.values import check_value, nearest, parse_value
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
+
+if TYPE_CHECKING:  # slow to import, and not needed for `tttjax COMMAND --help`
+    from ml_collections import ConfigDict
 
 OVERRIDE_PREFIX = "--config."
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -38,8 +39,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> Config:
     return from_config_dict(config)
 
 
-def load_config_dict(spec: str) -> ConfigDict:
+def load_config_dict(spec: str) -> "ConfigDict":
     """What the `get_config` of an experiment file returns, before any check of its values."""
+    from ml_collections import ConfigDict
+
     path, arg = split_spec(spec)
     module = _run_file(path)
     get_config = getattr(module, "get_config", None)
@@ -101,7 +104,7 @@ def matching_specs(spec: str) -> list[str]:
     return [f"{spec.removesuffix(arg)}{word}" for word in matching]
 
 
-def apply_override(config: ConfigDict, override: str) -> None:
+def apply_override(config: "ConfigDict", override: str) -> None:
     """Sets one field of `config` in place from `--config.section.field=value`."""
     name, equals, text = override.removeprefix(OVERRIDE_PREFIX).partition("=")
     if not equals:
@@ -111,7 +114,7 @@ def apply_override(config: ConfigDict, override: str) -> None:
     _set_value(config, name, parse_value(name, text))
 
 
-def set_values(config: ConfigDict, values: Mapping[str, Any], prefix: str = "") -> None:
+def set_values(config: "ConfigDict", values: Mapping[str, Any], prefix: str = "") -> None:
     """Sets fields of `config` in place, by dotted name or by section. UserError for wrong ones."""
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -121,7 +124,9 @@ def set_values(config: ConfigDict, values: Mapping[str, Any], prefix: str = "") 
             _set_value(config, name, check_value(name, value))
 
 
-def _set_value(config: ConfigDict, name: str, value: Any) -> None:
+def _set_value(config: "ConfigDict", name: str, value: Any) -> None:
+    from ml_collections import ConfigDict
+
     *sections, key = name.split(".")
     with config.unlocked(), config.ignore_type():
         inner = config

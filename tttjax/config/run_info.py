@@ -11,7 +11,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +255,8 @@ def _write_json(path: Path, values: object) -> None:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # slow to import
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
