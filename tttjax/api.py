@@ -26,8 +26,8 @@ from tttjax.evaluation.results import Comparison
 from tttjax.inference.engine import Session
 from tttjax.inference.forward import TextForward, forward_text
 from tttjax.inference.generator import Generator, Request
+from tttjax.inference.options import Sampling
 from tttjax.inference.prefill import make_inference_model
-from tttjax.inference.sampling import Sampling
 from tttjax.inference.session_file import check_writable, save_session
 from tttjax.models.transformer import Transformer
 from tttjax.models.transformer import build_model as build_transformer

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from helpers.paths import TINY
 
-from tttjax.cli import evaluate, main
+from tttjax.cli import main
 from tttjax.config import load_config
 from tttjax.data.preparation import prepare
-from tttjax.evaluation import files
+from tttjax.evaluation import compare, files
+from tttjax.runs import run as runs
 from tttjax.runs.run import Run
 
 TRAIN = ["train", f"--config={TINY}:ttt_e2e", "--workdir=run", "--config.data.sources=data"]
@@ -137,8 +138,8 @@ def test_other_commands(workspace, capsys, words, message):
 def test_out_is_checked_before_evaluation(workspace, capsys, monkeypatch, out, message):
     """Also if the tests run as a user who can write everywhere."""
     run = Run("first", load_config(f"{TINY}", []), weights=None)
-    monkeypatch.setattr(evaluate, "open_run", lambda spec: run)
-    monkeypatch.setattr(evaluate, "compare", lambda *args, **options: pytest.fail("it computes"))
+    monkeypatch.setattr(runs, "open_run", lambda spec: run)
+    monkeypatch.setattr(compare, "compare", lambda *args, **options: pytest.fail("it computes"))
     Path("closed").mkdir()
     access = files.os.access
     monkeypatch.setattr(

@@ -21,7 +21,6 @@ from tttjax.evaluation.needle.haystack import Haystack
 from tttjax.evaluation.needle.model import MORE_TOKENS, Answer, EngineModel, Likelihood
 from tttjax.evaluation.needle.prompts import (
     INTRODUCTION,
-    TASKS,
     PromptSpec,
     check_tokenizer,
     make_prompt,
@@ -29,6 +28,7 @@ from tttjax.evaluation.needle.prompts import (
 from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, difference, mean, wilson
 from tttjax.evaluation.needle.runner import NeedleSettings, run_prompts
 from tttjax.evaluation.needle.tables import sentence, table
+from tttjax.evaluation.needle.tasks import TASKS
 from tttjax.inference.engine import Engine
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh

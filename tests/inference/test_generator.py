@@ -11,7 +11,7 @@ from helpers.small import worst
 from tttjax.data.tokenizers.base import ByteTokenizer, IdsTokenizer
 from tttjax.errors import UserError
 from tttjax.inference.generator import Generator, Request, Transcript
-from tttjax.inference.sampling import Sampling
+from tttjax.inference.options import Sampling
 
 pytestmark = pytest.mark.slow
 

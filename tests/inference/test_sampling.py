@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.inference.sampling import Sampling, filter_logits, penalise, sample_token, stack
+from tttjax.inference.options import Sampling
+from tttjax.inference.sampling import filter_logits, penalise, sample_token, stack
 
 P = np.array([0.5, 0.25, 0.15, 0.06, 0.04])
 LOGITS = jnp.log(jnp.asarray(P))[jnp.array([2, 0, 4, 1, 3])]  # 0.15, 0.5, 0.04, 0.25, 0.06

@@ -14,7 +14,7 @@ from tttjax.data.tokenizers.base import load_tokenizer
 from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
 from tttjax.errors import UserError
 from tttjax.inference.generator import Generator, Request
-from tttjax.inference.sampling import Sampling
+from tttjax.inference.options import Sampling
 from tttjax.interop.huggingface import import_ as huggingface
 from tttjax.interop.huggingface import tensor_slots
 from tttjax.interop.huggingface.files import INDEX, SINGLE

@@ -10,7 +10,7 @@ import pytest
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 from tttjax.inference.generator import Generator, Request
-from tttjax.inference.sampling import Sampling
+from tttjax.inference.options import Sampling
 from tttjax.interop.huggingface import export as exporting
 from tttjax.interop.huggingface import names
 from tttjax.interop.huggingface.compare import transformers_logits

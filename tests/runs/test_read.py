@@ -17,6 +17,7 @@ from tttjax.evaluation.update_trace_plot import draw
 from tttjax.inference.session_file import read_header
 from tttjax.io.locks import hold
 from tttjax.runs.snapshots import list_snapshots
+from tttjax.training import stopping
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def call(monkeypatch, capsys, shared_models, picture):
     """call(words..., stop=None) -> (exit code, stdout, stderr)."""
 
     def call(*words, stop=None):
-        monkeypatch.setattr(tttjax.cli.read, "StopRequest", lambda: StopAfter(stop))
+        monkeypatch.setattr(stopping, "StopRequest", lambda: StopAfter(stop))
         # The plot of a part of the text is replaced by that of the whole.
         plot = (lambda *_: Figure()) if stop else picture
         monkeypatch.setattr(tttjax.evaluation.update_trace, "draw", plot)

@@ -18,19 +18,20 @@ needle_TASK.png). docs/evaluation.md explains the metrics.
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from tttjax.cli.flag_types import float32, int32, list_of, uint32
 from tttjax.cli.needle import add_needle_arguments, check_needle_arguments, run_needle
 from tttjax.config import EvalConfig
+from tttjax.config.schema import RULES
 from tttjax.config.values import check_value
 from tttjax.errors import UserError
-from tttjax.evaluation.compare import compare
-from tttjax.evaluation.files import check_writable, write_results
-from tttjax.runs.run import DYNAMIC_PATHS, MODES, LearningOptions, RunSpec, open_run
-from tttjax.ttt.update_rules import RULES
+from tttjax.runs.modes import DYNAMIC_PATHS, MODES
+
+if TYPE_CHECKING:
+    from tttjax.runs.run import LearningOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +110,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax evaluate` from parsed arguments; returns the exit code."""
     check_needle_arguments(args)
-    runs = [open_run(spec) for spec in _specs(args)]
+    names = _names(args)
+
+    import jax
+
+    from tttjax.evaluation.compare import compare
+    from tttjax.evaluation.files import check_writable, write_results
+    from tttjax.runs.run import RunSpec, open_run
+
+    specs = [RunSpec(folder, name) for folder, name in zip(args.workdirs, names, strict=True)]
+    runs = [open_run(spec) for spec in specs]
     out = Path(args.out) if args.out else Path(args.workdirs[0]) / "eval"
     if args.needle:
         return run_needle(args, runs, _learning(args), out)
@@ -132,11 +142,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _specs(args: argparse.Namespace) -> list[RunSpec]:
+def _names(args: argparse.Namespace) -> Sequence[str]:
     names = args.names or ("",) * len(args.workdirs)
     if len(names) != len(args.workdirs):
         raise UserError(f"--names has {len(names)} names for {len(args.workdirs)} work directories")
-    return [RunSpec(folder, name) for folder, name in zip(args.workdirs, names, strict=True)]
+    return names
 
 
 def _settings(args: argparse.Namespace, defaults: EvalConfig) -> EvalConfig:
@@ -146,7 +156,9 @@ def _settings(args: argparse.Namespace, defaults: EvalConfig) -> EvalConfig:
     return dataclasses.replace(defaults, **values)
 
 
-def _learning(args: argparse.Namespace) -> LearningOptions:
+def _learning(args: argparse.Namespace) -> "LearningOptions":
+    from tttjax.runs.run import LearningOptions
+
     inner = {
         "lr": args.inner_lr,
         "rule": args.inner_rule,

@@ -19,17 +19,11 @@ removed. See docs/exchange.md.
 import argparse
 import sys
 
-from tttjax.interop.huggingface.export import (
-    DTYPES,
-    ExportMismatch,
-    parse_size,
-    plan_export,
-    write_export,
-)
-from tttjax.interop.streaming import return_freed_memory
 from tttjax.io.atomic import require_empty_dir
-from tttjax.runs.run import MODES
+from tttjax.runs.modes import MODES
 from tttjax.runtime import progress
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax export` from parsed arguments; returns 1 if the export deviates."""
+    from tttjax.interop.huggingface.export import (
+        ExportMismatch,
+        parse_size,
+        plan_export,
+        write_export,
+    )
+    from tttjax.interop.streaming import return_freed_memory
+
     return_freed_memory()
     target, limit = require_empty_dir(args.to, "--to"), parse_size(args.max_shard_size)
     export = plan_export(

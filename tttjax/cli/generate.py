@@ -22,23 +22,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tttjax.cli.flag_types import float32, int32, uint32
 from tttjax.cli.model_arguments import add_model_arguments, add_storage_arguments, load_from_args
-from tttjax.data.streams import check_unicode, clean_text, read_text
 from tttjax.errors import UserError
-from tttjax.inference.engine import Session
-from tttjax.inference.generator import GeneratedToken, Generator, Request
-from tttjax.inference.sampling import Sampling
-from tttjax.inference.session_file import check_writable, save_session
+from tttjax.inference.options import Sampling
 from tttjax.io.locks import hold
-from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.generation import generate_all, read_prompts, to_record
-from tttjax.runs.load import LoadedModel, encode_prompt, load_or_start_session
 from tttjax.runtime import progress
-from tttjax.runtime.memory import device_memory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tttjax.inference.engine import Session
+    from tttjax.inference.generator import GeneratedToken
+    from tttjax.runs.load import LoadedModel
 
 SAMPLING_HELP = {
     "temperature": "0: greedy decoding",
@@ -106,12 +104,20 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if not args.save_session:
         return _run(args)
+
+    from tttjax.inference.session_file import check_writable
+
     with hold(args.save_session, beside=True):
         check_writable(args.save_session)
         return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from tttjax.inference.session_file import save_session
+    from tttjax.parallel.precision import x64_if_configured
+    from tttjax.runs.generation import read_prompts
+    from tttjax.runs.load import encode_prompt, load_or_start_session
+
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     with progress.report_activity(f"loading {args.workdir}"):
         loaded = load_from_args(args)
@@ -149,6 +155,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from tttjax.data.streams import check_unicode
+
     for name, low in (
         ("samples", 1),
         ("batch", 1),
@@ -175,8 +183,10 @@ def _check(args: argparse.Namespace) -> None:
         check_unicode(stop, "--stop")
 
 
-def _check_samples(samples: int, loaded: LoadedModel) -> None:
+def _check_samples(samples: int, loaded: "LoadedModel") -> None:
     """Raises UserError if the logits and token counts of all samples exceed device memory."""
+    from tttjax.runtime.memory import device_memory
+
     size, limit = samples * loaded.config.model.vocab_size * (4 + 1), device_memory()
     if size > limit:
         raise UserError(
@@ -186,6 +196,8 @@ def _check_samples(samples: int, loaded: LoadedModel) -> None:
 
 
 def _prompt(args: argparse.Namespace) -> str:
+    from tttjax.data.streams import clean_text, read_text
+
     if args.prompt_file:
         return read_text(args.prompt_file)
     return clean_text(args.prompt or "", "--prompt")
@@ -193,12 +205,14 @@ def _prompt(args: argparse.Namespace) -> str:
 
 def _print_all(
     args: argparse.Namespace,
-    loaded: LoadedModel,
-    session: Session,
-    prompts: Sequence[np.ndarray],
+    loaded: "LoadedModel",
+    session: "Session",
+    prompts: "Sequence[np.ndarray]",
     sampling: Sampling,
 ) -> None:
     """Prints one JSON line per generated text."""
+    from tttjax.runs.generation import generate_all
+
     requests = [
         (sampling, args.max_tokens, tuple(args.stop), args.seed + i) for i in range(args.samples)
     ]
@@ -215,16 +229,19 @@ def _dim(text: str) -> str:
 
 def _generate(
     args: argparse.Namespace,
-    loaded: LoadedModel,
-    session: Session,
+    loaded: "LoadedModel",
+    session: "Session",
     prompt: str,
-    prompt_T: np.ndarray,
+    prompt_T: "np.ndarray",
     sampling: Sampling,
-) -> Session:
+) -> "Session":
     """Generates and prints; returns the session after the first text.
 
     On a terminal, a single text is streamed after the dimmed prompt.
     """
+    from tttjax.inference.generator import Generator, Request
+    from tttjax.runs.generation import to_record
+
     requests = [
         Request(session, sampling, args.max_tokens, tuple(args.stop), args.seed + i, prompt_T)
         for i in range(args.samples)

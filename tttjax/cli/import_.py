@@ -24,10 +24,6 @@ is installed (pip install -e '.[interop]'). See docs/exchange.md.
 
 import argparse
 
-from absl import logging
-
-from tttjax.interop.open_source import open_source
-from tttjax.interop.transfer import import_run
 from tttjax.io.atomic import require_empty_dir
 
 
@@ -70,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax import` from parsed arguments; returns the exit code."""
+    from absl import logging
+
+    from tttjax.interop.open_source import open_source
+    from tttjax.interop.transfer import import_run
+
     logging.set_verbosity(logging.FATAL)  # silences Orbax
     require_empty_dir(args.workdir, "--workdir")  # before any network access
     source = open_source(

@@ -1,12 +1,15 @@
 """Flags shared by the commands that load a run's model: generate, read, sessions."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from tttjax.cli.flag_types import int32
 from tttjax.errors import UserError
-from tttjax.inference.session_file import PRECISIONS
-from tttjax.runs.load import LEARN, LoadedModel, load_model
-from tttjax.runs.run import MODES
+from tttjax.inference.options import PRECISIONS
+from tttjax.runs.modes import LEARN, MODES
+
+if TYPE_CHECKING:
+    from tttjax.runs.load import LoadedModel
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +53,13 @@ def add_storage_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def load_from_args(args: argparse.Namespace, *, trace_updates: bool = False) -> LoadedModel:
+def load_from_args(args: argparse.Namespace, *, trace_updates: bool = False) -> "LoadedModel":
     """Loads the model that the options of `add_model_arguments` describe."""
     if args.learn == "none" and args.mode not in ("", "off"):
         raise UserError(f"--learn=none and --mode={args.mode} contradict each other; remove one.")
+
+    from tttjax.runs.load import load_model
+
     return load_model(
         args.workdir,
         tokenizer=args.tokenizer,

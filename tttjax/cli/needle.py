@@ -4,19 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from tttjax.cli.flag_types import float32, int32, list_of
 from tttjax.config.values import check_value
 from tttjax.errors import UserError
-from tttjax.evaluation.files import check_writable
-from tttjax.evaluation.needle.files import write_needle
-from tttjax.evaluation.needle.prompts import TASKS
-from tttjax.evaluation.needle.runner import NeedleSettings, needle_tests
-from tttjax.evaluation.needle.tables import sentence, table
-from tttjax.runs.run import LearningOptions, Run
+from tttjax.evaluation.needle.tasks import TASKS
+
+if TYPE_CHECKING:
+    from tttjax.evaluation.needle.runner import NeedleSettings
+    from tttjax.runs.run import LearningOptions, Run
 
 # Options that apply to needle tests only, and to the loss only.
 NEEDLE_OPTIONS = ("needle_tasks", "needle_depths", "needle_samples", "needle_text", "tokenizer")
@@ -74,9 +71,16 @@ def check_needle_arguments(args: argparse.Namespace) -> None:
 
 
 def run_needle(
-    args: argparse.Namespace, runs: Sequence[Run], learning: LearningOptions, out: Path
+    args: argparse.Namespace, runs: "Sequence[Run]", learning: "LearningOptions", out: Path
 ) -> int:
     """`tttjax evaluate --needle`; returns the exit code."""
+    import jax
+
+    from tttjax.evaluation.files import check_writable
+    from tttjax.evaluation.needle.files import write_needle
+    from tttjax.evaluation.needle.runner import needle_tests
+    from tttjax.evaluation.needle.tables import sentence, table
+
     settings = _settings(args, runs)
     if jax.process_index() == 0:
         check_writable(out)
@@ -95,7 +99,9 @@ def run_needle(
     return 0
 
 
-def _settings(args: argparse.Namespace, runs: Sequence[Run]) -> NeedleSettings:
+def _settings(args: argparse.Namespace, runs: "Sequence[Run]") -> "NeedleSettings":
+    from tttjax.evaluation.needle.runner import NeedleSettings
+
     defaults = runs[0].config.eval
     window = max(run.window for run in runs) or runs[0].config.model.window_size
     lengths = args.context_lengths or defaults.context_lengths

@@ -19,9 +19,7 @@ import sys
 from dataclasses import fields
 
 from tttjax.cli.flag_types import float32, int32, uint32
-from tttjax.data import shards
-from tttjax.data.preparation import PrepareSettings, prepare
-from tttjax.data.shards import open_prepared
+from tttjax.data.prepare_settings import PrepareSettings
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
 
@@ -110,13 +108,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax prepare` from parsed arguments; returns the exit code."""
     if args.check:
+        from tttjax.data import shards
+
         folder = local_path(args.check, "--check")
-        open_prepared(folder, verify=False)
+        shards.open_prepared(folder, verify=False)
         count = shards.check_sums(folder, shards.read_manifest(folder))
         print(f"{folder}: all {count} checksums match")
         return 0
     if not args.out:
         raise UserError("Give the output folder: --out=DIR.")
+
+    from tttjax.data.preparation import prepare
+
     settings = {
         f.name: getattr(args, f.name) for f in fields(PrepareSettings) if f.name != "inputs"
     }

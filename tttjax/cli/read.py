@@ -18,27 +18,19 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tttjax.cli.flag_types import int32
 from tttjax.cli.model_arguments import add_model_arguments, add_storage_arguments, load_from_args
-from tttjax.data.documents import InputFile
 from tttjax.errors import UserError
-from tttjax.evaluation.prefill_text import ChunkOutput, prefill_session_file
-from tttjax.evaluation.update_trace import UpdateTraceWriter
-from tttjax.inference.session_file import check_writable
 from tttjax.io.locks import Lock, hold
-from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.chunk_log import CsvLog
-from tttjax.runs.load import LoadedModel
-from tttjax.runs.long_text import (
-    TextPrefill,
-    find_text,
-    resume_prefill,
-    start_prefill,
-    tokens_per_call,
-)
-from tttjax.runs.snapshots import Snapshots
-from tttjax.training.stopping import StopRequest
+
+if TYPE_CHECKING:
+    from tttjax.data.documents import InputFile
+    from tttjax.evaluation.prefill_text import ChunkOutput
+    from tttjax.runs.load import LoadedModel
+    from tttjax.runs.long_text import TextPrefill
+    from tttjax.runs.snapshots import Snapshots
 
 EXIT_STOPPED = 75  # saved; the same command resumes
 MAX_SNAPSHOTS = 16
@@ -76,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax read` from parsed arguments; returns the exit code."""
     _check(args)
+
+    from tttjax.inference.session_file import check_writable
+    from tttjax.runs.long_text import find_text
+
     file = find_text(args.text)
     with contextlib.ExitStack() as stack:
         locks = []
@@ -90,7 +86,12 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, file, locks)
 
 
-def _run(args: argparse.Namespace, file: InputFile, locks: Sequence[Lock]) -> int:
+def _run(args: argparse.Namespace, file: "InputFile", locks: Sequence[Lock]) -> int:
+    from tttjax.evaluation.prefill_text import prefill_session_file
+    from tttjax.parallel.precision import x64_if_configured
+    from tttjax.runs.long_text import resume_prefill, start_prefill
+    from tttjax.training.stopping import StopRequest
+
     loaded = load_from_args(args, trace_updates=bool(args.telescope))
     if args.telescope and not loaded.engine.inference_model.chunk_size:
         raise UserError(
@@ -133,8 +134,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _open_outputs(
-    args: argparse.Namespace, loaded: LoadedModel, prefill: TextPrefill, stack: contextlib.ExitStack
-) -> list[ChunkOutput]:
+    args: argparse.Namespace,
+    loaded: "LoadedModel",
+    prefill: "TextPrefill",
+    stack: contextlib.ExitStack,
+) -> "list[ChunkOutput]":
+    from tttjax.evaluation.update_trace import UpdateTraceWriter
+    from tttjax.runs.chunk_log import CsvLog
+
     outputs: list[ChunkOutput] = []
     if args.telescope:
         outputs.append(UpdateTraceWriter(args.telescope, loaded, prefill))
@@ -145,9 +152,13 @@ def _open_outputs(
     return outputs
 
 
-def _snapshots(args: argparse.Namespace, loaded: LoadedModel) -> Snapshots | None:
+def _snapshots(args: argparse.Namespace, loaded: "LoadedModel") -> "Snapshots | None":
     if not args.keep_every:
         return None
+
+    from tttjax.runs.long_text import tokens_per_call
+    from tttjax.runs.snapshots import Snapshots
+
     size = tokens_per_call(loaded)
     every = -(-args.keep_every // size)
     snapshots = Snapshots(Path(args.save_session), every, args.keep_most, size)

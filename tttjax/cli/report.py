@@ -18,15 +18,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import jax
+from typing import TYPE_CHECKING
 
 from tttjax.cli.flag_types import float32, int32, list_of
+from tttjax.config.schema import RULES
 from tttjax.errors import UserError
-from tttjax.evaluation.report.entries import DYNAMIC, ReportEntry, parse_entry
-from tttjax.evaluation.report.make import make_report
-from tttjax.runs.run import LearningOptions
-from tttjax.ttt.update_rules import RULES
+
+if TYPE_CHECKING:
+    from tttjax.evaluation.report.entries import ReportEntry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,11 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--title", default="", help="title of the report")
 
 
-def _with_learning(entries: Sequence[ReportEntry], args: argparse.Namespace) -> list[ReportEntry]:
+def _with_learning(
+    entries: "Sequence[ReportEntry]", args: argparse.Namespace
+) -> "list[ReportEntry]":
     """Applies the inner-loop options to the entries in the mode dynamic.
 
     Raises UserError if there is no such entry.
     """
+    from tttjax.evaluation.report.entries import DYNAMIC
+    from tttjax.runs.run import LearningOptions
+
     learning = LearningOptions(
         inner={"rule": args.inner_rule} if args.inner_rule else {},
         dynamic_lrs=() if args.dynamic_lr is None else (args.dynamic_lr,),
@@ -104,6 +108,11 @@ def _with_learning(entries: Sequence[ReportEntry], args: argparse.Namespace) -> 
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax report` from parsed arguments; returns the exit code."""
+    import jax
+
+    from tttjax.evaluation.report.entries import parse_entry
+    from tttjax.evaluation.report.make import make_report
+
     entries = _with_learning([parse_entry(text) for text in args.runs], args)
     report = make_report(
         entries,

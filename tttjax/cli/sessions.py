@@ -18,21 +18,15 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tttjax.cli.flag_types import int32
 from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.errors import UserError
-from tttjax.inference.session_file import SessionHeader, check_file, read_header
 from tttjax.io.locks import hold
-from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.long_text import (
-    find_text,
-    is_session_of,
-    resume_prefill,
-    run_prefill,
-    save_prefill,
-)
-from tttjax.runs.snapshots import copy_atomically, find_snapshot, list_snapshots, snapshot_dir
+
+if TYPE_CHECKING:
+    from tttjax.inference.session_header import SessionHeader
 
 MAX_LOSSES = 8  # last updates whose losses are printed
 
@@ -58,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.run or args.text:
         raise UserError("--run and --text need --rewind=TOKENS")
+
+    from tttjax.inference.session_file import check_file, read_header
+
     for path in args.files:
         check_file(path)
     sessions = {path: read_header(path) for path in args.files}
@@ -72,14 +69,18 @@ def run(args: argparse.Namespace) -> int:
 # --- descriptions -------------------------------------------------------------------------------
 
 
-def _as_json(path: str, header: SessionHeader) -> dict:
+def _as_json(path: str, header: "SessionHeader") -> dict:
+    from tttjax.runs.snapshots import list_snapshots
+
     snapshots = {
         str(file): dataclasses.asdict(snapshot) for file, snapshot in list_snapshots(path).items()
     }
     return {**dataclasses.asdict(header), "kept": snapshots}
 
 
-def _describe(path: str, header: SessionHeader) -> list[str]:
+def _describe(path: str, header: "SessionHeader") -> list[str]:
+    from tttjax.runs.snapshots import list_snapshots, snapshot_dir
+
     error = f", {header.lost:.2%} of the weight changes lost" if header.lost else ""
     lines = [
         f"{path}: {header.tokens:,} tokens, {header.pending} since the last inner update; "
@@ -103,7 +104,7 @@ def _describe(path: str, header: SessionHeader) -> list[str]:
     return lines
 
 
-def _losses(header: SessionHeader) -> list[str]:
+def _losses(header: "SessionHeader") -> list[str]:
     before, after = header.chunk_losses, header.chunk_losses_after
     if not before:
         return []
@@ -119,7 +120,7 @@ def _losses(header: SessionHeader) -> list[str]:
     return lines
 
 
-def _drifts(header: SessionHeader) -> list[str]:
+def _drifts(header: "SessionHeader") -> list[str]:
     width = max(map(len, header.layers), default=0)
     return [
         f"{name:{width}}  drift {drift:.4f}" + (f", {drift / initial:.2%}" if initial else "")
@@ -131,6 +132,9 @@ def _drifts(header: SessionHeader) -> list[str]:
 
 
 def _rewind(args: argparse.Namespace, path: Path, new: Path) -> None:
+    from tttjax.inference.session_file import check_file, read_header
+    from tttjax.runs.snapshots import copy_atomically, find_snapshot
+
     total = read_header(path).tokens
     if args.rewind > total:
         raise UserError(
@@ -170,6 +174,16 @@ def _check_rewind(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def _prefill_to(args: argparse.Namespace, snapshot: Path, new: Path) -> None:
     """Continues a snapshot with its text to `args.rewind` tokens."""
+    from tttjax.inference.session_file import read_header
+    from tttjax.parallel.precision import x64_if_configured
+    from tttjax.runs.long_text import (
+        find_text,
+        is_session_of,
+        resume_prefill,
+        run_prefill,
+        save_prefill,
+    )
+
     file = find_text(args.text)
     header = read_header(snapshot)
     if not is_session_of(header, file):

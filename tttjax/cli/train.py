@@ -14,13 +14,8 @@ before its first step leaves no files. Only one process at a time can write a wo
 
 import argparse
 
-from absl import logging
-
 from tttjax.cli.flag_types import int32
 from tttjax.config import load_config
-from tttjax.parallel.distributed import start_distributed
-from tttjax.training.loop import train
-from tttjax.training.stopping import EXIT_INTERRUPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax train` from parsed arguments; returns 0 if complete, 75 if interrupted and saved."""
+    config = load_config(args.config, args.overrides)
+
+    from absl import logging
+
+    from tttjax.parallel.distributed import start_distributed
+    from tttjax.training.loop import train
+    from tttjax.training.stopping import EXIT_INTERRUPTED
+
     # Orbax logs the traceback of a failed save from its own thread; the loop raises the error.
     logging.set_verbosity(logging.FATAL)
-    config = load_config(args.config, args.overrides)
     addresses = (args.coordinator, args.process_id, args.process_count)
     if args.distributed or any(value is not None for value in addresses):
         start_distributed(*addresses)

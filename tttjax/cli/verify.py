@@ -11,15 +11,14 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 import tttjax
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
-from tttjax.verification.rows import VerifyRow
-from tttjax.verification.verify import check_cases, find_cases, format_table
+
+if TYPE_CHECKING:
+    from tttjax.verification.rows import VerifyRow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax verify` from parsed arguments; returns 1 if a check failed."""
+    import jax
+
+    from tttjax.verification.verify import check_cases, find_cases, format_table
+
     entries = find_cases(args.directory)
     head = {
         "version": tttjax.__version__,
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    def to_json(row: VerifyRow) -> dict[str, Any]:
+    def to_json(row: "VerifyRow") -> dict[str, Any]:
         fields = dataclasses.asdict(row)
         finite = row.deviation is None or math.isfinite(row.deviation)
         return fields if finite else {**fields, "deviation": str(row.deviation)}

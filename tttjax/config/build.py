@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tttjax.config.checks import check_config
 from tttjax.config.fields import field_info, get_value
@@ -60,7 +60,7 @@ def _replaced(section: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(section, **changes)
 
 
-def _is_section(value: Any) -> bool:
+def _is_section(value: Any) -> "TypeGuard[ConfigDict | Mapping[str, Any]]":
     """Whether a value of a ConfigDict or of nested dicts has values of its own."""
     from ml_collections import ConfigDict
 

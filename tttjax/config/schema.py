@@ -16,6 +16,7 @@ from tttjax.config.model import ModelConfig
 RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
 GRADIENT_FORMS = ("fast", "reference")
 GATHERS = ("layer", "step")
+LAYOUTS = ("stream", "documents")
 TRAJECTORIES = ("rewind", "recompute")
 META_GRADIENTS = ("exact", "truncated", "first_order", "none")
 
@@ -184,7 +185,7 @@ class DataConfig:
         "stream",
         "stream: sequences are consecutive parts of one stream of tokens, as in the papers. "
         "documents: one document per sequence, padded and masked.",
-        choices=("stream", "documents"),
+        choices=LAYOUTS,
     )
     seed: int = declare(0, "Seed of the order of sequences.", minimum=0, maximum=SEED_MAX)
     shuffle: bool = declare(True, "Whether the order of sequences is shuffled.")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tttjax.data import json_lines
 from tttjax.data.parquet import check_pyarrow, read_column
+from tttjax.data.prepare_settings import TEXT_KEY
 from tttjax.data.streams import (
     READ_ERRORS,
     check_is_text,
@@ -59,7 +60,7 @@ class InputFile:
     mtime_ns: int
     compressed: bool
     kind: str = TEXT
-    text_key: str = json_lines.TEXT_KEY
+    text_key: str = TEXT_KEY
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ Item = InputFile | TextSpan | Line
 
 
 def list_inputs(
-    inputs: Sequence[str | os.PathLike], pattern: str = "", text_key: str = json_lines.TEXT_KEY
+    inputs: Sequence[str | os.PathLike], pattern: str = "", text_key: str = TEXT_KEY
 ) -> list[InputFile]:
     """All files of `inputs`, in an order that does not depend on the file system.
 

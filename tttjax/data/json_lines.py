@@ -6,7 +6,6 @@ from typing import Any, BinaryIO
 from tttjax.data.streams import clean_text
 from tttjax.errors import UserError
 
-TEXT_KEY = "text"
 _MAX_LINE = 1 << 26  # bytes of a first line that are read to detect JSON lines
 
 

@@ -19,12 +19,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from tttjax.config.schema import LAYOUTS
 from tttjax.data.records import PADDING, Record, RecordSource, document_records, stream_records
 from tttjax.data.shards import PreparedData, open_prepared
 from tttjax.errors import UserError
 from tttjax.types import Batch
-
-LAYOUTS = ("stream", "documents")
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,8 @@ from typing import Any
 
 from tttjax.data.encode import ResumableError, default_workers
 from tttjax.data.manifest import PARTS, VERSION, token_dtype
-from tttjax.data.prepare_pass import (
-    InputSource,
-    Log,
-    PreparePass,
-    PrepareSettings,
-    write_json,
-)
+from tttjax.data.prepare_pass import InputSource, Log, PreparePass, write_json
+from tttjax.data.prepare_settings import PrepareSettings
 from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
 from tttjax.data.splits import VAL, SplitRule, read_split_manifest
 from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
@@ -32,8 +27,6 @@ from tttjax.io.paths import local_path, path_text
 from tttjax.io.sealed import SEAL, read_object
 
 MOST_WORKERS = 1024
-
-__all__ = ["PrepareSettings", "prepare", "remove_prepared"]
 
 
 def _silent(line: str) -> None:

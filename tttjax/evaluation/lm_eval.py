@@ -23,11 +23,12 @@ from tttjax.data.streams import check_unicode
 from tttjax.errors import UserError, install_extra
 from tttjax.inference.engine import Engine
 from tttjax.inference.generator import Generator, Request
-from tttjax.inference.sampling import Sampling
+from tttjax.inference.options import Sampling
 from tttjax.inference.scoring import Score, Scorer, score_batch
 from tttjax.inference.session import Session
 from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.load import LEARN, LoadedModel, load_model
+from tttjax.runs.load import LoadedModel, load_model
+from tttjax.runs.modes import LEARN
 
 try:
     from lm_eval.api.model import TemplateLM

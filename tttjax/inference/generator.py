@@ -12,7 +12,8 @@ import numpy as np
 from tttjax.data.tokenizers.base import UNKNOWN, TextStream, Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
-from tttjax.inference.sampling import Sampling, SamplingParams, sample_token, stack
+from tttjax.inference.options import Sampling
+from tttjax.inference.sampling import SamplingParams, sample_token, stack
 from tttjax.types import Array
 
 CONTEXT = 8  # tokens before the text, which may end within a character

@@ -34,10 +34,10 @@ from tttjax.config import Config
 from tttjax.config.fields import fingerprint_values
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
+from tttjax.inference.options import PRECISIONS
 from tttjax.inference.prefill import Context
 from tttjax.inference.session_header import (
     FORMAT,
-    PRECISIONS,
     SessionHeader,
     checksum,
     damaged,

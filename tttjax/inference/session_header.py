@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from tttjax.errors import UserError
+from tttjax.inference.options import PRECISIONS
 from tttjax.io.sealed import SEAL, read_object, sealed, version_of
 
 FORMAT = "tttjax-session-3"
 UNSEALED = "tttjax-session-2"  # without checksums; still read
-PRECISIONS = ("float32", "bfloat16")
 HEADER = "session"
 
 

@@ -10,7 +10,7 @@ from tttjax.data.streams import clean_text, read_text
 from tttjax.errors import UserError
 from tttjax.inference.engine import Session
 from tttjax.inference.generator import GeneratedToken, Generator, Request
-from tttjax.inference.sampling import Sampling
+from tttjax.inference.options import Sampling
 from tttjax.runs.load import LoadedModel
 
 

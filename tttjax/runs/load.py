@@ -86,9 +86,6 @@ def load_model(
     )
 
 
-LEARN = ("all", "prompt", "none")
-
-
 def encode_prompt(loaded: LoadedModel, text: str, *, is_first: bool) -> np.ndarray:
     """int32 [T] tokens of a prompt, with BOS first if it starts a session.
 

@@ -29,6 +29,7 @@ from tttjax.io.paths import local_path
 from tttjax.models.relayout import relayout
 from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh, param_shardings
+from tttjax.runs.modes import DYNAMIC_PATHS, MODES
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.step import weights_template
 from tttjax.ttt.outer_loss import InnerLoop, make_inner_loop
@@ -51,10 +52,6 @@ class EvalSetup:
     lr: float
     learn: bool
     rule: str = ""
-
-
-MODES = ("on", "off", "dynamic")
-DYNAMIC_PATHS = ("suffix/**/mlp/**",)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.evaluation.needle.prompts import Prompt
 from tttjax.inference.engine import Engine
 from tttjax.inference.generator import Generator, Request
+from tttjax.inference.options import Sampling
 from tttjax.inference.prefill import make_inference_model
-from tttjax.inference.sampling import Sampling
 from tttjax.inference.scoring import Score, score_batch
 from tttjax.inference.session import Session
 from tttjax.runs.run import EvalSetup

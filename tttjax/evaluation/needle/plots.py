@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tttjax.evaluation.needle.prompts import TASKS
 from tttjax.evaluation.needle.results import NeedleResults, SampleGroup, mean
+from tttjax.evaluation.needle.tasks import TASKS
 from tttjax.evaluation.plots import DPI
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.evaluation.needle.haystack import LONGEST_SENTENCE, Haystack
+from tttjax.evaluation.needle.tasks import NeedleTask
 
 INTRODUCTION = "A special magic {kind} is hidden in the text below. Remember it.\n"
 NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
@@ -32,26 +33,6 @@ FIRST = (
 )
 SECOND = "anchor basket candle door engine feather garden hammer island jacket kettle ladder mirror"
 FIRST_WORDS, SECOND_WORDS = FIRST.split(), SECOND.split()
-
-
-@dataclass(frozen=True)
-class NeedleTask:
-    """A RULER task. title: RULER's name. in_noise: whether its haystack is always noise."""
-
-    name: str
-    title: str
-    kind: str
-    in_noise: bool = False
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        NeedleTask("passkey", "S-NIAH-1 (pass-key)", "number", in_noise=True),
-        NeedleTask("number", "S-NIAH-2 (number)", "number"),
-        NeedleTask("uuid", "S-NIAH-3 (UUID)", "uuid"),
-    )
-}
 
 
 @dataclass(frozen=True)

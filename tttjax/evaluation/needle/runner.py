@@ -15,14 +15,9 @@ from tttjax.evaluation.compare import LEARNING_COST, check_names
 from tttjax.evaluation.needle import haystack as haystacks
 from tttjax.evaluation.needle.haystack import Haystack
 from tttjax.evaluation.needle.model import EngineModel, NeedleModel
-from tttjax.evaluation.needle.prompts import (
-    TASKS,
-    NeedleTask,
-    PromptSpec,
-    check_tokenizer,
-    make_prompt,
-)
+from tttjax.evaluation.needle.prompts import PromptSpec, check_tokenizer, make_prompt
 from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, Sample
+from tttjax.evaluation.needle.tasks import TASKS, NeedleTask
 from tttjax.evaluation.progress import Progress
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh

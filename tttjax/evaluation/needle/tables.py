@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 
-from tttjax.evaluation.needle.prompts import TASKS
 from tttjax.evaluation.needle.results import (
     REGIONS,
     NeedleResults,
@@ -14,6 +13,7 @@ from tttjax.evaluation.needle.results import (
     mean,
     wilson,
 )
+from tttjax.evaluation.needle.tasks import TASKS
 from tttjax.evaluation.statistics import Estimate
 from tttjax.evaluation.tables import fit_table, format_estimate
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
+from tttjax.runs.modes import MODES
 from tttjax.runs.run import (
-    MODES,
     LearningOptions,
     Run,
     RunSpec,

@@ -39,7 +39,6 @@ from tttjax.runs.run import (
 from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.types import Params
 
-DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CODE = ("configuration_tttjax.py", "modeling_tttjax.py")
 CODE_TERMS = f"`{CODE[0]}` and `{CODE[1]}` are part of tttjax, under the Apache License 2.0."
