@@ -7,7 +7,6 @@ from helpers.small import small_config
 
 from tttjax.benchmarks import prefill
 from tttjax.benchmarks.prefill import bench_prefill
-from tttjax.cli.bench import prefill as command
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
@@ -55,7 +54,7 @@ def test_programs_that_do_not_fit_are_left_blank(monkeypatch, capsys):
             results[key] = bench_prefill(*arguments)
         return results[key]
 
-    monkeypatch.setattr(command, "bench_prefill", measure_once)
+    monkeypatch.setattr(prefill, "bench_prefill", measure_once)
     small = ["embed_dim=16", "num_layers=1", "num_heads=2", "mlp_dim=0", "vocab_size=32"]
     words = ["bench", "prefill", "--config=mid_size:w*", "--rounds=1"]
     words += ["--config=mid_size:full", "--lengths=5,9"]

@@ -24,8 +24,6 @@ from tttjax.models.transformer import build_model
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.ttt.outer_loss import make_inner_loop
 
-LENGTHS, CPU_LENGTHS = (8192, 32768, 131072), (8192,)
-
 
 @dataclass(frozen=True)
 class PrefillBenchmark:

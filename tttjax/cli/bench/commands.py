@@ -16,7 +16,6 @@ import json
 import sys
 from dataclasses import asdict
 
-from tttjax.benchmarks.commands import bench_commands, format_table
 from tttjax.cli.bench.options import add_measuring
 
 
@@ -36,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench commands` from parsed arguments; the exit code."""
+    from tttjax.benchmarks.commands import bench_commands, format_table
+
     results = bench_commands(args.commands, args.rounds, args.figures, log=_log)
     print(
         json.dumps([asdict(result) for result in results]) if args.json else format_table(results)

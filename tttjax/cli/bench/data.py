@@ -8,9 +8,8 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.data import bench_data
 from tttjax.cli.flag_types import float32, int32
-from tttjax.data.pipeline import LAYOUTS
+from tttjax.config.schema import LAYOUTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench data` from parsed arguments; the exit code."""
+    from tttjax.benchmarks.data import bench_data
+
     result = bench_data(
         args.data,
         seq_len=args.seq_len,

@@ -12,7 +12,6 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.decode import bench_decode, format_table
 from tttjax.cli.bench.options import add_configs, add_measuring, load_configs
 from tttjax.cli.flag_types import int32, list_of
 
@@ -40,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench decode` from parsed arguments; the exit code."""
+    from tttjax.benchmarks.decode import bench_decode, format_table
+
     configs = load_configs(args.config, args.overrides)
     results = bench_decode(configs, args.read, args.batch, args.rounds)
     print(

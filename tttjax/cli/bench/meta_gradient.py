@@ -13,8 +13,6 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.meta_gradient import bench_meta_gradient, format_form_ratios
-from tttjax.benchmarks.train import format_table
 from tttjax.cli.bench.options import add_measuring
 from tttjax.config import load_config
 
@@ -28,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench meta-gradient` from parsed arguments; the exit code."""
+    from tttjax.benchmarks.meta_gradient import bench_meta_gradient, format_form_ratios
+    from tttjax.benchmarks.train import format_table
+
     results = bench_meta_gradient(load_config(args.config, args.overrides), args.rounds)
     if args.json:
         print(json.dumps([asdict(result) for result in results]))

@@ -15,11 +15,10 @@ import argparse
 import json
 from dataclasses import asdict
 
-import jax
-
-from tttjax.benchmarks.prefill import CPU_LENGTHS, LENGTHS, bench_prefill, format_table
 from tttjax.cli.bench.options import add_configs, add_measuring, load_configs
 from tttjax.cli.flag_types import int32, list_of
+
+LENGTHS, CPU_LENGTHS = (8192, 32768, 131072), (8192,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench prefill` from parsed arguments; the exit code."""
+    import jax
+
+    from tttjax.benchmarks.prefill import bench_prefill, format_table
+
     configs = load_configs(args.config, args.overrides)
     lengths = args.lengths or (CPU_LENGTHS if jax.default_backend() == "cpu" else LENGTHS)
     results = []

@@ -14,7 +14,6 @@ import argparse
 import json
 from dataclasses import asdict
 
-from tttjax.benchmarks.train import bench_train, format_table
 from tttjax.cli.bench.options import add_configs, add_measuring, load_configs
 from tttjax.config.values import parse_value
 
@@ -34,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax bench train` from parsed arguments; the exit code."""
+    from tttjax.benchmarks.train import bench_train, format_table
+
     lengths = [parse_value("train.seq_len", word) for word in args.lengths.split(",") if word]
     results = []
     for length in lengths or [0]:
