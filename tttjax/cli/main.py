@@ -1,9 +1,9 @@
 """The program `tttjax`: parses the command line, runs one command, reports errors in one line.
 
 Each command is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported only
-when it is used, so that `tttjax --help` is fast. Exit codes: 0 success; 1 a check failed, or a bug
-(with traceback); 2 user error; 130 interrupted; 141 broken pipe; 143 terminated by SIGTERM; others
-are specific to a command.
+when it is used, and imports the library only in `run`, so that help and errors of the command line
+are fast. Exit codes: 0 success; 1 a check failed, or a bug (with traceback); 2 user error; 130
+interrupted; 141 broken pipe; 143 terminated by SIGTERM; others are specific to a command.
 """
 
 import argparse
