@@ -33,7 +33,7 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, (low, high) = getattr(self, field.name), LIMITS[field.name]
             if not low <= value <= high:
