@@ -16,6 +16,7 @@ from tttjax.interop.huggingface import names
 from tttjax.interop.huggingface.compare import transformers_logits
 from tttjax.io.atomic import require_empty_dir
 from tttjax.io.locks import hold
+from tttjax.models.mamba2.config import Mamba2Config
 from tttjax.runs.load import load_model
 
 torch = pytest.importorskip("torch")
@@ -244,7 +245,9 @@ def test_a_folder_in_use_is_refused(run, tmp_path):
 
 
 def test_models_that_cannot_be_exported_are_refused(make_run, tmp_path, capsys):
-    workdir = make_run("hf-mamba", mixers=("mamba2",), mamba2={"head_dim": 4, "state_size": 4})
+    workdir = make_run(
+        "hf-mamba", mixers=("mamba2",), mamba2=Mamba2Config(head_dim=4, state_size=4)
+    )
     assert export(workdir, tmp_path / "hf") == 2
     err = capsys.readouterr().err
     assert "model.mixers has 'mamba2'" in err

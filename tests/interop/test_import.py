@@ -8,7 +8,7 @@ import pytest
 from helpers.official_files import official_arrays, official_config, write_official
 
 from tttjax.cli import main
-from tttjax.config import read_config
+from tttjax.config import read_config, to_dict
 from tttjax.data.tokenizers.base import ByteTokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.interop import transfer
@@ -102,7 +102,7 @@ def test_imported_run_can_be_extended_but_not_resumed(imported):
 
 def test_a_configuration_file_must_fit(step, tmp_path, capsys):
     file = tmp_path / "mine.py"
-    fields = {**vars(CONFIG.model), "window_size": 16}
+    fields = {**to_dict(CONFIG)["model"], "window_size": 16}
     file.write_text(
         "from tttjax.config import default_config\n"
         "def get_config():\n"

@@ -49,7 +49,7 @@ def make(devices=1, **model):
 
 
 def logits(model, params):
-    token_T = np.arange(12, dtype=np.int32) % model.vocab_size
+    token_T = np.arange(12, dtype=np.int32) % model.config.vocab_size
     return jax.jit(model.apply)(params, model.init_state(12), token_T)[0]
 
 

@@ -168,7 +168,8 @@ def test_loss_does_not_depend_on_truncation(gradients, params, batch):
 
 def test_rematerialisation_changes_nothing(config, model, gradients, params, batch):
     inner = make_inner_loop(config.inner)._replace(remat=True)
-    remat_model = dataclasses.replace(model, remat=True)
+    model_config = dataclasses.replace(config.model, remat="block")
+    remat_model = build_model(model_config, config.inner)
     (loss, _), grads = gradient_of(remat_model, inner)(params, batch, LR)
     (expected, _), expected_grads = gradients[None](params, batch, LR)
     assert float(loss) == pytest.approx(float(expected), abs=1e-13)
