@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from tttjax import recipes
 from tttjax.config import Config
@@ -29,6 +30,7 @@ from tttjax.inference.generator import Generator, Request
 from tttjax.inference.options import Sampling
 from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.session_file import check_writable, save_session
+from tttjax.io.locks import hold
 from tttjax.models.transformer import Transformer
 from tttjax.models.transformer import build_model as build_transformer
 from tttjax.parallel.precision import x64_if_configured
@@ -73,23 +75,26 @@ def train(
 
     config: a configuration, or a recipe as `recipes.get` takes it. data: prepared data sets, in
     place of `config.data.sources`. stop_after: save and return after this step; the same call
-    goes on. Raises UserError as `tttjax train` does.
+    goes on. Raises UserError as `tttjax train` does, and KeyboardInterrupt after Ctrl-C or SIGTERM,
+    once the last step is saved.
     """
     config = recipes.get(config) if isinstance(config, str) else config
     if data is not None:
         folders = [data] if isinstance(data, str | os.PathLike) else data
         config = replace_values(config, {"data.sources": tuple(map(os.fspath, folders))})
-    train_config(config, workdir, stop_after=stop_after)
+    result = train_config(config, workdir, stop_after=stop_after)
+    if result.interrupted and result.step != stop_after:
+        raise KeyboardInterrupt(f"saved at step {result.step}; the same call goes on from there")
     return load(workdir)
 
 
 def load(
     workdir: StrPath, *, mode: str = "", tokenizer: StrPath | None = None, max_length: int = 0
 ) -> "LoadedRun":
-    """The newest weights of a run, on one device, ready to read and write.
+    """The newest weights of a run, on one device, ready for inference.
 
     mode: "on" (default for a model with fast weights), "off", or "dynamic". tokenizer: its folder
-    (default: the run's own). max_length: tokens that full attention has room for (0: eight training
+    (default: the run's own). max_length: capacity of full attention, in tokens (0: eight training
     sequences). Raises UserError if something is missing or does not fit.
     """
     folder = None if tokenizer is None else Path(tokenizer)
@@ -102,10 +107,11 @@ def build_model(config: Config) -> Transformer:
 
 
 def value_and_meta_grad(model: Transformer, config: Config) -> MetaGrad:
-    """The outer loss and its gradient, through every inner update (eq. 6 of the paper).
+    """The outer loss (eq. 6 of the paper) and its gradient.
 
-    Returns f(params, batch, inner_lr=config.inner.lr) -> (loss, gradient), compiled: the mean loss
-    in nats per token (a scalar), and `Params(slow, fast)` of the same structure as `params`. batch:
+    The gradient goes through the inner updates that `config.inner.meta_gradient` selects. Returns
+    f(params, batch, inner_lr=config.inner.lr) -> (loss, gradient), compiled: the mean over
+    sequences and chunks of each chunk's masked mean, in nats; and `Params(slow, fast)`. batch:
     `Batch(inputs, targets, mask)`, each [B, T] with T a multiple of config.inner.chunk_size.
     """
     inner = make_inner_loop(config.inner)
@@ -122,7 +128,7 @@ def value_and_meta_grad(model: Transformer, config: Config) -> MetaGrad:
 
 
 def evaluate(
-    *workdirs: StrPath, data: StrPath | None = None, modes: Sequence[str] = ()
+    *workdirs: StrPath, data: StrPath | None = None, modes: str | Sequence[str] = ()
 ) -> Comparison:
     """Loss by position and context length of runs on the same held-out tokens, TTT on and off.
 
@@ -130,7 +136,13 @@ def evaluate(
     is the result as text, `.series` the sums. Raises UserError for runs that do not compare.
     """
     folder = None if data is None else Path(data)
-    return compare([RunSpec(Path(workdir)) for workdir in workdirs], data=folder, modes=modes)
+    return compare(
+        [RunSpec(Path(workdir)) for workdir in workdirs], data=folder, modes=_several(modes)
+    )
+
+
+def _several(words: str | Sequence[str]) -> tuple[str, ...]:
+    return (words,) if isinstance(words, str) else tuple(words)
 
 
 def report(systems: Mapping[str, StrPath], out: StrPath, *, data: StrPath | None = None) -> Report:
@@ -149,7 +161,7 @@ def plan(config: Config, topology: str) -> Plan:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A trained model. It reads and writes by `tttjax.inference`, as all commands do."""
+    """A trained model. Inference is that of `tttjax.inference`, as in all commands."""
 
     _loaded: LoadedModel
 
@@ -191,9 +203,10 @@ class LoadedRun:
 
     def start(self, text: str = "") -> "TextSession":
         """A session that has read `text`, or nothing yet."""
-        session = TextSession(self, load_or_start_session(self._loaded, None))
-        if text:
-            session.append(text)
+        with x64_if_configured(self.config):
+            session = TextSession(self, load_or_start_session(self._loaded, None))
+            if text:
+                session.append(text)
         return session
 
     def read(self, path: StrPath) -> "TextSession":
@@ -217,7 +230,7 @@ class LoadedRun:
 
 @dataclasses.dataclass
 class TextSession:
-    """A text that a run has read, and goes on reading: `session` has all of its state."""
+    """The state of one text in a run, `session`; prefill and generation continue it."""
 
     run: LoadedRun
     session: Session
@@ -233,17 +246,23 @@ class TextSession:
 
     def append(self, text: str) -> None:
         """Reads more text."""
+        self._read(text, 0)
+
+    def _read(self, text: str, more: int) -> np.ndarray:
+        """Reads a text if there is room for `more` tokens after it, and returns its tokens."""
         loaded = self.run._loaded
         token_T = encode_prompt(loaded, text, is_first=not self.tokens)
+        loaded.engine.check(token_T, self.tokens + more)
         with x64_if_configured(loaded.config):
             self.session, _ = loaded.engine.read(self.session, token_T)
+        return token_T
 
     def generate(
         self,
         prompt: str = "",
         *,
         max_tokens: int = 128,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         learn: bool = True,
         **sampling: Any,
@@ -251,14 +270,15 @@ class TextSession:
         """Reads `prompt`, and generates what follows; the session goes on from its end.
 
         stop: strings before which the text ends. learn: whether generated tokens are learned too.
-        sampling: fields of `Sampling`: temperature=0 is greedy decoding. Raises UserError for a
-        session without tokens and options out of range.
+        sampling: fields of `Sampling`: temperature=0 is greedy decoding; the repetition penalty
+        knows the tokens of this prompt. Raises UserError for a session without tokens and options
+        out of range.
         """
         loaded = self.run._loaded
-        parameters = Sampling(**sampling)
-        if prompt or not self.tokens:
-            self.append(prompt)
-        request = Request(self.session, parameters, max_tokens, tuple(stop), seed)
+        parameters, stops = Sampling(**sampling), _several(stop)
+        has_prompt = prompt or not self.tokens
+        prompt_T = self._read(prompt, max_tokens) if has_prompt else np.zeros(0, np.int32)
+        request = Request(self.session, parameters, max_tokens, stops, seed, prompt_T)
         with x64_if_configured(loaded.config):
             generator = Generator(loaded.engine, loaded.tokenizer, [request], learn=learn)
             text = "".join(token.text for token in generator)
@@ -267,13 +287,14 @@ class TextSession:
 
     def save(self, path: StrPath, *, precision: str = "float32") -> None:
         """Writes the session to a file, which `LoadedRun.open_session` and all commands read."""
-        loaded = self.run._loaded
-        check_writable(os.fspath(path))
-        save_session(
-            path,
-            loaded.engine,
-            self.session,
-            model=loaded.model_fingerprint,
-            tokenizer=loaded.tokenizer_fingerprint,
-            precision=precision,
-        )
+        loaded, name = self.run._loaded, os.fspath(path)
+        with hold(name, beside=True), x64_if_configured(loaded.config):
+            check_writable(name)
+            save_session(
+                name,
+                loaded.engine,
+                self.session,
+                model=loaded.model_fingerprint,
+                tokenizer=loaded.tokenizer_fingerprint,
+                precision=precision,
+            )

@@ -66,6 +66,23 @@ def test_a_wrong_value_is_refused_by_name(name, value, sentence):
         configured(name, value)
 
 
+def test_earlier_names_are_read():
+    old = {"mamba_state": 64, "ttt_chunk": 8}
+    model = from_config_dict({"model": old, "train": {"nonfinite_limit": 3}}).model
+    assert (model.mamba2.state_size, model.ttt_layer.chunk_size) == (64, 8)
+    with pytest.raises(UserError, match=r"model.mamba2.state_size is given twice"):
+        from_config_dict({"model": {**old, "mamba2": {"state_size": 32}}})
+    with pytest.raises(UserError, match=r"model.mamba_state is now model.mamba2.state_size"):
+        parse_value("model.mamba_state", "64")
+
+
+def test_a_nested_section_takes_no_value():
+    with pytest.raises(
+        UserError, match=r"model.kda is a section; set its fields, such as model.kda"
+    ):
+        configured("model.kda", 3)
+
+
 def test_a_section_must_be_one():
     with pytest.raises(UserError, match="train = 3 must be a section"):
         from_config_dict({"train": 3})

@@ -70,7 +70,7 @@ def test_files_of_one_folder_import_each_other(tmp_path, monkeypatch):
     ("override", "sentence"),
     [
         ("--config.train.stpes=3", "no configuration field 'train.stpes'. Did you mean 'train.st"),
-        ("--config.train=3", "no configuration field 'train'"),
+        ("--config.train=3", "train is a section"),
         ("--config.train.steps", "has no value"),
         ("--config.train.steps=x", "train.steps = 'x' must be an integer"),
         ("--config.train.seq_len=1000", "train.seq_len = 1000 is not a multiple"),

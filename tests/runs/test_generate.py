@@ -184,7 +184,7 @@ def test_full_attention_reports_its_capacity(make_run, capsys):
     run = make_run("full", mixers=("full",))
     code, _, err = call(capsys, "generate", run, "--prompt", "abc", "--max-length=4")
     assert code == 2
-    assert "has room for 4 tokens, and this takes 132; give --max-length=132" in err
+    assert "has a capacity of 4 tokens, and this takes 132; raise max_length" in err
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Checks a ConfigDict into the frozen Config, and turns that into plain values."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tttjax.config.checks import check_config
-from tttjax.config.fields import field_info, get_value
-from tttjax.config.schema import SECTIONS, Config, all_fields
+from tttjax.config.fields import get_value
+from tttjax.config.schema import SECTIONS, Config, all_fields, first_names
 from tttjax.config.values import check_value, nearest
 from tttjax.errors import UserError
 
@@ -40,7 +39,10 @@ def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Config:
         if not _is_section(section):
             raise UserError(f"{name} = {section!r} must be a section with fields.")
         for key, value in _flat(section, f"{name}."):
-            values[_first_names().get(key, key)] = value
+            current = first_names().get(key, key)
+            if current in values and values[current] != value:
+                raise UserError(f"{current} is given twice, once by its earlier name; set it once.")
+            values[current] = value
     values = {name: check_value(name, value) for name, value in values.items()}
     result = replace_values(Config(), values)
     check_config(result)
@@ -74,13 +76,6 @@ def _flat(section: "ConfigDict | Mapping[str, Any]", prefix: str) -> Iterator[tu
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-@functools.cache
-def _first_names() -> dict[str, str]:
-    """The current name of every renamed field by its first one."""
-    renamed = {name: field_info(field).first_name for name, field in all_fields().items()}
-    return {f"{name.split('.')[0]}.{first}": name for name, first in renamed.items() if first}
 
 
 def _with_current_values(config: "ConfigDict | Mapping[str, Any]") -> dict[str, Any]:

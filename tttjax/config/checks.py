@@ -69,10 +69,10 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
 
 
 def _sharded_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:
-    """What the mesh axis `tensor` divides: sizes and their names."""
+    """What is sharded over the mesh axis `tensor`: sizes and their names."""
     result = [(model.mlp_dim, "model.mlp_dim"), (model.vocab_size, "model.vocab_size")]
     for mixer in model.mixers_in_use:
-        result += mixer.divided_by_tensor(model)
+        result += mixer.sharded_by_tensor(model)
     if model.fast_mlp_heads:
         result.append((model.fast_mlp_heads, "model.fast_mlp_heads"))
     return result

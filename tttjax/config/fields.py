@@ -18,7 +18,7 @@ class FieldInfo:
     than the first run of its work directory. path: a path of this machine; `~` is expanded, and
     runs record the absolute path. omit_default_in_hash: for fields added after runs existed; the
     default is what those runs did (`fingerprint_values`). first_name: the name that a renamed field
-    had in its section at first; files with it are read, and fingerprints are made with it.
+    had at first, in its top-level section; files with it are read, and fingerprints use it.
     """
 
     doc: str

@@ -1,7 +1,7 @@
 """What the configuration of a sequence mixer declares besides its fields.
 
 A mixer is one folder of tttjax/models: `config.py` with a `MixerConfig`, which imports no JAX, and
-`layer.py` with the layer. It becomes known by its field in `ModelConfig`.
+`layer.py` with the layer. It becomes known by its line in `MIXERS` and its field in `ModelConfig`.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class MixerConfig:
     def check(self, model: "ModelConfig") -> None:
         """UserError for sizes that do not fit, in one sentence that names the fields."""
 
-    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
-        """The sizes that the mesh axis `tensor` divides, with their names."""
+    def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+        """The sizes sharded over the mesh axis `tensor`, with their names."""
         raise NotImplementedError
 
     def parameter_count(self, kind: str, model: "ModelConfig") -> int:
@@ -34,6 +34,5 @@ class MixerConfig:
         raise NotImplementedError
 
     def recurrence_flops(self, kind: str, model: "ModelConfig") -> float:
-        """FLOPs of the matrix products of a token's state update and read, none by default."""
-        del kind, model
-        return 0.0
+        """FLOPs of the matrix products of a token's state update and read; 0 for attention."""
+        raise NotImplementedError

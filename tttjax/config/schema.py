@@ -1,15 +1,16 @@
 """The configuration as frozen dataclasses: every field, its default, its meaning, its limits.
 
-A field is declared in one place, here or (the network's) in `model`. The checks of single values,
-the command line's parsing, the comparison of a resumed run with its work directory and
-docs/configuration.md are all derived from it. Relations between fields are in `checks`.
+A field is declared in one place: here, in `model` (the network's), or in a mixer's `config.py`. The
+checks of single values, the command line's parsing, the comparison of a resumed run with its work
+directory and docs/configuration.md are all derived from it. Relations between fields are in
+`checks`.
 """
 
 import dataclasses
 import functools
 from dataclasses import dataclass
 
-from tttjax.config.fields import declare, fields_of
+from tttjax.config.fields import declare, field_info, fields_of
 from tttjax.config.limits import SEED_MAX
 from tttjax.config.model import ModelConfig
 
@@ -274,3 +275,10 @@ SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
 def all_fields() -> dict[str, dataclasses.Field]:
     """Every field by its dotted name, `train.steps` and so on, in order of declaration."""
     return fields_of(Config)
+
+
+@functools.cache
+def first_names() -> dict[str, str]:
+    """The current name of every renamed field by its first one."""
+    renamed = {name: field_info(field).first_name for name, field in all_fields().items()}
+    return {f"{name.split('.')[0]}.{first}": name for name, first in renamed.items() if first}

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 
 from tttjax.config.fields import field_info
 from tttjax.config.limits import FLOAT_WORDS, INT_MAX, INT_WORDS, fits_float, read_number
-from tttjax.config.schema import all_fields
+from tttjax.config.schema import all_fields, first_names
 from tttjax.errors import UserError
 from tttjax.io.paths import path_text
 
@@ -27,9 +27,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def find_field(name: str) -> dataclasses.Field:
     """The field of a dotted name; UserError with the nearest spelling if there is none."""
     fields = all_fields()
+    if name in first_names():
+        raise UserError(f"{name} is now {first_names()[name]}.")
+    if any(field.startswith(f"{name}.") for field in fields):
+        raise UserError(f"{name} is a section; set its fields, such as {_first_of(name)}.")
     if name not in fields:
         raise UserError(f"There is no configuration field {name!r}.{nearest(name, fields)}")
     return fields[name]
+
+
+def _first_of(section: str) -> str:
+    return next(name for name in all_fields() if name.startswith(f"{section}."))
 
 
 def check_value(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What `prepare` is asked for, and its defaults."""
+"""Settings of `tttjax prepare`, with their defaults. Imports no JAX."""
 
 from dataclasses import dataclass
 

@@ -105,9 +105,9 @@ class Engine:
         size, limit = sum(x.size * x.dtype.itemsize for x in arrays), device_memory()
         if size > limit:
             raise UserError(
-                f"a session with room for {self.max_length} tokens needs {size / 1e9:,.1f} GB of "
-                f"the device's {limit / 1e9:,.1f} GB: give a smaller --max-length (full attention "
-                "caches all tokens; a window caches model.window_size)"
+                f"a session with a capacity of {self.max_length} tokens needs {size / 1e9:,.1f} GB "
+                f"of the device's {limit / 1e9:,.1f} GB: lower max_length (--max-length; "
+                "full attention caches all tokens; a window caches model.window_size)"
             )
         return make(self._params)
 
@@ -133,8 +133,8 @@ class Engine:
             )
         if self.has_full_attention and position + len(tokens) > self.max_length:
             raise UserError(
-                f"full attention has room for {self.max_length} tokens, and this takes "
-                f"{position + len(tokens)}; give --max-length={position + len(tokens)}"
+                f"full attention has a capacity of {self.max_length} tokens, and this takes "
+                f"{position + len(tokens)}; raise max_length (--max-length) to that"
             )
 
     def read(

@@ -1,4 +1,4 @@
-"""A text's losses, token by token, and what it writes into the fast weights."""
+"""A text's losses, token by token, and the fast weights after its updates."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial

@@ -38,7 +38,7 @@ class Mixer(Protocol):
         """How the state is stored, extended and saved."""
 
     def init_state(self, max_length: int, dtype: jnp.dtype) -> MixerState:
-        """The state before the first token. max_length: tokens to make room for."""
+        """The state before the first token. max_length: capacity in tokens."""
 
     def __call__(
         self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"

@@ -11,8 +11,8 @@ ttt_mlp         convolution, TTT-MLP, MLP                    28.5M
 Of TTT layers the fast weights are counted; the sums of their gradients within a mini-batch are as
 many again.
 
-All are systems of the papers but kda (arXiv 2510.26692), which is younger: it has the heads of its
-official default, 128 entries each, in the place of Gated DeltaNet.
+kda (arXiv 2510.26692) is newer than the papers. It replaces Gated DeltaNet in that hybrid, with the
+official default of 128 entries per head.
 
 mamba2, gated_deltanet and ttt_kvb are hybrids with window attention of 8K tokens, with QK-norm,
 which the paper found to help them. It says neither which blocks have attention nor how wide the

@@ -34,6 +34,7 @@ the first step does nothing; here it starts above zero (`--config.optim.init_lr=
 """
 
 import re
+import sys
 from dataclasses import astuple, dataclass
 from itertools import product
 
@@ -136,4 +137,6 @@ def recipes() -> list[Recipe]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit("usage: tttjax recipes paper:RECIPE, or without a recipe for the table of sizes")
     print(size_table())

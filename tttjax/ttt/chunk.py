@@ -93,13 +93,13 @@ def batch_loss(
         nll_BC, ce_residuals = over_sequences(nll)(h_BCD, head_BDV, chunk.target_NBC), None
     else:
         head_DV = model.head(slow)
-        read = h_BCD, head_DV, chunk.target_NBC
+        inputs = h_BCD, head_DV, chunk.target_NBC
         blocks = Blocks(chunk_model.logit_rows, _vocab_block(head_DV.shape[1]))
         if form == "blocked_jvp":
             assert ce_residuals is not None
-            nll_BC = blocked_nll_jvp(*read, ce_residuals, blocks)
+            nll_BC = blocked_nll_jvp(*inputs, ce_residuals, blocks)
         else:
-            nll_BC, ce_residuals = blocked_nll(*read, blocks)
+            nll_BC, ce_residuals = blocked_nll(*inputs, blocks)
     return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, ce_residuals)
 
 

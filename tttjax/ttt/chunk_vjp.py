@@ -66,6 +66,7 @@ class ChunkResult(NamedTuple):
 
 
 def run_chunk(shared: Shared, start: Start, buffered: PyTree, row: Row) -> ChunkResult:
+    """One chunk forward: its records, residuals, and what follows it."""
     state = shared.kv_buffer.state(BufferState(buffered, start.recurrent), row.i)
     (loss_B, (state, nll_BC, ce_residuals)), g = loss_and_gradient(
         shared.chunk_model, shared.slow, start.fast, state, row.chunk
@@ -102,7 +103,10 @@ class BackwardRow(NamedTuple):
 
 
 class _Pairing(NamedTuple):
-    """What the outputs of a chunk are paired with in S. v None: the update is a constant."""
+    """What the outputs of a chunk are paired with in S (docstring of `meta_gradient`).
+
+    v None: the update is a constant.
+    """
 
     records_bar: ChunkRecords
     state_bar: PyTree
@@ -139,7 +143,7 @@ def _chunk_gradient(
     ce_residuals: CEResiduals | None,
     pairing: _Pairing,
 ) -> tuple[PyTree, PyTree, PyTree, Array]:
-    """The gradient of S (module docstring) in slow, fast, the state's blocks and x."""
+    """The gradient of S (docstring of `meta_gradient`) in slow, fast, the state's blocks and x."""
     form: AttentionForm = "blocked" if pairing.v is None else "blocked_jvp"
 
     def outputs(

@@ -40,7 +40,7 @@ class AttentionConfig(MixerConfig):
             )
         _check_rope_scaling(model.rope_scaling)
 
-    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+    def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
         """Heads of queries, and of keys and values."""
         return [(model.num_heads, "model.num_heads"), (model.kv_heads, "model.num_kv_heads")]
 
@@ -49,6 +49,10 @@ class AttentionConfig(MixerConfig):
         K = model.head_size
         heads = 2 * model.num_heads + 2 * model.kv_heads  # of queries, output, keys and values
         return model.embed_dim * heads * K + 2 * K * model.qk_norm
+
+    def recurrence_flops(self, kind: str, model: "ModelConfig") -> float:
+        """None; its scores are counted by length (`planning.flops`)."""
+        return 0.0
 
 
 def _check_rope_scaling(scaling: tuple[float, ...]) -> None:

@@ -74,7 +74,7 @@ class GatedDeltaNetConfig(MixerConfig):
                 "a key of gated_deltanet no entry; set model.gated_deltanet.key_dim."
             )
 
-    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+    def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
         """Both kinds of heads."""
         sizes = self.sizes(model)
         return [

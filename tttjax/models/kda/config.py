@@ -45,7 +45,7 @@ class KDAConfig(MixerConfig):
                 "a key of kda no entry; set model.kda.key_dim."
             )
 
-    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+    def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
         """The heads."""
         return [(self.sizes(model)[0], "model.kda.heads (or num_heads)")]
 

@@ -62,7 +62,7 @@ class Mamba2Config(MixerConfig):
                 "step, such as (0.001, 0.1), or empty."
             )
 
-    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+    def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
         """The heads."""
         return [(self.heads(model), "The number of mamba2's heads")]
 

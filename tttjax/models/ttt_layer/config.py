@@ -87,7 +87,7 @@ class TTTLayerConfig(MixerConfig):
                 "each; rotary positions need an even whole number."
             )
 
-    def divided_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
+    def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
         """The heads."""
         return [(self.num_heads(model), "model.ttt_layer.heads (or num_heads)")]
 
