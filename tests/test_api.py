@@ -4,6 +4,7 @@ import doctest
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers.paths import ROOT
 
@@ -34,6 +35,29 @@ def test_every_public_name_exists_and_says_what_it_is():
     assert all(getattr(tttjax, name).__doc__ for name in tttjax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tttjax.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda x: x - 300, "inputs must be integers from 0 to 1023"),
+        (lambda x: x[:, :31], "have one shape"),
+        (lambda x: x[0], "have one shape"),
+        (lambda x: x.astype(float), "inputs must be integers"),
+    ],
+)
+def test_a_batch_that_would_be_read_wrongly_is_refused(change, sentence):
+    config = tttjax.recipes.get("quickstart:ttt_e2e")
+    loss_and_gradient = tttjax.value_and_meta_grad(tttjax.build_model(config), config)
+    token = np.full((2, 32), 7)
+    batch = tttjax.Batch(change(token), token, np.ones((2, 32), bool))
+    with pytest.raises(tttjax.UserError, match=sentence):
+        loss_and_gradient(None, batch)
+
+
+def test_weights_of_float64_configurations_are_float64():
+    model = tttjax.build_model(tttjax.recipes.get({"model.param_dtype": "float64"}))
+    assert model.abstract_params().slow["embedding"].dtype == np.float64
 
 
 def test_importing_it_imports_no_jax():

@@ -78,7 +78,7 @@ def train(
     goes on. Raises UserError as `tttjax train` does, and KeyboardInterrupt after Ctrl-C or SIGTERM,
     once the last step is saved.
     """
-    config = recipes.get(config) if isinstance(config, str) else config
+    config = _resolved(config)
     if data is not None:
         folders = [data] if isinstance(data, str | os.PathLike) else data
         config = replace_values(config, {"data.sources": tuple(map(os.fspath, folders))})
@@ -101,8 +101,9 @@ def load(
     return LoadedRun(load_model(Path(workdir), tokenizer=folder, mode=mode, max_length=max_length))
 
 
-def build_model(config: Config) -> Transformer:
+def build_model(config: Config | str) -> Transformer:
     """The model of a configuration: pure functions. Its weights are `model.init(seed)`."""
+    config = _resolved(config)
     return build_transformer(config.model, config.inner)
 
 
@@ -116,29 +117,74 @@ def value_and_meta_grad(model: Transformer, config: Config) -> MetaGrad:
     """
     inner = make_inner_loop(config.inner)
     loss = make_outer_loss(model, inner, learn=learns(model, config.inner.meta_gradient))
+    with x64_if_configured(config):
+        expected = model.abstract_params()
     derive = jax.jit(jax.value_and_grad(lambda params, batch, lr: loss(params, batch, lr)[0]))
 
     def value_and_grad(
         params: Params, batch: Batch, inner_lr: float = config.inner.lr
     ) -> tuple[Array, Params]:
+        _check_batch(batch, config)
         with x64_if_configured(config):
+            _check_params(params, expected)
             return derive(params, batch, inner_lr)
 
     return value_and_grad
 
 
+def _check_batch(batch: Batch, config: Config) -> None:
+    """UserError for a batch that the model cannot read, or would read wrongly."""
+    inputs, targets = np.asarray(batch.inputs), np.asarray(batch.targets)
+    chunk, vocab = config.inner.chunk_size, config.model.vocab_size
+    if inputs.ndim != 2 or not inputs.shape == targets.shape == np.shape(batch.mask):
+        raise UserError(
+            f"inputs {inputs.shape}, targets {targets.shape} and mask {np.shape(batch.mask)} must "
+            "have one shape, [B, T]"
+        )
+    if not inputs.size or inputs.shape[1] % chunk:
+        raise UserError(
+            f"sequences of {inputs.shape[1]} tokens are no multiple of inner.chunk_size = {chunk}"
+        )
+    for name, tokens in (("inputs", inputs), ("targets", targets)):
+        if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= vocab:
+            raise UserError(f"{name} must be integers from 0 to {vocab - 1}, the vocabulary")
+
+
+def _check_params(params: Params, expected: Params) -> None:
+    """UserError for weights of another model, or in another dtype."""
+    structure: Any = jax.tree.structure(expected)
+    if structure != jax.tree.structure(params):
+        raise UserError("the weights have other names than the model's; make them by model.init")
+    for actual, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        if (np.shape(actual), actual.dtype) != (leaf.shape, leaf.dtype):
+            raise UserError(
+                f"a weight is {actual.dtype}{list(np.shape(actual))}, and the model has "
+                f"{leaf.dtype}{list(leaf.shape)}; make the weights by model.init"
+            )
+
+
 def evaluate(
-    *workdirs: StrPath, data: StrPath | None = None, modes: str | Sequence[str] = ()
+    *workdirs: StrPath,
+    data: StrPath | None = None,
+    modes: str | Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> Comparison:
     """Loss by position and context length of runs on the same held-out tokens, TTT on and off.
 
-    data: a prepared data set (default: the first run's). modes: "on", "off", "dynamic". `.table`
-    is the result as text, `.series` the sums. Raises UserError for runs that do not compare.
+    data: a prepared data set (default: the first run's). modes: "on", "off", "dynamic". names: of
+    the runs in tables (default: their folders'). `.table` is the result as text, `.series` the
+    sums. Raises UserError for runs that do not compare.
     """
     folder = None if data is None else Path(data)
-    return compare(
-        [RunSpec(Path(workdir)) for workdir in workdirs], data=folder, modes=_several(modes)
-    )
+    if names and len(names) != len(workdirs):
+        raise UserError(f"there are {len(names)} names for {len(workdirs)} runs; give one for each")
+    labels = names or [""] * len(workdirs)
+    runs = [RunSpec(Path(path), name) for path, name in zip(workdirs, labels, strict=True)]
+    return compare(runs, data=folder, modes=_several(modes))
+
+
+def _resolved(config: Config | str) -> Config:
+    return config if isinstance(config, Config) else recipes.get(config)
 
 
 def _several(words: str | Sequence[str]) -> tuple[str, ...]:
@@ -151,12 +197,12 @@ def report(systems: Mapping[str, StrPath], out: StrPath, *, data: StrPath | None
     return make_report(entries, Path(out), data=None if data is None else Path(data))
 
 
-def plan(config: Config, topology: str) -> Plan:
+def plan(config: Config | str, topology: str) -> Plan:
     """Memory, FLOPs and time of a train step on a pod such as "v5p:2x2x1", compiled for it.
 
     Needs the extra `plan`. Raises UserError if the mesh does not fit the topology.
     """
-    return make_plan(config, parse_topology(topology))
+    return make_plan(_resolved(config), parse_topology(topology))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +266,8 @@ class LoadedRun:
 
     def open_session(self, path: StrPath) -> "TextSession":
         """The session of a file. UserError if it belongs to another model or tokenizer."""
+        if not os.fspath(path):
+            raise UserError("the path of the session is empty; give that of a session file")
         with x64_if_configured(self.config):
             return TextSession(self, load_or_start_session(self._loaded, os.fspath(path)))
 

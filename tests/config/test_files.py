@@ -116,3 +116,29 @@ def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "odd.py").mkdir()
     with pytest.raises(UserError, match="There is no experiment file"):
         load_config(str(tmp_path / "odd.py"))
+
+
+def test_a_file_with_earlier_names_can_be_overridden(tmp_path):
+    path = tmp_path / "old.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        '    return ConfigDict({"model": {"mamba_state": 16, "ttt_chunk": 8}})\n'
+    )
+    model = load_config(str(path), ["--config.model.mamba2.state_size=32"]).model
+    assert (model.mamba2.state_size, model.ttt_layer.chunk_size) == (32, 8)
+
+
+def test_a_file_that_sets_an_earlier_name_is_told_the_current_one(tmp_path):
+    path = tmp_path / "old.py"
+    path.write_text(
+        "from tttjax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.model.mamba_state = 16\n"
+        "    return config\n"
+    )
+    with pytest.raises(
+        UserError, match=r"line 4: model.mamba_state is now model.mamba2.state_size"
+    ):
+        load_config(str(path))

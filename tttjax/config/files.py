@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tttjax.config.build import from_config_dict
-from tttjax.config.schema import Config, all_fields
+from tttjax.config.schema import Config, all_fields, first_names
 from tttjax.config.values import check_value, nearest, parse_value
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
@@ -54,7 +54,22 @@ def load_config_dict(spec: str) -> "ConfigDict":
             f"get_config of {path} returned {type(config).__name__}, not a ConfigDict; start from "
             "tttjax.config.default_config()."
         )
+    _use_current_names(config)
     return config
+
+
+def _use_current_names(config: "ConfigDict") -> None:
+    """Renames the fields that a file sets by their first names, so that overrides find them."""
+    from ml_collections import ConfigDict
+
+    for first, current in first_names().items():
+        section, _, key = first.partition(".")
+        values = config.get(section)
+        if isinstance(values, ConfigDict) and key in values:
+            value = values[key]
+            with values.unlocked():
+                del values[key]
+            _set_value(config, current, value)
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
@@ -192,5 +207,8 @@ def _in_short(error: Exception) -> str:
     locked = re.search(r'Key \\?"(\w+)\\?" does not exist', str(error))
     if locked is None:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    for first, current in first_names().items():
+        if first.rpartition(".")[2] == locked[1]:
+            return f"{first} is now {current}."
     leaves = [name.rpartition(".")[2] for name in all_fields()]
     return f"there is no configuration field {locked[1]!r}.{nearest(locked[1], leaves)}"

@@ -135,10 +135,12 @@ class Generator:
         for request in requests:
             if request.session.logit_V is None:
                 raise UserError("a prompt needs at least one token")
-            if request.max_tokens < 1:
-                raise UserError(f"max_tokens={request.max_tokens} must be at least 1.")
-            if not 0 <= request.seed < 2**32:
-                raise UserError(f"seed={request.seed} must be from 0 to {2**32 - 1}.")
+            if not isinstance(request.max_tokens, int) or request.max_tokens < 1:
+                raise UserError(
+                    f"max_tokens={request.max_tokens!r} must be an integer, at least 1."
+                )
+            if not isinstance(request.seed, int) or not 0 <= request.seed < 2**32:
+                raise UserError(f"seed={request.seed!r} must be an integer from 0 to {2**32 - 1}.")
             if "" in request.stop:
                 raise UserError("a stop string is empty, and would end every text at once")
         self._engine, self._tokenizer, self._requests = engine, tokenizer, list(requests)

@@ -10,6 +10,7 @@ Everything here is for one sequence; `over_sequences` adds the batch.
 
 import difflib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -158,13 +159,19 @@ class Transformer:
     @cached_property
     def _variables(self) -> dict[str, tuple[nnx.Variable, int | None]]:
         """Every declared weight by path, and the height of its stack (None: outside the blocks)."""
-        variables: dict[str, tuple[nnx.Variable, int | None]] = {
-            "/".join(path): (v, None) for path, v in self._embed_and_head.variables().items()
-        }
-        for prefix, stack in self.stacks.items():
-            for path, variable in stack.variables().items():
-                variables["/".join((prefix, *path))] = (variable, stack.repeats)
+        with self._weights_x64():
+            variables: dict[str, tuple[nnx.Variable, int | None]] = {
+                "/".join(path): (v, None) for path, v in self._embed_and_head.variables().items()
+            }
+            for prefix, stack in self.stacks.items():
+                for path, variable in stack.variables().items():
+                    variables["/".join((prefix, *path))] = (variable, stack.repeats)
         return variables
+
+    def _weights_x64(self) -> AbstractContextManager:
+        """A context that enables x64 for weights in float64."""
+        is_wide = self.config.param_dtype == "float64"
+        return jax.enable_x64(True) if is_wide else nullcontext()
 
     @cached_property
     def fast_paths(self) -> frozenset[str]:
@@ -212,10 +219,12 @@ class Transformer:
         """Random weights: matrices N(0, init_std^2), norms 1. key: of jax.random, or a seed."""
         key = jax.random.key(key) if isinstance(key, int) else key
         end_key, *keys = jax.random.split(key, 1 + len(self.stacks))
-        ends = jax.tree.map(lambda x: x[0], self._embed_and_head.init(end_key))
-        blocks = {
-            path: stack.init(k) for (path, stack), k in zip(self.stacks.items(), keys, strict=True)
-        }
+        with self._weights_x64():
+            ends = jax.tree.map(lambda x: x[0], self._embed_and_head.init(end_key))
+            blocks = {
+                path: stack.init(k)
+                for (path, stack), k in zip(self.stacks.items(), keys, strict=True)
+            }
         return partition({**ends, **unflatten_dict(blocks, sep="/")}, self.fast_paths)
 
     def abstract_params(self) -> Params:
