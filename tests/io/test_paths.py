@@ -27,7 +27,13 @@ TEXTS = {
     *("bench decode --batch", "bench decode --read", "bench prefill --lengths"),
     *("bench train --lengths", "evaluate --split", "generate --prompt", "generate --stop"),
     *("import --gcs-project", "export --max-shard-size", "plan --topology", "prepare --pattern"),
-    *("report --baseline", "report --split", "report --title", "train --coordinator"),
+    *(
+        "recipes recipe",
+        "report --baseline",
+        "report --split",
+        "report --title",
+        "train --coordinator",
+    ),
 }
 TEXT_FIELDS = {"data.val_split", "inner.fast_paths", "train.wandb_project"}
 
