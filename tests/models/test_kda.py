@@ -13,8 +13,9 @@ from helpers.small import shaken
 
 from tttjax.config import ModelConfig
 from tttjax.models.kda.config import KDAConfig
-from tttjax.models.kda.delta_rule import kda_chunked, kda_recurrent
+from tttjax.models.kda.delta_rule import kda_chunked
 from tttjax.models.kda.layer import KimiDeltaAttention
+from tttjax.ops.delta_rule import gated_delta_rule_recurrent
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 
@@ -47,7 +48,7 @@ def in_chunks(chunk):
     return jax.jit(lambda *x: kda_chunked(*x, chunk))
 
 
-recurrent = jax.jit(kda_recurrent)
+recurrent = jax.jit(gated_delta_rule_recurrent)
 
 
 @cache

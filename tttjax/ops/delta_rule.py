@@ -38,16 +38,16 @@ def gated_delta_rule_recurrent(
     """The definition, token by token.
 
     q, k: [T, Hk, K]; v: [T, Hv, V]; g (log of the decay, <= 0) and beta (in [0, 2]): [T, Hv];
-    state: [Hv, K, V], before the first token.
+    state: [Hv, K, V], before the first token. g may be [T, Hv, K], a decay for each key channel.
     Returns o [T, Hv, V] in the dtype of v, and the state after the last token.
     """
     groups = v_THV.shape[1] // k_THK.shape[1]
     q_THK, k_THK = (jnp.repeat(x, groups, axis=1) for x in (q_THK, k_THK))
-    tokens = _prepare(q_THK, k_THK, v_THV, g_TH, beta_TH)
+    tokens = widen_operands(q_THK, k_THK, v_THV, g_TH, beta_TH)
 
     def step(s_HKV: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         q_HK, k_HK, v_HV, g_H, beta_H = token
-        s_HKV = jnp.exp(g_H)[:, None, None] * s_HKV
+        s_HKV = jnp.exp(g_H).reshape(len(g_H), -1, 1) * s_HKV
         d_HV = beta_H[:, None] * (v_HV - jnp.einsum("hkv,hk->hv", s_HKV, k_HK))
         s_HKV = s_HKV + k_HK[:, :, None] * d_HV[:, None, :]
         return s_HKV, jnp.einsum("hkv,hk->hv", s_HKV, q_HK)
@@ -86,7 +86,7 @@ def gated_delta_rule(
     def for_value_heads(x_NHC: Array) -> Array:
         return jnp.repeat(x_NHC, groups, axis=1)
 
-    wide = _prepare(q_THK, k_THK, v_THV, g_TH, beta_TH)
+    wide = widen_operands(q_THK, k_THK, v_THV, g_TH, beta_TH)
     q_NHCK, k_NHCK, v_NHCV, g_NHC, beta_NHC = map(in_chunks, wide)
     kk_NHCC = for_value_heads(k_NHCK @ k_NHCK.mT)
     qk_NHCC = for_value_heads(q_NHCK @ k_NHCK.mT)
@@ -113,7 +113,7 @@ def gated_delta_rule(
     return o_THV.astype(v_THV.dtype), state_HKV
 
 
-def _prepare(q_THK: Array, *arrays: Array) -> tuple[Array, ...]:
+def widen_operands(q_THK: Array, *arrays: Array) -> tuple[Array, ...]:
     """All in their common dtype, float32 at least; q divided by sqrt(K)."""
     wide = jnp.result_type(jnp.float32, q_THK, *arrays)
     return q_THK.astype(wide) * q_THK.shape[-1] ** -0.5, *(x.astype(wide) for x in arrays)

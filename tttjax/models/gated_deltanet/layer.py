@@ -9,30 +9,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.config.model import ModelConfig
-from tttjax.models.caches import MixerState, RecurrentCache
 from tttjax.models.layers import normal_weight
-from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.recurrent import (
-    empty_conv_states,
+    DeltaRuleMixer,
     initial_a_log,
     initial_dt_bias,
     project,
     uniform_taps,
 )
-from tttjax.ops.delta_rule import gated_delta_rule, gated_delta_rule_recurrent, l2_normalise
+from tttjax.ops.delta_rule import gated_delta_rule
 from tttjax.ops.norms import rms_norm
-from tttjax.ops.short_conv import short_conv
 from tttjax.types import Array
 
 A_RANGE = (1e-4, 16.0)  # uniform(0, 16), but with a finite logarithm
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(DeltaRuleMixer):
     """The gated delta rule between projections: [T, D] -> [T, D].
 
     Short convolutions and silu before q, k and v; q and k of unit length; per value head an
     RMS norm after the rule, then the gate silu(z). No biases.
     """
+
+    rule = staticmethod(gated_delta_rule)
 
     def __init__(self, kind: str, model: ModelConfig, rngs: nnx.Rngs):
         del kind
@@ -64,41 +63,6 @@ class GatedDeltaNet(nnx.Module):
         self.norm_eps = model.mixer_norm_eps
         self.chunk = model.scan_chunk
 
-    cache = RecurrentCache()
-
-    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
-        """The state before the first token; its size does not depend on `max_length`."""
-        del max_length
-        kernels = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
-        return {"memory": self._empty_memory(dtype), **empty_conv_states(kernels, dtype)}
-
-    def __call__(
-        self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
-    ) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]; state None: a whole sequence (see `mixer`)."""
-        del position, form
-        cache = state or {}
-
-        def convolved(weight: nnx.Param, name: str) -> tuple[Array, MixerState]:
-            kernel_JHK = getattr(self, name)[...]
-            out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, cache.get(name))
-            return jax.nn.silu(out_THK), {} if last is None else {name: last}
-
-        q_THK, last_q = convolved(self.wq, "conv_q")
-        k_THK, last_k = convolved(self.wk, "conv_k")
-        v_THV, last_v = convolved(self.wv, "conv_v")
-        inputs = l2_normalise(q_THK), l2_normalise(k_THK), v_THV, *self._gates(x_TD)
-        if state is None:
-            o_THV, _ = gated_delta_rule(*inputs, self._empty_memory(x_TD.dtype), self.chunk)
-        elif x_TD.shape[0] == 1:
-            o_THV, memory = gated_delta_rule_recurrent(*inputs, state["memory"])
-        else:
-            o_THV, memory = gated_delta_rule(*inputs, state["memory"], self.chunk)
-        if state is not None:
-            state = {"memory": memory, **last_q, **last_k, **last_v}
-        y_THV = self._gated_norm(o_THV, project(x_TD, self.wz))
-        return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
-
     def _gates(self, x_TD: Array) -> tuple[Array, Array]:
         """Log-decay g <= 0 and beta of each token, float32 at least: [T, H]."""
         wide = jnp.promote_types(x_TD.dtype, jnp.float32)
@@ -109,13 +73,8 @@ class GatedDeltaNet(nnx.Module):
         g_TH = -jnp.exp(self.a_log[...].astype(wide)) * dt_TH
         return g_TH, jax.nn.sigmoid(b_TH) * self.largest_beta
 
-    def _gated_norm(self, o_THV: Array, z_THV: Array) -> Array:
-        """RMS norm of each head, then times silu(z), in float32 at least."""
-        wide = jnp.promote_types(o_THV.dtype, jnp.float32)
+    def _gated_norm(self, o_THV: Array, x_TD: Array) -> Array:
+        """RMS norm of each head, then times silu(x wz), in float32 at least."""
+        wide, z_THV = jnp.promote_types(o_THV.dtype, jnp.float32), project(x_TD, self.wz)
         normed_THV = rms_norm(o_THV.astype(wide), self.norm[...], self.norm_eps)
         return (normed_THV * jax.nn.silu(z_THV.astype(wide))).astype(o_THV.dtype)
-
-    def _empty_memory(self, dtype: jnp.dtype) -> Array:
-        value_heads, value_dim = self.wv.shape[-2:]
-        shape = value_heads, self.wk.shape[-1], value_dim
-        return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""The delta rule of Kimi Delta Attention (arXiv 2510.26692), recurrent and chunk-parallel.
+"""The chunk-parallel delta rule of Kimi Delta Attention (arXiv 2510.26692).
 
 The gated delta rule of `tttjax.ops.delta_rule` with one decay per key channel instead of one per
 head. Each head has a state S [K, V], updated for every token by
@@ -8,9 +8,8 @@ head. Each head has a state S [K, V], updated for every token by
     S <- S + k d^T                   update
     o  = S^T q / sqrt(K)             output
 
-`kda_recurrent` is that definition, token by token, and is used for decoding. `kda_chunked` gives
-the same numbers from matrix products over chunks of tokens. Everything is computed in float32 at
-least.
+`gated_delta_rule_recurrent` is that definition, token by token. `kda_chunked` gives the same
+numbers from matrix products over chunks of tokens. Everything is computed in float32 at least.
 """
 
 from functools import partial
@@ -18,30 +17,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tttjax.ops.delta_rule import unit_lower_inverse
+from tttjax.ops.delta_rule import unit_lower_inverse, widen_operands
 from tttjax.types import Array
-
-
-def kda_recurrent(
-    q_THK: Array, k_THK: Array, v_THV: Array, g_THK: Array, beta_TH: Array, state_HKV: Array
-) -> tuple[Array, Array]:
-    """The definition, token by token.
-
-    q, k: [T, H, K]; v: [T, H, V]; g (log of the decay, <= 0): [T, H, K]; beta (in [0, 2]): [T, H];
-    state: [H, K, V], before the first token.
-    Returns o [T, H, V] in the dtype of v, and the state after the last token.
-    """
-    tokens = _prepare(q_THK, k_THK, v_THV, g_THK, beta_TH)
-
-    def step(s_HKV: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        q_HK, k_HK, v_HV, g_HK, beta_H = token
-        s_HKV = jnp.exp(g_HK)[:, :, None] * s_HKV
-        d_HV = beta_H[:, None] * (v_HV - jnp.einsum("hkv,hk->hv", s_HKV, k_HK))
-        s_HKV = s_HKV + k_HK[:, :, None] * d_HV[:, None, :]
-        return s_HKV, jnp.einsum("hkv,hk->hv", s_HKV, q_HK)
-
-    state_HKV, o_THV = jax.lax.scan(step, state_HKV.astype(tokens[0].dtype), tokens)
-    return o_THV.astype(v_THV.dtype), state_HKV
 
 
 def kda_chunked(
@@ -53,7 +30,9 @@ def kda_chunked(
     state_HKV: Array,
     chunk: int,
 ) -> tuple[Array, Array]:
-    """`kda_recurrent` in chunks of `chunk` tokens, rounded up to a power of two; any T >= 0.
+    """`gated_delta_rule_recurrent` in chunks of `chunk` tokens; any T >= 0.
+
+    `chunk` is rounded up to a power of two.
 
     In a chunk that starts from S, with G [C, K] the running sum of g, the deltas d of its tokens
     satisfy (I + A) d = beta (v - (exp(G) k)^T S), A[i, j] = beta_i sum_c k_ic k_jc exp(G_ic - G_jc)
@@ -70,7 +49,7 @@ def kda_chunked(
         x_NCH = jnp.pad(x_TH, back).reshape(chunks, chunk, *x_TH.shape[1:])
         return jnp.moveaxis(x_NCH, 1, 2)
 
-    wide = _prepare(q_THK, k_THK, v_THV, g_THK, beta_TH)
+    wide = widen_operands(q_THK, k_THK, v_THV, g_THK, beta_TH)
     q_NHCK, k_NHCK, v_NHCV, g_NHCK, beta_NHC = map(in_chunks, wide)
     q_start_NHCK, k_start_NHCK, k_end_NHCK, decay_NHK, qk_NHCC, kk_NHCC = _decayed_products(
         q_NHCK, k_NHCK, g_NHCK
@@ -90,12 +69,6 @@ def kda_chunked(
     o_NHCV = q_start_NHCK @ s_NHKV + qk_NHCC @ d_NHCV
     o_THV = jnp.moveaxis(o_NHCV, 2, 1).reshape(chunks * chunk, *v_THV.shape[1:])[:length]
     return o_THV.astype(v_THV.dtype), state_HKV
-
-
-def _prepare(q_THK: Array, *arrays: Array) -> tuple[Array, ...]:
-    """All in their common dtype, float32 at least; q divided by sqrt(K)."""
-    wide = jnp.result_type(jnp.float32, q_THK, *arrays)
-    return q_THK.astype(wide) * q_THK.shape[-1] ** -0.5, *(x.astype(wide) for x in arrays)
 
 
 def _power_of_two(size: int) -> int:

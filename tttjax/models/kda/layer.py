@@ -5,32 +5,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tttjax.config.model import ModelConfig
-from tttjax.models.caches import MixerState, RecurrentCache
-from tttjax.models.kda.delta_rule import kda_chunked, kda_recurrent
+from tttjax.models.kda.delta_rule import kda_chunked
 from tttjax.models.layers import normal_weight
-from tttjax.models.mixer import AttentionForm, State
 from tttjax.models.recurrent import (
-    empty_conv_states,
+    DeltaRuleMixer,
     initial_a_log,
     initial_dt_bias,
     project,
     uniform_taps,
 )
-from tttjax.ops.delta_rule import l2_normalise
 from tttjax.ops.norms import rms_norm
-from tttjax.ops.short_conv import short_conv
 from tttjax.types import Array
 
 A_RANGE = (1.0, 16.0)  # decay rates at the start of training, uniform
 
 
-class KimiDeltaAttention(nnx.Module):
+class KimiDeltaAttention(DeltaRuleMixer):
     """The delta rule with a decay per key channel between projections: [T, D] -> [T, D].
 
     Short convolutions and silu before q, k and v; q and k of unit length; per head an RMS norm
     after the rule, then the gate sigmoid(z). The projections to the decay and to the gate have
     rank V (`value_dim`).
     """
+
+    rule = staticmethod(kda_chunked)
 
     def __init__(self, kind: str, model: ModelConfig, rngs: nnx.Rngs):
         del kind
@@ -67,41 +65,6 @@ class KimiDeltaAttention(nnx.Module):
         self.norm_eps = model.mixer_norm_eps
         self.chunk = model.scan_chunk
 
-    cache = RecurrentCache()
-
-    def init_state(self, max_length: int, dtype: jnp.dtype) -> dict[str, Array]:
-        """The state before the first token; its size does not depend on `max_length`."""
-        del max_length
-        kernels = {"conv_q": self.conv_q, "conv_k": self.conv_k, "conv_v": self.conv_v}
-        return {"memory": self._empty_memory(dtype), **empty_conv_states(kernels, dtype)}
-
-    def __call__(
-        self, x_TD: Array, state: State, position: Array, form: AttentionForm = "dense"
-    ) -> tuple[Array, State]:
-        """x [T, D] -> y [T, D]; state None: a whole sequence (see `mixer`)."""
-        del position, form
-        cache = state or {}
-
-        def convolved(weight: nnx.Param, name: str) -> tuple[Array, MixerState]:
-            kernel_JHK = getattr(self, name)[...]
-            out_THK, last = short_conv(project(x_TD, weight), kernel_JHK, None, cache.get(name))
-            return jax.nn.silu(out_THK), {} if last is None else {name: last}
-
-        q_THK, last_q = convolved(self.wq, "conv_q")
-        k_THK, last_k = convolved(self.wk, "conv_k")
-        v_THV, last_v = convolved(self.wv, "conv_v")
-        inputs = l2_normalise(q_THK), l2_normalise(k_THK), v_THV, *self._gates(x_TD)
-        if state is None:
-            o_THV, _ = kda_chunked(*inputs, self._empty_memory(x_TD.dtype), self.chunk)
-        elif x_TD.shape[0] == 1:
-            o_THV, memory = kda_recurrent(*inputs, state["memory"])
-        else:
-            o_THV, memory = kda_chunked(*inputs, state["memory"], self.chunk)
-        if state is not None:
-            state = {"memory": memory, **last_q, **last_k, **last_v}
-        y_THV = self._gated_norm(o_THV, x_TD)
-        return jnp.einsum("thv,hvd->td", y_THV, self.wo[...].astype(x_TD.dtype)), state
-
     def _gates(self, x_TD: Array) -> tuple[Array, Array]:
         """Log-decay g <= 0 [T, H, K] and beta [T, H] of each token, float32 at least.
 
@@ -120,10 +83,6 @@ class KimiDeltaAttention(nnx.Module):
         gate_THV = jax.nn.sigmoid(z_THV + self.z_bias[...].astype(wide))
         normed_THV = rms_norm(o_THV.astype(wide), self.norm[...], self.norm_eps)
         return (normed_THV * gate_THV).astype(o_THV.dtype)
-
-    def _empty_memory(self, dtype: jnp.dtype) -> Array:
-        shape = *self.wk.shape[-2:], self.wv.shape[-1]
-        return jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
 
 
 def _project_wide(x_TD: Array, weight: nnx.Param) -> Array:
