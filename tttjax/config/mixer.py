@@ -4,6 +4,7 @@ A mixer is one folder of tttjax/models: `config.py` with a `MixerConfig`, which 
 `layer.py` with the layer. It becomes known by its line in `MIXERS` and its field in `ModelConfig`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MixerConfig:
+class MixerConfig(ABC):
     """The fields of a mixer, `model.<mixer>.*`, and what follows from them.
 
     kinds: the words in `model.mixers` that choose it. layer: `module:class`, imported when a model
@@ -22,17 +23,18 @@ class MixerConfig:
     kinds: ClassVar[tuple[str, ...]]
     layer: ClassVar[str]
 
+    @abstractmethod
     def check(self, model: "ModelConfig") -> None:
         """UserError for sizes that do not fit, in one sentence that names the fields."""
 
+    @abstractmethod
     def sharded_by_tensor(self, model: "ModelConfig") -> list[tuple[int, str]]:
         """The sizes sharded over the mesh axis `tensor`, with their names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_count(self, kind: str, model: "ModelConfig") -> int:
         """Scalars of one layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recurrence_flops(self, kind: str, model: "ModelConfig") -> float:
         """FLOPs of the matrix products of a token's state update and read; 0 for attention."""
-        raise NotImplementedError

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.data.held_out import HeldOut
-from tttjax.inference.prefill import InferenceModel, make_inference_model, sequence_nll
+from tttjax.inference.prefill import InferenceModel, make_inference_model, read_sequences
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     BATCH_AXES,
@@ -42,7 +42,7 @@ def _compiled_scorer(
     specs = param_specs(mesh, inference_model.chunk_model.split.model.axes())
 
     def batch_nll(params: Params, batch: Batch, lr: Array) -> Array:
-        return sequence_nll(inference_model._replace(lr=lr), params, batch)
+        return read_sequences(inference_model._replace(lr=lr), params, batch)[0]
 
     def shard_nll(params_shard: Params, batch: Batch, lr: Array) -> Array:
         params = jax.tree.map(as_sharded_param, params_shard, specs)

@@ -3,13 +3,12 @@
 A context is the state of B sequences, of constant size. `read_chunks` processes full chunks with
 their inner updates, once the token after them, their last target, is known. `extend` processes the
 tokens of an incomplete chunk without update. So any split of a text into calls gives the same
-context. `sequence_nll` scores whole sequences with them.
+context. `read_sequences` scores whole sequences with them.
 
 All functions are pure, for B sequences at the same position. Updates compute the losses anyway;
 elsewhere logits are computed for the hidden states that `logits` is given.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -240,30 +239,45 @@ def prefill(
     return context if size else now, now, logit_BV
 
 
-def sequence_nll(inference_model: InferenceModel, params: Params, batch: Batch) -> Array:
-    """NLL [B, T] of the targets of whole sequences, each before the update it belongs to.
+def read_sequences(
+    inference_model: InferenceModel, params: Params, batch: Batch
+) -> tuple[Array, ChunkRecords | None, Context]:
+    """(NLL [B, T] of the targets, the records of the full chunks, the context at the end).
 
-    batch: its targets are the inputs shifted by one token. mask: of the inner losses; the result is
-    not masked. With updates, T is a multiple of the chunk size.
+    Every target is scored before the update it belongs to. batch: whole sequences, their targets
+    the inputs shifted by one token. mask: of the inner losses; the NLL is not masked. The tokens
+    after the last full chunk are read without update.
     """
-    chunk_model, (size, length) = inference_model.chunk_model, batch.inputs.shape
-    model, learns = chunk_model.split.model, inference_model.chunk_size > 0
-    if not learns:  # every weight is slow, so all sequences share it, and no block needs a split
+    model, (size, length) = inference_model.chunk_model.split.model, batch.inputs.shape
+    chunk = inference_model.chunk_size
+    if not chunk:  # every weight is slow, so all sequences share it, and no block needs a split
         params = Params(slow=combine(params.slow, params.fast), fast={})
+        chunk_model = inference_model.chunk_model
         chunk_model = chunk_model._replace(split=SplitModel(model, split_block=False))
         inference_model = inference_model._replace(chunk_model=chunk_model)
     weights = split_weights(inference_model, params)
     context = init_context(inference_model, params, size, length)
-    if learns:
-        next_B = batch.targets[:, -1]
-        _, records = read_chunks(
-            inference_model, weights, context, batch.inputs, next_B, batch.mask, at_start=True
+    full = length // chunk * chunk if chunk else 0
+    records, nll = None, []
+    if full:
+        inputs_BT, mask_BT = batch.inputs[:, :full], batch.mask[:, :full]
+        context, records = read_chunks(
+            *(inference_model, weights, context, inputs_BT, batch.targets[:, full - 1], mask_BT),
+            at_start=True,
         )
-        return jnp.swapaxes(records.nll_NBC, 0, 1).reshape(size, length)
-    _, h_BTD = extend(inference_model, weights, context, batch.inputs, at_start=True)
-    head_DV = model.head(weights.sequential)
-    nll = partial(token_nll_in_blocks, block=chunk_model.logit_rows)
-    return over_sequences(nll, in_axes=(0, None, 0))(h_BTD, head_DV, batch.targets)
+        nll.append(jnp.swapaxes(records.nll_NBC, 0, 1).reshape(size, full))
+    if full < length:
+        context, h_BTD = extend(
+            inference_model, weights, context, batch.inputs[:, full:], at_start=not full
+        )
+
+        def rest_nll(fast: PyTree, h_TD: Array, target_T: Array) -> Array:
+            head_DV = model.head(combine(weights.sequential, fast))
+            rows = inference_model.chunk_model.logit_rows
+            return token_nll_in_blocks(h_TD, head_DV, target_T, rows)
+
+        nll.append(over_sequences(rest_nll)(context.fast, h_BTD, batch.targets[:, full:]))
+    return jnp.concatenate(nll, axis=1), records, context
 
 
 def _attention_form(length: int, at_start: bool) -> AttentionForm:
