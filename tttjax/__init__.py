@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tttjax import recipes
     from tttjax.api import (
-        LoadedRun,
-        TextSession,
         build_model,
         evaluate,
         load,
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     )
     from tttjax.config import Config
     from tttjax.errors import UserError
+    from tttjax.runs.loaded_run import LoadedRun, TextSession
     from tttjax.types import Batch, Params
 
 __version__ = "0.1.0"
@@ -46,7 +45,9 @@ __all__ = [
 _MODULES = {
     "Batch": "tttjax.types",
     "Config": "tttjax.config",
+    "LoadedRun": "tttjax.runs.loaded_run",
     "Params": "tttjax.types",
+    "TextSession": "tttjax.runs.loaded_run",
     "UserError": "tttjax.errors",
 }
 

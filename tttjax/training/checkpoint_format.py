@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from tttjax.errors import UserError
 from tttjax.io.sealed import file_checksums
@@ -40,18 +41,6 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {"/".join(_part(k) for k in path): leaf for path, leaf in leaves}
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}, the structure that Orbax stores."""
-    root: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = root
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    return root
-
-
 def split_items(state: PyTree) -> dict[str, dict[str, Any]]:
     """The items of a checkpoint, `params` and `train`, as nested dicts of arrays."""
     items: dict[str, dict[str, Any]] = {item: {} for item in ARRAY_ITEMS}
@@ -59,7 +48,7 @@ def split_items(state: PyTree) -> dict[str, dict[str, Any]]:
         top, _, path = name.partition("/")
         item, key = ("params", path) if top == "params" else ("train", name)
         items[item][key] = leaf
-    return {item: _nested(leaves) for item, leaves in items.items()}
+    return {item: unflatten_dict(leaves, sep="/") for item, leaves in items.items()}
 
 
 # Comparison --------------------------------------------------------------------------------------
@@ -136,7 +125,9 @@ def read_item(
     reader = ocp.PyTreeCheckpointHandler(**limits)
     saved = named_leaves(reader.metadata(path).tree)
     _raise_on_differences(path, find_differences(saved, expected, allow_missing, allow_unexpected))
-    target = _nested({n: _abstract(leaf) for n, leaf in expected.items() if n in saved})
+    target = unflatten_dict(
+        {n: _abstract(leaf) for n, leaf in expected.items() if n in saved}, sep="/"
+    )
     restored = named_leaves(
         reader.restore(
             path,
