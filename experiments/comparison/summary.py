@@ -12,7 +12,7 @@ from experiments.comparison.scales import (
 from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.results import Report
-from tttjax.runs.run import LearningOptions
+from tttjax.runs.eval_setup import LearningOptions
 
 
 def write_report(plan: Plan, *, command: str, progress: TextIO | None = None) -> Report:

@@ -42,7 +42,8 @@ from tttjax.evaluation.tables import fit_table, format_estimate, markdown_table,
 from tttjax.evaluation.text import Text
 from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import LearningOptions, RunSpec, run_of_params
+from tttjax.runs.eval_setup import LearningOptions
+from tttjax.runs.run import RunSpec, run_of_params
 from tttjax.training import checkpoints
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 from tttjax.types import Batch

@@ -32,7 +32,8 @@ from tttjax.evaluation.needle.tasks import TASKS
 from tttjax.inference.engine import Engine
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import LearningOptions, RunSpec, iter_eval_setups, open_run
+from tttjax.runs.eval_setup import LearningOptions, iter_eval_setups
+from tttjax.runs.run import RunSpec, open_run
 
 pytestmark = pytest.mark.slow
 

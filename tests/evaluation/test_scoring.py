@@ -11,7 +11,7 @@ from helpers.small import random_batch, small_config, worst
 from tttjax.evaluation.scoring import make_scorer
 from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import batch_sharding, make_mesh, param_shardings
-from tttjax.runs.run import EvalSetup
+from tttjax.runs.eval_setup import EvalSetup
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]

@@ -31,7 +31,7 @@ from tttjax.errors import UserError
 from tttjax.runs.modes import DYNAMIC_PATHS, MODES
 
 if TYPE_CHECKING:
-    from tttjax.runs.run import LearningOptions
+    from tttjax.runs.eval_setup import LearningOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +157,7 @@ def _settings(args: argparse.Namespace, defaults: EvalConfig) -> EvalConfig:
 
 
 def _learning(args: argparse.Namespace) -> "LearningOptions":
-    from tttjax.runs.run import LearningOptions
+    from tttjax.runs.eval_setup import LearningOptions
 
     inner = {
         "lr": args.inner_lr,

@@ -13,7 +13,8 @@ from tttjax.evaluation.needle.tasks import TASKS
 
 if TYPE_CHECKING:
     from tttjax.evaluation.needle.runner import NeedleSettings
-    from tttjax.runs.run import LearningOptions, Run
+    from tttjax.runs.eval_setup import LearningOptions
+    from tttjax.runs.run import Run
 
 # Options that apply to needle tests only, and to the loss only.
 NEEDLE_OPTIONS = ("needle_tasks", "needle_depths", "needle_samples", "needle_text", "tokenizer")

@@ -89,7 +89,7 @@ def _with_learning(
     Raises UserError if there is no such entry.
     """
     from tttjax.evaluation.report.entries import DYNAMIC
-    from tttjax.runs.run import LearningOptions
+    from tttjax.runs.eval_setup import LearningOptions
 
     learning = LearningOptions(
         inner={"rule": args.inner_rule} if args.inner_rule else {},

@@ -18,19 +18,15 @@ from tttjax.evaluation.results import Comparison, Series
 from tttjax.evaluation.scoring import make_scorer, token_losses
 from tttjax.evaluation.text import Text, open_text
 from tttjax.parallel import precision
-from tttjax.runs.run import (
+from tttjax.runs.eval_setup import (
     EvalSetup,
     LearningOptions,
-    Run,
-    RunSpec,
     choose_modes,
     inner_config,
     inner_learning_rates,
     iter_eval_setups,
-    make_run_mesh,
-    open_run,
-    run_of_params,
 )
+from tttjax.runs.run import Run, RunSpec, make_run_mesh, open_run, run_of_params
 from tttjax.types import Params
 
 LEARNING_COST = 3  # forward and backward of a token with TTT, in forward passes

@@ -20,7 +20,7 @@ from tttjax.parallel.mesh import (
     param_specs,
     spec,
 )
-from tttjax.runs.run import EvalSetup
+from tttjax.runs.eval_setup import EvalSetup
 from tttjax.types import Array, Batch, Params
 
 

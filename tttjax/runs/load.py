@@ -16,14 +16,8 @@ from tttjax.inference.session_file import fingerprint, load_session
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.run import (
-    EvalSetup,
-    LearningOptions,
-    RunSpec,
-    choose_modes,
-    load_eval_setup,
-    open_run,
-)
+from tttjax.runs.eval_setup import EvalSetup, LearningOptions, choose_modes, load_eval_setup
+from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 
 

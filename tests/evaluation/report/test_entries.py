@@ -6,7 +6,7 @@ import pytest
 
 from tttjax.errors import UserError
 from tttjax.evaluation.report.entries import ReportEntry, choose_baseline, open_systems, parse_entry
-from tttjax.runs.run import LearningOptions
+from tttjax.runs.eval_setup import LearningOptions
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tttjax.inference.options import Sampling
 from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.scoring import Score, score_batch
 from tttjax.inference.session import Session
-from tttjax.runs.run import EvalSetup
+from tttjax.runs.eval_setup import EvalSetup
 
 MORE_TOKENS = 16  # generated beyond the length of the value
 LONGEST_VALUE = 64  # tokens; a UUID has 36 characters

@@ -21,17 +21,15 @@ from tttjax.evaluation.needle.tasks import TASKS, NeedleTask
 from tttjax.evaluation.progress import Progress
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
-from tttjax.runs.run import (
+from tttjax.runs.eval_setup import (
     EvalSetup,
     LearningOptions,
-    Run,
-    RunSpec,
     choose_modes,
     inner_config,
     inner_learning_rates,
     iter_eval_setups,
-    open_run,
 )
+from tttjax.runs.run import Run, RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 
 CHARACTERS_PER_TOKEN = 32  # characters of haystack text to load, per token of context

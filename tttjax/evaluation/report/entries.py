@@ -8,15 +8,9 @@ from pathlib import Path
 from tttjax.config import Config
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
+from tttjax.runs.eval_setup import LearningOptions, choose_modes, inner_learning_rates
 from tttjax.runs.modes import MODES
-from tttjax.runs.run import (
-    LearningOptions,
-    Run,
-    RunSpec,
-    choose_modes,
-    inner_learning_rates,
-    open_run,
-)
+from tttjax.runs.run import Run, RunSpec, open_run
 
 AUTO, DYNAMIC = "auto", "dynamic"
 

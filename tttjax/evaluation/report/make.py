@@ -29,7 +29,7 @@ from tttjax.evaluation.report.state import state_bytes
 from tttjax.evaluation.report.summary import several, summarise
 from tttjax.evaluation.statistics import Sums
 from tttjax.io.paths import local_path
-from tttjax.runs.run import LearningOptions, inner_config, inner_learning_rates
+from tttjax.runs.eval_setup import LearningOptions, inner_config, inner_learning_rates
 
 
 def make_report(

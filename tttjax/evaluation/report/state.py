@@ -9,7 +9,7 @@ from tttjax.config import InnerConfig
 from tttjax.evaluation.report.entries import Member
 from tttjax.models.transformer import Transformer
 from tttjax.parallel.precision import x64_if_configured
-from tttjax.runs.run import build_eval_model
+from tttjax.runs.eval_setup import build_eval_model
 from tttjax.ttt.outer_loss import make_inner_loop
 
 

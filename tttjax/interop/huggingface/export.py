@@ -26,16 +26,9 @@ from tttjax.io.atomic import atomic_folder
 from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
+from tttjax.runs.eval_setup import LearningOptions, build_eval_model, choose_modes, load_eval_setup
 from tttjax.runs.origin import card_metadata, card_section, find_origin
-from tttjax.runs.run import (
-    LearningOptions,
-    Run,
-    RunSpec,
-    build_eval_model,
-    choose_modes,
-    load_eval_setup,
-    open_run,
-)
+from tttjax.runs.run import Run, RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.types import Params
 
