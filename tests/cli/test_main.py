@@ -42,7 +42,10 @@ def fails_with(error):
 
 
 COMMAND_LINES = ["", *main.COMMANDS, *(f"bench {name}" for name in BENCHMARKS)]
-SLOW = ("flax", "grain", "jax", "matplotlib", "ml_collections", "numpy", "optax", "orbax")
+SLOW = (
+    *("flax", "grain", "jax", "jinja2", "markdown_it", "matplotlib", "ml_collections", "numpy"),
+    *("optax", "orbax", "pandas", "rich"),
+)
 PARSE_ALL = f"""
 import contextlib, io, json, sys
 from tttjax.cli.main import main

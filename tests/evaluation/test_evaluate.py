@@ -29,16 +29,17 @@ from tttjax.data.held_out import eval_sequences
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare, evaluate
-from tttjax.evaluation.files import write_results
+from tttjax.evaluation.outputs import write_comparison
 from tttjax.evaluation.results import Comparison, Series
 from tttjax.evaluation.statistics import (
     Sums,
+    difference,
     doubling_windows,
     position_bins,
-    ratio_of_sums,
     sum_by_document,
 )
-from tttjax.evaluation.tables import fit_table, format_estimate, markdown_table, sentence, table
+from tttjax.evaluation.summary import blocks, sentence
+from tttjax.evaluation.tables import CaptionedTable, format_estimate, make_table, render, show
 from tttjax.evaluation.text import Text
 from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
@@ -159,9 +160,9 @@ def test_every_context_length_scores_the_same_tokens(comparison):
 
 def test_learning_changes_the_later_chunks_only(comparison):
     on, off = (series.contexts[LONGEST] for series in comparison.series[:2])
-    difference = np.abs((on - off).loss_DL)
-    np.testing.assert_allclose(difference[:, :CHUNK], 0, atol=1e-4)
-    assert difference[:, CHUNK:].max() > 1e-3
+    change_DL = np.abs(on.loss_DL - off.loss_DL)
+    np.testing.assert_allclose(change_DL[:, :CHUNK], 0, atol=1e-4)
+    assert change_DL[:, CHUNK:].max() > 1e-3
 
 
 def test_with_learning_rate_of_zero_on_equals_off(config, params, data, mesh):
@@ -230,10 +231,11 @@ def test_standard_errors_by_hand():
     loss_DL = sum_by_document(loss_NT, document_N, 2)
     np.testing.assert_array_equal(loss_DL, [[2, 2], [0, 4], [6, 4]])
     count_DL = sum_by_document(np.ones_like(loss_NT, bool), document_N, 2)
-    mean, stderr = Sums(loss_DL, count_DL, None).loss()
+    loss = Sums(loss_DL, count_DL, None).loss()
+    mean = loss.mean
     assert mean == 18 / 8
     residual = [4 - 2 * mean, 4 - 2 * mean, 10 - 4 * mean]
-    assert stderr == pytest.approx(np.sqrt(3 / 2 * np.sum(np.square(residual))) / 8)
+    assert loss.stderr == pytest.approx(np.sqrt(3 / 2 * np.sum(np.square(residual))) / 8)
 
 
 def test_masked_targets_do_not_count():
@@ -254,26 +256,26 @@ def test_masked_targets_do_not_count():
 
 def test_equally_weighted_documents_have_the_usual_standard_error():
     means = np.array([1.0, 4.0, 2.5, 3.0])
-    mean, stderr = ratio_of_sums(means * 8, np.full(4, 8))
-    assert mean == pytest.approx(means.mean())
-    assert stderr == pytest.approx(means.std(ddof=1) / 2)
+    loss = Sums(means[:, None] * 8, np.full((4, 1), 8)).loss()
+    assert loss.mean == pytest.approx(means.mean())
+    assert loss.stderr == pytest.approx(means.std(ddof=1) / 2)
 
 
 def test_single_documents_and_masked_positions_give_nan():
-    mean, stderr = ratio_of_sums(np.array([[2.0, 0.0]]), np.array([[1, 0]]))
-    assert mean[0] == 2
-    assert np.isnan(stderr[0])
-    assert np.isnan(mean[1])
+    loss = Sums(np.array([[2.0, 0.0]]), np.array([[1, 0]])).loss_by_position()
+    assert loss.mean[0] == 2
+    assert np.isnan(loss.stderr[0])
+    assert np.isnan(loss.mean[1])
 
 
 def test_a_difference_is_paired():
     """Documents differ by tens, the two series by exactly one: no error is left."""
     count = np.full((3, 1), 2.0)
     a, b = (Sums(np.array([[10.0], [40.0], [90.0]]) + 2 * i, count, None) for i in (1, 0))
-    mean, stderr = (a - b).loss()
-    assert (mean, stderr) == (1, 0)
+    change = difference([a], [b])
+    assert (change.mean, change.stderr) == (1, 0)
     with pytest.raises(ValueError, match="same tokens"):
-        a - Sums(b.loss_DL, count + 1, None)
+        difference([a], [Sums(b.loss_DL, count + 1, None)])
 
 
 def test_contexts_of_a_sequence_are_summed_by_position():
@@ -348,7 +350,7 @@ def test_without_learning_the_sentence_compares_contexts(comparison):
 
 
 def test_all_files_are_written_and_agree(comparison, tmp_path):
-    paths = write_results(comparison, tmp_path / "new" / "eval")
+    paths = write_comparison(comparison, tmp_path / "new" / "eval")
     assert sorted(path.name for path in (tmp_path / "new" / "eval").iterdir()) == sorted(paths)
     values = json.loads(paths["results.json"].read_text())
     on = values["series"][0]["contexts"]["64"]
@@ -408,7 +410,7 @@ def made_up(modes, window=64):
 @pytest.mark.parametrize("second", [("",), ("on", "off")])
 def test_tables_fit_100_columns(names, second):
     found = made_up({names[0]: ("on", "off"), names[1]: second})
-    text = table(found)
+    text = render(blocks(found))
     assert max(map(len, text.splitlines())) <= 100
     for words in ("64 tokens", "512 tokens", "512 - 64", "bits per byte at 512", "257-512"):
         assert f" {words} |" in text
@@ -417,7 +419,8 @@ def test_tables_fit_100_columns(names, second):
 
 
 def test_tables_of_the_quickstart_are_split_once():
-    parts = table(made_up({"ttt_e2e": ("on", "off"), "window": ("",)})).split("\n\n")
+    found = made_up({"ttt_e2e": ("on", "off"), "window": ("",)})
+    parts = render(blocks(found)).split("\n\n")
     heads = [next(line for line in part.splitlines() if line[0] == "|") for part in parts[1:]]
     assert [len(head.split("|")) - 3 for head in heads] == [4, 2, 4, 3]
 
@@ -425,7 +428,8 @@ def test_tables_of_the_quickstart_are_split_once():
 def test_wide_tables_are_split():
     head = ["name", *(f"column {i} of those" for i in range(12))]
     rows = [[name, *(f"{name}{i}" for i in range(12))] for name in ("a" * 20, "b")]
-    parts = [part.splitlines() for part in fit_table(head, rows).split("\n\n")]
+    table = make_table({name: cells for name, *cells in rows}, *(head[0], head[1:]))
+    parts = [part.splitlines() for part in render([CaptionedTable("", table)]).split("\n\n")]
     assert all(len(line) <= 100 for part in parts for line in part)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for part in parts for line in part]
     for i, expected in enumerate((head, None, *rows)):
@@ -433,9 +437,31 @@ def test_wide_tables_are_split():
             found = cells[i :: len(rows) + 2]
             assert {line[0] for line in found} == {expected[0]}
             assert [cell for line in found for cell in line[1:]] == expected[1:]
-    assert fit_table(["n", "x" * 200], [["a", "1"]]) == markdown_table(
-        ["n", "x" * 200], [["a", "1"]]
-    )
+    wide = render([CaptionedTable("", make_table({"a": ["1"]}, "n", ["x" * 200]))])
+    assert wide.splitlines()[2] == f"| a | {'1':>200} |"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("width", [60, 140])
+def test_tables_fit_the_terminal(width, monkeypatch):
+    """All numbers are there, on lines that fit; a pipe gets Markdown."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    found = made_up({"ttt_e2e": ("on", "off"), "window": ("",)})
+    show(blocks(found), terminal := Terminal())
+    text = terminal.getvalue()
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= width
+    assert "|" not in text
+    for series in found.series:
+        assert format_estimate(series.contexts[512].loss()) in text
+    assert (text.count("loss by context") == 1) == (width == 140)  # a wide table is split
+    show(blocks(found), pipe := io.StringIO())
+    assert pipe.getvalue() == f"{render(blocks(found))}\n"
 
 
 # The command -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import jax
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.small import worst
 
@@ -25,10 +26,18 @@ from tttjax.evaluation.needle.prompts import (
     check_tokenizer,
     make_prompt,
 )
-from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, difference, mean, wilson
+from tttjax.evaluation.needle.results import (
+    MEASURES,
+    PROMPT,
+    NeedleResults,
+    NeedleSeries,
+    group_means,
+)
 from tttjax.evaluation.needle.runner import NeedleSettings, run_prompts
-from tttjax.evaluation.needle.tables import sentence, table
+from tttjax.evaluation.needle.summary import blocks, sentence
 from tttjax.evaluation.needle.tasks import TASKS
+from tttjax.evaluation.statistics import average, subtract, wilson
+from tttjax.evaluation.tables import render
 from tttjax.inference.engine import Engine
 from tttjax.ops.attention.attend import AttentionMask, mask_fn
 from tttjax.parallel.mesh import make_mesh
@@ -202,15 +211,15 @@ def test_an_oracle_finds_every_needle_and_none_without(tokenizers, kind):
     decode = tokenizers[kind].decode
     found = ask_with(tokenizers, ask_text(lambda p: oracle(decode(p.token_T))), kind)
     assert len(found) == 2 * 3 * 3 * 4
-    assert all(sample.is_correct for sample in found)
+    assert all(row["correct"] == 1 for row in found)
     without = ask_with(tokenizers, ask_text(lambda p: oracle(decode(p.control_T))), kind)
-    assert not any(sample.is_correct for sample in without)
+    assert not any(row["correct"] for row in without)
 
 
 def test_guessing_finds_nothing(tokenizers):
     rng = np.random.default_rng(0)
     guess = ask_text(lambda prompt: rng.integers(10**6, 10**7))
-    assert not any(sample.is_correct for sample in ask_with(tokenizers, guess))
+    assert not any(row["correct"] for row in ask_with(tokenizers, guess))
 
 
 def test_a_windowed_oracle_finds_the_needles_inside(tokenizers):
@@ -224,12 +233,11 @@ def test_a_windowed_oracle_finds_the_needles_inside(tokenizers):
     def ask_each(prompts):
         return [answer for prompt in prompts for answer in ask([prompt])]
 
-    samples = ask_with(tokenizers, ask_each)
-    regions = {sample.region for sample in samples}
-    assert {"inside", "outside"} <= regions
-    for sample in samples:
-        if sample.region != "edge":
-            assert sample.is_correct == (sample.region == "inside")
+    rows = ask_with(tokenizers, ask_each)
+    assert {"inside", "outside"} <= {row["region"] for row in rows}
+    for row in rows:
+        if row["region"] != "edge":
+            assert row["correct"] == (row["region"] == "inside")
 
 
 # Numbers -----------------------------------------------------------------------------------------
@@ -254,17 +262,19 @@ def test_means_gains_and_paired_differences_by_hand(tokenizers):
             for _ in prompts
         ]
 
-    a, b = ask_with(tokenizers, ask), ask_with(tokenizers, ask)
-    values = np.array([sample.answer.value.logprob for sample in a])
-    assert mean(a, "gain").mean == pytest.approx(values.mean() + 5)
-    assert mean(a, "recall").mean == pytest.approx(values.mean() + 4.5)
-    assert mean(a, "recall").stderr == pytest.approx(values.std(ddof=1) / np.sqrt(len(values)))
-    assert mean(a, "top").mean == 0.5
-    changed = difference(b, a, "logprob")
-    assert changed.mean == pytest.approx(len(a) * 3 / 999)
-    assert changed.stderr == pytest.approx(0, abs=1e-12)
-    with pytest.raises(ValueError, match="same prompts"):
-        difference(a[1:], b[:-1], "gain")
+    a, b = (pd.DataFrame(ask_with(tokenizers, ask)) for _ in range(2))
+    by_region = average(a, ["region"], MEASURES).set_index("region")
+    for region, values in a.groupby("region")["logprob"]:
+        row = by_region.loc[region]
+        assert row["number"] == len(values)
+        assert row["gain"] == pytest.approx(values.mean() + 5)
+        assert row["recall"] == pytest.approx(values.mean() + 4.5)
+        assert row["recall_stderr"] == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5)
+        assert row["top"] == 0.5
+    changed = subtract(b, a.sample(frac=1, random_state=0), PROMPT, ["logprob"])["logprob"]
+    np.testing.assert_allclose(changed, len(a) * 3 / 999)
+    with pytest.raises(ValueError, match="same rows"):
+        subtract(a[1:], b[:-1], PROMPT, ["gain"])
 
 
 def test_tables_count_what_was_found(tokenizers):
@@ -272,13 +282,16 @@ def test_tables_count_what_was_found(tokenizers):
     learns = {"rule": "sgd", "lr": 1.0, "clip": 1.0, "chunk_size": 8}
     readers = {"on": lambda p: oracle(decode(p.token_T)), "off": lambda p: "nothing"}
     series = [
-        NeedleSeries(
-            "run", mode, f"run, TTT {mode}", inner, ask_with(tokenizers, ask_text(read)), 1.0
-        )
-        for (mode, read), inner in zip(readers.items(), (learns, None), strict=True)
+        NeedleSeries("run", mode, f"run, TTT {mode}", inner, 1.0)
+        for mode, inner in zip(readers, (learns, None), strict=True)
+    ]
+    rows = [
+        one.answers(ask_with(tokenizers, ask_text(read)))
+        for one, read in zip(series, readers.values(), strict=True)
     ]
     results = NeedleResults(
         series=tuple(series),
+        answers=pd.concat(rows, ignore_index=True),
         tasks=tuple(TASKS),
         lengths=(400, 600),
         depths=(0.0, 0.5, 1.0),
@@ -290,26 +303,26 @@ def test_tables_count_what_was_found(tokenizers):
         notes=(),
     )
     assert results.distances()[:4] == [(0, 55), (55, 110), (110, 220), (220, 440)]
+    means = group_means(results)
     for task in TASKS:
-        by = {}
-        for group in results.groups(series[0], task):
-            by[group.by] = by.get(group.by, 0) + len(group.samples)
-            assert group.correct == len(group.samples)
+        of_task = means[(means["task"] == task) & (means["mode"] == "on")]
+        assert (of_task["found"] == of_task["needles"]).all()
+        by = of_task.groupby("by")["needles"].sum().to_dict()
         assert by == {"length": 24, "cell": 24, "distance": 24, "region": 24}
-    text = table(results)
+    text = render(blocks(results))
     assert "100 % (76-100)" in text
     assert "0 % (0-24)" in text
     assert re.search(r"run, TTT on - run, TTT off, outside it *\| \+1.0000 ± 0.0000 \*", text)
-    outside = len(series[0].of(region="outside"))
+    outside = int((rows[0]["region"] == "outside").sum())
     assert sentence(results).startswith(
         f"Outside the window, run, TTT on found {outside} of {outside} needles, with a recall of "
         "+0.000 ± 0.000 nats per token"
     )
     assert f"run, TTT off found 0 of {outside} needles" in sentence(results)
     for region, words in (("inside", "Inside the window"), ("edge", "On its edge")):
-        selected = tuple(dataclasses.replace(s, samples=s.of(region=region)) for s in series)
-        assert selected[0].samples
-        text = sentence(dataclasses.replace(results, series=selected))
+        selected = results.answers[results.answers["region"] == region]
+        assert len(selected)
+        text = sentence(dataclasses.replace(results, answers=selected))
         assert text.startswith(f"{words} (none was outside), run, TTT on found")
 
 

@@ -115,7 +115,10 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from tttjax.evaluation.compare import compare
-    from tttjax.evaluation.files import check_writable, write_results
+    from tttjax.evaluation.files import check_writable
+    from tttjax.evaluation.outputs import write_comparison
+    from tttjax.evaluation.summary import blocks
+    from tttjax.evaluation.tables import show
     from tttjax.runs.run import RunSpec, open_run
 
     specs = [RunSpec(folder, name) for folder, name in zip(args.workdirs, names, strict=True)]
@@ -136,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
         progress=sys.stderr,
     )
     if jax.process_index() == 0:
-        paths = write_results(comparison, out, log_x=args.log_x)
-        print(f"{comparison.table}\n\n{comparison.sentence}\n")
+        paths = write_comparison(comparison, out, log_x=args.log_x)
+        show([*blocks(comparison), comparison.sentence], sys.stdout)
         print("\n".join(str(path) for path in paths.values()))
     return 0
 

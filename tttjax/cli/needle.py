@@ -78,9 +78,10 @@ def run_needle(
     import jax
 
     from tttjax.evaluation.files import check_writable
-    from tttjax.evaluation.needle.files import write_needle
+    from tttjax.evaluation.needle.outputs import write_needle
     from tttjax.evaluation.needle.runner import needle_tests
-    from tttjax.evaluation.needle.tables import sentence, table
+    from tttjax.evaluation.needle.summary import blocks, sentence
+    from tttjax.evaluation.tables import show
 
     settings = _settings(args, runs)
     if jax.process_index() == 0:
@@ -95,7 +96,7 @@ def run_needle(
     )
     if jax.process_index() == 0:
         paths = write_needle(results, out)
-        print(f"{table(results)}\n\n{sentence(results)}\n")
+        show([*blocks(results), sentence(results)], sys.stdout)
         print("\n".join(str(path) for path in paths.values()))
     return 0
 

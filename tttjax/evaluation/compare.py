@@ -12,10 +12,11 @@ from tttjax.config import Config, EvalConfig
 from tttjax.data.held_out import HeldOut
 from tttjax.data.shards import PreparedData
 from tttjax.errors import UserError
-from tttjax.evaluation import tables
 from tttjax.evaluation.progress import Progress
 from tttjax.evaluation.results import Comparison, Series
 from tttjax.evaluation.scoring import make_scorer, token_losses
+from tttjax.evaluation.summary import blocks, sentence
+from tttjax.evaluation.tables import render
 from tttjax.evaluation.text import Text, open_text
 from tttjax.parallel import precision
 from tttjax.runs.eval_setup import (
@@ -94,7 +95,7 @@ def compare(
         text=text.describe(held_out),
     )
     return dataclasses.replace(
-        comparison, table=tables.table(comparison), sentence=tables.sentence(comparison)
+        comparison, table=render(blocks(comparison)), sentence=sentence(comparison)
     )
 
 

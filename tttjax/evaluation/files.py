@@ -1,46 +1,45 @@
-"""Evaluation results on disk: results.json, two CSV tables, two plots."""
+"""Result files: tidy CSV, JSON and plots, written atomically."""
 
-import csv
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from tttjax.errors import UserError
-from tttjax.evaluation import plots
-from tttjax.evaluation.results import Comparison, Series
-from tttjax.evaluation.statistics import Estimate, Sums
-from tttjax.io.atomic import write_files, write_text
+from tttjax.io.atomic import write_files
 from tttjax.io.paths import local_path
 
-FORMAT = 1
+Content: TypeAlias = str | bytes | pd.DataFrame | Figure | Mapping[str, Any]
 
 
-def write_results(
-    comparison: Comparison, out: str | os.PathLike, *, log_x: bool = False
-) -> dict[str, Path]:
-    """Writes all files under `out`, each atomically; returns their paths by name.
+def write_results(out: str | os.PathLike, contents: Mapping[str, Content]) -> dict[str, Path]:
+    """Writes the contents by file name under `out`; returns their paths by name.
 
-    log_x: whether loss by position has a logarithmic x axis.
+    A DataFrame becomes CSV, a figure PNG, a mapping JSON.
     """
-    writers: dict[str, Callable[[Path], None]] = {
-        "results.json": lambda path: write_text(path, to_json(comparison)),
-        "by_position.csv": lambda path: write_text(path, to_csv(*_by_position(comparison))),
-        "by_context.csv": lambda path: write_text(path, to_csv(*_by_context(comparison))),
-        "loss_by_position.png": lambda path: _save(plots.by_position(comparison, log_x), path),
-        "loss_by_context.png": lambda path: _save(plots.by_context(comparison), path),
-    }
-    return write_files(out, writers)
+
+    def writer(content: Content):
+        return lambda path: path.write_bytes(_encode(content))
+
+    return write_files(out, {name: writer(content) for name, content in contents.items()})
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png")
+def _encode(content: Content) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, Figure):
+        return to_png(content)
+    if isinstance(content, pd.DataFrame):
+        content = to_csv(content)
+    elif not isinstance(content, str):
+        content = to_json(content)
+    return content.encode()
 
 
 def check_writable(out: str | os.PathLike) -> None:
@@ -56,154 +55,62 @@ def check_writable(out: str | os.PathLike) -> None:
         )
 
 
-# JSON --------------------------------------------------------------------------------------------
+def to_csv(frame: pd.DataFrame) -> str:
+    """Rows with a head, as `pandas.read_csv` reads them; unknown values are empty."""
+    return round_values(frame).to_csv(index=False, lineterminator="\n")
 
 
-def to_json(comparison: Comparison) -> str:
-    """All results as JSON; unknown values are null."""
-    values = to_dict(comparison)
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+def to_json(values: Mapping[str, Any], rows: pd.DataFrame | None = None) -> str:
+    """JSON; unknown values are null.
+
+    rows: added under `columns` and `rows`, one per line, for `pandas.DataFrame(rows, columns=...)`.
+    """
+    if rows is None:
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+    head = json.dumps({**values, "columns": list(rows.columns)}, indent=1, allow_nan=False)
+    # Indented numbers would make most of the file white space.
+    lines = (json.dumps(list(row.values()), allow_nan=False) for row in records(rows))
+    body = ",\n  ".join(lines)
+    return f'{head[:-2]},\n "rows": [\n  {body}\n ]\n}}\n'
 
 
-def to_dict(comparison: Comparison) -> dict[str, Any]:
-    """The results as plain values; docs/evaluation.md describes the keys."""
-    return {
-        "format": FORMAT,
-        "text": comparison.text,
-        "window": comparison.window,
-        "context_lengths": list(comparison.lengths),
-        "runs": list(comparison.runs),
-        "series": [_series(comparison, series) for series in comparison.series],
-        "differences": [
-            {"a": a.label, "b": b.label, "contexts": _contexts(comparison, a, b)}
-            for a, b in comparison.pairs()
-        ],
-        "table": comparison.table,
-        "sentence": comparison.sentence,
-    }
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as plain rounded values for JSON, None where unknown."""
+    rounded = round_values(frame).astype(object)
+    return rounded.where(rounded.notna(), None).to_dict("records")
 
 
-def _series(comparison: Comparison, series: Series) -> dict[str, Any]:
-    contexts = {}
-    for length in comparison.lengths:
-        sums = series.contexts[length]
-        by_token = sums.loss_by_position()
-        contexts[str(length)] = {
-            **_regions(comparison, length, sums),
-            "bins": _bins(comparison, length, sums),
-            "by_token": {"loss": _numbers(by_token.mean), "stderr": _numbers(by_token.stderr)},
-        }
-    change = comparison.context_change(series)
-    return {
-        "label": series.label,
-        "run": series.run,
-        "mode": series.mode,
-        "inner": series.inner,
-        "seconds": round(series.seconds, 3),
-        "contexts": contexts,
-        "longest_minus_shortest_context": None if change is None else estimate_values(change),
-    }
+def lists(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """The columns as lists of plain rounded values, None where unknown."""
+    rows = records(frame)
+    return {name: [row[name] for row in rows] for name in frame.columns}
 
 
-def _contexts(comparison: Comparison, a: Series, b: Series) -> dict[str, Any]:
-    differences = {length: a.contexts[length] - b.contexts[length] for length in comparison.lengths}
-    return {
-        str(length): {
-            **_regions(comparison, length, sums),
-            "bins": _bins(comparison, length, sums),
-        }
-        for length, sums in differences.items()
-    }
+def round_values(frame: pd.DataFrame) -> pd.DataFrame:
+    """Floats with seven significant digits, which keeps the files of long contexts small."""
+    numbers = frame.select_dtypes("float")
+    return frame.assign(**{name: numbers[name].map(_round) for name in numbers})
 
 
-def _regions(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
-    regions = {}
-    for name, (first, stop) in comparison.regions(length).items():
-        part = sums.between(first, stop)
-        bits = part.bits_per_byte()
-        regions[name] = {
-            "first_token": first + 1,
-            "last_token": stop,
-            "targets": int(part.count_DL.sum()),
-            "nats_per_token": estimate_values(part.loss()),
-            "bits_per_byte": None if bits is None else estimate_values(bits),
-        }
-    return regions
+def _round(value: float) -> float:
+    if not math.isfinite(value):
+        return math.nan
+    return value if value.is_integer() else float(f"{value:.7g}")
 
 
-def _bins(comparison: Comparison, length: int, sums: Sums) -> dict[str, Any]:
-    edges = comparison.edges(length)
-    binned = sums.binned(edges)
-    loss, bits = binned.loss_by_position(), binned.bits_by_position()
-    unknown = [None] * (len(edges) - 1)
-    return {
-        "first_token": [int(edge) + 1 for edge in edges[:-1]],
-        "last_token": [int(edge) for edge in edges[1:]],
-        "loss": _numbers(loss.mean),
-        "stderr": _numbers(loss.stderr),
-        "bits_per_byte": _numbers(bits.mean) if bits else unknown,
-        "bits_per_byte_stderr": _numbers(bits.stderr) if bits else unknown,
-    }
-
-
-def estimate_values(estimate: Estimate) -> dict[str, float | None]:
+def estimate_values(mean: Any, stderr: Any) -> dict[str, float | None]:
     """Mean and standard error for JSON; None where there is none."""
-    return {"mean": round_number(estimate.mean), "stderr": round_number(estimate.stderr)}
+    return {"mean": number(mean), "stderr": number(stderr)}
 
 
-def round_number(value: Any) -> float | None:
-    """Seven significant digits, which keeps the files of long contexts small."""
-    return float(f"{float(value):.7g}") if math.isfinite(float(value)) else None
+def number(value: Any) -> float | None:
+    """A rounded number for JSON; None if it is not known or not finite."""
+    known = value is not None and math.isfinite(value)
+    return _round(float(value)) if known else None
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [round_number(value) for value in values]
-
-
-# CSV ---------------------------------------------------------------------------------------------
-
-Rows = Iterator[Sequence[Any]]
-
-
-def to_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _by_position(comparison: Comparison) -> tuple[Sequence[str], Rows]:
-    head = (
-        *("run", "mode", "label", "context", "first_token", "last_token"),
-        *("loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"),
-    )
-
-    def rows() -> Rows:
-        for series in comparison.series:
-            for length in comparison.lengths:
-                bins = _bins(comparison, length, series.contexts[length])
-                for row in zip(*bins.values(), strict=True):
-                    yield (series.run, series.mode, series.label, length, *row)
-
-    return head, rows()
-
-
-def _by_context(comparison: Comparison) -> tuple[Sequence[str], Rows]:
-    head = (
-        *("run", "mode", "label", "context", "tokens", "targets"),
-        *("loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"),
-    )
-
-    def rows() -> Rows:
-        for series in comparison.series:
-            for length in comparison.lengths:
-                regions = _regions(comparison, length, series.contexts[length])
-                for name, region in regions.items():
-                    loss, bits = region["nats_per_token"], region["bits_per_byte"] or {}
-                    yield (
-                        *(series.run, series.mode, series.label, length, name, region["targets"]),
-                        *(loss["mean"], loss["stderr"], bits.get("mean"), bits.get("stderr")),
-                    )
-
-    return head, rows()
+def to_png(figure: Figure) -> bytes:
+    """The figure as an image."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -1,12 +1,21 @@
 """Results of an evaluation: losses by document, for every run, mode and context length."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from tttjax.evaluation.statistics import Estimate, Sums, position_bins
+from tttjax.evaluation.statistics import (
+    UNKNOWN,
+    Estimate,
+    Sums,
+    contrast,
+    difference,
+    position_bins,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Comparison:
 
     window: tokens after which "beyond the window" begins. bins: approximate number of position
     bins. runs: name, step, source and window of each run. text: source and size of the text.
-    table, sentence: the results as text, from `tables`.
+    table, sentence: the results as text, from `summary`.
     """
 
     series: tuple[Series, ...]
@@ -97,4 +106,71 @@ class Comparison:
         short, long = min(self.lengths), self.longest
         if short == long or long % short:
             return None
-        return (series.contexts[long].total() - series.contexts[short].total()).loss()
+        return difference([series.contexts[long]], [series.contexts[short]])
+
+    def difference(self, a: Series, b: Series, region: tuple[int, int]) -> Estimate:
+        """a - b at the longest context in positions (first, stop), token by token."""
+        parts = (series.contexts[self.longest].between(*region) for series in (a, b))
+        return difference(*([part] for part in parts))
+
+
+# Tidy rows ---------------------------------------------------------------------------------------
+
+
+def by_context(comparison: Comparison) -> pd.DataFrame:
+    """The rows of by_context.csv, with the first and last token of each region."""
+    return _of_series(comparison, partial(_regions, comparison))
+
+
+def by_position(comparison: Comparison) -> pd.DataFrame:
+    """The rows of by_position.csv: bins of positions."""
+    return _of_series(
+        comparison, lambda length, *terms: _rows(comparison.edges(length), *terms)
+    ).drop(columns="targets")
+
+
+def differences(
+    comparison: Comparison, a: Series, b: Series, length: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(regions, bins) of a - b at a context length, as of `by_context` and `by_position`."""
+    terms = (1, a.contexts[length]), (-1, b.contexts[length])
+    return _regions(comparison, length, *terms), _rows(comparison.edges(length), *terms)
+
+
+def _of_series(comparison: Comparison, rows: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+    parts = []
+    for series in comparison.series:
+        for length, sums in series.contexts.items():
+            part = rows(length, (1, sums))
+            names = {"run": series.run, "mode": series.mode, "label": series.label}
+            head = pd.DataFrame({**names, "context": length}, index=part.index)
+            parts.append(pd.concat([head, part], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _regions(comparison: Comparison, length: int, *terms: tuple[int, Sums]) -> pd.DataFrame:
+    """One row per region of a context; `tokens` names it."""
+    parts = [
+        _rows(region, *terms).assign(tokens=name)
+        for name, region in comparison.regions(length).items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _rows(edges: Sequence[int] | np.ndarray, *terms: tuple[int, Sums]) -> pd.DataFrame:
+    """Loss and bits per byte of a signed sum of losses, one row per bin of positions."""
+    binned = [(sign, sums.binned(edges)) for sign, sums in terms]
+    nats = contrast(*((sign, [sums]) for sign, sums in binned))
+    weighted = [(sign, [per_byte]) for sign, sums in binned if (per_byte := sums.per_byte())]
+    bits = contrast(*weighted) if len(weighted) == len(terms) else Estimate(UNKNOWN, UNKNOWN)
+    return pd.DataFrame(
+        {
+            "first_token": np.asarray(edges[:-1]) + 1,
+            "last_token": np.asarray(edges[1:]),
+            "targets": binned[0][1].count_DL.sum(axis=0).astype(int),
+            "loss": nats.mean,
+            "stderr": nats.stderr,
+            "bits_per_byte": bits.mean,
+            "bits_per_byte_stderr": bits.stderr,
+        }
+    )

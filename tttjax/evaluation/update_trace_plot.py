@@ -31,21 +31,19 @@ def draw(about: Mapping[str, Any], means: np.ndarray) -> Figure:
 def _losses(axes: Axes, tokens, loss, after) -> None:
     axes.plot(tokens, loss, color=COLOURS[0], label="before the update")
     axes.plot(tokens, after, color=COLOURS[1], label="after the update")
-    axes.set_ylabel("loss (nats per token)")
-    decorate(axes)
+    _finish(axes, "loss (nats per token)")
 
 
 def _gradients(axes: Axes, tokens, norm, norms, layers, clip: float, rate: float) -> None:
     if 1 < len(layers) <= MAX_LINES:
         for name, line, color in zip(layers, norms, _shades(len(layers)), strict=True):
             axes.plot(tokens, line, color=color, linewidth=0.8, label=name)
-    axes.plot(tokens, norm, color=COLOURS[6], label="all layers")
+    axes.plot(tokens, norm, color=COLOURS[-1], label="all layers")
     if clip:
         label = f"clip {clip:g}: {rate:.0%} of chunks"
         axes.axhline(clip, color=COLOURS[1], linestyle="--", linewidth=1, label=label)
-    axes.set_ylabel("gradient norm")
     axes.set_yscale("log")
-    decorate(axes)
+    _finish(axes, "gradient norm")
 
 
 def _drifts(axes: Axes, tokens, drifts, layers, start) -> None:
@@ -56,12 +54,16 @@ def _drifts(axes: Axes, tokens, drifts, layers, start) -> None:
     if len(layers) <= MAX_LINES:
         for name, line, color in zip(layers, drifts, _shades(len(layers)), strict=True):
             axes.plot(tokens, line, color=color, label=name)
-        axes.set_ylabel(label)
-        decorate(axes)
+        _finish(axes, label)
         return
     image = axes.pcolormesh(tokens, np.arange(len(layers)), drifts, shading="nearest")
     axes.set_yticks(np.arange(len(layers)), layers, fontsize=7)
     axes.figure.colorbar(image, ax=axes, label=label)
+
+
+def _finish(axes: Axes, ylabel: str) -> None:
+    decorate(axes, ylabel=ylabel)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _shades(number: int) -> np.ndarray:

@@ -14,11 +14,12 @@ from tttjax.cli import main
 from tttjax.config import read_config
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
-from tttjax.evaluation.report import losses, plots
+from tttjax.evaluation.report import figures, losses
 from tttjax.evaluation.report.entries import ReportEntry
-from tttjax.evaluation.report.files import COLUMNS, to_markdown
 from tttjax.evaluation.report.make import make_report
-from tttjax.evaluation.report.tables import sections
+from tttjax.evaluation.report.outputs import make_page, to_markdown
+from tttjax.evaluation.report.results import COLUMNS
+from tttjax.evaluation.report.sections import sections
 from tttjax.planning.flops import train_flops_per_token
 from tttjax.runs.run import RunSpec
 
@@ -125,9 +126,9 @@ def test_the_page_is_self_contained_with_every_table(report, folder):
     assert set(addresses) == {"data:image/png;base64,"}
     assert 'name="viewport"' in page
     assert "prefers-color-scheme: dark" in page
-    assert "<pre>command &lt;x&gt;</pre>" in page
+    assert "<pre><code>command &lt;x&gt;\n</code></pre>" in page
     for section in sections(report):
-        for row in section.table.rows:
+        for row in section.table.to_numpy():
             cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
             assert f"{cells}</tr>" in page
     for sentence in report.summary:
@@ -136,16 +137,13 @@ def test_the_page_is_self_contained_with_every_table(report, folder):
 
 def test_every_table_has_parameter_counts(report):
     for section in sections(report):
-        assert section.table.head[1:3] == ("parameters", "non-embedding")
-        assert [row[:3] for row in section.table.rows] == [
-            ("full", "2,616", "504"),
-            ("ttt", "2,824", "712"),
-        ]
+        counts = section.table[["", "parameters", "non-embedding"]]
+        assert counts.to_numpy().tolist() == [["full", "2,616", "504"], ["ttt", "2,824", "712"]]
 
 
 def test_markdown_and_plots(report, folder):
     text = (folder / "report.md").read_text()
-    assert text == to_markdown(report)
+    assert text == to_markdown(make_page(report))
     assert "over the 5 held-out documents, paired by document for differences" in text
     assert "over seeds (runs: full 2)" in text
     assert "Systems with one seed have no error over seeds: ttt." in text
@@ -167,7 +165,7 @@ def no_computing(monkeypatch):
 
 def test_the_command_reuses_cached_losses(report, folder, runs, no_computing, monkeypatch, capsys):
     drawn = {name: (folder / f"{name}.png").read_bytes() for name in PLOTS}
-    monkeypatch.setattr(plots, "image", lambda name, report: drawn[name])
+    monkeypatch.setattr(figures, "image", lambda name, report: drawn[name])
     before = (folder / "report.csv").read_text()
     words = [f"full={runs[0]}", f"full={runs[1]}", f"ttt={runs[2]}:on", f"--out={folder}"]
     assert main.main(["report", *words, "--title=Two & more"]) == 0
@@ -203,7 +201,7 @@ def test_other_settings_do_not_use_the_cache(folder, runs, no_computing):
 
 def test_runs_of_several_contexts_use_their_own(make_run, tmp_path, monkeypatch):
     """The cost of an extension has that of the run before it; the first of these has stopped."""
-    monkeypatch.setattr(plots, "image", lambda name, report: b"")
+    monkeypatch.setattr(figures, "image", lambda name, report: b"")
     mixers = ("full",)
     first = make_run("first", seq_len=8, step=2, mixers=mixers)
     longer = make_run("longer", seq_len=16, init_from=first, mixers=mixers)

@@ -7,10 +7,10 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from tttjax.evaluation.report.plots import PLOTS, draw
+from tttjax.evaluation.report.figures import PLOTS, draw
 from tttjax.evaluation.report.results import Report, RunFacts, SystemResult
-from tttjax.evaluation.report.summary import summarise
-from tttjax.evaluation.report.tables import about_errors, sections
+from tttjax.evaluation.report.sections import about_errors, sections
+from tttjax.evaluation.report.summary import highlights, summarise
 from tttjax.evaluation.statistics import Sums
 
 pytestmark = pytest.mark.slow
@@ -105,6 +105,19 @@ def test_difference_that_seeds_do_not_support_is_none():
     assert "is not significantly different at 16 and 64" in summarise(make_report(base, unsure))[2]
 
 
+def test_highlights_are_about_ttt_e2e():
+    ttt = make_system("ttt_e2e", {16: 3.1, 64: 2.8}, mode="on")
+    report = make_report(FULL, make_system("better", {16: 2.9, 64: 2.7}), ttt)
+    report = dataclasses.replace(report, summary=summarise(report))
+    best, standing, cost = highlights(report)
+    assert best.startswith("At 64 tokens better has the lowest loss")
+    assert standing.startswith("The loss of ttt_e2e (with TTT) against that of full is ")
+    assert cost == "At 64 tokens ttt_e2e needs 1 times as much state as full."
+    alone = make_report(FULL)
+    alone = dataclasses.replace(alone, summary=summarise(alone))
+    assert len(highlights(alone)) == len(alone.summary) == 1
+
+
 def test_whose_loss_falls_beyond_the_window():
     falling = make_system("falling", {16: 3.0, 64: 2.9}, beyond=-0.1)
     rising = make_system("rising", {16: 3.0, 64: 2.9}, beyond=0.1)
@@ -131,9 +144,9 @@ def test_a_system_may_lack_a_length(lengths):
     report = make_report(FULL, make_system("part", lengths))
     assert any("against that of full is" in sentence for sentence in summarise(report))
     by_title = {section.title: section.table for section in sections(report)}
-    (row,) = (r for r in by_title["Loss by context"].rows if r[0] == "part")
-    assert [cell == "-" for cell in row[3:]] == [length not in lengths for length in LENGTHS]
-    assert row[1:3] == ("1.23M", "1,000")
+    row = by_title["Loss by context"].set_index("").loc["part"].tolist()
+    assert [cell == "-" for cell in row[:2]] == [length not in lengths for length in LENGTHS]
+    assert row[2:] == ["1.23M", "1,000"]
     check_plots(report)
 
 

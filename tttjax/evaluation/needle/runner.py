@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
+import pandas as pd
 
 from tttjax.data.shards import open_prepared
 from tttjax.data.tokenizers.base import Tokenizer
@@ -16,7 +17,7 @@ from tttjax.evaluation.needle import haystack as haystacks
 from tttjax.evaluation.needle.haystack import Haystack
 from tttjax.evaluation.needle.model import EngineModel, NeedleModel
 from tttjax.evaluation.needle.prompts import PromptSpec, check_tokenizer, make_prompt
-from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, Sample
+from tttjax.evaluation.needle.results import NeedleResults, NeedleSeries, answer_row
 from tttjax.evaluation.needle.tasks import TASKS, NeedleTask
 from tttjax.evaluation.progress import Progress
 from tttjax.parallel import precision
@@ -109,6 +110,7 @@ def needle_tests(
     ]
     notes: list[str] = []
     series: list[NeedleSeries] = []
+    answers: list[pd.DataFrame] = []
     for sources in run_haystacks:  # check all prompts before any computation
         for spec in {(p.task.name, p.length): p for p in settings.prompt_specs()}.values():
             make_prompt(spec, sources.by_task[spec.task.name], settings.seed)
@@ -135,14 +137,15 @@ def needle_tests(
             for setups in iter_eval_setups(run, run_modes, learning, mesh):
                 for setup in setups:
                     bar.doing(setup.label, LEARNING_COST if setup.learn else 1)
-                    series.append(
-                        _run_setup(
-                            run, setup, tokenizer, sources.by_task, settings, window, bar.add
-                        )
-                    )
+                    started = time.perf_counter()
+                    model = EngineModel(setup, tokenizer, max(settings.lengths))
+                    rows = run_prompts(model, settings, sources.by_task, window, bar.add)
+                    series.append(_series(run, setup, time.perf_counter() - started))
+                    answers.append(series[-1].answers(rows))
     bar.close()
     return NeedleResults(
         series=tuple(series),
+        answers=pd.concat(answers, ignore_index=True),
         tasks=settings.tasks,
         lengths=settings.lengths,
         depths=settings.depths,
@@ -164,9 +167,9 @@ def run_prompts(
     by_task: Mapping[str, Haystack],
     window: int,
     on_tokens: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Sample, ...]:
-    """One sample per prompt, in the order of `NeedleSettings.prompt_specs`."""
-    samples: list[Sample] = []
+) -> list[dict[str, Any]]:
+    """One row per prompt, by length and then in the order of `NeedleSettings.prompt_specs`."""
+    rows: list[dict[str, Any]] = []
     for length in settings.lengths:
         prompt_specs = [spec for spec in settings.prompt_specs() if spec.length == length]
         for start in range(0, len(prompt_specs), settings.batch_size):
@@ -175,40 +178,22 @@ def run_prompts(
                 for spec in prompt_specs[start : start + settings.batch_size]
             ]
             answers = model(prompts)
-            samples += [
-                Sample.of(prompt, answer, window)
+            rows += [
+                answer_row(prompt, answer, window)
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
             on_tokens(length * len(prompts))
-    return tuple(samples)
+    return rows
 
 
-def _run_setup(
-    run: Run,
-    setup: EvalSetup,
-    tokenizer: Tokenizer,
-    by_task: Mapping[str, Haystack],
-    settings: NeedleSettings,
-    window: int,
-    on_tokens: Callable[[int], None],
-) -> NeedleSeries:
-    started = time.perf_counter()
-    model = EngineModel(setup, tokenizer, max(settings.lengths))
-    samples = run_prompts(model, settings, by_task, window, on_tokens)
+def _series(run: Run, setup: EvalSetup, seconds: float) -> NeedleSeries:
     inner = {
         "rule": setup.rule,
         "lr": setup.lr,
         "clip": setup.inner.clip,
         "chunk_size": setup.inner.chunk_size,
     }
-    return NeedleSeries(
-        run=run.name,
-        mode=setup.mode,
-        label=setup.label,
-        inner=inner if setup.learn else None,
-        samples=samples,
-        seconds=time.perf_counter() - started,
-    )
+    return NeedleSeries(run.name, setup.mode, setup.label, inner if setup.learn else None, seconds)
 
 
 @dataclass(frozen=True)

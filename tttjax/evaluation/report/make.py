@@ -22,12 +22,13 @@ from tttjax.evaluation.report.entries import (
     open_systems,
     shown_path,
 )
-from tttjax.evaluation.report.files import write_report
 from tttjax.evaluation.report.losses import make_loss_evaluator
+from tttjax.evaluation.report.outputs import write_report
 from tttjax.evaluation.report.results import Report, SystemResult
 from tttjax.evaluation.report.state import state_bytes
-from tttjax.evaluation.report.summary import several, summarise
+from tttjax.evaluation.report.summary import summarise
 from tttjax.evaluation.statistics import Sums
+from tttjax.evaluation.tables import join_words
 from tttjax.io.paths import local_path
 from tttjax.runs.eval_setup import LearningOptions, inner_config, inner_learning_rates
 
@@ -90,7 +91,7 @@ def make_report(
 
 def _title(labels: Sequence[str]) -> str:
     few = len(labels) <= 4
-    return f"Comparison of {several(labels) if few else f'{len(labels)} systems'}"
+    return f"Comparison of {join_words(labels) if few else f'{len(labels)} systems'}"
 
 
 def _settings(

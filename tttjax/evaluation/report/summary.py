@@ -2,45 +2,63 @@
 
 from collections.abc import Iterator, Sequence
 
+from tttjax.evaluation.plots import find_e2e
 from tttjax.evaluation.report.results import Report, SystemResult, systems_at
-from tttjax.evaluation.report.statistics import Value, change_with_position
-from tttjax.evaluation.report.tables import change
-from tttjax.evaluation.tables import describe_difference, format_difference, is_insignificant
+from tttjax.evaluation.statistics import Estimate, change_with_position, loss
+from tttjax.evaluation.tables import describe_difference, format_difference, join_words
 
 
 def summarise(report: Report) -> tuple[str, ...]:
     """The lowest loss, differences from the baseline, trends beyond the window, state size."""
     best = (_best(report, length) for length in report.lengths)
     standing = (_difference_from_baseline(report, system) for system in report.others())
-    sentences = [*best, *standing, *_beyond_the_window(report), *_state_costs(report)]
+    costs = (_state_cost(report, system) for system in report.others())
+    sentences = [*best, *standing, *_beyond_the_window(report), *costs]
     return tuple(filter(None, sentences))
+
+
+def highlights(report: Report) -> tuple[str, ...]:
+    """The three most important sentences of the summary.
+
+    The lowest loss at the longest context, and difference and state size of the main system: the
+    one that TTT-E2E's colour is for, else the best other than the baseline.
+    """
+    others = {system.label: system for system in report.others()}
+    candidates = [_best(report, report.longest)]
+    if others:
+        label = find_e2e(others, [s.label for s in report.others() if s.mode == "on"])
+        losses = {
+            name: float(value.mean)
+            for name, system in others.items()
+            if (value := report.loss(system, report.longest))
+        }
+        main = others[label or min(losses, key=losses.__getitem__, default=next(iter(others)))]
+        candidates += [_difference_from_baseline(report, main), _state_cost(report, main)]
+    sentences = dict.fromkeys(filter(None, [*candidates, *report.summary[::-1]]))
+    return tuple(sentences)[:3]
 
 
 def _best(report: Report, length: int) -> str:
     systems = systems_at(report, length)
     if len(systems) < 2:
         return ""
-    values = {system.label: report.loss(system, length) for system in systems}
-    ranked = sorted(systems, key=lambda s: values[s.label].mean)  # type: ignore[union-attr]
+    values = {system.label: loss(system.sums[length]) for system in systems}
+    ranked = sorted(systems, key=lambda system: values[system.label].mean)
     first, others = ranked[0], ranked[1:]
     against = [(other, report.difference(other, length, first)) for other in others]
-    same = [
-        (other.label, value)
-        for other, value in against
-        if value and is_insignificant(value.estimate)
-    ]
-    loss = format_difference(values[first.label].estimate)  # type: ignore[union-attr]
-    text = f"At {length:,} tokens {first.label} has the lowest loss, {loss} nats per token; "
+    same = [(other.label, value) for other, value in against if value and value.is_insignificant()]
+    lowest = format_difference(values[first.label])
+    text = f"At {length:,} tokens {first.label} has the lowest loss, {lowest} nats per token; "
     if same:
         return text + f"not significantly different from it: {_with_differences(same)}."
     second, value = against[0]
     assert value is not None  # both were evaluated at this length
-    return text + f"the next, {second.label}, is {describe_difference(value.estimate)}."
+    return text + f"the next, {second.label}, is {describe_difference(value)}."
 
 
-def _with_differences(values: Sequence[tuple[str, Value]]) -> str:
+def _with_differences(values: Sequence[tuple[str, Estimate]]) -> str:
     """`a (+0.012 ± 0.003) and b (+0.034 ± 0.003)`."""
-    return several([f"{name} ({format_difference(v.estimate, signed=True)})" for name, v in values])
+    return join_words([f"{name} ({format_difference(v, signed=True)})" for name, v in values])
 
 
 def _difference_from_baseline(report: Report, system: SystemResult) -> str:
@@ -49,17 +67,17 @@ def _difference_from_baseline(report: Report, system: SystemResult) -> str:
     known = [(length, value) for length, value in values if value is not None]
     if not known:
         return ""
-    groups: dict[str, list[tuple[int, Value]]] = {}
+    groups: dict[str, list[tuple[int, Estimate]]] = {}
     for length, value in known:
-        none, better = is_insignificant(value.estimate), value.mean < 0
+        none, better = value.is_insignificant(), value.mean < 0
         words = "not significantly different" if none else "lower" if better else "higher"
         groups.setdefault(words, []).append((length, value))
     parts = []
     for words, differences in groups.items():
         length, value = differences[-1]
         at = f"at {length:,}" if len(differences) > 1 else "there"
-        lengths = several([f"{n:,}" for n, _ in differences])
-        amount = format_difference(value.estimate, signed=True)
+        lengths = join_words([f"{n:,}" for n, _ in differences])
+        amount = format_difference(value, signed=True)
         parts.append(f"{words} at {lengths} tokens ({amount} {at})")
     how = " (with TTT)" if system.mode == "on" else ""
     return (
@@ -69,13 +87,13 @@ def _difference_from_baseline(report: Report, system: SystemResult) -> str:
 
 
 def _scaling(report: Report, system: SystemResult) -> str:
-    value = change(report, system)
+    value = report.change(system)
     if value is None:
         return ""
     short, long = min(report.lengths), report.longest
     between = f"from {short:,} to {long:,} tokens"
-    amount = format_difference(value.estimate, signed=True)
-    if is_insignificant(value.estimate):
+    amount = format_difference(value, signed=True)
+    if value.is_insignificant():
         return f"; {between} the difference does not change significantly ({amount})"
     direction = "in its favour" if value.mean < 0 else "against it"
     return f"; {between} the difference moves {direction} ({amount})"
@@ -92,9 +110,9 @@ def _beyond_the_window(report: Report) -> Iterator[str]:
         (s.label, change_with_position(s.sums[stop], first_half, second_half))
         for s in systems_at(report, stop)
     ]
-    falls = [(name, v) for name, v in changes if not is_insignificant(v.estimate) and v.mean < 0]
-    rises = [(name, v) for name, v in changes if not is_insignificant(v.estimate) and v.mean > 0]
-    same = [(name, v) for name, v in changes if is_insignificant(v.estimate)]
+    falls = [(name, v) for name, v in changes if not v.is_insignificant() and v.mean < 0]
+    rises = [(name, v) for name, v in changes if not v.is_insignificant() and v.mean > 0]
+    same = [(name, v) for name, v in changes if v.is_insignificant()]
     parts = [
         f"{words} {_with_differences(group)}"
         for words, group in (
@@ -111,17 +129,11 @@ def _beyond_the_window(report: Report) -> Iterator[str]:
     )
 
 
-def _state_costs(report: Report) -> Iterator[str]:
-    """State size of systems with TTT, as a multiple of the baseline's."""
-    length = report.longest
-    base = report.baseline
-    for system in report.others():
-        mine, theirs = system.state_bytes.get(length), base.state_bytes.get(length)
-        if system.learns and mine and theirs:
-            times = f"{mine / theirs:.3g} times as much state"
-            yield f"At {length:,} tokens {system.label} needs {times} as {base.label}."
-
-
-def several(words: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def _state_cost(report: Report, system: SystemResult) -> str:
+    """State size of a system with TTT, as a multiple of the baseline's."""
+    length, base = report.longest, report.baseline
+    mine, theirs = system.state_bytes.get(length), base.state_bytes.get(length)
+    if not (system.learns and mine and theirs):
+        return ""
+    times = f"{mine / theirs:.3g} times as much state"
+    return f"At {length:,} tokens {system.label} needs {times} as {base.label}."
