@@ -44,7 +44,7 @@ def fails_with(error):
 COMMAND_LINES = ["", *main.COMMANDS, *(f"bench {name}" for name in BENCHMARKS)]
 SLOW = (
     *("flax", "grain", "jax", "jinja2", "markdown_it", "matplotlib", "ml_collections", "numpy"),
-    *("optax", "orbax", "pandas", "rich"),
+    *("optax", "orbax", "pandas", "rich", "shtab"),
 )
 PARSE_ALL = f"""
 import contextlib, io, json, sys

@@ -14,7 +14,7 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -59,6 +59,7 @@ COMMANDS = {
     "report": Command("tttjax.cli.report", "compare finished runs on one page"),
     "verify": Command("tttjax.cli.verify", "check this build against reference values"),
     "bench": Command("tttjax.cli.bench", "measure speed and memory"),
+    "completion": Command("tttjax.cli.completion", "print a shell's completion script"),
 }
 
 DESCRIPTION = """\
@@ -147,12 +148,11 @@ def _dispatch(arguments: list[str]) -> int:
             f"There is no command {name!r}; choose from {', '.join(COMMANDS)}."
             f"{nearest(name, COMMANDS)}"
         )
-    module = importlib.import_module(COMMANDS[name].module) if name in COMMANDS else None
     overrides, arguments = _split_overrides(arguments)
-    parser, command_parser = _build_parser(name if module else None)
-    if module is None or command_parser is None:
+    parser, parsers_by_name = _build_parser((name,) if name else ())
+    if name not in parsers_by_name:
         return _parse_without_command(parser, arguments)
-    module.add_arguments(command_parser)
+    command_parser = parsers_by_name[name]
     _expand_path_arguments(command_parser)
     # Every command gets `overrides`. A command whose --config is optional sets has_own_config.
     command_parser.set_defaults(overrides=overrides)
@@ -165,7 +165,7 @@ def _dispatch(arguments: list[str]) -> int:
     _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
     if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} needs a configuration to change; give --config=FILE.")
-    return module.run(args)
+    return importlib.import_module(COMMANDS[name].module).run(args)
 
 
 # Metavars of path arguments begin with these words, in all commands. The commands parse
@@ -188,22 +188,30 @@ def _path_argument(action: argparse.Action) -> Callable[[str], str]:
     return lambda text: path_text(text, name) if text else text
 
 
-def _build_parser(name: str | None) -> tuple[_Parser, argparse.ArgumentParser | None]:
-    """The program's parser, and the subparser of the command `name`."""
+def _build_parser(
+    names: Collection[str],
+) -> tuple[_Parser, dict[str, argparse.ArgumentParser]]:
+    """The program's parser, and the subparsers of the commands `names`, with their arguments."""
     parser = _Parser(prog="tttjax", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"tttjax {tttjax.__version__}")
     subparsers = parser.add_subparsers(
         dest="command", metavar="COMMAND", title="commands", required=True
     )
-    subparsers_by_name = {}
-    for command_name, command in COMMANDS.items():
-        description = None
-        if command_name == name:
-            description = importlib.import_module(command.module).__doc__
-        subparsers_by_name[command_name] = subparsers.add_parser(
-            command_name, help=command.summary, description=description
+    parsers_by_name: dict[str, argparse.ArgumentParser] = {}
+    for name, command in COMMANDS.items():
+        module = importlib.import_module(command.module) if name in names else None
+        subparser = subparsers.add_parser(
+            name, help=command.summary, description=module.__doc__ if module else None
         )
-    return parser, subparsers_by_name.get(name) if name else None
+        if module is not None:
+            module.add_arguments(subparser)
+            parsers_by_name[name] = subparser
+    return parser, parsers_by_name
+
+
+def full_parser() -> argparse.ArgumentParser:
+    """The parser of all commands with all their arguments."""
+    return _build_parser(COMMANDS)[0]
 
 
 def _parse_without_command(parser: _Parser, arguments: list[str]) -> int:
