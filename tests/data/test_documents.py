@@ -15,11 +15,10 @@ from itertools import pairwise
 
 import pyarrow.parquet
 import pytest
-import zstandard
 
 from tttjax.data import documents
 from tttjax.data.documents import file_spans, item_spans, list_inputs, read_items
-from tttjax.data.streams import read_text
+from tttjax.data.streams import read_text, zstd
 from tttjax.errors import UserError
 
 
@@ -43,9 +42,9 @@ def test_every_format(tmp_path):
     (folder / "a.txt").write_bytes(raw)
     (folder / "b.txt.xz").write_bytes(lzma.compress(raw))
     (folder / "c.md.gz").write_bytes(gzip.compress(raw, mtime=0))
-    (folder / "d.py.zst").write_bytes(zstandard.compress(raw))
+    (folder / "d.py.zst").write_bytes(zstd.compress(raw))
     (folder / "e.jsonl").write_bytes(lines)
-    (folder / "f.jsonl.zst").write_bytes(zstandard.compress(lines) + zstandard.compress(lines))
+    (folder / "f.jsonl.zst").write_bytes(zstd.compress(lines) + zstd.compress(lines))
     (folder / "g.txt").write_bytes(b"\xef\xbb\xbf" + raw)
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / ".hidden.txt").write_bytes(raw)
@@ -111,7 +110,7 @@ def test_bad_inputs(tmp_path):
         ("torn.txt.xz", lzma.compress(b"text" * 999)[:-9], r"Cannot read .*torn\.txt\.xz"),
         ("torn.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:-9], r"Cannot read .*torn\.txt\.gz"),
         ("torn.jsonl.zst", b"\x28\xb5\x2f\xfdnonsense", r"Cannot read .*torn\.jsonl\.zst"),
-        ("cut.txt.zst", zstandard.compress(b"text" * 999)[:-9], r"Cannot read .*cut\.txt\.zst"),
+        ("cut.txt.zst", zstd.compress(b"text" * 999)[:-9], r"Cannot read .*cut\.txt\.zst"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl, line 2: not JSON"),
         ("b.jsonl", b'{"body": "x"}\n', r'b\.jsonl, line 1: no text under the key "text"'),
         ("c.jsonl", b'{"text": "\xe9"}\n', r"c\.jsonl, line 1: not UTF-8"),
@@ -128,7 +127,8 @@ def test_bad_inputs(tmp_path):
         ("x.txt", b"a\x00b", r"x\.txt is a binary file, not text"),
         ("x.md", b"PK\x03\x04...", r"x\.md is a zip archive; unpack"),
         ("x.txt.gz", gzip.compress(b"a\x00b", mtime=0), r"x\.txt\.gz is a binary file"),
-        ("x.bz2", bz2.compress(b"text"), r"x\.bz2 is compressed with bzip2, .*unpack"),
+        ("cut.txt.bz2", bz2.compress(b"text" * 999)[:-9], r"Cannot read .*cut\.txt\.bz2"),
+        ("x.lz4", b"\x04\x22\x4d\x18...", r"x\.lz4 is compressed with lz4, .*unpack"),
         ("x.7z", b"7z\xbc\xaf\x27\x1c...", r"x\.7z is a 7z archive; unpack"),
         ("x.txt", b"PAR1\x15\x00...PAR1", r"Cannot read .*x\.txt"),
     ],
@@ -160,7 +160,7 @@ def archive(kind):
         ("a.tar.gz", gzip.compress(archive("tar"), mtime=0)),
         ("a.tgz", gzip.compress(archive("tar"), mtime=0)),
         ("a.tar.xz", lzma.compress(archive("tar"))),
-        ("a.tar.zst", zstandard.compress(archive("tar"))),
+        ("a.tar.zst", zstd.compress(archive("tar"))),
     ],
 )
 def test_archives_are_refused_whatever_their_name(tmp_path, name, content):
@@ -174,7 +174,9 @@ PACKED = {
     "": bytes,
     ".gz": lambda raw: gzip.compress(raw, mtime=0),
     ".xz": lzma.compress,
-    ".zst": zstandard.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstd.compress,
+    ".parts.zst": lambda raw: zstd.compress(raw[:9]) + zstd.compress(raw[9:]),
 }
 
 
@@ -198,7 +200,7 @@ def test_compression_is_detected_by_content(tmp_path):
         (tmp_path / f"{i}.txt").write_bytes(pack(b"text"))
         (tmp_path / f"{i}.txt.gz").write_bytes(pack(b"text"))
     assert set(texts_of([tmp_path]).values()) == {"text"}
-    assert [file.compressed for file in list_inputs([tmp_path])] == [False] * 2 + [True] * 6
+    assert [file.compressed for file in list_inputs([tmp_path])] == [False] * 2 + [True] * 10
 
 
 @pytest.mark.parametrize(

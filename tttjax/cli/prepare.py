@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="files, folders (searched recursively), a Zarr folder, or `stdlib`: the sources of "
         "Python's standard library on this machine. A text file (.txt, .py, ...; also .gz, .xz, "
-        ".zst) is one document, as is each line of JSON Lines (.jsonl, .ndjson, .json) and each "
+        ".bz2, .zst) is one document, as is each line of JSON Lines (.jsonl, .ndjson, .json) and each "
         "row of Parquet",
     )
     add("--out", metavar="DIR", help="output folder of the data set")

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax read`."""
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
-    add("text", metavar="FILE", help="text in UTF-8; also .gz, .xz, .zst")
+    add("text", metavar="FILE", help="text in UTF-8; also .gz, .xz, .bz2, .zst")
     add("--save-session", required=True, metavar="FILE", help="session file to write")
     add("--session", metavar="FILE", help="session to continue (default: an empty one)")
     add_storage_arguments(parser)

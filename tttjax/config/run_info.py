@@ -26,7 +26,7 @@ CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 PACKAGES = (
     *("tttjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
-    *("ml-collections", "tensorstore", "tokenizers", "sentencepiece", "zstandard"),
+    *("ml-collections", "tensorstore", "tokenizers", "sentencepiece", "backports.zstd"),
 )
 
 

@@ -36,7 +36,7 @@ TEXT_SUFFIXES = frozenset(
     parquet""".split()  # noqa: SIM905
 )
 TEXT, LINES, ROWS, JSON = "text", "JSON lines", "Parquet", "JSON"
-_COMPRESSED = (".gz", ".xz", ".zst")
+_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 _HEAD = 1024  # bytes that identify compression and Parquet
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _STDLIB_SKIP = frozenset(

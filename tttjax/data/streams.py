@@ -4,22 +4,27 @@ Every input text passes through here. It must be UTF-8; a leading byte-order mar
 line endings are kept. Archives and other binary files are refused.
 """
 
+import bz2
 import gzip
 import io
 import lzma
 import os
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import zstandard
-
 from tttjax.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 BYTE_ORDER_MARK = "\ufeff"
 # Errors of reading or decompressing a file.
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 _HEAD = 8192  # bytes that are checked for binary content
 _ARCHIVES = {
     b"PK\x03\x04": "a zip archive",
@@ -27,8 +32,9 @@ _ARCHIVES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\x07": "a rar archive",
 }
+# Of the first block, and of the end of an empty file; `BZh` and a digit alone could begin a text.
+_BZIP2_BLOCKS = (b"\x31\x41\x59\x26\x53\x59", b"\x17\x72\x45\x38\x50\x90")
 _BINARY_FORMATS = {
-    b"BZh": "compressed with bzip2",
     b"\x04\x22\x4d\x18": "compressed with lz4",
     b"%PDF-": "a PDF file",
     b"ARROW1\x00": "an Arrow file",
@@ -43,13 +49,24 @@ def unreadable(path: str | os.PathLike, error: Exception) -> UserError:
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether a file that begins with `head` is gzip, xz or Zstandard."""
-    return head.startswith((b"\x1f\x8b", b"\xfd7zXZ\x00")) or _is_zstd(head)
+    """Whether a file that begins with `head` (10 bytes) is gzip, xz, bzip2 or Zstandard."""
+    return _decompressor(head) is not None
 
 
-def _is_zstd(head: bytes) -> bool:
-    skippable = head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F
-    return skippable or head.startswith(b"\x28\xb5\x2f\xfd")
+def _decompressor(head: bytes) -> Callable[[Any], Any] | None:
+    """The reader for content that begins with `head`.
+
+    All of them read files of several parts and raise for a truncated file. fsspec's readers are the
+    same, except that of Zstandard, which may accept a truncated file and stop after one frame.
+    """
+    if head.startswith(b"\x1f\x8b"):
+        return lambda file: gzip.GzipFile(fileobj=file)
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMAFile
+    if head.startswith(b"BZh") and head[4:10] in _BZIP2_BLOCKS:
+        return bz2.BZ2File
+    is_skippable = head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F
+    return zstd.ZstdFile if is_skippable or head.startswith(b"\x28\xb5\x2f\xfd") else None
 
 
 def is_parquet(head: bytes) -> bool:
@@ -64,14 +81,8 @@ def open_stream(path: str | os.PathLike) -> BinaryIO:
 
 def decompressed(file: Any) -> BinaryIO:
     """A buffered byte stream, decompressed if its content is compressed."""
-    head = file.peek(8)[:8]
-    if head.startswith(b"\x1f\x8b"):
-        return cast(BinaryIO, _Closing(gzip.GzipFile(fileobj=file), file))
-    if head.startswith(b"\xfd7zXZ\x00"):
-        return cast(BinaryIO, _Closing(lzma.LZMAFile(file), file))
-    if _is_zstd(head):
-        return cast(BinaryIO, io.BufferedReader(_ZstdReader(file), 1 << 20))
-    return file
+    decompressor = _decompressor(file.peek(10)[:10])
+    return file if decompressor is None else cast(BinaryIO, _Closing(decompressor(file), file))
 
 
 class _Closing(io.BufferedReader):
@@ -86,44 +97,6 @@ class _Closing(io.BufferedReader):
         self._file.close()
 
 
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of one or more Zstandard frames.
-
-    Raises EOFError for a truncated file, which the library's own reader accepts.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._decompressed = memoryview(b"")
-        self._in_frame = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._decompressed:
-            block = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(
-                1 << 17
-            )
-            if not block:
-                if self._in_frame:
-                    raise EOFError("the compressed file ends too early")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._decompressed = memoryview(self._frame.decompress(block))
-            self._in_frame = not self._frame.eof
-        size = min(len(buffer), len(self._decompressed))
-        buffer[:size] = self._decompressed[:size]
-        self._decompressed = self._decompressed[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def check_is_text(stream: Any, name: str | os.PathLike) -> None:
     """UserError if a buffered stream begins like an archive or another binary file."""
     head = stream.peek(_HEAD)[:_HEAD]
@@ -135,8 +108,8 @@ def check_is_text(stream: Any, name: str | os.PathLike) -> None:
     kind = next((kind for magic, kind in _BINARY_FORMATS.items() if head.startswith(magic)), None)
     if kind and kind.startswith("compressed"):
         raise UserError(
-            f"{name} is {kind}, which is not supported; unpack it, or compress it with zstd, gzip "
-            "or xz."
+            f"{name} is {kind}, which is not supported; unpack it, or compress it with "
+            "zstd, gzip, xz or bzip2."
         )
     if is_parquet(head):
         raise UserError(f"{name} is a Parquet file of many documents, not one text.")
