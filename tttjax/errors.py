@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class ResumableError(UserError):
+    """A failure not caused by the input; the same command continues when run again."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or device memory ran out; JAX reports the latter as a RuntimeError."""
     if isinstance(error, MemoryError):

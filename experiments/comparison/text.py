@@ -10,7 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tttjax.data.documents import JSON, TEXT, InputFile, Line, item_spans, list_inputs, read_items
+from tttjax.data.documents import Line, item_spans, read_items
+from tttjax.data.inputs import JSON, TEXT, InputFile, list_inputs
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import PreparedData
 from tttjax.data.splits import SplitRule

@@ -16,8 +16,9 @@ from itertools import pairwise
 import pyarrow.parquet
 import pytest
 
-from tttjax.data import documents
-from tttjax.data.documents import file_spans, item_spans, list_inputs, read_items
+from tttjax.data import documents, inputs
+from tttjax.data.documents import file_spans, item_spans, read_items
+from tttjax.data.inputs import list_inputs
 from tttjax.data.streams import read_text, zstd
 from tttjax.errors import UserError
 
@@ -206,12 +207,12 @@ def test_compression_is_detected_by_content(tmp_path):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b'{"text": "one"}', documents.LINES),
-        (b'{"name": "one"}', documents.JSON),
-        (b'{"name": "one"}\n{"name": "two"}', documents.LINES),
-        (b'{\n "text": "one"\n}', documents.JSON),
-        (b'[{"text": "one"}]', documents.JSON),
-        (b"// settings\n{}", documents.JSON),
+        (b'{"text": "one"}', inputs.LINES),
+        (b'{"name": "one"}', inputs.JSON),
+        (b'{"name": "one"}\n{"name": "two"}', inputs.LINES),
+        (b'{\n "text": "one"\n}', inputs.JSON),
+        (b'[{"text": "one"}]', inputs.JSON),
+        (b"// settings\n{}", inputs.JSON),
     ],
 )
 def test_single_json_documents_are_not_lines(tmp_path, content, kind):

@@ -7,7 +7,8 @@ import pytest
 from helpers.families import FAMILIES, SCRIPTS, family
 
 from tttjax.data import documents, text_spans
-from tttjax.data.documents import file_spans, list_inputs
+from tttjax.data.documents import file_spans
+from tttjax.data.inputs import list_inputs
 from tttjax.data.text_spans import encode_span, encode_text
 from tttjax.errors import UserError
 

@@ -21,7 +21,7 @@ from experiments.comparison.plan import Plan, Task, rates_to_try, read_losses
 from experiments.comparison.runner import Stop, run_tasks
 from experiments.comparison.scales import SCALES, SYSTEMS, parameters, recipe
 from tttjax.config import from_config_dict, load_config, read_config, write_run_info
-from tttjax.data.documents import list_inputs
+from tttjax.data.inputs import list_inputs
 from tttjax.errors import UserError
 from tttjax.models.transformer import build_model
 from tttjax.training import checkpoint_format, checkpoints

@@ -1,4 +1,4 @@
-"""Every path argument of every command expands `~` and rejects URLs."""
+"""Every path argument of every command expands `~` and rejects URLs, except of texts."""
 
 import argparse
 import importlib
@@ -35,18 +35,23 @@ TEXTS = {
         "train --coordinator",
     ),
 }
+# Of these, URLs are read (tests/data/test_remote.py).
+INPUT_TEXTS = {
+    *("prepare inputs", "read text", "sessions --text", "evaluate --needle-text"),
+    *("generate --prompt-file", "generate --prompts"),
+}
 TEXT_FIELDS = {"data.val_split", "inner.fast_paths", "train.wandb_project"}
 
 
 def arguments(parser, name):
-    """(name of a command, its action, its required actions) for everything that takes text."""
+    """(name of a command, an action that takes text, that and the required ones in order)."""
     actions = [a for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for word, inside in action.choices.items():
                 yield from arguments(inside, f"{name} {word}")
         elif action.nargs != 0 and not action.choices and is_text(action):
-            needed = [a for a in actions if a.required and a is not action]
+            needed = [a for a in actions if a.required or a is action]
             yield name, action, needed
 
 
@@ -80,14 +85,16 @@ def test_path_arguments_reject_buckets_and_unknown_users(
         "gs://bucket/x": "not supported yet; name a local",
         "~nobody-of-this-name/x": "does not exist; write ./~",
     }
+    if f"{words} {(action.option_strings or [action.dest])[0]}" in INPUT_TEXTS:
+        refusals = {"~nobody-of-this-name/x": "does not exist; write ./~"}
     if (words, action.dest) == ("import", "source"):  # it reads from Google's buckets, and no other
         refusals |= {"s3://bucket/x": "neither a folder nor a path like gs://"}
         del refusals["gs://bucket/x"]
     for value, sentence in refusals.items():
-        others = [given(a, "unused") for a in needed]
+        line = [given(a, value if a is action else "unused") for a in needed]
         if words == "plan" and action.dest == "config":
-            others.append("--topology=cpu:1")
-        assert main.main([*words.split(), *others, given(action, value)]) == 2
+            line.append("--topology=cpu:1")
+        assert main.main([*words.split(), *line]) == 2
         error = capsys.readouterr().err
         assert sentence in error
         assert value in error
@@ -128,7 +135,6 @@ def test_every_path_field_is_declared(tmp_path, monkeypatch):
     [
         lambda path: train(load_config(str(TINY)), path),
         lambda path: prepare([TINY], path, num_workers=0),
-        lambda path: prepare([path], "out", num_workers=0),
         lambda path: prepare([TINY], "out", tokenizer=path, num_workers=0),
         lambda path: open_prepared(path),
         lambda path: open_run(RunSpec(path)),

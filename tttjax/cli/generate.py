@@ -29,6 +29,7 @@ from tttjax.cli.model_arguments import add_model_arguments, add_storage_argument
 from tttjax.errors import UserError
 from tttjax.inference.options import Sampling
 from tttjax.io.locks import hold
+from tttjax.io.paths import text_path
 from tttjax.runtime import progress
 
 if TYPE_CHECKING:
@@ -53,9 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="prompt")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt; -: stdin")
+    prompt.add_argument(
+        "--prompt-file",
+        type=text_path,
+        metavar="FILE",
+        help="file or URL with the prompt; -: stdin",
+    )
     prompt.add_argument(
         "--prompts",
+        type=text_path,
         metavar="FILE.jsonl",
         help="many prompts, one JSON string per line; prints JSON Lines",
     )

@@ -22,7 +22,7 @@ import tttjax
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, is_out_of_memory
-from tttjax.io.paths import path_text
+from tttjax.io.paths import path_text, text_path
 from tttjax.runtime import progress
 from tttjax.runtime.compilation_cache import enable_compilation_cache
 from tttjax.runtime.libtpu import quieten_libtpu
@@ -174,7 +174,7 @@ _PATH_METAVARS = ("DIR", "FILE", "NEW", "PATH", "TABLE", "WORKDIR")
 
 
 def _expand_path_arguments(parser: argparse.ArgumentParser) -> None:
-    """Makes all path arguments of a command expand `~` and reject URLs."""
+    """Makes all path arguments of a command expand `~` and reject URLs, except `text_path`s."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():
@@ -184,8 +184,9 @@ def _expand_path_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _path_argument(action: argparse.Action) -> Callable[[str], str]:
+    parse = path_text if action.type is None else text_path
     name = action.option_strings[0] if action.option_strings else ""
-    return lambda text: path_text(text, name) if text else text
+    return lambda text: parse(text, name) if text else text
 
 
 def _build_parser(

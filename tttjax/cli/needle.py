@@ -10,6 +10,7 @@ from tttjax.cli.flag_types import float32, int32, list_of
 from tttjax.config.values import check_value
 from tttjax.errors import UserError
 from tttjax.evaluation.needle.tasks import TASKS
+from tttjax.io.paths import text_path
 
 if TYPE_CHECKING:
     from tttjax.evaluation.needle.runner import NeedleSettings
@@ -49,6 +50,7 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--needle-text",
+        type=text_path,
         metavar="FILE",
         help="haystack text of the tasks number and uuid (default: held-out text)",
     )

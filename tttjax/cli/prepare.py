@@ -7,6 +7,8 @@ examples:
       all text files of a folder, with a SentencePiece model trained on them
   tttjax prepare part-*.jsonl.zst --out=data/web --tokenizer=llama3/tokenizer.json
       one document per line, under the key "text", with an existing tokenizer
+  tttjax prepare hf://datasets/OWNER/NAME/data --out=data/web
+      files of a repository or bucket; gs:// needs gcsfs, s3:// s3fs, https:// aiohttp
   tttjax prepare fineweb/*.parquet --text-key=text --out=data/fineweb
       one document per row; needs pyarrow
 
@@ -21,7 +23,7 @@ from dataclasses import fields
 from tttjax.cli.flag_types import float32, int32, uint32
 from tttjax.data.prepare_settings import PrepareSettings
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path
+from tttjax.io.paths import local_path, text_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "inputs",
         nargs="*",
+        type=text_path,
         metavar="PATH",
-        help="files, folders (searched recursively), a Zarr folder, or `stdlib`: the sources of "
-        "Python's standard library on this machine. A text file (.txt, .py, ...; also .gz, .xz, "
-        ".bz2, .zst) is one document, as is each line of JSON Lines (.jsonl, .ndjson, .json) and each "
-        "row of Parquet",
+        help="files, folders (searched recursively), URLs, a Zarr folder, or `stdlib`: the sources "
+        "of Python's standard library on this machine. A text file (.txt, .py, ...; also .gz, .xz, "
+        ".bz2, .zst) is one document, as is each line of JSON Lines (.jsonl, .ndjson, .json) and "
+        "each row of Parquet",
     )
     add("--out", metavar="DIR", help="output folder of the data set")
     add(

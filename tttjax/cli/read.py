@@ -24,9 +24,10 @@ from tttjax.cli.flag_types import int32
 from tttjax.cli.model_arguments import add_model_arguments, add_storage_arguments, load_from_args
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
+from tttjax.io.paths import text_path
 
 if TYPE_CHECKING:
-    from tttjax.data.documents import InputFile
+    from tttjax.data.inputs import InputFile
     from tttjax.evaluation.prefill_text import ChunkOutput
     from tttjax.runs.load import LoadedModel
     from tttjax.runs.long_text import TextPrefill
@@ -40,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax read`."""
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
-    add("text", metavar="FILE", help="text in UTF-8; also .gz, .xz, .bz2, .zst")
+    add(
+        "text",
+        type=text_path,
+        metavar="FILE",
+        help="text in UTF-8; also .gz, .xz, .bz2, .zst, and a URL",
+    )
     add("--save-session", required=True, metavar="FILE", help="session file to write")
     add("--session", metavar="FILE", help="session to continue (default: an empty one)")
     add_storage_arguments(parser)

@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tttjax.data.documents import InputFile, Item, item_size, item_spans, read_items
+from tttjax.data.documents import Item, item_size, item_spans, read_items
+from tttjax.data.inputs import InputFile
 from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.data.writer import EncodedSpan
-from tttjax.errors import UserError
+from tttjax.errors import ResumableError
 
 _TASK_BYTES = 1 << 20
-
-
-class ResumableError(UserError):
-    """A failure not caused by the input; the same command continues when run again."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from tttjax.data.streams import open_raw, unreadable
 from tttjax.errors import UserError, install_extra
 
 _ROWS = 64  # per batch
@@ -30,7 +31,10 @@ def read_column(path: str, key: str) -> Iterator[tuple[int, str]]:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+        with (
+            open_raw(path) as stream,
+            pyarrow.parquet.ParquetFile(stream, buffer_size=_BUFFER) as file,
+        ):
             _check_column(file.schema_arrow, path, key)
             for batch in file.iter_batches(batch_size=_ROWS, columns=[key]):
                 for text in batch.column(0).to_pylist():
@@ -40,7 +44,9 @@ def read_column(path: str, key: str) -> Iterator[tuple[int, str]]:
                     yield number, text
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {number}: not UTF-8 text.") from error
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError) as error:
+        raise unreadable(path, error) from error
+    except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"Cannot read {path} ({reason}); repair it or exclude it.") from error
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tttjax.data.encode import ResumableError, default_workers
+from tttjax.data.encode import default_workers
 from tttjax.data.manifest import PARTS, VERSION, token_dtype
 from tttjax.data.prepare_pass import InputSource, Log, PreparePass, write_json
 from tttjax.data.prepare_settings import PrepareSettings
@@ -21,9 +21,9 @@ from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, o
 from tttjax.data.splits import VAL, SplitRule, read_split_manifest
 from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.data.tokenizers.vocabulary import make_tokenizer
-from tttjax.errors import UserError
+from tttjax.errors import ResumableError, UserError
 from tttjax.io.locks import FOLDER_LOCK, Lock, hold
-from tttjax.io.paths import local_path, path_text
+from tttjax.io.paths import local_path, path_text, text_path
 from tttjax.io.sealed import SEAL, read_object
 
 MOST_WORKERS = 1024
@@ -53,7 +53,7 @@ def prepare(
     for name in ("tokenizer", "split_manifest"):
         if name in settings:
             settings[name] = path_text(settings[name], name)
-    parsed = PrepareSettings(inputs=tuple(map(path_text, inputs)), **settings)
+    parsed = PrepareSettings(inputs=tuple(map(text_path, inputs)), **settings)
     parsed.check()
     if num_workers is not None and not 0 <= num_workers <= MOST_WORKERS:
         raise UserError(f"num_workers={num_workers} must be from 0 to {MOST_WORKERS}.")

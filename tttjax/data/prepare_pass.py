@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.data import shards, zarr
-from tttjax.data.documents import JSON, InputFile, list_inputs
 from tttjax.data.encode import EncodeTask, encode_in_order, make_tasks
+from tttjax.data.inputs import JSON, InputFile, list_inputs
 from tttjax.data.manifest import token_dtype
 from tttjax.data.prepare_settings import TEXT_KEY, PrepareSettings
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
@@ -24,6 +24,7 @@ from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.writer import EncodedSpan, SplitWriter
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import is_url
 from tttjax.io.sealed import sealed
 
 JOURNAL_SECONDS = 5.0
@@ -53,7 +54,7 @@ class InputSource:
         files = tuple(file for file in listed if file.kind != JSON)
         if not files:
             raise _not_lines(ignored[0])
-        marks = [[file.id, file.size, file.mtime_ns] for file in files]
+        marks = [[file.id, file.size, file.version] for file in files]
         total = sum(file.size * (4 if file.compressed else 1) for file in files)
         return InputSource(files, "", total, _hash([marks, _named_files(settings)]), ignored)
 
@@ -73,7 +74,7 @@ class InputSource:
 
 def _single_documents(settings: PrepareSettings, files: list[InputFile]) -> tuple[InputFile, ...]:
     """The single JSON documents in `files`. UserError for one that the settings name or match."""
-    named = {str(Path(name)) for name in settings.inputs}
+    named = {name if is_url(name) else str(Path(name)) for name in settings.inputs}
     single = tuple(file for file in files if file.kind == JSON)
     for file in single:
         if settings.pattern or file.path in named:

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from tttjax.errors import UserError
+from tttjax.data import remote
+from tttjax.errors import ResumableError, UserError
+from tttjax.io.paths import is_url
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -42,7 +44,13 @@ _BINARY_FORMATS = {
 
 
 def unreadable(path: str | os.PathLike, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
+    """The error to raise for a text that cannot be read."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if is_url(path):
+        return ResumableError(
+            f"Cannot read {path} ({reason}); check the address, the network and your access to "
+            "it, and run the same command again."
+        )
     return UserError(
         f"Cannot read {path} ({reason}); repair the file or its permissions, or exclude it."
     )
@@ -76,7 +84,12 @@ def is_parquet(head: bytes) -> bool:
 
 def open_stream(path: str | os.PathLike) -> BinaryIO:
     """The file's content as a byte stream, decompressed whatever its suffix."""
-    return decompressed(Path(path).open("rb"))
+    return decompressed(open_raw(path))
+
+
+def open_raw(path: str | os.PathLike) -> BinaryIO:
+    """The file's bytes as they are. path: a local file or a URL."""
+    return remote.open_file(str(path)) if is_url(path) else Path(path).open("rb")
 
 
 def decompressed(file: Any) -> BinaryIO:
@@ -120,7 +133,7 @@ def check_is_text(stream: Any, name: str | os.PathLike) -> None:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a file, decompressed if needed; "-": standard input.
+    """The text of a file or a URL, decompressed if needed; "-": standard input.
 
     Raises UserError if it cannot be read or is not UTF-8 text.
     """

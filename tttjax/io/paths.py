@@ -1,4 +1,4 @@
-"""User-supplied paths: local files and folders, with `~` expanded."""
+"""User-supplied paths: local files and folders, with `~` expanded, and URLs of texts."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from tttjax.errors import UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def local_path(value: str | os.PathLike, option: str = "") -> Path:
@@ -45,3 +46,13 @@ def path_text(value: str | os.PathLike, option: str = "") -> str:
 def absolute_path(value: str | os.PathLike, option: str = "") -> str:
     """`local_path` made absolute; symbolic links are not resolved."""
     return str(local_path(value, option).absolute())
+
+
+def is_url(value: str | os.PathLike) -> bool:
+    """Whether a text is read from `scheme://...`, with fsspec."""
+    return isinstance(value, str) and _URL.match(value) is not None
+
+
+def text_path(value: str | os.PathLike, option: str = "") -> str:
+    """`path_text` of an input text, which may also be a URL."""
+    return str(value) if is_url(value) else path_text(value, option)

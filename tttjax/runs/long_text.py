@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.data.documents import LINES, ROWS, InputFile, file_spans, list_inputs
+from tttjax.data.documents import file_spans
+from tttjax.data.inputs import LINES, ROWS, InputFile, list_inputs
+from tttjax.data.streams import READ_ERRORS, open_raw, unreadable
 from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
@@ -121,8 +123,12 @@ def is_session_of(header: SessionHeader, file: InputFile) -> bool:
 
 def text_fingerprint(file: InputFile) -> str:
     """A hash of the file's first MiB, and its size."""
-    with open(file.path, "rb") as stream:
-        return hashlib.sha256(stream.read(1 << 20)).hexdigest()[:16] + f"-{file.size}"
+    try:
+        with open_raw(file.path) as stream:
+            start = stream.read(1 << 20)
+    except READ_ERRORS as error:
+        raise unreadable(file.path, error) from error
+    return hashlib.sha256(start).hexdigest()[:16] + f"-{file.size}"
 
 
 def count_tokens(tokenizer: Tokenizer, file: InputFile) -> int:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tttjax.data.documents import InputFile, item_spans, read_items
+from tttjax.data.documents import item_spans, read_items
+from tttjax.data.inputs import InputFile
 from tttjax.data.splits import TRAIN, SplitRule
 from tttjax.data.tokenizers.base import (
     CONFIG_FILE,

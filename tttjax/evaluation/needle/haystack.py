@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tttjax.data.documents import JSON, item_spans, list_inputs, read_items
+from tttjax.data.documents import item_spans, read_items
+from tttjax.data.inputs import JSON, list_inputs
 from tttjax.data.shards import PreparedData
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError

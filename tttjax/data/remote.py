@@ -1,0 +1,132 @@
+"""Texts behind URLs (`https://`, `gs://`, `s3://`, `hf://`, ...), read with fsspec.
+
+Many protocols need a further package; the error names it. What goes wrong on the way is raised as
+`OSError` or `EOFError`, as for a local file: every implementation has exceptions of its own.
+"""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from tttjax.errors import UserError
+
+_BLOCK = 1 << 20
+
+
+def list_files(url: str) -> list[str]:
+    """The URLs of all files below a folder, sorted, or `url` itself. Raises OSError."""
+    system, path = _open_system(url)
+    with _as_os_error():
+        if system.info(path)["type"] != "directory":  # `isdir` would load a web page whole
+            return [url]
+        return sorted(system.unstrip_protocol(file) for file in system.find(path))
+
+
+def describe(url: str) -> tuple[int, str]:
+    """Size, and what changes with the content as far as the server tells. Raises OSError."""
+    system, path = _open_system(url)
+    with _as_os_error():
+        info = system.info(path)
+        if info.get("size") is None:  # a web server need not say
+            return _read_through(system.open(path, "rb"))
+        # The key of a web page is its address alone.
+        marks = [system.ukey(path), info.get("ETag"), info.get("Last-Modified")]
+        return info["size"], " ".join(str(mark) for mark in marks if mark)
+
+
+def _read_through(file: Any) -> tuple[int, str]:
+    """Size and hash of the content."""
+    size, digest = 0, hashlib.sha256()
+    with file:
+        while block := file.read(_BLOCK):
+            size += len(block)
+            digest.update(block)
+    return size, digest.hexdigest()
+
+
+def open_file(url: str) -> io.BufferedReader:
+    """The bytes of a file. Opening and reading raise OSError or EOFError."""
+    system, path = _open_system(url)
+    with _as_os_error():
+        return io.BufferedReader(_RemoteFile(system.open(path, "rb")))
+
+
+def _open_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    import fsspec  # slow, and not needed for files of this machine
+
+    protocol = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise UserError(f"Reading {url} needs a further package: {error}.") from error
+    except ValueError as error:
+        raise UserError(
+            f"{url} begins with {protocol}://, which fsspec does not know; check the spelling, or "
+            "name a local file."
+        ) from error
+    with _as_os_error():
+        return fsspec.url_to_fs(url)
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        # fsspec says so of a web server that it could not reach, too.
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
+            raise
+        raise OSError(_in_short(cause)) from error
+    except (OSError, EOFError):
+        raise
+    except Exception as error:
+        raise OSError(_in_short(error)) from error
+
+
+def _status(error: BaseException) -> int | None:
+    """The answer of a web server that an exception of aiohttp holds."""
+    return getattr(error, "status", None)
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec. Raises EOFError where the content ends before its stated size."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _as_os_error():
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        # Full buffers: the first bytes of a text are checked together.
+        filled = 0
+        with _as_os_error():
+            while filled < len(buffer) and (block := self._file.read(len(buffer) - filled)):
+                buffer[filled : filled + len(block)] = block
+                filled += len(block)
+            size = getattr(self._file, "size", None)
+            if not filled and len(buffer) and size is not None and self._file.tell() < size:
+                raise EOFError("the connection ended too early")
+        return filled
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
