@@ -9,18 +9,13 @@ examples:
 
 import argparse
 
+from tttjax.cli.config_argument import add_config_argument
 from tttjax.config.files import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax paths`."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE.py[:ARG]",
-        help="recipe (quickstart, paper:125m,...) or experiment file; "
-        "--config.SECTION.FIELD=VALUE changes any field",
-    )
+    add_config_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

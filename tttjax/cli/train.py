@@ -14,19 +14,14 @@ before its first step leaves no files. Only one process at a time can write a wo
 
 import argparse
 
+from tttjax.cli.config_argument import add_config_argument
 from tttjax.cli.flag_types import int32
 from tttjax.config import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax train`."""
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE.py[:ARG]",
-        help="recipe (quickstart, paper:125m,...) or experiment file; "
-        "--config.SECTION.FIELD=VALUE changes any field",
-    )
+    add_config_argument(parser)
     parser.add_argument(
         "--workdir",
         required=True,
