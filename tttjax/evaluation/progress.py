@@ -1,4 +1,8 @@
-"""The progress line of evaluations and prefills, with rate and ETA."""
+"""The progress line of evaluations and prefills, with rate and ETA.
+
+By hand, because rich's Progress redraws its line from a thread of its own, against that of
+`runtime/progress.py`, and its rate and ETA count the steps that include compilation.
+"""
 
 import time
 from dataclasses import dataclass, field

@@ -3,6 +3,9 @@
 XLA compiles for seconds to minutes inside one call, so a thread prints them. The command line
 turns them on (`show_activity`); a program that imports tttjax prints none. Other output of the
 command restarts the quiet period and first erases the activity line from the terminal.
+
+By hand, because rich's Status and Live end the line at every flush of other output, which puts each
+token of a streamed text on a line of its own, and print nothing in a log file while they run.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Training speed and the progress line: tokens/s, MFU, input wait, ETA."""
+"""Training speed and the progress line: tokens/s, MFU, input wait, ETA.
+
+The line is written by hand for the reasons that `evaluation/progress.py` gives.
+"""
 
 import sys
 from dataclasses import dataclass
