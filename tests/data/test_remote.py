@@ -207,6 +207,13 @@ def test_web_pages_are_read(fresh_http, tmp_path):
         read_text(inputs[0])
 
 
+def test_a_long_page_is_read_from_a_server_that_sends_no_parts(fresh_http, tmp_path):
+    text = TEXT * (fresh_http.block_size // len(TEXT.encode()) + 100)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    with serve(tmp_path) as url:
+        assert read_text(f"{url}/a.txt") == text
+
+
 class Silently(SimpleHTTPRequestHandler):
     """Sends no size, as programs do that make pages."""
 

@@ -50,7 +50,7 @@ def open_file(url: str) -> io.BufferedReader:
     """The bytes of a file. Opening and reading raise OSError or EOFError."""
     system, path = _open_system(url)
     with _as_os_error():
-        return io.BufferedReader(_RemoteFile(system.open(path, "rb")))
+        return io.BufferedReader(_RemoteFile(system, path))
 
 
 def _open_system(url: str) -> tuple[Any, str]:
@@ -99,8 +99,9 @@ def _in_short(error: BaseException) -> str:
 class _RemoteFile(io.RawIOBase):
     """A file of fsspec. Raises EOFError where the content ends before its stated size."""
 
-    def __init__(self, file: Any):
-        self._file = file
+    def __init__(self, system: Any, path: str):
+        self._system, self._path = system, path
+        self._file = system.open(path, "rb")
 
     def readable(self) -> bool:
         return True
@@ -119,13 +120,29 @@ class _RemoteFile(io.RawIOBase):
         # Full buffers: the first bytes of a text are checked together.
         filled = 0
         with _as_os_error():
-            while filled < len(buffer) and (block := self._file.read(len(buffer) - filled)):
+            while filled < len(buffer) and (block := self._read(len(buffer) - filled)):
                 buffer[filled : filled + len(block)] = block
                 filled += len(block)
             size = getattr(self._file, "size", None)
             if not filled and len(buffer) and size is not None and self._file.tell() < size:
                 raise EOFError("the connection ended too early")
         return filled
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except ValueError:
+            if "http" not in self._system.protocol:
+                raise
+            # The server sends no parts, which fsspec asks for so that no connection lasts for long.
+            position = self._file.tell()
+            self._file.close()
+            self._file = self._system.open(self._path, "rb", block_size=0)
+            while self._file.tell() < position and self._file.read(
+                min(position - self._file.tell(), _BLOCK)
+            ):
+                pass
+            return self._file.read(size)
 
     def close(self) -> None:
         self._file.close()
