@@ -17,7 +17,7 @@ RANKS = (
     ("data", "parallel", "planning.flops", "planning.accelerators"),
     ("training", "inference"),
     ("runs",),
-    ("evaluation", "interop", "planning", "verification", "benchmarks", "recipes"),
+    ("evaluation", "interop", "planning", "verification", "benchmarks", "recipes", "sweeps"),
     ("cli", "api"),
     ("lm_eval", "__main__"),
 )

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments import compare_small
 from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
-from tttjax.recipes import ablations, mid_size, paper, quickstart, toy
+from tttjax.recipes import ablations, mid_size, paper, quickstart, small, toy
 from tttjax.recipes.results import expected
 from tttjax.recipes.sizes import full_attention_size
 
@@ -23,11 +22,8 @@ from tttjax.recipes.sizes import full_attention_size
 def all_recipes() -> dict[str, ConfigDict]:
     """Every recipe by the word that `--config` takes."""
     found = {f"paper:{recipe}": recipe.config() for recipe in paper.recipes()}
-    others = {
-        module.__name__.rpartition(".")[2]: module
-        for module in (ablations, toy, quickstart, mid_size)
-    }
-    for name, module in (others | {"experiments/compare_small.py": compare_small}).items():
+    for module in (ablations, toy, quickstart, mid_size, small):
+        name = module.__name__.rpartition(".")[2]
         found |= {f"{name}:{arg}": module.get_config(arg) for arg in module.recipes()}
     return found
 
@@ -38,12 +34,8 @@ def dumps() -> dict[str, str]:
     files = {"defaults.txt": "".join(f"{name} = {v!r}\n" for name, v in defaults.items())}
     files["sizes.txt"] = paper.size_table() + "\n"
     for word, config in all_recipes().items():
-        file, _, arg = word.removeprefix("experiments/").partition(":")
-        name = (
-            f"paper_{arg.split(',')[0]}.txt"
-            if file == "paper"
-            else f"{file.removesuffix('.py')}.txt"
-        )
+        file, _, arg = word.partition(":")
+        name = f"paper_{arg.split(',')[0]}.txt" if file == "paper" else f"{file}.txt"
         text = _dump(word, from_config_dict(config), defaults)
         files[name] = f"{files[name]}\n{text}" if name in files else text
     return files

@@ -34,6 +34,8 @@ TEXTS = {
         "report --title",
         "train --coordinator",
     ),
+    *("sweep --set", "sweep --split", "sweep --baseline", "sweep --trial", "sweep --slurm"),
+    *("sweep --image", "sweep --volume-claim"),
 }
 # Of these, URLs are read (tests/data/test_remote.py).
 INPUT_TEXTS = {

@@ -57,6 +57,8 @@ COMMANDS = {
     "sessions": Command("tttjax.cli.sessions", "describe and rewind session files"),
     "plan": Command("tttjax.cli.plan", "predict memory, FLOPs and time of a run on any pod"),
     "report": Command("tttjax.cli.report", "compare finished runs on one page"),
+    "sweep": Command("tttjax.cli.sweep", "train and compare a grid of settings, with seeds"),
+    "runs": Command("tttjax.cli.runs", "list the runs of a folder and how they differ"),
     "verify": Command("tttjax.cli.verify", "check this build against reference values"),
     "bench": Command("tttjax.cli.bench", "measure speed and memory"),
     "completion": Command("tttjax.cli.completion", "print a shell's completion script"),

@@ -1,4 +1,4 @@
-"""What an evaluation writes: results.json, two CSV tables, two plots."""
+"""What an evaluation writes: results.json, three CSV tables, two plots."""
 
 import os
 from pathlib import Path
@@ -10,9 +10,17 @@ from matplotlib.figure import Figure
 from tttjax.evaluation import plots
 from tttjax.evaluation.files import estimate_values, lists, records, write_results
 from tttjax.evaluation.plots import Panel
-from tttjax.evaluation.results import Comparison, Series, by_context, by_position, differences
+from tttjax.evaluation.results import (
+    Comparison,
+    Series,
+    by_context,
+    by_document,
+    by_position,
+    differences,
+)
 
 FORMAT = 1
+BY_DOCUMENT = "by_document.csv"
 IDS = ["run", "mode", "label", "context"]
 LOSSES = ["loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"]
 
@@ -30,6 +38,7 @@ def write_comparison(
             "results.json": to_dict(comparison),
             "by_position.csv": by_position(comparison),
             "by_context.csv": by_context(comparison)[[*IDS, "tokens", "targets", *LOSSES]],
+            BY_DOCUMENT: by_document(comparison),
             "loss_by_position.png": plot_by_position(comparison, log_x),
             "loss_by_context.png": plot_by_context(comparison),
         },

@@ -129,6 +129,32 @@ def by_position(comparison: Comparison) -> pd.DataFrame:
     ).drop(columns="targets")
 
 
+def by_document(comparison: Comparison) -> pd.DataFrame:
+    """The rows of by_document.csv: sums of every document, so that files of runs can be compared.
+
+    Bins are those of `by_position`, cut at the end of the window and at the last quarter.
+    """
+
+    def rows(length: int, term: tuple[int, Sums]) -> pd.DataFrame:
+        cuts = [edge for region in comparison.regions(length).values() for edge in region]
+        edges = np.union1d(comparison.edges(length), [*cuts, length - length // 4])
+        sums = term[1].binned(edges)
+        documents, bins = sums.loss_DL.shape
+        bytes_DL = np.full_like(sums.loss_DL, np.nan) if sums.bytes_DL is None else sums.bytes_DL
+        return pd.DataFrame(
+            {
+                "document": np.repeat(np.arange(documents), bins),
+                "first_token": np.tile(edges[:-1] + 1, documents),
+                "last_token": np.tile(edges[1:], documents),
+                "targets": sums.count_DL.ravel(),
+                "nats": sums.loss_DL.ravel(),
+                "bytes": bytes_DL.ravel(),
+            }
+        )
+
+    return _of_series(comparison, rows)
+
+
 def differences(
     comparison: Comparison, a: Series, b: Series, length: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -37,6 +37,10 @@ def _log_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+class LockHeldError(UserError):
+    """Another process holds the lock."""
+
+
 class Lock:
     """A held lock. lost: set once another process has taken it over."""
 
@@ -69,7 +73,8 @@ def hold(
     exit_on_sigterm: SIGTERM raises SystemExit(143), which removes the lock and partial output.
     log: called with a line about waiting, or about taking over from a process that has ended.
     heartbeat_s: seconds between heartbeats. watch_s: how long to watch for those of another host.
-    Raises UserError that names the holder, if there is one, or if a file is at a folder's path.
+    Raises LockHeldError that names the holder, if there is one; UserError if a file is at a
+    folder's path.
     """
     path = Path(path)
     target = path.absolute()
@@ -204,8 +209,8 @@ def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log)
             return
 
 
-def _held_error(path: Path, holder: _Holder | None) -> UserError:
-    return UserError(
+def _held_error(path: Path, holder: _Holder | None) -> LockHeldError:
+    return LockHeldError(
         f"{path} is being written by another command ({holder or 'a process'}); wait until it "
         "ends, stop it, or choose another path."
     )

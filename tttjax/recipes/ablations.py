@@ -18,8 +18,10 @@ layers,N                 last 1, 3, 6 or 12 of 24 blocks updated; pretraining
 layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon
 meta,NAME                exact, truncated2, truncated4, first_order, none
+small,rule,NAME          the last two at the size of `small:0.3m,ttt_e2e`, which a laptop trains in
+small,meta,NAME          half an hour; windows, mini-batches and rates by `tttjax sweep --set`
 
-Each is `paper:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
+Each of 760M is `paper:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
 extension 0.76B). Expected numbers: `PATH`, `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for
 example loss on DCLM at 8K 2.805 with b = 1K against 2.814 with 4K [V]; nothing is published for
 rules and meta-gradients at this size.
@@ -28,15 +30,15 @@ Where the paper is silent, our choices: MLP widths of `layers` are solved so tha
 parameters of the published one (6 blocks, width 3328). The outer batch of `layers` is doubled in
 the extension, as the paper says, at half the steps, so that the tokens stay the same. The rates
 of `rule` are such that a step has about the length of the paper's (global norm 1, which is an RMS
-of 1e-4 per weight at this size). The steps of `path` before the last, published one have the MLP
-width that makes them as large as full attention; the multi-head MLPs have 64 entries a head, which
-gives the paper's state of 18M (2^20) weights. TTT-KVB reads its queries after their own update,
-with the running mean over the mini-batch of the second paper, so at 8k its weights still change
-within the only mini-batch, where those of `key_output` and of TTT-E2E do not.
+of 1e-4 per weight at 760M, 5e-3 at the small size). The steps of `path` before the last, published
+one have the MLP width that makes them as large as full attention; the multi-head MLPs have 64
+entries a head, which gives the paper's state of 18M (2^20) weights. TTT-KVB reads its queries after
+their own update, with the running mean over the mini-batch of the second paper, so at 8k its
+weights still change within the only mini-batch, where those of `key_output` and of TTT-E2E do not.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -52,6 +54,7 @@ from tttjax.recipes.sizes import (
     pretraining,
     run_name,
 )
+from tttjax.recipes.small import small
 
 SIZE = "760m"
 LENGTHS = {"1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192}
@@ -64,6 +67,10 @@ RULE_CHANGES: dict[str, dict[str, float]] = {
     "normalized_sgd": {"lr": 1.0},
     "adam": {"lr": 1e-4, "clip": 0.0},
     "muon": {"lr": 6e-3, "clip": 0.0},
+}
+SMALL_RULE_CHANGES = RULE_CHANGES | {
+    "adam": {"lr": 5e-3, "clip": 0.0},
+    "muon": {"lr": 5e-2, "clip": 0.0},
 }
 META_CHANGES: dict[str, dict[str, str | int]] = {
     "exact": {"meta_gradient": "exact"},
@@ -98,6 +105,8 @@ def recipes() -> list[str]:
         *(f"layers,{n},extend,{context}" for n in LAYERS for context in CONTEXTS),
         *(f"rule,{rule}" for rule in RULE_CHANGES),
         *(f"meta,{meta}" for meta in META_CHANGES),
+        *(f"small,rule,{rule}" for rule in RULE_CHANGES),
+        *(f"small,meta,{meta}" for meta in META_CHANGES),
     ]
 
 
@@ -150,15 +159,30 @@ def _layers(number: str, stage: str = "pretrain", context: str = "") -> ConfigDi
 
 
 def _rule(name: str) -> ConfigDict:
-    config = pretraining(SIZE, "ttt_e2e")
-    config.inner.rule = choose(name, RULE_CHANGES, "The rule")
-    config.inner.update(RULE_CHANGES[name])
+    return _with_rule(pretraining(SIZE, "ttt_e2e"), RULE_CHANGES, name)
+
+
+def _meta(name: str) -> ConfigDict:
+    return _with_meta(pretraining(SIZE, "ttt_e2e"), name)
+
+
+def _small(kind: str, name: str) -> ConfigDict:
+    config = small("0.3m", "ttt_e2e")
+    if choose(kind, ("rule", "meta"), "The small ablation") == "meta":
+        return _with_meta(config, name)
+    return _with_rule(config, SMALL_RULE_CHANGES, name)
+
+
+def _with_rule(
+    config: ConfigDict, changes: Mapping[str, Mapping[str, float]], name: str
+) -> ConfigDict:
+    config.inner.rule = choose(name, changes, "The rule")
+    config.inner.update(changes[name])
     config.inner.lr_init = 0.1 * config.inner.lr
     return config
 
 
-def _meta(name: str) -> ConfigDict:
-    config = pretraining(SIZE, "ttt_e2e")
+def _with_meta(config: ConfigDict, name: str) -> ConfigDict:
     config.inner.update(META_CHANGES[choose(name, META_CHANGES, "The meta-gradient")])
     return config
 
@@ -170,4 +194,5 @@ ABLATIONS: dict[str, Callable[..., ConfigDict]] = {
     "layers": _layers,
     "rule": _rule,
     "meta": _meta,
+    "small": _small,
 }

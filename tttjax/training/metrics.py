@@ -5,6 +5,7 @@ outside "time" depends on configuration and data alone and is written exactly, s
 runs can be compared as text.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -24,6 +25,7 @@ from tttjax.io.atomic import atomic_write
 from tttjax.training.progress import Throughput, TrainProgress
 
 JSONL = "metrics.jsonl"
+_TAIL = 8192  # bytes at the end of a file that hold a whole record
 
 
 def _summary_writer() -> Any:
@@ -82,6 +84,21 @@ def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """
     path = Path(workdir) / JSONL
     return list(_complete_records(path)) if path.exists() else []
+
+
+def last_record(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The last complete record of a work directory, {} if there is none; reads the end alone."""
+    try:
+        with (Path(workdir) / JSONL).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the first may be cut
+            if line.endswith(b"\n"):
+                return json.loads(line)
+    return {}
 
 
 def _complete_records(path: Path) -> Iterator[dict[str, Any]]:

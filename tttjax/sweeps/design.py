@@ -1,0 +1,313 @@
+"""The design of a sweep: the settings of its trials, their seeds, and how all are scored.
+
+A setting is a recipe with values of some fields; a trial is a setting with a seed. Trials with one
+seed share the order of the data, and initial weights of one shape, so that settings are compared
+in pairs. `sweep.json` in the sweep's folder holds every trial's whole configuration: recipe files
+are not needed again, not on another machine either.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tttjax.config import Config, from_config_dict
+from tttjax.config.build import replace_values, to_dict
+from tttjax.config.checks import check_config
+from tttjax.config.files import load_config_dict, matching_specs, set_values
+from tttjax.config.values import check_value, find_field, parse_value
+from tttjax.errors import UserError
+from tttjax.io.atomic import atomic_write, write_text
+from tttjax.io.paths import local_path
+
+DESIGN = "sweep.json"
+FORMAT = 1
+RECIPE = "recipe"  # the axis of several recipes
+SEEDS = ("train.seed", "data.seed")  # what a trial's seed is added to
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    setting: name of the setting, made of the values that distinguish it. values: those values by
+    field (and "recipe"). seed: 0, 1, ...
+    """
+
+    setting: str
+    values: Mapping[str, Any]
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Name of the trial's folder."""
+        return f"{self.setting},seed={self.seed}"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How every trial is evaluated, so that all score the same tokens.
+
+    lengths: context lengths in tokens. window: tokens after which "beyond the window" begins.
+    """
+
+    split: str
+    lengths: tuple[int, ...]
+    window: int
+    num_sequences: int
+    batch_size: int
+    bins: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Design:
+    """All trials, seed by seed, and how they are scored."""
+
+    trials: tuple[Trial, ...]
+    scoring: Scoring
+
+    @property
+    def settings(self) -> dict[str, tuple[Trial, ...]]:
+        """The trials of every setting, by its name."""
+        result: dict[str, tuple[Trial, ...]] = {}
+        for trial in self.trials:
+            result[trial.setting] = (*result.get(trial.setting, ()), trial)
+        return result
+
+    @property
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """Field -> its values, in the order of the trials."""
+        result: dict[str, tuple[Any, ...]] = {}
+        for trial in self.trials:
+            for name, value in trial.values.items():
+                seen = result.setdefault(name, ())
+                result[name] = seen if value in seen else (*seen, value)
+        return result
+
+
+# Making one --------------------------------------------------------------------------------------
+
+
+def make_design(
+    specs: Sequence[str],
+    values: Sequence[Mapping[str, Any]],
+    seeds: int,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    scoring: Mapping[str, Any] | None = None,
+) -> Design:
+    """All recipes x settings x seeds.
+
+    Arguments:
+      specs: recipes, as `--config` takes them; `*` in an argument stands for all that match.
+      values: the fields of each setting by dotted name, from `grid` or `read_table`; a setting
+        with "recipe" is of that recipe alone.
+      changes: fields of all trials by dotted name.
+      scoring: fields of `Scoring` other than the recipes'.
+
+    Raises UserError for recipes, fields or values that do not fit, and for settings given twice.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds={seeds} must be at least 1")
+    given = list(itertools.chain.from_iterable(map(matching_specs, specs)))
+    rows = list(_settings(given, values))
+    shown = _distinguishing(rows)
+    trials = []
+    for seed, row in itertools.product(range(seeds), rows):
+        kept = {name: row[name] for name in shown}
+        trials.append(Trial(_setting_name(kept), kept, seed, _config(row, seed, changes or {})))
+    names = [trial.name for trial in trials]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"the setting {twice.rpartition(',')[0]} is given twice; remove one")
+    return Design(tuple(trials), _scoring([trial.config for trial in trials], scoring or {}))
+
+
+def grid(axes: Sequence[str]) -> list[dict[str, Any]]:
+    """The settings of `field=value,value` for each axis, every combination of them.
+
+    Values of a field that is itself a list are separated by `;`: `model.mixers=window;full`.
+    """
+    values: dict[str, list[Any]] = {}
+    for axis in axes:
+        name, equals, text = axis.partition("=")
+        if not equals or not text:
+            raise UserError(f"--set {axis} has no values; write --set {name}=VALUE,VALUE")
+        if name in values:
+            raise UserError(f"--set {name} is given twice; give all its values at once")
+        words = text.split(";" if _is_list(name) else ",")
+        values[name] = [parse_value(name, word) for word in words]
+        _refuse_seed(name)
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """The settings of a CSV table: a column for each field, and perhaps `recipe`; a row for each.
+
+    Raises UserError for a missing or uneven table, and for values that do not fit.
+    """
+    path = local_path(path, "--trials")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--trials={path} cannot be read as a CSV table: {error}") from error
+    if len(rows) < 2:
+        raise UserError(f"--trials={path} needs a line of field names and a line for each setting")
+    head, *body = rows
+    for number, row in enumerate(body, start=2):
+        if len(row) != len(head):
+            raise UserError(f"line {number} of {path} has {len(row)} cells, not {len(head)}")
+    for name in head:
+        _refuse_seed(name)
+    return [
+        {
+            n: text if n == RECIPE else parse_value(n, text)
+            for n, text in zip(head, row, strict=True)
+        }
+        for row in body
+    ]
+
+
+def _is_list(name: str) -> bool:
+    return str(find_field(name).type).startswith("tuple")
+
+
+def _refuse_seed(name: str) -> None:
+    if name in SEEDS:
+        raise UserError(f"{name} is set by the sweep; give --seeds=N for N seeds of each setting")
+
+
+def _settings(
+    specs: Sequence[str], values: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The values of every setting, "recipe" among them."""
+    for row in values:
+        if RECIPE in row:
+            yield from ({**row, RECIPE: spec} for spec in matching_specs(str(row[RECIPE])))
+            continue
+        if not specs:
+            raise UserError("a sweep needs a recipe: give --config, or a column `recipe`")
+        yield from ({RECIPE: spec, **row} for spec in specs)
+
+
+def _distinguishing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields that some settings set and others do not, or to other values; all, if one."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    uneven = next((name for name in names for row in rows if name not in row), None)
+    if uneven is not None:
+        raise UserError(f"{uneven} is set by some settings only; give it in all")
+    varying = [name for name in names if len({repr(row[name]) for row in rows}) > 1]
+    return varying or names
+
+
+def _config(row: Mapping[str, Any], seed: int, changes: Mapping[str, Any]) -> Config:
+    config = load_config_dict(row[RECIPE])
+    set_values(config, changes)
+    set_values(config, {name: value for name, value in row.items() if name != RECIPE})
+    checked = from_config_dict(config)
+    first = {"train.seed": checked.train.seed, "data.seed": checked.data.seed}
+    seeded = replace_values(
+        checked, {name: check_value(name, number + seed) for name, number in first.items()}
+    )
+    check_config(seeded)
+    return seeded
+
+
+def _setting_name(values: Mapping[str, Any]) -> str:
+    """`ttt_e2e,chunk_size=16,inner.lr=0.1`: the last words of field names where they suffice."""
+    leaves = [name.rpartition(".")[2] for name in values]
+    words = []
+    for name, value in values.items():
+        leaf = name.rpartition(".")[2]
+        text = "+".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+        if name == RECIPE:
+            words.append(str(value).rpartition(":")[2].replace(",", "-"))
+        else:
+            words.append(f"{leaf if leaves.count(leaf) == 1 else name}={text}")
+    return re.sub(r"[^\w.,=+-]", "_", ",".join(words))
+
+
+def _scoring(configs: Sequence[Config], given: Mapping[str, Any]) -> Scoring:
+    """The recipes' evaluation settings, which must agree where none is given."""
+
+    def common(field: str, values: Sequence[Any], option: str) -> Any:
+        if given.get(field) is not None:
+            return given[field]
+        if len(set(values)) > 1:
+            shown = ", ".join(map(str, list(dict.fromkeys(values))[:4]))
+            raise UserError(f"the trials have several {option} ({shown}); give {option}")
+        return values[0]
+
+    longest = max(config.train.seq_len for config in configs)
+    windows = [c.model.window_size for c in configs if "window" in c.model.mixer_kinds]
+    lengths = common(
+        "lengths",
+        [config.eval.context_lengths or (longest,) for config in configs],
+        "--context-lengths",
+    )
+    return Scoring(
+        split=common("split", [config.data.val_split for config in configs], "--split"),
+        lengths=tuple(sorted(lengths)),
+        window=given.get("window") or max(windows, default=longest),
+        num_sequences=common(
+            "num_sequences", [config.eval.num_sequences for config in configs], "--num-sequences"
+        ),
+        batch_size=min(config.eval.batch_size for config in configs),
+        bins=max(config.eval.bins for config in configs),
+        seed=configs[0].eval.seed,
+    )
+
+
+# On disk -----------------------------------------------------------------------------------------
+
+
+def write_design(design: Design, out: Path) -> None:
+    """Writes `sweep.json`, in place of an earlier one: trials of both keep their results."""
+    values = {
+        "format": FORMAT,
+        "scoring": dataclasses.asdict(design.scoring),
+        "trials": [
+            {**vars(trial), "values": dict(trial.values), "config": to_dict(trial.config)}
+            for trial in design.trials
+        ],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / DESIGN) as temporary:
+        write_text(temporary, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def read_design(out: Path) -> Design | None:
+    """The design in a sweep's folder, None if there is none. UserError for a damaged file."""
+    path = out / DESIGN
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(
+                f"{path} has the format {values['format']}, and this version reads {FORMAT}; use "
+                "the version that wrote it"
+            )
+        scoring = Scoring(**{**values["scoring"], "lengths": tuple(values["scoring"]["lengths"])})
+        return Design(tuple(map(_read_trial, values["trials"])), scoring)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); remove it, and give the sweep again"
+        ) from error
+
+
+def _read_trial(values: Mapping[str, Any]) -> Trial:
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values["values"].items()
+    }
+    config = from_config_dict(values["config"])
+    return Trial(values["setting"], fields, values["seed"], config)

@@ -1,0 +1,192 @@
+"""Losses of all trials of a sweep that are done, read from their files, and comparisons of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tttjax.errors import UserError
+from tttjax.evaluation.outputs import BY_DOCUMENT
+from tttjax.evaluation.statistics import Estimate, Sums, difference, loss
+from tttjax.sweeps.design import RECIPE, Design, Trial
+from tttjax.sweeps.trial import EVALUATION, trial_state, workdir
+
+REGIONS = {
+    "all": "all tokens",
+    "within_window": "first window",
+    "beyond_window": "beyond it",
+    "last_quarter": "last quarter",
+}
+Losses = Mapping[tuple[str, int], Sums]  # by mode and context length; positions are bins
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """losses: setting -> seed -> losses. edges: context length -> edges of the bins.
+
+    diverged: names of trials whose loss was not finite. missing: of those that are not done.
+    """
+
+    design: Design
+    losses: Mapping[str, Mapping[int, Losses]]
+    edges: Mapping[int, np.ndarray]
+    diverged: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.design.scoring.lengths)
+
+    @property
+    def settings(self) -> list[str]:
+        """Settings with losses, in the order of the design."""
+        return [name for name in self.design.settings if self.losses.get(name)]
+
+    def regions(self, length: int) -> dict[str, tuple[int, int]]:
+        """Name -> (first position, stop)."""
+        window = self.design.scoring.window
+        regions = {"all": (0, length)}
+        if length > window:
+            regions |= {"within_window": (0, window), "beyond_window": (window, length)}
+        if length >= 4:
+            regions["last_quarter"] = (length - length // 4, length)
+        return regions
+
+    def modes(self, setting: str) -> list[str]:
+        """Modes of a setting: the main one (TTT on, where there are fast weights) first."""
+        losses = next(iter(self.losses[setting].values()))
+        return list(dict.fromkeys(mode for mode, _ in losses))
+
+    def runs(
+        self, setting: str, region: str = "all", *, mode: str = "", length: int = 0
+    ) -> dict[int, Sums]:
+        """Seed -> losses of a setting in a region, summed over it."""
+        length, mode = length or self.longest, mode or self.modes(setting)[0]
+        edges = self.edges[length]
+        first, stop = np.searchsorted(edges, self.regions(length)[region])
+        return {
+            seed: losses[mode, length].between(first, stop)
+            for seed, losses in self.losses[setting].items()
+        }
+
+    def loss(self, setting: str, region: str = "all", **options: Any) -> Estimate:
+        """Nats per token in a region, over documents and seeds."""
+        return loss(list(self.runs(setting, region, **options).values()))
+
+    def difference(self, a: str, b: str, region: str = "all") -> Estimate:
+        """a - b in a region, paired by document, and by seed where they have seeds in common."""
+        return difference(*paired(self.runs(a, region), self.runs(b, region)))
+
+    def best(self) -> list[str]:
+        """The setting with the lowest loss; of every recipe, where there are several."""
+        recipes: dict[Any, list[str]] = {}
+        for name in self.settings:
+            recipe = self.design.settings[name][0].values.get(RECIPE)
+            recipes.setdefault(recipe, []).append(name)
+        return [
+            min(names, key=lambda name: float(self.loss(name).mean)) for names in recipes.values()
+        ]
+
+    def by_value(self, axis: str) -> Iterator[tuple[Any, Estimate, Estimate | None]]:
+        """(value, loss, difference from the first value), over the trials that all values have.
+
+        Trials are paired by seed and by the values of the other fields.
+        """
+        groups: dict[Any, dict[Any, Sums]] = {}
+        for name in self.settings:
+            values = dict(self.design.settings[name][0].values)
+            group = groups.setdefault(values.pop(axis), {})
+            for seed, sums in self.runs(name).items():
+                group[(*map(repr, values.values()), seed)] = sums
+        common = set.intersection(*map(set, groups.values())) if groups else set()
+        if not common:
+            return
+        first = next(iter(groups))
+        for value, group in groups.items():
+            ours, theirs = (
+                [g[key] for key in sorted(common, key=str)] for g in (group, groups[first])
+            )
+            yield value, loss(ours), None if value == first else difference(ours, theirs)
+
+
+def paired(a: Mapping[int, Sums], b: Mapping[int, Sums]) -> tuple[list[Sums], list[Sums]]:
+    """The runs of the seeds in common; all, if there are none."""
+    seeds = sorted(set(a) & set(b))
+    if not seeds:
+        return list(a.values()), list(b.values())
+    return [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+
+
+def load_results(design: Design, out: Path) -> SweepResults:
+    """The results of all trials that are done. Raises UserError if none is."""
+    losses: dict[str, dict[int, Losses]] = {}
+    edges: dict[int, np.ndarray] = {}
+    diverged, missing = [], []
+    for trial in design.trials:
+        state = trial_state(out, trial, design.scoring)
+        if state.status == "diverged":
+            diverged.append(trial.name)
+        elif state.status != "done":
+            missing.append(trial.name)
+        else:
+            of_trial, edges = _load(workdir(out, trial) / EVALUATION / BY_DOCUMENT, trial)
+            losses.setdefault(trial.setting, {})[trial.seed] = of_trial
+    if not losses:
+        raise UserError(f"no trial of {out} is done yet, so there is nothing to report")
+    _check_same_tokens(losses)
+    return SweepResults(design, losses, edges, tuple(diverged), tuple(missing))
+
+
+def _load(path: Path, trial: Trial) -> tuple[Losses, dict[int, np.ndarray]]:
+    try:
+        frame = pd.read_csv(path)
+        losses, edges = {}, {}
+        for (mode, context), part in frame.groupby(["mode", "context"], sort=False):
+            tables = {
+                name: part.pivot(index="document", columns="first_token", values=name).to_numpy()
+                for name in ("nats", "targets", "bytes")
+            }
+            has_bytes = not np.isnan(tables["bytes"]).any()
+            length = int(context)
+            losses[str(mode), length] = Sums(
+                tables["nats"], tables["targets"], tables["bytes"] if has_bytes else None
+            )
+            edges[length] = np.asarray([0, *sorted(part["last_token"].unique())])
+        return losses, edges
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the results of {trial.name} are damaged ({error}); remove {path.parent} and run the "
+            "sweep again"
+        ) from error
+
+
+def _check_same_tokens(losses: Mapping[str, Mapping[int, Losses]]) -> None:
+    counts = [
+        (name, seed, key, sums.count_DL)
+        for name, seeds in losses.items()
+        for seed, of_trial in seeds.items()
+        for key, sums in of_trial.items()
+    ]
+    first = {key[1]: count for _, _, key, count in reversed(counts)}
+    for name, seed, key, count in counts:
+        if not np.array_equal(count, first[key[1]]):
+            raise UserError(
+                f"{name}, seed {seed} was evaluated on other tokens than the first trial: were the "
+                "data prepared again? Remove the folders `evaluation` of the trials, and run the "
+                "sweep again"
+            )
+
+
+def at_an_edge(results: SweepResults, names: Sequence[str]) -> Iterator[tuple[str, str, Any, str]]:
+    """(setting, field, value, "lowest" or "highest") where a best value is an end of its range."""
+    for field, values in results.design.axes.items():
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) < 2 or len(numbers) < len(values):
+            continue
+        for name in names:
+            value = results.design.settings[name][0].values[field]
+            if value in (min(numbers), max(numbers)):
+                yield name, field, value, "lowest" if value == min(numbers) else "highest"
