@@ -88,10 +88,7 @@ def compare(
         lengths=lengths,
         window=window,
         bins=settings.bins,
-        runs=tuple(
-            {"name": run.name, "step": run.step, "source": run.source, "window": run.window}
-            for run in loaded
-        ),
+        runs=tuple(run.describe() for run in loaded),
         text=text.describe(held_out),
     )
     return dataclasses.replace(
@@ -179,18 +176,12 @@ def _score_setups(
             bar.doing(f"{setup.label} at {length} tokens", LEARNING_COST if setup.learn else 1)
             nll_NT = token_losses(setup, scorer, held_out, length, batch_size, on_tokens=bar.add)
             contexts[length] = text.sums(nll_NT, length)
-        inner = {
-            "rule": setup.rule,
-            "lr": setup.lr,
-            "clip": setup.inner.clip,
-            "chunk_size": setup.inner.chunk_size,
-        }
         series.append(
             Series(
                 run=run.name,
                 mode=setup.mode,
                 label=setup.label,
-                inner=inner if setup.learn else None,
+                inner=setup.describe_inner(),
                 contexts=contexts,
                 seconds=time.perf_counter() - started,
             )

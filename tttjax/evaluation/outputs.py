@@ -1,6 +1,7 @@
 """What an evaluation writes: results.json, three CSV tables, two plots."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ from tttjax.evaluation import plots
 from tttjax.evaluation.files import estimate_values, lists, records, write_results
 from tttjax.evaluation.plots import Panel
 from tttjax.evaluation.results import (
+    IDS,
+    LOSSES,
     Comparison,
     Series,
     by_context,
     by_document,
     by_position,
-    differences,
+    pair_label,
 )
 
 FORMAT = 1
 BY_DOCUMENT = "by_document.csv"
-IDS = ["run", "mode", "label", "context"]
-LOSSES = ["loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"]
 
 
 def write_comparison(
@@ -32,12 +33,13 @@ def write_comparison(
 
     log_x: whether loss by position has a logarithmic x axis.
     """
+    bins = ["first_token", "last_token"]
     return write_results(
         out,
         {
             "results.json": to_dict(comparison),
-            "by_position.csv": by_position(comparison),
-            "by_context.csv": by_context(comparison)[[*IDS, "tokens", "targets", *LOSSES]],
+            "by_position.csv": by_position(comparison)[[*IDS[:-1], *bins, *LOSSES]],
+            "by_context.csv": by_context(comparison)[[*IDS, "targets", *LOSSES]],
             BY_DOCUMENT: by_document(comparison),
             "loss_by_position.png": plot_by_position(comparison, log_x),
             "loss_by_context.png": plot_by_context(comparison),
@@ -50,73 +52,59 @@ def write_comparison(
 
 def to_dict(comparison: Comparison) -> dict[str, Any]:
     """The results as plain values; docs/evaluation.md describes the keys."""
+    pairs = list(comparison.pairs())
+    of_series, of_pairs = _contexts(comparison, None), _contexts(comparison, pairs)
     return {
         "format": FORMAT,
         "text": comparison.text,
         "window": comparison.window,
         "context_lengths": list(comparison.lengths),
         "runs": list(comparison.runs),
-        "series": _series(comparison),
+        "series": [_series(comparison, one, of_series[one.label]) for one in comparison.series],
         "differences": [
-            {
-                "a": a.label,
-                "b": b.label,
-                "contexts": {
-                    str(length): _context(*differences(comparison, a, b, length))
-                    for length in comparison.lengths
-                },
-            }
-            for a, b in comparison.pairs()
+            {"a": a.label, "b": b.label, "contexts": of_pairs[pair_label(a, b)]} for a, b in pairs
         ],
         "table": comparison.table,
         "sentence": comparison.sentence,
     }
 
 
-def _series(comparison: Comparison) -> list[dict[str, Any]]:
-    regions, bins = by_context(comparison), by_position(comparison)
-    result = []
-    for series in comparison.series:
-        contexts = {}
-        for length, sums in series.contexts.items():
-            parts = (
-                f[(f["label"] == series.label) & (f["context"] == length)] for f in (regions, bins)
-            )
-            by_token = sums.loss_by_position()
-            frame = pd.DataFrame({"loss": by_token.mean, "stderr": by_token.stderr})
-            contexts[str(length)] = {**_context(*parts), "by_token": lists(frame)}
-        change = comparison.context_change(series)
-        result.append(
-            {
-                "label": series.label,
-                "run": series.run,
-                "mode": series.mode,
-                "inner": series.inner,
-                "seconds": round(series.seconds, 3),
-                "contexts": contexts,
-                "longest_minus_shortest_context": change
-                and estimate_values(change.mean, change.stderr),
-            }
-        )
-    return result
+def _series(comparison: Comparison, series: Series, contexts: dict[str, Any]) -> dict[str, Any]:
+    for length, sums in series.contexts.items():
+        by_token = sums.loss_by_position()
+        frame = pd.DataFrame({"loss": by_token.mean, "stderr": by_token.stderr})
+        contexts[str(length)]["by_token"] = lists(frame)
+    change = comparison.context_change(series)
+    return {
+        "label": series.label,
+        "run": series.run,
+        "mode": series.mode,
+        "inner": series.inner,
+        "seconds": round(series.seconds, 3),
+        "contexts": contexts,
+        "longest_minus_shortest_context": change and estimate_values(change.mean, change.stderr),
+    }
 
 
-def _context(regions: pd.DataFrame, bins: pd.DataFrame) -> dict[str, Any]:
-    """Values of one context length by region, and of its bins as columns."""
-    by_region = {}
-    for row in records(regions):
+def _contexts(comparison: Comparison, pairs: list | None) -> dict[str, dict[str, Any]]:
+    """Label -> context length -> values by region, and of the bins as columns."""
+    if pairs == []:
+        return {}
+    result: dict[str, dict[str, Any]] = {}
+    for row in records(by_context(comparison, pairs)):
         bits = estimate_values(row["bits_per_byte"], row["bits_per_byte_stderr"])
-        by_region[row["tokens"]] = {
+        context = result.setdefault(row["label"], {}).setdefault(str(row["context"]), {})
+        context[row["tokens"]] = {
             **{name: row[name] for name in ("first_token", "last_token", "targets")},
             "nats_per_token": estimate_values(row["loss"], row["stderr"]),
             "bits_per_byte": bits if row["bits_per_byte"] is not None else None,
         }
-    return {**by_region, "bins": lists(bins[["first_token", "last_token", *LOSSES]])}
+    for (label, length), bins in by_position(comparison, pairs).groupby(["label", "context"]):
+        result[label][str(length)]["bins"] = lists(bins[["first_token", "last_token", *LOSSES]])
+    return result
 
 
 # Plots -------------------------------------------------------------------------------------------
-
-DIFFERENCE = "difference (nats per token)"
 
 
 def plot_by_position(comparison: Comparison, log_x: bool = False) -> Figure:
@@ -124,22 +112,13 @@ def plot_by_position(comparison: Comparison, log_x: bool = False) -> Figure:
 
     Pairing by document makes the errors of differences much smaller than those of the losses.
     """
-    longest, documents = comparison.longest, comparison.text["documents"]
-    losses = by_position(comparison).query("context == @longest")
-    pairs = {
-        _pair_label(a, b): differences(comparison, a, b, longest)[1]
-        for a, b in comparison.main_pairs()
-    }
-    panels = [
-        Panel(
-            losses.rename(columns={"loss": "value"}),
-            f"Loss by position ({documents} documents, shaded: ± 1 s.e.)",
-            "loss (nats per token)",
-        )
-    ]
+    pairs, documents = comparison.main_pairs(), comparison.text["documents"]
+    title = f"Loss by position ({documents} documents, shaded: ± 1 s.e.)"
+    panels = [_panel(by_position(comparison), title)]
     if pairs:
-        title = "Token by token; below 0 the first is better (± 1 s.e.)"
-        panels.append(Panel(_stack(pairs), title, DIFFERENCE, zero=""))
+        panels.append(_difference_panel(by_position(comparison, pairs)))
+    longest = comparison.longest
+    panels = [replace(one, frame=one.frame[one.frame["context"] == longest]) for one in panels]
     styles = _styles(comparison)
     return plots.plot_by_position(panels, styles, comparison.lengths, comparison.window, log_x)
 
@@ -150,31 +129,22 @@ def plot_by_context(comparison: Comparison) -> Figure:
     With differences, only they have error bars: the errors of the losses come mostly from variation
     between documents, which all curves share.
     """
-    pairs = {
-        _pair_label(a, b): pd.concat(
-            [
-                differences(comparison, a, b, length)[0].assign(context=length)
-                for length in comparison.lengths
-            ]
-        ).query("tokens == 'all'")
-        for a, b in comparison.main_pairs()
-    }
-    losses = by_context(comparison).query("tokens == 'all'").rename(columns={"loss": "value"})
+    pairs = comparison.main_pairs()
     title = "The same tokens, read with more context"
-    panels = [Panel(losses, title, "loss (nats per token)", errors=not pairs)]
+    panels = [replace(_panel(by_context(comparison), title), errors=not pairs)]
     if pairs:
-        title = "Token by token; below 0 the first is better (± 1 s.e.)"
-        panels.append(Panel(_stack(pairs), title, DIFFERENCE, zero=""))
+        panels.append(_difference_panel(by_context(comparison, pairs)))
+    panels = [replace(one, frame=one.frame.query("tokens == 'all'")) for one in panels]
     return plots.plot_by_context(panels, _styles(comparison), comparison.lengths)
 
 
-def _pair_label(a: Series, b: Series) -> str:
-    return f"{a.label} - {b.label}"
+def _panel(rows: pd.DataFrame, title: str) -> Panel:
+    return Panel(rows.rename(columns={"loss": "value"}), title, "loss (nats per token)")
 
 
-def _stack(pairs: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    parts = [frame.assign(label=label) for label, frame in pairs.items()]
-    return pd.concat(parts).rename(columns={"loss": "value"})
+def _difference_panel(rows: pd.DataFrame) -> Panel:
+    title = "Token by token; below 0 the first is better (± 1 s.e.)"
+    return replace(_panel(rows, title), ylabel="difference (nats per token)", zero="")
 
 
 def _styles(comparison: Comparison) -> dict[str, plots.Style]:
@@ -186,7 +156,7 @@ def _styles(comparison: Comparison) -> dict[str, plots.Style]:
     grey = next((s.label for s in comparison.series if s.run in full and not s.learns), "")
     with_ttt = [series.label for series in comparison.series if series.mode == "on"]
     owners = {s.label: s.label if s.learns else first[s.run] for s in comparison.series}
-    pairs = [_pair_label(*pair) for pair in comparison.main_pairs()]
+    pairs = [pair_label(*pair) for pair in comparison.main_pairs()]
     styles = plots.line_styles([*owners.values(), *pairs], baseline=grey, with_ttt=with_ttt)
     for label, owner in owners.items():
         dashes = {} if owner == label else {"linestyle": "--"}

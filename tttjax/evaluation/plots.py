@@ -22,8 +22,8 @@ BASELINE = "0.55"  # grey
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 LEGEND: dict[str, Any] = {"fontsize": 8, "frameon": False, "handlelength": 3}
-DPI = 150
-WIDTH = 7.5  # inches
+DPI = 170
+WIDTH = 6.4  # inches; text has to be readable on a phone
 
 Style = dict[str, Any]
 
@@ -65,7 +65,7 @@ def find_e2e(labels: Iterable[str], with_ttt: Collection[str] = ()) -> str | Non
     return min(candidates, key=rank, default=None)
 
 
-def new_figure(panels: int, width: float = WIDTH, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int, width: float = WIDTH, height: float = 3.3) -> tuple[Figure, list[Axes]]:
     """A figure with panels above each other that share their x axis; sizes in inches."""
     figure = Figure(figsize=(width, height * panels + 0.3), dpi=DPI, layout="constrained")
     return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])

@@ -1,8 +1,7 @@
 """Results of an evaluation: losses by document, for every run, mode and context length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,9 @@ from tttjax.evaluation.statistics import (
     difference,
     position_bins,
 )
+
+IDS = ["run", "mode", "label", "context", "tokens"]  # first columns of tidy rows
+LOSSES = ["loss", "stderr", "bits_per_byte", "bits_per_byte_stderr"]
 
 
 @dataclass(frozen=True)
@@ -117,86 +119,86 @@ class Comparison:
 # Tidy rows ---------------------------------------------------------------------------------------
 
 
-def by_context(comparison: Comparison) -> pd.DataFrame:
-    """The rows of by_context.csv, with the first and last token of each region."""
-    return _of_series(comparison, partial(_regions, comparison))
+Pairs = Sequence[tuple[Series, Series]]
 
 
-def by_position(comparison: Comparison) -> pd.DataFrame:
-    """The rows of by_position.csv: bins of positions."""
-    return _of_series(
-        comparison, lambda length, *terms: _rows(comparison.edges(length), *terms)
-    ).drop(columns="targets")
+def by_context(comparison: Comparison, pairs: Pairs | None = None) -> pd.DataFrame:
+    """One row per series, context length and region of the context (`tokens`).
+
+    pairs: differences a - b of these instead; then `label` is `A - B`, and run and mode are a's.
+    """
+    return _rows(comparison, pairs, comparison.regions)
+
+
+def by_position(comparison: Comparison, pairs: Pairs | None = None) -> pd.DataFrame:
+    """One row per series (or pair), context length and bin of positions."""
+    return _rows(comparison, pairs, lambda length: {"bins": comparison.edges(length)})
 
 
 def by_document(comparison: Comparison) -> pd.DataFrame:
-    """The rows of by_document.csv: sums of every document, so that files of runs can be compared.
+    """Sums of every document, so that files of two runs can be compared token by token.
 
     Bins are those of `by_position`, cut at the end of the window and at the last quarter.
     """
-
-    def rows(length: int, term: tuple[int, Sums]) -> pd.DataFrame:
-        cuts = [edge for region in comparison.regions(length).values() for edge in region]
-        edges = np.union1d(comparison.edges(length), [*cuts, length - length // 4])
-        sums = term[1].binned(edges)
-        documents, bins = sums.loss_DL.shape
-        bytes_DL = np.full_like(sums.loss_DL, np.nan) if sums.bytes_DL is None else sums.bytes_DL
-        return pd.DataFrame(
-            {
-                "document": np.repeat(np.arange(documents), bins),
-                "first_token": np.tile(edges[:-1] + 1, documents),
-                "last_token": np.tile(edges[1:], documents),
-                "targets": sums.count_DL.ravel(),
-                "nats": sums.loss_DL.ravel(),
-                "bytes": bytes_DL.ravel(),
-            }
-        )
-
-    return _of_series(comparison, rows)
-
-
-def differences(
-    comparison: Comparison, a: Series, b: Series, length: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(regions, bins) of a - b at a context length, as of `by_context` and `by_position`."""
-    terms = (1, a.contexts[length]), (-1, b.contexts[length])
-    return _regions(comparison, length, *terms), _rows(comparison.edges(length), *terms)
-
-
-def _of_series(comparison: Comparison, rows: Callable[..., pd.DataFrame]) -> pd.DataFrame:
     parts = []
     for series in comparison.series:
         for length, sums in series.contexts.items():
-            part = rows(length, (1, sums))
-            names = {"run": series.run, "mode": series.mode, "label": series.label}
-            head = pd.DataFrame({**names, "context": length}, index=part.index)
-            parts.append(pd.concat([head, part], axis=1))
+            cuts = [edge for region in comparison.regions(length).values() for edge in region]
+            edges = np.union1d(comparison.edges(length), [*cuts, length - length // 4])
+            binned = sums.binned(edges)
+            documents, bins = binned.loss_DL.shape
+            part = {
+                "document": np.repeat(np.arange(documents), bins),
+                "first_token": np.tile(edges[:-1] + 1, documents),
+                "last_token": np.tile(edges[1:], documents),
+                "targets": binned.count_DL.ravel(),
+                "nats": binned.loss_DL.ravel(),
+                "bytes": np.nan if binned.bytes_DL is None else binned.bytes_DL.ravel(),
+            }
+            ids = dict(zip(IDS, (series.run, series.mode, series.label, length), strict=False))
+            parts.append(pd.DataFrame({**ids, **part}))
     return pd.concat(parts, ignore_index=True)
 
 
-def _regions(comparison: Comparison, length: int, *terms: tuple[int, Sums]) -> pd.DataFrame:
-    """One row per region of a context; `tokens` names it."""
-    parts = [
-        _rows(region, *terms).assign(tokens=name)
-        for name, region in comparison.regions(length).items()
-    ]
+def pair_label(a: Series, b: Series) -> str:
+    """The label of a - b."""
+    return f"{a.label} - {b.label}"
+
+
+def _rows(
+    comparison: Comparison,
+    pairs: Pairs | None,
+    edges_at: Callable[[int], Mapping[str, Sequence[int] | np.ndarray]],
+) -> pd.DataFrame:
+    """Loss and bits per byte; edges_at: context length -> `tokens` -> edges of bins."""
+    if pairs is None:
+        named = [((s.run, s.mode, s.label), [(1, s)]) for s in comparison.series]
+    else:
+        named = [((a.run, a.mode, pair_label(a, b)), [(1, a), (-1, b)]) for a, b in pairs]
+    parts = []
+    for names, signed in named:
+        for length in comparison.lengths:
+            terms = [(sign, series.contexts[length]) for sign, series in signed]
+            for tokens, edges in edges_at(length).items():
+                ids = dict(zip(IDS, (*names, length, tokens), strict=True))
+                parts.append(pd.DataFrame({**ids, **_bins(edges, terms)}))
     return pd.concat(parts, ignore_index=True)
 
 
-def _rows(edges: Sequence[int] | np.ndarray, *terms: tuple[int, Sums]) -> pd.DataFrame:
-    """Loss and bits per byte of a signed sum of losses, one row per bin of positions."""
+def _bins(
+    edges: Sequence[int] | np.ndarray, terms: Sequence[tuple[int, Sums]]
+) -> dict[str, np.ndarray]:
+    """Columns of a signed sum of losses, one value per bin."""
     binned = [(sign, sums.binned(edges)) for sign, sums in terms]
     nats = contrast(*((sign, [sums]) for sign, sums in binned))
     weighted = [(sign, [per_byte]) for sign, sums in binned if (per_byte := sums.per_byte())]
     bits = contrast(*weighted) if len(weighted) == len(terms) else Estimate(UNKNOWN, UNKNOWN)
-    return pd.DataFrame(
-        {
-            "first_token": np.asarray(edges[:-1]) + 1,
-            "last_token": np.asarray(edges[1:]),
-            "targets": binned[0][1].count_DL.sum(axis=0).astype(int),
-            "loss": nats.mean,
-            "stderr": nats.stderr,
-            "bits_per_byte": bits.mean,
-            "bits_per_byte_stderr": bits.stderr,
-        }
-    )
+    return {
+        "first_token": np.asarray(edges[:-1]) + 1,
+        "last_token": np.asarray(edges[1:]),
+        "targets": binned[0][1].count_DL.sum(axis=0).astype(int),
+        "loss": nats.mean,
+        "stderr": nats.stderr,
+        "bits_per_byte": bits.mean,
+        "bits_per_byte_stderr": bits.stderr,
+    }

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from tttjax.evaluation import statistics
-from tttjax.evaluation.results import Comparison, Series, by_context
+from tttjax.evaluation.results import Comparison, Series, by_context, pair_label
 from tttjax.evaluation.statistics import Estimate, doubling_windows
 from tttjax.evaluation.tables import (
     Block,
@@ -74,18 +74,22 @@ def _by_position(comparison: Comparison) -> CaptionedTable:
 
 
 def _differences(comparison: Comparison) -> CaptionedTable:
-    regions = comparison.regions(comparison.longest)
     names = {"within_window": "first window", "beyond_window": "beyond it", "all": "all tokens"}
-    shown = [name for name in names if name in regions and (name == "all" or len(regions) == 3)]
-    cells = {}
-    for a, b in comparison.main_pairs():
-        pair = f"{a.label} - {b.label.removeprefix(f'{a.run}, ')}"
-        values = [comparison.difference(a, b, regions[name]) for name in shown]
-        cells[pair] = [format_estimate(value, signed=True) for value in values]
+    if not comparison.has_beyond():
+        names = {"all": "all tokens"}
+    longest, pairs = comparison.longest, comparison.main_pairs()
+    rows = by_context(comparison, pairs).query("context == @longest")
+    rows = rows.assign(column=rows["tokens"].map(names)).dropna(subset="column")
+    short = {
+        pair_label(a, b): f"{a.label} - {b.label.removeprefix(f'{a.run}, ')}" for a, b in pairs
+    }
+    rows = rows.assign(pair=rows["label"].map(short))
+    cells = format_means(rows, "loss", signed=True)
+    order = list(short.values()), list(names.values())
     return CaptionedTable(
-        f"Differences in nats per token at {comparison.longest} tokens; negative: a is better; * "
-        "over two standard errors.",
-        make_table(cells, "a - b, token by token", [names[name] for name in shown]),
+        f"Differences in nats per token at {longest} tokens; negative: a is better; * over two "
+        "standard errors.",
+        pivot(rows, "pair", "column", cells, "a - b, token by token", order),
     )
 
 

@@ -39,6 +39,18 @@ class EvalSetup:
     learn: bool
     rule: str = ""
 
+    def describe_inner(self) -> dict[str, Any] | None:
+        """The inner loop's settings, for results; None without updates."""
+        if not self.learn:
+            return None
+        inner = self.inner
+        return {
+            "rule": self.rule,
+            "lr": self.lr,
+            "clip": inner.clip,
+            "chunk_size": inner.chunk_size,
+        }
+
 
 @dataclass(frozen=True)
 class LearningOptions:

@@ -59,6 +59,10 @@ class Run:
     checkpoint: Path | None = None
     workdir: Path | None = None
 
+    def describe(self) -> dict[str, Any]:
+        """Name, step, source and window, for results."""
+        return {"name": self.name, "step": self.step, "source": self.source, "window": self.window}
+
     @property
     def has_fast_weights(self) -> bool:
         return has_fast_weights(self.config.model, self.config.inner)

@@ -23,7 +23,6 @@ from tttjax.evaluation.progress import Progress
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.eval_setup import (
-    EvalSetup,
     LearningOptions,
     choose_modes,
     inner_config,
@@ -140,8 +139,15 @@ def needle_tests(
                     started = time.perf_counter()
                     model = EngineModel(setup, tokenizer, max(settings.lengths))
                     rows = run_prompts(model, settings, sources.by_task, window, bar.add)
-                    series.append(_series(run, setup, time.perf_counter() - started))
-                    answers.append(series[-1].answers(rows))
+                    of_setup = NeedleSeries(
+                        run=run.name,
+                        mode=setup.mode,
+                        label=setup.label,
+                        inner=setup.describe_inner(),
+                        seconds=time.perf_counter() - started,
+                    )
+                    series.append(of_setup)
+                    answers.append(of_setup.answers(rows))
     bar.close()
     return NeedleResults(
         series=tuple(series),
@@ -152,10 +158,7 @@ def needle_tests(
         samples=settings.samples,
         seed=settings.seed,
         window=window,
-        runs=tuple(
-            {"name": run.name, "step": run.step, "source": run.source, "window": run.window}
-            for run in loaded
-        ),
+        runs=tuple(run.describe() for run in loaded),
         haystacks={task: haystack.source for task, haystack in run_haystacks[0].by_task.items()},
         notes=tuple(notes),
     )
@@ -184,16 +187,6 @@ def run_prompts(
             ]
             on_tokens(length * len(prompts))
     return rows
-
-
-def _series(run: Run, setup: EvalSetup, seconds: float) -> NeedleSeries:
-    inner = {
-        "rule": setup.rule,
-        "lr": setup.lr,
-        "clip": setup.inner.clip,
-        "chunk_size": setup.inner.chunk_size,
-    }
-    return NeedleSeries(run.name, setup.mode, setup.label, inner if setup.learn else None, seconds)
 
 
 @dataclass(frozen=True)

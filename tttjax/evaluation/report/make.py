@@ -57,7 +57,7 @@ def make_report(
       baseline: label of the reference system for differences (default: the first with full
         attention only, else the first).
       progress: stream for progress; None for no output.
-      notes: Markdown paragraphs to add below the summary.
+      notes: Markdown, at the end of the report.
 
     Raises:
       UserError: incompatible runs, data, tokenizers or lengths.
