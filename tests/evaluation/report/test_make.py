@@ -1,6 +1,7 @@
 """A whole report: its numbers against `compare`, its files, its cache, what it refuses."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -18,8 +19,10 @@ from tttjax.evaluation.report import figures, losses
 from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.outputs import make_page, to_markdown
+from tttjax.evaluation.report.page import to_html
 from tttjax.evaluation.report.results import COLUMNS
 from tttjax.evaluation.report.sections import sections
+from tttjax.evaluation.report.summary import highlights
 from tttjax.planning.flops import train_flops_per_token
 from tttjax.runs.run import RunSpec
 
@@ -133,6 +136,22 @@ def test_the_page_is_self_contained_with_every_table(report, folder):
             assert f"{cells}</tr>" in page
     for sentence in report.summary:
         assert html.escape(sentence) in page
+
+
+def test_notes_have_tables_and_their_html_is_text(report):
+    notes = "| rate | loss |\n|---|--:|\n| 0.1 | **3.2** |\n\n<script>alert(1)</script>\n"
+    page = to_html(make_page(dataclasses.replace(report, notes=notes)), dict.fromkeys(PLOTS, b""))
+    assert '<td style="text-align:right"><strong>3.2</strong></td>' in page
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
+
+
+def test_the_page_opens_with_its_picture_and_three_sentences(report, folder):
+    page = (folder / "report.html").read_text()
+    opening = page[page.index("<body>") : page.index("<h2>")]
+    assert opening.count("<img ") == 1
+    assert re.findall("<li>(.*?)</li>", opening) == [html.escape(s) for s in highlights(report)]
+    assert len(highlights(report)) == 3
 
 
 def test_every_table_has_parameter_counts(report):
