@@ -65,6 +65,7 @@ def test_the_quickstarts_steps_run_from_the_wheel(installed, tmp_path):
         "prepare books --out=data --val-fraction=0.5",
         f"train --config=quickstart:ttt_e2e --workdir=run --config.data.sources=data {changes}",
         "evaluate run --out=evaluation",
+        "report run --out=report",
         "generate run --prompt=The --max-tokens=4",
         "paths --config=my.py:ttt_e2e",
     ]
@@ -82,3 +83,4 @@ def test_the_quickstarts_steps_run_from_the_wheel(installed, tmp_path):
     assert result.stdout.startswith(str(installed))
     assert (tmp_path / "run" / "summary.json").exists()
     assert any((tmp_path / "evaluation").iterdir())
+    assert (tmp_path / "report" / "report.html").exists()

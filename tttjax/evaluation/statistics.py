@@ -53,12 +53,11 @@ class Estimate:
         parts = np.broadcast_arrays(self.mean, self.documents, self.seeds)
         return Estimate(*(part[index] for part in parts))
 
-    def is_significant(self) -> bool:
-        """Whether the mean is more than two standard errors from zero; False if unknown."""
-        return bool(abs(self.mean) > 2 * self.stderr)
-
     def is_insignificant(self) -> bool:
-        """Whether the mean is zero, or known to be within two standard errors of zero."""
+        """Whether the mean is zero, or known to be within two standard errors of zero.
+
+        False if the error is not known.
+        """
         return bool(self.mean == 0 or abs(self.mean) <= 2 * self.stderr)
 
 

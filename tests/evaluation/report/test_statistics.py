@@ -76,7 +76,7 @@ def test_common_document_effects_cancel_in_a_difference():
     assert value.mean == pytest.approx(0.75)
     assert value.documents == pytest.approx(0, abs=1e-12)
     assert loss([a]).documents > 1
-    assert value.is_significant()
+    assert not value.is_insignificant()
 
 
 def test_bins_are_treated_like_totals():
@@ -101,8 +101,10 @@ def test_unknown_errors_add_nothing():
     single = Sums(A[0].loss_DL[:1], COUNT_DL[:1], None)
     alone = loss([single])
     assert np.isnan(alone.stderr)
-    assert not alone.is_significant()
-    assert not Estimate(*np.zeros((3, 1))).is_significant()
+    assert not alone.is_insignificant()  # not known
+    assert Estimate(*np.zeros((3, 1))).is_insignificant()
+    assert Estimate(np.array(0.1), np.array(0.04), np.array(0.04)).is_insignificant()
+    assert not Estimate(np.array(0.1), np.array(0.04)).is_insignificant()
 
 
 def test_change_with_position_compares_the_same_documents():
