@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from tttjax.errors import UserError
 from tttjax.evaluation.files import to_png, write_results
+from tttjax.evaluation.page import Page, Section, to_html, to_markdown
 from tttjax.evaluation.plots import (
     Panel,
     draw_heat_map,
@@ -19,9 +20,6 @@ from tttjax.evaluation.plots import (
     new_figure,
     plot_by_position,
 )
-from tttjax.evaluation.report.outputs import to_markdown
-from tttjax.evaluation.report.page import Page, to_html
-from tttjax.evaluation.report.sections import Section
 from tttjax.evaluation.statistics import Estimate, by_position, difference_by_position
 from tttjax.evaluation.tables import (
     MISSING,

@@ -15,11 +15,11 @@ from tttjax.cli import main
 from tttjax.config import read_config
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
+from tttjax.evaluation.page import to_html
 from tttjax.evaluation.report import figures, losses
 from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.outputs import make_page, to_markdown
-from tttjax.evaluation.report.page import to_html
 from tttjax.evaluation.report.results import COLUMNS
 from tttjax.evaluation.report.sections import sections
 from tttjax.evaluation.report.summary import highlights

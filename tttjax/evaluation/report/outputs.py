@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.evaluation.files import to_json, write_results
+from tttjax.evaluation.page import Page, to_html, to_markdown
 from tttjax.evaluation.report import figures
-from tttjax.evaluation.report.page import Page, to_html
 from tttjax.evaluation.report.results import Report, SystemResult
 from tttjax.evaluation.report.sections import about_errors, about_text, sections
 from tttjax.evaluation.report.summary import highlights
-from tttjax.evaluation.tables import to_markdown as table_to_markdown
 
 FORMAT = 1
 
@@ -46,22 +45,6 @@ def make_page(report: Report) -> Page:
         sections=sections(report),
         baseline=report.baseline.label,
     )
-
-
-def to_markdown(page: Page) -> str:
-    """The report as Markdown; plots are separate files."""
-    parts = [f"# {page.title}", f"![{page.title}]({page.main}.png)"]
-    parts += ["\n".join(f"- {sentence}" for sentence in page.highlights), page.about]
-    parts.append("\n".join(f"- **Note:** {warning}" for warning in page.warnings))
-    for section in page.sections:
-        parts += [f"## {section.title}", section.text, table_to_markdown(section.table)]
-        if section.plot and section.plot != page.main:
-            parts.append(f"![{section.title}]({section.plot}.png)")
-    if page.summary:
-        parts += ["## All comparisons", "\n".join(f"- {sentence}" for sentence in page.summary)]
-    if page.notes:
-        parts += ["## Notes", page.notes.strip()]
-    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def to_dict(report: Report) -> dict[str, Any]:

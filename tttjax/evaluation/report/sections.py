@@ -1,12 +1,12 @@
 """The sections of a report: titles, text and tables, rendered as Markdown or HTML elsewhere."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean
 
 import pandas as pd
 
+from tttjax.evaluation.page import Section
 from tttjax.evaluation.report.results import Report, RunFacts, SystemResult, systems_at
 from tttjax.evaluation.statistics import doubling_windows
 from tttjax.evaluation.tables import (
@@ -18,16 +18,6 @@ from tttjax.evaluation.tables import (
     format_seconds,
     pivot,
 )
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with text, a table, and the name of a plot ("" for none)."""
-
-    title: str
-    text: str
-    table: pd.DataFrame
-    plot: str = ""
 
 
 def sections(report: Report) -> list[Section]:
