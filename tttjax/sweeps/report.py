@@ -4,23 +4,14 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from tttjax.errors import UserError
 from tttjax.evaluation.files import to_png, write_results
 from tttjax.evaluation.page import Page, Section, to_html, to_markdown
-from tttjax.evaluation.plots import (
-    Panel,
-    draw_heat_map,
-    line_styles,
-    new_figure,
-    plot_by_position,
-)
-from tttjax.evaluation.statistics import Estimate, by_position, difference_by_position
+from tttjax.evaluation.statistics import Estimate
 from tttjax.evaluation.tables import (
     MISSING,
     Block,
@@ -30,10 +21,18 @@ from tttjax.evaluation.tables import (
     make_table,
 )
 from tttjax.sweeps.design import Design
-from tttjax.sweeps.results import REGIONS, SweepResults, at_an_edge, load_results, paired
+from tttjax.sweeps.figures import plot_curves, plot_heat_map
+from tttjax.sweeps.frames import (
+    best_frame,
+    grid_frame,
+    positions_frame,
+    settings_frame,
+    trials_frame,
+    value_text,
+)
+from tttjax.sweeps.results import REGIONS, SweepResults, at_an_edge, load_results
 
 REPORT = "report"
-CURVES = 8  # settings in the plot by position: the best, and the baseline
 
 
 def make_report(design: Design, out: Path, baseline: str = "") -> tuple[list[Block], list[Path]]:
@@ -50,17 +49,17 @@ def make_report(design: Design, out: Path, baseline: str = "") -> tuple[list[Blo
         )
     baseline = baseline or results.settings[0]
     frames = {
-        "settings": _settings_frame(results, baseline),
-        "trials": _trials_frame(results),
-        "by_position": _positions_frame(results, baseline),
-        "best": _best_frame(results),
+        "settings": settings_frame(results, baseline),
+        "trials": trials_frame(results),
+        "by_position": positions_frame(results, baseline),
+        "best": best_frame(results),
     }
-    plots = {"loss_by_position": _curves(frames["by_position"], results, baseline)}
-    heat_map = _heat_map(results)
-    if heat_map is not None:
-        plots["heat_map"] = heat_map
+    plots = {"loss_by_position": plot_curves(frames["by_position"], results, baseline)}
+    grid = grid_frame(results)
+    if grid is not None:
+        plots["heat_map"] = plot_heat_map(grid, results.longest)
     images = {name: to_png(figure) for name, figure in plots.items()}
-    page = _page(results, out, baseline, main=list(plots)[-1])
+    page = _page(results, out, baseline, grid)
     contents = {
         **{f"{name}.csv": frame for name, frame in frames.items()},
         **{f"{name}.png": image for name, image in images.items()},
@@ -73,11 +72,13 @@ def make_report(design: Design, out: Path, baseline: str = "") -> tuple[list[Blo
     return [page.about, *tables, *page.highlights, *page.warnings], list(paths.values())
 
 
-def _page(results: SweepResults, out: Path, baseline: str, main: str) -> Page:
+def _page(results: SweepResults, out: Path, baseline: str, grid: pd.DataFrame | None) -> Page:
     first, *others = sections(results, baseline)
+    if grid is not None:
+        others.append(_grid_section(results, grid))
     return Page(
         title=f"Sweep {out.resolve().name}",
-        main=main,
+        main="loss_by_position" if grid is None else "heat_map",
         highlights=highlights(results),
         about=about(results),
         warnings=warnings(results),
@@ -179,7 +180,10 @@ def sections(results: SweepResults, baseline: str) -> Iterator[Section]:
         if len(values) < 2 or len(results.design.axes) < 2:
             continue
         cells = {
-            _text(value): [format_estimate(loss), MISSING if change is None else _signed(change)]
+            value_text(value): [
+                format_estimate(loss),
+                MISSING if change is None else _signed(change),
+            ]
             for value, loss, change in results.by_value(axis)
         }
         if cells:
@@ -190,145 +194,19 @@ def sections(results: SweepResults, baseline: str) -> Iterator[Section]:
             )
 
 
+def _grid_section(results: SweepResults, grid: pd.DataFrame) -> Section:
+    y, x = str(grid.index.name), str(grid.columns.name)
+    cells = {
+        str(value): [MISSING if np.isnan(loss) else f"{loss:.4f}" for loss in row]
+        for value, row in zip(grid.index, grid.to_numpy(), strict=True)
+    }
+    return Section(
+        f"{y} by {x}",
+        f"Loss at {results.longest:,} tokens, mean over seeds.",
+        make_table(cells, f"{y}, by {x}", list(map(str, grid.columns))),
+        "heat_map",
+    )
+
+
 def _signed(difference: Estimate) -> str:
     return format_estimate(difference, signed=True)
-
-
-def _text(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-# Frames ------------------------------------------------------------------------------------------
-
-
-def _settings_frame(results: SweepResults, baseline: str) -> pd.DataFrame:
-    """One row for each setting, mode, context and region."""
-    rows = []
-    for name in results.settings:
-        values = {field: _text(v) for field, v in _values(results, name).items()}
-        for mode in results.modes(name):
-            for length in results.design.scoring.lengths:
-                for region in results.regions(length):
-                    loss = results.loss(name, region, mode=mode, length=length)
-                    row = {"setting": name, **values, "mode": mode, "context": length}
-                    row |= {"region": region, "seeds": len(results.losses[name])}
-                    row |= _numbers("loss", loss)
-                    is_main = mode == results.modes(name)[0] and length == results.longest
-                    if is_main and name != baseline:
-                        row |= _numbers("difference", results.difference(name, baseline, region))
-                    rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _numbers(name: str, estimate: Estimate) -> dict[str, float]:
-    errors = {"": estimate.stderr, "_documents": estimate.documents, "_seeds": estimate.seeds}
-    values = {f"{name}_stderr{suffix}": float(error) for suffix, error in errors.items()}
-    return {name: float(estimate.mean), **values}
-
-
-def _trials_frame(results: SweepResults) -> pd.DataFrame:
-    """One row for each trial, mode, context and region, without errors."""
-    rows = []
-    for name in results.settings:
-        values = {field: _text(v) for field, v in _values(results, name).items()}
-        for mode in results.modes(name):
-            for length in results.design.scoring.lengths:
-                for region in results.regions(length):
-                    for seed, sums in results.runs(name, region, mode=mode, length=length).items():
-                        row = {"setting": name, **values, "seed": seed, "mode": mode}
-                        row |= {"context": length, "region": region}
-                        rows.append(row | {"loss": float(sums.loss().mean)})
-    return pd.DataFrame(rows)
-
-
-def _positions_frame(results: SweepResults, baseline: str) -> pd.DataFrame:
-    """The curves by position at the longest context."""
-    edges, length = results.edges[results.longest], results.longest
-    bins = list(range(len(edges)))
-    parts = []
-    for name in results.settings:
-        for mode in results.modes(name):
-            runs = {seed: losses[mode, length] for seed, losses in results.losses[name].items()}
-            curves = {"loss": by_position(list(runs.values()), bins)}
-            if mode == results.modes(name)[0] and name != baseline:
-                main = results.modes(baseline)[0]
-                theirs = {s: of[main, length] for s, of in results.losses[baseline].items()}
-                curves["difference"] = difference_by_position(*paired(runs, theirs), bins)
-            for quantity, curve in curves.items():
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            "setting": name,
-                            "mode": mode,
-                            "quantity": quantity,
-                            "context": length,
-                            "first_token": edges[:-1] + 1,
-                            "last_token": edges[1:],
-                            "value": curve.mean,
-                            "stderr": np.broadcast_to(curve.stderr, curve.mean.shape),
-                        }
-                    )
-                )
-    return pd.concat(parts, ignore_index=True)
-
-
-def _best_frame(results: SweepResults) -> pd.DataFrame:
-    """The best settings as a table for `tttjax sweep --trials`."""
-    rows = [_values(results, name) for name in results.best()]
-    return pd.DataFrame([{field: _argument(value) for field, value in row.items()} for row in rows])
-
-
-def _argument(value: Any) -> str:
-    """As `--config.FIELD=` takes it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _values(results: SweepResults, setting: str) -> dict[str, Any]:
-    return dict(results.design.settings[setting][0].values)
-
-
-# Plots -------------------------------------------------------------------------------------------
-
-
-def _curves(frame: pd.DataFrame, results: SweepResults, baseline: str) -> Figure:
-    names = sorted(results.settings, key=lambda name: float(results.loss(name).mean))[:CURVES]
-    main = frame[frame["mode"] == frame["setting"].map(lambda name: results.modes(name)[0])]
-    main = main[main["setting"].isin([baseline, *names])]
-    frames = {
-        quantity: rows.rename(columns={"setting": "label"})
-        for quantity, rows in main.groupby("quantity", sort=False)
-    }
-    panels = [
-        Panel(
-            frames["loss"],
-            f"By position in {results.longest:,} tokens",
-            "loss (nats per token)",
-            errors=False,
-        )
-    ]
-    if "difference" in frames:
-        title = "Difference at the same tokens; shaded: ± 1 s.e."
-        panels.append(Panel(frames["difference"], title, f"minus {baseline} (nats)", zero=baseline))
-    styles = line_styles(results.settings, baseline=baseline)
-    scoring = results.design.scoring
-    return plot_by_position(panels, styles, scoring.lengths, scoring.window)
-
-
-def _heat_map(results: SweepResults) -> Figure | None:
-    """Losses over two fields, where the sweep has two."""
-    axes = results.design.axes
-    if len(axes) != 2 or min(map(len, axes.values())) < 2:
-        return None
-    y, x = axes
-    rows = [
-        {y: _text(v[y]), x: _text(v[x]), "loss": float(results.loss(name).mean)}
-        for name in results.settings
-        for v in [_values(results, name)]
-    ]
-    table = pd.DataFrame(rows).pivot(index=y, columns=x, values="loss")
-    order = {axis: [_text(v) for v in values] for axis, values in axes.items()}
-    table = table.reindex(index=order[y], columns=order[x])
-    figure, (panel,) = new_figure(1)
-    image = draw_heat_map(panel, table, lambda value: f"{value:.3f}", cmap="viridis_r")
-    figure.colorbar(image, ax=panel, label=f"loss at {results.longest:,} tokens (nats per token)")
-    return figure
