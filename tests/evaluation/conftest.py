@@ -4,13 +4,14 @@ import functools
 
 import pytest
 
-from tttjax.evaluation import scoring
+from tttjax.evaluation import compare
+from tttjax.inference.sequence_nll import make_scorer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def all_scorers_are_kept():
     """The package keeps the last four."""
-    compiled = functools.cache(scoring._compiled_scorer.__wrapped__)
+    compiled = functools.cache(make_scorer.__wrapped__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "_compiled_scorer", compiled)
+        patch.setattr(compare, "make_scorer", compiled)
         yield

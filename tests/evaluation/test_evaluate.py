@@ -25,7 +25,7 @@ from tttjax.config import (
     TrainConfig,
     write_run_info,
 )
-from tttjax.data.held_out import eval_sequences
+from tttjax.data.held_out import doubling_windows, eval_sequences
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare, evaluate
@@ -34,7 +34,6 @@ from tttjax.evaluation.results import Comparison, Series
 from tttjax.evaluation.statistics import (
     Sums,
     difference,
-    doubling_windows,
     position_bins,
     sum_by_document,
 )

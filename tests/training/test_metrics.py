@@ -15,6 +15,7 @@ from tttjax.errors import UserError
 from tttjax.planning import flops
 from tttjax.training import metrics
 from tttjax.training.metrics import AsyncMetrics, MetricLogger
+from tttjax.training.plot import smooth, write_plot
 from tttjax.training.progress import Throughput
 
 RATES = Throughput(tokens_per_step=100, flops_per_token=1e6, peak=flops.Peak(1e9, "test"))
@@ -183,8 +184,44 @@ def test_wandb_run_continues_over_restarts(tmp_path, monkeypatch):
     assert (started[0]["project"], started[0]["resume"]) == ("mine", "allow")
 
 
-def test_loss_curve_is_a_png(tmp_path):
-    log = logger(tmp_path)
-    log_steps(log, 1, 5)
+def test_tensorboard_shows_losses_first():
+    tags = [metrics.tag(name) for name in ("loss", "held_out_on", "last_chunk_loss")]
+    assert tags == ["loss/train", "loss/held_out_on", "loss/last_chunk_loss"]
+    others = ("grad_norm_slow", "fast_drift", "inner_grad_norm", "lr", "skipped", "time/mfu")
+    assert all(metrics.tag(name) > "loss/" for name in others)
+
+
+def test_held_out_losses_are_kept_and_cut_on_resuming(tmp_path):
+    stream = io.StringIO()
+    losses = {"first_token": [1], "last_token": [8], "off": {"loss": 2.0, "by_position": [2.0]}}
+    log = logger(tmp_path, stream=stream)
+    for step in (2, 4):
+        log.log_held_out(step, {**losses, "on": {"loss": 1.5, "by_position": [1.5]}}, 0.5)
     log.close()
-    assert metrics.write_loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert "step 4: held-out loss 1.5000 with TTT, 2.0000 without (0.5 s)" in stream.getvalue()
+    logger(tmp_path, start=3).close()
+    (record,) = metrics.read_records(tmp_path, metrics.HELD_OUT)
+    assert (record["step"], record["on"]["loss"]) == (2, 1.5)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_the_plot_has_panels_for_what_there_is(tmp_path, drift):
+    log = logger(tmp_path)
+    for step in range(1, 6):
+        values = {"loss": 1 / step, "inner_lr": 1.0, "fast_drift": drift, "inner_grad_norm": 1.0}
+        chunks = {"first_chunk_loss": 1.0, "last_chunk_loss": 0.5, "fast_drift_block": drift}
+        log.log(step, values | chunks, seconds=0.5)
+    log.log(6, {"loss": math.nan}, seconds=0.5)
+    log.log_held_out(4, {"off": {"loss": 2.0}}, 0.5)
+    log.close()
+    image = write_plot(tmp_path).read_bytes()
+    assert image.startswith(b"\x89PNG")
+    width = int.from_bytes(image[16:20])
+    assert width == (1200 if drift else 840)
+
+
+def test_smoothing_has_no_bias_at_the_start():
+    assert np.allclose(smooth([3.0] * 400), 3.0)
+    assert smooth([1.0, 2.0])[-1] == 2.0  # a short run is drawn as it is
+    noisy = np.random.default_rng(0).normal(5, 1, 2000)
+    assert np.std(smooth(noisy)[500:]) < 0.3

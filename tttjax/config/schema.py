@@ -136,6 +136,14 @@ class TrainConfig:
     )
     seed: int = declare(0, "Seed of the initial parameters.", minimum=0, maximum=SEED_MAX)
     log_every: int = declare(10, "Steps between progress lines.", minimum=1, mutable_on_resume=True)
+    eval_every: int = declare(
+        0,
+        "Steps between evaluations on data.val_split of the first source that has it: "
+        "eval.num_sequences sequences of train.seq_len tokens, with TTT on and off, also after the "
+        "last step; 0: none.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
     checkpoint_every: int = declare(
         100,
         "Steps between checkpoints; the last step is always saved.",

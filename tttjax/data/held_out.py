@@ -47,6 +47,16 @@ class HeldOut:
         return np.where(batch.mask, token_bytes_V[batch.targets], 0).astype(np.int64)
 
 
+def doubling_windows(length: int, window: int) -> list[int]:
+    """Edges 0, k, 2k, 4k, ..., length: few columns that resolve what is beyond the window."""
+    edges = [0]
+    edge = window
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, length]
+
+
 def eval_sequences(
     data: PreparedData,
     *,

@@ -14,10 +14,11 @@ from tttjax.data.shards import PreparedData
 from tttjax.errors import UserError
 from tttjax.evaluation.progress import Progress
 from tttjax.evaluation.results import Comparison, Series
-from tttjax.evaluation.scoring import make_scorer, token_losses
 from tttjax.evaluation.summary import blocks, sentence
 from tttjax.evaluation.tables import render
 from tttjax.evaluation.text import Text, open_text
+from tttjax.inference.prefill import make_inference_model
+from tttjax.inference.sequence_nll import make_scorer, token_losses
 from tttjax.parallel import precision
 from tttjax.runs.eval_setup import (
     EvalSetup,
@@ -167,14 +168,19 @@ def _score_setups(
     bar: Progress,
 ) -> list[Series]:
     """Scores all context lengths for one mode of a run; one series per inner learning rate."""
-    scorer = make_scorer(setups[0])
+    first = setups[0]  # the others differ in the rate alone
+    inference_model = make_inference_model(first.model, first.inner, lr=0.0, learn=first.learn)
+    scorer = make_scorer(inference_model, first.mesh)
     series = []
     for setup in setups:
         started = time.perf_counter()
         contexts = {}
         for length in lengths:
             bar.doing(f"{setup.label} at {length} tokens", LEARNING_COST if setup.learn else 1)
-            nll_NT = token_losses(setup, scorer, held_out, length, batch_size, on_tokens=bar.add)
+            nll_NT = token_losses(
+                *(scorer, setup.mesh, setup.params, setup.lr, held_out, length, batch_size),
+                on_tokens=bar.add,
+            )
             contexts[length] = text.sums(nll_NT, length)
         series.append(
             Series(

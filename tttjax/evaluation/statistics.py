@@ -267,16 +267,6 @@ def position_bins(length: int, window: int, bins: int) -> np.ndarray:
     return np.unique(np.asarray(edges, np.int64))
 
 
-def doubling_windows(length: int, window: int) -> list[int]:
-    """Edges 0, k, 2k, 4k, ..., length: few columns that resolve what is beyond the window."""
-    edges = [0]
-    edge = window
-    while edge < length:
-        edges.append(edge)
-        edge *= 2
-    return [*edges, length]
-
-
 # Rows of a DataFrame -----------------------------------------------------------------------------
 
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from tttjax.data.held_out import doubling_windows
 from tttjax.evaluation import statistics
 from tttjax.evaluation.results import Comparison, Series, by_context, pair_label
-from tttjax.evaluation.statistics import Estimate, doubling_windows
+from tttjax.evaluation.statistics import Estimate
 from tttjax.evaluation.tables import (
     Block,
     CaptionedTable,

@@ -35,6 +35,8 @@ from tttjax.runtime import compilation_cache, progress
 from tttjax.runtime.memory import device_memory, host_memory
 from tttjax.training import checkpoints, metrics
 from tttjax.training.attention_kernels import describe_kernels, platform_of
+from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
+from tttjax.training.plot import write_plot
 from tttjax.training.profiler import Profiler
 from tttjax.training.records import StepRecorder, Totals
 from tttjax.training.step import Trainer, TrainState, make_trainer
@@ -129,7 +131,7 @@ class TrainRun:
     """The objects of a run in progress.
 
     tokenizer: fingerprint of the data's tokenizer ("" for custom batches). start: steps done by
-    earlier starts.
+    earlier starts. held_out: None without `train.eval_every`.
     """
 
     config: Config
@@ -143,6 +145,7 @@ class TrainRun:
     recorder: StepRecorder
     totals: Totals
     start: int
+    held_out: HeldOutLoss | None
 
 
 def _set_up(
@@ -194,6 +197,7 @@ def _set_up(
         recorder=recorder,
         totals=totals,
         start=start,
+        held_out=make_held_out_loss(config, trainer.model, mesh) if settings.eval_every else None,
     )
     return run, state
 
@@ -227,6 +231,9 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                     _write_config(run)
                     recorder.start_clock()
             run.lock.check()
+            if run.held_out and (step % settings.eval_every == 0 or step == settings.steps):
+                recorder.add(async_metrics.flush())
+                _evaluate(run, step, state)
             if step % settings.checkpoint_every == 0 or step == last or should_stop:
                 # Records reach the disk before the checkpoint that includes their steps.
                 recorder.add(async_metrics.flush())
@@ -256,6 +263,16 @@ def _write_config(run: TrainRun) -> None:
     """Writes the configuration, which marks the work directory as this run's."""
     if jax.process_index() == 0:
         write_run_info(run.workdir, run.config, with_devices=True)
+
+
+def _evaluate(run: TrainRun, step: int, state: TrainState) -> None:
+    """Logs the held-out losses after a step, at the inner learning rate of its training."""
+    assert run.held_out is not None
+    started = time.perf_counter()
+    with progress.report_activity(f"evaluating step {step} on held-out data"):
+        losses = run.held_out.evaluate(state.params, run.trainer.inner_lr_at(state))
+    run.logger.log_held_out(step, losses, time.perf_counter() - started)
+    run.recorder.start_clock()
 
 
 def _save(run: TrainRun, step: int, state: TrainState) -> None:
@@ -399,4 +416,4 @@ def _write_results(run: TrainRun, result: TrainResult) -> None:
         return  # no step was done: keep the summary of the earlier start
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result.summary(), indent=1, allow_nan=False) + "\n")
-    metrics.write_loss_curve(run.workdir)
+    write_plot(run.workdir)

@@ -25,6 +25,7 @@ from tttjax.io.atomic import atomic_write
 from tttjax.training.progress import Throughput, TrainProgress
 
 JSONL = "metrics.jsonl"
+HELD_OUT = "held_out.jsonl"
 _TAIL = 8192  # bytes at the end of a file that hold a whole record
 
 
@@ -77,12 +78,12 @@ class AsyncMetrics:
 # JSONL -------------------------------------------------------------------------------------------
 
 
-def read_records(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def read_records(workdir: str | os.PathLike, name: str = JSONL) -> list[dict[str, Any]]:
     """The complete records of a work directory's metrics.jsonl, in order; [] if there is no file.
 
-    Raises UserError for a damaged line.
+    name: or of `held_out.jsonl`. Raises UserError for a damaged line.
     """
-    path = Path(workdir) / JSONL
+    path = Path(workdir) / name
     return list(_complete_records(path)) if path.exists() else []
 
 
@@ -183,6 +184,17 @@ def _start_wandb(project: str, workdir: Path, config: dict[str, Any] | None) -> 
     )
 
 
+def tag(name: str) -> str:
+    """The TensorBoard tag of a metric: groups, of which TensorBoard shows `loss` first."""
+    if name.startswith("time/"):
+        return name
+    if "loss" in name or name.startswith("held_out_"):
+        return f"loss/{'train' if name == 'loss' else name}"
+    if name.startswith(("inner_", "fast_")):
+        return f"ttt/{name}"
+    return f"norm/{name}" if "norm" in name else f"outer/{name}"
+
+
 @dataclass
 class _Window:
     """Sums since the last progress line or TensorBoard point."""
@@ -223,7 +235,8 @@ class MetricLogger:
         self.progress = TrainProgress(self.total_steps, self.log_every, self.stream)
         self.workdir = Path(self.workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
-        _truncate_after(self.workdir / JSONL, self.start_step)
+        for name in (JSONL, HELD_OUT):
+            _truncate_after(self.workdir / name, self.start_step)
         self._jsonl = (self.workdir / JSONL).open("a")
         self._tensorboard = _summary_writer()(
             str(self.workdir / "tensorboard"),
@@ -270,9 +283,22 @@ class MetricLogger:
             )
             self._window = _Window()
 
+    def log_held_out(self, step: int, losses: dict[str, Any], seconds: float) -> None:
+        """Records the held-out losses after a step, from `HeldOutLoss.evaluate`."""
+        if not self._is_writer:
+            return
+        record = {"step": step, **losses, "time": {"seconds": seconds}}
+        with (self.workdir / HELD_OUT).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        by_mode = {mode: losses[mode]["loss"] for mode in ("on", "off") if mode in losses}
+        words = {"on": "with TTT", "off": "without" if "on" in by_mode else ""}
+        shown = ", ".join(f"{loss:.4f} {words[mode]}".strip() for mode, loss in by_mode.items())
+        self.print_line(f"step {step}: held-out loss {shown} ({seconds:.1f} s)")
+        self._write_point(step, {f"held_out_{mode}": loss for mode, loss in by_mode.items()})
+
     def _write_point(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, float(value), step)
+            self._tensorboard.add_scalar(tag(name), float(value), step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -295,20 +321,3 @@ class MetricLogger:
             self._tensorboard.close()
             if self._wandb is not None:
                 self._wandb.finish()
-
-
-def write_loss_curve(workdir: str | os.PathLike) -> Path:
-    """Plots loss by step from metrics.jsonl to `workdir/loss.png`; returns its path."""
-    from matplotlib.figure import Figure
-
-    points = [(r["step"], r["loss"]) for r in read_records(workdir) if isinstance(r["loss"], float)]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([s for s, _ in points], [loss for _, loss in points], linewidth=1)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    path = Path(workdir) / "loss.png"
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    return path

@@ -70,6 +70,7 @@ class Trainer:
     init_state: Callable[[int], TrainState]  # by seed
     start_from: Callable[[Params], TrainState]  # the initial state for given weights
     step: jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, Metrics); the state is donated
+    inner_lr_at: Callable[[TrainState], Array]  # the inner learning rate of the next step
 
     def put_batch(self, batch: Batch) -> Batch:
         """The global batch on the devices, from this process's sequences."""
@@ -208,12 +209,17 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         accum_steps=config.train.accum_steps,
         gather=config.mesh.gather,
     )
-    inner_lr_at = partial(
-        inner_lr,
-        lr=config.inner.lr,
-        lr_init=config.inner.lr_init,
-        warmup_steps=config.inner.lr_warmup_steps,
-    )
+
+    def inner_lr_at(state: TrainState) -> Array:
+        return jnp.asarray(
+            inner_lr(
+                state.step - state.skipped,  # the schedules count updates, not steps
+                lr=config.inner.lr,
+                lr_init=config.inner.lr_init,
+                warmup_steps=config.inner.lr_warmup_steps,
+            ),
+            jnp.float32,
+        )
 
     def start_from(params: Params) -> TrainState:
         def zero():
@@ -225,8 +231,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         return start_from(model.init(jax.random.key(seed)))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        updates_done = state.step - state.skipped  # the schedules count updates, not steps
-        lr_inner = jnp.asarray(inner_lr_at(updates_done), jnp.float32)
+        lr_inner = inner_lr_at(state)
         grads, metrics = gradient(state.params, batch, lr_inner)
         metrics |= norms_by_part(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -245,7 +250,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         )
         metrics |= {
             "inner_lr": lr_inner,
-            "lr": jnp.asarray(schedule(updates_done), jnp.float32),
+            "lr": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "param_norm": optax.tree.norm(new_state.params),
             "nonfinite": ~finite,
             "skipped": new_state.skipped,
@@ -269,6 +274,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             out_shardings=(shardings, scalar),
             donate_argnums=0,
         ),
+        inner_lr_at=inner_lr_at,
     )
 
 

@@ -14,13 +14,14 @@ from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
 from tttjax.training.checkpoints import CHECKPOINT_DIR
-from tttjax.training.metrics import JSONL
+from tttjax.training.metrics import HELD_OUT, JSONL
 
 # Created before the first step; the configuration is written after it.
 CREATED_FILES = {
     CHECKPOINT_DIR,
     TOKENIZER_DIR,
     JSONL,
+    HELD_OUT,
     "tensorboard",
     "profile",
     "wandb",

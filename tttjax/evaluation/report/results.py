@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tttjax.data.held_out import doubling_windows
 from tttjax.evaluation.statistics import (
     UNKNOWN,
     Estimate,
@@ -18,7 +19,6 @@ from tttjax.evaluation.statistics import (
     change_with_context,
     difference,
     difference_by_position,
-    doubling_windows,
     loss,
     position_bins,
 )

@@ -6,9 +6,9 @@ from statistics import mean
 
 import pandas as pd
 
+from tttjax.data.held_out import doubling_windows
 from tttjax.evaluation.page import Section
 from tttjax.evaluation.report.results import Report, RunFacts, SystemResult, systems_at
-from tttjax.evaluation.statistics import doubling_windows
 from tttjax.evaluation.tables import (
     MISSING,
     format_bytes,

@@ -1,4 +1,4 @@
-"""The loss of every target token of held-out sequences, for one eval setup."""
+"""The loss of every target token of held-out sequences, on a mesh."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.data.held_out import HeldOut
-from tttjax.inference.prefill import InferenceModel, make_inference_model, read_sequences
+from tttjax.inference.prefill import InferenceModel, read_sequences
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
     BATCH_AXES,
@@ -20,25 +20,19 @@ from tttjax.parallel.mesh import (
     param_specs,
     spec,
 )
-from tttjax.runs.eval_setup import EvalSetup
 from tttjax.types import Array, Batch, Params
 
-
-def make_scorer(setup: EvalSetup) -> Callable[[Params, Batch, float], Array]:
-    """scorer(params, batch, lr) -> NLL of every target in float32 or wider, [B, T], not masked.
-
-    Compiled once per batch shape, and shared by setups that differ in weights and rates alone.
-    Every device scores its own sequences; the only communication is one all-gather of the weights
-    before the forward pass.
-    """
-    inference_model = make_inference_model(setup.model, setup.inner, lr=0.0, learn=setup.learn)
-    return _compiled_scorer(inference_model, setup.mesh)
+Scorer = Callable[[Params, Batch, float | Array], Array]
 
 
 @lru_cache(maxsize=4)
-def _compiled_scorer(
-    inference_model: InferenceModel, mesh: Mesh
-) -> Callable[[Params, Batch, float], Array]:
+def make_scorer(inference_model: InferenceModel, mesh: Mesh) -> Scorer:
+    """scorer(params, batch, lr) -> NLL of every target in float32 or wider, [B, T], not masked.
+
+    lr: the inner learning rate, in place of the model's. Compiled once per batch shape; the last
+    four are kept. Every device scores its own sequences; the only communication is one all-gather
+    of the weights before the forward pass.
+    """
     specs = param_specs(mesh, inference_model.chunk_model.split.model.axes())
 
     def batch_nll(params: Params, batch: Batch, lr: Array) -> Array:
@@ -85,8 +79,10 @@ def padded_batches(sequences: HeldOut, size: int) -> Iterator[tuple[Batch, int]]
 
 
 def token_losses(
-    setup: EvalSetup,
-    scorer: Callable[[Params, Batch, float], Array],
+    scorer: Scorer,
+    mesh: Mesh,
+    params: Params,
+    lr: float | Array,
     held_out: HeldOut,
     length: int,
     batch_size: int,
@@ -98,10 +94,10 @@ def token_losses(
     (at most all), rounded up to a multiple of the batch shards. on_tokens: called with the number
     of tokens of each finished batch.
     """
-    shards = int(np.prod([setup.mesh.shape[axis] for axis in BATCH_AXES]))
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     sequences = split_sequences(held_out, length)
     size = -(-min(batch_size, len(sequences)) // shards) * shards
-    to_device = partial(_to_device, target=batch_sharding(setup.mesh))
+    to_device = partial(_to_device, target=batch_sharding(mesh))
     losses: list[np.ndarray] = []
     in_flight: tuple[Array, int] | None = None
 
@@ -113,7 +109,7 @@ def token_losses(
 
     # Losses of a batch are fetched while the next batch runs.
     for batch, valid in padded_batches(sequences, size):
-        nll_BT = scorer(setup.params, jax.tree.map(to_device, batch), setup.lr)
+        nll_BT = scorer(params, jax.tree.map(to_device, batch), lr)
         collect()
         in_flight = (nll_BT, valid)
     collect()

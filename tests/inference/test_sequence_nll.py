@@ -8,10 +8,10 @@ import pytest
 from helpers.inference import random_params
 from helpers.small import random_batch, small_config, worst
 
-from tttjax.evaluation.scoring import make_scorer
+from tttjax.inference.prefill import make_inference_model
+from tttjax.inference.sequence_nll import make_scorer
 from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import batch_sharding, make_mesh, param_shardings
-from tttjax.runs.eval_setup import EvalSetup
 from tttjax.ttt.outer_loss import make_forward, make_inner_loop
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
@@ -74,9 +74,9 @@ def scores(name, learn, mesh):
     shardings = param_shardings(mesh, model.axes(), model.abstract_params())
     params = jax.device_put(params, shardings)
     inner = make_inner_loop(config.inner)
-    setup = EvalSetup("", "", model, params, mesh, inner, config.inner.lr, learn)
+    inference_model = make_inference_model(model, inner, lr=0.0, learn=learn)
     batch = jax.device_put(batch, batch_sharding(mesh))
-    return make_scorer(setup)(setup.params, batch, setup.lr)
+    return make_scorer(inference_model, mesh)(params, batch, config.inner.lr)
 
 
 @pytest.mark.parametrize(("name", "learn"), CASES)
