@@ -67,6 +67,34 @@ def test_a_design_survives_its_file(tmp_path):
     assert read_design(tmp_path / "other") is None
 
 
+def test_settings_of_one_name_are_told_apart():
+    rows = grid(["model.mixers=window+full,full;window,full+full;window,full", "inner.lr=1"])
+    design = make_design([TINY], rows, 1, changes=SMALL)
+    assert len(design.settings) == 3
+    assert [name for name in design.settings if "," not in name] == ["mixers=window+full"]
+    assert design.trials[0].values["inner.lr"] == 1.0  # also what all settings share
+
+
+def test_long_names_fit_file_systems():
+    rows = [{"train.init_from": f"{'x' * 300}{i}"} for i in range(2)]
+    design = make_design([TINY], rows, 1, changes=SMALL)
+    assert len(design.settings) == 2
+    assert max(map(len, design.settings)) < 200
+
+
+def test_contexts_that_no_chunk_divides_are_refused_before_training():
+    with pytest.raises(UserError, match=r"chunk_size=5,seed=0.*chunk"):
+        make_design(
+            [f"{TINY}:ttt_e2e"],
+            grid(["inner.chunk_size=5,10"]),
+            1,
+            changes={"train.seq_len": 20, "eval.context_lengths": ()},
+            scoring={"lengths": (24,)},
+        )
+    with pytest.raises(UserError, match="--window"):
+        make_design([TINY], [{}], 1, changes=SMALL, scoring={"window": -1})
+
+
 @pytest.mark.parametrize(
     "content", ["{", '{"format": 1}', '{"format": 99}', '{"format": 1, "trials": [], "scoring": 3}']
 )
@@ -109,6 +137,7 @@ def test_settings_that_do_not_fit_are_refused(axes, message):
         ("inner.lr\n", "a line for each setting"),
         ("inner.lr,inner.clip\n1\n", "1 cells, not 2"),
         ("inner.rate\n1\n", "Did you mean"),
+        ("inner.lr,inner.lr\n1,2\n", "several columns"),
     ],
 )
 def test_uneven_tables_are_refused(tmp_path, text, message):
@@ -118,11 +147,20 @@ def test_uneven_tables_are_refused(tmp_path, text, message):
         read_table(path)
 
 
+def test_tables_of_spreadsheets_are_read(tmp_path):
+    """With a byte-order mark and blank lines."""
+    path = tmp_path / "trials.csv"
+    path.write_text("\ufeffinner.lr\r\n0.5\r\n\r\n", newline="")
+    assert read_table(path) == [{"inner.lr": 0.5}]
+
+
 def test_a_sweep_without_a_recipe_is_refused():
     with pytest.raises(UserError, match="needs a recipe"):
         make_design([], [{}], 1)
     with pytest.raises(UserError, match="at least 1"):
         make_design([TINY], [{}], 0)
+    with pytest.raises(UserError, match="column `recipe`"):
+        make_design([TINY], [{"recipe": TINY}], 1)
 
 
 def test_the_file_holds_whole_configurations(tmp_path):

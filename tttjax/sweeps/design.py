@@ -8,9 +8,11 @@ are not needed again, not on another machine either.
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from tttjax.config import Config, from_config_dict
 from tttjax.config.build import replace_values, to_dict
-from tttjax.config.checks import check_config
+from tttjax.config.checks import check_config, has_fast_weights
 from tttjax.config.files import load_config_dict, matching_specs, set_values
 from tttjax.config.values import check_value, find_field, parse_value
 from tttjax.errors import UserError
@@ -29,14 +31,15 @@ DESIGN = "sweep.json"
 FORMAT = 1
 RECIPE = "recipe"  # the axis of several recipes
 SEEDS = ("train.seed", "data.seed")  # what a trial's seed is added to
+_LONGEST_NAME = 180  # of a setting; file systems take names of 255 bytes
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of a sweep.
 
-    setting: name of the setting, made of the values that distinguish it. values: those values by
-    field (and "recipe"). seed: 0, 1, ...
+    setting: name of the setting, made of the values that distinguish it. values: all values of the
+    grid or table by field, and "recipe". seed: 0, 1, ...
     """
 
     setting: str
@@ -83,13 +86,13 @@ class Design:
 
     @property
     def axes(self) -> dict[str, tuple[Any, ...]]:
-        """Field -> its values, in the order of the trials."""
+        """Field in which settings differ -> its values, in the order of the trials."""
         result: dict[str, tuple[Any, ...]] = {}
         for trial in self.trials:
             for name, value in trial.values.items():
                 seen = result.setdefault(name, ())
                 result[name] = seen if value in seen else (*seen, value)
-        return result
+        return {name: values for name, values in result.items() if len(values) > 1}
 
 
 # Making one --------------------------------------------------------------------------------------
@@ -118,16 +121,15 @@ def make_design(
         raise UserError(f"--seeds={seeds} must be at least 1")
     given = list(itertools.chain.from_iterable(map(matching_specs, specs)))
     rows = list(_settings(given, values))
-    shown = _distinguishing(rows)
-    trials = []
-    for seed, row in itertools.product(range(seeds), rows):
-        kept = {name: row[name] for name in shown}
-        trials.append(Trial(_setting_name(kept), kept, seed, _config(row, seed, changes or {})))
-    names = [trial.name for trial in trials]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"the setting {twice.rpartition(',')[0]} is given twice; remove one")
-    return Design(tuple(trials), _scoring([trial.config for trial in trials], scoring or {}))
+    names = _setting_names(rows)
+    trials = tuple(
+        Trial(name, row, seed, _config(row, seed, changes or {}))
+        for seed, (name, row) in itertools.product(range(seeds), zip(names, rows, strict=True))
+    )
+    scored = _scoring([trial.config for trial in trials], scoring or {})
+    for trial in trials:
+        _check_scoring(trial, scored)
+    return Design(trials, scored)
 
 
 def grid(axes: Sequence[str]) -> list[dict[str, Any]]:
@@ -155,9 +157,9 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
     """
     path = local_path(path, "--trials")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]  # without blank lines
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--trials={path} cannot be read as a CSV table: {error}") from error
     if len(rows) < 2:
         raise UserError(f"--trials={path} needs a line of field names and a line for each setting")
@@ -167,6 +169,8 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
             raise UserError(f"line {number} of {path} has {len(row)} cells, not {len(head)}")
     for name in head:
         _refuse_seed(name)
+        if head.count(name) > 1:
+            raise UserError(f"{path} has several columns {name}; keep one")
     return [
         {
             n: text if n == RECIPE else parse_value(n, text)
@@ -191,6 +195,8 @@ def _settings(
     """The values of every setting, "recipe" among them."""
     for row in values:
         if RECIPE in row:
+            if specs:
+                raise UserError("--config and a column `recipe` exclude each other; remove one")
             yield from ({**row, RECIPE: spec} for spec in matching_specs(str(row[RECIPE])))
             continue
         if not specs:
@@ -221,6 +227,24 @@ def _config(row: Mapping[str, Any], seed: int, changes: Mapping[str, Any]) -> Co
     return seeded
 
 
+def _setting_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the settings, each another; UserError for a setting that is given twice."""
+    shown = _distinguishing(rows)
+    names = [_setting_name({name: row[name] for name in shown}) for row in rows]
+    count = Counter(names)
+    texts = [repr([row[name] for name in shown]) for row in rows]
+    times = Counter(texts)
+    for name, text in zip(names, texts, strict=True):
+        if times[text] > 1:
+            raise UserError(f"the setting {name} is given twice; remove one")
+    return [
+        name
+        if count[name] == 1 and len(name) <= _LONGEST_NAME
+        else f"{name[:_LONGEST_NAME]},{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        for name, text in zip(names, texts, strict=True)
+    ]
+
+
 def _setting_name(values: Mapping[str, Any]) -> str:
     """`ttt_e2e,chunk_size=16,inner.lr=0.1`: the last words of field names where they suffice."""
     leaves = [name.rpartition(".")[2] for name in values]
@@ -232,7 +256,7 @@ def _setting_name(values: Mapping[str, Any]) -> str:
             words.append(str(value).rpartition(":")[2].replace(",", "-"))
         else:
             words.append(f"{leaf if leaves.count(leaf) == 1 else name}={text}")
-    return re.sub(r"[^\w.,=+-]", "_", ",".join(words))
+    return re.sub(r"[^\w.,=+-]", "_", ",".join(words), flags=re.ASCII)
 
 
 def _scoring(configs: Sequence[Config], given: Mapping[str, Any]) -> Scoring:
@@ -248,6 +272,7 @@ def _scoring(configs: Sequence[Config], given: Mapping[str, Any]) -> Scoring:
 
     longest = max(config.train.seq_len for config in configs)
     windows = [c.model.window_size for c in configs if "window" in c.model.mixer_kinds]
+    largest_window = max(windows, default=longest)
     lengths = common(
         "lengths",
         [config.eval.context_lengths or (longest,) for config in configs],
@@ -255,8 +280,8 @@ def _scoring(configs: Sequence[Config], given: Mapping[str, Any]) -> Scoring:
     )
     return Scoring(
         split=common("split", [config.data.val_split for config in configs], "--split"),
-        lengths=tuple(sorted(lengths)),
-        window=given.get("window") or max(windows, default=longest),
+        lengths=tuple(sorted(set(lengths))),
+        window=largest_window if given.get("window") is None else given["window"],
         num_sequences=common(
             "num_sequences", [config.eval.num_sequences for config in configs], "--num-sequences"
         ),
@@ -264,6 +289,22 @@ def _scoring(configs: Sequence[Config], given: Mapping[str, Any]) -> Scoring:
         bins=max(config.eval.bins for config in configs),
         seed=configs[0].eval.seed,
     )
+
+
+def _check_scoring(trial: Trial, scoring: Scoring) -> None:
+    """Raises UserError if a trial cannot be evaluated so, before it is trained."""
+    if scoring.window < 1:
+        raise UserError(f"--window={scoring.window} must be at least 1")
+    values = {
+        "eval.context_lengths": check_value("eval.context_lengths", scoring.lengths),
+        "eval.num_sequences": check_value("eval.num_sequences", scoring.num_sequences),
+    }
+    if not has_fast_weights(trial.config.model, trial.config.inner):
+        return  # its chunks are none
+    try:
+        check_config(replace_values(trial.config, values))
+    except UserError as error:
+        raise UserError(f"{trial.name}: {error}") from error
 
 
 # On disk -----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A sweep's results as tidy DataFrames, which become its CSV files, tables and plots."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,9 @@ def _values(results: SweepResults, setting: str) -> dict[str, Any]:
 
 
 def grid_frame(results: SweepResults) -> pd.DataFrame | None:
-    """Losses over two fields, if the sweep has just two with several values; NaN: not done."""
+    """Losses over two fields, if the sweep is a grid of just two; NaN: not done."""
     axes = results.design.axes
-    if len(axes) != 2 or min(map(len, axes.values())) < 2:
+    if len(axes) != 2 or math.prod(map(len, axes.values())) != len(results.design.settings):
         return None
     y, x = axes
     rows = [
