@@ -34,6 +34,16 @@ def test_the_command_prints_a_row_for_each_and_writes_all_fields(folder, tmp_pat
     assert {"train.steps", "inner.chunk_size", "data.seed"} <= set(frame.columns)
 
 
+def test_a_run_without_steps_has_no_loss(make_run, capsys):
+    make_run("index_new/old")
+    new = make_run("index_new/new")
+    (new / "metrics.jsonl").unlink()
+    assert main(["runs", str(new.parent)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| new"))
+    assert "nan" not in row
+    assert " - " in row
+
+
 def test_a_run_is_not_searched_for_others(folder):
     assert [run.name for run in index_runs(folder / "wide")] == ["."]
 

@@ -54,6 +54,6 @@ def _leaf(name: str, names: list[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "-" if value is None else str(value)
+    if value is None or value != value:  # pandas has NaN for a loss that is not there
+        return "-"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
