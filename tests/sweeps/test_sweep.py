@@ -201,6 +201,57 @@ def test_changed_recipes_are_refused(finished, capsys):
         (out / "kept.json").rename(workdir(out, trial) / "summary.json")
 
 
+def test_results_of_another_configuration_are_refused(finished):
+    """The names of settings do not tell what all of them share."""
+    design, out = finished
+    axes = ["optim.peak_lr=1e-2,1e-1", "model.window_size=8,16"]
+    changed = make("unused", axes, **{"optim.weight_decay": 0.5})
+    with pytest.raises(UserError, match="weight_decay"):
+        load_results(changed, out)
+    longer = make("unused", axes, **{"train.steps": 5})
+    with pytest.raises(UserError, match=r"train\.steps"):
+        load_results(longer, out)
+    assert load_results(design, out).settings
+
+
+def test_the_error_of_a_field_is_over_seeds_alone(finished):
+    """The settings that it is averaged over are no sample."""
+    design, out = finished
+    _, (_, _, change) = load_results(design, out).by_value("optim.peak_lr")
+    low, high = (
+        np.mean([by_hand(design, out, n, 1, 32) for n in design.settings if rate in n], axis=0)
+        for rate in ("peak_lr=0.01,", "peak_lr=0.1,")
+    )
+    seeds = abs(np.diff(high - low)[0]) / 2
+    assert float(change.seeds) == pytest.approx(seeds, rel=1e-4)
+
+
+def test_a_list_of_settings_has_no_heat_map(finished, tmp_path):
+    design, out = finished
+    some = dataclasses.replace(
+        design,
+        trials=tuple(t for t in design.trials if t.setting not in list(design.settings)[1:3]),
+    )
+    _, paths = make_report(some, out)
+    assert len(some.axes) == 2
+    assert "heat_map.png" not in {path.name for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seeds=3", "--seeds needs"),
+        ("--data=x", "--data needs"),
+        ("--slurm=a=1", "--on=slurm"),
+        ("--baseline=none", "is no setting"),
+    ],
+)
+def test_options_without_effect_are_refused(finished, capsys, option, message):
+    _, out = finished
+    assert main(["sweep", f"--out={out}", option]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_cannot_fit_is_refused_before_the_start(data):
     design = make(data, ["model.embed_dim=16,1024"], 1)
     check_fits(design.trials, Machine("cpu", 1, 1e9, 1e9), 2)

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TABLE",
         help="CSV table of settings in place of a grid: a column for each field, perhaps `recipe`",
     )
-    add("--seeds", type=int32, default=1, metavar="N", help="trials of each setting (default: 1)")
+    add("--seeds", type=int32, metavar="N", help="trials of each setting (default: 1)")
     add("--data", metavar="DIR", help="prepared data set (default: data.sources of the recipes)")
     scoring = parser.add_argument_group("evaluation (default: `eval.*` of the recipes)")
     add = scoring.add_argument
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,T",
         help="context lengths in tokens (default: eval.context_lengths, else train.seq_len)",
     )
-    add("--window", type=int32, default=0, metavar="N", help="tokens of the first window")
+    add("--window", type=int32, metavar="N", help="tokens of the first window")
     add("--num-sequences", type=int32, metavar="N", help="sequences of the longest context")
     add = parser.add_argument_group("running").add_argument
     add("--on", choices=PLACES, default="here", help="where trials run (default: here)")
@@ -102,7 +102,15 @@ def run(args: argparse.Namespace) -> int:
         return _run_one(out, args.trial, args.follow_stdin)
     if args.jobs < 0:
         raise UserError(f"--jobs={args.jobs} must be at least 1")
+    if args.slurm and args.on != "slurm":
+        raise UserError("--slurm needs --on=slurm")
+    if (args.image or args.volume_claim) and args.on != "kubernetes":
+        raise UserError("--image and --volume-claim need --on=kubernetes")
     design = _design(args, out)
+    if args.baseline and args.baseline not in design.settings:
+        raise UserError(
+            f"--baseline={args.baseline} is no setting; choose from {', '.join(design.settings)}"
+        )
     if args.plan:
         _print_plan(design)
         return 0
@@ -120,8 +128,8 @@ def _design(args: argparse.Namespace, out: Path) -> "Design":
     if args.config is None and args.trials is None:
         if existing is None:
             raise UserError(f"{out} has no sweep yet; give --config and --set, or --trials")
-        if args.set or args.overrides:
-            raise UserError("--set and --config.FIELD need --config or --trials beside them")
+        if given := _given(args):
+            raise UserError(f"{given} needs --config or --trials beside it")
         return existing
     if args.set and args.trials:
         raise UserError("--set and --trials exclude each other; put all values into the table")
@@ -134,7 +142,7 @@ def _design(args: argparse.Namespace, out: Path) -> "Design":
     return designs.make_design(
         args.config or [],
         designs.read_table(args.trials) if args.trials else designs.grid(args.set),
-        args.seeds,
+        1 if args.seeds is None else args.seeds,
         changes=changes,
         scoring={
             "split": args.split,
@@ -143,6 +151,21 @@ def _design(args: argparse.Namespace, out: Path) -> "Design":
             "num_sequences": args.num_sequences,
         },
     )
+
+
+def _given(args: argparse.Namespace) -> str:
+    """The first option of the command line that describes trials; "" if there is none."""
+    options = {
+        "--set": args.set,
+        "--config.FIELD": args.overrides,
+        "--seeds": args.seeds is not None,
+        "--data": args.data,
+        "--split": args.split,
+        "--context-lengths": args.context_lengths,
+        "--window": args.window is not None,
+        "--num-sequences": args.num_sequences is not None,
+    }
+    return next((option for option, value in options.items() if value), "")
 
 
 def _run_one(out: Path, word: str, follow: bool) -> int:
@@ -175,9 +198,11 @@ def _run_one(out: Path, word: str, follow: bool) -> int:
 def _run_here(args: argparse.Namespace, design: "Design", out: Path) -> int:
     from tttjax.runtime.progress import report_activity
     from tttjax.sweeps.design import write_design
-    from tttjax.sweeps.local import check_fits, find_machine, run_trials
+    from tttjax.sweeps.local import check_fits, find_machine, log_path, run_trials
     from tttjax.sweeps.progress import show_sweep, summary
+    from tttjax.sweeps.trial import check_trials
 
+    check_trials(design, out)
     with report_activity("looking for devices"):
         machine = find_machine()
     jobs = min(args.jobs or machine.slots, len(design.trials))
@@ -190,6 +215,11 @@ def _run_here(args: argparse.Namespace, design: "Design", out: Path) -> int:
         if sweep.was_stopped:
             print("sweep: stopped and saved; the same command goes on")
             return EXIT_INTERRUPTED
+        for trial in design.trials:
+            if trial.name in sweep.failed:
+                print(f"sweep: {trial.name} failed; {log_path(out, trial)} says why")
+        if sweep.failed and not any(state.status == "done" for state in sweep.states.values()):
+            return EXIT_FAILED  # there is nothing to report
         code = _report(design, out, args.baseline)
     return EXIT_FAILED if sweep.failed else code
 
@@ -209,8 +239,9 @@ def _report(design: "Design", out: Path, baseline: str) -> int:
 def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
     from tttjax.sweeps.cluster import kubernetes_manifest, submit_to_slurm
     from tttjax.sweeps.design import write_design
-    from tttjax.sweeps.trial import open_trials
+    from tttjax.sweeps.trial import check_trials, open_trials
 
+    check_trials(design, out)
     names = open_trials(design, out)
     if not names:
         return _report(design, out, args.baseline)
@@ -227,7 +258,10 @@ def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
         )
         return 0
     write_design(design, out)
-    jobs = submit_to_slurm(out, names, _slurm_options(args.slurm))
+    options = _slurm_options(args.slurm)
+    if args.jobs:
+        options.setdefault("slurm_array_parallelism", args.jobs)
+    jobs = submit_to_slurm(out, names, options)
     print(f"submitted {len(jobs)} trials: {jobs[0].job_id} to {jobs[-1].job_id}; then {then}")
     return 0
 

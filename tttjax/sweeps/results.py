@@ -12,7 +12,7 @@ from tttjax.errors import UserError
 from tttjax.evaluation.outputs import BY_DOCUMENT
 from tttjax.evaluation.statistics import Estimate, Sums, difference, loss
 from tttjax.sweeps.design import RECIPE, Design, Trial
-from tttjax.sweeps.trial import EVALUATION, trial_state, workdir
+from tttjax.sweeps.trial import EVALUATION, check_trials, trial_state, workdir
 
 REGIONS = {
     "all": "all tokens",
@@ -93,23 +93,31 @@ class SweepResults:
     def by_value(self, axis: str) -> Iterator[tuple[Any, Estimate, Estimate | None]]:
         """(value, loss, difference from the first value), over the trials that all values have.
 
-        Trials are paired by seed and by the values of the other fields.
+        Trials are paired by seed and by the values of the other fields, over which the losses of a
+        seed are averaged: the other settings are no sample, so they add nothing to the error.
         """
-        groups: dict[Any, dict[Any, Sums]] = {}
+        groups: dict[Any, dict[tuple[tuple[str, ...], int], Sums]] = {}
         for name in self.settings:
             values = dict(self.design.settings[name][0].values)
             group = groups.setdefault(values.pop(axis), {})
             for seed, sums in self.runs(name).items():
-                group[(*map(repr, values.values()), seed)] = sums
+                group[tuple(map(repr, values.values())), seed] = sums
         common = set.intersection(*map(set, groups.values())) if groups else set()
         if not common:
             return
         first = next(iter(groups))
+        seeds = sorted({seed for _, seed in common})
         for value, group in groups.items():
             ours, theirs = (
-                [g[key] for key in sorted(common, key=str)] for g in (group, groups[first])
+                [_mean([of[key] for key in sorted(common) if key[1] == seed]) for seed in seeds]
+                for of in (group, groups[first])
             )
             yield value, loss(ours), None if value == first else difference(ours, theirs)
+
+
+def _mean(runs: Sequence[Sums]) -> Sums:
+    """Mean losses of the same tokens."""
+    return Sums(np.mean([sums.loss_DL for sums in runs], axis=0), runs[0].count_DL)
 
 
 def paired(a: Mapping[int, Sums], b: Mapping[int, Sums]) -> tuple[list[Sums], list[Sums]]:
@@ -121,7 +129,11 @@ def paired(a: Mapping[int, Sums], b: Mapping[int, Sums]) -> tuple[list[Sums], li
 
 
 def load_results(design: Design, out: Path) -> SweepResults:
-    """The results of all trials that are done. Raises UserError if none is."""
+    """The results of all trials that are done.
+
+    Raises UserError if none is, or if one was trained with another configuration.
+    """
+    check_trials(design, out)
     losses: dict[str, dict[int, Losses]] = {}
     edges: dict[int, np.ndarray] = {}
     diverged, missing = [], []
@@ -135,6 +147,8 @@ def load_results(design: Design, out: Path) -> SweepResults:
             of_trial, edges = _load(workdir(out, trial) / EVALUATION / BY_DOCUMENT, trial)
             losses.setdefault(trial.setting, {})[trial.seed] = of_trial
     if not losses:
+        if diverged and not missing:
+            raise UserError(f"all trials of {out} diverged, so there is nothing to report")
         raise UserError(f"no trial of {out} is done yet, so there is nothing to report")
     _check_same_tokens(losses)
     return SweepResults(design, losses, edges, tuple(diverged), tuple(missing))
@@ -181,12 +195,17 @@ def _check_same_tokens(losses: Mapping[str, Mapping[int, Losses]]) -> None:
 
 
 def at_an_edge(results: SweepResults, names: Sequence[str]) -> Iterator[tuple[str, str, Any, str]]:
-    """(setting, field, value, "lowest" or "highest") where a best value is an end of its range."""
-    for field, values in results.design.axes.items():
-        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        if len(numbers) < 2 or len(numbers) < len(values):
-            continue
+    """(setting, field, value, "lowest" or "highest") where a best value is an end of its range.
+
+    The range is that of the setting's recipe.
+    """
+    settings = {name: trials[0].values for name, trials in results.design.settings.items()}
+    for field in results.design.axes:
         for name in names:
-            value = results.design.settings[name][0].values[field]
-            if value in (min(numbers), max(numbers)):
-                yield name, field, value, "lowest" if value == min(numbers) else "highest"
+            best = settings[name]
+            tried = {of[field] for of in settings.values() if of[RECIPE] == best[RECIPE]}
+            if len(tried) < 2 or not all(type(value) in (int, float) for value in tried):
+                continue
+            value = best[field]
+            if value in (min(tried), max(tried)):
+                yield name, field, value, "lowest" if value == min(tried) else "highest"

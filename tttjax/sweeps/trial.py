@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tttjax.config.run_info import check_same_run, read_config
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.evaluation.outputs import write_comparison
@@ -93,6 +94,23 @@ def trial_state(out: Path, trial: Trial, scoring: Scoring) -> TrialState:
         is_scored = path.exists() and _same_scoring(path, scoring)
         return TrialState("done" if is_scored else "evaluating", step, loss, rate)
     return TrialState("training" if step else "waiting", step, loss, rate)
+
+
+def check_trials(design: Design, out: Path) -> None:
+    """Raises UserError if a trial's folder holds a run of another configuration.
+
+    The results of that run would be taken for the trial's.
+    """
+    for trial in design.trials:
+        folder = workdir(out, trial)
+        check_same_run(folder, trial.config)
+        previous = read_config(folder)
+        has_ended = (folder / SUMMARY).exists()
+        if has_ended and previous and previous.train.steps != trial.config.train.steps:
+            raise UserError(
+                f"{folder} was trained for {previous.train.steps} steps, not "
+                f"{trial.config.train.steps}; give another --out, or remove it"
+            )
 
 
 def open_trials(design: Design, out: Path) -> list[str]:
