@@ -81,6 +81,12 @@ def test_a_failed_command_fails_its_job():
         cluster.SlurmTrial([sys.executable, "-c", "raise SystemExit(3)"])()
 
 
+def test_the_signal_of_a_preemption_leaves_the_trial_running():
+    """It goes to all processes of a job, of which submitit's has the trial save."""
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2)"
+    cluster.SlurmTrial([sys.executable, "-c", script])()
+
+
 def test_a_preempted_trial_queues_again():
     pytest.importorskip("submitit")
     command = [sys.executable, "-c", "pass"]

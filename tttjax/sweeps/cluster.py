@@ -5,7 +5,9 @@ be on a disk that all nodes mount at the same path; `tttjax sweep --out=DIR --re
 there.
 """
 
+import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,8 @@ class SlurmTrial:
         self._popen: subprocess.Popen | None = None
 
     def __call__(self) -> None:
-        self._popen = subprocess.Popen(self.command)
+        # Slurm sends submitit's signal to all processes of a job; it would end the trial unsaved.
+        self._popen = subprocess.Popen(self.command, preexec_fn=_ignore_user_signals)
         if code := self._popen.wait():
             raise RuntimeError(f"{shlex.join(self.command)} ended with exit code {code}")
 
@@ -43,6 +46,11 @@ class SlurmTrial:
             self._popen.terminate()
             self._popen.wait()
         return DelayedSubmission(SlurmTrial(self.command))
+
+
+def _ignore_user_signals() -> None:
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def submit_to_slurm(
@@ -87,11 +95,12 @@ def kubernetes_manifest(
         "command": ["sh", "-c", script],
         "volumeMounts": [mount],
     }
-    label = "".join(c if c.isalnum() else "-" for c in out.name.lower()).strip("-") or "sweep"
+    label = re.sub("[^a-z0-9]", "-", out.name.lower()).strip("-") or "sweep"
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": f"sweep-{label}"[:63].rstrip("-")},
+        # Pods are called after the job, with the index and a suffix, in 63 characters.
+        "metadata": {"name": f"sweep-{label}"[:50].rstrip("-")},
         "spec": {
             "completionMode": "Indexed",
             "completions": len(names),
