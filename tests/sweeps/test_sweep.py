@@ -24,7 +24,7 @@ from tttjax.sweeps.design import grid, make_design, read_design, read_table, wri
 from tttjax.sweeps.local import Machine, SweepState, check_fits
 from tttjax.sweeps.report import make_report
 from tttjax.sweeps.results import load_results
-from tttjax.sweeps.trial import open_trials, run_trial, trial_state, workdir
+from tttjax.sweeps.trial import check_data, open_trials, run_trial, trial_state, workdir
 
 pytestmark = pytest.mark.slow
 
@@ -250,6 +250,16 @@ def test_options_without_effect_are_refused(finished, capsys, option, message):
     _, out = finished
     assert main(["sweep", f"--out={out}", option]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_missing_data_are_noticed_before_training(data, tmp_path):
+    check_data(make(data, [], 1), tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        check_data(make(tmp_path / "none", [], 1), tmp_path)
+    with pytest.raises(UserError, match="one data set"):
+        check_data(make(data, [], 1, **{"data.sources": (str(data), str(data))}), tmp_path)
+    with pytest.raises(UserError, match="split 'exam'"):
+        check_data(make(data, [], 1, **{"data.val_split": "exam"}), tmp_path)
 
 
 def test_what_cannot_fit_is_refused_before_the_start(data):

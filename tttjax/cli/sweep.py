@@ -200,9 +200,10 @@ def _run_here(args: argparse.Namespace, design: "Design", out: Path) -> int:
     from tttjax.sweeps.design import write_design
     from tttjax.sweeps.local import check_fits, find_machine, log_path, run_trials
     from tttjax.sweeps.progress import show_sweep, summary
-    from tttjax.sweeps.trial import check_trials
+    from tttjax.sweeps.trial import check_data, check_trials
 
     check_trials(design, out)
+    check_data(design, out)
     with report_activity("looking for devices"):
         machine = find_machine()
     jobs = min(args.jobs or machine.slots, len(design.trials))
@@ -239,7 +240,7 @@ def _report(design: "Design", out: Path, baseline: str) -> int:
 def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
     from tttjax.sweeps.cluster import kubernetes_manifest, submit_to_slurm
     from tttjax.sweeps.design import write_design
-    from tttjax.sweeps.trial import check_trials, open_trials
+    from tttjax.sweeps.trial import check_data, check_trials, open_trials
 
     check_trials(design, out)
     names = open_trials(design, out)
@@ -257,6 +258,7 @@ def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
             f"{len(names)} trials; pipe this into kubectl apply -f -; then {then}", file=sys.stderr
         )
         return 0
+    check_data(design, out)
     write_design(design, out)
     options = _slurm_options(args.slurm)
     if args.jobs:

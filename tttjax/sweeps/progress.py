@@ -69,7 +69,7 @@ def summary(sweep: SweepState) -> str:
     ]
     parts += [f"{count[word]} {word}" for word in ("stopped", "diverged", "failed") if count[word]]
     left = sweep.seconds_left()
-    return ", ".join(parts) + ("" if left is None else f"; {duration(left)} left")
+    return ", ".join(parts) + (f"; {duration(left)} left" if left else "")
 
 
 def trial_word(sweep: SweepState, trial: Trial) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from tttjax.config.run_info import check_same_run, read_config
+from tttjax.data.shards import open_prepared
 from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.evaluation.outputs import write_comparison
@@ -111,6 +112,17 @@ def check_trials(design: Design, out: Path) -> None:
                 f"{folder} was trained for {previous.train.steps} steps, not "
                 f"{trial.config.train.steps}; give another --out, or remove it"
             )
+
+
+def check_data(design: Design, out: Path) -> None:
+    """Raises UserError if trials that have not ended lack their data, or the evaluation's split."""
+    names = set(open_trials(design, out))
+    for sources in {trial.config.data.sources for trial in design.trials if trial.name in names}:
+        if len(sources) != 1:
+            raise UserError(
+                f"a sweep trains and evaluates on one data set, not {len(sources)}; give --data=DIR"
+            )
+        open_prepared(sources[0], verify=False).split(design.scoring.split)
 
 
 def open_trials(design: Design, out: Path) -> list[str]:
