@@ -39,7 +39,9 @@ def test_every_index_of_the_job_is_one_trial(out, capsys):
     commands = [
         subprocess_output([shell, flag, echo], {"JOB_COMPLETION_INDEX": str(i)}) for i in range(3)
     ]
-    assert commands == [f"sweep|--out={out}|--trial=peak_lr={i}.0,seed=0|" for i in (1, 2, 3)]
+    assert commands == [
+        f"sweep|--out={out}|--trial=tiny_run,peak_lr={i}.0,seed=0|" for i in (1, 2, 3)
+    ]
 
 
 def subprocess_output(command, environment):

@@ -71,8 +71,21 @@ def test_settings_of_one_name_are_told_apart():
     rows = grid(["model.mixers=window+full,full;window,full+full;window,full", "inner.lr=1"])
     design = make_design([TINY], rows, 1, changes=SMALL)
     assert len(design.settings) == 3
-    assert [name for name in design.settings if "," not in name] == ["mixers=window+full"]
+    assert "tiny_run,mixers=window+full,lr=1.0" in design.settings
     assert design.trials[0].values["inner.lr"] == 1.0  # also what all settings share
+
+
+def test_further_settings_keep_the_names_of_the_others():
+    few = make_design([f"{TINY}:static"], grid(["inner.lr=1"]), 1, changes=SMALL)
+    more = make_design(
+        [f"{TINY}:static", f"{TINY}:ttt_e2e"], grid(["inner.lr=1,2"]), 2, changes=SMALL
+    )
+    assert set(few.settings) < set(more.settings)
+
+
+def test_a_field_of_all_trials_and_of_the_settings_is_refused():
+    with pytest.raises(UserError, match="give it once"):
+        make_design([TINY], grid(["inner.lr=1,2"]), 1, changes={**SMALL, "inner.lr": 3.0})
 
 
 def test_long_names_fit_file_systems():

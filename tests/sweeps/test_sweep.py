@@ -174,7 +174,7 @@ def test_a_diverged_trial_is_reported_and_not_repeated(data, tmp_path, capsys):
     states = [trial_state(tmp_path, trial, design.scoring).status for trial in design.trials]
     assert states == ["done", "diverged"]
     assert main(["sweep", f"--out={tmp_path}", "--report"]) == 0
-    assert "Diverged: peak_lr=1e+30,seed=0" in capsys.readouterr().out
+    assert "Diverged: static,peak_lr=1e+30,seed=0" in capsys.readouterr().out
     assert main(["sweep", f"--out={tmp_path}", "--trial=1"]) == 0
     assert "training for" not in capsys.readouterr().out
 
@@ -265,7 +265,7 @@ def test_missing_data_are_noticed_before_training(data, tmp_path):
 def test_what_cannot_fit_is_refused_before_the_start(data):
     design = make(data, ["model.embed_dim=16,1024"], 1)
     check_fits(design.trials, Machine("cpu", 1, 1e9, 1e9), 2)
-    with pytest.raises(UserError, match="embed_dim=1024,seed=0"):
+    with pytest.raises(UserError, match="static,embed_dim=1024,seed=0"):
         check_fits(design.trials, Machine("cpu", 1, 1e6, 1e6), 1)
     with pytest.raises(UserError, match="lower --jobs"):
         check_fits(2 * design.trials, Machine("cpu", 1, 1.2e8, 1.2e8), 4)

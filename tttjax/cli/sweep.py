@@ -200,13 +200,13 @@ def _run_here(args: argparse.Namespace, design: "Design", out: Path) -> int:
     from tttjax.sweeps.design import write_design
     from tttjax.sweeps.local import check_fits, find_machine, log_path, run_trials
     from tttjax.sweeps.progress import show_sweep, summary
-    from tttjax.sweeps.trial import check_data, check_trials
+    from tttjax.sweeps.trial import check_data, check_trials, open_trials
 
     check_trials(design, out)
     check_data(design, out)
     with report_activity("looking for devices"):
         machine = find_machine()
-    jobs = min(args.jobs or machine.slots, len(design.trials))
+    jobs = min(args.jobs or machine.slots, max(1, len(open_trials(design, out))))
     check_fits(design.trials, machine, jobs)
     with hold(out, exit_on_sigterm=False):
         write_design(design, out)

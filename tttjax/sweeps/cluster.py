@@ -7,7 +7,6 @@ there.
 
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,8 @@ class SlurmTrial:
 
     def __call__(self) -> None:
         # Slurm sends submitit's signal to all processes of a job; it would end the trial unsaved.
-        self._popen = subprocess.Popen(self.command, preexec_fn=_ignore_user_signals)
+        ignore = ["sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh"]
+        self._popen = subprocess.Popen([*ignore, *self.command])
         if code := self._popen.wait():
             raise RuntimeError(f"{shlex.join(self.command)} ended with exit code {code}")
 
@@ -46,11 +46,6 @@ class SlurmTrial:
             self._popen.terminate()
             self._popen.wait()
         return DelayedSubmission(SlurmTrial(self.command))
-
-
-def _ignore_user_signals() -> None:
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def submit_to_slurm(

@@ -8,6 +8,7 @@ are not needed again, not on another machine either.
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -76,7 +77,7 @@ class Design:
     trials: tuple[Trial, ...]
     scoring: Scoring
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, tuple[Trial, ...]]:
         """The trials of every setting, by its name."""
         result: dict[str, tuple[Trial, ...]] = {}
@@ -84,7 +85,7 @@ class Design:
             result[trial.setting] = (*result.get(trial.setting, ()), trial)
         return result
 
-    @property
+    @functools.cached_property
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Field in which settings differ -> its values, in the order of the trials."""
         result: dict[str, tuple[Any, ...]] = {}
@@ -121,6 +122,7 @@ def make_design(
         raise UserError(f"--seeds={seeds} must be at least 1")
     given = list(itertools.chain.from_iterable(map(matching_specs, specs)))
     rows = list(_settings(given, values))
+    _check_even(rows)
     names = _setting_names(rows)
     trials = tuple(
         Trial(name, row, seed, _config(row, seed, changes or {}))
@@ -204,18 +206,18 @@ def _settings(
         yield from ({RECIPE: spec, **row} for spec in specs)
 
 
-def _distinguishing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields that some settings set and others do not, or to other values; all, if one."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def _check_even(rows: Sequence[Mapping[str, Any]]) -> None:
+    names = dict.fromkeys(name for row in rows for name in row)
     uneven = next((name for name in names for row in rows if name not in row), None)
     if uneven is not None:
         raise UserError(f"{uneven} is set by some settings only; give it in all")
-    varying = [name for name in names if len({repr(row[name]) for row in rows}) > 1]
-    return varying or names
 
 
 def _config(row: Mapping[str, Any], seed: int, changes: Mapping[str, Any]) -> Config:
     config = load_config_dict(row[RECIPE])
+    twice = next((name for name in row if name in changes), None)
+    if twice is not None:
+        raise UserError(f"{twice} is set for all trials and by the settings; give it once")
     set_values(config, changes)
     set_values(config, {name: value for name, value in row.items() if name != RECIPE})
     checked = from_config_dict(config)
@@ -228,12 +230,13 @@ def _config(row: Mapping[str, Any], seed: int, changes: Mapping[str, Any]) -> Co
 
 
 def _setting_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings, each another; UserError for a setting that is given twice."""
-    shown = _distinguishing(rows)
-    names = [_setting_name({name: row[name] for name in shown}) for row in rows]
-    count = Counter(names)
-    texts = [repr([row[name] for name in shown]) for row in rows]
-    times = Counter(texts)
+    """Names of the settings, each another; UserError for a setting that is given twice.
+
+    A name has all fields of its setting, so settings that are added later do not change it.
+    """
+    names = [_setting_name(row) for row in rows]
+    texts = [repr(sorted(row.items())) for row in rows]
+    count, times = Counter(names), Counter(texts)
     for name, text in zip(names, texts, strict=True):
         if times[text] > 1:
             raise UserError(f"the setting {name} is given twice; remove one")
@@ -248,13 +251,12 @@ def _setting_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _setting_name(values: Mapping[str, Any]) -> str:
     """`ttt_e2e,chunk_size=16,inner.lr=0.1`: the last words of field names where they suffice."""
     leaves = [name.rpartition(".")[2] for name in values]
-    words = []
+    file, _, argument = str(values[RECIPE]).partition(":")
+    words = [argument.replace(",", "-") or Path(file).stem]
     for name, value in values.items():
         leaf = name.rpartition(".")[2]
         text = "+".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
-        if name == RECIPE:
-            words.append(str(value).rpartition(":")[2].replace(",", "-"))
-        else:
+        if name != RECIPE:
             words.append(f"{leaf if leaves.count(leaf) == 1 else name}={text}")
     return re.sub(r"[^\w.,=+-]", "_", ",".join(words), flags=re.ASCII)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -211,6 +212,9 @@ def _start(trial: Trial, out: Path, machine: Machine, jobs: int, slot: int) -> _
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else list(map(str, range(machine.devices)))
         environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
+        if jobs > len(names):  # JAX reserves three quarters of a GPU for each process
+            fraction = f"{0.9 / math.ceil(jobs / len(names)):.3f}"
+            environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
     popen = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,  # closes when this process ends, however it does: see `follow_stdin`

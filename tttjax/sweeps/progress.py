@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tttjax.evaluation.tables import format_seconds
 from tttjax.sweeps.design import Trial
 from tttjax.sweeps.local import SweepState, log_path
 
@@ -69,7 +70,7 @@ def summary(sweep: SweepState) -> str:
     ]
     parts += [f"{count[word]} {word}" for word in ("stopped", "diverged", "failed") if count[word]]
     left = sweep.seconds_left()
-    return ", ".join(parts) + (f"; {duration(left)} left" if left else "")
+    return ", ".join(parts) + (f"; {format_seconds(left)} left" if left else "")
 
 
 def trial_word(sweep: SweepState, trial: Trial) -> str:
@@ -80,13 +81,6 @@ def trial_word(sweep: SweepState, trial: Trial) -> str:
     if state.has_ended or trial.name in sweep.running:
         return "starting" if state.status == "waiting" else state.status
     return "stopped" if state.step else "waiting"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: `1:02:03`, `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _details(sweep: SweepState, trial: Trial) -> str:

@@ -1,6 +1,6 @@
 """Losses of all trials of a sweep that are done, read from their files, and comparisons of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,24 @@ class SweepResults:
         return difference(*paired(self.runs(a, region), self.runs(b, region)))
 
     def best(self) -> list[str]:
-        """The setting with the lowest loss; of every recipe, where there are several."""
+        """The setting with the lowest loss; of every recipe, where there are several.
+
+        Settings of a recipe are ranked by the seeds that all of them have, if there are any.
+        """
         recipes: dict[Any, list[str]] = {}
         for name in self.settings:
             recipe = self.design.settings[name][0].values.get(RECIPE)
             recipes.setdefault(recipe, []).append(name)
-        return [
-            min(names, key=lambda name: float(self.loss(name).mean)) for names in recipes.values()
-        ]
+        return [min(names, key=self._rank(names)) for names in recipes.values()]
+
+    def _rank(self, names: Sequence[str]) -> Callable[[str], float]:
+        seeds = set.intersection(*(set(self.losses[name]) for name in names))
+
+        def mean(name: str) -> float:
+            runs = self.runs(name)
+            return float(loss([runs[seed] for seed in sorted(seeds or runs)]).mean)
+
+        return mean
 
     def by_value(self, axis: str) -> Iterator[tuple[Any, Estimate, Estimate | None]]:
         """(value, loss, difference from the first value), over the trials that all values have.
