@@ -169,6 +169,22 @@ def test_bad_urls_are_named_in_a_sentence(url, sentence, bucket, tmp_path):
         read_text(url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:geheim@host/a.txt",
+        "https://host/a.txt?X-Amz-Credential=me&X-Amz-Signature=geheim",
+        "https://host/a.txt?id=3&TOKEN=geheim",
+    ],
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(url, tmp_path):
+    with pytest.raises(UserError, match="holds credentials") as error:
+        prepare([url], tmp_path / "data", num_workers=0)
+    assert "geheim" not in str(error.value)
+    assert "host/a.txt" in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("command", ["prepare {} --out=out", "read run {} --save-session=s"])
 def test_a_missing_package_is_named(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -9,10 +9,12 @@ import hashlib
 import io
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from tttjax.errors import UserError
 
 _BLOCK = 1 << 20
+_SECRETS = {"signature", "sig", "token", "access_token", "api_key", "apikey", "password"}
 
 
 def list_files(url: str) -> list[str]:
@@ -57,6 +59,7 @@ def _open_system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     import fsspec  # slow, and not needed for files of this machine
 
+    _refuse_secrets(url)
     protocol = url.partition("://")[0]
     try:
         fsspec.get_filesystem_class(protocol)
@@ -69,6 +72,25 @@ def _open_system(url: str) -> tuple[Any, str]:
         ) from error
     with _as_os_error():
         return fsspec.url_to_fs(url)
+
+
+def _refuse_secrets(url: str) -> None:
+    """Raises UserError for credentials in a URL: it is a document's name, and is written to files.
+
+    The message does not repeat them.
+    """
+    parts = urlsplit(url)
+    keys = {key.lower().removeprefix("x-amz-").removeprefix("x-goog-") for key in _query(parts)}
+    if parts.password is not None or keys & (_SECRETS | {"credential", "security-token"}):
+        raise UserError(
+            f"The URL {parts.scheme}://{parts.hostname}{parts.path} holds credentials, which would "
+            "be written to files; leave them to the settings of the package that reads it, or "
+            "download the file."
+        )
+
+
+def _query(parts: SplitResult) -> list[str]:
+    return [key for key, _ in parse_qsl(parts.query, keep_blank_values=True)]
 
 
 @contextlib.contextmanager
