@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +165,49 @@ def test_the_report_writes_tables_that_pandas_reads_back(finished, tmp_path):
     assert any("the best may lie beyond it" in block for block in blocks if isinstance(block, str))
     with pytest.raises(UserError, match="is no setting"):
         make_report(design, out, "window")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished sweep in a folder that may be damaged."""
+    design, out = finished
+    shutil.copytree(out / "trials", tmp_path / "trials")
+    return design, tmp_path
+
+
+def test_losses_that_are_not_finite_are_never_the_best(copied):
+    design, out = copied
+    trials = design.settings[load_results(design, out).best()[0]]
+    for trial in trials:
+        path = workdir(out, trial) / "evaluation" / "by_document.csv"
+        frame = pd.read_csv(path)
+        frame.loc[0, "nats"] = np.nan
+        frame.to_csv(path, index=False)
+    results = load_results(design, out)
+    assert set(results.diverged) == {trial.name for trial in trials}
+    assert trials[0].setting not in results.best()
+
+
+@pytest.mark.parametrize("damage", ["nats", "rows"])
+def test_damaged_results_are_named(copied, damage):
+    design, out = copied
+    path = workdir(out, design.trials[1]) / "evaluation" / "by_document.csv"
+    frame = pd.read_csv(path)
+    if damage == "rows":
+        frame = frame.iloc[:-1]
+    else:
+        frame["nats"] = "abc"
+    frame.to_csv(path, index=False)
+    with pytest.raises(UserError, match=re.escape(design.trials[1].name)):
+        load_results(design, out)
+
+
+@pytest.mark.parametrize("name", ["evaluation/scoring.json", "metrics.jsonl"])
+def test_a_damaged_record_counts_as_none(copied, name):
+    design, out = copied
+    (workdir(out, design.trials[0]) / name).write_text("[1]\n" if "jsonl" in name else '{"spl')
+    state = trial_state(out, design.trials[0], design.scoring)
+    assert state.status == ("done" if "jsonl" in name else "evaluating")
 
 
 def test_a_diverged_trial_is_reported_and_not_repeated(data, tmp_path, capsys):

@@ -31,6 +31,10 @@ def describe(url: str) -> tuple[int, str]:
     system, path = _open_system(url)
     with _as_os_error():
         info = system.info(path)
+        if info.get("mimetype") == "text/html" and not urlsplit(url).path.endswith(
+            (".html", ".htm")
+        ):
+            raise UserError(f"{url} is a web page, not a text; name the file itself.")
         if info.get("size") is None:  # a web server need not say
             return _read_through(system.open(path, "rb"))
         # The key of a web page is its address alone.
@@ -103,7 +107,7 @@ def _as_os_error() -> Iterator[None]:
         if cause is None or isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
             raise
         raise OSError(_in_short(cause)) from error
-    except (OSError, EOFError):
+    except (OSError, EOFError, UserError):
         raise
     except Exception as error:
         raise OSError(_in_short(error)) from error

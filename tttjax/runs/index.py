@@ -25,6 +25,8 @@ class IndexedRun:
 def index_runs(folder: str | os.PathLike) -> list[IndexedRun]:
     """All runs below `folder`, by name. Raises UserError if there are none."""
     root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder} is not a folder; give one with work directories")
     runs = [_read(root, workdir) for workdir in sorted(_workdirs(root))]
     if not runs:
         raise UserError(f"there are no runs in {folder}; give a folder with work directories")

@@ -165,21 +165,24 @@ def read_table(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"--trials={path} cannot be read as a CSV table: {error}") from error
     if len(rows) < 2:
         raise UserError(f"--trials={path} needs a line of field names and a line for each setting")
-    head, *body = rows
-    for number, row in enumerate(body, start=2):
-        if len(row) != len(head):
-            raise UserError(f"line {number} of {path} has {len(row)} cells, not {len(head)}")
+    head, body = [name.strip() for name in rows[0]], rows[1:]
     for name in head:
         _refuse_seed(name)
         if head.count(name) > 1:
             raise UserError(f"{path} has several columns {name}; keep one")
-    return [
-        {
-            n: text if n == RECIPE else parse_value(n, text)
-            for n, text in zip(head, row, strict=True)
+    return [_read_row(path, head, row) for row in body]
+
+
+def _read_row(path: Path, head: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
+    if len(row) != len(head):
+        raise UserError(f"the row {','.join(row)} of {path} has {len(row)} cells, not {len(head)}")
+    try:
+        return {
+            name: text if name == RECIPE else parse_value(name, text)
+            for name, text in zip(head, row, strict=True)
         }
-        for row in body
-    ]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _is_list(name: str) -> bool:

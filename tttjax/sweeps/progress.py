@@ -85,12 +85,21 @@ def trial_word(sweep: SweepState, trial: Trial) -> str:
 
 def _details(sweep: SweepState, trial: Trial) -> str:
     if trial.name in sweep.failed:
-        return f" (exit code {sweep.failed[trial.name]}); {log_path(sweep.out, trial)} says why"
+        return f": {_reason(sweep, trial)}; see {log_path(sweep.out, trial)}"
     state = sweep.states[trial.name]
     if not state.step:
         return ""
     loss = "" if state.loss is None else f", loss {float(state.loss):.4f}"
     return f" {state.step}/{trial.config.train.steps}{loss}"
+
+
+def _reason(sweep: SweepState, trial: Trial) -> str:
+    """Why a trial failed: the last line that it printed, or the signal that ended it."""
+    code = sweep.failed[trial.name]
+    if code < 0:
+        return f"killed by signal {-code}" + (", perhaps for its memory" if code == -9 else "")
+    lines = log_path(sweep.out, trial).read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
 
 
 def _table(sweep: SweepState, height: int) -> "Table":

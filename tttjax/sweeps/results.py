@@ -155,7 +155,10 @@ def load_results(design: Design, out: Path) -> SweepResults:
             missing.append(trial.name)
         else:
             of_trial, edges = _load(workdir(out, trial) / EVALUATION / BY_DOCUMENT, trial)
-            losses.setdefault(trial.setting, {})[trial.seed] = of_trial
+            if all(np.isfinite(sums.loss_DL).all() for sums in of_trial.values()):
+                losses.setdefault(trial.setting, {})[trial.seed] = of_trial
+            else:  # its updates at test time
+                diverged.append(trial.name)
     if not losses:
         if diverged and not missing:
             raise UserError(f"all trials of {out} diverged, so there is nothing to report")
@@ -169,10 +172,9 @@ def _load(path: Path, trial: Trial) -> tuple[Losses, dict[int, np.ndarray]]:
         frame = pd.read_csv(path)
         losses, edges = {}, {}
         for (mode, context), part in frame.groupby(["mode", "context"], sort=False):
-            tables = {
-                name: part.pivot(index="document", columns="first_token", values=name).to_numpy()
-                for name in ("nats", "targets", "bytes")
-            }
+            tables = {name: _pivot(part, name) for name in ("nats", "targets", "bytes")}
+            if np.isnan(tables["targets"]).any():
+                raise ValueError("rows are missing")
             has_bytes = not np.isnan(tables["bytes"]).any()
             length = int(context)
             losses[str(mode), length] = Sums(
@@ -180,11 +182,17 @@ def _load(path: Path, trial: Trial) -> tuple[Losses, dict[int, np.ndarray]]:
             )
             edges[length] = np.asarray([0, *sorted(part["last_token"].unique())])
         return losses, edges
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the results of {trial.name} are damaged ({error}); remove {path.parent} and run the "
             "sweep again"
         ) from error
+
+
+def _pivot(part: pd.DataFrame, name: str) -> np.ndarray:
+    """[D, bins]. Raises ValueError or TypeError for what is not a number."""
+    table = part.pivot(index="document", columns="first_token", values=name)
+    return table.to_numpy().astype(np.float64)
 
 
 def _check_same_tokens(losses: Mapping[str, Mapping[int, Losses]]) -> None:

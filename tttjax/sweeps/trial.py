@@ -135,5 +135,9 @@ def open_trials(design: Design, out: Path) -> list[str]:
 
 
 def _same_scoring(path: Path, scoring: Scoring) -> bool:
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    """Whether an evaluation was made as `scoring` says; a damaged record counts as none."""
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
     return recorded == json.loads(json.dumps(dataclasses.asdict(scoring)))

@@ -97,8 +97,8 @@ def last_record(workdir: str | os.PathLike) -> dict[str, Any]:
         return {}
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # the first may be cut
-            if line.endswith(b"\n"):
-                return json.loads(line)
+            if line.endswith(b"\n") and isinstance(record := json.loads(line), dict):
+                return record
     return {}
 
 
