@@ -127,6 +127,7 @@ class _RemoteFile(io.RawIOBase):
 
     def __init__(self, system: Any, path: str):
         self._system, self._path = system, path
+        self._file: Any = None  # `close` is called also if opening fails
         self._file = system.open(path, "rb")
 
     def readable(self) -> bool:
@@ -171,5 +172,6 @@ class _RemoteFile(io.RawIOBase):
             return self._file.read(size)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         super().close()
