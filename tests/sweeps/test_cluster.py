@@ -58,6 +58,15 @@ def test_a_user_error_is_not_retried_and_a_preemption_is(out):
     assert spec["backoffLimitPerIndex"] > 1
 
 
+def test_pods_ask_for_gpus(out, capsys):
+    arguments = ["sweep", f"--out={out}", "--on=kubernetes", "--image=img", "--volume-claim=disk"]
+    for gpus, limits in ((2, {"nvidia.com/gpu": 2}), (0, None)):
+        assert main([*arguments, f"--gpus={gpus}"]) == 0
+        spec = json.loads(capsys.readouterr().out)["spec"]["template"]["spec"]
+        assert spec["containers"][0].get("resources", {}).get("limits") == limits
+    assert main(["sweep", f"--out={out}", "--gpus=1"]) == 2
+
+
 def test_the_job_needs_an_image_and_a_disk(out):
     assert main(["sweep", f"--out={out}", "--on=kubernetes"]) == 2
 

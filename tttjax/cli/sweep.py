@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="option of submitit: timeout_min=600, gpus_per_node=1, slurm_partition=...",
     )
     add("--image", default="", help="container image of the Kubernetes Job")
+    add("--gpus", type=int32, default=0, metavar="N", help="NVIDIA GPUs of a pod (default: none)")
     add("--volume-claim", default="", help="PersistentVolumeClaim that is mounted at DIR")
     parser.set_defaults(has_own_config=True)
 
@@ -104,8 +105,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs={args.jobs} must be at least 1")
     if args.slurm and args.on != "slurm":
         raise UserError("--slurm needs --on=slurm")
-    if (args.image or args.volume_claim) and args.on != "kubernetes":
-        raise UserError("--image and --volume-claim need --on=kubernetes")
+    if (args.image or args.volume_claim or args.gpus) and args.on != "kubernetes":
+        raise UserError("--image, --volume-claim and --gpus need --on=kubernetes")
+    if args.gpus < 0:
+        raise UserError(f"--gpus={args.gpus} must be at least 0")
     design = _design(args, out)
     if args.baseline and args.baseline not in design.settings:
         raise UserError(
@@ -252,7 +255,9 @@ def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
             raise UserError("--on=kubernetes needs --image and --volume-claim")
         write_design(design, out)
         jobs = args.jobs or len(names)
-        manifest = kubernetes_manifest(out, names, args.image, args.volume_claim, jobs)
+        manifest = kubernetes_manifest(
+            out, names, args.image, args.volume_claim, jobs, gpus=args.gpus
+        )
         print(json.dumps(manifest, indent=1))
         print(
             f"{len(names)} trials; pipe this into kubectl apply -f -; then {then}", file=sys.stderr

@@ -72,11 +72,17 @@ def submit_to_slurm(
 
 
 def kubernetes_manifest(
-    out: Path, names: Sequence[str], image: str, volume_claim: str, parallelism: int
+    out: Path,
+    names: Sequence[str],
+    image: str,
+    volume_claim: str,
+    parallelism: int,
+    gpus: int = 0,
 ) -> dict[str, Any]:
     """An indexed Job, one index a trial, as `kubectl apply -f` takes it.
 
     image: has tttjax installed. volume_claim: of the shared disk, mounted at the path of `out`.
+    gpus: NVIDIA GPUs of a trial.
     Exit code 75 (saved, to be continued) starts an index again; 2 (user error) fails it at once.
     """
     command = shlex.join(["tttjax", "sweep", f"--out={out.absolute()}"])
@@ -84,12 +90,14 @@ def kubernetes_manifest(
         f'set -- {shlex.join(names)}; shift "$JOB_COMPLETION_INDEX"; exec {command} --trial="$1"'
     )
     mount = {"name": "sweep", "mountPath": str(out.absolute())}
-    container = {
+    container: dict[str, Any] = {
         "name": "trial",
         "image": image,
         "command": ["sh", "-c", script],
         "volumeMounts": [mount],
     }
+    if gpus:
+        container["resources"] = {"limits": {"nvidia.com/gpu": gpus}}
     label = re.sub("[^a-z0-9]", "-", out.name.lower()).strip("-") or "sweep"
     return {
         "apiVersion": "batch/v1",

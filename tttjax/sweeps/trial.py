@@ -46,7 +46,7 @@ def workdir(out: Path, trial: Trial) -> Path:
 
 
 def run_trial(out: Path, trial: Trial, scoring: Scoring) -> bool:
-    """Trains and evaluates what is not yet; False if it was interrupted, and saved.
+    """Trains and evaluates a trial as far as it is not done; False if interrupted and saved.
 
     A trial whose loss is not finite ends as diverged. Raises UserError for anything else.
     """
