@@ -11,7 +11,7 @@ e2e,16  TTT-E2E without attention, mini-batches of 16 tokens
 e2e,8   the same with 8; not among `*`
 
 Two blocks, width 128, 2 heads of 64 entries, 8 million tokens. The MLPs of both blocks are updated.
-Cost on two CPU cores: full and none 10 minutes each, e2e,16 70 minutes.
+Seconds of a step on one CPU core beside other work: full 2.2, none 1.9, e2e,16 6.8; 977 steps.
 """
 
 from ml_collections import ConfigDict

@@ -143,8 +143,8 @@ def test_a_field_is_averaged_over_the_others(finished):
     assert float(change.mean) == pytest.approx(of[high] - of[low], rel=1e-5)
 
 
-def test_the_report_writes_tables_that_pandas_reads_back(finished, tmp_path):
-    design, out = finished
+def test_the_report_writes_tables_that_pandas_reads_back(copied):
+    design, out = copied
     blocks, paths = make_report(design, out)
     names = {path.name for path in paths}
     assert names >= {"report.html", "report.md", "heat_map.png", "loss_by_position.png", "best.csv"}
@@ -271,8 +271,8 @@ def test_the_error_of_a_field_is_over_seeds_alone(finished):
     assert float(change.seeds) == pytest.approx(seeds, rel=1e-4)
 
 
-def test_a_list_of_settings_has_no_heat_map(finished, tmp_path):
-    design, out = finished
+def test_a_list_of_settings_has_no_heat_map(copied):
+    design, out = copied
     some = dataclasses.replace(
         design,
         trials=tuple(t for t in design.trials if t.setting not in list(design.settings)[1:3]),

@@ -18,8 +18,8 @@ layers,N                 last 1, 3, 6 or 12 of 24 blocks updated; pretraining
 layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon
 meta,NAME                exact, truncated2, truncated4, first_order, none
-small,rule,NAME          the last two at the size of `small:0.3m,ttt_e2e`, which a laptop trains in
-small,meta,NAME          half an hour; windows, mini-batches and rates by `tttjax sweep --set`
+small,rule,NAME          the last two at the size of `small:0.3m,ttt_e2e`, which a laptop trains;
+small,meta,NAME          windows, mini-batches and rates by `tttjax sweep --set`
 
 Each of 760M is `paper:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
 extension 0.76B). Expected numbers: `PATH`, `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for

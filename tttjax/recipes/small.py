@@ -24,8 +24,8 @@ one length.
 Matrices are initialized with a standard deviation of about 1 / sqrt(width); 0.02, for widths of
 768 and more, learns slower.
 
-Cost of 0.3m on two CPU cores: about 10 minutes for window attention, 30 for TTT-E2E. Losses are not
-known yet: docs/results/preregistration.md has the state of the experiments.
+Costs and losses are not known yet: docs/results/preregistration.md has the state of the
+experiments. `tttjax sweep --plan` shows tokens and FLOPs.
 """
 
 from collections.abc import Mapping

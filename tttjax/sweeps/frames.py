@@ -1,6 +1,7 @@
 """A sweep's results as tidy DataFrames, which become its CSV files, tables and plots."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,23 +10,30 @@ import pandas as pd
 from tttjax.evaluation.statistics import Estimate, by_position, difference_by_position
 from tttjax.sweeps.results import SweepResults, paired
 
+Region = tuple[str, str, int, str]  # setting, mode, context length, region
 
-def settings_frame(results: SweepResults, baseline: str) -> pd.DataFrame:
-    """One row for each setting, mode, context and region."""
-    rows = []
+
+def _regions(results: SweepResults) -> Iterator[tuple[Region, dict[str, Any]]]:
+    """Every region of every setting, mode and context, with the columns that name it."""
     for name in results.settings:
         values = {field: value_text(v) for field, v in _values(results, name).items()}
         for mode in results.modes(name):
             for length in results.design.scoring.lengths:
                 for region in results.regions(length):
-                    loss = results.loss(name, region, mode=mode, length=length)
-                    row = {"setting": name, **values, "mode": mode, "context": length}
-                    row |= {"region": region, "seeds": len(results.losses[name])}
-                    row |= _numbers("loss", loss)
-                    is_main = mode == results.modes(name)[0] and length == results.longest
-                    if is_main and name != baseline:
-                        row |= _numbers("difference", results.difference(name, baseline, region))
-                    rows.append(row)
+                    ids = {"setting": name, **values, "mode": mode, "context": length}
+                    yield (name, mode, length, region), {**ids, "region": region}
+
+
+def settings_frame(results: SweepResults, baseline: str) -> pd.DataFrame:
+    """One row for each setting, mode, context and region."""
+    rows = []
+    for (name, mode, length, region), row in _regions(results):
+        row["seeds"] = len(results.losses[name])
+        row |= _numbers("loss", results.loss(name, region, mode=mode, length=length))
+        is_main = mode == results.modes(name)[0] and length == results.longest
+        if is_main and name != baseline:
+            row |= _numbers("difference", results.difference(name, baseline, region))
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -37,17 +45,11 @@ def _numbers(name: str, estimate: Estimate) -> dict[str, float]:
 
 def trials_frame(results: SweepResults) -> pd.DataFrame:
     """One row for each trial, mode, context and region, without errors."""
-    rows = []
-    for name in results.settings:
-        values = {field: value_text(v) for field, v in _values(results, name).items()}
-        for mode in results.modes(name):
-            for length in results.design.scoring.lengths:
-                for region in results.regions(length):
-                    for seed, sums in results.runs(name, region, mode=mode, length=length).items():
-                        row = {"setting": name, **values, "seed": seed, "mode": mode}
-                        row |= {"context": length, "region": region}
-                        rows.append(row | {"loss": float(sums.loss().mean)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {**row, "seed": seed, "loss": float(sums.loss().mean)}
+        for (name, mode, length, region), row in _regions(results)
+        for seed, sums in results.runs(name, region, mode=mode, length=length).items()
+    )
 
 
 def positions_frame(results: SweepResults, baseline: str) -> pd.DataFrame:

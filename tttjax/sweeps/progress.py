@@ -107,18 +107,18 @@ def _table(sweep: SweepState, height: int) -> "Table":
     from rich.table import Table
 
     table = Table(title=f"sweep {sweep.out}", caption=summary(sweep), expand=True)
-    for name, justify in (("trial", "left"), ("state", "left"), ("step", "right")):
-        table.add_column(name, justify=justify, overflow="fold" if name == "trial" else "ellipsis")  # type: ignore[arg-type]
-    table.add_column("loss", justify="right")
-    table.add_column("tokens/s", justify="right")
+    table.add_column("trial", overflow="fold")
+    table.add_column("state")
+    for name in ("step", "loss", "tokens/s"):
+        table.add_column(name, justify="right")
     order = ("training", "evaluating", "starting", "failed", "stopped", "waiting")
     words = {trial.name: trial_word(sweep, trial) for trial in sweep.design.trials}
     trials = sorted(
         sweep.design.trials,
         key=lambda trial: order.index(words[trial.name]) if words[trial.name] in order else 9,
     )
-    room = max(4, height - 7)
-    for trial in trials[:room]:
+    shown = max(4, height - 7)
+    for trial in trials[:shown]:
         state = sweep.states[trial.name]
         table.add_row(
             trial.name,
@@ -127,6 +127,6 @@ def _table(sweep: SweepState, height: int) -> "Table":
             "" if state.loss is None else f"{float(state.loss):.4f}",
             f"{state.rate:,.0f}" if state.rate and trial.name in sweep.running else "",
         )
-    if len(trials) > room:
-        table.add_row(f"and {len(trials) - room} more", "", "", "", "")
+    if len(trials) > shown:
+        table.add_row(f"and {len(trials) - shown} more", "", "", "", "")
     return table
