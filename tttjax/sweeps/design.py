@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tttjax.config import Config, from_config_dict
+from tttjax.config import Config, EvalConfig, from_config_dict
 from tttjax.config.build import replace_values, to_dict
 from tttjax.config.checks import check_config, has_fast_weights
 from tttjax.config.files import load_config_dict, matching_specs, set_values
@@ -58,16 +58,17 @@ class Trial:
 class Scoring:
     """How every trial is evaluated, so that all score the same tokens.
 
-    lengths: context lengths in tokens. window: tokens after which "beyond the window" begins.
+    window: tokens after which "beyond the window" begins. settings: with context lengths.
     """
 
     split: str
-    lengths: tuple[int, ...]
     window: int
-    num_sequences: int
-    batch_size: int
-    bins: int
-    seed: int
+    settings: EvalConfig
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Context lengths in tokens."""
+        return self.settings.context_lengths
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def make_design(
       values: the fields of each setting by dotted name, from `grid` or `read_table`; a setting
         with "recipe" is of that recipe alone.
       changes: fields of all trials by dotted name.
-      scoring: fields of `Scoring` other than the recipes'.
+      scoring: split, lengths, window and num_sequences other than the recipes'.
 
     Raises UserError for recipes, fields or values that do not fit, and for settings given twice.
     """
@@ -283,16 +284,19 @@ def _scoring(configs: Sequence[Config], given: Mapping[str, Any]) -> Scoring:
         [config.eval.context_lengths or (longest,) for config in configs],
         "--context-lengths",
     )
-    return Scoring(
-        split=common("split", [config.data.val_split for config in configs], "--split"),
-        lengths=tuple(sorted(set(lengths))),
-        window=largest_window if given.get("window") is None else given["window"],
+    settings = dataclasses.replace(
+        configs[0].eval,
+        context_lengths=tuple(sorted(set(lengths))),
         num_sequences=common(
             "num_sequences", [config.eval.num_sequences for config in configs], "--num-sequences"
         ),
         batch_size=min(config.eval.batch_size for config in configs),
         bins=max(config.eval.bins for config in configs),
-        seed=configs[0].eval.seed,
+    )
+    return Scoring(
+        split=common("split", [config.data.val_split for config in configs], "--split"),
+        window=largest_window if given.get("window") is None else given["window"],
+        settings=settings,
     )
 
 
@@ -302,7 +306,7 @@ def _check_scoring(trial: Trial, scoring: Scoring) -> None:
         raise UserError(f"--window={scoring.window} must be at least 1")
     values = {
         "eval.context_lengths": check_value("eval.context_lengths", scoring.lengths),
-        "eval.num_sequences": check_value("eval.num_sequences", scoring.num_sequences),
+        "eval.num_sequences": check_value("eval.num_sequences", scoring.settings.num_sequences),
     }
     if not has_fast_weights(trial.config.model, trial.config.inner):
         return  # its chunks are none
@@ -342,8 +346,11 @@ def read_design(out: Path) -> Design | None:
                 f"{path} has the format {values['format']}, and this version reads {FORMAT}; use "
                 "the version that wrote it"
             )
-        scoring = Scoring(**{**values["scoring"], "lengths": tuple(values["scoring"]["lengths"])})
-        return Design(tuple(map(_read_trial, values["trials"])), scoring)
+        scoring = values["scoring"]
+        lengths = tuple(scoring["settings"]["context_lengths"])
+        settings = EvalConfig(**{**scoring["settings"], "context_lengths": lengths})
+        scored = Scoring(scoring["split"], scoring["window"], settings)
+        return Design(tuple(map(_read_trial, values["trials"])), scored)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}); remove it, and give the sweep again"

@@ -61,18 +61,10 @@ def run_trial(out: Path, trial: Trial, scoring: Scoring) -> bool:
     state = trial_state(out, trial, scoring)
     if state.has_ended:
         return True
-    settings = dataclasses.replace(
-        trial.config.eval,
-        context_lengths=scoring.lengths,
-        num_sequences=scoring.num_sequences,
-        batch_size=scoring.batch_size,
-        bins=scoring.bins,
-        seed=scoring.seed,
-    )
     comparison = compare(
         [RunSpec(folder, trial.setting)],
         split=scoring.split,
-        settings=settings,
+        settings=scoring.settings,
         window=scoring.window,
         progress=sys.stderr,
     )
