@@ -11,7 +11,8 @@ from helpers.paths import ROOT
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 from tttjax.sweeps import cluster
-from tttjax.sweeps.design import make_design, write_design
+from tttjax.sweeps.design import write_design
+from tttjax.sweeps.make_design import make_design
 
 TINY = str(ROOT / "tests" / "helpers" / "tiny_run.py")
 

@@ -7,7 +7,8 @@ from helpers.paths import ROOT
 
 from tttjax.config import to_dict
 from tttjax.errors import UserError
-from tttjax.sweeps.design import grid, make_design, read_design, read_table, write_design
+from tttjax.sweeps.design import read_design, write_design
+from tttjax.sweeps.make_design import grid, make_design, read_table
 
 TINY = str(ROOT / "tests" / "helpers" / "tiny_run.py")
 SMALL = {"eval.context_lengths": (32,)}

@@ -22,8 +22,9 @@ from tttjax.cli.main import main
 from tttjax.config import write_run_info
 from tttjax.errors import UserError
 from tttjax.io.locks import hold
-from tttjax.sweeps.design import grid, make_design, read_design, read_table, write_design
+from tttjax.sweeps.design import read_design, write_design
 from tttjax.sweeps.local import Machine, SweepState, check_fits
+from tttjax.sweeps.make_design import grid, make_design, read_table
 from tttjax.sweeps.report import make_report
 from tttjax.sweeps.results import load_results
 from tttjax.sweeps.trial import check_data, open_trials, run_trial, trial_state, workdir

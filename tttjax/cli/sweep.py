@@ -125,9 +125,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _design(args: argparse.Namespace, out: Path) -> "Design":
-    from tttjax.sweeps import design as designs
+    from tttjax.sweeps.design import read_design
+    from tttjax.sweeps.make_design import grid, make_design, read_table
 
-    existing = designs.read_design(out)
+    existing = read_design(out)
     if args.config is None and args.trials is None:
         if existing is None:
             raise UserError(f"{out} has no sweep yet; give --config and --set, or --trials")
@@ -142,9 +143,9 @@ def _design(args: argparse.Namespace, out: Path) -> "Design":
         changes[name] = parse_value(name, text)
     if args.data is not None:
         changes["data.sources"] = (str(Path(args.data).absolute()),)
-    return designs.make_design(
+    return make_design(
         args.config or [],
-        designs.read_table(args.trials) if args.trials else designs.grid(args.set),
+        read_table(args.trials) if args.trials else grid(args.set),
         1 if args.seeds is None else args.seeds,
         changes=changes,
         scoring={
