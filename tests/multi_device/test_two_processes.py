@@ -20,7 +20,7 @@ from helpers.paths import ROOT
 from tttjax.data.preparation import prepare
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import loop
-from tttjax.training.metrics import deterministic_records
+from tttjax.training.metrics_file import deterministic_records
 
 pytestmark = pytest.mark.slow
 

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from tttjax.cli import main as cli
 from tttjax.data.preparation import prepare
 from tttjax.training import checkpoint_format, checkpoints
-from tttjax.training.metrics import deterministic_records, read_records
+from tttjax.training.metrics_file import deterministic_records, read_records
 
 TINY = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
 

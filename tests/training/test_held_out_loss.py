@@ -11,7 +11,7 @@ from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.runs.run import RunSpec
 from tttjax.training.loop import train
-from tttjax.training.metrics import HELD_OUT, deterministic_records, read_records
+from tttjax.training.metrics_file import HELD_OUT, deterministic_records, read_records
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import pytest
 
 from tttjax.errors import UserError
 from tttjax.planning import flops
-from tttjax.training import metrics
+from tttjax.training import metrics, metrics_file
 from tttjax.training.metrics import AsyncMetrics, MetricLogger
 from tttjax.training.plot import smooth, write_plot
 from tttjax.training.progress import Throughput
@@ -53,13 +53,13 @@ def test_records_hold_exact_values_and_rates(tmp_path):
     loss = float(np.float32(0.1))
     log.log(1, {"loss": loss, "nonfinite": False}, seconds=0.5, input_seconds=0.1)
     log.close()
-    (record,) = metrics.read_records(tmp_path)
+    (record,) = metrics_file.read_records(tmp_path)
     assert record["loss"] == loss
     assert record["time"]["tokens_per_second"] == 200
     assert record["time"]["mfu"] == pytest.approx(200 * 1e6 / 1e9)
     assert record["time"]["input_share"] == pytest.approx(0.2)
     assert record["time"]["memory_bytes"] > 1e6
-    assert metrics.deterministic_records(tmp_path) == [
+    assert metrics_file.deterministic_records(tmp_path) == [
         {"step": 1, "loss": loss, "nonfinite": False}
     ]
 
@@ -72,14 +72,14 @@ def test_resume_removes_later_records_and_truncated_line(tmp_path):
     log = logger(tmp_path / "resumed")
     log_steps(log, 1, 6)
     log.close()
-    with (tmp_path / "resumed" / metrics.JSONL).open("a") as file:
+    with (tmp_path / "resumed" / metrics_file.JSONL).open("a") as file:
         file.write('{"step": 7, "lo')
     log = logger(tmp_path / "resumed", start=4)
     log_steps(log, 5, 8)
     log.close()
-    assert metrics.deterministic_records(tmp_path / "resumed") == metrics.deterministic_records(
-        tmp_path / "uninterrupted"
-    )
+    assert metrics_file.deterministic_records(
+        tmp_path / "resumed"
+    ) == metrics_file.deterministic_records(tmp_path / "uninterrupted")
 
 
 def test_resume_may_add_metric_keys(tmp_path):
@@ -91,14 +91,14 @@ def test_resume_may_add_metric_keys(tmp_path):
     log.close()
     existing = [{"step": step, "loss": 1 / step, "skipped": 0} for step in (1, 2)]
     added = {"step": 3, "loss": 0.25, "first_chunk_loss": 0.5}
-    assert metrics.deterministic_records(tmp_path) == [*existing, added]
+    assert metrics_file.deterministic_records(tmp_path) == [*existing, added]
 
 
 def test_nonfinite_values_are_valid_json(tmp_path):
     log = logger(tmp_path)
     log.log(1, {"loss": math.nan, "grad_norm": math.inf}, seconds=1.0)
     log.close()
-    text = (tmp_path / metrics.JSONL).read_text()
+    text = (tmp_path / metrics_file.JSONL).read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert (record["loss"], record["grad_norm"]) == ("nan", "inf")
 
@@ -200,7 +200,7 @@ def test_held_out_losses_are_kept_and_cut_on_resuming(tmp_path):
     log.close()
     assert "step 4: held-out loss 1.5000 with TTT, 2.0000 without (0.5 s)" in stream.getvalue()
     logger(tmp_path, start=3).close()
-    (record,) = metrics.read_records(tmp_path, metrics.HELD_OUT)
+    (record,) = metrics_file.read_records(tmp_path, metrics_file.HELD_OUT)
     assert (record["step"], record["on"]["loss"]) == (2, 1.5)
 
 

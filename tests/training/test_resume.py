@@ -13,7 +13,7 @@ from helpers.paths import TINY
 
 from tttjax.errors import UserError
 from tttjax.training.loop import train
-from tttjax.training.metrics import deterministic_records, read_records
+from tttjax.training.metrics_file import deterministic_records, read_records
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,7 @@ from tttjax.errors import UserError
 from tttjax.parallel.distributed import start_distributed
 from tttjax.training import loop, records
 from tttjax.training.loop import train
-from tttjax.training.metrics import read_records
+from tttjax.training.metrics_file import read_records
 from tttjax.training.stopping import StopRequest
 from tttjax.types import Batch
 

@@ -24,7 +24,7 @@ from tttjax.io.atomic import atomic_write
 from tttjax.runs.chunk_log import ChunkRow
 from tttjax.runs.load import LoadedModel
 from tttjax.runs.long_text import TextPrefill
-from tttjax.training.metrics import json_safe
+from tttjax.training.metrics_file import json_safe
 from tttjax.ttt.layer_norms import fast_layers
 
 FORMAT = "tttjax-telescope-1"

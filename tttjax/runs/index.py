@@ -9,7 +9,7 @@ from typing import Any
 from tttjax.config.build import to_flat_dict
 from tttjax.config.run_info import CONFIG, read_config
 from tttjax.errors import UserError
-from tttjax.training.metrics import last_record
+from tttjax.training.metrics_file import last_record
 
 
 @dataclass(frozen=True)

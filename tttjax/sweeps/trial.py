@@ -16,7 +16,7 @@ from tttjax.io.atomic import atomic_write, write_text
 from tttjax.runs.run import RunSpec
 from tttjax.sweeps.design import Design, Scoring, Trial
 from tttjax.training.loop import train
-from tttjax.training.metrics import last_record
+from tttjax.training.metrics_file import last_record
 
 TRIALS = "trials"
 EVALUATION = "evaluation"

@@ -33,7 +33,7 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.planning import flops
 from tttjax.runtime import compilation_cache, progress
 from tttjax.runtime.memory import device_memory, host_memory
-from tttjax.training import checkpoints, metrics
+from tttjax.training import checkpoints, metrics, metrics_file
 from tttjax.training.attention_kernels import describe_kernels, platform_of
 from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
 from tttjax.training.plot import write_plot
@@ -82,7 +82,7 @@ class TrainResult:
     def summary(self) -> dict[str, Any]:
         """Everything but the state, for `summary.json`; nonfinite values as "nan", "inf"."""
         return {
-            field.name: metrics.json_safe(getattr(self, field.name))
+            field.name: metrics_file.json_safe(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if field.name != "state"
         }

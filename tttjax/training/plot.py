@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tttjax.io.atomic import atomic_write
-from tttjax.training.metrics import HELD_OUT, read_records
+from tttjax.training.metrics_file import HELD_OUT, read_records
 
 if TYPE_CHECKING:  # slow to import, and not needed before the end of a run
     from matplotlib.axes import Axes

@@ -13,7 +13,8 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
-from tttjax.training.metrics import MetricLogger, json_safe
+from tttjax.training.metrics import MetricLogger
+from tttjax.training.metrics_file import json_safe
 from tttjax.types import Batch
 
 

@@ -14,7 +14,7 @@ from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
 from tttjax.training.checkpoints import CHECKPOINT_DIR
-from tttjax.training.metrics import HELD_OUT, JSONL
+from tttjax.training.metrics_file import HELD_OUT, JSONL
 
 # Created before the first step; the configuration is written after it.
 CREATED_FILES = {

@@ -97,9 +97,7 @@ def heat_maps(results: NeedleResults, task: str) -> Figure:
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     rows = results.frame().query("task == @task")
-    rows = rows.assign(
-        depth=rows["depth"].map("{:.0%}".format), outside=rows["region"] == "outside"
-    )
+    rows = rows.assign(outside=rows["region"] == "outside")
     names = {"index": "depth of the needle", "columns": "context (tokens)"}
     measures: dict[str, tuple[str, str, dict[str, Any]]] = {
         "correct": ("fraction found", "{:.0%}", {"cmap": "viridis", "vmin": 0, "vmax": 1}),
@@ -118,7 +116,8 @@ def heat_maps(results: NeedleResults, task: str) -> Figure:
                 index="depth", columns="length", values="outside", aggfunc="all", sort=False
             )
             framed = outside.loc[table.index, table.columns]
-            image = draw_heat_map(one, table, cell.format, framed=framed, **style, **limits)
+            shown = table.set_axis(table.index.map("{:.0%}".format)).rename_axis(**names)
+            image = draw_heat_map(one, shown, cell.format, framed=framed, **style, **limits)
             if row == 0:
                 one.set_title(label, fontsize=9)
         figure.colorbar(image, ax=axes[row].tolist(), label=title)

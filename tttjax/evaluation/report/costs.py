@@ -17,7 +17,7 @@ from tttjax.evaluation.report.results import RunFacts
 from tttjax.planning.flops import train_flops_per_token
 from tttjax.runs.run import Run
 from tttjax.training import checkpoint_format, checkpoints
-from tttjax.training.metrics import read_records
+from tttjax.training.metrics_file import read_records
 
 OUTLIER = 20.0  # steps slower than this many medians count as the median
 
