@@ -20,6 +20,7 @@ from tttjax.errors import UserError
 from tttjax.evaluation.needle import haystack
 from tttjax.evaluation.needle.haystack import Haystack
 from tttjax.evaluation.needle.model import MORE_TOKENS, Answer, EngineModel, Likelihood
+from tttjax.evaluation.needle.outputs import heat_maps
 from tttjax.evaluation.needle.prompts import (
     INTRODUCTION,
     PromptSpec,
@@ -324,6 +325,11 @@ def test_tables_count_what_was_found(tokenizers):
         assert len(selected)
         text = sentence(dataclasses.replace(results, answers=selected))
         assert text.startswith(f"{words} (none was outside), run, TTT on found")
+    near = results.answers["depth"].map({0.0: 0.331, 0.5: 0.334, 1.0: 1.0})
+    moved = dataclasses.replace(results, answers=results.answers.assign(depth=near))
+    figure = heat_maps(moved, "passkey")
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == ["33%", "33%", "100%"]  # near depths are two rows
 
 
 # Models ------------------------------------------------------------------------------------------
