@@ -50,6 +50,8 @@ def _ttt_e2e() -> ConfigDict:
         suffix_layers=2,
         fast_mlp=True,
         init_std=0.1,  # about 1 / sqrt(embed_dim): 0.02, for widths of 768 and more, learns slower
+        rope_theta=1e4,  # for short contexts; 500,000 hardly turns over 512 tokens
+        post_norm=False,  # norms after mixers and MLPs learn slower at this width
         remat="none",
     )
     config.inner.update(chunk_size=32, lr_init=0.1, lr_warmup_steps=60)
