@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from tttjax import recipes
 from tttjax.config import Config
@@ -31,6 +32,7 @@ from tttjax.runs.load import load_model
 from tttjax.runs.loaded_run import LoadedRun, StrPath
 from tttjax.runs.run import RunSpec
 from tttjax.training.loop import train as train_config
+from tttjax.ttt.chunk import InnerLoss
 from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
 from tttjax.types import Array, Batch, Params
 
@@ -97,19 +99,28 @@ def build_model(config: Config | str) -> Transformer:
     return build_transformer(config.model, config.inner)
 
 
-def value_and_meta_grad(model: Transformer, config: Config) -> MetaGrad:
+def value_and_meta_grad(
+    model: Transformer,
+    config: Config,
+    *,
+    rule: optax.GradientTransformation | None = None,
+    loss: InnerLoss | None = None,
+) -> MetaGrad:
     """The outer loss (eq. 6 of the paper) and its gradient.
 
     The gradient goes through the inner updates that `config.inner.meta_gradient` selects. Returns
     f(params, batch, inner_lr=config.inner.lr) -> (loss, gradient), compiled: the mean over
     sequences and chunks of each chunk's masked mean, in nats; and `Params(slow, fast)`. batch:
     `Batch(inputs, targets, mask)`, each [B, T] with T a multiple of config.inner.chunk_size.
+
+    rule, loss: a custom inner rule and inner loss, in place of the configuration's.
     """
     inner = make_inner_loop(config.inner)
-    loss = make_outer_loss(model, inner, learn=learns(model, config.inner.meta_gradient))
+    inner = inner._replace(rule=rule or inner.rule, loss=loss or inner.loss)
+    outer = make_outer_loss(model, inner, learn=learns(model, config.inner.meta_gradient))
     with x64_if_configured(config):
         expected = model.abstract_params()
-    derive = jax.jit(jax.value_and_grad(lambda params, batch, lr: loss(params, batch, lr)[0]))
+    derive = jax.jit(jax.value_and_grad(lambda params, batch, lr: outer(params, batch, lr)[0]))
 
     def value_and_grad(
         params: Params, batch: Batch, inner_lr: float = config.inner.lr

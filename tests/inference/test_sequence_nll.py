@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 SIZES = {"embed_dim": 16, "mlp_dim": 8, "vocab_size": 16, "num_heads": 4, "head_dim": 4}
 # Between them, every mixer, each once in the prefix or the suffix.
 MODELS: dict[str, dict] = {
-    "window, fast MLP": {},
+    "window, fast MLP": {"inner": {"learn_lr": "weight"}},
     "full and local, two layers in the suffix, the head learns, Adam": {
         "model": {
             "num_layers": 4,
@@ -27,7 +27,11 @@ MODELS: dict[str, dict] = {
             "mixers": ("full", "local:4", "window", "full"),
             **{"tie_embeddings": False, "num_kv_heads": 2, "pre_conv": True},
         },
-        "inner": {"fast_paths": ("head", "suffix/**/mlp/**"), "rule": "adam"},
+        "inner": {
+            "fast_paths": ("head", "suffix/**/mlp/**"),
+            "rule": "adam",
+            "learn_lr": "layer",
+        },
     },
     "recurrent, momentum": {
         "model": {"mixers": ("mamba2+kda", "gated_deltanet+window")},

@@ -25,7 +25,7 @@ def make_config(model=None, gather="layer", form="fast", **train):
         model={**sizes, **(model or {})},
         train={"batch_size": 8, "seq_len": 8, **train},
         mesh={"gather": gather},
-        inner={"form": form},
+        inner={"form": form, "learn_lr": "weight"},
     )
 
 

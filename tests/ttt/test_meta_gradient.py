@@ -48,11 +48,15 @@ CASES = {
             "rule": "muon",
             "meta_gradient": "truncated",
             "truncate_chunks": 2,
+            "learn_lr": "weight",
         },
     },
     "attention, static MLPs and the last norm are fast": {
         "model": {"fast_mlp": False},
-        "inner": {"fast_paths": ("suffix/**/mixer/w*", "suffix/**/mlp/**", "final_norm/**")},
+        "inner": {
+            "fast_paths": ("suffix/**/mixer/w*", "suffix/**/mlp/**", "final_norm/**"),
+            "learn_lr": "layer",
+        },
     },
     "untied, no norms, multi-head fast MLPs, one KV head, normalised": {
         "model": {
@@ -72,6 +76,7 @@ CASES = {
             "rule": "momentum",
             "meta_gradient": "truncated",
             "truncate_chunks": 2,
+            "learn_lr": "layer",
         },
         "train": {"seq_len": 16},
     },

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tttjax.cli.config_argument import add_code_argument
 from tttjax.cli.flag_types import float32, int32, list_of, uint32
 from tttjax.cli.needle import add_needle_arguments, check_needle_arguments, run_needle
 from tttjax.config import EvalConfig
@@ -96,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inner learning rates of dynamic evaluation, one curve each",
     )
     add_needle_arguments(parser)
+    add_code_argument(parser)
     add = parser.add_argument_group("presentation").add_argument
     add(
         "--window",

@@ -19,6 +19,7 @@ removed. See docs/exchange.md.
 import argparse
 import sys
 
+from tttjax.cli.config_argument import add_code_argument
 from tttjax.io.atomic import require_empty_dir
 from tttjax.runs.modes import MODES
 from tttjax.runtime import progress
@@ -28,6 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax export`."""
+    add_code_argument(parser)
     add = parser.add_argument
     add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
     add("--to", required=True, metavar="DIR", help="output folder; must be new or empty")

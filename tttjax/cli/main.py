@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import tttjax
-from tttjax.config.files import OVERRIDE_PREFIX
+from tttjax.config.files import OVERRIDE_PREFIX, use_code
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, is_out_of_memory
 from tttjax.io.paths import path_text, text_path
@@ -167,6 +167,8 @@ def _dispatch(arguments: list[str]) -> int:
     _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
     if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} needs a configuration to change; give --config=FILE.")
+    for path in getattr(args, "code", ()):
+        use_code(path)
     return importlib.import_module(COMMANDS[name].module).run(args)
 
 

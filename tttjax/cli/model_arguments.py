@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from tttjax.cli.config_argument import add_code_argument
 from tttjax.cli.flag_types import int32
 from tttjax.errors import UserError
 from tttjax.inference.options import PRECISIONS
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of loading a model for inference."""
+    add_code_argument(parser)
     add = parser.add_argument_group("inference").add_argument
     add(
         "--learn",

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tttjax.cli.config_argument import add_code_argument
 from tttjax.cli.flag_types import float32, int32, list_of
 from tttjax.config.schema import RULES
 from tttjax.errors import UserError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax report`."""
+    add_code_argument(parser)
     add = parser.add_argument
     add(
         "runs",

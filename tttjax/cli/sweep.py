@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tttjax.cli.config_argument import add_code_argument
 from tttjax.cli.flag_types import int32, list_of
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import parse_value
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=int32, metavar="N", help="trials of each setting (default: 1)")
     add("--data", metavar="DIR", help="prepared data set (default: data.sources of the recipes)")
+    add_code_argument(parser)
     scoring = parser.add_argument_group("evaluation (default: `eval.*` of the recipes)")
     add = scoring.add_argument
     add("--split", help="split of the data set (default: data.val_split)")
@@ -243,7 +245,7 @@ def _report(design: "Design", out: Path, baseline: str) -> int:
 
 def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
     from tttjax.sweeps.cluster import kubernetes_manifest, submit_to_slurm
-    from tttjax.sweeps.design import write_design
+    from tttjax.sweeps.design import code_flags, write_design
     from tttjax.sweeps.trial import check_data, check_trials, open_trials
 
     check_trials(design, out)
@@ -257,7 +259,13 @@ def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
         write_design(design, out)
         jobs = args.jobs or len(names)
         manifest = kubernetes_manifest(
-            out, names, args.image, args.volume_claim, jobs, gpus=args.gpus
+            out,
+            names,
+            args.image,
+            args.volume_claim,
+            jobs,
+            gpus=args.gpus,
+            flags=code_flags(design, out),
         )
         print(json.dumps(manifest, indent=1))
         print(
@@ -269,7 +277,7 @@ def _submit(args: argparse.Namespace, design: "Design", out: Path) -> int:
     options = _slurm_options(args.slurm)
     if args.jobs:
         options.setdefault("slurm_array_parallelism", args.jobs)
-    jobs = submit_to_slurm(out, names, options)
+    jobs = submit_to_slurm(out, names, options, flags=code_flags(design, out))
     print(f"submitted {len(jobs)} trials: {jobs[0].job_id} to {jobs[-1].job_id}; then {then}")
     return 0
 

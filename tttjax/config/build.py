@@ -45,6 +45,8 @@ def from_config_dict(config: "ConfigDict | Mapping[str, Any]") -> Config:
             values[current] = value
     values = {name: check_value(name, value) for name, value in values.items()}
     result = replace_values(Config(), values)
+    if "custom" not in (result.inner.rule, result.inner.loss):  # of a file that is not used
+        result = replace_values(result, {"inner.code": ""})
     check_config(result)
     return result
 

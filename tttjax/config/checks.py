@@ -6,6 +6,7 @@ is allowed.
 
 import dataclasses
 
+from tttjax.config.custom_code import check_custom_code
 from tttjax.config.limits import INT_MAX
 from tttjax.config.schema import Config, InnerConfig, MeshConfig, ModelConfig
 from tttjax.errors import UserError
@@ -20,6 +21,7 @@ def check_config(config: Config) -> None:
     """All relations between fields; single values have been checked before."""
     _check_shapes(config.model)
     _check_fast_weights(config.model, config.inner)
+    check_custom_code(config.inner)
     _check_chunks(config)
     _check_schedule(config)
     _check_data(config)
@@ -122,6 +124,12 @@ def _check_fast_weights(model: ModelConfig, inner: InnerConfig) -> None:
         raise UserError(
             f"inner.truncate_chunks = {inner.truncate_chunks} is only for inner.meta_gradient = "
             f'"truncated", not "{inner.meta_gradient}"; set it to 0.'
+        )
+    trains_rates = has_fast_weights(model, inner) and inner.meta_gradient != "none"
+    if inner.learn_lr != "none" and not trains_rates:
+        raise UserError(
+            f'inner.learn_lr = "{inner.learn_lr}" needs inner updates in training: fast weights, '
+            'and an inner.meta_gradient other than "none".'
         )
     window_too_small = "window" in model.mixer_kinds and model.window_size < inner.chunk_size
     if has_fast_weights(model, inner) and window_too_small:

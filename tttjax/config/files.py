@@ -1,7 +1,10 @@
 """Experiment files: Python files with `get_config(arg) -> ConfigDict`, and overrides of them."""
 
+import ast
 import contextlib
 import fnmatch
+import functools
+import hashlib
 import importlib.util
 import inspect
 import re
@@ -13,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tttjax.config.build import from_config_dict
+from tttjax.config.custom_code import CustomCode, add_custom_code
 from tttjax.config.schema import Config, all_fields, first_names
 from tttjax.config.values import check_value, nearest, parse_value
 from tttjax.errors import UserError
@@ -49,13 +53,68 @@ def load_config_dict(spec: str) -> "ConfigDict":
     if not callable(get_config):
         raise UserError(f"{path} has no function get_config(arg) that returns a ConfigDict.")
     config = _call(get_config, path, arg)
+    code = _add_code(path, module)
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config of {path} returned {type(config).__name__}, not a ConfigDict; start from "
             "tttjax.config.default_config()."
         )
     _use_current_names(config)
+    if code:
+        _set_value(config, "inner.code", code)
     return config
+
+
+def use_code(path: str | Path) -> str:
+    """Runs a file that defines a custom inner rule or loss; returns its sha256 (`inner.code`).
+
+    Runs that were trained with the same file can then be opened (`config.custom_code`). Raises
+    UserError if it defines none.
+    """
+    path = local_path(path, "--code")
+    if not path.is_file():
+        raise UserError(f"There is no file {path}; give the recipe file of the run.")
+    code = _add_code(path, _run_file(path))
+    if not code:
+        raise UserError(f"{path} defines neither inner_rule nor inner_loss.")
+    return code
+
+
+def _add_code(path: Path, module: ModuleType) -> str:
+    """Makes the custom rule and loss of a file known; their sha256, "" if there are none."""
+    functions = [getattr(module, name, None) for name in ("inner_rule", "inner_loss")]
+    if not any(functions):
+        return ""
+    source = path.read_bytes()
+    _check_complete(path, source)
+    rule, loss = (_blaming(path, function) if function else None for function in functions)
+    sha256 = hashlib.sha256(source).hexdigest()
+    add_custom_code(sha256, CustomCode(path, source, rule, loss))
+    return sha256
+
+
+def _check_complete(path: Path, source: bytes) -> None:
+    """Raises UserError if a file imports from its own folder, which a run does not keep."""
+    folder = path.resolve().parent.name
+    for node in ast.walk(ast.parse(source)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = ["" if node.level else str(node.module)]
+        if any(module.split(".")[0] in ("", folder) for module in modules):
+            raise UserError(
+                f"{path} defines a custom inner rule or loss and imports from {folder}/, line "
+                f"{getattr(node, 'lineno', 0)}: a run keeps the one file, so it may import "
+                "installed packages only."
+            )
+
+
+def _blaming(path: Path, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with _blamed_on(path):
+            return function(*args)
+
+    return call
 
 
 def _use_current_names(config: "ConfigDict") -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.config.build import from_config_dict, replace_values, to_dict, to_flat_dict
+from tttjax.config.custom_code import CODE, custom_code
 from tttjax.config.fields import field_info, fingerprint_values, get_value
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
@@ -110,6 +111,9 @@ def write_run_info(workdir: str | Path, config: Config, with_devices: bool = Fal
         "config": to_dict(config),
     }
     starts = _read_json(folder / ENVIRONMENT, list) or []
+    if config.inner.code:
+        with atomic_write(folder / CODE) as temporary:
+            temporary.write_bytes(custom_code(config.inner.code).source)
     _write_json(folder / CONFIG, {"format": FORMAT, **to_dict(config)})
     _write_json(folder / ENVIRONMENT, [*starts, start])
 

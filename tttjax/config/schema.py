@@ -14,7 +14,9 @@ from tttjax.config.fields import declare, field_info, fields_of
 from tttjax.config.limits import SEED_MAX
 from tttjax.config.model import ModelConfig
 
-RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon")
+RULES = ("sgd", "momentum", "normalized_sgd", "adam", "muon", "custom")
+LOSSES = ("next_token", "custom")
+LEARNED_LRS = ("none", "model", "layer", "weight")
 GRADIENT_FORMS = ("fast", "reference")
 GATHERS = ("layer", "step")
 LAYOUTS = ("stream", "documents")
@@ -31,7 +33,23 @@ class InnerConfig:
         "Tokens of one inner mini-batch (b); sequences are split into chunks of this size.",
         minimum=1,
     )
-    rule: str = declare("sgd", "Update rule of the fast weights.", choices=RULES)
+    rule: str = declare(
+        "sgd",
+        "Update rule of the fast weights. custom: the function inner_rule of the recipe file.",
+        choices=RULES,
+    )
+    loss: str = declare(
+        "next_token",
+        "Inner loss of a chunk. next_token: mean negative log-likelihood. custom: the function "
+        "inner_loss of the recipe file; the outer loss stays that of the next token.",
+        choices=LOSSES,
+        omit_default_in_hash=True,
+    )
+    code: str = declare(
+        "",
+        "sha256 of the recipe file that defines a custom rule or loss; set from the file.",
+        omit_default_in_hash=True,
+    )
     lr: float = declare(1.0, "Inner learning rate.", minimum=0)
     clip: float = declare(
         1.0,
@@ -48,6 +66,14 @@ class InnerConfig:
     )
     lr_warmup_steps: int = declare(
         0, "Outer steps over which the inner learning rate ramps to lr; 0: always lr.", minimum=0
+    )
+    learn_lr: str = declare(
+        "none",
+        "Learned inner learning rates: lr is multiplied by exp(r), and the outer optimizer trains "
+        "r from 0. none; model: one r; layer: one for each layer with fast weights; weight: one "
+        "for each entry of the fast weights, in as much memory as these.",
+        choices=LEARNED_LRS,
+        omit_default_in_hash=True,
     )
     fast_paths: tuple[str, ...] = declare(
         (),

@@ -47,10 +47,14 @@ class InferenceModel(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The slow weights by part of the model (`SplitModel`); the context has the fast weights."""
+    """The slow weights by part of the model (`SplitModel`); the context has the fast weights.
+
+    lr: the inner learning rate: a scalar, or a tree like the fast weights of one sequence.
+    """
 
     parallel: PyTree
     sequential: PyTree
+    lr: PyTree
 
 
 UpdateCarry = tuple[PyTree, PyTree, PyTree]  # the sequential part's state, fast, rule_state
@@ -75,7 +79,7 @@ def make_inference_model(
     """The model with a configuration's inner loop; without fast weights there are no updates."""
     learns = learn and bool(model.fast_paths)
     return InferenceModel(
-        ChunkModel(SplitModel(model), inner.rule, LOGIT_ROWS),
+        ChunkModel(SplitModel(model), inner.rule, LOGIT_ROWS, inner.loss),
         inner.chunk_size if learns else 0,
         lr,
         inner.fast_dtype,
@@ -86,7 +90,8 @@ def make_inference_model(
 def split_weights(inference_model: InferenceModel, params: Params) -> Weights:
     """The slow weights of `params` by part of the model."""
     split = inference_model.chunk_model.split
-    return Weights(split.parallel_weights(params.slow), split.sequential_weights(params.slow))
+    lr = split.inner_rates(params.slow, inference_model.lr)
+    return Weights(split.parallel_weights(params.slow), split.sequential_weights(params.slow), lr)
 
 
 def init_context(
@@ -175,13 +180,14 @@ def update_from_chunk(
     carry: the sequential part's state, fast weights, rule state. chunk: without axis N.
     """
     sequential, fast, rule_state = carry
-    (loss_B, (sequential, nll_BC, _)), g = loss_and_gradient(
+    losses, g = loss_and_gradient(
         inference_model.chunk_model, weights.sequential, fast, sequential, chunk
     )
     fast, rule_state, norm_B = apply_inner_update(
-        inference_model.chunk_model, fast, rule_state, g, chunk, inference_model.lr
+        inference_model.chunk_model, fast, rule_state, g, chunk, weights.lr
     )
-    return (sequential, fast, rule_state), ChunkRecords(loss_B, nll_BC, norm_B), g
+    records = ChunkRecords(losses.mean_nll_B, losses.nll_BC, norm_B)
+    return (losses.state, fast, rule_state), records, g
 
 
 def extend(

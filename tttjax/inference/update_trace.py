@@ -66,10 +66,10 @@ def trace_chunks(
         sequential_before, _, _ = carry
         carry, records, g = update_from_chunk(inference_model, weights, carry, chunk)
         _, fast, _ = carry
-        loss_after_B, _ = batch_loss(
+        _, after = batch_loss(
             chunk_model, weights.sequential, fast, sequential_before, chunk, "blocked"
         )
-        trace = loss_after_B, jax.vmap(by_layer)(g), jax.vmap(drift)(fast)
+        trace = after.mean_nll_B, jax.vmap(by_layer)(g), jax.vmap(drift)(fast)
         return carry, UpdateTrace(*records, *trace)
 
     carry = context.sequential, context.fast, context.rule_state

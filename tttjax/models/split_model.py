@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.config.model import ModelConfig
+from tttjax.models import inner_rates
 from tttjax.models.block import Block
 from tttjax.models.mixer import AttentionForm
 from tttjax.models.stacking import Stack, empty_state, run_stage
@@ -125,7 +126,8 @@ class SplitModel:
                 block = blocks["block0"]
                 blocks["block0"] = {k: w for k, w in block.items() if not k.startswith(MIXING)}
             suffix[name] = jax.tree.map(lambda w, rows=segment.rows: w[rows], blocks)
-        outside_blocks = {name: w for name, w in tree.items() if name not in ("prefix", "suffix")}
+        outside = ("prefix", "suffix", inner_rates.PART)
+        outside_blocks = {name: w for name, w in tree.items() if name not in outside}
         if not self.model.config.tie_embeddings:
             outside_blocks.pop("embedding", None)
         return {**outside_blocks, "suffix": suffix}
@@ -153,6 +155,11 @@ class SplitModel:
         return joined if suffix else {k: w for k, w in joined.items() if k != "suffix"}
 
     # --- functions ----------------------------------------------------------------------------
+
+    def inner_rates(self, slow: PyTree, lr: Array | float) -> Array | PyTree:
+        """`Transformer.inner_rates`; a tree is laid out by `sequential_weights`."""
+        rates = self.model.inner_rates(slow, lr)
+        return self.sequential_weights(rates) if isinstance(rates, dict) else jnp.asarray(rates)
 
     def run_parallel(self, slow: PyTree, token_T: Array) -> Array:
         """The input of the sequential part for a whole sequence, [T, D]."""

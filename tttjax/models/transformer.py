@@ -23,6 +23,7 @@ from tttjax.config.model import ModelConfig
 from tttjax.config.schema import InnerConfig
 from tttjax.errors import UserError
 from tttjax.models.block import Block
+from tttjax.models.inner_rates import Declaration, declare_rates, inner_rates
 from tttjax.models.layers import RMSNorm, normal_weight
 from tttjax.models.mixer import AttentionForm
 from tttjax.models.stacking import (
@@ -100,10 +101,16 @@ class Transformer:
     """Pure functions of a model, without weights.
 
     fast_patterns: paths of the fast weights, in place of the declared ones (`FastWeight`).
+    learn_lr: which inner learning rates are weights too (`InnerConfig.learn_lr`).
     """
 
     config: ModelConfig
     fast_patterns: tuple[str, ...] = ()
+    learn_lr: str = "none"
+
+    @property
+    def _param_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.param_dtype)
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -207,11 +214,25 @@ class Transformer:
 
     def axes(self) -> Params:
         """Logical axis names (a tuple of strings) of every weight."""
-        tree = {
-            path: declared_axes(v, height is not None)
+        tree = {path: declaration.axes for path, declaration in self._declarations.items()}
+        tree |= {path: declaration.axes for path, declaration in self._rates.items()}
+        return partition(unflatten_dict(tree, sep="/"), self.fast_paths)
+
+    @cached_property
+    def _declarations(self) -> dict[str, Declaration]:
+        """Every weight of the network by path."""
+        return {
+            path: Declaration(
+                v.shape if height is None else (height, *v.shape),
+                declared_axes(v, height is not None),
+            )
             for path, (v, height) in self._variables.items()
         }
-        return partition(unflatten_dict(tree, sep="/"), self.fast_paths)
+
+    @cached_property
+    def _rates(self) -> dict[str, Declaration]:
+        """The learned inner learning rates by path."""
+        return declare_rates(self.learn_lr, {p: self._declarations[p] for p in self.fast_paths})
 
     # --- parameters and state ---------------------------------------------------------------
 
@@ -225,16 +246,19 @@ class Transformer:
                 path: stack.init(k)
                 for (path, stack), k in zip(self.stacks.items(), keys, strict=True)
             }
-        return partition({**ends, **unflatten_dict(blocks, sep="/")}, self.fast_paths)
+            rates = {path: jnp.zeros(r.shape, self._param_dtype) for path, r in self._rates.items()}
+        tree = {**ends, **unflatten_dict(blocks | rates, sep="/")}
+        return partition(tree, self.fast_paths)
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of `init`, which is not traced."""
 
-        def abstract(variable: nnx.Variable, height: int | None) -> jax.ShapeDtypeStruct:
-            leading = () if height is None else (height,)
-            return jax.ShapeDtypeStruct((*leading, *variable.shape), variable.dtype)
-
-        tree = {path: abstract(*row) for path, row in self._variables.items()}
+        tree = {
+            path: jax.ShapeDtypeStruct(declaration.shape, self._variables[path][0].dtype)
+            for path, declaration in self._declarations.items()
+        }
+        for path, declaration in self._rates.items():
+            tree[path] = jax.ShapeDtypeStruct(declaration.shape, self._param_dtype)
         return partition(unflatten_dict(tree, sep="/"), self.fast_paths)
 
     def init_state(self, max_length: int, parts: Sequence[str] = PARTS) -> PyTree:
@@ -252,6 +276,11 @@ class Transformer:
         return {"position": jnp.zeros((), jnp.int32), "blocks": blocks}
 
     # --- functions --------------------------------------------------------------------------
+
+    def inner_rates(self, slow: PyTree, lr: Array | float) -> Array | float | PyTree:
+        """The inner learning rate of every fast weight: a scalar, or a tree like `Params.fast`."""
+        ranks = {path: len(self._declarations[path].shape) for path in self.fast_paths}
+        return inner_rates(self.learn_lr, ranks, slow, lr)
 
     def embed(self, slow: PyTree, token_T: Array) -> Array:
         """Embeddings of the tokens, not scaled, in the compute dtype, [T, D]."""
@@ -333,4 +362,4 @@ class Transformer:
 
 def build_model(model: ModelConfig, inner: InnerConfig) -> Transformer:
     """The model of a configuration, with the fast weights that the inner loop updates."""
-    return Transformer(model, inner.fast_paths)
+    return Transformer(model, inner.fast_paths, inner.learn_lr)

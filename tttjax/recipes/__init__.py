@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.config import Config, default_config, from_config_dict
-from tttjax.config.files import load_config_dict, matching_specs, recipe_names, set_values
+from tttjax.config.files import (
+    load_config_dict,
+    matching_specs,
+    recipe_names,
+    set_values,
+    use_code,
+)
 
-__all__ = ["get", "names"]
+__all__ = ["get", "names", "use_code"]
 
 
 def get(recipe: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Config:

@@ -18,13 +18,15 @@ layers,N                 last 1, 3, 6 or 12 of 24 blocks updated; pretraining
 layers,N,extend,CONTEXT  the same, extended to 8k, 16k, 32k, 64k or 128k
 rule,NAME                sgd, momentum, normalized_sgd, adam, muon
 meta,NAME                exact, truncated2, truncated4, first_order, none
-small,rule,NAME          the last two at the size of `small:0.3m,ttt_e2e`, which a laptop trains;
+learn_lr,UNIT            learned inner rates, one for each: none, model, layer, weight
+small,rule,NAME          the last three at the size of `small:0.3m,ttt_e2e`, which a laptop trains;
 small,meta,NAME          windows, mini-batches and rates by `tttjax sweep --set`
+small,learn_lr,UNIT
 
 Each of 760M is `paper:760m,SYSTEM,pretrain` with one thing changed, and costs 15.2B tokens (an
 extension 0.76B). Expected numbers: `PATH`, `BY_WINDOW`, `BY_CHUNK`, `BY_LAYERS` in results.py, for
 example loss on DCLM at 8K 2.805 with b = 1K against 2.814 with 4K [V]; nothing is published for
-rules and meta-gradients at this size.
+rules, meta-gradients and learned rates at this size.
 
 Where the paper is silent, our choices: MLP widths of `layers` are solved so that all have the
 parameters of the published one (6 blocks, width 3328). The outer batch of `layers` is doubled in
@@ -43,6 +45,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from tttjax.config import from_config_dict, match_parameters, parameter_count
+from tttjax.config.schema import LEARNED_LRS
 from tttjax.errors import UserError
 from tttjax.recipes.baselines import HEAD_KVB
 from tttjax.recipes.results import PATH
@@ -105,8 +108,10 @@ def recipes() -> list[str]:
         *(f"layers,{n},extend,{context}" for n in LAYERS for context in CONTEXTS),
         *(f"rule,{rule}" for rule in RULE_CHANGES),
         *(f"meta,{meta}" for meta in META_CHANGES),
+        *(f"learn_lr,{unit}" for unit in LEARNED_LRS),
         *(f"small,rule,{rule}" for rule in RULE_CHANGES),
         *(f"small,meta,{meta}" for meta in META_CHANGES),
+        *(f"small,learn_lr,{unit}" for unit in LEARNED_LRS),
     ]
 
 
@@ -166,11 +171,16 @@ def _meta(name: str) -> ConfigDict:
     return _with_meta(pretraining(SIZE, "ttt_e2e"), name)
 
 
+def _learn_lr(unit: str) -> ConfigDict:
+    return _with_learned_lr(pretraining(SIZE, "ttt_e2e"), unit)
+
+
 def _small(kind: str, name: str) -> ConfigDict:
     config = small("0.3m", "ttt_e2e")
-    if choose(kind, ("rule", "meta"), "The small ablation") == "meta":
-        return _with_meta(config, name)
-    return _with_rule(config, SMALL_RULE_CHANGES, name)
+    kind = choose(kind, ("rule", "meta", "learn_lr"), "The small ablation")
+    if kind == "rule":
+        return _with_rule(config, SMALL_RULE_CHANGES, name)
+    return _with_meta(config, name) if kind == "meta" else _with_learned_lr(config, name)
 
 
 def _with_rule(
@@ -187,6 +197,11 @@ def _with_meta(config: ConfigDict, name: str) -> ConfigDict:
     return config
 
 
+def _with_learned_lr(config: ConfigDict, unit: str) -> ConfigDict:
+    config.inner.learn_lr = choose(unit, LEARNED_LRS, "The unit of a learned rate")
+    return config
+
+
 ABLATIONS: dict[str, Callable[..., ConfigDict]] = {
     "path": _path,
     "window": _window,
@@ -194,5 +209,6 @@ ABLATIONS: dict[str, Callable[..., ConfigDict]] = {
     "layers": _layers,
     "rule": _rule,
     "meta": _meta,
+    "learn_lr": _learn_lr,
     "small": _small,
 }

@@ -18,6 +18,7 @@ from tttjax.config import (
     has_fast_weights,
     read_config,
 )
+from tttjax.config.custom_code import check_run_code
 from tttjax.config.run_info import candidate_paths
 from tttjax.data.shards import content_id, read_manifest
 from tttjax.data.splits import TRAIN
@@ -97,6 +98,7 @@ def open_run(spec: RunSpec) -> Run:
     workdir = Path(checkpoint.parent)
     if workdir.name == checkpoints.CHECKPOINT_DIR:
         workdir = workdir.parent
+    check_run_code(config.inner, workdir)
     config = _resolve_data_paths(config, workdir, meta["data_state"])
     return Run(
         name=spec.name or path.resolve().name,

@@ -19,9 +19,10 @@ SLURM_LOGS = "slurm"
 RETRIES = 20  # starts of a trial after preemptions
 
 
-def trial_command(out: Path, name: str) -> list[str]:
+def trial_command(out: Path, name: str, flags: Sequence[str] = ()) -> list[str]:
     """The command of one trial, with this Python."""
-    return [sys.executable, "-m", "tttjax", "sweep", f"--out={out.absolute()}", f"--trial={name}"]
+    command = [sys.executable, "-m", "tttjax", "sweep", f"--out={out.absolute()}", *flags]
+    return [*command, f"--trial={name}"]
 
 
 class SlurmTrial:
@@ -49,12 +50,16 @@ class SlurmTrial:
 
 
 def submit_to_slurm(
-    out: Path, names: Sequence[str], options: Mapping[str, Any], cluster: str | None = None
+    out: Path,
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    cluster: str | None = None,
+    flags: Sequence[str] = (),
 ) -> list[Any]:
     """Submits an array of trials; returns submitit's jobs.
 
     options: of submitit, such as timeout_min, gpus_per_node, slurm_partition. cluster: "local" runs
-    them as processes here, to try it without Slurm.
+    them as processes here, to try it without Slurm. flags: more of a trial's command.
     Raises UserError without submitit, without Slurm, and for options it does not know.
     """
     try:
@@ -65,7 +70,7 @@ def submit_to_slurm(
         executor = submitit.AutoExecutor(folder=out / SLURM_LOGS, cluster=cluster or "slurm")
         executor.update_parameters(name=f"sweep-{out.name}", **options)
         with executor.batch():
-            jobs = [executor.submit(SlurmTrial(trial_command(out, name))) for name in names]
+            jobs = [executor.submit(SlurmTrial(trial_command(out, name, flags))) for name in names]
     except (RuntimeError, NameError, TypeError, AssertionError) as error:
         raise UserError(f"submitit refuses the jobs: {error}") from error
     return jobs
@@ -78,14 +83,15 @@ def kubernetes_manifest(
     volume_claim: str,
     parallelism: int,
     gpus: int = 0,
+    flags: Sequence[str] = (),
 ) -> dict[str, Any]:
     """An indexed Job, one index a trial, as `kubectl apply -f` takes it.
 
     image: has tttjax installed. volume_claim: of the shared disk, mounted at the path of `out`.
-    gpus: NVIDIA GPUs of a trial.
+    gpus: NVIDIA GPUs of a trial. flags: more of a trial's command.
     Exit code 75 (saved, to be continued) starts an index again; 2 (user error) fails it at once.
     """
-    command = shlex.join(["tttjax", "sweep", f"--out={out.absolute()}"])
+    command = shlex.join(["tttjax", "sweep", f"--out={out.absolute()}", *flags])
     script = (
         f'set -- {shlex.join(names)}; shift "$JOB_COMPLETION_INDEX"; exec {command} --trial="$1"'
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from tttjax.config import Config, EvalConfig, from_config_dict
 from tttjax.config.build import to_dict
+from tttjax.config.custom_code import custom_code
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write, write_text
 
@@ -90,7 +91,10 @@ class Design:
 
 
 def write_design(design: Design, out: Path) -> None:
-    """Writes `sweep.json`, in place of an earlier one: trials of both keep their results."""
+    """Writes `sweep.json`, in place of an earlier one: trials of both keep their results.
+
+    Raises UserError for a custom rule or loss of a file that this process has not run.
+    """
     values = {
         "format": FORMAT,
         "scoring": dataclasses.asdict(design.scoring),
@@ -100,8 +104,22 @@ def write_design(design: Design, out: Path) -> None:
         ],
     }
     out.mkdir(parents=True, exist_ok=True)
+    for sha256, path in _code_files(design, out).items():
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(custom_code(sha256).source)
     with atomic_write(out / DESIGN) as temporary:
         write_text(temporary, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def code_flags(design: Design, out: Path) -> list[str]:
+    """The flags `--code` of a process that runs a trial: files with its custom rule or loss."""
+    return [f"--code={path.absolute()}" for path in _code_files(design, out).values()]
+
+
+def _code_files(design: Design, out: Path) -> dict[str, Path]:
+    """Where the sweep's folder keeps each recipe file with a custom rule or loss, by sha256."""
+    hashes = sorted({trial.config.inner.code for trial in design.trials} - {""})
+    return {sha256: out / f"recipe-{sha256[:12]}.py" for sha256 in hashes}
 
 
 def read_design(out: Path) -> Design | None:

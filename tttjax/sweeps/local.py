@@ -19,7 +19,7 @@ from tttjax.config.checks import check_mesh
 from tttjax.config.least_memory import check_memory, least_state_bytes
 from tttjax.errors import UserError
 from tttjax.planning.flops import train_flops_per_token
-from tttjax.sweeps.design import Design, Trial
+from tttjax.sweeps.design import Design, Trial, code_flags
 from tttjax.sweeps.trial import TRIALS, TrialState, trial_state, workdir
 from tttjax.training.stopping import EXIT_INTERRUPTED
 
@@ -102,7 +102,7 @@ def run_trials(
                     slots[i] = None
                 if slots[i] is None and not is_stopping():
                     trial = sweep.next([slot.trial for slot in slots if slot])
-                    slots[i] = _start(trial, out, machine, jobs, i) if trial else None
+                    slots[i] = _start(trial, design, out, machine, jobs, i) if trial else None
             running = [slot for slot in slots if slot]
             sweep.running = frozenset(slot.trial.name for slot in running)
             sweep.refresh()
@@ -202,11 +202,13 @@ def log_path(out: Path, trial: Trial) -> Path:
     return out / TRIALS / f"{trial.name}.log"
 
 
-def _start(trial: Trial, out: Path, machine: Machine, jobs: int, slot: int) -> _Process:
+def _start(
+    trial: Trial, design: Design, out: Path, machine: Machine, jobs: int, slot: int
+) -> _Process:
     workdir(out, trial).parent.mkdir(parents=True, exist_ok=True)
     log = log_path(out, trial).open("ab")
     command = [sys.executable, "-m", "tttjax", "sweep", f"--out={out}", f"--trial={trial.name}"]
-    command.append("--follow-stdin")
+    command += ["--follow-stdin", *code_flags(design, out)]
     environment = dict(os.environ)
     if machine.platform == "gpu":
         visible = environment.get("CUDA_VISIBLE_DEVICES")

@@ -34,7 +34,7 @@ from tttjax.parallel.mesh import (
     spec,
 )
 from tttjax.training.optimizer import make_optimizer, make_schedule
-from tttjax.ttt.layer_norms import fast_layers
+from tttjax.ttt.layer_norms import by_layer, fast_layers, row_sums
 from tttjax.ttt.outer_loss import (
     ForwardOutput,
     InnerLoop,
@@ -46,7 +46,7 @@ from tttjax.ttt.outer_loss import (
 from tttjax.types import Array, Batch, Params, PyTree
 
 Metrics = dict[str, Array]
-MODEL_PARTS = ("embedding", "prefix", "suffix", "head", "final_norm")
+MODEL_PARTS = ("embedding", "prefix", "suffix", "head", "final_norm", "inner_lr")
 
 
 @flax.struct.dataclass
@@ -189,6 +189,17 @@ def norms_by_part(grads: Params) -> Metrics:
     return {f"grad_norm{name}": optax.tree.norm(tree) for name, tree in norms.items()}
 
 
+def learned_rates(model: Transformer, params: Params, lr: Array) -> Metrics:
+    """The learned inner learning rates, as means over the weights of each layer."""
+    if model.learn_lr == "none":
+        return {}
+    ones = jax.tree.map(lambda w: jnp.ones(w.shape), params.fast)
+    rates = jax.tree.broadcast(model.inner_rates(params.slow, lr), ones)
+    rates = jax.tree.map(jnp.multiply, rates, ones)
+    mean_L = by_layer(model, row_sums(rates)) / by_layer(model, row_sums(ones))
+    return {f"inner_lr_{name}": mean_L[i] for i, name in enumerate(fast_layers(model))}
+
+
 def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     """Model, optimizer and outer step for a configuration on a mesh.
 
@@ -250,6 +261,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         )
         metrics |= {
             "inner_lr": lr_inner,
+            **learned_rates(model, new_state.params, lr_inner),
             "lr": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "param_norm": optax.tree.norm(new_state.params),
             "nonfinite": ~finite,

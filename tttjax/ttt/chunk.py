@@ -5,11 +5,13 @@ then `apply_inner_update`. Attention and logits are computed in blocks. Training
 and inference (`inference.prefill`) loop over it.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tttjax.models.mixer import AttentionForm
@@ -31,19 +33,39 @@ LOGIT_COLUMNS = 2**14  # block of the vocabulary, if it is not sharded
 STATE_AXES = {"position": None, "blocks": 0}  # all sequences of a batch have one position
 
 
-# loss [B], (new state, nll [B, C], ce_residuals)
-LossResult = tuple[Array, tuple[PyTree, Array, CEResiduals | None]]
+class LossInputs(NamedTuple):
+    """What a custom inner loss is made of: one chunk of one sequence, before its update."""
+
+    nll_C: Array  # of the targets, float32 at least
+    mask_C: Array | np.ndarray  # bool: whether a target counts
+    target_C: Array | np.ndarray  # int: the token after each
+    h_CD: Array  # hidden states after the final norm, in the compute dtype
+    head_DV: Array  # logits are h_CD @ head_DV
+    fast: PyTree  # W_{i-1}, laid out as `Params.fast`
+
+
+InnerLoss = Callable[[LossInputs], Array]  # a scalar
+
+
+class LossAux(NamedTuple):
+    """What `batch_loss` computes beside the inner loss [B]."""
+
+    state: PyTree  # of the model, after the chunk
+    mean_nll_B: Array  # over the targets; the inner loss unless that is custom
+    nll_BC: Array
+    ce_residuals: CEResiduals | None
 
 
 class ChunkModel(NamedTuple):
-    """A split model and the update rule of its fast weights.
+    """A split model, the update rule of its fast weights, and its inner loss.
 
-    logit_rows: rows of logits in memory at a time.
+    logit_rows: rows of logits in memory at a time. loss: None: the mean NLL of the targets.
     """
 
     split: SplitModel
     rule: optax.GradientTransformation
     logit_rows: int
+    loss: InnerLoss | None = None
 
 
 class Chunks(NamedTuple):
@@ -55,7 +77,7 @@ class Chunks(NamedTuple):
 
 
 class ChunkRecords(NamedTuple):
-    """Records of N chunks, each before its update."""
+    """Records of N chunks, each before its update. loss_NB: the mean NLL of the targets."""
 
     loss_NB: Array
     nll_NBC: Array
@@ -70,8 +92,8 @@ def batch_loss(
     chunk: Chunks,
     form: AttentionForm,
     ce_residuals: CEResiduals | None = None,
-) -> LossResult:
-    """For B sequences: (loss [B], (new state, nll [B, C], ce_residuals)).
+) -> tuple[Array, LossAux]:
+    """(the inner loss [B], the rest) of B sequences.
 
     chunk: one chunk, so its arrays are [B, C, ...], without the axis N of their names.
     form: "blocked" for jax.grad, "blocked_jvp" for jax.grad of jax.jvp. ce_residuals: those of
@@ -100,7 +122,20 @@ def batch_loss(
             nll_BC = blocked_nll_jvp(*inputs, ce_residuals, blocks)
         else:
             nll_BC, ce_residuals = blocked_nll(*inputs, blocks)
-    return masked_mean(nll_BC, chunk.mask_NBC), (state, nll_BC, ce_residuals)
+    mean_nll_B = masked_mean(nll_BC, chunk.mask_NBC)
+    aux = LossAux(state, mean_nll_B, nll_BC, ce_residuals)
+    if chunk_model.loss is None:
+        return mean_nll_B, aux
+
+    def custom_loss(
+        nll_C: Array, mask_C: Array, target_C: Array, h_CD: Array, fast: PyTree
+    ) -> Array:
+        assert chunk_model.loss is not None
+        head_DV = model.head(combine(slow, fast))
+        inputs = LossInputs(nll_C, mask_C, target_C, h_CD, head_DV, split.join(fast))
+        return chunk_model.loss(inputs)
+
+    return over_sequences(custom_loss)(nll_BC, chunk.mask_NBC, chunk.target_NBC, h_BCD, fast), aux
 
 
 def _vocab_block(vocab: int) -> int | None:
@@ -115,15 +150,15 @@ def _vocab_block(vocab: int) -> int | None:
 
 def loss_and_gradient(
     chunk_model: ChunkModel, slow: PyTree, fast: PyTree, state: PyTree, chunk: Chunks
-) -> tuple[LossResult, PyTree]:
-    """(the result of `batch_loss`, the gradient of each sequence's loss [B, ...])."""
+) -> tuple[LossAux, PyTree]:
+    """(the losses of B sequences, the gradient of each one's inner loss [B, ...])."""
 
-    def total(fast: PyTree) -> tuple[Array, LossResult]:
+    def total(fast: PyTree) -> tuple[Array, LossAux]:
         loss_B, aux = batch_loss(chunk_model, slow, fast, state, chunk, "blocked")
-        return jnp.sum(loss_B), (loss_B, aux)
+        return jnp.sum(loss_B), aux
 
-    (_, out), g = jax.value_and_grad(total, has_aux=True)(fast)
-    return out, g
+    (_, aux), g = jax.value_and_grad(total, has_aux=True)(fast)
+    return aux, g
 
 
 def apply_inner_update(
@@ -132,10 +167,13 @@ def apply_inner_update(
     rule_state: PyTree,
     g: PyTree,
     chunk: Chunks,
-    lr: Array | float,
+    lr: Array | float | PyTree,
     is_constant: bool = False,
 ) -> tuple[PyTree, PyTree, Array]:
-    """`inner_loop.update` for B sequences: (fast, rule_state, norm of g [B])."""
+    """`inner_loop.update` for B sequences: (fast, rule_state, norm of g [B]).
+
+    lr: a scalar or a tree like the fast weights of one sequence.
+    """
 
     def one(
         fast: PyTree, rule_state: PyTree, g: PyTree, mask_C: Array

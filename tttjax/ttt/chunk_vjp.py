@@ -14,6 +14,7 @@ from tttjax.ttt.chunk import (
     ChunkModel,
     ChunkRecords,
     Chunks,
+    LossAux,
     apply_inner_update,
     batch_loss,
     loss_and_gradient,
@@ -28,7 +29,7 @@ class Shared(NamedTuple):
     chunk_model: ChunkModel
     kv_buffer: KVBuffer
     slow: PyTree
-    lr: Array
+    lr: PyTree  # a scalar, or a tree like the fast weights
 
 
 class Row(NamedTuple):
@@ -68,14 +69,13 @@ class ChunkResult(NamedTuple):
 def run_chunk(shared: Shared, start: Start, buffered: PyTree, row: Row) -> ChunkResult:
     """One chunk forward: its records, residuals, and what follows it."""
     state = shared.kv_buffer.state(BufferState(buffered, start.recurrent), row.i)
-    (loss_B, (state, nll_BC, ce_residuals)), g = loss_and_gradient(
-        shared.chunk_model, shared.slow, start.fast, state, row.chunk
-    )
+    losses, g = loss_and_gradient(shared.chunk_model, shared.slow, start.fast, state, row.chunk)
     fast, rule_state, norm_B = apply_inner_update(
         shared.chunk_model, start.fast, start.rule_state, g, row.chunk, shared.lr
     )
-    saved = SavedChunk(start.rule_state, g, start.recurrent, ce_residuals)
-    return ChunkResult(ChunkRecords(loss_B, nll_BC, norm_B), saved, fast, rule_state, state)
+    saved = SavedChunk(start.rule_state, g, start.recurrent, losses.ce_residuals)
+    records = ChunkRecords(losses.mean_nll_B, losses.nll_BC, norm_B)
+    return ChunkResult(records, saved, fast, rule_state, losses.state)
 
 
 # --- backward ---------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class Cotangents(NamedTuple):
     rule_state: list[Array]  # of its `inexact_leaves`
     state: PyTree  # as `KVBuffer.zero_cotangent`
     slow: PyTree
-    lr: Array
+    lr: PyTree
 
 
 BackwardCarry = tuple[PyTree, Cotangents]  # W_i, the cotangents after chunk i
@@ -146,27 +146,22 @@ def _chunk_gradient(
     """The gradient of S (docstring of `meta_gradient`) in slow, fast, the state's blocks and x."""
     form: AttentionForm = "blocked" if pairing.v is None else "blocked_jvp"
 
-    def outputs(
-        slow: PyTree, fast: PyTree, blocks: PyTree, x_BCD: Array
-    ) -> tuple[Array, tuple[PyTree, Array]]:
+    def outputs(slow: PyTree, fast: PyTree, blocks: PyTree, x_BCD: Array) -> tuple[Array, LossAux]:
         before = {**state, "blocks": blocks}
         inputs = chunk._replace(x_NBCD=x_BCD)
-        loss_B, (after, nll_BC, _) = batch_loss(
-            shared.chunk_model, slow, fast, before, inputs, form, ce_residuals
-        )
-        return loss_B, (after, nll_BC)
+        return batch_loss(shared.chunk_model, slow, fast, before, inputs, form, ce_residuals)
 
     def total(slow: PyTree, fast: PyTree, blocks: PyTree, x_BCD: Array) -> Array:
         if pairing.v is None:
-            loss_B, (after, nll_BC) = outputs(slow, fast, blocks, x_BCD)
+            loss_B, aux = outputs(slow, fast, blocks, x_BCD)
             change_B = jnp.zeros_like(loss_B)
         else:
-            loss_B, change_B, (after, nll_BC) = jax.jvp(
+            _, change_B, aux = jax.jvp(
                 lambda fast: outputs(slow, fast, blocks, x_BCD), (fast,), (pairing.v,), has_aux=True
             )
-        records_bar = pairing.records_bar
-        paired = jnp.vdot(records_bar.loss_NB, loss_B) + jnp.vdot(records_bar.nll_NBC, nll_BC)
-        paired += shared.kv_buffer.pairing(after, pairing.state_bar)
+        bar = pairing.records_bar
+        paired = jnp.vdot(bar.loss_NB, aux.mean_nll_B) + jnp.vdot(bar.nll_NBC, aux.nll_BC)
+        paired += shared.kv_buffer.pairing(aux.state, pairing.state_bar)
         return paired + jnp.sum(change_B)
 
     gradient = jax.grad(total, argnums=(0, 1, 2, 3))
@@ -180,7 +175,7 @@ def _backward_update(
     leaves, tree = jax.tree.flatten(saved.rule_state)
 
     def update(
-        fast: PyTree, inexact: list[Array], g: PyTree, lr: Array
+        fast: PyTree, inexact: list[Array], g: PyTree, lr: PyTree
     ) -> tuple[PyTree, list[Array], Array]:
         remaining = iter(inexact)
         merged = [next(remaining) if _is_inexact(leaf) else leaf for leaf in leaves]
@@ -195,7 +190,8 @@ def _backward_update(
     before = jax.tree.map(jnp.subtract, fast, change)
     (_, _, norm_B), pull = jax.vjp(update, before, inexact, saved.g, shared.lr)
     fast_bar, rule_bar, v, lr_bar = pull((bar.fast, bar.rule_state, jnp.zeros_like(norm_B)))
-    bar = bar._replace(fast=fast_bar, rule_state=rule_bar, lr=bar.lr + lr_bar)
+    lr_bar = jax.tree.map(jnp.add, bar.lr, lr_bar)
+    bar = bar._replace(fast=fast_bar, rule_state=rule_bar, lr=lr_bar)
     return before, bar, v if is_exact else None
 
 

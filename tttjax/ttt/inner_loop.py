@@ -33,7 +33,7 @@ class ReadState(NamedTuple):
 class ChunkRecord(NamedTuple):
     """The record of one chunk; `adapt` stacks them."""
 
-    loss: Array  # mean NLL over the chunk's targets, before the update
+    loss: Array  # inner loss, before the update; by default the mean NLL of the chunk's targets
     aux: PyTree  # the auxiliary output of chunk_loss
     grad_norm: Array  # ||g_i|| over all fast weights, before the rule
 
@@ -50,7 +50,7 @@ def start(rule: optax.GradientTransformation, fast: PyTree, state: PyTree) -> Re
 def read_chunk(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
-    lr: Array | float,
+    lr: Array | float | PyTree,
     read_state: ReadState,
     chunk: PyTree,
     update_is_constant: bool = False,
@@ -70,14 +70,17 @@ def read_chunk(
 
 def update(
     rule: optax.GradientTransformation,
-    lr: Array | float,
+    lr: Array | float | PyTree,
     fast: PyTree,
     rule_state: PyTree,
     g: PyTree,
     has_targets: Array,
     update_is_constant: bool = False,
 ) -> tuple[PyTree, PyTree, Array]:
-    """W_i = W_{i-1} + lr * rule(g_i): the new weights, the rule's new state, and ||g_i||."""
+    """W_i = W_{i-1} + lr * rule(g_i): the new weights, the rule's new state, and ||g_i||.
+
+    lr: a scalar, or a tree like `fast` of arrays that broadcast with its own.
+    """
     grad_norm = global_norm(g)
     # A rule's derivative at a zero gradient may be NaN, which would reach the meta-gradient even if
     # its result is dropped. So without targets the rule gets ones, and its result is dropped.
@@ -86,20 +89,20 @@ def update(
     if update_is_constant:
         change, new_rule_state = jax.lax.stop_gradient((change, new_rule_state))
 
-    def add_update(w: Array, u: Array) -> Array:
+    def add_update(w: Array, u: Array, lr: Array | float) -> Array:
         return w + jnp.where(has_targets, jnp.asarray(lr, w.dtype) * u.astype(w.dtype), 0)
 
     def keep_if_empty(new: Array, old: Array) -> Array:
         return jnp.where(has_targets, new, old)
 
-    fast = jax.tree.map(add_update, fast, change)
+    fast = jax.tree.map(add_update, fast, change, jax.tree.broadcast(lr, fast))
     return fast, jax.tree.map(keep_if_empty, new_rule_state, rule_state), grad_norm
 
 
 def adapt(
     chunk_loss: ChunkLoss,
     rule: optax.GradientTransformation,
-    lr: Array | float,
+    lr: Array | float | PyTree,
     read_state: ReadState,
     chunks: PyTree,
     *,
@@ -108,6 +111,7 @@ def adapt(
 ) -> tuple[ReadState, ChunkRecord]:
     """Runs the inner loop over the chunks [N, C, ...] of one sequence; records are [N, ...].
 
+    lr: as in `update`.
     exact_chunks: the outer gradient goes through the updates of only the last so many chunks
         (None: all; 0: first order).
     remat: recompute each chunk in the outer backward pass instead of storing its activations.

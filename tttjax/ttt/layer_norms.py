@@ -1,4 +1,4 @@
-"""Norms of fast weights, or of their gradients, by layer."""
+"""Sums and norms of fast weights, or of their gradients or rates, by layer."""
 
 from functools import cache
 
@@ -26,8 +26,8 @@ def fast_layers(model: Transformer) -> dict[str, tuple[str, int | None]]:
     return {**layers, **{name: (name, None) for name in ("final_norm", "head") if name in fast}}
 
 
-def squares(tree: PyTree) -> PyTree:
-    """Sums of squares of fast weights: of each row of stacked blocks, of each other array.
+def row_sums(tree: PyTree) -> PyTree:
+    """Sums of fast weights: of each row of stacked blocks, of each other array.
 
     In float32 at least; for a tree like `Params.fast` or `SplitModel.sequential_weights`.
     """
@@ -35,9 +35,30 @@ def squares(tree: PyTree) -> PyTree:
     def of_leaf(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
         first = 1 if path[0].key == "suffix" else 0
-        return jnp.sum(jnp.square(wide), axis=range(first, leaf.ndim))
+        return jnp.sum(wide, axis=range(first, leaf.ndim))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def squares(tree: PyTree) -> PyTree:
+    """`row_sums` of the squares, which are taken in float32 at least."""
+
+    def square(leaf: Array) -> Array:
+        return jnp.square(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+
+    return row_sums(jax.tree.map(square, tree))
+
+
+def by_layer(model: Transformer, rows: PyTree) -> Array:
+    """Sums by layer, [L] in the order of `fast_layers`. rows: `row_sums` of a tree."""
+    flat = flatten_dict(rows, sep="/")
+
+    def total(path: str, row: int | None) -> Array:
+        parts = [x for name, x in flat.items() if name == path or name.startswith(path + "/")]
+        return sum((x if row is None else x[row] for x in parts), start=jnp.zeros(()))
+
+    totals = [total(*layer) for layer in fast_layers(model).values()]
+    return jnp.stack(totals) if totals else jnp.zeros(0)
 
 
 def norms(model: Transformer, square: PyTree) -> Array:
@@ -46,14 +67,7 @@ def norms(model: Transformer, square: PyTree) -> Array:
     square: `squares` of a tree like `Params.fast`. The root of the sum of the squared norms is the
     norm of all fast weights.
     """
-    flat = flatten_dict(square, sep="/")
-
-    def total(path: str, row: int | None) -> Array:
-        parts = [x for name, x in flat.items() if name == path or name.startswith(path + "/")]
-        return sum((x if row is None else x[row] for x in parts), start=jnp.zeros(()))
-
-    totals = [total(*layer) for layer in fast_layers(model).values()]
-    square_L = jnp.stack(totals) if totals else jnp.zeros(0)
+    square_L = by_layer(model, square)
     # As in `global_norm`, the derivative at 0 is 0.
     return jnp.sqrt(jnp.where(square_L == 0, 1.0, square_L)) * (square_L != 0)
 

@@ -61,27 +61,28 @@ class _Residuals(NamedTuple):
     slow: PyTree
     fast_end: PyTree
     chunks: Chunks
-    lr: Array
+    lr: PyTree
     saved: PyTree
     buffered: PyTree
 
 
 Result = tuple[ChunkRecords, PyTree]  # records, fast weights after the last chunk [B, ...]
-InputCotangents = tuple[PyTree, PyTree, Chunks, Array]  # of slow, fast, chunks, lr
+InputCotangents = tuple[PyTree, PyTree, Chunks, PyTree]  # of slow, fast, chunks, lr
 _Carry = tuple[Start, BufferState]
 
 
-def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, Array], Result]:
+def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, PyTree], Result]:
     """run(slow, fast, chunks, lr) -> (records, fast weights after the last chunk [B, ...]).
 
     slow, fast: by segment (`SplitModel.sequential_weights`), no batch; fast in its final dtype.
+    lr: a scalar, or a tree like `fast` (`SplitModel.inner_rates`).
     The derivative is exact with respect to slow, fast, x and lr, for the losses, the NLL and the
     final fast weights. `grad_norm_NB` has no derivative.
     """
     forward, backward = TRAJECTORIES[loop.trajectory]
 
     @jax.custom_vjp
-    def run(slow: PyTree, fast: PyTree, chunks: Chunks, lr: Array) -> Result:
+    def run(slow: PyTree, fast: PyTree, chunks: Chunks, lr: PyTree) -> Result:
         return forward(loop, slow, fast, chunks, lr)[0]
 
     run.defvjp(partial(forward, loop), partial(backward, loop))
@@ -92,7 +93,7 @@ def make_loop(loop: LoopConfig) -> Callable[[PyTree, PyTree, Chunks, Array], Res
 
 
 def _forward_rewind(
-    loop: LoopConfig, slow: PyTree, fast: PyTree, chunks: Chunks, lr: Array
+    loop: LoopConfig, slow: PyTree, fast: PyTree, chunks: Chunks, lr: PyTree
 ) -> tuple[Result, _Residuals]:
     """Saves the gradient of every chunk."""
     shared, rows = _share(loop, chunks, slow, lr)
@@ -104,7 +105,7 @@ def _forward_rewind(
 
 
 def _forward_recompute(
-    loop: LoopConfig, slow: PyTree, fast: PyTree, chunks: Chunks, lr: Array
+    loop: LoopConfig, slow: PyTree, fast: PyTree, chunks: Chunks, lr: PyTree
 ) -> tuple[Result, _Residuals]:
     """Saves the fast weights before every segment of chunks."""
     shared, rows = _share(loop, chunks, slow, lr)
@@ -120,7 +121,7 @@ def _forward_recompute(
     return result, _Residuals(slow, end.fast, chunks, lr, starts, buffers.buffered)
 
 
-def _share(loop: LoopConfig, chunks: Chunks, slow: PyTree, lr: Array) -> tuple[Shared, Row]:
+def _share(loop: LoopConfig, chunks: Chunks, slow: PyTree, lr: PyTree) -> tuple[Shared, Row]:
     number, batch, size = chunks.target_NBC.shape
     kv_buffer = KVBuffer(loop.chunk_model.split, number, size, batch)
     return Shared(loop.chunk_model, kv_buffer, slow, lr), Row(jnp.arange(number), chunks)
@@ -231,7 +232,8 @@ def _last_carry(shared: Shared, residuals: _Residuals, cotangents: Result) -> Ba
     _, fast_bar = cotangents
     rule_bar = [jnp.zeros_like(x[0]) for x in inexact_leaves(residuals.saved.rule_state)]
     state_bar, slow_bar = shared.kv_buffer.zero_cotangent(), jax.tree.map(zeros, shared.slow)
-    bar = Cotangents(fast_bar, rule_bar, state_bar, slow_bar, jnp.zeros_like(shared.lr))
+    zeros_like_lr = jax.tree.map(jnp.zeros_like, shared.lr)
+    bar = Cotangents(fast_bar, rule_bar, state_bar, slow_bar, zeros_like_lr)
     return residuals.fast_end, bar
 
 

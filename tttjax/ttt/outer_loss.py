@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tttjax.config.custom_code import custom_code
 from tttjax.config.schema import InnerConfig
 from tttjax.models.split_model import SplitModel
 from tttjax.models.stacking import combine
@@ -25,7 +26,13 @@ from tttjax.models.transformer import Transformer, advance
 from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt import inner_loop
-from tttjax.ttt.chunk import ChunkModel, Chunks
+from tttjax.ttt.chunk import ChunkModel, Chunks, InnerLoss, LossInputs
+from tttjax.ttt.custom_code import (
+    check_fast_loss,
+    check_fast_rule,
+    custom_loss,
+    custom_rule,
+)
 from tttjax.ttt.layer_norms import norms, squares
 from tttjax.ttt.meta_gradient import LoopConfig, make_loop
 from tttjax.ttt.update_rules import global_norm, make_rule
@@ -57,6 +64,7 @@ class InnerLoop(NamedTuple):
     remat: bool
     form: str = "fast"  # of the outer gradient; "reference": plain jax.grad
     trajectory: str = "rewind"  # of the fast weights, in the fast form
+    loss: InnerLoss | None = None  # None: the mean NLL of a chunk's targets
 
 
 def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
@@ -65,24 +73,32 @@ def exact_chunks(meta_gradient: str, truncate_chunks: int) -> int | None:
 
 
 def make_inner_loop(inner: InnerConfig) -> InnerLoop:
-    """The inner loop of an `InnerConfig`."""
-    rule = make_rule(
-        inner.rule,
-        clip=inner.clip,
-        momentum=inner.momentum,
-        b1=inner.b1,
-        b2=inner.b2,
-        eps=inner.eps,
-    )
+    """The inner loop of an `InnerConfig`.
+
+    Raises UserError for a custom rule or loss of a file that this process has not run.
+    """
+    custom = custom_code(inner.code) if "custom" in (inner.rule, inner.loss) else None
+    if custom and inner.rule == "custom":
+        rule = custom_rule(custom, inner)
+    else:
+        rule = make_rule(
+            inner.rule,
+            clip=inner.clip,
+            momentum=inner.momentum,
+            b1=inner.b1,
+            b2=inner.b2,
+            eps=inner.eps,
+        )
     return InnerLoop(
         chunk_size=inner.chunk_size,
         rule=rule,
-        clip=inner.clip,
+        clip=0.0 if inner.rule == "custom" else inner.clip,
         fast_dtype=jnp.dtype(inner.fast_dtype),
         exact_chunks=exact_chunks(inner.meta_gradient, inner.truncate_chunks),
         remat=inner.remat,
         form=inner.form,
         trajectory=inner.trajectory,
+        loss=custom_loss(custom) if custom and inner.loss == "custom" else None,
     )
 
 
@@ -132,8 +148,10 @@ def forward_static(
     return _make_output(model, chunk_loss_N, nll_T, zero_N, params.fast, params.fast)
 
 
-def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
-    """The inner loss of one chunk as a function of the fast weights.
+def make_chunk_loss(
+    model: Transformer, slow: PyTree, custom_loss: InnerLoss | None = None
+) -> inner_loop.ChunkLoss:
+    """The inner loss of one chunk as a function of the fast weights; its aux is the NLL [C].
 
     A chunk is (x_CD, targets_C, mask_C): prefix outputs, targets, whether they count.
     """
@@ -146,7 +164,12 @@ def make_chunk_loss(model: Transformer, slow: PyTree) -> inner_loop.ChunkLoss:
         x_CD, state = model.run_part("suffix", weights, state, x_CD, remat=False)
         nll_C = model.nll(weights, x_CD, target_C, block=LOGIT_ROWS)
         state = advance(state, x_CD.shape[0])
-        return masked_mean(nll_C, mask_C), (state, jnp.any(mask_C), nll_C)
+        if custom_loss is None:
+            loss = masked_mean(nll_C, mask_C)
+        else:
+            h_CD, head_DV = model.final_norm(weights, x_CD), model.head(weights)
+            loss = custom_loss(LossInputs(nll_C, mask_C, target_C, h_CD, head_DV, fast))
+        return loss, (state, jnp.any(mask_C), nll_C)
 
     return chunk_loss
 
@@ -166,16 +189,19 @@ def forward_ttt(
     x_TD, _ = model.run_part("prefix", weights, None, model.embed(params.slow, inputs_T))
     fast = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
     end, records = inner_loop.adapt(
-        make_chunk_loss(model, params.slow),
+        make_chunk_loss(model, params.slow, inner.loss),
         inner.rule,
-        lr,
+        model.inner_rates(params.slow, lr),
         inner_loop.start(inner.rule, fast, model.init_state(length, parts=["suffix"])),
         tuple(split_chunks(x, inner.chunk_size) for x in (x_TD, targets_T, mask_T)),
         exact_chunks=inner.exact_chunks,
         remat=inner.remat,
     )
+    loss_N = records.loss
+    if inner.loss is not None:  # the outer loss stays that of the next token
+        loss_N = masked_mean(records.aux, split_chunks(mask_T, inner.chunk_size))
     nll_T = records.aux.reshape(-1)
-    return _make_output(model, records.loss, nll_T, records.grad_norm, end.fast, fast)
+    return _make_output(model, loss_N, nll_T, records.grad_norm, end.fast, fast)
 
 
 def forward_ttt_fast(
@@ -183,10 +209,12 @@ def forward_ttt_fast(
 ) -> ForwardOutput:
     """`forward_ttt` for B sequences, [B, ...], with the fast form of the meta-gradient."""
     split = SplitModel(model)
-    loop = LoopConfig(
-        ChunkModel(split, inner.rule, LOGIT_ROWS), inner.exact_chunks, inner.trajectory
-    )
+    chunk_model = ChunkModel(split, inner.rule, LOGIT_ROWS, inner.loss)
+    loop = LoopConfig(chunk_model, inner.exact_chunks, inner.trajectory)
     start = jax.tree.map(lambda w: w.astype(inner.fast_dtype), params.fast)
+    check_fast_rule(inner.rule, start)
+    if inner.loss is not None:
+        check_fast_loss(inner.loss, model, inner.chunk_size, start)
     x_BTD = over_sequences(partial(split.run_parallel, params.slow))(batch.inputs)
 
     def by_chunk(x_BT: Array) -> Array:
@@ -197,7 +225,7 @@ def forward_ttt_fast(
         split.sequential_weights(params.slow),
         split.sequential_weights(start),
         Chunks(by_chunk(x_BTD), by_chunk(batch.targets), by_chunk(batch.mask)),
-        jnp.asarray(lr),
+        split.inner_rates(params.slow, lr),
     )
     loss_BN, nll_BNC, norm_BN = (jnp.swapaxes(x, 0, 1) for x in records)
     nll_BT = nll_BNC.reshape(batch.inputs.shape)

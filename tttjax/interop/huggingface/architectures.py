@@ -64,6 +64,10 @@ def _check_exportable(model: ModelConfig, inner: InnerConfig, learns: bool) -> N
         problem = f"model.fast_mlp_heads = {model.fast_mlp_heads} makes its fast MLPs multi-head"
     elif learns and inner.rule not in RULES:
         problem = f"its update rule is inner.rule = {inner.rule!r}"
+    elif learns and inner.loss != "next_token":
+        problem = f"its inner loss is inner.loss = {inner.loss!r}"
+    elif inner.learn_lr != "none":
+        problem = f"inner.learn_lr = {inner.learn_lr!r} makes its inner learning rates weights"
     else:
         return
     raise UserError(f"this model cannot be exported: {problem}. {EXPORTED}.")
