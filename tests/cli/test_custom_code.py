@@ -1,41 +1,26 @@
-"""A recipe file with a custom inner rule, loss or rates, through the commands; and its refusals."""
+"""The recipes of docs/custom.md through the commands, and what is refused."""
 
+import doctest
 import json
+import re
 
 import pytest
+from helpers.paths import ROOT
 
 from tttjax.cli.main import main
 from tttjax.config import custom_code, load_config
 from tttjax.errors import UserError
 
-HEAD = """\
-import optax, jax.numpy as jnp
-from tttjax.config import default_config
-
-def get_config():
-    config = default_config()
-    config.model.update(vocab_size=264, embed_dim=8, num_layers=4, num_heads=1, mlp_dim=8)
-    config.model.update(window_size=8, suffix_layers=4, init_std=0.3)
-    config.inner.chunk_size = 8
-    config.train.update(steps=2, batch_size=8, seq_len=32)
-    config.eval.update(context_lengths=(32,), num_sequences=2)
-"""
-RULE = """\
-    config.inner.update(rule="custom", fast_paths=("suffix/**/mixer/wo",))
-    return config
-
-def inner_rule(inner):
-    return optax.chain(optax.clip(0.1), optax.trace(0.5), optax.scale(-1.0))
-"""
-LOSS = """\
-    config.model.update(num_layers=2, suffix_layers=1, fast_mlp=True)
-    config.inner.update(loss="custom", learn_lr="layer")
-    return config
-
-def inner_loss(chunk):
-    count = jnp.maximum(1, jnp.sum(chunk.mask_C))
-    return jnp.sum(jnp.where(chunk.mask_C, chunk.nll_C ** 2, 0)) / count
-"""
+PAGE = (ROOT / "docs" / "custom.md").read_text()
+RULE, LOSS = re.findall(r"```python\n(# my_\w+\.py\n.*?)```", PAGE, re.DOTALL)
+SMALL = {
+    "model": {"vocab_size": 264, "embed_dim": 8, "num_heads": 1, "mlp_dim": 8},
+    "inner": {"chunk_size": 8, "lr_warmup_steps": 0},
+    "optim": {"warmup_steps": 1},
+    "train": {"steps": 2, "seq_len": 32},
+    "eval": {"context_lengths": 32, "num_sequences": 2},
+}
+FLAGS = [f"--config.{name}.{key}={value}" for name in SMALL for key, value in SMALL[name].items()]
 
 
 @pytest.fixture(autouse=True)
@@ -53,17 +38,24 @@ def recipe(tmp_path):
     return write
 
 
-def train(recipe, workdir, data):
-    flags = [f"--workdir={workdir}", f"--config.data.sources={data}"]
+def train(recipe, workdir, data, layers=2):
+    flags = [
+        f"--config.model.num_layers={layers}",
+        f"--workdir={workdir}",
+        f"--config.data.sources={data}",
+        *FLAGS,
+    ]
     return main(["train", f"--config={recipe}", *flags])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("body", [RULE, LOSS], ids=["rule", "loss"])
-def test_commands_use_the_run_s_code_and_no_other(body, recipe, data, tmp_path, no_code, capsys):
+@pytest.mark.parametrize(("body", "layers"), [(RULE, 4), (LOSS, 2)], ids=["rule", "loss"])
+def test_commands_use_the_run_s_code_and_no_other(
+    body, layers, recipe, data, tmp_path, no_code, capsys
+):
     run = tmp_path / "run"
-    assert train(recipe(HEAD + body), run, data) == 0
-    assert (run / "recipe.py").read_text() == HEAD + body
+    assert train(recipe(body), run, data, layers) == 0
+    assert (run / "recipe.py").read_text() == body
     metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert ("inner_lr_layer1" in metrics) == (body == LOSS)
 
@@ -81,20 +73,27 @@ def test_commands_use_the_run_s_code_and_no_other(body, recipe, data, tmp_path, 
     flags = [f"--session={session}", "--prompt=abc", "--max-tokens=3", flag]
     assert main(["generate", str(run), *flags]) == 0
 
-    changed = recipe(HEAD + body + "\n")
-    assert train(changed, run, data) == 2
+    changed = recipe(body + "\n")
+    assert train(changed, run, data, layers) == 2
     assert "inner.code was" in capsys.readouterr().err
     custom_code._known.clear()
     assert main(["evaluate", str(run), f"--code={changed}"]) == 2
     assert "is another file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_examples_in_python_work():
+    result = doctest.testfile(str(ROOT / "docs" / "custom.md"), module_relative=False)
+    assert result.attempted > 5
+    assert not result.failed
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (HEAD + '    config.inner.rule = "custom"\n    return config\n', "function inner_rule"),
-        (HEAD + RULE.replace("inner_rule(", "inner_loss("), "my.py defines none"),
-        ("from . import other\n" + HEAD + RULE, "attempted relative import"),
+        (RULE.partition("def inner_rule")[0], "function inner_rule, and there is none"),
+        (RULE.replace("inner_rule(", "inner_loss("), "my.py defines none"),
+        ("from . import other\n" + RULE, "attempted relative import"),
     ],
 )
 def test_a_recipe_without_its_code_is_refused(text, words, recipe):
@@ -106,13 +105,13 @@ def test_code_that_imports_from_its_folder_is_refused(tmp_path, recipe):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "other.py").write_text("")
-    path = recipe("from mine import other\n" + HEAD + RULE, "mine/my.py")
+    path = recipe("from mine import other\n" + RULE, "mine/my.py")
     with pytest.raises(UserError, match="imports from mine/, line 1"):
         load_config(path)
 
 
 def test_unused_code_is_not_part_of_the_configuration(recipe):
-    path = recipe(HEAD + RULE)
+    path = recipe(RULE)
     assert load_config(path).inner.code
     assert not load_config(path, ["--config.inner.rule=sgd"]).inner.code
 
@@ -120,12 +119,12 @@ def test_unused_code_is_not_part_of_the_configuration(recipe):
 def test_an_error_in_the_code_names_file_and_line(recipe):
     from tttjax.ttt.outer_loss import make_inner_loop
 
-    path = recipe(HEAD + RULE.replace("optax.trace(0.5)", "optax.trase(0.5)"))
-    with pytest.raises(UserError, match=r"my\.py, line 1\d: AttributeError"):
+    path = recipe(RULE.replace("optax.trace", "optax.trase"))
+    with pytest.raises(UserError, match=r"my\.py, line \d+: AttributeError"):
         make_inner_loop(load_config(path).inner)
 
 
 def test_a_file_without_code_is_refused(recipe, capsys):
-    path = recipe(HEAD + "    return config\n")
+    path = recipe(RULE.partition("def inner_rule")[0])
     assert main(["evaluate", "nowhere", f"--code={path}"]) == 2
     assert "defines neither inner_rule nor inner_loss" in capsys.readouterr().err

@@ -115,5 +115,5 @@ def test_rates_start_at_the_configured_one():
 def test_rates_need_inner_updates_in_training():
     values = to_dict(dataclasses.replace(with_rates("layer")))
     values["inner"]["meta_gradient"] = "none"
-    with pytest.raises(UserError, match="inner.learn_lr"):
+    with pytest.raises(UserError, match=r"inner\.learn_lr"):
         from_config_dict(values)
