@@ -42,7 +42,7 @@ INPUT_TEXTS = {
     *("prepare inputs", "read text", "sessions --text", "evaluate --needle-text"),
     *("generate --prompt-file", "generate --prompts"),
 }
-TEXT_FIELDS = {"data.val_split", "inner.fast_paths", "train.wandb_project"}
+TEXT_FIELDS = {"data.val_split", "inner.code", "inner.fast_paths", "train.wandb_project"}
 
 
 def arguments(parser, name):
