@@ -4,6 +4,8 @@ import doctest
 import json
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 from helpers.paths import ROOT
 
@@ -72,6 +74,9 @@ def test_commands_use_the_run_s_code_and_no_other(
     assert main(["read", str(run), str(text), f"--save-session={session}", flag]) == 0
     flags = [f"--session={session}", "--prompt=abc", "--max-tokens=3", flag]
     assert main(["generate", str(run), *flags]) == 0
+    report = tmp_path / "report"
+    assert main(["report", f"mine={run}", f"--out={report}", flag]) == 0
+    assert "nan" not in (report / "report.csv").read_text().lower()
 
     changed = recipe(body + "\n")
     assert train(changed, run, data, layers) == 2
@@ -79,6 +84,18 @@ def test_commands_use_the_run_s_code_and_no_other(
     custom_code._known.clear()
     assert main(["evaluate", str(run), f"--code={changed}"]) == 2
     assert "is another file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_trials_of_a_sweep_use_the_code(recipe, data, tmp_path):
+    out = tmp_path / "sweep"
+    flags = [flag for flag in FLAGS if "train.steps" not in flag]
+    flags += ["--config.model.num_layers=2", f"--data={data}", f"--out={out}", "--jobs=1"]
+    assert main(["sweep", f"--config={recipe(LOSS)}", "--set=train.steps=2,3", *flags]) == 0
+    (copy,) = out.glob("recipe-*.py")
+    assert copy.read_text() == LOSS
+    table = pd.read_csv(out / "report" / "settings.csv")
+    assert np.isfinite(table["loss"]).all()
 
 
 @pytest.mark.slow

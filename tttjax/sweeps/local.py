@@ -98,7 +98,7 @@ def run_trials(
                 if process is not None and process.popen.poll() is not None:
                     if not is_stopping():
                         sweep.record(process.trial, process.popen.returncode)
-                    process.log.close()
+                    process.close()
                     slots[i] = None
                 if slots[i] is None and not is_stopping():
                     trial = sweep.next([slot.trial for slot in slots if slot])
@@ -195,6 +195,12 @@ class _Process:
     trial: Trial
     popen: subprocess.Popen
     log: IO
+
+    def close(self) -> None:
+        """Closes the files of a process that has ended."""
+        self.log.close()
+        if self.popen.stdin:
+            self.popen.stdin.close()
 
 
 def log_path(out: Path, trial: Trial) -> Path:
