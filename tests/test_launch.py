@@ -137,6 +137,20 @@ fi"""
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["train_step.json"]
 
 
+def test_gpu_systems_are_a_sweep_that_stops_in_time(shell, tmp_path):
+    out = str(tmp_path / "out")
+    script = partial(shell, str(LAUNCH / "gpu_systems.sh"), "my data", out)
+    result = script("ttt_e2e", "full", programs={"tttjax": SHOW}, FLAGS="--seeds=2 --plan")
+    assert (
+        "[sweep][--config=small:6m,ttt_e2e][--config=small:6m,full][--data=my data]"
+        in result.stdout
+    )
+    assert f"[--out={out}][--seeds=2][--plan]" in result.stdout
+    body = "trap 'exit 75' TERM; sleep 60 & wait"
+    assert script("full", programs={"tttjax": body}, LIMIT="0.2").returncode == 75
+    assert script().returncode == 2
+
+
 def test_the_gpu_job_is_valid_yaml(shell):
     result = shell(
         str(LAUNCH / "gke_gpu.sh"),
