@@ -1,0 +1,36 @@
+"""experiments/recall.py: recall is zero where nothing can carry a passage over the distance."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments import recall
+from tttjax.data.shards import open_prepared
+
+BLOCKS = 2
+
+
+def test_passages_are_read_twice_or_once(data):
+    split = open_prepared(data).split("train")
+    read, unread = recall.passages(split, 8, 3, 4)
+    assert read.tokens.shape[1] == 4 * 8 + 1
+    assert (read.tokens[:, 1:9] == read.tokens[:, -8:]).all()
+    assert (read.tokens[:, 9:] == unread.tokens[:, 9:]).all()
+    assert (read.tokens[:, :9] != unread.tokens[:, :9]).any(axis=1).all()
+    text = split.read(0, split.num_tokens).tobytes()
+    assert all(row[:9].tobytes() in text for row in read.tokens)
+
+
+@pytest.mark.slow
+def test_only_fast_weights_recall_beyond_the_reach_of_the_windows(data, make_run, tmp_path, capsys):
+    run = make_run("recall", num_layers=BLOCKS, suffix_layers=1, fast_mlp=True)
+    far = BLOCKS + 2
+    flags = [str(run), f"--data={data}", "--split=train", "--passages=4"]
+    assert recall.main([*flags, f"--distances={far}", f"--out={tmp_path}"]) == 0
+    rows = pd.read_csv(tmp_path / "recall.csv").set_index(["run", "windows"])["recall"]
+    assert rows["recall, TTT off", far] == 0
+    assert rows["recall, TTT on", far] != 0
+    assert np.isfinite(rows).all()
+    assert (tmp_path / "recall.png").exists()
+    assert recall.main([*flags, "--distances=100000", f"--out={tmp_path}"]) == 2
+    assert "shorter --distances" in capsys.readouterr().err
