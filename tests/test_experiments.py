@@ -1,10 +1,10 @@
-"""experiments/recall.py: recall is zero where nothing can carry a passage over the distance."""
+"""The programs of experiments/: recall by distance, and the bias of cheaper meta-gradients."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import recall
+from experiments import meta_gradient_bias, recall
 from tttjax.data.shards import open_prepared
 
 BLOCKS = 2
@@ -34,3 +34,18 @@ def test_only_fast_weights_recall_beyond_the_reach_of_the_windows(data, make_run
     assert (tmp_path / "recall.png").exists()
     assert recall.main([*flags, "--distances=100000", f"--out={tmp_path}"]) == 2
     assert "shorter --distances" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_exact_meta_gradient_has_no_bias(data, make_run, tmp_path, capsys):
+    run = make_run("bias", suffix_layers=1, fast_mlp=True)
+    flags = [f"--data={data}", f"--out={tmp_path}", "--batches=2"]
+    assert meta_gradient_bias.main([str(run), *flags]) == 0
+    table = pd.read_csv(tmp_path / "meta_gradient_bias.csv").set_index(["meta_gradient", "weights"])
+    np.testing.assert_allclose(table.loc["exact"][["cosine", "norm_ratio"]], 1, atol=1e-6)
+    cosine = table["cosine"].xs("all", level="weights")
+    # 32 tokens are four chunks: nothing is cut off by four.
+    np.testing.assert_allclose(cosine["truncated4"], 1, atol=1e-6)
+    assert 1 > cosine["truncated2"] > cosine["first_order"] > cosine["none"]
+    assert meta_gradient_bias.main([str(run), *flags, "--split=nothing"]) == 2
+    assert "nothing" in capsys.readouterr().err
