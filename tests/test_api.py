@@ -55,6 +55,23 @@ def test_a_batch_that_would_be_read_wrongly_is_refused(change, sentence):
         loss_and_gradient(None, batch)
 
 
+@pytest.mark.parametrize(
+    ("weight", "sentence"),
+    [
+        (np.zeros((2, 32)), "weight is 0 everywhere"),
+        (np.ones((2, 32)), "be 0 where mask is False"),
+        (np.ones((2, 31)), "the inputs' shape"),
+    ],
+)
+def test_weights_that_would_be_read_wrongly_are_refused(weight, sentence):
+    config = tttjax.recipes.get("quickstart:ttt_e2e")
+    loss_and_gradient = tttjax.value_and_meta_grad(tttjax.build_model(config), config)
+    token = np.full((2, 32), 7)
+    batch = tttjax.Batch(token, token, np.arange(64).reshape(2, 32) > 0, weight)
+    with pytest.raises(tttjax.UserError, match=sentence):
+        loss_and_gradient(None, batch)
+
+
 def test_weights_of_float64_configurations_are_float64():
     model = tttjax.build_model(tttjax.recipes.get({"model.param_dtype": "float64"}))
     assert model.abstract_params().slow["embedding"].dtype == np.float64

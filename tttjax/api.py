@@ -33,7 +33,7 @@ from tttjax.runs.loaded_run import LoadedRun, StrPath
 from tttjax.runs.run import RunSpec
 from tttjax.training.loop import train as train_config
 from tttjax.ttt.chunk import InnerLoss
-from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
+from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss, normalise_weights
 from tttjax.types import Array, Batch, Params
 
 MetaGrad = Callable[..., tuple[Array, Params]]
@@ -111,7 +111,9 @@ def value_and_meta_grad(
     The gradient goes through the inner updates that `config.inner.meta_gradient` selects. Returns
     f(params, batch, inner_lr=config.inner.lr) -> (loss, gradient), compiled: the mean over
     sequences and chunks of each chunk's masked mean, in nats; and `Params(slow, fast)`. batch:
-    `Batch(inputs, targets, mask)`, each [B, T] with T a multiple of config.inner.chunk_size.
+    `Batch(inputs, targets, mask)`, each [B, T] with T a multiple of config.inner.chunk_size. With a
+    fourth array, `weight`, the loss is the weighted mean over the batch's targets; the inner loss
+    has no weights.
 
     rule, loss: a custom inner rule and inner loss, in place of the configuration's.
     """
@@ -120,7 +122,11 @@ def value_and_meta_grad(
     outer = make_outer_loss(model, inner, learn=learns(model, config.inner.meta_gradient))
     with x64_if_configured(config):
         expected = model.abstract_params()
-    derive = jax.jit(jax.value_and_grad(lambda params, batch, lr: outer(params, batch, lr)[0]))
+
+    def mean_loss(params: Params, batch: Batch, lr: float) -> Array:
+        return outer(params, normalise_weights(batch), lr)[0]
+
+    derive = jax.jit(jax.value_and_grad(mean_loss))
 
     def value_and_grad(
         params: Params, batch: Batch, inner_lr: float = config.inner.lr
@@ -142,6 +148,19 @@ def _check_batch(batch: Batch, config: Config) -> None:
             f"inputs {inputs.shape}, targets {targets.shape} and mask {np.shape(batch.mask)} must "
             "have one shape, [B, T]"
         )
+    if batch.weight is not None:
+        weight = np.asarray(batch.weight)
+        if (
+            weight.shape != inputs.shape
+            or (weight < 0).any()
+            or weight[~np.asarray(batch.mask)].any()
+        ):
+            raise UserError(
+                f"weight must have the inputs' shape, {inputs.shape}, be at least 0, and be 0 "
+                "where mask is False"
+            )
+        if not weight.any():
+            raise UserError("weight is 0 everywhere: no target is left to learn from")
     if not inputs.size or inputs.shape[1] % chunk:
         raise UserError(
             f"sequences of {inputs.shape[1]} tokens are no multiple of inner.chunk_size = {chunk}"

@@ -42,9 +42,13 @@ class Batch:
     """Sequences with their next-token targets.
 
     inputs: int [B, T]. targets: int [B, T], the token that follows each input.
-    mask: bool [B, T], False where the loss ignores the target.
+    mask: bool [B, T], False where inner and outer loss ignore the target.
+    weight: [B, T] or None, of the targets in the outer loss alone: bool as data have it, or float
+    after `outer_loss.normalise_weights`; 0 where `mask` is False. None: the outer loss is the mean
+    over chunks of their means.
     """
 
     inputs: Array
     targets: Array
     mask: Array
+    weight: Array | None = None

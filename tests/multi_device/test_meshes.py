@@ -124,6 +124,34 @@ def test_initial_weights_are_the_same_on_a_mesh():
     assert worst(*states) < 1e-14
 
 
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [((2, 2, 2), {"accum_steps": 2}), ((1, 1, 1), {"accum_steps": 4}), ((4, 1, 1), {})],
+)
+def test_weights_are_normalised_over_all_devices_and_micro_batches(shape, changes):
+    """Parts of the batch have different numbers of weighted targets, two sequences none."""
+    batch = random_batch(make_config(), masked=0.1)
+    weight = (np.random.default_rng(1).random(batch.mask.shape) < 0.4) & batch.mask
+    weight[:2] = False
+    weight[5, 1:] = False
+    batch = batch.replace(weight=weight)
+    results = []
+    for mesh_shape, train in (((1, 1, 1), {}), (shape, changes)):
+        config = make_config(**train)
+        trainer = make(mesh_shape, **train)
+        gradient = make_gradient(
+            trainer.model,
+            make_inner_loop(config.inner),
+            trainer.mesh,
+            learn=True,
+            accum_steps=config.train.accum_steps,
+        )
+        params = random_state(trainer).params
+        results.append(jax.jit(gradient)(params, trainer.put_batch(batch), np.float64(1)))
+    for actual, expected in zip(*map(jax.tree.leaves, results[::-1]), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-11)
+
+
 RECURRENT = {
     "mixers": ("mamba2+gated_deltanet+ttt_mlp",),
     **{"num_layers": 1, "suffix_layers": 0, "fast_mlp": False, "pre_conv": True, "num_kv_heads": 0},

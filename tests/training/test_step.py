@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.small import random_batch, small_config, worst
 
+from tttjax.errors import UserError
 from tttjax.models.transformer import build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training.optimizer import make_optimizer
@@ -29,6 +30,12 @@ def trainer(x64):
 
 def take(trainer, state, seed):
     return trainer.step(state, trainer.put_batch(random_batch(make_config(), seed)))
+
+
+def test_a_batch_without_weighted_targets_is_refused(trainer):
+    batch = random_batch(make_config())
+    with pytest.raises(UserError, match="no target to learn from"):
+        trainer.put_batch(batch.replace(weight=np.zeros(batch.mask.shape, bool)))
 
 
 def numpy_of(tree):

@@ -11,7 +11,15 @@ from helpers.reference import Shape, sequence
 from helpers.small import random_batch, shaken, small_config, worst
 
 from tttjax.models.transformer import build_model
-from tttjax.ttt.outer_loss import exact_chunks, inner_lr, learns, make_inner_loop, make_outer_loss
+from tttjax.ttt.outer_loss import (
+    exact_chunks,
+    inner_lr,
+    learns,
+    make_forward,
+    make_inner_loop,
+    make_outer_loss,
+    normalise_weights,
+)
 from tttjax.types import Batch, Params
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
@@ -220,6 +228,55 @@ def test_all_masked_is_zero_loss_and_zero_gradient(gradients, params, batch):
     assert worst(output.drift, jnp.zeros(2)) == 0
 
 
+def weighted(batch, masked=0.6):
+    """The batch with weights, which the first chunk and most other targets do not have."""
+    weight = (np.random.default_rng(3).random(batch.mask.shape) >= masked) & batch.mask
+    weight[:, :4] = False
+    weight[1, 5:] = False
+    return batch.replace(weight=weight)
+
+
+@pytest.mark.parametrize("form", ["reference", "fast", "static"])
+def test_weights_give_the_mean_over_the_chosen_targets(
+    config, model, params, batch, reference, form
+):
+    """Loss and gradient are those of a sum by hand; the inner loop sees all targets."""
+    batch = weighted(batch)
+    chosen = np.argwhere(batch.weight)
+    learn, inner = form != "static", make_inner_loop(config.inner)
+    if learn:
+        inner = inner._replace(form=form)
+    forward = make_forward(model, inner, learn=learn)
+
+    def by_hand(params):
+        nll_BT = forward(params, batch.replace(weight=None), LR).token_nll_T
+        return sum(nll_BT[i, t] for i, t in chosen) / len(chosen)
+
+    expected, expected_grads = jax.jit(jax.value_and_grad(by_hand))(params)
+    (loss, output), grads = gradient_of(model, inner, learn)(params, normalise_weights(batch), LR)
+    assert float(loss) == pytest.approx(float(expected), abs=1e-12)
+    assert worst(grads, expected_grads) < 1e-12
+    if learn:
+        nll_BT = np.array([np.ravel(result["nll"]) for result in reference])
+        assert float(loss) == pytest.approx(nll_BT[batch.weight].mean(), abs=1e-12)
+        np.testing.assert_allclose(output.grad_norm_N[1], reference[1]["grad_norm"], atol=1e-12)
+
+
+def test_a_sequence_without_weight_adds_nothing(gradients, params, batch):
+    batch = weighted(batch)
+    weight = np.array(batch.weight)
+    weight[1] = False
+    of_both = gradients[None](params, normalise_weights(batch.replace(weight=weight)), LR)
+    first = jax.tree.map(lambda x: x[:1], batch)
+    of_first = gradients[None](params, normalise_weights(first), LR)
+    assert float(of_both[0][0]) == pytest.approx(float(of_first[0][0]), abs=1e-13)
+    assert worst(of_both[1], of_first[1]) < 1e-13
+    nothing = batch.replace(weight=np.zeros_like(weight))
+    (loss, _), grads = gradients[None](params, normalise_weights(nothing), LR)
+    assert float(loss) == 0
+    assert worst(grads, jax.tree.map(jnp.zeros_like, grads)) == 0
+
+
 def test_sequences_of_a_batch_are_independent(gradients, params, batch):
     """A sequence's result does not depend on the rest of the batch."""
     swapped = jax.tree.map(lambda x: x[::-1], batch)
@@ -249,4 +306,5 @@ def test_params_are_two_disjoint_trees(params):
 
 def test_a_batch_is_three_arrays(batch):
     assert isinstance(batch, Batch)
+    assert len(jax.tree.leaves(normalise_weights(batch))) == 3
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape

@@ -81,8 +81,9 @@ class StepRecorder:
 def batch_fingerprint(batch: Batch) -> str:
     """A hash that identifies this process's part of a batch."""
     digest = hashlib.blake2b(digest_size=8)
-    for array in (batch.inputs, batch.targets, batch.mask):
-        digest.update(np.ascontiguousarray(array).tobytes())
+    for array in (batch.inputs, batch.targets, batch.mask, batch.weight):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tttjax.config import Config
+from tttjax.errors import UserError
 from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.fsdp import all_gather_params
 from tttjax.parallel.mesh import (
@@ -42,6 +43,7 @@ from tttjax.ttt.outer_loss import (
     learns,
     make_inner_loop,
     make_outer_loss,
+    normalise_weights,
 )
 from tttjax.types import Array, Batch, Params, PyTree
 
@@ -73,7 +75,13 @@ class Trainer:
     inner_lr_at: Callable[[TrainState], Array]  # the inner learning rate of the next step
 
     def put_batch(self, batch: Batch) -> Batch:
-        """The global batch on the devices, from this process's sequences."""
+        """The global batch on the devices, from this process's sequences.
+
+        Raises UserError if the batch has weights and none is above 0: a step without targets would
+        change the weights by their decay alone.
+        """
+        if batch.weight is not None and not np.any(batch.weight):
+            raise UserError("a batch has no target to learn from; leave it out")
         to_device = partial(jax.make_array_from_process_local_data, batch_sharding(self.mesh))
         return jax.tree.map(lambda x: to_device(np.asarray(x)), batch)
 
@@ -97,6 +105,8 @@ def make_gradient(
     gather: str = "layer",
 ) -> Callable[[Params, Batch, Array], tuple[Params, Metrics]]:
     """gradient(params, batch, inner_lr) -> (outer gradient, metrics), averaged over the batch.
+
+    Weights of the batch are normalised over all of it, whatever its parts.
 
     accum_steps: micro-batches that the batch is split into, to save memory. gather: when
     FSDP-sharded parameters are all-gathered (`MeshConfig.gather`).
@@ -130,10 +140,14 @@ def make_gradient(
         grads = jax.tree.map(partial(reduce_mean, axes=axes), grads, specs)
         return grads, jax.lax.pmean(metrics, axes)
 
+    def gradient(params: Params, batch: Batch, lr: Array) -> tuple[Params, Metrics]:
+        return whole_gradient(params, normalise_weights(batch), lr)
+
     if mesh.size == 1:
-        return batch_gradient
+        whole_gradient = batch_gradient
+        return gradient
     manual_specs = jax.tree.map(manual, specs)
-    return jax.shard_map(
+    whole_gradient = jax.shard_map(
         sharded_gradient,
         mesh=mesh,
         in_specs=(manual_specs, spec(mesh, ["batch"]), PartitionSpec()),
@@ -141,6 +155,7 @@ def make_gradient(
         axis_names=manual_axes(mesh),
         check_vma=False,
     )
+    return gradient
 
 
 def _accumulate(gradient: Callable, accum_steps: int) -> Callable:

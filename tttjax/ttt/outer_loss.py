@@ -2,8 +2,10 @@
 
     loss(theta, W0) = mean over sequences of mean over chunks of loss_i(W_{i-1})     (eq. 6)
 
-with W_i from `inner_loop.adapt`. The outer gradient is plain `jax.grad` of this function, through
-every update, the clip's norm, the cached keys and values, and the prefix. By default
+with W_i from `inner_loop.adapt`. A batch with weights (`Batch.weight`) has the weighted mean of the
+targets' NLL instead; the inner loss and the updates stay those of all targets, since the model
+learns from a prompt as it reads it. The outer gradient is plain `jax.grad` of this function,
+through every update, the clip's norm, the cached keys and values, and the prefix. By default
 (`InnerLoop.form`) training computes the same values with `meta_gradient.make_loop`, whose VJP is
 custom. `make_forward` chooses: `forward_static` without updates, `forward_ttt` the definition,
 `forward_ttt_fast` the default.
@@ -44,7 +46,7 @@ LOGIT_ROWS = 1024  # rows of logits in memory at a time
 class ForwardOutput(NamedTuple):
     """The result of a forward pass over one sequence. N chunks, T tokens; [B, ...] for a batch."""
 
-    loss: Array  # mean of chunk_loss_N
+    loss: Array  # mean of chunk_loss_N, or the weighted sum of token_nll_T if there are weights
     chunk_loss_N: Array
     token_nll_T: Array  # not masked
     grad_norm_N: Array  # inner gradient norms before the rule; zeros without updates
@@ -117,22 +119,47 @@ def split_chunks(x_T: Array, chunk_size: int) -> Array:
     return x_T.reshape((-1, chunk_size, *x_T.shape[1:]))
 
 
+def normalise_weights(batch: Batch) -> Batch:
+    """The batch with weights of sum B, so that the outer loss of B sequences is a weighted mean.
+
+    The sum is over the whole batch: normalise before it is split among devices and micro-batches.
+    Without any target the weights stay 0, and so are loss and gradient. Does nothing without
+    weights.
+    """
+    if batch.weight is None:
+        return batch
+    weight_BT = batch.weight.astype(jnp.result_type(float))
+    total = jnp.sum(weight_BT)
+    scale = len(weight_BT) / jnp.where(total > 0, total, 1)
+    return batch.replace(weight=weight_BT * scale)
+
+
 def _make_output(
     model: Transformer,
     chunk_loss_N: Array,
     nll_T: Array,
     grad_norm_N: Array,
+    weight_T: Array | None,
     fast: PyTree,
     fast_start: PyTree,
 ) -> ForwardOutput:
     change = jax.tree.map(jnp.subtract, fast, fast_start)
     drift, by_layer = global_norm(change), norms(model, squares(change))
-    loss = jnp.mean(chunk_loss_N)
+    if weight_T is None:
+        loss = jnp.mean(chunk_loss_N)
+    else:
+        loss = jnp.sum(jnp.where(weight_T > 0, weight_T * nll_T, 0))
     return ForwardOutput(loss, chunk_loss_N, nll_T, grad_norm_N, fast, drift, by_layer)
 
 
 def forward_static(
-    model: Transformer, params: Params, inputs_T: Array, targets_T: Array, mask_T: Array, chunk: int
+    model: Transformer,
+    params: Params,
+    inputs_T: Array,
+    targets_T: Array,
+    mask_T: Array,
+    chunk: int,
+    weight_T: Array | None = None,
 ) -> ForwardOutput:
     """One sequence without inner updates: a single pass over all tokens.
 
@@ -145,7 +172,7 @@ def forward_static(
     nll_T = model.nll(weights, x_TD, targets_T, block=LOGIT_ROWS)
     chunk_loss_N = masked_mean(split_chunks(nll_T, chunk), split_chunks(mask_T, chunk))
     zero_N = jnp.zeros_like(chunk_loss_N)
-    return _make_output(model, chunk_loss_N, nll_T, zero_N, params.fast, params.fast)
+    return _make_output(model, chunk_loss_N, nll_T, zero_N, weight_T, params.fast, params.fast)
 
 
 def make_chunk_loss(
@@ -182,6 +209,7 @@ def forward_ttt(
     targets_T: Array,
     mask_T: Array,
     lr: Array | float,
+    weight_T: Array | None = None,
 ) -> ForwardOutput:
     """One sequence with inner updates: the prefix over all tokens, then the suffix by chunks."""
     length = inputs_T.shape[0]
@@ -201,7 +229,7 @@ def forward_ttt(
     if inner.loss is not None:  # the outer loss stays that of the next token
         loss_N = masked_mean(records.aux, split_chunks(mask_T, inner.chunk_size))
     nll_T = records.aux.reshape(-1)
-    return _make_output(model, loss_N, nll_T, records.grad_norm, end.fast, fast)
+    return _make_output(model, loss_N, nll_T, records.grad_norm, weight_T, end.fast, fast)
 
 
 def forward_ttt_fast(
@@ -229,8 +257,9 @@ def forward_ttt_fast(
     )
     loss_BN, nll_BNC, norm_BN = (jnp.swapaxes(x, 0, 1) for x in records)
     nll_BT = nll_BNC.reshape(batch.inputs.shape)
-    make_outputs = jax.vmap(partial(_make_output, model), in_axes=(0, 0, 0, 0, None))
-    return make_outputs(loss_BN, nll_BT, norm_BN, jax.vmap(split.join)(fast), start)
+    make_outputs = jax.vmap(partial(_make_output, model), in_axes=(0, 0, 0, 0, 0, None))
+    end = jax.vmap(split.join)(fast)
+    return make_outputs(loss_BN, nll_BT, norm_BN, batch.weight, end, start)
 
 
 def make_forward(
@@ -244,11 +273,10 @@ def make_forward(
         return partial(forward_ttt_fast, model, inner)
 
     def forward_one(params: Params, one: Batch, lr: Array | float) -> ForwardOutput:
+        arrays, weight_T = (one.inputs, one.targets, one.mask), one.weight
         if not learn:
-            return forward_static(
-                model, params, one.inputs, one.targets, one.mask, inner.chunk_size
-            )
-        return forward_ttt(model, inner, params, one.inputs, one.targets, one.mask, lr)
+            return forward_static(model, params, *arrays, inner.chunk_size, weight_T)
+        return forward_ttt(model, inner, params, *arrays, lr, weight_T)
 
     return over_sequences(forward_one, in_axes=(None, 0, None))
 
@@ -261,7 +289,10 @@ def learns(model: Transformer, meta_gradient: str) -> bool:
 def make_outer_loss(
     model: Transformer, inner: InnerLoop, *, learn: bool
 ) -> Callable[[Params, Batch, Array | float], tuple[Array, ForwardOutput]]:
-    """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, ForwardOutput [B, ...])."""
+    """outer_loss(params, batch, inner_lr) -> (mean loss over sequences, ForwardOutput [B, ...]).
+
+    Weights of the batch must be normalised (`normalise_weights`).
+    """
     forward = make_forward(model, inner, learn=learn)
 
     def outer_loss(params: Params, batch: Batch, lr: Array | float) -> tuple[Array, ForwardOutput]:
