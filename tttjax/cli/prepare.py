@@ -11,6 +11,8 @@ examples:
       files of a repository or bucket; gs:// needs gcsfs, s3:// s3fs, https:// aiohttp
   tttjax prepare fineweb/*.parquet --text-key=text --out=data/fineweb
       one document per row; needs pyarrow
+  tttjax prepare chats.jsonl --chat --tokenizer=runs/base --out=data/chat
+      conversations, with the tokenizer and the chat template of a run
 
 Whole documents are held out for evaluation. Running the same command again resumes an interrupted
 run, and does nothing if the data set is complete.
@@ -84,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.text_key,
         metavar="NAME",
         help="key or column of the text in JSON Lines and Parquet (default: %(default)s)",
+    )
+    add(
+        "--chat",
+        action="store_true",
+        help="JSON Lines of conversations, under `messages` (role, content) or `prompt` and "
+        "`completion`: the tokenizer's chat template renders them, and only the assistant's "
+        "messages are targets",
     )
     add(
         "--min-document-tokens",

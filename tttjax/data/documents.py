@@ -1,6 +1,7 @@
 """Reads the documents of input files, in constant memory.
 
-A plain text file is one document; JSON lines have one per line, Parquet one per row. Long documents
+A plain text file is one document; JSON lines have one per line (a text or a
+conversation), Parquet one per row. Long documents
 are read in spans.
 """
 
@@ -9,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tttjax.data import json_lines
-from tttjax.data.inputs import LINES, ROWS, InputFile
+from tttjax.data.conversations import Message, parse_conversation
+from tttjax.data.inputs import CHATS, LINES, ROWS, InputFile
 from tttjax.data.parquet import read_column
 from tttjax.data.streams import READ_ERRORS, check_is_text, clean_text, open_stream, unreadable
 from tttjax.errors import UserError
@@ -43,7 +45,25 @@ class Line:
     key: str
 
 
-Item = InputFile | TextSpan | Line
+@dataclass(frozen=True)
+class ChatLine:
+    """A line of JSON with a conversation, not yet parsed."""
+
+    path: str
+    document: str
+    raw: bytes
+
+    @property
+    def where(self) -> str:
+        """The line, for messages."""
+        return _where(self)
+
+    def messages(self) -> list[Message]:
+        """Raises UserError if the line is no conversation."""
+        return parse_conversation(self.raw, self.where)
+
+
+Item = InputFile | TextSpan | Line | ChatLine
 
 
 def read_items(file: InputFile) -> Iterator[Item]:
@@ -51,7 +71,7 @@ def read_items(file: InputFile) -> Iterator[Item]:
 
     A short file is sent by name; the worker reads it.
     """
-    if file.kind == LINES:
+    if file.kind in (LINES, CHATS):
         yield from _read_lines(file)
     elif file.kind == ROWS:
         yield from _read_rows(file)
@@ -91,13 +111,16 @@ def file_spans(file: InputFile) -> Iterator[TextSpan]:
     yield TextSpan(file.id, buffer, is_first, is_last=True, before=before)
 
 
-def _read_lines(file: InputFile) -> Iterator[Line]:
+def _read_lines(file: InputFile) -> Iterator[Line | ChatLine]:
     try:
         with open_stream(file.path) as stream:
             check_is_text(stream, file.path)
             for number, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    yield Line(file.path, f"{file.id}:{number}", raw, file.text_key)
+                name = f"{file.id}:{number}"
+                if raw.strip() and file.kind == CHATS:
+                    yield ChatLine(file.path, name, raw)
+                elif raw.strip():
+                    yield Line(file.path, name, raw, file.text_key)
     except READ_ERRORS as error:
         raise unreadable(file.path, error) from error
 
@@ -108,14 +131,23 @@ def _read_rows(file: InputFile) -> Iterator[TextSpan]:
 
 
 def item_spans(item: Item) -> Iterator[TextSpan]:
-    """The text of an item in spans. Raises UserError if it is not text or not JSON."""
+    """The text of an item in spans; of a conversation, what its messages say.
+
+    Raises UserError if it is not text or not JSON.
+    """
     if isinstance(item, TextSpan):
         yield item
     elif isinstance(item, InputFile):
         yield from file_spans(item)
+    elif isinstance(item, ChatLine):
+        text = "\n\n".join(message["content"] for message in item.messages())
+        yield TextSpan(item.document, text)
     else:
-        where = f"{item.path}, line {item.document.rpartition(':')[2]}"
-        yield TextSpan(item.document, json_lines.text_of(item.raw, item.key, where))
+        yield TextSpan(item.document, json_lines.text_of(item.raw, item.key, _where(item)))
+
+
+def _where(item: Line | ChatLine) -> str:
+    return f"{item.path}, line {item.document.rpartition(':')[2]}"
 
 
 def item_size(item: Item) -> int:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from tttjax.data.documents import Item, item_size, item_spans, read_items
+from tttjax.data.chat import ChatTemplate
+from tttjax.data.documents import ChatLine, Item, item_size, item_spans, read_items
 from tttjax.data.inputs import InputFile
 from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.data.writer import EncodedSpan
-from tttjax.errors import ResumableError
+from tttjax.errors import ResumableError, UserError
 
 _TASK_BYTES = 1 << 20
 
@@ -51,15 +52,29 @@ def make_tasks(files: Sequence[InputFile]) -> Iterator[EncodeTask]:
 
 
 def encode_task(tokenizer: Tokenizer, task: EncodeTask) -> list[EncodedSpan]:
-    """Raises UserError for text that cannot be read."""
+    """Raises UserError for text that cannot be read, and conversations that do not fit."""
     encoded = []
+    template = None
     for item in task.items:
+        if isinstance(item, ChatLine):
+            template = template or ChatTemplate(tokenizer)
+            encoded.append(_encode_chat(template, item))
+            continue
         for span in item_spans(item):
             tokens, num_bytes = encode_span(tokenizer, span)
             encoded.append(
                 EncodedSpan(span.document, tokens, num_bytes, span.is_first, span.is_last)
             )
     return encoded
+
+
+def _encode_chat(template: ChatTemplate, line: ChatLine) -> EncodedSpan:
+    messages = line.messages()
+    try:
+        chat = template.encode(messages)
+    except UserError as error:
+        raise UserError(f"{line.where}: {error}.") from error
+    return EncodedSpan(line.document, chat.tokens, chat.num_bytes, targets=chat.targets)
 
 
 class _Worker:

@@ -19,12 +19,14 @@ class HeldOut:
     tokens: int32 [N, T+1], PADDING (-1) after the end of a document shorter than T+1.
     document: int64 [N], document index in the split; sequences of one document are not independent.
     offset: int64 [N], position in the document of the first token.
+    chosen: bool [N, T+1], the targets of masked data; None: all tokens are.
     """
 
     tokens: np.ndarray
     document: np.ndarray
     offset: np.ndarray
     pad_id: int
+    chosen: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -36,15 +38,22 @@ class HeldOut:
         """
         return make_batch(self.tokens[start:stop], pad_id=self.pad_id)
 
+    def scored(self) -> np.ndarray:
+        """bool [N, T] the targets that losses are of: no padding and, of masked data, the chosen.
+
+        Batches have no such mask: the inner loop learns from all targets.
+        """
+        mask_NT = np.asarray(self.batch().mask)
+        return mask_NT if self.chosen is None else mask_NT & self.chosen[:, 1:]
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All sequences in order; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.batch(start, start + batch_size)
 
     def target_bytes(self, token_bytes_V: np.ndarray) -> np.ndarray:
-        """int64 [N, T] UTF-8 bytes of each target token; 0 where it is masked."""
-        batch = self.batch()
-        return np.where(batch.mask, token_bytes_V[batch.targets], 0).astype(np.int64)
+        """int64 [N, T] UTF-8 bytes of each target token; 0 where it is not scored."""
+        return np.where(self.scored(), token_bytes_V[self.batch().targets], 0).astype(np.int64)
 
 
 def doubling_windows(length: int, window: int) -> list[int]:
@@ -115,5 +124,14 @@ def _read(
     end = np.minimum(begin + length + 1, stops[document])
     records = DocumentRecords(tokens, length, begin, end)
     stacked = np.stack([records[i].tokens_S for i in range(len(records))])
+    chosen = None
+    if tokens.is_masked:
+        chosen = np.stack([records[i].targets_S for i in range(len(records))])
     eos = data.tokenizer.eos_id
-    return HeldOut(stacked, document, offset, 0 if eos is None else eos)
+    result = HeldOut(stacked, document, offset, 0 if eos is None else eos, chosen)
+    if not result.scored().any():
+        raise UserError(
+            f"No token of the sequences of {length} tokens in the split {tokens.name!r} of "
+            f"{data.folder} is a target; evaluate at a longer context, or more sequences."
+        )
+    return result

@@ -35,6 +35,7 @@ TEXT_SUFFIXES = frozenset(
     parquet""".split()  # noqa: SIM905
 )
 TEXT, LINES, ROWS, JSON = "text", "JSON lines", "Parquet", "JSON"
+CHATS = "conversations"
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 _HEAD = 1024  # bytes that identify compression and Parquet
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -49,7 +50,8 @@ class InputFile:
 
     path: of a local file, or a URL. version: the time of the last change, in ns, or what tells
     about changes of a URL (`remote.describe`).
-    kind: TEXT (one document), LINES (JSON lines), ROWS (Parquet), or JSON (a single JSON document).
+    kind: TEXT (one document), LINES (JSON lines), CHATS (JSON lines of conversations), ROWS
+    (Parquet), or JSON (a single JSON document).
     text_key: JSON key or Parquet column of the text.
     """
 

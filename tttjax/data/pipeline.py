@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from tttjax.config.schema import LAYOUTS
+from tttjax.data.manifest import is_masked
 from tttjax.data.records import PADDING, Record, RecordSource, document_records, stream_records
 from tttjax.data.shards import PreparedData, open_prepared
 from tttjax.errors import UserError
@@ -73,11 +74,15 @@ def local_batches(
 
 
 def make_batch(
-    tokens_BS: np.ndarray, exclude_BS: np.ndarray | None = None, pad_id: int = 0
+    tokens_BS: np.ndarray,
+    exclude_BS: np.ndarray | None = None,
+    pad_id: int = 0,
+    chosen_BS: np.ndarray | None = None,
 ) -> Batch:
     """Records int32 [B, T+1] to a Batch of inputs, next-token targets and the loss mask.
 
-    exclude_BS: bool [B, T+1], tokens that are masked as targets, as padding always is.
+    exclude_BS: bool [B, T+1], tokens that are masked as targets, as padding always is. chosen_BS:
+    bool [B, T+1], the tokens to learn, which become the batch's weights.
     """
     inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
     mask_BT = targets_BT != PADDING
@@ -87,13 +92,15 @@ def make_batch(
         inputs_BT = np.where(inputs_BT == PADDING, np.int32(pad_id), inputs_BT)
         targets_BT = np.where(targets_BT == PADDING, np.int32(pad_id), targets_BT)
     contiguous: Any = np.ascontiguousarray  # numpy arrays: the train step puts them on the devices
-    return Batch(inputs=contiguous(inputs_BT), targets=contiguous(targets_BT), mask=mask_BT)
+    weight: Any = None if chosen_BS is None else chosen_BS[:, 1:] & mask_BT
+    return Batch(contiguous(inputs_BT), contiguous(targets_BT), mask_BT, weight)
 
 
 @dataclass(frozen=True)
 class _BatchFn:
     bos_id: int | None
     pad_id: int
+    is_masked: bool  # whether any source is; all tokens of the others are targets
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """Masks a BOS that starts a document: the next document is unpredictable.
@@ -103,7 +110,8 @@ class _BatchFn:
         tokens_BS = np.stack([record.tokens_S for record in records])
         starts_BS = np.stack([record.starts_S for record in records])
         exclude_BS = None if self.bos_id is None else starts_BS & (tokens_BS == self.bos_id)
-        return make_batch(tokens_BS, exclude_BS, self.pad_id)
+        chosen_BS = np.stack([r.targets_S for r in records]) if self.is_masked else None
+        return make_batch(tokens_BS, exclude_BS, self.pad_id, chosen_BS)
 
 
 class TrainStream:
@@ -223,7 +231,8 @@ def make_train_stream(
     _check_tokenizers(datasets, fingerprint)
     mixture = _make_sources(datasets, options)
     dataset = _mix(mixture, options)
-    batch_fn = _BatchFn(mixture[0].bos_id, mixture[0].pad_id)
+    masked = any(is_masked(data.manifest) for data in datasets)
+    batch_fn = _BatchFn(mixture[0].bos_id, mixture[0].pad_id, masked)
     batches = local_batches(
         dataset,
         options.batch_size,

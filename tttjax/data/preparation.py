@@ -8,13 +8,14 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tttjax.data.encode import default_workers
-from tttjax.data.manifest import PARTS, VERSION, token_dtype
+from tttjax.data.manifest import MASKED_VERSION, TARGETS, VERSION, parts_of, token_dtype
 from tttjax.data.prepare_pass import InputSource, Log, PreparePass, write_json
 from tttjax.data.prepare_settings import PrepareSettings
 from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
@@ -263,7 +264,7 @@ def _remove_strays(folder: Path, splits: dict[str, dict[str, Any]]) -> None:
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    patterns = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in PARTS]
+    patterns = [f"*-[0-9][0-9][0-9][0-9][0-9].{part}" for part in parts_of(is_masked=True)]
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
@@ -279,9 +280,12 @@ def _finish(
             f"shorter than min_document_tokens={minimum}; prepare longer or more texts, or lower "
             "min_document_tokens."
         )
+    chat = {}
+    if run.settings.chat:
+        chat["chat_template_crc32"] = zlib.crc32(tokenizer.chat_template.encode())
     manifest = {
         "format": "tttjax tokens",
-        "version": VERSION,
+        "version": MASKED_VERSION if run.settings.chat else VERSION,
         "dtype": token_dtype(tokenizer.vocab_size).str,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -290,6 +294,7 @@ def _finish(
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
             "lossless": tokenizer.lossless,
+            **chat,
         },
         "settings": journal["settings"],
         "inputs": journal["inputs"],
@@ -303,6 +308,7 @@ def _finish(
         log(
             f"prepare: {split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
             f"{entry['bytes']:,} bytes, longest {entry['longest_document']:,} tokens"
+            + (f"; {entry[TARGETS]:,} tokens are targets" if TARGETS in entry else "")
         )
     if not nonempty.get(VAL) and not run.source.zarr_root:
         log("prepare: nothing is held out, so this data set cannot be used for evaluation")

@@ -16,11 +16,13 @@ from typing import Any
 
 from tttjax.data import shards, zarr
 from tttjax.data.encode import EncodeTask, encode_in_order, make_tasks
-from tttjax.data.inputs import JSON, InputFile, list_inputs
+from tttjax.data.inputs import CHATS, JSON, LINES, InputFile, list_inputs
 from tttjax.data.manifest import token_dtype
-from tttjax.data.prepare_settings import TEXT_KEY, PrepareSettings
+from tttjax.data.prepare_settings import CHAT_KEY, TEXT_KEY, PrepareSettings
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
+from tttjax.data.tokenizers.base import CONFIG_FILE
+from tttjax.data.tokenizers.huggingface import TEMPLATE_FILE
 from tttjax.data.writer import EncodedSpan, SplitWriter
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
@@ -49,11 +51,14 @@ class InputSource:
     def find(settings: PrepareSettings) -> "InputSource":
         if any(zarr.is_zarr(path) for path in settings.inputs):
             return InputSource._find_zarr(settings)
-        listed = list_inputs(settings.inputs, settings.pattern, settings.text_key)
+        key = CHAT_KEY if settings.chat else settings.text_key
+        listed = list_inputs(settings.inputs, settings.pattern, key)
         ignored = _single_documents(settings, listed)
         files = tuple(file for file in listed if file.kind != JSON)
         if not files:
             raise _not_lines(ignored[0])
+        if settings.chat:
+            files = tuple(map(_as_conversations, files))
         marks = [[file.id, file.size, file.version] for file in files]
         total = sum(file.size * (4 if file.compressed else 1) for file in files)
         return InputSource(files, "", total, _hash([marks, _named_files(settings)]), ignored)
@@ -62,11 +67,16 @@ class InputSource:
     def _find_zarr(settings: PrepareSettings) -> "InputSource":
         if len(settings.inputs) > 1:
             raise UserError("A Zarr folder must be the only input: its arrays are its splits.")
-        unsupported = (settings.min_document_tokens, settings.split_manifest, settings.pattern)
+        unsupported = (
+            settings.min_document_tokens,
+            settings.split_manifest,
+            settings.pattern,
+            settings.chat,
+        )
         if any(unsupported) or settings.text_key != TEXT_KEY:
             raise UserError(
-                "min_document_tokens, split_manifest, pattern and text_key do not apply to a Zarr "
-                "folder; remove them."
+                "min_document_tokens, split_manifest, pattern, text_key and chat do not apply to a "
+                "Zarr folder; remove them."
             )
         total, marks = zarr.zarr_size(settings.inputs[0])
         return InputSource((), settings.inputs[0], total, _hash([marks, _named_files(settings)]))
@@ -82,6 +92,15 @@ def _single_documents(settings: PrepareSettings, files: list[InputFile]) -> tupl
     return single
 
 
+def _as_conversations(file: InputFile) -> InputFile:
+    if file.kind != LINES:
+        raise UserError(
+            f"{file.path} is {file.kind}, and conversations are read from JSON lines (.jsonl); "
+            "exclude it, or name the files with --pattern."
+        )
+    return replace(file, kind=CHATS)
+
+
 def _not_lines(file: InputFile) -> UserError:
     return UserError(
         f"{file.path} is one JSON document, not JSON lines (one object per line); convert it "
@@ -90,8 +109,10 @@ def _not_lines(file: InputFile) -> UserError:
 
 
 def _named_files(settings: PrepareSettings) -> list[str]:
-    """Checksums of the tokenizer file and the split manifest."""
+    """Checksums of the tokenizer file, its chat template and the split manifest."""
     paths = [Path(name) for name in (settings.tokenizer, settings.split_manifest) if name]
+    if settings.chat and paths[0].is_file():
+        paths += [paths[0].with_name(name) for name in (TEMPLATE_FILE, CONFIG_FILE)]
     return [f"{shards.crc32_of(path):08x}" for path in paths if path.is_file()]
 
 
@@ -123,6 +144,7 @@ class PreparePass:
             bos=self.tokenizer.bos_id if self.settings.add_bos and from_text else None,
             eos=self.tokenizer.eos_id if self.settings.add_eos and from_text else None,
             min_tokens=self.settings.min_document_tokens,
+            is_masked=self.settings.chat,
             state=state,
         )
 
@@ -207,16 +229,12 @@ class PreparePass:
         head_bytes = self._count_bytes(span, head_len)
         if head_len or span.is_first:
             is_last = self._position + head_len >= self._tail_at or span.is_last
-            head = replace(span, tokens=span.tokens[:head_len], num_bytes=head_bytes)
+            head = _part(span, slice(head_len), head_bytes)
             yield replace(head, is_last=is_last, split=TRAIN)
         if head_len < len(span.tokens) or span.is_last:
-            tail = replace(span, document=f"{span.document}#tail", split=VAL)
-            yield replace(
-                tail,
-                tokens=span.tokens[head_len:],
-                num_bytes=span.num_bytes - head_bytes,
-                is_first=self._position <= self._tail_at,
-            )
+            tail = _part(span, slice(head_len, None), span.num_bytes - head_bytes)
+            name, is_first = f"{span.document}#tail", self._position <= self._tail_at
+            yield replace(tail, document=name, split=VAL, is_first=is_first)
         self._position += len(span.tokens)
 
     def _count_bytes(self, span: EncodedSpan, head_len: int) -> int:
@@ -230,6 +248,11 @@ class PreparePass:
             "empty": sum(writer.empty for writer in writers),
             "short": sum(writer.short for writer in writers),
         }
+
+
+def _part(span: EncodedSpan, part: slice, num_bytes: int) -> EncodedSpan:
+    targets = None if span.targets is None else span.targets[part]
+    return replace(span, tokens=span.tokens[part], targets=targets, num_bytes=num_bytes)
 
 
 class _Progress:

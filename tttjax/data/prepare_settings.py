@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tttjax.errors import UserError
 
 TEXT_KEY = "text"  # of JSON Lines and Parquet
+CHAT_KEY = "messages"  # of conversations
 LARGEST_VOCABULARY = 1 << 24  # SentencePiece training hangs near 2**31
 
 
@@ -22,6 +23,7 @@ class PrepareSettings:
     seed: int = 0
     pattern: str = ""
     text_key: str = TEXT_KEY
+    chat: bool = False
     min_document_tokens: int = 0
     add_bos: bool = True
     add_eos: bool = False
@@ -33,6 +35,11 @@ class PrepareSettings:
             raise UserError(
                 f"val_fraction={self.val_fraction} must be at least 0 and less than 1: the share "
                 "of documents that is held out."
+            )
+        if self.chat and (self.add_eos or self.text_key != TEXT_KEY):
+            raise UserError(
+                "add_eos and text_key do not apply to conversations: the chat template ends them, "
+                "and their keys are fixed; remove them."
             )
         if not self.text_key:
             raise UserError("text_key is empty; name the key of the text in JSON lines or Parquet.")

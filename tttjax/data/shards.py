@@ -7,6 +7,8 @@ A prepared data set is a folder:
     train-00000.tokens       token ids, little-endian, uint16 or uint32, one document after another
     train-00000.documents    int64 [documents, 2]: end offset in the token file, UTF-8 bytes
     train-00000.names        one JSON string per line: the documents' names
+    train-00000.targets      masked data only, int64 [spans, 2]: start and end offset in the token
+                             file of tokens that are targets, ascending; all others are only read
     val-00000.tokens ...
 
 The arrays are flat, so one prepared data set serves every sequence length, and a record is one
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.data.manifest import PARTS, parse_manifest
+from tttjax.data.manifest import SPAN_BYTES, TARGETS, is_masked, parse_manifest, parts_of
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
@@ -67,13 +69,28 @@ class _Shard:
             folder / f"{entry['name']}.documents", "<i8", "r", shape=(self.num_documents, 2)
         )
         self.names_path = folder / f"{entry['name']}.names"
+        spans = entry["files"].get(TARGETS, {"size": 0})["size"] // SPAN_BYTES
+        path = folder / f"{entry['name']}.{TARGETS}"
+        self.targets: np.ndarray = (
+            np.memmap(path, "<i8", "r", shape=(spans, 2)) if spans else np.zeros((0, 2), "<i8")
+        )
 
 
 class TokenSplit:
-    """The tokens of one split as one stream, with the boundaries of its documents."""
+    """The tokens of one split as one stream, with the boundaries of its documents.
 
-    def __init__(self, folder: Path, name: str, entry: dict[str, Any], dtype: np.dtype):
-        self.folder, self.name = folder, name
+    is_masked: only some of the tokens are targets.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        entry: dict[str, Any],
+        dtype: np.dtype,
+        is_masked: bool = False,
+    ):
+        self.folder, self.name, self.is_masked = folder, name, is_masked
         self._shards = [_Shard(folder, shard, dtype) for shard in entry["shards"]]
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in self._shards)])
         self._first_document = np.cumsum([0, *(shard.num_documents for shard in self._shards)])
@@ -93,6 +110,30 @@ class TokenSplit:
             filled += len(part)
             first += 1
         return out
+
+    def targets(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop - start] whether each token is a target."""
+        out = np.full(stop - start, not self.is_masked)
+        for shard, first in zip(self._shards, self._starts[:-1].tolist(), strict=True):
+            if first < stop and first + shard.num_tokens > start:
+                spans = shard.targets
+                low = bisect.bisect_right(spans[:, 1], start - first)
+                high = bisect.bisect_left(spans[:, 0], stop - first, low)
+                for begin, end in (spans[low:high] + (first - start)).tolist():
+                    out[max(begin, 0) : end] = True
+        return out
+
+    def has_targets(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """bool: whether any token of the ranges [starts, stops) is a target."""
+        if not self.is_masked:
+            return stops > starts
+        pairs = zip(self._shards, self._starts[:-1], strict=True)
+        begin, end = np.concatenate([shard.targets + first for shard, first in pairs]).T
+        if not len(begin):
+            return np.zeros(len(starts), bool)
+        # The first span that ends after the start of a range, if it begins before the range's end.
+        index = np.searchsorted(end, starts, side="right")
+        return (index < len(begin)) & (begin[np.minimum(index, len(begin) - 1)] < stops)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """int64 offsets in [start, stop) of the stream at which documents start, ascending.
@@ -153,7 +194,7 @@ class PreparedData:
         return self.manifest["splits"]
 
     def content_id(self, split: str) -> int:
-        """CRC-32 of the shards' checksums; changes when any token of the split does."""
+        """CRC-32 of the shards' checksums; changes when any token or target of the split does."""
         return content_id(self.manifest, split)
 
     def split(self, name: str) -> TokenSplit:
@@ -167,7 +208,7 @@ class PreparedData:
                 "split."
             )
         dtype = np.dtype(self.manifest["dtype"])
-        return TokenSplit(self.folder, name, entry, dtype)
+        return TokenSplit(self.folder, name, entry, dtype, is_masked(self.manifest))
 
 
 def open_prepared(
@@ -191,6 +232,12 @@ def open_prepared(
         raise UserError(
             f"The tokenizer in {folder / TOKENIZER_DIR} is not the one that made the data "
             f"(fingerprint {tokenizer.fingerprint()[:12]}, data {recorded[:12]}); prepare it again."
+        )
+    crc = manifest["tokenizer"].get("chat_template_crc32")
+    if crc is not None and crc != zlib.crc32(tokenizer.chat_template.encode()):
+        raise UserError(
+            f"The chat template in {folder / TOKENIZER_DIR} is not the one that made the data; "
+            "copy it again, or prepare the data again with --overwrite."
         )
     if fingerprint is not None and fingerprint != recorded:
         raise UserError(
@@ -216,13 +263,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def content_id(manifest: dict[str, Any], split: str) -> int:
     """`PreparedData.content_id` from the manifest alone."""
     shards = manifest["splits"][split]["shards"]
-    return zlib.crc32(repr([shard["files"]["tokens"]["crc32"] for shard in shards]).encode())
+    parts = ("tokens", TARGETS) if is_masked(manifest) else ("tokens",)
+    sums = [shard["files"][part]["crc32"] for part in parts for shard in shards]
+    return zlib.crc32(repr(sums).encode())
 
 
 def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, int]]]:
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            for part in PARTS:
+            for part in parts_of(is_masked(manifest)):
                 yield folder / f"{shard['name']}.{part}", shard["files"][part]
 
 
@@ -262,7 +311,23 @@ def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             _check_index(folder, shard)
+            if TARGETS in shard:
+                _check_targets(folder, shard)
     return len(files)
+
+
+def _check_targets(folder: Path, shard: dict[str, Any]) -> None:
+    """UserError unless the spans of targets ascend, lie within the tokens and have the count."""
+    path = folder / f"{shard['name']}.{TARGETS}"
+    spans = np.fromfile(path, "<i8").reshape(-1, 2)
+    edges, sizes = spans.ravel(), spans[:, 1] - spans[:, 0]
+    if (np.diff(edges, prepend=0, append=shard["tokens"]) < 0).any() or (sizes <= 0).any():
+        problem = "has spans out of order or beyond the tokens"
+    elif int(sizes.sum()) != shard[TARGETS]:
+        problem = f"marks {int(sizes.sum())} tokens, the manifest says {shard[TARGETS]}"
+    else:
+        return
+    raise UserError(f"{path} {problem}; prepare the data again with --overwrite.")
 
 
 def _check_index(folder: Path, shard: dict[str, Any]) -> None:

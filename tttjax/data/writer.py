@@ -13,13 +13,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from tttjax.data.manifest import PARTS
+from tttjax.data.manifest import TARGETS, counts_of, parts_of
 from tttjax.errors import UserError
 
 
 @dataclass(frozen=True)
 class EncodedSpan:
-    """Tokens of a document or of a span of it. split: None for the one of `SplitRule`."""
+    """Tokens of a document or of a span of it. split: None for the one of `SplitRule`.
+
+    targets: bool [N], the tokens that are targets; None: all.
+    """
 
     document: str
     tokens: np.ndarray
@@ -27,20 +30,23 @@ class EncodedSpan:
     is_first: bool = True
     is_last: bool = True
     split: str | None = None
+    targets: np.ndarray | None = None
 
 
 class _ShardFiles:
-    """The three open files of one shard, with their sizes and running checksums."""
+    """The open files of one shard, with their sizes and running checksums."""
 
-    def __init__(self, folder: Path, name: str, state: dict[str, Any] | None = None):
-        self.name = name
-        self.tokens = self.documents = self.bytes = 0
-        self.files = {part: {"size": 0, "crc32": 0} for part in PARTS}
+    def __init__(
+        self, folder: Path, name: str, is_masked: bool, state: dict[str, Any] | None = None
+    ):
+        self.name, parts = name, parts_of(is_masked)
+        self.counts = dict.fromkeys(counts_of(is_masked), 0)
+        self.files = {part: {"size": 0, "crc32": 0} for part in parts}
         if state:
-            self.tokens, self.documents = state["tokens"], state["documents"]
-            self.bytes, self.files = state["bytes"], state["files"]
+            self.counts = {count: state[count] for count in self.counts}
+            self.files = state["files"]
         self._streams: dict[str, IO[bytes]] = {}
-        for part in PARTS:
+        for part in parts:
             path = folder / f"{name}.{part}"
             if state:
                 _truncate(path, self.files[part])
@@ -52,6 +58,16 @@ class _ShardFiles:
         entry["size"] += len(content)
         entry["crc32"] = zlib.crc32(content, entry["crc32"])
 
+    def write_tokens(self, tokens: np.ndarray, targets: np.ndarray | None) -> None:
+        """Appends tokens and, in masked data, the spans of them that are targets."""
+        if targets is not None:
+            edges = np.diff(np.concatenate(([0], targets, [0])).astype(np.int8))
+            spans = np.stack((np.flatnonzero(edges > 0), np.flatnonzero(edges < 0)), axis=1)
+            self.write(TARGETS, (spans + self.counts["tokens"]).astype("<i8").tobytes())
+            self.counts[TARGETS] += int(targets.sum())
+        self.write("tokens", tokens.tobytes())
+        self.counts["tokens"] += len(tokens)
+
     def state(self) -> dict[str, Any]:
         """Flushes to disk; returns counts, sizes and checksums."""
         for stream in self._streams.values():
@@ -59,9 +75,7 @@ class _ShardFiles:
             os.fsync(stream.fileno())
         return {
             "name": self.name,
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "bytes": self.bytes,
+            **self.counts,
             "files": {part: dict(entry) for part, entry in self.files.items()},
         }
 
@@ -90,7 +104,8 @@ class SplitWriter:
 
     Prepends BOS and appends EOS to each document if given, and drops documents without text or of
     fewer than `min_tokens` tokens (BOS and EOS included). A document lies in one shard; a shard is
-    closed after the document that fills it.
+    closed after the document that fills it. is_masked: spans say which tokens are targets; BOS and
+    EOS that are added are none.
     """
 
     def __init__(
@@ -103,9 +118,11 @@ class SplitWriter:
         bos: int | None = None,
         eos: int | None = None,
         min_tokens: int = 0,
+        is_masked: bool = False,
         state: dict[str, Any] | None = None,
     ):
         self._folder, self.split, self._dtype = folder, split, dtype
+        self._is_masked = is_masked
         self._shard_tokens, self._min_tokens = shard_tokens, min_tokens
         self._head = np.array([] if bos is None else [bos], dtype)
         self._tail = np.array([] if eos is None else [eos], dtype)
@@ -113,30 +130,33 @@ class SplitWriter:
         self._shards: list[dict[str, Any]] = list(state["shards"])
         self._longest, self.empty, self.short = state["longest"], state["empty"], state["short"]
         current = state["open"]
-        self._shard = _ShardFiles(folder, current["name"], current) if current else None
-        self._buffer: list[np.ndarray] = []  # tokens of a document below the minimum length so far
+        self._shard = _ShardFiles(folder, current["name"], is_masked, current) if current else None
+        # Tokens and targets of a document below the minimum length so far.
+        self._buffer: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._length = self._bytes = 0  # of the document being written
 
     def append(self, span: EncodedSpan) -> None:
         """Appends a span; the spans of a document must be consecutive."""
         if span.is_first:
-            self._buffer, self._length, self._bytes = [self._head], len(self._head), 0
+            self._buffer, self._length, self._bytes = [self._added(self._head)], len(self._head), 0
         tokens = span.tokens.astype(self._dtype)
-        self._buffer.append(tokens)
+        self._buffer.append((tokens, span.targets))
         self._length += len(tokens)
         self._bytes += span.num_bytes
         has_text = self._length > len(self._head)
         if span.is_last and has_text:
-            self._buffer.append(self._tail)
+            self._buffer.append(self._added(self._tail))
             self._length += len(self._tail)
         if has_text and self._length >= self._min_tokens:
             shard = self._open_shard()
             for part in self._buffer:
-                shard.write("tokens", part.tobytes())
-                shard.tokens += len(part)
+                shard.write_tokens(*part)
             self._buffer = []
         if span.is_last:
             self._end_document(span.document)
+
+    def _added(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return tokens, np.zeros(len(tokens), bool) if self._is_masked else None
 
     def _end_document(self, name: str) -> None:
         if self._buffer:  # never reached the minimum
@@ -145,17 +165,19 @@ class SplitWriter:
             self._buffer = []
             return
         shard = self._open_shard()
-        shard.documents += 1
-        shard.bytes += self._bytes
-        shard.write("documents", np.array([shard.tokens, self._bytes], "<i8").tobytes())
+        shard.counts["documents"] += 1
+        shard.counts["bytes"] += self._bytes
+        row = [shard.counts["tokens"], self._bytes]
+        shard.write("documents", np.array(row, "<i8").tobytes())
         shard.write("names", (json.dumps(name) + "\n").encode())
         self._longest = max(self._longest, self._length)
-        if shard.tokens >= self._shard_tokens:
+        if shard.counts["tokens"] >= self._shard_tokens:
             self._close_shard()
 
     def _open_shard(self) -> _ShardFiles:
         if self._shard is None:
-            self._shard = _ShardFiles(self._folder, f"{self.split}-{len(self._shards):05d}")
+            name = f"{self.split}-{len(self._shards):05d}"
+            self._shard = _ShardFiles(self._folder, name, self._is_masked)
         return self._shard
 
     def _close_shard(self) -> None:
@@ -178,8 +200,7 @@ class SplitWriter:
         """Closes the files and returns the split's manifest entry."""
         self._close_shard()
         entry: dict[str, Any] = {
-            key: sum(shard[key] for shard in self._shards)
-            for key in ("tokens", "documents", "bytes")
+            key: sum(shard[key] for shard in self._shards) for key in counts_of(self._is_masked)
         }
         return entry | {"longest_document": self._longest, "shards": self._shards}
 

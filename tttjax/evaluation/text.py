@@ -65,14 +65,13 @@ def open_text(
         _check_tokenizer(run, data)
     split = split or runs[0].config.data.val_split
     held_out = _sequences(data, split, settings, longest)
-    batch = held_out.batch()
     table_V = data.tokenizer.token_bytes()
     text = Text(
         folder=str(data.folder),
         split=split,
         fingerprint=data.fingerprint,
         lossless=data.tokenizer.lossless,
-        mask_NT=np.asarray(batch.mask),
+        mask_NT=held_out.scored(),
         bytes_NT=held_out.target_bytes(table_V) if table_V.any() else None,
         document_N=held_out.document,
     )

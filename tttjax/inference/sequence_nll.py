@@ -60,6 +60,7 @@ def make_scorer(inference_model: InferenceModel, mesh: Mesh) -> Scorer:
 def split_sequences(held_out: HeldOut, length: int) -> HeldOut:
     """Splits the sequences into sequences of `length` targets; the remainder is dropped."""
     count = (held_out.tokens.shape[1] - 1) // length
+    chosen = held_out.chosen
     starts = np.arange(count) * length
     index_PT = starts[:, None] + np.arange(length + 1)
     return replace(
@@ -67,6 +68,7 @@ def split_sequences(held_out: HeldOut, length: int) -> HeldOut:
         tokens=held_out.tokens[:, index_PT].reshape(-1, length + 1),
         document=np.repeat(held_out.document, count),
         offset=(held_out.offset[:, None] + starts).reshape(-1),
+        chosen=None if chosen is None else chosen[:, index_PT].reshape(-1, length + 1),
     )
 
 

@@ -35,7 +35,8 @@ class HeldOutLoss:
     def evaluate(self, params: Params, lr: float | Array) -> dict[str, Any]:
         """{"first_token": ..., "last_token": ..., mode: {"loss": x, "by_position": [...]}}.
 
-        lr: inner learning rate. Losses are means over targets, in nats per token.
+        lr: inner learning rate. Losses are means over targets, in nats per token; of masked data,
+        over the chosen targets (None at positions without any).
         """
         result: dict[str, Any] = {
             "first_token": [edge + 1 for edge in self.edges[:-1]],
@@ -50,7 +51,10 @@ class HeldOutLoss:
             bins = [np.add.reduceat(x_T, self.edges[:-1]) for x_T in (sum_T, count_T)]
             result[mode] = {
                 "loss": float(sum_T.sum() / count_T.sum()),
-                "by_position": [float(total / count) for total, count in zip(*bins, strict=True)],
+                "by_position": [
+                    float(total / count) if count else None
+                    for total, count in zip(*bins, strict=True)
+                ],
             }
         return result
 
@@ -76,7 +80,7 @@ def make_held_out_loss(config: Config, model: Transformer, mesh: Mesh) -> HeldOu
     }
     return HeldOutLoss(
         held_out=held_out,
-        mask_NT=np.asarray(held_out.batch().mask),
+        mask_NT=held_out.scored(),
         scorers=scorers,
         edges=doubling_windows(length, config.model.window_size),
         batch_size=settings.batch_size,

@@ -11,6 +11,7 @@ custom. `make_forward` chooses: `forward_static` without updates, `forward_ttt` 
 `forward_ttt_fast` the default.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -131,7 +132,7 @@ def normalise_weights(batch: Batch) -> Batch:
     weight_BT = batch.weight.astype(jnp.result_type(float))
     total = jnp.sum(weight_BT)
     scale = len(weight_BT) / jnp.where(total > 0, total, 1)
-    return batch.replace(weight=weight_BT * scale)
+    return dataclasses.replace(batch, weight=weight_BT * scale)
 
 
 def _make_output(

@@ -24,7 +24,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,8 +49,22 @@ _PROBES = (
 )
 
 
+class SpecialToken(NamedTuple):
+    """A token that stands for no text, by the name that chat templates have for it.
+
+    lstrip, rstrip: whether it takes up the whitespace before and after it.
+    """
+
+    text: str
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+
+
 class Tokenizer(Protocol):
     """The interface of a tokenizer.
+
+    chat_template: its own (`data.chat`), or "".
 
     splittable: whether a token boundary within a local context is one of the whole text
     (`data.text_spans`); False for unigram models that score the whole text at once.
@@ -63,9 +77,13 @@ class Tokenizer(Protocol):
     eos_id: int | None
     eos_ids: tuple[int, ...]  # every token that ends a text: `eos_id`, then any others
     lossless: bool
+    chat_template: str
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """int32 [N] token ids of `text`, without BOS or EOS."""
+
+    def special_tokens(self) -> list[SpecialToken]:
+        """The special tokens, longer names first; `encode` takes their names for plain text."""
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of `tokens`. BOS, EOS and padding give no text."""
@@ -168,9 +186,13 @@ class ByteTokenizer:
     splittable = True
     vocab_size = 264
     lossless = True
+    chat_template = ""
     bos_id: int | None = 256
     eos_id: int | None = 257
     eos_ids: tuple[int, ...] = (257,)
+
+    def special_tokens(self) -> list[SpecialToken]:
+        return [SpecialToken("</s>", 257), SpecialToken("<s>", 256)]
 
     def encode(self, text: str | bytes) -> np.ndarray:
         raw = text.encode("utf-8") if isinstance(text, str) else text
@@ -202,6 +224,7 @@ class IdsTokenizer:
     kind = "ids"
     splittable = True
     lossless = False
+    chat_template = ""
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None):
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
@@ -212,6 +235,9 @@ class IdsTokenizer:
             "This data set holds token ids of an unknown tokenizer, so it cannot encode text; "
             "prepare it again with --tokenizer=tokenizer.json."
         )
+
+    def special_tokens(self) -> list[SpecialToken]:
+        return []
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return decode_tokens(self, tokens)

@@ -4,13 +4,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from tttjax.data.tokenizers.base import (
+    CONFIG_FILE,
     UNKNOWN,
+    SpecialToken,
     as_text,
     decode_tokens,
     hash_definition,
@@ -19,8 +22,10 @@ from tttjax.data.tokenizers.base import (
     save_definition,
 )
 from tttjax.errors import UserError
+from tttjax.io.atomic import atomic_write
 
 _MODEL_FILE = "tokenizer.json"
+TEMPLATE_FILE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte in vocabularies with byte fallback
 # <|endoftext|> is for models with a single document separator.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]", "<|startoftext|>", "<|endoftext|>")
@@ -30,7 +35,8 @@ _EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>")
 class HuggingFaceTokenizer:
     """A `tokenizer.json`. BOS and EOS are looked up by name unless given by id.
 
-    eos_ids: all tokens that end a text, if there are several.
+    eos_ids: all tokens that end a text, if there are several. The chat template is that of the
+    files beside it, if any; it is no part of the fingerprint.
     """
 
     kind = "huggingface"
@@ -73,6 +79,7 @@ class HuggingFaceTokenizer:
         for token in self.eos_ids:
             self._special_id(path, "eos", token, ())
         self.lossless = is_lossless(self)
+        self.chat_template = _chat_template(Path(path).parent)
 
     def _special_id(
         self, path, role: str, requested: int | None, names: Sequence[str]
@@ -95,6 +102,17 @@ class HuggingFaceTokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         encoding = self._tokenizer.encode(as_text(text), add_special_tokens=False)
         return np.array(encoding.ids, np.int32)
+
+    def special_tokens(self) -> list[SpecialToken]:
+        tokens = {
+            i: SpecialToken(added["content"], i, added["lstrip"], added["rstrip"])
+            for i, added in self._added.items()
+            if added["special"]
+        }
+        for i in (self.bos_id, *self.eos_ids):
+            if i is not None and i not in tokens:
+                tokens[i] = SpecialToken(self._tokenizer.id_to_token(i) or "", i)
+        return sorted(tokens.values(), key=lambda token: -len(token.text))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return decode_tokens(self, tokens)
@@ -148,6 +166,29 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         save_definition(directory, self._config(), self._model)
+        if self.chat_template:
+            with atomic_write(Path(directory) / TEMPLATE_FILE) as temporary:
+                temporary.write_text(self.chat_template, encoding="utf-8", newline="")
+
+
+def _chat_template(folder: Path) -> str:
+    """The chat template in the folder of a `tokenizer.json`; "" if there is none.
+
+    In a folder of transformers it may be a value of `tokenizer_config.json`: a template, or a list
+    of named ones.
+    """
+    try:
+        path, config = folder / TEMPLATE_FILE, folder / CONFIG_FILE
+        if path.exists():
+            return path.read_bytes().decode("utf-8")
+        value = json.loads(config.read_bytes()).get(TEMPLATE_KEY) if config.exists() else None
+        if isinstance(value, list):
+            value = {named["name"]: named["template"] for named in value}.get("default")
+        if not isinstance(value, str | None):
+            raise TypeError(f"{TEMPLATE_KEY} is {value!r}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"The chat template in {folder} is damaged ({error}).") from error
+    return value or ""
 
 
 def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 import sentencepiece
 
 from tttjax.data.tokenizers.base import (
+    SpecialToken,
     as_text,
     decode_tokens,
     hash_definition,
@@ -39,6 +40,7 @@ class SentencePieceTokenizer:
     """
 
     kind = "sentencepiece"
+    chat_template = ""
 
     def __init__(self, path: str | os.PathLike):
         self._model = read_model(path, "SentencePiece model")
@@ -97,6 +99,12 @@ class SentencePieceTokenizer:
             if is_text and raw and raw.startswith(b" "):
                 return not self._processor.decode([token]).startswith(" ")
         return False
+
+    def special_tokens(self) -> list[SpecialToken]:
+        pieces = self._processor
+        ids = [i for i in range(self.vocab_size) if pieces.is_control(i)]
+        tokens = [SpecialToken(pieces.id_to_piece(i), i) for i in ids]
+        return sorted(tokens, key=lambda token: -len(token.text))
 
     def pieces(self) -> list[VocabPiece]:
         """The vocabulary in order of ids."""

@@ -98,6 +98,8 @@ class LossEvaluator:
     def _tokens(self) -> str:
         hashed = hashlib.sha256(np.ascontiguousarray(self.held_out.tokens).tobytes())
         hashed.update(np.ascontiguousarray(self.held_out.document).tobytes())
+        if self.held_out.chosen is not None:
+            hashed.update(np.ascontiguousarray(self.held_out.chosen).tobytes())
         return f"{self.text.fingerprint} {hashed.hexdigest()}"
 
     def _report_progress(self, line: str) -> None:
