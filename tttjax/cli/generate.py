@@ -9,6 +9,8 @@ examples:
       continues the session with three samples; book.session is not changed
   tttjax generate runs/first --prompts=questions.jsonl --max-tokens=40 > answers.jsonl
       many prompts, in batches of 16
+  tttjax generate runs/chat --chat --prompt "What does it do? def f(x): return x + 1"
+      the answer of a model that was tuned on conversations
 
 The size of a session file does not grow with the context (except for full attention). A resumed
 session is bit-identical, but needs the model that wrote it. `tttjax sessions FILE` describes a
@@ -66,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="many prompts, one JSON string per line; prints JSON Lines",
     )
+    add(
+        "--chat",
+        action="store_true",
+        help="a prompt is a user's message: the tokenizer's chat template renders it, and the text "
+        "ends with the answer",
+    )
     add("--batch", type=int32, default=16, help="batch size for --prompts (default: %(default)s)")
     add(
         "--max-tokens",
@@ -120,10 +128,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from tttjax.data.chat import ChatTemplate
     from tttjax.inference.session_file import save_session
     from tttjax.parallel.precision import x64_if_configured
     from tttjax.runs.generation import read_prompts
-    from tttjax.runs.load import encode_prompt, load_or_start_session
+    from tttjax.runs.load import encode_prompt, encode_question, load_or_start_session
 
     sampling = Sampling(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Sampling)})
     with progress.report_activity(f"loading {args.workdir}"):
@@ -132,7 +141,13 @@ def _run(args: argparse.Namespace) -> int:
     with x64_if_configured(loaded.config):
         session = load_or_start_session(loaded, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
-        prompts = [encode_prompt(loaded, text, is_first=not args.session) for text in texts]
+        if args.chat:
+            template = ChatTemplate(loaded.tokenizer)
+            prompts = [encode_question(loaded, template, text) for text in texts]
+            if template.end.id not in loaded.tokenizer.eos_ids:
+                args.stop = [*args.stop, template.end.text]
+        else:
+            prompts = [encode_prompt(loaded, text, is_first=not args.session) for text in texts]
         for prompt_T in prompts:
             loaded.engine.check(prompt_T, session.tokens + args.max_tokens)
         if args.prompts:
@@ -184,6 +199,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.save_session and (args.samples > 1 or args.prompts):
         raise UserError("--save-session saves one text: remove it, or --samples and --prompts.")
+    if args.chat and args.session:
+        raise UserError("--chat begins a conversation, and --session continues a text: remove one.")
     if "" in args.stop:
         raise UserError("--stop is empty; give a non-empty string.")
     for stop in args.stop:

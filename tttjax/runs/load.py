@@ -8,6 +8,7 @@ import numpy as np
 
 from tttjax.config import Config
 from tttjax.config.limits import INT_MAX
+from tttjax.data.chat import ChatTemplate
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
@@ -90,9 +91,22 @@ def encode_prompt(loaded: LoadedModel, text: str, *, is_first: bool) -> np.ndarr
         raise UserError(
             "the prompt is empty" if not text else f"the prompt {text[:40]!r} has no tokens"
         )
-    if is_first and loaded.tokenizer.bos_id is not None:
-        token_T = np.concatenate(([loaded.tokenizer.bos_id], token_T))
-    return token_T.astype(np.int32)
+    return _with_bos(loaded, token_T) if is_first else token_T.astype(np.int32)
+
+
+def encode_question(loaded: LoadedModel, template: ChatTemplate, text: str) -> np.ndarray:
+    """int32 [T] tokens of a user's first message, up to the answer, with BOS.
+
+    Raises UserError for an empty message.
+    """
+    if not text.strip():
+        raise UserError("the prompt is empty")
+    return _with_bos(loaded, template.encode_prompt([{"role": "user", "content": text}]))
+
+
+def _with_bos(loaded: LoadedModel, token_T: np.ndarray) -> np.ndarray:
+    bos = () if loaded.tokenizer.bos_id is None else (loaded.tokenizer.bos_id,)
+    return np.concatenate((bos, token_T)).astype(np.int32)
 
 
 def load_or_start_session(loaded: LoadedModel, path: str | None) -> Session:
