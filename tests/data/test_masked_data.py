@@ -9,11 +9,12 @@ import pytest
 from helpers.chat import answers, chatml_tokenizer, write_chats
 
 from tttjax.cli import main
+from tttjax.data.file_checks import check_sums, crc32_of
 from tttjax.data.held_out import eval_documents, eval_sequences
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.preparation import prepare
 from tttjax.data.records import document_records, stream_records
-from tttjax.data.shards import MANIFEST, check_sums, crc32_of, open_prepared, read_manifest
+from tttjax.data.shards import MANIFEST, open_prepared, read_manifest
 from tttjax.data.writer import EncodedSpan, SplitWriter
 from tttjax.errors import UserError
 from tttjax.io.sealed import SEAL, sealed

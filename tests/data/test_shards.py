@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tttjax.data.shards import MANIFEST, check_sums, open_prepared, read_manifest
+from tttjax.data.file_checks import check_sums
+from tttjax.data.shards import MANIFEST, open_prepared, read_manifest
 from tttjax.data.tokenizers.base import ByteTokenizer
 from tttjax.errors import UserError
 

@@ -49,7 +49,9 @@ def test_a_hugging_face_tokenizer_is_copied(folder, tmp_path):
     write_tokenizer(ByteTokenizer(), tmp_path)
     source = tmp_path / "tokenizer.json"
     (tmp_path / "out").mkdir()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert write_tokenizer(HuggingFaceTokenizer(source), tmp_path / "out") == ""
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == source.read_bytes()
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert (settings["bos_token"], settings["eos_token"]) == ("<s>", "</s>")

@@ -86,7 +86,7 @@ def test_held_out_losses_and_evaluation_count_answers_alone(tuned, chats):
 
 def test_the_command_reports_and_answers(tuned, tmp_path, capsys):
     assert main(["evaluate", str(tuned[0]), f"--out={tmp_path / 'eval'}"]) == 0
-    capsys.readouterr()
+    assert "losses are of the marked tokens alone" in capsys.readouterr().out
     question = ("generate", str(tuned[0]), "--chat", "--max-tokens=4", "--temperature=0")
     assert main([*question, "--prompt=What is 1 plus 1?"]) == 0
     answer = capsys.readouterr().out

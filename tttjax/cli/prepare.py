@@ -120,11 +120,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax prepare` from parsed arguments; returns the exit code."""
     if args.check:
-        from tttjax.data import shards
+        from tttjax.data import file_checks, shards
 
         folder = local_path(args.check, "--check")
         shards.open_prepared(folder, verify=False)
-        count = shards.check_sums(folder, shards.read_manifest(folder))
+        count = file_checks.check_sums(folder, shards.read_manifest(folder))
         print(f"{folder}: all {count} checksums match")
         return 0
     if not args.out:

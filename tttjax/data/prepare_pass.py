@@ -16,6 +16,7 @@ from typing import Any
 
 from tttjax.data import shards, zarr
 from tttjax.data.encode import EncodeTask, encode_in_order, make_tasks
+from tttjax.data.file_checks import crc32_of
 from tttjax.data.inputs import CHATS, JSON, LINES, InputFile, list_inputs
 from tttjax.data.manifest import token_dtype
 from tttjax.data.prepare_settings import CHAT_KEY, TEXT_KEY, PrepareSettings
@@ -113,7 +114,7 @@ def _named_files(settings: PrepareSettings) -> list[str]:
     paths = [Path(name) for name in (settings.tokenizer, settings.split_manifest) if name]
     if settings.chat and paths[0].is_file():
         paths += [paths[0].with_name(name) for name in (TEMPLATE_FILE, CONFIG_FILE)]
-    return [f"{shards.crc32_of(path):08x}" for path in paths if path.is_file()]
+    return [f"{crc32_of(path):08x}" for path in paths if path.is_file()]
 
 
 def _hash(value: Any) -> str:

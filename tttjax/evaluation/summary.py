@@ -18,6 +18,7 @@ from tttjax.evaluation.tables import (
     make_table,
     pivot,
 )
+from tttjax.evaluation.text import MASKED_NOTE
 
 
 def blocks(comparison: Comparison) -> list[Block]:
@@ -33,6 +34,8 @@ def blocks(comparison: Comparison) -> list[Block]:
     ]
     if comparison.main_pairs():
         parts.append(_differences(comparison))
+    if text.get("masked"):
+        parts.append(MASKED_NOTE)
     if not text["bytes_are_exact"] and _bits(comparison.series[0], comparison.longest):
         parts.append("Bits per byte are approximate: the tokenizer does not keep every byte.")
     return parts

@@ -14,6 +14,8 @@ from tttjax.errors import UserError
 from tttjax.evaluation.statistics import Sums, sum_by_document
 from tttjax.runs.run import Run
 
+MASKED_NOTE = "The data are masked: losses are of the marked tokens alone, and all tokens are read."
+
 
 @dataclass(frozen=True)
 class Text:
@@ -46,6 +48,7 @@ class Text:
             "sequences": len(held_out),
             "documents": len(np.unique(self.document_N)),
             "tokens": int(self.mask_NT.sum()),
+            **({} if held_out.chosen is None else {"masked": True}),
         }
 
 

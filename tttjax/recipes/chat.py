@@ -10,8 +10,12 @@ quickstart  the model of the recipe quickstart:ttt_e2e, with random weights unle
 
 A tenth of the base's learning rate, and the inner rate without warm-up. A sequence is (a part of)
 one conversation, so that what was read in one is forgotten in the next; conversations shorter than
-train.seq_len are padded, and at least one must be longer. A recipe in a file of your own may start
-from `get_config`.
+train.seq_len are padded, and at least one must be longer.
+
+Cost: 800,000 tokens of 512 each; 3 minutes on two CPU cores for the quickstart's model. Checked on
+791 conversations of up to eight functions of Python's standard library, where the answer is the
+first line of a docstring, with quickstart:ttt_e2e after 300 steps: loss of held-out answers from
+4.34 to 3.02 nats per token with TTT on, from 5.05 to 3.55 with TTT off.
 """
 
 import dataclasses

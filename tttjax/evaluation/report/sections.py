@@ -18,6 +18,7 @@ from tttjax.evaluation.tables import (
     format_seconds,
     pivot,
 )
+from tttjax.evaluation.text import MASKED_NOTE
 
 
 def sections(report: Report) -> list[Section]:
@@ -75,6 +76,7 @@ def about_text(report: Report) -> str:
         f"{text['tokens']:,} target tokens of {text['documents']} held-out documents (split "
         f"{text['split']} of {text['data']}), as {text['sequences']} sequences of "
         f"{report.longest:,} tokens, split further for shorter contexts."
+        + (f" {MASKED_NOTE}" if text.get("masked") else "")
     )
 
 
