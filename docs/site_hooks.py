@@ -1,0 +1,108 @@
+"""Hooks of the documentation site (mkdocs.yml).
+
+Pages are written for a code host, where a link may lead to any file of the repository. Here such a
+file becomes a page of its own, README.md the first one, and links are rewritten to their pages.
+"""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+import griffe
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)#\s]+)")
+
+
+def _target(page: PurePosixPath, link: str) -> PurePosixPath:
+    """What a link of a file means, both relative to the root of the repository."""
+    return PurePosixPath(os.path.normpath(page.parent / link))
+
+
+def _uri(path: PurePosixPath) -> str:
+    """The place in the site of a file of the repository."""
+    if path == PurePosixPath("README.md"):
+        return "index.md"
+    if path.parts[0] == "docs":
+        return str(path.relative_to("docs"))
+    return str(path) if path.suffix == ".md" else f"{path}.md"
+
+
+def _path(uri: str) -> PurePosixPath:
+    """The file of the repository that a page was made of."""
+    path = PurePosixPath("README.md" if uri == "index.md" else uri)
+    inside = PurePosixPath("docs") / path
+    return inside if (ROOT / inside).is_file() else path
+
+
+def _content(path: PurePosixPath) -> str:
+    text = (ROOT / path).read_text()
+    if path.suffix == ".md":
+        return text
+    language = path.suffix.removeprefix(".") or "text"
+    return f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{language}\n{text}````\n"
+
+
+def on_files(files, config):
+    """Adds README.md, and every file that a page links to."""
+    pages = [PurePosixPath("docs", file.src_uri) for file in files.documentation_pages()]
+    pages.append(PurePosixPath("README.md"))
+    for page in pages:
+        if files.get_file_from_path(_uri(page)) is None:
+            files.append(File.generated(config, _uri(page), content=_content(page)))
+        if page.suffix == ".md":
+            targets = {_target(page, link) for _, link in LINK.findall((ROOT / page).read_text())}
+            outside = [path for path in targets if path.parts[0] not in ("..", "docs")]
+            pages += [p for p in sorted(outside) if (ROOT / p).is_file() and p not in pages]
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Makes the links of a page those of the site."""
+    here = _path(page.file.src_uri)
+
+    def rewrite(match):
+        target = _target(here, match[2])
+        if not (ROOT / target).is_file():
+            return match[0]  # the build reports it
+        return match[1] + os.path.relpath(_uri(target), PurePosixPath(page.file.src_uri).parent)
+
+    return LINK.sub(rewrite, markdown)
+
+
+class ReadableDocstrings(griffe.Extension):
+    """Shows descriptions of parameters as lists, and the comments of fields as docstrings."""
+
+    def on_object(self, *, obj, **kwargs):
+        if obj.is_alias:
+            return
+        if obj.is_attribute and obj.docstring is None and obj.parent.is_class:
+            _, mark, comment = "".join(obj.lines[:1]).partition("  # ")
+            if mark:
+                obj.docstring = griffe.Docstring(comment.strip(), parent=obj)
+        if obj.docstring is not None and (obj.is_function or obj.is_class):
+            names = {p.name for p in obj.parameters} | ({*obj.members} if obj.is_class else set())
+            obj.docstring.value = as_list(obj.docstring.value, names)
+
+
+def as_list(text: str, names: set[str]) -> str:
+    """Makes list items of the sentences of a docstring that begin with known names and a colon."""
+    name = "|".join(map(re.escape, names)) or "$^"
+    text = re.sub(rf"(?<=\.) (?=({name})(, ({name}))*: )", "\n", text)
+    lines: list[str] = []
+    in_list, previous = False, ""
+    for line in map(str.rstrip, text.splitlines()):
+        head, colon, meaning = line.strip().partition(": ")
+        is_item = bool(colon) and set(head.split(", ")) <= names
+        ends = not line or (line[0].isupper() and previous.endswith("."))
+        if is_item:
+            lines += [] if in_list else [""]
+            lines.append(f"- `{head}`: {meaning}")
+        elif in_list and ends:
+            lines += ["", line]
+        else:
+            lines.append(f"  {line.strip()}" if in_list else line)
+        in_list = is_item or (in_list and not ends)
+        previous = line
+    return "\n".join(lines)
