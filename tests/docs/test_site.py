@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from xml.etree import ElementTree
 
 import pytest
 from helpers.paths import ROOT
@@ -90,3 +91,20 @@ def test_parameters_in_docstrings_become_lists(hooks):
     items = "- `lr`: a rate.\n- `a, b`: more,\n  than a line."
     expected = f"One line.\n\n\n{items}\n\nReturns all.\nother: text"
     assert hooks.as_list(text, {"lr", "a", "b"}) == expected
+
+
+def test_the_diagram_is_styled_for_light_and_dark_and_needs_nothing_else():
+    path = ROOT / "docs" / "inner_loop.svg"
+    root = ElementTree.parse(path).getroot()
+    style = root.find("{*}style").text
+    used = {name for node in root.iter() for name in node.get("class", "").split()}
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    assert used
+    for name in used:
+        assert f".{name} {{" in light
+    for name in used - {"strong", "small", "left"}:
+        assert f".{name} {{" in dark
+    assert path.stat().st_size < 10_000
+    assert not re.search(r"href=|url\((?!#)|<script|@import", path.read_text())
+    for page in ("README.md", "docs/concepts.md"):
+        assert "inner_loop.svg)" in (ROOT / page).read_text()
