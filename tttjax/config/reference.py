@@ -31,7 +31,7 @@ def get_config(arg: str | None = None):
 
 Choose the file, its argument, and any field on the command line; the last one wins:
 
-```
+```bash
 tttjax train --config=paper:125m,ttt_e2e,pretrain --workdir=runs/125m \\
     --config.data.sources=data/dclm,data/books --config.train.steps=4800 --config.model.remat=none
 ```
