@@ -1,9 +1,11 @@
 """Recipes: the published ones, and configurations from any experiment file.
 
->>> from tttjax import recipes
->>> config = recipes.get("quickstart:ttt_e2e", {"train.batch_size": 4})
->>> config.train.batch_size, config.inner.chunk_size
-(4, 32)
+For example,
+
+    >>> from tttjax import recipes
+    >>> config = recipes.get("quickstart:ttt_e2e", {"train.batch_size": 4})
+    >>> config.train.batch_size, config.inner.chunk_size
+    (4, 32)
 """
 
 from collections.abc import Mapping
