@@ -19,8 +19,9 @@ from helpers.official_files import official_arrays, official_config, write_offic
 from helpers.paths import ROOT
 from markdown_it import MarkdownIt
 
+from tttjax import recipes
 from tttjax.cli import main, sweep
-from tttjax.config import default_config, load_config
+from tttjax.config import default_config, load_config, write_run_info
 from tttjax.config.files import apply_override, matching_specs
 from tttjax.config.schema import SECTIONS
 from tttjax.errors import UserError
@@ -95,6 +96,7 @@ tttjax() { record tttjax "$@"; }
 .venv/bin/tttjax() { record tttjax "$@"; }
 python() { record python "$@"; }
 bash() { record bash "$@"; }
+hf() { :; }
 kubectl() { :; }
 mkdocs() { :; }
 pip() { record pip "$@"; }
@@ -154,6 +156,9 @@ def folder(tmp_path, monkeypatch):
     for block in BLOCKS:
         if file := re.match(r"# (\w+\.(py|toml|yaml|json))\n", block.code):
             (tmp_path / file[1]).write_text(block.code)
+    for name in ("qwen-ttt", "qwen-window"):  # which a recipe of pretrained.md reads
+        system = "ttt_e2e" if name == "qwen-ttt" else "window"
+        write_run_info(tmp_path / "runs" / name, recipes.get(f"paper:125m,{system},pretrain"))
     for name in ("experiments", "launch", "tests", "tttjax"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
