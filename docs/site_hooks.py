@@ -72,24 +72,33 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class ReadableDocstrings(griffe.Extension):
-    """Shows descriptions of parameters as lists, and the comments of fields as docstrings."""
+    """Shows what docstrings say of parameters, and what comments say of fields, as lists."""
 
     def on_object(self, *, obj, **kwargs):
-        if obj.is_alias:
+        if obj.is_alias or obj.docstring is None:
             return
-        if obj.is_attribute and obj.docstring is None and obj.parent.is_class:
-            _, mark, comment = "".join(obj.lines[:1]).partition("  # ")
-            if mark:
-                obj.docstring = griffe.Docstring(comment.strip(), parent=obj)
-        if obj.docstring is not None and (obj.is_function or obj.is_class):
-            names = {p.name for p in obj.parameters} | ({*obj.members} if obj.is_class else set())
-            obj.docstring.value = as_list(obj.docstring.value, names)
+        if obj.is_function:
+            obj.docstring.value = as_list(obj.docstring.value, {p.name for p in obj.parameters})
+        elif obj.is_class:
+            obj.docstring.value = as_list(obj.docstring.value, {*obj.members}) + fields(obj)
+
+
+def fields(obj) -> str:
+    """A list of a class's fields with the comments behind them; "" if there are none."""
+    items, comments = [], 0
+    for name, member in obj.members.items():
+        if not member.is_alias and member.is_attribute and member.docstring is None:
+            _, mark, comment = "".join(member.lines[:1]).partition("  # ")
+            items.append(f"\n- `{name}`{mark and ': '}{comment.strip()}")
+            comments += bool(mark)
+    return "\n" + "".join(items) if comments else ""
 
 
 def as_list(text: str, names: set[str]) -> str:
     """Makes list items of the sentences of a docstring that begin with known names and a colon."""
     name = "|".join(map(re.escape, names)) or "$^"
     text = re.sub(rf"(?<=\.) (?=({name})(, ({name}))*: )", "\n", text)
+    text = re.sub(r"(?<=\.)\s(?=Raises )", "\n\n", text)
     lines: list[str] = []
     in_list, previous = False, ""
     for line in map(str.rstrip, text.splitlines()):

@@ -57,7 +57,8 @@ def test_the_public_api_is_described(site, index):
     adapt = index["reference/ttt/#tttjax.ttt.inner_loop.adapt"]
     assert "exact_chunks: int | None = None" in adapt
     assert "<li><code>lr</code>: as in <code>update</code>.</li>" in adapt
-    assert "W_i" in index["reference/ttt/#tttjax.ttt.inner_loop.ReadState.fast"]
+    state = index["reference/ttt/#tttjax.ttt.inner_loop.ReadState"]
+    assert "<li><code>fast</code>: W_i</li>" in state
     assert len([place for place in index if place.startswith("reference/")]) > 200
 
 
