@@ -1,9 +1,11 @@
 """Hooks of the documentation site (mkdocs.yml).
 
-Pages are written for a code host, where a link may lead to any file of the repository. Here such a
-file becomes a page of its own, README.md the first one, and links are rewritten to their pages.
+Pages are written for a code host, which shows notebooks, and where a link may lead to any file of
+the repository. Here such files become pages of their own, README.md the first one, and links are
+rewritten to their pages.
 """
 
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -25,33 +27,71 @@ def _uri(path: PurePosixPath) -> str:
     if path == PurePosixPath("README.md"):
         return "index.md"
     if path.parts[0] == "docs":
-        return str(path.relative_to("docs"))
-    return str(path) if path.suffix == ".md" else f"{path}.md"
+        path = path.relative_to("docs")
+    if path.suffix == ".ipynb":
+        return str(path.with_suffix(".md"))
+    return str(path) if path.suffix in (".md", ".png", ".svg") else f"{path}.md"
 
 
 def _path(uri: str) -> PurePosixPath:
     """The file of the repository that a page was made of."""
     path = PurePosixPath("README.md" if uri == "index.md" else uri)
     inside = PurePosixPath("docs") / path
-    return inside if (ROOT / inside).is_file() else path
+    files = (inside, inside.with_suffix(".ipynb"), path)
+    return next((p for p in files if (ROOT / p).is_file()), path)
 
 
 def _content(path: PurePosixPath) -> str:
     text = (ROOT / path).read_text()
     if path.suffix == ".md":
         return text
+    if path.suffix == ".ipynb":
+        return notebook_page(json.loads(text))
     language = path.suffix.removeprefix(".") or "text"
     return f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{language}\n{text}````\n"
 
 
+def notebook_page(notebook) -> str:
+    """A notebook as Markdown: texts, code, what it printed and drew."""
+    blocks = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        blocks.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            printed = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+            if image := "".join(data.get("image/png", "")).replace("\n", ""):
+                blocks.append(
+                    f'<img alt="output of the cell above" src="data:image/png;base64,{image}">'
+                )
+            elif printed:
+                blocks.append(f"```text\n{printed}\n```")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _notebooks(config) -> list[PurePosixPath]:
+    """The notebooks that exist, in the order of mkdocs.yml, others last."""
+    order = config.extra["notebooks"]
+    found = (ROOT / "docs" / "notebooks").glob("*.ipynb")
+    found = sorted(found, key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p))
+    return [PurePosixPath(path.relative_to(ROOT)) for path in found]
+
+
+def on_config(config):
+    """Adds the notebooks to the navigation, after the first section."""
+    if notebooks := [_uri(path) for path in _notebooks(config)]:
+        config.nav.insert(2, {"Notebooks": notebooks})
+    return config
+
+
 def on_files(files, config):
-    """Adds README.md, and every file that a page links to."""
+    """Adds README.md, the notebooks, and every file that a page links to."""
     pages = [PurePosixPath("docs", file.src_uri) for file in files.documentation_pages()]
-    pages.append(PurePosixPath("README.md"))
+    pages += [PurePosixPath("README.md"), *_notebooks(config)]
     for page in pages:
         if files.get_file_from_path(_uri(page)) is None:
             files.append(File.generated(config, _uri(page), content=_content(page)))
-        if page.suffix == ".md":
+        if page.suffix in (".md", ".ipynb"):
             targets = {_target(page, link) for _, link in LINK.findall((ROOT / page).read_text())}
             outside = [path for path in targets if path.parts[0] not in ("..", "docs")]
             pages += [p for p in sorted(outside) if (ROOT / p).is_file() and p not in pages]
@@ -64,6 +104,8 @@ def on_page_markdown(markdown, page, config, files):
 
     def rewrite(match):
         target = _target(here, match[2])
+        if target == PurePosixPath("docs/notebooks"):  # a folder has no page
+            target = next(iter(_notebooks(config)), target)
         if not (ROOT / target).is_file():
             return match[0]  # the build reports it
         return match[1] + os.path.relpath(_uri(target), PurePosixPath(page.file.src_uri).parent)

@@ -42,7 +42,8 @@ def hooks():
 
 
 def test_every_page_can_be_found(index):
-    pages = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    docs = ROOT / "docs"
+    pages = [path.relative_to(docs) for end in ("md", "ipynb") for path in docs.rglob(f"*.{end}")]
     assert len(pages) > 20
     for page in pages:
         url = page.parent if page.stem == "README" else page.with_suffix("")
@@ -109,3 +110,14 @@ def test_the_diagram_is_styled_for_light_and_dark_and_needs_nothing_else():
     assert not re.search(r"href=|url\((?!#)|<script|@import", path.read_text())
     for page in ("README.md", "docs/concepts.md"):
         assert "inner_loop.svg)" in (ROOT / page).read_text()
+
+
+def test_a_notebook_becomes_a_page(hooks):
+    code = {"cell_type": "code", "source": ["print(1)"]}
+    code["outputs"] = [
+        {"output_type": "stream", "name": "stdout", "text": ["1\n"]},
+        {"output_type": "display_data", "data": {"image/png": "QUJD\n", "text/plain": "<Figure>"}},
+    ]
+    page = hooks.notebook_page({"cells": [{"cell_type": "markdown", "source": "# Title"}, code]})
+    image = '<img alt="output of the cell above" src="data:image/png;base64,QUJD">'
+    assert page == f"# Title\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n{image}\n"
