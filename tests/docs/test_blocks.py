@@ -2,7 +2,7 @@
 
 The language of a fence says what it is. bash: each command is parsed by the program it calls, here
 without being run. python: runs, page by page, in a folder with tiny runs. py: Python that needs
-what a test has not got; compiled only. json, yaml, toml: parsed. text: anything else.
+what a test has not got; compiled only. json, jsonl, yaml, toml: parsed. text: anything else.
 """
 
 import importlib.util
@@ -65,6 +65,7 @@ def code_of(page, language):
 
 def test_every_block_has_a_language():
     parse = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}
+    parse["jsonl"] = lambda code: [json.loads(line) for line in code.splitlines()]
     known = {"bash", "python", "py", "text", *parse}
     assert [block for block in BLOCKS if block.language not in known] == []
     assert {"bash", "python", "text"} <= {block.language for block in BLOCKS}
@@ -156,8 +157,8 @@ def folder(tmp_path, monkeypatch):
     for block in BLOCKS:
         if file := re.match(r"# (\w+\.(py|toml|yaml|json))\n", block.code):
             (tmp_path / file[1]).write_text(block.code)
-    for name in ("qwen-ttt", "qwen-window"):  # which a recipe of pretrained.md reads
-        system = "ttt_e2e" if name == "qwen-ttt" else "window"
+    for name in ("base", "qwen-ttt", "qwen-window"):  # which recipes read
+        system = "window" if name == "qwen-window" else "ttt_e2e"
         write_run_info(tmp_path / "runs" / name, recipes.get(f"paper:125m,{system},pretrain"))
     for name in ("experiments", "launch", "tests", "tttjax"):
         (tmp_path / name).symlink_to(ROOT / name)
