@@ -99,9 +99,8 @@ python() { record python "$@"; }
 bash() { record bash "$@"; }
 hf() { :; }
 kubectl() { :; }
-mkdocs() { :; }
 pip() { record pip "$@"; }
-pre-commit() { :; }
+tensorboard() { :; }
 source() { :; }
 """
 
