@@ -259,7 +259,7 @@ def test_python_runs(page, runs, monkeypatch):
         exec(compile(code, ROOT / page, "exec"), names)
 
 
-def test_python_that_does_not_run_compiles_and_imports_what_exists():
+def test_python_that_does_not_run_compiles():
     blocks = [block for block in BLOCKS if block.language == "py"]
     assert blocks
     for block in blocks:

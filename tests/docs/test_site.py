@@ -63,7 +63,7 @@ def test_the_public_api_is_described(site, index):
     assert len([place for place in index if place.startswith("reference/")]) > 200
 
 
-def test_links_to_other_files_of_the_repository_have_pages(site):
+def test_linked_files_of_the_repository_have_pages(site):
     page = (site / "results" / "preregistration" / "index.html").read_text()
     assert 'href="../../experiments/toy_on_books.py/"' in page
     source = (site / "experiments" / "toy_on_books.py" / "index.html").read_text()
@@ -80,7 +80,7 @@ def test_pages_load_nothing_from_elsewhere(site):
     assert [page for page in pages if loaded.search(page.read_text())] == []
 
 
-def test_links_are_those_of_the_site_and_wrong_ones_stay(hooks):
+def test_links_become_those_of_the_site(hooks):
     page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="results/README.md"))
     text = "[a](../generation.md#cost) [b](../../launch/test.sh) [c](none.md) [d](https://x.org)"
     assert hooks.on_page_markdown(text, page, None, None) == (
@@ -95,7 +95,7 @@ def test_parameters_in_docstrings_become_lists(hooks):
     assert hooks.as_list(text, {"lr", "a", "b"}) == expected
 
 
-def test_the_diagram_is_styled_for_light_and_dark_and_needs_nothing_else():
+def test_the_diagram_suits_light_and_dark():
     path = ROOT / "docs" / "inner_loop.svg"
     root = ElementTree.parse(path).getroot()
     style = root.find("{*}style").text

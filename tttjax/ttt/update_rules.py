@@ -92,14 +92,13 @@ def make_rule(
 ) -> optax.GradientTransformation:
     """The inner rule called `name`, for a learning rate of 1.
 
-    sgd             -g, g clipped to global norm `clip` (0: not clipped). The rule of the papers.
-    momentum        heavy ball: m = momentum m + g, update -m; g clipped first.
-    normalized_sgd  -g / ||g|| (times `clip` where that is set): every step has the same length.
-    adam            Adam with `b1`, `b2`, `eps`; eps^2 is also added under the root, whose
-                    derivative is infinite at 0. g clipped first.
-    muon            momentum, then every matrix is replaced by the nearest orthogonal one (five
-                    Newton-Schulz steps, optax.contrib); other arrays use Adam with Nesterov
-                    momentum.
+    - sgd: -g, g clipped to global norm `clip` (0: not clipped). The rule of the papers.
+    - momentum: heavy ball, m = momentum m + g, update -m; g clipped first.
+    - normalized_sgd: -g / ||g|| (times `clip` where that is set): every step has the same length.
+    - adam: Adam with `b1`, `b2`, `eps`; eps^2 is also added under the root, whose derivative is
+      infinite at 0. g clipped first.
+    - muon: momentum, then every matrix is replaced by the nearest orthogonal one (five
+      Newton-Schulz steps, optax.contrib); other arrays use Adam with Nesterov momentum.
     """
     clipping = [clip_by_global_norm(clip)] if clip else []
     descend = optax.scale(-1.0)
