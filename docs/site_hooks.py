@@ -15,6 +15,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)#\s]+)")
+FILE_NAME = re.compile(r"\[[\w./]+\.md\](?=\(([^)#\s]+))")  # as the text of a link
 
 
 def _target(page: PurePosixPath, link: str) -> PurePosixPath:
@@ -99,7 +100,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Makes the links of a page those of the site."""
+    """Makes the links of a page those of the site: titles for file names, pages for files."""
     here = _path(page.file.src_uri)
 
     def rewrite(match):
@@ -110,7 +111,12 @@ def on_page_markdown(markdown, page, config, files):
             return match[0]  # the build reports it
         return match[1] + os.path.relpath(_uri(target), PurePosixPath(page.file.src_uri).parent)
 
-    return LINK.sub(rewrite, markdown)
+    def title(match):
+        path = ROOT / _target(here, match[1])
+        heading = path.is_file() and re.search(r"^# (.+)", path.read_text(), re.MULTILINE)
+        return f"[{heading[1]}]" if heading else match[0]
+
+    return LINK.sub(rewrite, FILE_NAME.sub(title, markdown))
 
 
 class ReadableDocstrings(griffe.Extension):

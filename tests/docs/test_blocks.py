@@ -259,6 +259,11 @@ def test_python_runs(page, runs, monkeypatch):
         exec(compile(code, ROOT / page, "exec"), names)
 
 
+def test_other_tests_run_the_examples_of_their_pages():
+    for block in (block for page in DOCTESTS for block in code_of(page, "python")):
+        assert ">>> " in block.code or block.code.startswith("# my_"), block
+
+
 def test_python_that_does_not_run_compiles():
     blocks = [block for block in BLOCKS if block.language == "py"]
     assert blocks

@@ -82,9 +82,9 @@ def test_pages_load_nothing_from_elsewhere(site):
 
 def test_links_become_those_of_the_site(hooks):
     page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="results/README.md"))
-    text = "[a](../generation.md#cost) [b](../../launch/test.sh) [c](none.md) [d](https://x.org)"
+    text = "[a](../data.md#speed) [b](../../launch/test.sh) [c](none.md) [data.md](../data.md)"
     assert hooks.on_page_markdown(text, page, None, None) == (
-        "[a](../generation.md#cost) [b](../launch/test.sh.md) [c](none.md) [d](https://x.org)"
+        "[a](../data.md#speed) [b](../launch/test.sh.md) [c](none.md) [Data](../data.md)"
     )
 
 
