@@ -8,6 +8,7 @@ what a test has not got; compiled only. json, jsonl, yaml, toml: parsed. text: a
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tomllib
@@ -21,6 +22,7 @@ from markdown_it import MarkdownIt
 
 from tttjax import recipes
 from tttjax.cli import main, sweep
+from tttjax.cli.bench import BENCHMARKS
 from tttjax.config import default_config, load_config, write_run_info
 from tttjax.config.files import apply_override, matching_specs
 from tttjax.config.schema import SECTIONS
@@ -180,6 +182,19 @@ def test_commands_are_what_the_programs_take(page, folder, parse):
             assert importlib.util.find_spec(words[1]), words
         else:
             assert (ROOT / words[0]).is_file(), words
+
+
+def test_examples_of_the_help_are_commands(parse):
+    """One to a line; a description follows after three spaces."""
+    modules = [command.module for command in main.COMMANDS.values()]
+    modules += [f"tttjax.cli.bench.{name.replace('-', '_')}" for name in BENCHMARKS]
+    texts = [importlib.import_module(module).__doc__ for module in modules]
+    texts = [re.sub(r" *\\\n +", " ", text) for text in texts]
+    lines = [re.split(r" {3,}|>", line.strip())[0] for line in "\n".join(texts).splitlines()]
+    examples = [line for line in lines if line.startswith("tttjax ") and "..." not in line]
+    assert len(examples) > 50
+    for line in examples:
+        parse(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize(
