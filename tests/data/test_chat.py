@@ -47,9 +47,10 @@ def test_a_prompt_is_what_comes_before_the_answer(tmp_path, cut):
         assert not chat.targets[len(prompt) - 1]
 
 
-def test_tokens_of_a_hugging_face_template_are_those_of_transformers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rstrip", [False, True])
+def test_tokens_of_a_hugging_face_template_are_those_of_transformers(tmp_path, rstrip):
     transformers = pytest.importorskip("transformers")
-    tokenizer = chatml_tokenizer(tmp_path)
+    tokenizer = chatml_tokenizer(tmp_path, rstrip)
     chat = ChatTemplate(tokenizer).encode(MESSAGES)
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|im_end|>"

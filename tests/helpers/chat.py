@@ -21,15 +21,19 @@ CHATML = (
 )
 
 
-def chatml_tokenizer(folder):
-    """Writes `tokenizer.json` and its template to a folder, and opens them; few merges."""
+def chatml_tokenizer(folder, rstrip=False):
+    """Writes `tokenizer.json` and its template to a folder, and opens them; few merges.
+
+    rstrip: the special tokens take up the whitespace after them, as in Phi-3.
+    """
     alphabet = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("d", "o"), ("Ġ", "do")]
     tokens = [*alphabet, *("".join(pair) for pair in merges)]
     tokenizer = hf.Tokenizer(hf.models.BPE({t: i for i, t in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = hf.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([hf.AddedToken(n, special=True, rstrip=rstrip) for n in names])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHATML)
     return HuggingFaceTokenizer(folder / "tokenizer.json")

@@ -106,14 +106,17 @@ class TokenSplit:
 
     def targets(self, start: int, stop: int) -> np.ndarray:
         """bool [stop - start] whether each token is a target."""
-        out = np.full(stop - start, not self.is_masked)
-        for shard, first in zip(self._shards, self._starts[:-1].tolist(), strict=True):
-            if first < stop and first + shard.num_tokens > start:
-                spans = shard.targets
-                low = bisect.bisect_right(spans[:, 1], start - first)
-                high = bisect.bisect_left(spans[:, 0], stop - first, low)
-                for begin, end in (spans[low:high] + (first - start)).tolist():
-                    out[max(begin, 0) : end] = True
+        if not self.is_masked:
+            return np.ones(stop - start, bool)
+        out = np.zeros(stop - start, bool)
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while shard < len(self._shards) and self._starts[shard] < stop:
+            first, spans = int(self._starts[shard]), self._shards[shard].targets
+            low = bisect.bisect_right(spans[:, 1], start - first)
+            high = bisect.bisect_left(spans[:, 0], stop - first, low)
+            for begin, end in (spans[low:high] + (first - start)).tolist():
+                out[max(begin, 0) : end] = True
+            shard += 1
         return out
 
     def has_targets(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
