@@ -175,6 +175,14 @@ def test_a_tokenizer_without_template_and_end_is_refused(tmp_path):
         ChatTemplate(tokenizer)
 
 
+def test_an_ordinary_token_may_end_answers(tmp_path):
+    """EOS given by id is special, whatever the tokenizer calls it."""
+    prefixing_tokenizer(tmp_path, "")
+    tokenizer = HuggingFaceTokenizer(tmp_path / "tokenizer.json", eos_id=3)
+    assert ChatTemplate(tokenizer).end.id == 3
+    assert ChatTemplate(tokenizer).end.text == "!"
+
+
 def test_prompt_and_completion_are_one_exchange():
     line = json.dumps({"prompt": "2 + 2?", "completion": "4", "source": "school"}).encode()
     assert parse_conversation(line, "x") == [

@@ -110,8 +110,9 @@ class HuggingFaceTokenizer:
             if added["special"]
         }
         for i in (self.bos_id, *self.eos_ids):
-            if i is not None and i not in tokens:
-                tokens[i] = SpecialToken(self._tokenizer.id_to_token(i) or "", i)
+            text = None if i is None or i in tokens else self._tokenizer.id_to_token(i)
+            if i is not None and text:  # the id may be a gap in the vocabulary
+                tokens[i] = SpecialToken(text, i)
         return sorted(tokens.values(), key=lambda token: -len(token.text))
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
