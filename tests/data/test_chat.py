@@ -17,7 +17,7 @@ from tttjax.errors import UserError
 ANSWERS = [m["content"] for m in MESSAGES if m["role"] == "assistant"]
 
 
-def stretches(chat):
+def target_spans(chat):
     """The tokens of every run of targets."""
     edges = np.flatnonzero(np.diff(chat.targets.astype(int), prepend=0, append=0))
     return [chat.tokens[a:b] for a, b in edges.reshape(-1, 2)]
@@ -33,8 +33,8 @@ def test_the_built_in_template_marks_answers_and_their_ends():
     expected = [257 if byte == 0 else byte for byte in text.encode()]
     assert chat.tokens.tolist() == expected
     assert chat.num_bytes == len(text.encode()) - len(ANSWERS)
-    assert [tokenizer.decode(s[:-1]) for s in stretches(chat)] == ANSWERS
-    assert [s[-1] for s in stretches(chat)] == [257] * len(ANSWERS)
+    assert [tokenizer.decode(s[:-1]) for s in target_spans(chat)] == ANSWERS
+    assert [s[-1] for s in target_spans(chat)] == [257] * len(ANSWERS)
 
 
 @pytest.mark.parametrize("cut", range(1, len(MESSAGES), 2))
@@ -58,7 +58,7 @@ def test_tokens_of_a_hugging_face_template_are_those_of_transformers(tmp_path, r
     text = theirs.apply_chat_template(MESSAGES, chat_template=CHATML, tokenize=False)
     assert chat.tokens.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
     assert ChatTemplate(tokenizer).end.text == "<|im_end|>"
-    ends = [theirs.decode(s) for s in stretches(chat)]
+    ends = [theirs.decode(s) for s in target_spans(chat)]
     assert ends == [f"{answer}<|im_end|>" for answer in ANSWERS]
 
 
@@ -72,7 +72,7 @@ def test_names_of_special_tokens_within_messages_are_text(tmp_path):
     ids = {token.text: token.id for token in tokenizer.special_tokens()}
     start, end = ids["<|im_start|>"], ids["<|im_end|>"]
     assert (chat.tokens == start).sum() == (chat.tokens == end).sum() == 2
-    assert tokenizer.decode(stretches(chat)[0][:-1]) == "</s><|im_start|>"
+    assert tokenizer.decode(target_spans(chat)[0][:-1]) == "</s><|im_start|>"
 
 
 def test_a_template_is_kept_with_its_tokenizer(tmp_path):
@@ -125,7 +125,7 @@ def test_an_answer_begins_at_a_token_where_texts_begin_with_a_space(tmp_path):
     parts = ["[INST] Hey [/INST] Hello ", "[INST] You? [/INST] He. "]
     expected = [token for part in parts for token in (*tokenizer.encode(part), tokenizer.eos_id)]
     assert chat.tokens.tolist() == expected
-    assert [tokenizer.decode(s) for s in stretches(chat)] == ["Hello ", "He. "]
+    assert [tokenizer.decode(s) for s in target_spans(chat)] == ["Hello ", "He. "]
     prompt = template.encode_prompt(messages[:1])
     assert prompt.tolist() == tokenizer.encode("[INST] Hey [/INST]").tolist()
     within = PREFIXED.replace("[/INST]", "[/INST] H").replace("{% else %} ", "{% else %}")

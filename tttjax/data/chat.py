@@ -4,11 +4,11 @@ A template is a Jinja program that renders messages to text, as Hugging Face tok
 (`chat_template.jinja`, or the key `chat_template` of their `tokenizer_config.json`). A tokenizer
 without one gets `BUILT_IN`. Targets are what the assistant says and the token that ends it.
 
-Contents are located exactly: the template renders placeholders, and the rendering with the contents
-in their place must equal that of the messages themselves; else the template is refused. Texts on
-either side of the beginning of an answer are tokenized apart, as at inference, where the prompt
-ends there. A tokenizer that adds a space to the beginning of a text reads the prompt with the
-answer, and must have a token boundary between them.
+Contents are located exactly: the template renders placeholders, and that rendering, with the
+contents substituted for them, must equal the rendering of the messages themselves; else the
+template is refused. An answer is tokenized apart from the prompt, as at inference, where the prompt
+ends there. A tokenizer that adds a space to the beginning of a text reads both together, and must
+have a token boundary between them.
 """
 
 import re
@@ -49,7 +49,7 @@ class EncodedChat(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A stretch of a rendered conversation: text, or one special token."""
+    """Text of a rendered conversation, or one special token."""
 
     content: str | int
     is_target: bool
@@ -181,15 +181,15 @@ class ChatTemplate:
             {"role": message["role"], "content": _PLACEHOLDER.format(i)}
             for i, message in enumerate(messages)
         ]
-        pieces = _PLACEHOLDERS.split(self._render(marked, prompt))
-        order = [int(number) for number in pieces[1::2]]
+        split = _PLACEHOLDERS.split(self._render(marked, prompt))
+        order = [int(number) for number in split[1::2]]
         rendered = self._render(messages, prompt)
         if sorted(order) == list(range(len(messages))):
             for roles in _STRIPPED:
                 contents = [_content(messages[i], roles) for i in order]
-                pieces[1::2] = [content for _, content in contents]
-                if "".join(pieces) == rendered:
-                    return pieces[::2], contents
+                split[1::2] = [content for _, content in contents]
+                if "".join(split) == rendered:
+                    return split[::2], contents
         raise UserError(
             "the chat template changes, repeats or leaves out what messages say, so the answers "
             "cannot be located exactly; use a template that inserts each content once, as it is"
