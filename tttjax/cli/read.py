@@ -5,6 +5,8 @@ examples:
   tttjax generate runs/first --session=book.session --prompt "In the end,"
   tttjax read runs/first book.txt --save-session=book.session --telescope=book.telescope
       records every inner update: loss before and after, gradient norm, weight drift by layer
+  tttjax read runs/first book.txt --save-session=book.session --compare=book.compare
+      compares the loss with learning and without: a table, a plot, and one sentence
   tttjax read runs/first book.txt --save-session=book.session --keep-every=100000
       keeps snapshots for `tttjax sessions book.session --rewind=TOKENS`
 
@@ -29,6 +31,7 @@ from tttjax.io.paths import text_path
 if TYPE_CHECKING:
     from tttjax.data.inputs import InputFile
     from tttjax.evaluation.prefill_text import ChunkOutput
+    from tttjax.evaluation.read_comparison import ReadComparison
     from tttjax.runs.load import LoadedModel
     from tttjax.runs.long_text import TextPrefill
     from tttjax.runs.snapshots import Snapshots
@@ -52,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_storage_arguments(parser)
     add("--log", metavar="FILE.csv", help="log of loss and gradient norm of every chunk")
     add("--telescope", metavar="DIR", help="trace of all inner updates, as JSON and as a plot")
+    add("--compare", metavar="DIR", help="losses with learning and without, as a table and a plot")
     add = parser.add_argument_group("snapshots, in FILE.kept/").add_argument
     add(
         "--keep-every",
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             (args.save_session, True),
             (args.log, True),
             (args.telescope, False),
+            (args.compare, False),
         ):
             if path:
                 locks.append(stack.enter_context(hold(path, beside=beside)))
@@ -99,11 +104,12 @@ def _run(args: argparse.Namespace, file: "InputFile", locks: Sequence[Lock]) -> 
     from tttjax.training.stopping import StopRequest
 
     loaded = load_from_args(args, trace_updates=bool(args.telescope))
-    if args.telescope and not loaded.engine.inference_model.chunk_size:
-        raise UserError(
-            f"--telescope needs inner updates; remove it, because {args.workdir} has no fast "
-            "weights, or --learn=none or --mode=off is set"
-        )
+    for option in ("telescope", "compare"):
+        if getattr(args, option) and not loaded.engine.inference_model.chunk_size:
+            raise UserError(
+                f"--{option} needs inner updates; remove it, because {args.workdir} has no fast "
+                "weights, or --learn=none or --mode=off is set"
+            )
     with x64_if_configured(loaded.config):
         path = Path(args.save_session)
         prefill = (
@@ -112,21 +118,24 @@ def _run(args: argparse.Namespace, file: "InputFile", locks: Sequence[Lock]) -> 
             else start_prefill(loaded, file, args.session)
         )
         loaded.engine.check((), prefill.session.tokens + prefill.total - prefill.done)
-        # After the end of the text, the summary of the update trace may still be missing.
-        if prefill.done < prefill.total or args.telescope:
+        # After the end of the text, a summary or a plot may still be missing.
+        if prefill.done < prefill.total or args.telescope or args.compare:
             with StopRequest() as stop, contextlib.ExitStack() as stack:
                 snapshots = _snapshots(args, loaded)
+                outputs, comparison = _open_outputs(args, loaded, prefill, stack)
                 prefill_session_file(
                     path,
                     loaded,
                     prefill,
-                    outputs=_open_outputs(args, loaded, prefill, stack),
+                    outputs=outputs,
                     snapshots=snapshots,
                     precision=args.session_precision,
                     locks=locks,
                     stop=stop,
                     stream=sys.stderr,
                 )
+                if comparison:
+                    print(comparison.sentence())
     tokens, size = prefill.session.tokens, path.stat().st_size
     print(f"{path}: {tokens:,} tokens in {size:,} bytes", file=sys.stderr)
     return 0 if prefill.done == prefill.total else EXIT_STOPPED
@@ -144,18 +153,24 @@ def _open_outputs(
     loaded: "LoadedModel",
     prefill: "TextPrefill",
     stack: contextlib.ExitStack,
-) -> "list[ChunkOutput]":
+) -> "tuple[list[ChunkOutput], ReadComparison | None]":
+    from tttjax.evaluation.read_comparison import ReadComparison
     from tttjax.evaluation.update_trace import UpdateTraceWriter
     from tttjax.runs.chunk_log import CsvLog
 
     outputs: list[ChunkOutput] = []
+    comparison = ReadComparison(args.compare, loaded, prefill) if args.compare else None
     if args.telescope:
         outputs.append(UpdateTraceWriter(args.telescope, loaded, prefill))
         stack.callback(outputs[-1].close)
     if args.log:
         outputs.append(CsvLog(args.log, prefill.learned_tokens))
         stack.callback(outputs[-1].close)
-    return outputs
+    if comparison:
+        comparison.open()
+        outputs.append(comparison)
+        stack.callback(comparison.close)
+    return outputs, comparison
 
 
 def _snapshots(args: argparse.Namespace, loaded: "LoadedModel") -> "Snapshots | None":

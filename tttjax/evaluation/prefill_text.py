@@ -9,6 +9,7 @@ from typing import TextIO
 import numpy as np
 
 from tttjax.evaluation.progress import Progress
+from tttjax.evaluation.read_comparison import ReadComparison
 from tttjax.evaluation.update_trace import UpdateTraceWriter
 from tttjax.inference.session import CHUNKS_PER_CALL
 from tttjax.io.locks import Lock
@@ -20,7 +21,7 @@ from tttjax.training.stopping import StopRequest
 
 SAVE_EVERY = 60.0  # seconds
 
-ChunkOutput = CsvLog | UpdateTraceWriter
+ChunkOutput = CsvLog | UpdateTraceWriter | ReadComparison
 
 
 def prefill_session_file(
@@ -66,8 +67,10 @@ def _format_recent(rows: Iterable[ChunkRow], clip: float) -> str:
     if not rows:
         return ""
     text = f"loss {np.mean([row.loss for row in rows]):.4f}"
+    without = [row.loss_without for row in rows if row.loss_without is not None]
     after = [row.loss_after for row in rows if row.loss_after is not None]
     norms = np.array([row.grad_norm for row in rows])
+    text += f" (without learning {np.mean(without):.4f})" if without else ""
     text += f" -> {np.mean(after):.4f}" if after else f"  gradient {norms.mean():.3g}"
     return text + (f"  clipped {np.mean(norms >= clip):.0%}" if clip else "")
 
@@ -94,7 +97,7 @@ class _SessionSaver:
         self._last_save = time.monotonic()
 
     def save(self, *, draw: bool = True) -> None:
-        """Saves outputs and session. draw: also the plot of the update trace."""
+        """Saves outputs and session. draw: also the plots of the outputs."""
         for lock in self._locks:
             lock.check()
         for output in self._outputs:
@@ -105,7 +108,7 @@ class _SessionSaver:
         precision = self._final_precision if is_final else "float32"
         save_prefill(self._path, self._loaded, prefill, precision)
         for output in self._outputs:
-            if draw and isinstance(output, UpdateTraceWriter):
+            if draw and not isinstance(output, CsvLog):
                 output.finish()
         self._last_save = time.monotonic()
 

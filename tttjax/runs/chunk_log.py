@@ -17,9 +17,10 @@ COLUMNS = ("tokens", "loss", "grad_norm")  # tokens at the end of the chunk, nat
 
 
 class ChunkRow(NamedTuple):
-    """Metrics of one chunk. tokens: of the session at its end. The last three need update tracing.
+    """Metrics of one chunk. tokens: of the session at its end.
 
-    loss, loss_after: nats per token before and after the update.
+    loss, loss_after: nats per token before and after the update. loss_after and the norms by layer
+    need update tracing; loss_without, from weights without any update, `TextPrefill.static`.
     """
 
     tokens: int
@@ -28,6 +29,7 @@ class ChunkRow(NamedTuple):
     loss_after: float | None = None
     layer_grad_norm: Sequence[float] = ()
     layer_drift: Sequence[float] = ()
+    loss_without: float | None = None
 
 
 def chunk_rows(

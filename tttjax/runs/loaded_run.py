@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,6 +85,22 @@ class LoadedRun:
                 pass
         return TextSession(self, prefill.session)
 
+    def compare(self, path: StrPath) -> "TextComparison":
+        """The loss of every full chunk of a text file, with learning and without.
+
+        Raises UserError as `read` does, and for a run that does not learn: one without fast
+        weights, or loaded with mode="off".
+        """
+        if not self._loaded.engine.inference_model.chunk_size:
+            raise UserError("there is nothing to compare: this run has no inner updates")
+        with x64_if_configured(self.config):
+            prefill = start_prefill(self._loaded, find_text(os.fspath(path)), None)
+            self._loaded.engine.check((), prefill.session.tokens + prefill.total)
+            prefill.static = prefill.session
+            rows = [row for rows in run_prefill(self._loaded, prefill) for row in rows]
+        columns = [(row.tokens, row.loss, row.loss_without) for row in rows]
+        return TextComparison(*np.array(columns, float).reshape(-1, 3).T)
+
     def open_session(self, path: StrPath) -> "TextSession":
         """The session of a file. UserError if it belongs to another model or tokenizer."""
         if not os.fspath(path):
@@ -95,6 +111,14 @@ class LoadedRun:
     def generate(self, prompt: str, **options: Any) -> str:
         """The continuation of a prompt, without it. options: those of `TextSession.generate`."""
         return self.start().generate(prompt, **options)
+
+
+class TextComparison(NamedTuple):
+    """The N full chunks of a text: tokens up to their ends; losses in nats per token."""
+
+    tokens_N: np.ndarray
+    loss_N: np.ndarray  # each before its update
+    loss_without_N: np.ndarray
 
 
 @dataclasses.dataclass

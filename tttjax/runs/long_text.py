@@ -17,6 +17,7 @@ from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.session import CHUNKS_PER_CALL, Session
 from tttjax.inference.session_file import LOSSES, SessionHeader, read_header, save_session
+from tttjax.inference.static_read import StaticEngine
 from tttjax.inference.update_trace import TracingEngine
 from tttjax.runs.chunk_log import ChunkRow, chunk_rows
 from tttjax.runs.load import LoadedModel, load_or_start_session
@@ -28,7 +29,8 @@ STATIC_TOKENS_PER_CALL = 2048  # for a model without an inner loop
 class TextPrefill:
     """Progress of a prefill: `done` of the text's `total` tokens are in the session.
 
-    losses, losses_after: of the last chunks, as in `SessionHeader`.
+    losses, losses_after: of the last chunks, as in `SessionHeader`. static: a session at the same
+    tokens without any update, to compare with (None: no comparison).
     """
 
     file: InputFile
@@ -38,6 +40,7 @@ class TextPrefill:
     done: int
     losses: deque[float]
     losses_after: deque[float | None]
+    static: Session | None = None
 
     @property
     def learned_tokens(self) -> int:
@@ -153,6 +156,7 @@ def run_prefill(
     prefill is bit-identical to one that was never stopped.
     """
     size, chunk = tokens_per_call(loaded), loaded.engine.inference_model.chunk_size
+    static_engine = StaticEngine(loaded.engine)
     until = prefill.total if until is None else until
     for token_T in _split_at_multiples(
         _encode_spans(loaded.tokenizer, prefill.file), size, prefill.done, until
@@ -160,6 +164,13 @@ def run_prefill(
         prefill.session, records = loaded.engine.read(prefill.session, token_T)
         prefill.done += len(token_T)
         rows = chunk_rows(records, prefill.learned_tokens, chunk)
+        if prefill.static is not None:
+            prefill.static, records = static_engine.read(prefill.static, token_T)
+            static_rows = chunk_rows(records, prefill.learned_tokens, chunk)
+            rows = [
+                row._replace(loss_without=static.loss)
+                for row, static in zip(rows, static_rows, strict=True)
+            ]
         prefill.losses.extend(row.loss for row in rows)
         prefill.losses_after.extend(row.loss_after for row in rows)
         yield rows
