@@ -19,6 +19,11 @@ from tttjax.training.plot import smooth, write_plot
 from tttjax.training.progress import Throughput
 
 RATES = Throughput(tokens_per_step=100, flops_per_token=1e6, peak=flops.Peak(1e9, "test"))
+HELD_OUT_LOSSES = {
+    **{"first_token": [1, 5], "last_token": [4, 8]},
+    "on": {"loss": 1.5, "by_position": [1.75, 1.25]},
+    "off": {"loss": 2.0, "by_position": [2.0, 2.0]},
+}
 
 
 def logger(path, start=0, stream=None, **kwargs):
@@ -106,11 +111,13 @@ def test_nonfinite_values_are_valid_json(tmp_path):
 def test_tensorboard_gets_points(tmp_path):
     log = logger(tmp_path, log_every=2)
     log_steps(log, 1, 4)
+    log.log_held_out(4, HELD_OUT_LOSSES, 0.5)
     log.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     content = file.read_bytes()
-    assert b"loss" in content
-    assert b"time/mfu" in content
+    tags = ["loss/train", "time/mfu", *(f"loss/held_out_{x}" for x in ("on", "off", "gain"))]
+    tags += [f"loss_by_position/held_out_{x}_tokens_5_8" for x in ("on", "off")]
+    assert all(tag.encode() in content for tag in tags)
 
 
 def test_progress_on_terminal_and_in_file(tmp_path):
@@ -187,37 +194,60 @@ def test_wandb_run_continues_over_restarts(tmp_path, monkeypatch):
 def test_tensorboard_shows_losses_first():
     tags = [metrics.tag(name) for name in ("loss", "held_out_on", "last_chunk_loss")]
     assert tags == ["loss/train", "loss/held_out_on", "loss/last_chunk_loss"]
+    assert metrics.tag("held_out_on_tokens_1_64") > "loss/"
     others = ("grad_norm_slow", "fast_drift", "inner_grad_norm", "lr", "skipped", "time/mfu")
     assert all(metrics.tag(name) > "loss/" for name in others)
 
 
-def test_held_out_losses_are_kept_and_cut_on_resuming(tmp_path):
+def test_held_out_losses_are_kept_and_cut_on_resuming(tmp_path, monkeypatch):
+    points = []
+    run = SimpleNamespace(log=lambda v, step: points.append((step, v)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kwargs: run))
     stream = io.StringIO()
-    losses = {"first_token": [1], "last_token": [8], "off": {"loss": 2.0, "by_position": [2.0]}}
-    log = logger(tmp_path, stream=stream)
+    log = logger(tmp_path, stream=stream, wandb_project="mine")
     for step in (2, 4):
-        log.log_held_out(step, {**losses, "on": {"loss": 1.5, "by_position": [1.5]}}, 0.5)
+        log.log_held_out(step, HELD_OUT_LOSSES, 0.5)
     log.close()
     assert "step 4: held-out loss 1.5000 with TTT, 2.0000 without (0.5 s)" in stream.getvalue()
+    assert [step for step, _ in points] == [2, 4]
+    assert points[0][1] == {
+        **{"held_out_on": 1.5, "held_out_off": 2.0, "held_out_gain": 0.5},
+        **{"held_out_on_tokens_1_4": 1.75, "held_out_on_tokens_5_8": 1.25},
+        **{"held_out_off_tokens_1_4": 2.0, "held_out_off_tokens_5_8": 2.0},
+    }
     logger(tmp_path, start=3).close()
     (record,) = metrics_file.read_records(tmp_path, metrics_file.HELD_OUT)
     assert (record["step"], record["on"]["loss"]) == (2, 1.5)
 
 
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize("with_held_out", [False, True])
 @pytest.mark.parametrize("drift", [0.0, 0.1])
-def test_the_plot_has_panels_for_what_there_is(tmp_path, drift):
+def test_the_plot_has_panels_for_what_there_is(tmp_path, drift, with_held_out, steps):
     log = logger(tmp_path)
-    for step in range(1, 6):
+    for step in range(1, steps + 1):
         values = {"loss": 1 / step, "inner_lr": 1.0, "fast_drift": drift, "inner_grad_norm": 1.0}
-        chunks = {"first_chunk_loss": 1.0, "last_chunk_loss": 0.5, "fast_drift_block": drift}
-        log.log(step, values | chunks, seconds=0.5)
-    log.log(6, {"loss": math.nan}, seconds=0.5)
-    log.log_held_out(4, {"off": {"loss": 2.0}}, 0.5)
+        chunks = {"first_chunk_loss": 1.0, "last_chunk_loss": 0.5}
+        layers = {f"fast_drift_layer{i}": drift for i in range(12)} if step > 1 else {}
+        log.log(step, values | chunks | layers, seconds=0.5)
+    log.log(steps + 1, {"loss": math.nan, "fast_drift": math.nan, "nonfinite": True}, seconds=0.5)
+    if with_held_out:
+        off = {**HELD_OUT_LOSSES["off"], "loss": math.nan}
+        log.log_held_out(1, {**HELD_OUT_LOSSES, "off": off}, 0.5)
+        losses = HELD_OUT_LOSSES if drift else {**HELD_OUT_LOSSES, "on": None}
+        log.log_held_out(2, {k: v for k, v in losses.items() if v}, 0.5)
     log.close()
     image = write_plot(tmp_path).read_bytes()
     assert image.startswith(b"\x89PNG")
-    width = int.from_bytes(image[16:20])
-    assert width == (1200 if drift else 840)
+    columns = 2 + with_held_out if drift else 1 + with_held_out
+    assert int.from_bytes(image[16:20]) == 120 * (1.5 + 4 * columns)
+
+
+def test_the_plot_of_a_run_without_finite_steps(tmp_path):
+    log = logger(tmp_path)
+    log.log(1, {"loss": math.nan, "nonfinite": True}, seconds=0.5)
+    log.close()
+    assert write_plot(tmp_path).exists()
 
 
 def test_smoothing_has_no_bias_at_the_start():

@@ -112,11 +112,30 @@ def tag(name: str) -> str:
     """The TensorBoard tag of a metric: groups, of which TensorBoard shows `loss` first."""
     if name.startswith("time/"):
         return name
+    if name.startswith("held_out_") and "_tokens_" in name:
+        return f"loss_by_position/{name}"
     if "loss" in name or name.startswith("held_out_"):
         return f"loss/{'train' if name == 'loss' else name}"
     if name.startswith(("inner_", "fast_")):
         return f"ttt/{name}"
     return f"norm/{name}" if "norm" in name else f"outer/{name}"
+
+
+def held_out_values(losses: dict[str, Any]) -> dict[str, float]:
+    """The held-out losses of an evaluation by name: `held_out_on`, `held_out_on_tokens_65_128`.
+
+    losses: from `HeldOutLoss.evaluate`. `held_out_gain` is the loss with TTT off minus that with
+    TTT on.
+    """
+    modes = [mode for mode in ("on", "off") if mode in losses]
+    values = {f"held_out_{mode}": losses[mode]["loss"] for mode in modes}
+    if len(modes) == 2:
+        values["held_out_gain"] = values["held_out_off"] - values["held_out_on"]
+    bins = list(zip(losses["first_token"], losses["last_token"], strict=True))
+    for mode in modes:
+        for (first, last), loss in zip(bins, losses[mode]["by_position"], strict=True):
+            values[f"held_out_{mode}_tokens_{first}_{last}"] = loss
+    return values
 
 
 @dataclass
@@ -213,12 +232,12 @@ class MetricLogger:
             return
         record = {"step": step, **losses, "time": {"seconds": seconds}}
         with (self.workdir / HELD_OUT).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(json_safe(record)) + "\n")
         by_mode = {mode: losses[mode]["loss"] for mode in ("on", "off") if mode in losses}
         words = {"on": "with TTT", "off": "without" if "on" in by_mode else ""}
         shown = ", ".join(f"{loss:.4f} {words[mode]}".strip() for mode, loss in by_mode.items())
         self.print_line(f"step {step}: held-out loss {shown} ({seconds:.1f} s)")
-        self._write_point(step, {f"held_out_{mode}": loss for mode, loss in by_mode.items()})
+        self._write_point(step, held_out_values(losses))
 
     def _write_point(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -79,7 +79,11 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def json_safe(value: Any) -> Any:
-    """The value for JSON, which has no NaN: "nan", "inf" or "-inf" if it is not finite."""
+    """The value for JSON, which has no NaN: "nan", "inf" or "-inf" for what is not finite."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_safe(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
