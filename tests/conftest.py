@@ -45,7 +45,10 @@ gc.freeze()
 gc.set_threshold(100_000, 20, 20)
 
 
-LONGEST = ("test_meta_gradient.py", "test_reference.py", "test_mixers.py", "test_meshes.py")
+LONGEST = (
+    *("test_meta_gradient.py", "test_reference.py", "test_mixers.py", "test_meshes.py"),
+    "test_notebooks.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tttjax.api import (
         build_model,
         evaluate,
+        forward,
         load,
         plan,
         prepare,
@@ -33,6 +34,7 @@ __all__ = [
     "UserError",
     "build_model",
     "evaluate",
+    "forward",
     "load",
     "plan",
     "prepare",

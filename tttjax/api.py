@@ -33,7 +33,14 @@ from tttjax.runs.loaded_run import LoadedRun, StrPath
 from tttjax.runs.run import RunSpec
 from tttjax.training.loop import train as train_config
 from tttjax.ttt.chunk import InnerLoss
-from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss, normalise_weights
+from tttjax.ttt.outer_loss import (
+    ForwardOutput,
+    InnerLoop,
+    learns,
+    make_inner_loop,
+    make_outer_loss,
+    normalise_weights,
+)
 from tttjax.types import Array, Batch, Params
 
 MetaGrad = Callable[..., tuple[Array, Params]]
@@ -117,26 +124,54 @@ def value_and_meta_grad(
 
     rule, loss: a custom inner rule and inner loss, in place of the configuration's.
     """
-    inner = make_inner_loop(config.inner)
-    inner = inner._replace(rule=rule or inner.rule, loss=loss or inner.loss)
+    inner = _inner_loop(config, rule, loss)
     outer = make_outer_loss(model, inner, learn=learns(model, config.inner.meta_gradient))
+    return _checked(
+        jax.value_and_grad(lambda params, batch, lr: outer(params, batch, lr)[0]), model, config
+    )
+
+
+def forward(
+    model: Transformer,
+    config: Config,
+    *,
+    learn: bool = True,
+    rule: optax.GradientTransformation | None = None,
+    loss: InnerLoss | None = None,
+) -> Callable[..., ForwardOutput]:
+    """The outer loss and what it consists of, such as the losses by chunk.
+
+    Returns f(params, batch, inner_lr=config.inner.lr) -> `ForwardOutput`, compiled: of every
+    sequence, loss [B], chunk_loss_N, token_nll_T, grad_norm_N, fast, drift, layer_drift_L. Losses
+    are in nats per token, and the outer loss is the mean of `loss`. Arguments are those of `value_and_meta_grad`; learn: whether to update.
+    """
+    inner = _inner_loop(config, rule, loss)
+    outer = make_outer_loss(model, inner, learn=learn and bool(model.fast_paths))
+    return _checked(lambda params, batch, lr: outer(params, batch, lr)[1], model, config)
+
+
+def _inner_loop(
+    config: Config, rule: optax.GradientTransformation | None, loss: InnerLoss | None
+) -> InnerLoop:
+    inner = make_inner_loop(config.inner)
+    return inner._replace(rule=rule or inner.rule, loss=loss or inner.loss)
+
+
+def _checked(
+    function: Callable[..., Any], model: Transformer, config: Config
+) -> Callable[..., Any]:
+    """A function of (params, batch, inner_lr), compiled, with checks of its arguments."""
+    compiled = jax.jit(lambda params, batch, lr: function(params, normalise_weights(batch), lr))
     with x64_if_configured(config):
         expected = model.abstract_params()
 
-    def mean_loss(params: Params, batch: Batch, lr: float) -> Array:
-        return outer(params, normalise_weights(batch), lr)[0]
-
-    derive = jax.jit(jax.value_and_grad(mean_loss))
-
-    def value_and_grad(
-        params: Params, batch: Batch, inner_lr: float = config.inner.lr
-    ) -> tuple[Array, Params]:
+    def run(params: Params, batch: Batch, inner_lr: float = config.inner.lr) -> Any:
         _check_batch(batch, config)
         with x64_if_configured(config):
             _check_params(params, expected)
-            return derive(params, batch, inner_lr)
+            return compiled(params, batch, inner_lr)
 
-    return value_and_grad
+    return run
 
 
 def _check_batch(batch: Batch, config: Config) -> None:
