@@ -143,7 +143,8 @@ def forward(
 
     Returns f(params, batch, inner_lr=config.inner.lr) -> `ForwardOutput`, compiled: of every
     sequence, loss [B], chunk_loss_N, token_nll_T, grad_norm_N, fast, drift, layer_drift_L. Losses
-    are in nats per token, and the outer loss is the mean of `loss`. Arguments are those of `value_and_meta_grad`; learn: whether to update.
+    are in nats per token; the mean of `loss` is the outer loss. Arguments are those of
+    `value_and_meta_grad`; learn: whether to update.
     """
     inner = _inner_loop(config, rule, loss)
     outer = make_outer_loss(model, inner, learn=learn and bool(model.fast_paths))
