@@ -24,6 +24,11 @@ HELD_OUT_LOSSES = {
     "on": {"loss": 1.5, "by_position": [1.75, 1.25]},
     "off": {"loss": 2.0, "by_position": [2.0, 2.0]},
 }
+MASKED_LOSSES = {  # of data without targets at the first positions
+    **{"first_token": [1, 5], "last_token": [4, 8]},
+    "on": {"loss": 1.25, "by_position": [None, 1.25]},
+    "off": {"loss": 2.0, "by_position": [None, 2.0]},
+}
 
 
 def logger(path, start=0, stream=None, **kwargs):
@@ -111,13 +116,14 @@ def test_nonfinite_values_are_valid_json(tmp_path):
 def test_tensorboard_gets_points(tmp_path):
     log = logger(tmp_path, log_every=2)
     log_steps(log, 1, 4)
-    log.log_held_out(4, HELD_OUT_LOSSES, 0.5)
+    log.log_held_out(4, MASKED_LOSSES, 0.5)
     log.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     content = file.read_bytes()
     tags = ["loss/train", "time/mfu", *(f"loss/held_out_{x}" for x in ("on", "off", "gain"))]
     tags += [f"loss_by_position/held_out_{x}_tokens_5_8" for x in ("on", "off")]
     assert all(tag.encode() in content for tag in tags)
+    assert b"tokens_1_4" not in content
 
 
 def test_progress_on_terminal_and_in_file(tmp_path):
@@ -234,7 +240,9 @@ def test_the_plot_has_panels_for_what_there_is(tmp_path, drift, with_held_out, s
     if with_held_out:
         off = {**HELD_OUT_LOSSES["off"], "loss": math.nan}
         log.log_held_out(1, {**HELD_OUT_LOSSES, "off": off}, 0.5)
-        losses = HELD_OUT_LOSSES if drift else {**HELD_OUT_LOSSES, "on": None}
+        log.log_held_out(1, MASKED_LOSSES, 0.5)
+        losses = MASKED_LOSSES if steps == 1 else HELD_OUT_LOSSES
+        losses = losses if drift else {**losses, "on": None}
         log.log_held_out(2, {k: v for k, v in losses.items() if v}, 0.5)
     log.close()
     image = write_plot(tmp_path).read_bytes()

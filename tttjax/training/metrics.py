@@ -134,7 +134,8 @@ def held_out_values(losses: dict[str, Any]) -> dict[str, float]:
     bins = list(zip(losses["first_token"], losses["last_token"], strict=True))
     for mode in modes:
         for (first, last), loss in zip(bins, losses[mode]["by_position"], strict=True):
-            values[f"held_out_{mode}_tokens_{first}_{last}"] = loss
+            if loss is not None:  # there are targets at these positions
+                values[f"held_out_{mode}_tokens_{first}_{last}"] = loss
     return values
 
 

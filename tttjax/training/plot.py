@@ -118,7 +118,7 @@ def _draw_positions(axes: "Axes", last: Mapping[str, Any]) -> None:
     edges = [first - 1 for first in last["first_token"]] + last["last_token"][-1:]
     for mode, (label, color) in MODES.items():
         if mode in last:
-            loss = [float(value) for value in last[mode]["by_position"]]
+            loss = np.array(last[mode]["by_position"], float)  # NaN where there are no targets
             axes.stairs(loss, baseline=None, color=color, linewidth=1.6, label=label)
     axes.set_title(f"held-out loss by position, step {last['step']:,}", loc="left", fontsize=10)
     axes.set_xlabel("position (tokens)")
