@@ -23,6 +23,7 @@ def test_stored_outputs_are_those_of_any_machine(path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's own libraries
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path):
     stored, executed = nbformat.read(path, as_version=4), execute(path)

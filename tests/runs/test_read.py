@@ -294,11 +294,12 @@ def test_invalid_read_options_are_refused(run, text, uninterrupted, tmp_path, ca
     assert not (tmp_path / "t").exists()
 
 
-@pytest.mark.parametrize("output", ["s", "log.csv", "trace"])
+@pytest.mark.parametrize("output", ["s", "log.csv", "trace", "compare"])
 def test_locked_outputs_are_refused(run, text, uninterrupted, tmp_path, call, output):
     read = ["read", run, text, "--save-session", tmp_path / "s", *SNAPSHOT_FLAGS]
     read += ["--log", tmp_path / "log.csv", "--telescope", tmp_path / "trace"]
-    with hold(tmp_path / output, beside=output != "trace"):
+    read += ["--compare", tmp_path / "compare"]
+    with hold(tmp_path / output, beside=output in ("s", "log.csv")):
         assert f"{output} is being written by another command" in refused(call, *read)
     assert not any(tmp_path.iterdir())
     rewind = ("sessions", uninterrupted / "s", "--rewind=128", "--to", tmp_path / "t")
