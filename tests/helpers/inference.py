@@ -82,3 +82,19 @@ def setting(sections: dict, learn: bool = True):
     )
     token = np.random.default_rng(1).integers(config.model.vocab_size, size=(2, PREFILL_LENGTH + 1))
     return config, model, params, inference_model, split_weights(inference_model, params), token
+
+
+class StopAfter:
+    """A stop request that arrives after `calls` prefill calls."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def after(self, number):
+        return number + 1 == self.calls

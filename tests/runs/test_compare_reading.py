@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.inference import StopAfter
 
 from tttjax.api import load
 from tttjax.cli.main import main
@@ -21,22 +22,6 @@ pytestmark = pytest.mark.slow
 
 TEXT = "the cat sat on the mat. " * 9  # 27 chunks of 8 bytes, in prefill calls of 64
 FILES = {"losses.csv", "losses.json", "losses.png"}
-
-
-class StopAfter:
-    """A stop request that arrives after `calls` prefill calls."""
-
-    def __init__(self, calls):
-        self.calls = calls
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def after(self, number):
-        return number + 1 == self.calls
 
 
 @pytest.fixture

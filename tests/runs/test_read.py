@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from helpers.inference import StopAfter
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
@@ -23,22 +24,6 @@ pytestmark = pytest.mark.slow
 
 TEXT = "the cat sat on the mat. " * 19  # 7 prefill calls of 64 bytes, and a shorter one
 SNAPSHOT_FLAGS = ("--keep-every=64", "--keep-most=3")
-
-
-class StopAfter:
-    """A stop request that arrives after `calls` prefill calls."""
-
-    def __init__(self, calls):
-        self.calls = calls
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def after(self, number):
-        return number + 1 == self.calls
 
 
 class Picture:
