@@ -67,6 +67,25 @@ def test_the_mean_nll_as_custom_loss_changes_nothing():
     assert worst(grads, custom_grads) < 1e-12
 
 
+def test_a_custom_loss_without_targets_leaves_no_nan():
+    """Here the softmax over no target."""
+    model, inner, params, batch = setting()
+    mask = np.array(batch.mask)
+    mask[0, 4:8] = False
+    batch = batch.replace(mask=mask)
+
+    def surprise(c):
+        scores_C = jnp.where(c.mask_C, jax.lax.stop_gradient(c.nll_C), -jnp.inf)
+        return jnp.sum(c.nll_C * jax.nn.softmax(scores_C))
+
+    results = []
+    for form in ("reference", "fast"):
+        loss = make_outer_loss(model, inner._replace(form=form, loss=surprise), learn=True)
+        results.append(jax.jit(jax.grad(loss, has_aux=True))(params, batch, 0.7))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
+    assert worst(*(grads for grads, _ in results)) < 1e-11
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "normalized_sgd", "adam", "muon"])
 def test_no_built_in_rule_reads_the_weights(name):
     check_fast_rule(make_rule(name), setting()[2].fast)

@@ -37,7 +37,7 @@ class LossInputs(NamedTuple):
     """What a custom inner loss is made of: one chunk of one sequence, before its update."""
 
     nll_C: Array  # of the targets, float32 at least
-    mask_C: Array | np.ndarray  # bool: whether a target counts
+    mask_C: Array | np.ndarray  # bool: whether a target counts; not all False (`fill_empty`)
     target_C: Array | np.ndarray  # int: the token after each
     h_CD: Array  # hidden states after the final norm, in the compute dtype
     head_DV: Array  # logits are h_CD @ head_DV
@@ -45,6 +45,15 @@ class LossInputs(NamedTuple):
 
 
 InnerLoss = Callable[[LossInputs], Array]  # a scalar
+
+
+def fill_empty(mask_C: Array) -> Array:
+    """The mask, but all True if it is all False.
+
+    The update of a chunk without targets is dropped. But a custom loss of no target may have NaN
+    derivatives, which would reach the meta-gradient.
+    """
+    return mask_C | ~jnp.any(mask_C)
 
 
 class LossAux(NamedTuple):
@@ -132,7 +141,9 @@ def batch_loss(
     ) -> Array:
         assert chunk_model.loss is not None
         head_DV = model.head(combine(slow, fast))
-        inputs = LossInputs(nll_C, mask_C, target_C, h_CD, head_DV, split.join(fast))
+        inputs = LossInputs(
+            nll_C, fill_empty(mask_C), target_C, h_CD, head_DV, split.join(fast)
+        )
         return chunk_model.loss(inputs)
 
     return over_sequences(custom_loss)(nll_BC, chunk.mask_NBC, chunk.target_NBC, h_BCD, fast), aux

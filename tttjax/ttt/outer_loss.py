@@ -29,7 +29,7 @@ from tttjax.models.transformer import Transformer, advance
 from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.parallel.batching import over_sequences
 from tttjax.ttt import inner_loop
-from tttjax.ttt.chunk import ChunkModel, Chunks, InnerLoss, LossInputs
+from tttjax.ttt.chunk import ChunkModel, Chunks, InnerLoss, LossInputs, fill_empty
 from tttjax.ttt.custom_code import (
     check_fast_loss,
     check_fast_rule,
@@ -196,7 +196,8 @@ def make_chunk_loss(
             loss = masked_mean(nll_C, mask_C)
         else:
             h_CD, head_DV = model.final_norm(weights, x_CD), model.head(weights)
-            loss = custom_loss(LossInputs(nll_C, mask_C, target_C, h_CD, head_DV, fast))
+            counts_C = fill_empty(mask_C)
+            loss = custom_loss(LossInputs(nll_C, counts_C, target_C, h_CD, head_DV, fast))
         return loss, (state, jnp.any(mask_C), nll_C)
 
     return chunk_loss
