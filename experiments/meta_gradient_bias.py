@@ -39,6 +39,8 @@ def parts(gradient: Params) -> dict[str, np.ndarray]:
 def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One row for each batch, meta-gradient and part of the weights."""
     run = tttjax.load(options.run)
+    if not run.model.fast_paths:
+        raise tttjax.UserError(f"{options.run} has no fast weights, so no meta-gradient")
     train = run.config.train
 
     def derive(changes: Mapping[str, Any]) -> Any:
@@ -53,11 +55,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         split=options.split,
     )
     for i, batch in enumerate(sequences.batches(train.batch_size)):
-        exact = parts(functions["exact"](run.params, batch)[1])
-        for name, function in functions.items():
-            for part, g in parts(function(run.params, batch)[1]).items():
-                norm, expected = np.linalg.norm(g), np.linalg.norm(exact[part])
-                cosine = float(g @ exact[part] / (norm * expected)) if norm and expected else np.nan
+        gradients = {name: parts(f(run.params, batch)[1]) for name, f in functions.items()}
+        for name, gradient in gradients.items():
+            for part, g in gradient.items():
+                exact = gradients["exact"][part]
+                norm, expected = np.linalg.norm(g), np.linalg.norm(exact)
+                cosine = float(g @ exact / (norm * expected)) if norm and expected else np.nan
                 ratio = float(norm / expected) if expected else np.nan
                 yield {
                     **{"batch": i, "meta_gradient": name, "weights": part},

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import optax
 import pytest
 from helpers.paths import ROOT
 
@@ -70,6 +71,12 @@ def test_weights_that_would_be_read_wrongly_are_refused(weight, sentence):
     batch = tttjax.Batch(token, token, np.arange(64).reshape(2, 32) > 0, weight)
     with pytest.raises(tttjax.UserError, match=sentence):
         loss_and_gradient(None, batch)
+
+
+def test_a_rule_without_inner_updates_is_refused():
+    config = tttjax.recipes.get("quickstart:window")
+    with pytest.raises(tttjax.UserError, match="rule and loss need inner updates"):
+        tttjax.value_and_meta_grad(tttjax.build_model(config), config, rule=optax.sgd(1.0))
 
 
 def test_weights_of_float64_configurations_are_float64():

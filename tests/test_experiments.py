@@ -49,3 +49,5 @@ def test_the_exact_meta_gradient_has_no_bias(data, make_run, tmp_path, capsys):
     assert 1 > cosine["truncated2"] > cosine["first_order"] > cosine["none"]
     assert meta_gradient_bias.main([str(run), *flags, "--split=nothing"]) == 2
     assert "nothing" in capsys.readouterr().err
+    assert meta_gradient_bias.main([str(make_run("static")), *flags]) == 2
+    assert "no fast weights" in capsys.readouterr().err

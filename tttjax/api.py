@@ -122,10 +122,11 @@ def value_and_meta_grad(
     fourth array, `weight`, the loss is the weighted mean over the batch's targets; the inner loss
     has no weights.
 
-    rule, loss: a custom inner rule and inner loss, in place of the configuration's.
+    rule, loss: a custom inner rule and inner loss, in place of the configuration's. Raises UserError
+    if there are no inner updates to use them.
     """
-    inner = _inner_loop(config, rule, loss)
-    outer = make_outer_loss(model, inner, learn=learns(model, config.inner.meta_gradient))
+    learn = learns(model, config.inner.meta_gradient)
+    outer = make_outer_loss(model, _inner_loop(config, rule, loss, learn), learn=learn)
     return _checked(
         jax.value_and_grad(lambda params, batch, lr: outer(params, batch, lr)[0]), model, config
     )
@@ -146,14 +147,22 @@ def forward(
     are in nats per token; the mean of `loss` is the outer loss. Arguments are those of
     `value_and_meta_grad`; learn: whether to update.
     """
-    inner = _inner_loop(config, rule, loss)
-    outer = make_outer_loss(model, inner, learn=learn and bool(model.fast_paths))
+    learn = learn and bool(model.fast_paths)
+    outer = make_outer_loss(model, _inner_loop(config, rule, loss, learn), learn=learn)
     return _checked(lambda params, batch, lr: outer(params, batch, lr)[1], model, config)
 
 
 def _inner_loop(
-    config: Config, rule: optax.GradientTransformation | None, loss: InnerLoss | None
+    config: Config,
+    rule: optax.GradientTransformation | None,
+    loss: InnerLoss | None,
+    learn: bool,
 ) -> InnerLoop:
+    if (rule or loss) and not learn:
+        raise UserError(
+            "rule and loss need inner updates: fast weights, and an inner.meta_gradient other than "
+            '"none"'
+        )
     inner = make_inner_loop(config.inner)
     return inner._replace(rule=rule or inner.rule, loss=loss or inner.loss)
 

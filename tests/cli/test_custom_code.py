@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import pytest
 from helpers.paths import ROOT
 
 from tttjax.cli.main import main
-from tttjax.config import custom_code, load_config
+from tttjax.config import custom_code, load_config, write_run_info
 from tttjax.errors import UserError
+from tttjax.ttt.outer_loss import make_inner_loop
 
 PAGE = (ROOT / "docs" / "custom.md").read_text()
 RULE, LOSS = re.findall(r"```python\n(# my_\w+\.py\n.*?)```", PAGE, re.DOTALL)
@@ -86,6 +88,21 @@ def test_commands_use_the_run_s_code_and_no_other(
     assert "is another file" in capsys.readouterr().err
 
 
+def test_tuning_a_run_needs_its_code(recipe, tmp_path, monkeypatch, capsys):
+    def start(config, workdir, stop_after):
+        make_inner_loop(config.inner)
+        return SimpleNamespace(interrupted=False)
+
+    monkeypatch.setattr("tttjax.training.loop.train", start)
+    run = tmp_path / "run"
+    write_run_info(run, load_config(recipe(LOSS)))
+    custom_code._known.clear()
+    flags = [f"--config=chat:{run}", f"--workdir={tmp_path / 'tuned'}"]
+    assert main(["train", *flags]) == 2
+    assert "give --code=FILE" in capsys.readouterr().err
+    assert main(["train", *flags, f"--code={run / 'recipe.py'}"]) == 0
+
+
 @pytest.mark.slow
 def test_trials_of_a_sweep_use_the_code(recipe, data, tmp_path):
     out = tmp_path / "sweep"
@@ -134,8 +151,6 @@ def test_unused_code_is_not_part_of_the_configuration(recipe):
 
 
 def test_an_error_in_the_code_names_file_and_line(recipe):
-    from tttjax.ttt.outer_loss import make_inner_loop
-
     path = recipe(RULE.replace("optax.trace", "optax.trase"))
     with pytest.raises(UserError, match=r"my\.py, line \d+: AttributeError"):
         make_inner_loop(load_config(path).inner)

@@ -128,7 +128,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tttjax.data.chat import ChatTemplate
     from tttjax.inference.session_file import save_session
     from tttjax.parallel.precision import x64_if_configured
     from tttjax.runs.generation import read_prompts
@@ -142,6 +141,8 @@ def _run(args: argparse.Namespace) -> int:
         session = load_or_start_session(loaded, args.session)
         texts = read_prompts(args.prompts) if args.prompts else [_prompt(args)]
         if args.chat:
+            from tttjax.data.chat import ChatTemplate
+
             template = ChatTemplate(loaded.tokenizer)
             prompts = [encode_question(loaded, template, text) for text in texts]
             if template.end.id not in loaded.tokenizer.eos_ids:

@@ -72,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LR",
         help="inner learning rate of the mode dynamic (default: the run's inner.lr)",
     )
-    add("--inner-rule", choices=RULES, help="update rule of the mode dynamic (default: the run's)")
+    add(
+        "--inner-rule",
+        choices=[rule for rule in RULES if rule != "custom"],
+        help="update rule of the mode dynamic (default: the run's)",
+    )
     add(
         "--dynamic-layers",
         type=int32,

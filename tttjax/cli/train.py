@@ -14,7 +14,7 @@ before its first step leaves no files. Only one process at a time can write a wo
 
 import argparse
 
-from tttjax.cli.config_argument import add_config_argument
+from tttjax.cli.config_argument import add_code_argument, add_config_argument
 from tttjax.cli.flag_types import int32
 from tttjax.config import load_config
 
@@ -22,6 +22,7 @@ from tttjax.config import load_config
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax train`."""
     add_config_argument(parser)
+    add_code_argument(parser)  # of the run that the recipe chat tunes
     parser.add_argument(
         "--workdir",
         required=True,

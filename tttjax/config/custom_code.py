@@ -52,15 +52,6 @@ def custom_code(sha256: str) -> CustomCode:
     return _known[sha256]
 
 
-def is_known(sha256: str) -> bool:
-    return sha256 in _known
-
-
-def known_code() -> list[CustomCode]:
-    """The files that this process has run."""
-    return list(_known.values())
-
-
 def check_custom_code(inner: "InnerConfig") -> None:
     """Raises UserError if a rule or loss is custom and no file, or not this one, defines it."""
     for name, value in (("rule", inner.rule), ("loss", inner.loss)):
@@ -77,10 +68,10 @@ def check_custom_code(inner: "InnerConfig") -> None:
 
 def check_run_code(inner: "InnerConfig", workdir: Path) -> None:
     """Raises UserError if the run in `workdir` needs code that this process has not run."""
-    if not inner.code or is_known(inner.code):
+    if not inner.code or inner.code in _known:
         return
     file = workdir / CODE
-    others = ", ".join(str(code.path) for code in known_code())
+    others = ", ".join(str(code.path) for code in _known.values())
     raise UserError(
         f"{workdir} has a custom inner rule or loss (sha256 {inner.code[:12]}...), which is Python "
         f"code: read {file}, then give --code={file} (from Python: tttjax.recipes.use_code)"

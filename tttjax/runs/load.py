@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from tttjax.config import Config
 from tttjax.config.limits import INT_MAX
-from tttjax.data.chat import ChatTemplate
 from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.errors import UserError
 from tttjax.inference.engine import Engine, Session
@@ -20,6 +20,9 @@ from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.eval_setup import EvalSetup, LearningOptions, choose_modes, load_eval_setup
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
+
+if TYPE_CHECKING:
+    from tttjax.data.chat import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def encode_prompt(loaded: LoadedModel, text: str, *, is_first: bool) -> np.ndarr
     return _with_bos(loaded, token_T) if is_first else token_T.astype(np.int32)
 
 
-def encode_question(loaded: LoadedModel, template: ChatTemplate, text: str) -> np.ndarray:
+def encode_question(loaded: LoadedModel, template: "ChatTemplate", text: str) -> np.ndarray:
     """int32 [T] tokens of a user's first message, up to the answer, with BOS.
 
     Raises UserError for an empty message.
