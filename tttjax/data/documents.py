@@ -1,8 +1,7 @@
 """Reads the documents of input files, in constant memory.
 
-A plain text file is one document; JSON lines have one per line (a text or a
-conversation), Parquet one per row. Long documents
-are read in spans.
+A plain text file is one document; JSON lines have one per line (a text or a conversation), Parquet
+one per row. Long documents are read in spans.
 """
 
 import codecs
