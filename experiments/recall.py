@@ -51,17 +51,17 @@ def passages(split: TokenSplit, length: int, distance: int, count: int) -> tuple
         if stride < (distance + 1) * length:
             continue
         token_CT = split.read(start, start + count * stride + 1)
-        place_CT = np.stack([token_CT[n * stride : (n + 1) * stride + 1] for n in range(count)])
-        first_CT, again_CT = place_CT[:, : length + 1], place_CT[:, 1 : length + 1]
+        region_CT = np.stack([token_CT[n * stride : (n + 1) * stride + 1] for n in range(count)])
+        first_CT, again_CT = region_CT[:, : length + 1], region_CT[:, 1 : length + 1]
         # Half a book away from both passages, text neither goes on from them nor leads to them.
-        filler_CT = np.roll(place_CT[:, length + 1 : distance * length + 1], -(count // 2), axis=0)
+        filler_CT = np.roll(region_CT[:, length + 1 : distance * length + 1], -(count // 2), axis=0)
         other_CT = np.roll(first_CT, -(count // 4 or 1), axis=0)
         read.append(np.concatenate([first_CT, filler_CT, again_CT], axis=1))
         unread.append(np.concatenate([other_CT, filler_CT, again_CT], axis=1))
         document += [i] * count
     if not read:
         raise UserError(
-            f"no document of the split {split.name} has {count} places of "
+            f"no document of the split {split.name} has {count} regions of "
             f"{(distance + 1) * length} tokens; give fewer --passages or shorter --distances"
         )
     owner, offset = np.asarray(document), np.zeros(len(document), np.int64)

@@ -30,8 +30,9 @@ def declare_rates(kind: str, fast: Mapping[str, Declaration]) -> dict[str, Decla
         return {}
     result = {}
     for path, (shape, axes) in fast.items():
-        size = {"model": 0, "layer": 1 if path.startswith("suffix/") else 0}.get(kind, len(shape))
-        result[_rate_path(kind, path)] = Declaration(shape[:size], axes[:size])
+        stacked = path.startswith("suffix/")
+        rank = {"model": 0, "layer": int(stacked), "weight": len(shape)}[kind]
+        result[_rate_path(kind, path)] = Declaration(shape[:rank], axes[:rank])
     return result
 
 
