@@ -18,7 +18,6 @@ from tttjax.types import Params
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
 LR = 0.7
-FORMS = ("reference", "fast")
 FAST = ("suffix/**/fast_mlp/**", "head")
 SHAPES = {
     "model": {"inner_lr": ()},
@@ -38,24 +37,21 @@ def flat_rates(params):
 
 @cache
 def setting(kind):
-    """(weights, batch, jitted loss and gradient by form) with rates of one kind."""
+    """(weights, batch, jitted loss and gradient) with rates of one kind."""
     config = with_rates(kind)
     model = build_model(config.model, config.inner)
-    inner = make_inner_loop(config.inner)
-    functions = {}
-    for form in FORMS:
-        loss = make_outer_loss(model, inner._replace(form=form), learn=True)
-        functions[form] = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
-    return shaken(jax.jit(model.init)(jax.random.key(0))), random_batch(config), functions
+    loss = make_outer_loss(model, make_inner_loop(config.inner), learn=True)
+    function = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+    return shaken(jax.jit(model.init)(jax.random.key(0))), random_batch(config), function
 
 
 def with_r(params, r):
     return Params(slow={**params.slow, "inner_lr": r}, fast=params.fast)
 
 
-@pytest.mark.parametrize(("kind", "forms"), [("layer", FORMS), ("weight", ("fast",))])
-def test_the_gradient_is_that_of_finite_differences(kind, forms):
-    params, batch, functions = setting(kind)
+def test_the_gradient_is_that_of_finite_differences():
+    """Of the fast form; test_meta_gradient.py compares it with the reference."""
+    params, batch, function = setting("layer")
     rng = np.random.default_rng(1)
     r = params.slow["inner_lr"]
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape), r)
@@ -63,20 +59,19 @@ def test_the_gradient_is_that_of_finite_differences(kind, forms):
 
     def loss(sign):
         moved = jax.tree.map(lambda x, d: x + sign * step * d, r, direction)
-        return functions["fast"](with_r(params, moved), batch, LR)[0][0]
+        return function(with_r(params, moved), batch, LR)[0][0]
 
     expected = (loss(1) - loss(-1)) / (2 * step)
     assert abs(expected) > 1e-4
-    for form in forms:
-        gradient = functions[form](params, batch, LR)[1][0].slow["inner_lr"]
-        products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
-        assert abs(sum(jax.tree.leaves(products)) - expected) < 1e-8 * max(1, abs(expected))
+    gradient = function(params, batch, LR)[1][0].slow["inner_lr"]
+    products = jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)
+    assert abs(sum(jax.tree.leaves(products)) - expected) < 1e-8 * max(1, abs(expected))
 
 
 def test_one_rate_multiplies_the_configured_one():
-    params, batch, functions = setting("model")
-    with_rate = functions["fast"](with_r(params, jnp.asarray(0.5)), batch, LR)
-    scaled = functions["fast"](with_r(params, jnp.asarray(0.0)), batch, LR * np.exp(0.5))
+    params, batch, function = setting("model")
+    with_rate = function(with_r(params, jnp.asarray(0.5)), batch, LR)
+    scaled = function(with_r(params, jnp.asarray(0.0)), batch, LR * np.exp(0.5))
     assert worst(with_rate[0], scaled[0]) < 1e-13
     gradient, of_lr = with_rate[1]
     assert abs(gradient.slow["inner_lr"] - LR * of_lr) < 1e-13  # d/dr = lr exp(r) d/dlr of the rate
@@ -95,9 +90,9 @@ def test_weights_have_a_rate_for_each_entry():
 
 
 def test_a_layer_without_rate_does_not_move():
-    params, batch, functions = setting("layer")
+    params, batch, function = setting("layer")
     r = {"suffix": {"stage0": {"block0": jnp.asarray([-jnp.inf, 0.0])}}, "head": jnp.asarray(0.3)}
-    (_, output), _ = functions["fast"](with_r(params, r), batch, LR)
+    (_, output), _ = function(with_r(params, r), batch, LR)
     assert np.all(output.layer_drift_L[:, 0] == 0)
     assert np.all(output.layer_drift_L[:, 1:] > 0)
 
