@@ -120,6 +120,7 @@ def test_train(workspace, capsys, words, message):
         (["evaluate", "file"], "file passes through a file .*; choose another"),
         (["verify", "nowhere"], "no folder nowhere; "),
         (["bench", "data", "--data=nowhere"], "nowhere does not exist .*; make it with"),
+        (["report", "file", "--inner-rule=custom"], "(?i)inner-rule.*custom.*sgd"),
         (["prepare", "--check=nowhere"], "nowhere does not exist .*; make it with"),
     ],
 )
