@@ -140,6 +140,14 @@ def test_records_without_targets_are_left_out(masked):
     assert sum(documents[i].targets_S[1:].sum() for i in range(len(documents))) == whole.sum()
 
 
+@pytest.mark.parametrize("make_records", [stream_records, document_records])
+def test_a_split_without_targets_is_refused(masked, monkeypatch, make_records):
+    split = masked.split("train")
+    monkeypatch.setattr(split, "has_targets", lambda starts, stops: np.zeros(len(starts), bool))
+    with pytest.raises(UserError, match="has a target; prepare more conversations"):
+        make_records(split, 16)
+
+
 @pytest.mark.parametrize("layout", ["stream", "documents"])
 def test_weights_of_batches_are_the_targets(masked, layout):
     stream = make_train_stream(

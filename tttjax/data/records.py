@@ -120,5 +120,6 @@ def document_records(split: TokenSplit, seq_len: int, min_length: int = 1) -> Do
 
 def _no_targets(split: TokenSplit) -> UserError:
     return UserError(
-        f"No token of the split {split.name!r} of {split.folder} is a target; prepare more of them."
+        f"No sequence of the split {split.name!r} of {split.folder} has a target; prepare more "
+        "conversations."
     )
