@@ -122,8 +122,8 @@ def value_and_meta_grad(
     fourth array, `weight`, the loss is the weighted mean over the batch's targets; the inner loss
     has no weights.
 
-    rule, loss: a custom inner rule and inner loss, in place of the configuration's; UserError without
-    inner updates.
+    rule, loss: a custom inner rule and inner loss, in place of the configuration's. Raises
+    UserError if there are no inner updates.
     """
     learn = learns(model, config.inner.meta_gradient)
     outer = make_outer_loss(model, _inner_loop(config, rule, loss, learn), learn=learn)
