@@ -141,9 +141,7 @@ def batch_loss(
     ) -> Array:
         assert chunk_model.loss is not None
         head_DV = model.head(combine(slow, fast))
-        inputs = LossInputs(
-            nll_C, fill_empty(mask_C), target_C, h_CD, head_DV, split.join(fast)
-        )
+        inputs = LossInputs(nll_C, fill_empty(mask_C), target_C, h_CD, head_DV, split.join(fast))
         return chunk_model.loss(inputs)
 
     return over_sequences(custom_loss)(nll_BC, chunk.mask_NBC, chunk.target_NBC, h_BCD, fast), aux
