@@ -10,6 +10,7 @@ import pytest
 from helpers.small import random_batch, small_config, worst
 
 from tttjax.errors import UserError
+from tttjax.ops.cross_entropy.nll import masked_mean
 from tttjax.parallel.mesh import make_mesh, spec
 from tttjax.training.step import make_gradient, make_trainer
 from tttjax.ttt.outer_loss import make_inner_loop
@@ -124,12 +125,21 @@ def test_initial_weights_are_the_same_on_a_mesh():
     assert worst(*states) < 1e-14
 
 
+def squared(chunk):
+    """A custom inner loss of all that a chunk has."""
+    logits_CV = chunk.h_CD @ chunk.head_DV
+    return masked_mean(chunk.nll_C**2, chunk.mask_C) + 0.1 * jnp.mean(logits_CV**2)
+
+
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [((2, 2, 2), {"accum_steps": 2}), ((1, 1, 1), {"accum_steps": 4}), ((4, 1, 1), {})],
 )
 def test_weights_are_normalised_over_all_devices_and_micro_batches(shape, changes):
-    """Parts of the batch have different numbers of weighted targets, two sequences none."""
+    """Parts of the batch have different numbers of weighted targets, two sequences none.
+
+    The inner loss is custom, and its rates are learned.
+    """
     batch = random_batch(make_config(), masked=0.1)
     weight = (np.random.default_rng(1).random(batch.mask.shape) < 0.4) & batch.mask
     weight[:2] = False
@@ -141,7 +151,7 @@ def test_weights_are_normalised_over_all_devices_and_micro_batches(shape, change
         trainer = make(mesh_shape, **train)
         gradient = make_gradient(
             trainer.model,
-            make_inner_loop(config.inner),
+            make_inner_loop(config.inner)._replace(loss=squared),
             trainer.mesh,
             learn=True,
             accum_steps=config.train.accum_steps,
