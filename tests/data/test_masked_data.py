@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.chat import answers, chatml_tokenizer, write_chats
+from helpers.chat import CHATML, answers, chatml_tokenizer, write_chats
 
 from tttjax.cli import main
 from tttjax.data.file_checks import check_sums, crc32_of
@@ -76,6 +76,9 @@ def test_workers_and_tokenizers_change_nothing(chats, tmp_path, kind):
         options["tokenizer"] = str(data.folder)
         third = prepare([chats[0]], tmp_path / "c", num_workers=0, **options)
         assert third.manifest["splits"] == data.manifest["splits"]
+        (data.folder / "tokenizer" / "chat_template.jinja").write_text(CHATML + "\n")
+        with pytest.raises(UserError, match="was prepared with other content"):
+            prepare([chats[0]], tmp_path / "c", num_workers=0, **options)
 
 
 def test_reading_targets_across_shards(masked):

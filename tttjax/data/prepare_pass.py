@@ -112,8 +112,10 @@ def _not_lines(file: InputFile) -> UserError:
 def _named_files(settings: PrepareSettings) -> list[str]:
     """Checksums of the tokenizer file, its chat template and the split manifest."""
     paths = [Path(name) for name in (settings.tokenizer, settings.split_manifest) if name]
-    if settings.chat and paths[0].is_file():
-        paths += [paths[0].with_name(name) for name in (TEMPLATE_FILE, CONFIG_FILE)]
+    if settings.chat:
+        given = paths[0]
+        folders = [given.parent] if given.is_file() else [given, given / TOKENIZER_DIR]
+        paths += [folder / name for folder in folders for name in (TEMPLATE_FILE, CONFIG_FILE)]
     return [f"{crc32_of(path):08x}" for path in paths if path.is_file()]
 
 
