@@ -62,6 +62,14 @@ def test_tokens_of_a_hugging_face_template_are_those_of_transformers(tmp_path, r
     assert ends == [f"{answer}<|im_end|>" for answer in ANSWERS]
 
 
+def test_the_end_of_answers_can_be_a_stop_string(tmp_path):
+    """By which `generate --chat` stops where the end is no EOS."""
+    tokenizer = chatml_tokenizer(tmp_path)
+    end = ChatTemplate(tokenizer).end
+    assert end.id not in tokenizer.eos_ids
+    assert tokenizer.decode([end.id]) == end.text
+
+
 def test_names_of_special_tokens_within_messages_are_text(tmp_path):
     tokenizer = chatml_tokenizer(tmp_path)
     sly = [
