@@ -133,16 +133,16 @@ def batch_loss(
             nll_BC, ce_residuals = blocked_nll(*inputs, blocks)
     mean_nll_B = masked_mean(nll_BC, chunk.mask_NBC)
     aux = LossAux(state, mean_nll_B, nll_BC, ce_residuals)
-    if chunk_model.loss is None:
+    loss = chunk_model.loss
+    if loss is None:
         return mean_nll_B, aux
 
     def custom_loss(
         nll_C: Array, mask_C: Array, target_C: Array, h_CD: Array, fast: PyTree
     ) -> Array:
-        assert chunk_model.loss is not None
         head_DV = model.head(combine(slow, fast))
-        inputs = LossInputs(nll_C, fill_empty(mask_C), target_C, h_CD, head_DV, split.join(fast))
-        return chunk_model.loss(inputs)
+        counts_C = fill_empty(mask_C)
+        return loss(LossInputs(nll_C, counts_C, target_C, h_CD, head_DV, split.join(fast)))
 
     return over_sequences(custom_loss)(nll_BC, chunk.mask_NBC, chunk.target_NBC, h_BCD, fast), aux
 
