@@ -11,9 +11,9 @@ The small window shows memory within a short run: sequences are eight windows lo
 documents, and only the weights can hold what was read more than a window ago. Meta-learned
 from scratch with the exact meta-gradient and the paper's inner rule.
 
-Cost: 2.5 million tokens each; 6 and 4 minutes on two CPU cores. Expected on the default text, loss
-beyond the window in nats per token: ttt_e2e 2.60 with TTT on, 3.26 with TTT off; window
-3.50 (docs/quickstart.md).
+Cost: 2.5 million tokens each; 4 and 2.5 minutes on two CPU cores. Expected on the default text,
+loss at tokens 257 to 512 in nats per token: ttt_e2e 2.56 with TTT on, 3.31 with TTT off; window
+3.37 (docs/quickstart.md).
 """
 
 from ml_collections import ConfigDict
