@@ -12,6 +12,7 @@ from helpers.paths import ROOT
 import tttjax
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_examples_of_the_page_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

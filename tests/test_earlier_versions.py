@@ -54,6 +54,7 @@ def test_session_generates_as_before(folder, capsys):
     assert found["logprobs"] == pytest.approx(EXPECTED["generated"]["logprobs"], rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_run_resumes_with_the_same_losses(folder):
     words = ["--config=recipe.py", "--workdir=run", "--config.mesh.tensor=2"]  # of eight devices
     assert main.main(["train", *words]) == 0

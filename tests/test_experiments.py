@@ -36,6 +36,7 @@ def test_only_fast_weights_recall_beyond_the_reach_of_the_windows(data, make_run
     assert "shorter --distances" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_exact_meta_gradient_has_no_bias(data, make_run, tmp_path, capsys):
     run = make_run("bias", suffix_layers=1, fast_mlp=True)

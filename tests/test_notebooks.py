@@ -22,6 +22,7 @@ def test_stored_outputs_are_those_of_any_machine(path):
     assert all(len(png) < 100_000 and width(png) <= 800 for png in images(notebook))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's own libraries
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

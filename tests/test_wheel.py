@@ -53,6 +53,7 @@ def installed(tmp_path_factory):
     return target
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_quickstarts_steps_run_from_the_wheel(installed, tmp_path):
     (tmp_path / "books").mkdir()

@@ -9,7 +9,7 @@ from tttjax.benchmarks.decode import bench_decode
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def test_every_context_length_and_batch_size_is_measured():

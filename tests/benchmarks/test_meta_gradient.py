@@ -8,7 +8,7 @@ from tttjax.cli.main import main
 from tttjax.config import parameter_count
 from tttjax.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 SIZES = {
     "model": {

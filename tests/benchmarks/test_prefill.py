@@ -10,7 +10,7 @@ from tttjax.benchmarks.prefill import bench_prefill
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 def test_only_the_state_of_full_attention_grows():

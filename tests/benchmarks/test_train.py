@@ -11,7 +11,7 @@ from tttjax.benchmarks.train import bench_train
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @pytest.fixture(scope="module")

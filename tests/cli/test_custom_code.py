@@ -53,6 +53,7 @@ def train(recipe, workdir, data, layers=2):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("body", "layers"), [(RULE, 4), (LOSS, 2)], ids=["rule", "loss"])
 def test_commands_use_the_run_s_code_and_no_other(
     body, layers, recipe, data, tmp_path, no_code, capsys
@@ -103,6 +104,7 @@ def test_tuning_a_run_needs_its_code(recipe, tmp_path, monkeypatch, capsys):
     assert main(["train", *flags, f"--code={run / 'recipe.py'}"]) == 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_trials_of_a_sweep_use_the_code(recipe, data, tmp_path):
     out = tmp_path / "sweep"
@@ -115,6 +117,7 @@ def test_trials_of_a_sweep_use_the_code(recipe, data, tmp_path):
     assert np.isfinite(table["loss"]).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_examples_in_python_work():
     result = doctest.testfile(str(ROOT / "docs" / "custom.md"), module_relative=False)

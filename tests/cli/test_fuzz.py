@@ -130,6 +130,7 @@ def test_lines_generated_from_the_schema(call):
     assert 20 < sum(code == 2 for code in codes) < 100
 
 
+@pytest.mark.exhaustive
 def test_a_run_at_its_limits_takes_a_step(workspace):
     int_max = 2**31 - 1
     words = [f"--config.{name}={2**32 - 1}" for name in ("train.seed", "data.seed", "eval.seed")]

@@ -260,6 +260,7 @@ def runs(make_run, data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # by torch and transformers
 @pytest.mark.parametrize("page", [p for p in pages_with("python") if p not in DOCTESTS])

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from helpers.exhaustive import only
 from helpers.inference import random_params
 from helpers.small import random_batch, small_config, worst
 
@@ -83,12 +84,16 @@ def scores(name, learn, mesh):
     return make_scorer(inference_model, mesh)(params, batch, config.inner.lr)
 
 
-@pytest.mark.parametrize(("name", "learn"), CASES)
+TYPICAL = [(name, True) for name in MODELS if name.startswith(("window", "full"))]
+
+
+@pytest.mark.parametrize(("name", "learn"), only([*TYPICAL, ("static", False)], CASES))
 def test_scores_equal_the_training_definition(name, learn):
     actual = scores(name, learn, make_mesh(devices=jax.devices()[:1]))
     assert worst(actual, by_definition(name, learn)) < 1e-11
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "learn"), ON_A_MESH)
 def test_scores_on_a_mesh_equal_the_training_definition(name, learn):
     actual = scores(name, learn, make_mesh(2, 2, 2))

@@ -11,7 +11,7 @@ from tttjax.models.transformer import build_model
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 from tttjax.types import Params
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow, pytest.mark.exhaustive]
 HEADS, KV_HEADS = 4, 2
 SIZES = {
     **{"num_heads": HEADS, "mixers": ("full", "window"), "rope_scaling": (4.0, 1.0, 4.0, 64.0)},

@@ -17,7 +17,7 @@ from tttjax.models.kda.delta_rule import kda_chunked
 from tttjax.models.kda.layer import KimiDeltaAttention
 from tttjax.ops.delta_rule import gated_delta_rule_recurrent
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow, pytest.mark.exhaustive]
 
 LENGTH, EMBED, TAPS, CHUNK = 11, 6, 3, 4
 HEADS, KEY_DIM, VALUE_DIM = 2, 5, 3

@@ -71,6 +71,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_two_processes_compute_what_one_does(folder, monkeypatch):
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
     monkeypatch.setattr(loop, "_make_mesh", lambda config: mesh)

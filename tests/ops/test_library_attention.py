@@ -18,7 +18,7 @@ from tttjax.parallel.mesh import make_mesh, manual_axes
 from tttjax.planning.count import count
 from tttjax.ttt.outer_loss import make_inner_loop, make_outer_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 BF16 = jax.ShapeDtypeStruct((256, 2, 8), jnp.bfloat16)
 QUERIES = jax.ShapeDtypeStruct((256, 4, 8), jnp.bfloat16)  # two query heads per KV head of BF16

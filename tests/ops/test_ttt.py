@@ -158,6 +158,7 @@ def test_any_split_gives_the_same_outputs_and_state(inner, output, form):
         assert worst(state, expected_state) < 1e-11
 
 
+@pytest.mark.exhaustive
 def test_gradients_flow_through_the_state():
     p = problem("mlp")
     cotangent = np.random.default_rng(1).normal(size=p["q"].shape)

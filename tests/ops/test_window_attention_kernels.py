@@ -25,7 +25,7 @@ from tttjax.ops.window_attention import (
 from tttjax.parallel.mesh import make_mesh
 from tttjax.planning.topologies import open_mesh, parse_topology
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 BLOCKS = Tiling(16, 16)
 PAPER_125M = {"queries": 1024, "num_buffered": 8192, "heads": 12, "dim": 64, "dtype": jnp.bfloat16}

@@ -91,6 +91,7 @@ def test_fsdp_gathers_and_reduces_every_weight(plan):
     assert 1.9 * weights < gathered < 3 * weights
 
 
+@pytest.mark.exhaustive
 def test_gathering_per_layer_needs_less_memory():
     """Only one of the eleven prefix blocks, and its gradient, is all-gathered at a time."""
     sizes = {"num_layers": 12, "suffix_layers": 1, "embed_dim": 32, "mlp_dim": 128}

@@ -139,7 +139,17 @@ def test_every_mixer_is_tested():
 
 
 @every_mixer
-@pytest.mark.parametrize("lengths", [(1, 7, 1, 7, 7), (7, 7, 7, 1, 1), (1,) * LENGTH], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (1, 7, 1, 7, 7),
+        *(
+            pytest.param(lengths, marks=pytest.mark.exhaustive)
+            for lengths in ((7, 7, 7, 1, 1), (1,) * LENGTH)
+        ),
+    ],
+    ids=str,
+)
 def test_any_split_gives_the_same_outputs_and_state(x64, name, lengths):
     x_TD = inputs()
     y_TD, state = read(name, x_TD, LENGTH)

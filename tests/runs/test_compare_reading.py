@@ -74,6 +74,7 @@ def test_losses_are_those_of_evaluate(run, read, scores, tmp_path):
     np.testing.assert_allclose(comparison.loss_without_N, table["loss_without"], atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_stopped_and_killed_comparison_is_bit_identical(read, tmp_path):
     compare = ("--compare", tmp_path / "c", "--keep-every=64", "--telescope", tmp_path / "t")
     assert read(*compare)[0] == 0

@@ -211,6 +211,7 @@ def test_a_damaged_record_counts_as_none(copied, name):
     assert state.status == ("done" if "jsonl" in name else "evaluating")
 
 
+@pytest.mark.exhaustive
 def test_a_diverged_trial_is_reported_and_not_repeated(data, tmp_path, capsys):
     axes = ["optim.peak_lr=1e-2,1e30"]
     design = make(data, axes, 1, **{"train.max_skipped_steps": 1, "train.steps": 8})
@@ -346,6 +347,7 @@ def _text(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+@pytest.mark.exhaustive
 def test_killed_at_any_time_it_ends_with_the_same_tables(data, tmp_path):
     """Its trials end with it, and save."""
     tables = {}

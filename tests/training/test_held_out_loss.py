@@ -72,6 +72,7 @@ def test_evaluations_do_not_change_training(config, evaluated, tmp_path):
     assert not (tmp_path / HELD_OUT).exists()
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_has_the_same_losses(config, evaluated, tmp_path):
     train(config, tmp_path, stop_after=2)
     train(config, tmp_path, stop_after=5)  # no evaluation at a stop

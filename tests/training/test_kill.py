@@ -9,6 +9,7 @@ from training import kill_and_resume
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.exhaustive
 def test_two_kills_leave_results_bit_identical(one_device, capsys):
     verbosity = absl_logging.get_verbosity()
     try:

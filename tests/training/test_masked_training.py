@@ -49,6 +49,7 @@ def tuned(make, tmp_path_factory):
     return workdir, train(make(), workdir)
 
 
+@pytest.mark.exhaustive
 def test_resuming_equals_never_stopping(make, tuned, tmp_path):
     train(make(), tmp_path, stop_after=3)
     train(make(), tmp_path)

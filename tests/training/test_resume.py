@@ -33,6 +33,7 @@ def assert_same_run(workdir, result, uninterrupted):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.exhaustive
 def test_two_stops(tiny, uninterrupted, tmp_path):
     cfg = tiny()
     assert train(cfg, tmp_path, stop_after=3).interrupted

@@ -53,6 +53,7 @@ def logits(model, params):
     return jax.jit(model.apply)(params, model.init_state(12), token_T)[0]
 
 
+@pytest.mark.exhaustive
 def test_zero_fast_mlps_keep_logits_until_trained(static, capsys):
     folder, model, params = static
     config, trainer = make(devices=2, **EXTENDED)

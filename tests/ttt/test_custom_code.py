@@ -45,6 +45,7 @@ def value_and_gradient(form, **changes):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, 0.7)
 
 
+@pytest.mark.exhaustive
 def test_both_forms_agree_for_a_custom_loss():
     rule = optax.chain(optax.scale_by_rss(eps=1.0), optax.scale(-0.5))
     (loss, output), grads = value_and_gradient("reference", loss=focal, rule=rule)

@@ -5,6 +5,7 @@ from functools import cache
 import jax
 import numpy as np
 import pytest
+from helpers.exhaustive import only
 from helpers.small import random_batch, shaken, small_config, worst
 
 from tttjax.models.split_model import SplitModel
@@ -112,7 +113,13 @@ def both_forms(config, batch, dtype):
     return functions["reference"](params, batch, lr), functions["fast"](params, batch, lr)
 
 
-@pytest.mark.parametrize("name", CASES)
+TYPICAL = (
+    "three suffix blocks, window of a chunk, full attention, grouped queries, clip active",
+    "no mixers",
+)
+
+
+@pytest.mark.parametrize("name", only(TYPICAL, CASES))
 def test_both_forms_agree(x64, name):
     config = small_config(**CASES[name])
     batch = random_batch(config, masked=0.2)
@@ -155,6 +162,7 @@ def drawn(seed):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", [2, 3])
 def test_both_forms_agree_for_random_configurations_in_float64(x64, seed):
     config = drawn(seed)
@@ -173,6 +181,7 @@ def both_gradients_in_float32(make_config, **batch):
     return grads, fast_grads
 
 
+@pytest.mark.exhaustive
 def test_both_forms_agree_for_a_random_configuration_in_float32():
     seed = 3
     grads, fast_grads = both_gradients_in_float32(lambda: drawn(seed), seed=seed, masked=0.3)
@@ -191,6 +200,7 @@ def test_chunk_without_targets_has_no_update(x64):
     assert worst(grads, fast_grads) < 1e-11
 
 
+@pytest.mark.exhaustive
 def test_in_float32():
     grads, fast_grads = both_gradients_in_float32(small_config)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(fast_grads), strict=True):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers.exhaustive import only
 from helpers.reference import Shape, sequence
 from helpers.small import random_batch, shaken, small_config, worst
 
@@ -130,7 +131,7 @@ def along(params, direction, size):
 
 @pytest.mark.parametrize(
     ("m", "part"),
-    [(None, "slow"), (None, "fast"), (2, "fast"), (0, "slow")],
+    only([(None, "slow"), (2, "fast")], [(None, "slow"), (None, "fast"), (2, "fast"), (0, "slow")]),
     ids=["exact-slow", "exact-fast", "truncated-fast", "first_order-slow"],
 )
 def test_gradient_equals_finite_differences_of_the_reference(
@@ -236,7 +237,7 @@ def weighted(batch, masked=0.6):
     return batch.replace(weight=weight)
 
 
-@pytest.mark.parametrize("form", ["reference", "fast", "static"])
+@pytest.mark.parametrize("form", only(["fast"], ["reference", "fast", "static"]))
 def test_weights_give_the_mean_over_the_chosen_targets(
     config, model, params, batch, reference, form
 ):

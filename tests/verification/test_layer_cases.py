@@ -14,7 +14,7 @@ import pytest
 from tttjax.cli.main import main
 from tttjax.verification.verify import verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 TOKENS = 7
 VOCAB = 5
