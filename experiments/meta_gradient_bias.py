@@ -23,7 +23,9 @@ from tttjax.cli.flag_types import int32
 from tttjax.data.held_out import eval_sequences
 from tttjax.data.shards import open_prepared
 from tttjax.evaluation.files import check_writable, write_results
+from tttjax.evaluation.text import check_tokenizer
 from tttjax.recipes.ablations import META_CHANGES
+from tttjax.runs.run import RunSpec, open_run
 from tttjax.types import Params
 
 
@@ -48,8 +50,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         return tttjax.value_and_meta_grad(run.model, replace(run.config, inner=inner))
 
     functions = {name: derive(changes) for name, changes in META_CHANGES.items()}
+    data = open_prepared(options.data)
+    check_tokenizer(open_run(RunSpec(options.run)), data)
     sequences = eval_sequences(
-        open_prepared(options.data),
+        data,
         length=train.seq_len,
         num=options.batches * train.batch_size,
         split=options.split,
@@ -89,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batches", type=int32, default=8, help="of the run's batch size (default: 8)")
     options = parser.parse_args(arguments)
     try:
+        if options.batches < 1:
+            raise tttjax.UserError("--batches must be positive")
         check_writable(options.out)
         rows = []
         for row in measure(options):

@@ -29,6 +29,7 @@ from tttjax.errors import UserError
 from tttjax.evaluation.files import check_writable, write_results
 from tttjax.evaluation.plots import add_legend, decorate, line_styles, new_figure, set_ticks
 from tttjax.evaluation.statistics import Sums, difference, loss, sum_by_document
+from tttjax.evaluation.text import check_tokenizer
 from tttjax.inference.prefill import make_inference_model
 from tttjax.inference.sequence_nll import make_scorer, token_losses
 from tttjax.parallel.mesh import make_mesh
@@ -85,10 +86,16 @@ def second_reading(setup: EvalSetup, sequences: HeldOut, length: int, batch_size
 def measure(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     """The rows of recall.csv."""
     runs = [open_run(RunSpec(path)) for path in options.runs]
-    split = open_prepared(options.data).split(options.split)
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError("two runs have the same name; give each once, or rename a folder")
+    data = open_prepared(options.data)
+    for run in runs:
+        check_tokenizer(run, data)
+    split = data.split(options.split)
     mesh = make_mesh(devices=jax.devices()[:1])
     learning = LearningOptions(dynamic_lrs=options.dynamic_lr)
-    for run, modes in zip(runs, choose_modes(runs, options.modes), strict=True):
+    chosen = choose_modes(runs, options.modes, options.dynamic_lr)
+    for run, modes in zip(runs, chosen, strict=True):
         length = options.length or run.window
         if not length:
             raise UserError(f"{run.name} has no window; give --length")
@@ -153,8 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int32, default=8, help="sequences at once (default: 8)")
     options = parser.parse_args(arguments)
     try:
-        if options.passages < 4 or min(options.distances, default=0) < 1:
+        distances = options.distances
+        if options.passages < 4 or min(distances, default=0) < 1:
             raise UserError("give at least 4 --passages, and --distances of at least 1")
+        if len({*distances}) < len(distances):
+            raise UserError("--distances must differ")
         if options.length < 0 or options.batch_size < 1:
             raise UserError("--length and --batch-size must be positive")
         check_writable(options.out)

@@ -24,8 +24,11 @@ DATA="$1"
 OUT="$2"
 shift 2
 export JAX_COMPILATION_CACHE_DIR="$OUT/compiled"
-mkdir -p "$OUT"
+if [[ ! "${LIMIT:=540}" =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
+    echo "error: LIMIT=$LIMIT must be a number of seconds" >&2
+    exit 2
+fi
 # shellcheck disable=SC2086  # FLAGS are words
-exec timeout --preserve-status "${LIMIT:-540}" tttjax sweep "${@/#/--config=small:${SIZE:-6m},}" \
+exec timeout --preserve-status "$LIMIT" tttjax sweep "${@/#/--config=small:${SIZE:-6m},}" \
     --data="$DATA" --split=test --context-lengths="${LENGTHS:-512,1024,2048,4096,8192}" \
     --jobs=1 --out="$OUT" ${FLAGS:-}

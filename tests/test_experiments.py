@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from experiments import meta_gradient_bias, recall
+from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 
 BLOCKS = 2
@@ -34,6 +35,25 @@ def test_only_fast_weights_recall_beyond_the_reach_of_the_windows(data, make_run
     assert (tmp_path / "recall.png").exists()
     assert recall.main([*flags, "--distances=100000", f"--out={tmp_path}"]) == 2
     assert "shorter --distances" in capsys.readouterr().err
+
+
+def test_bad_arguments_are_refused(data, make_run, tmp_path, capsys):
+    run = str(make_run("run", suffix_layers=1, fast_mlp=True))
+    (tmp_path / "text").write_text("a text of some words\n" * 200)
+    other = tmp_path / "other"
+    prepare([tmp_path / "text"], other, tokenizer="sentencepiece", vocab_size=300, num_workers=0)
+    out = tmp_path / "out"
+    for program, flags, sentence in [
+        (recall, [run, f"--data={other}"], "another tokenizer"),
+        (recall, [run, run, f"--data={data}"], "the same name"),
+        (recall, [run, f"--data={data}", "--dynamic-lr=0.1"], "is for the mode dynamic"),
+        (recall, [run, f"--data={data}", "--distances=1,1"], "must differ"),
+        (meta_gradient_bias, [run, f"--data={other}"], "another tokenizer"),
+        (meta_gradient_bias, [run, f"--data={data}", "--batches=0"], "must be positive"),
+    ]:
+        assert program.main([*flags, "--split=train", f"--out={out}"]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not out.exists()
 
 
 @pytest.mark.exhaustive

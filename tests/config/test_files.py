@@ -85,6 +85,7 @@ def test_a_wrong_override_is_refused(experiment, override, sentence):
     ("source", "spec", "sentence"),
     [
         ("def get_config(:\n", "", r"mine.py, line 1: invalid syntax"),
+        ("\0", "", r"mine.py: .*source code string cannot contain null"),
         ("import a_module_nobody_has\n", "", "mine.py, line 1: ModuleNotFoundError"),
         ("x = 1\n", "", "has no function get_config"),
         ("def get_config(arg=None):\n    return 3\n", "", "returned int, not a ConfigDict"),

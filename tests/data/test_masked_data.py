@@ -270,6 +270,7 @@ def test_the_end_of_a_single_conversation_is_held_out_with_its_targets(tmp_path)
     [
         ("a.jsonl", '{"text": "x"}\n', [], r"a\.jsonl, line 1: a conversation needs the key"),
         ("a.jsonl", '\n{"messages": 3\n', [], r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"prompt": "x", "prompt": "y"}\n', [], r'the key "prompt" occurs twice'),
         ("a.txt", "User: hi\n", [], "a.txt is text, and conversations are read from JSON lines"),
         ("a.json", "[\n]", [], "is one JSON document, not JSON lines"),
         ("a.jsonl", '{"prompt": "x", "completion": "y"}\n', ["--eos"], "do not apply to conv"),

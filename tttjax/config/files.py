@@ -253,7 +253,8 @@ def _blamed_on(path: Path) -> Iterator[None]:
         raise
     except SyntaxError as error:
         where = error.filename or str(path)
-        raise UserError(f"{where}, line {error.lineno}: {error.msg}.") from error
+        line = f", line {error.lineno}" if error.lineno else ""  # none for NUL bytes
+        raise UserError(f"{where}{line}: {error.msg}.") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame for frame in frames if Path(frame.filename).resolve() == path.resolve()]

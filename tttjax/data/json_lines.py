@@ -34,13 +34,22 @@ def _next_line(stream: BinaryIO) -> bytes:
 def parse(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object of a line. UserError if it is not one."""
     try:
-        record = json.loads(raw.decode("utf-8-sig"))
+        record = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}).") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object; each line must be one.")
+    return record
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; without this, the last of equal keys would count."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'the key "{next(k for k in keys if keys.count(k) > 1)}" occurs twice')
     return record
 
 

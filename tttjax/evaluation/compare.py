@@ -69,7 +69,7 @@ def compare(
     loaded = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
     check_names(loaded)
     settings = settings or loaded[0].config.eval
-    chosen = choose_modes(loaded, modes)
+    chosen = choose_modes(loaded, modes, learning.dynamic_lrs)
     window = window or largest_window(loaded, settings)
     lengths = context_lengths(loaded, chosen, settings, window, learning)
     held_out, text = open_text(loaded, data, split, settings, max(longest, *lengths))

@@ -65,7 +65,7 @@ def open_text(
     """
     data = _open_data(runs, data)
     for run in runs:
-        _check_tokenizer(run, data)
+        check_tokenizer(run, data)
     split = split or runs[0].config.data.val_split
     held_out = _sequences(data, split, settings, longest)
     table_V = data.tokenizer.token_bytes()
@@ -103,7 +103,7 @@ def _candidate_paths(run: Run, source: str) -> list[Path]:
     return candidate_paths(source, run.workdir) if run.workdir else [Path(source)]
 
 
-def _check_tokenizer(run: Run, data: PreparedData) -> None:
+def check_tokenizer(run: Run, data: PreparedData) -> None:
     """Raises UserError if the data's tokenizer is known to differ from the run's."""
     for trained in _fingerprints(run):
         if trained != data.fingerprint:

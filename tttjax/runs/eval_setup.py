@@ -73,11 +73,14 @@ class LearningOptions:
             raise UserError(f"dynamic_layers={self.dynamic_layers} must be at least 0.")
 
 
-def choose_modes(runs: Sequence[Run], requested: Sequence[str]) -> list[tuple[str, ...]]:
+def choose_modes(
+    runs: Sequence[Run], requested: Sequence[str], dynamic_lrs: Sequence[float] = ()
+) -> list[tuple[str, ...]]:
     """The modes of each run: its own `modes`, or those of `requested` that its model supports.
 
     `on` needs fast weights, `dynamic` a model without. Default: on and off, or off.
-    Raises UserError for a mode that is unknown or that no run supports.
+    Raises UserError for a mode that is unknown or that no run supports, and for `dynamic_lrs` if no
+    run has the mode dynamic.
     """
     for mode in {*requested, *(mode for run in runs for mode in run.modes)} - set(MODES):
         raise UserError(f"the mode {mode!r} is unknown; choose from {', '.join(MODES)}")
@@ -92,6 +95,10 @@ def choose_modes(runs: Sequence[Run], requested: Sequence[str]) -> list[tuple[st
     for mode in requested:
         if not any(mode in modes for modes in chosen):
             raise _unsupported(runs[0], [mode])
+    if dynamic_lrs and not any("dynamic" in modes for modes in chosen):
+        raise UserError(
+            "--dynamic-lr is for the mode dynamic; add it to --modes, or remove the flag"
+        )
     return chosen
 
 

@@ -100,7 +100,7 @@ def needle_tests(
     learning = learning or LearningOptions()
     loaded = [open_run(run) if isinstance(run, RunSpec) else run for run in runs]
     check_names(loaded)
-    chosen = choose_modes(loaded, modes)
+    chosen = choose_modes(loaded, modes, learning.dynamic_lrs)
     window = window or max(run.window for run in loaded)
     tokenizers = [load_run_tokenizer(run, settings.tokenizer) for run in loaded]
     run_haystacks = [
