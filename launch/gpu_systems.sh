@@ -14,7 +14,7 @@
 # FLAGS     further flags of `tttjax sweep`, such as --config.train.steps=20
 set -euo pipefail
 
-if [[ $# -lt 3 || "$1" == -* ]]; then
+if [[ $# -lt 3 || -z "$1" || -z "$2" || "$1" == -* ]]; then
     sed -n '2,/^# FLAGS/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     [[ "${1:-}" == -h || "${1:-}" == --help ]] && exit 0
     exit 2

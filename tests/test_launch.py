@@ -149,6 +149,7 @@ def test_gpu_systems_are_a_sweep_that_stops_in_time(shell, tmp_path):
     body = "trap 'exit 75' TERM; sleep 60 & wait"
     assert script("full", programs={"tttjax": body}, LIMIT="0.2").returncode == 75
     assert script().returncode == 2
+    assert shell(str(LAUNCH / "gpu_systems.sh"), "data", "", "full").returncode == 2
     result = script("full", programs={"tttjax": SHOW}, LIMIT="soon")
     assert (result.returncode, "LIMIT=soon must be" in result.stderr) == (2, True)
     assert not os.path.exists(out)
