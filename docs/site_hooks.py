@@ -29,9 +29,8 @@ def _uri(path: PurePosixPath) -> str:
         return "index.md"
     if path.parts[0] == "docs":
         path = path.relative_to("docs")
-    if path.suffix == ".ipynb":
-        return str(path.with_suffix(".md"))
-    return str(path) if path.suffix in (".md", ".png", ".svg") else f"{path}.md"
+        return str(path.with_suffix(".md") if path.suffix == ".ipynb" else path)
+    return str(path) if path.suffix == ".md" else f"{path}.md"
 
 
 def _path(uri: str) -> PurePosixPath:
