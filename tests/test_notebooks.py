@@ -33,7 +33,7 @@ def test_notebooks_run(path):
 
 
 def test_paths_of_machines_are_recognised():
-    for text in ("in /tmp/x", "'/home/me/run'", "(/root/.cache/x)", "C:\\x"):
+    for text in ("in /tmp/x", "'/home/me/run'", "(/srv/.cache/x)", "C:\\x"):
         assert MACHINE_PATH.search(text)
     for text in ("1/2", "runs/first", "https://a.org/b/c", "tok/s and w1/w2", "a / b"):
         assert not MACHINE_PATH.search(text)
