@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from tttjax.errors import UserError
 from tttjax.evaluation.plots import BASELINE, COLOURS, E2E, add_legend, decorate, new_figure
-from tttjax.evaluation.update_trace import Bins
+from tttjax.evaluation.update_trace import Bins, check_folder
 from tttjax.inference.session import Session
 from tttjax.inference.session_file import load_session, save_session
 from tttjax.io.atomic import atomic_write
@@ -63,23 +63,13 @@ class ReadComparison:
             prefill.static = self._static_session()
 
     def _check(self) -> None:
-        prefill, path = self._prefill, self._folder / SUMMARY
+        prefill = self._prefill
         if prefill.session.tokens + prefill.total - prefill.done <= self._chunk_size:
             raise UserError(
                 f"{prefill.file.path} has no full chunk of {self._chunk_size} tokens, so no update "
                 "has an effect on its loss; compare a longer text"
             )
-        if not path.exists():
-            return
-        try:
-            previous = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            previous = {}
-        if any(previous.get(name) != self._about[name] for name in MATCHED_KEYS):
-            raise UserError(
-                f"--compare={self._folder} holds the losses of another model or text; give another "
-                "folder"
-            )
+        check_folder("--compare", self._folder, SUMMARY, self._about, MATCHED_KEYS)
 
     def _incomplete(self) -> UserError:
         return UserError(

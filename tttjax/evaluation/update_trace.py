@@ -60,6 +60,25 @@ class Bins:
         return self._sums.sum(axis=0) / max(self.count, 1)
 
 
+def check_folder(
+    option: str, folder: Path, summary: str, about: Mapping[str, Any], keys: Sequence[str]
+) -> None:
+    """Raises UserError if the folder is a file, or its summary differs from `about` in a key."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option}={folder} is a file; give a folder")
+    path = folder / summary
+    if not path.exists():
+        return
+    try:
+        previous = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        previous = {}
+    if any(previous.get(key) != about[key] for key in keys):
+        raise UserError(
+            f"{option}={folder} holds the results of another model or text; give another folder"
+        )
+
+
 class UpdateTraceWriter:
     """Writes the update trace of a prefill into a folder.
 
@@ -69,7 +88,7 @@ class UpdateTraceWriter:
     def __init__(self, folder: str | os.PathLike, loaded: LoadedModel, prefill: TextPrefill):
         self._folder = Path(folder)
         self._about = _describe(loaded, prefill)
-        self._check()
+        check_folder("--telescope", self._folder, SUMMARY, self._about, MATCHED_KEYS)
         self._layers: list[str] = self._about["layers"]
         self._bins = Bins(5 + 2 * len(self._layers))
         self._last: Mapping[str, Any] = {}
@@ -81,22 +100,6 @@ class UpdateTraceWriter:
                 self._add_values(values)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._write_summary()
-
-    def _check(self) -> None:
-        path = self._folder / SUMMARY
-        if self._folder.exists() and not self._folder.is_dir():
-            raise UserError(f"--telescope={self._folder} is a file; give a folder")
-        if not path.exists():
-            return
-        try:
-            previous = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            previous = {}
-        if any(previous.get(name) != self._about[name] for name in MATCHED_KEYS):
-            raise UserError(
-                f"--telescope={self._folder} holds the trace of another model or text; give "
-                "another folder"
-            )
 
     def add(self, rows: Sequence[ChunkRow]) -> None:
         """Appends the rows of newly completed chunks."""
