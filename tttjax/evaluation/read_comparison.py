@@ -23,10 +23,10 @@ from tttjax.errors import UserError
 from tttjax.evaluation.plots import BASELINE, COLOURS, E2E, add_legend, decorate, new_figure
 from tttjax.evaluation.update_trace import Bins, check_folder
 from tttjax.inference.session import Session
-from tttjax.inference.session_file import load_session, save_session
+from tttjax.inference.session_file import save_session
 from tttjax.io.atomic import atomic_write
 from tttjax.runs.chunk_log import ChunkRow
-from tttjax.runs.load import LoadedModel
+from tttjax.runs.load import LoadedModel, load_or_start_session
 from tttjax.runs.long_text import TextPrefill, describe_learning
 
 CSV, SUMMARY, PLOT = "losses.csv", "losses.json", "losses.png"
@@ -89,8 +89,7 @@ class ReadComparison:
         if not path.exists():
             raise self._incomplete()
         self._saved = path
-        names = {"model": loaded.model_fingerprint, "tokenizer": loaded.tokenizer_fingerprint}
-        return load_session(path, loaded.engine, **names)[0]
+        return load_or_start_session(loaded, str(path))
 
     def open(self) -> None:
         """Creates the folder, or removes the rows that are later than the session."""
