@@ -26,6 +26,7 @@ from tttjax.config.schema import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
+    "WatchdogConfig",
     "check_memory",
     "check_mesh",
     "check_same_run",

@@ -290,6 +290,46 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as hung: it writes the stacks of its threads and exits with code 76."""
+
+    step: float = declare(
+        300.0,
+        "Seconds without a finished step, or 20 times the median step if that is longer; 0: no "
+        "limit.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
+    start: float = declare(
+        1800.0,
+        "Seconds of setting up, apart from restoring and compiling; 0: no limit.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
+    compile: float = declare(
+        7200.0,
+        "Seconds of compiling the train step; 0: no limit.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
+    restore: float = declare(
+        1800.0,
+        "Seconds of restoring a checkpoint; 0: no limit.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
+    save: float = declare(
+        1800.0, "Seconds of saving a checkpoint; 0: no limit.", minimum=0, mutable_on_resume=True
+    )
+    evaluate: float = declare(
+        7200.0,
+        "Seconds of one evaluation of held-out data (train.eval_every); 0: no limit.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """The configuration of a run: what every recipe resolves to."""
 
@@ -300,6 +340,7 @@ class Config:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
 
 SECTIONS: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}  # type: ignore[misc]

@@ -42,6 +42,7 @@ from tttjax.training.records import StepRecorder, Totals
 from tttjax.training.step import Trainer, TrainState, make_trainer
 from tttjax.training.stopping import StopRequest
 from tttjax.training.warm_start import load_initial_weights
+from tttjax.training.watchdog import Watchdog, end_hung_run
 from tttjax.training.workdir import lock_workdir, remove_failed_start
 from tttjax.types import Batch
 
@@ -110,11 +111,12 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
-    with lock_workdir(workdir) as lock, remove_failed_start(workdir, lock):
+    watchdog = Watchdog(config.watchdog, lambda problem: end_hung_run(workdir, problem))
+    with watchdog, lock_workdir(workdir) as lock, remove_failed_start(workdir, lock):
         check_same_run(workdir, config)
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(precision.x64_if_configured(config))
-            run, state = _set_up(config, workdir, lock, batches, exit_stack)
+            run, state = _set_up(config, workdir, lock, watchdog, batches, exit_stack)
             setup_seconds = time.perf_counter() - started
             last = min(config.train.steps, stop_after or config.train.steps)
             state, step = _loop(run, state, last)
@@ -137,6 +139,7 @@ class TrainRun:
     config: Config
     workdir: Path
     lock: Lock
+    watchdog: Watchdog
     trainer: Trainer
     batches: BatchStream
     tokenizer: str
@@ -152,6 +155,7 @@ def _set_up(
     config: Config,
     workdir: Path,
     lock: Lock,
+    watchdog: Watchdog,
     batches: BatchStream | None,
     exit_stack: contextlib.ExitStack,
 ) -> tuple[TrainRun, TrainState]:
@@ -166,7 +170,8 @@ def _set_up(
         workdir / checkpoints.CHECKPOINT_DIR, keep=settings.keep_checkpoints
     )
     exit_stack.callback(checkpointer.close)
-    state, start, totals = _initial_state(config, trainer, checkpointer, batches, tokenizer)
+    with watchdog.phase("restore"):
+        state, start, totals = _initial_state(config, trainer, checkpointer, batches, tokenizer)
     if tokenizer and jax.process_index() == 0:
         copy_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
     logger = metrics.MetricLogger(
@@ -189,6 +194,7 @@ def _set_up(
         config=config,
         workdir=workdir,
         lock=lock,
+        watchdog=watchdog,
         trainer=trainer,
         batches=batches,
         tokenizer=tokenizer,
@@ -207,7 +213,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
     settings, recorder, async_metrics = run.config.train, run.recorder, metrics.AsyncMetrics()
     step = run.start
     with contextlib.ExitStack() as exit_stack:
-        stop = exit_stack.enter_context(StopRequest())
+        stop = exit_stack.enter_context(StopRequest(run.watchdog.expect_stop))
         profiler = Profiler(settings.profile_steps, run.workdir / "profile")
         exit_stack.callback(profiler.close)
         recorder.start_clock()
@@ -230,6 +236,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                 finally:  # also if it was not finite and max_skipped_steps is 1
                     _write_config(run)
                     recorder.start_clock()
+            run.watchdog.step()
             run.lock.check()
             if run.held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 recorder.add(async_metrics.flush())
@@ -240,7 +247,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                 _save(run, step, state)
             if should_stop:
                 break
-        with progress.report_activity("saving the last checkpoint"):
+        with run.watchdog.phase("save"), progress.report_activity("saving the last checkpoint"):
             run.checkpointer.wait()
         if run.start >= last:  # no step to do
             _write_config(run)
@@ -252,8 +259,10 @@ def _compiling(run: TrainRun) -> Iterator[None]:
     """Shows progress of the first step's call, which compiles or reads the compilation cache."""
     program = f"{config_fingerprint(run.config)} {dict(run.trainer.mesh.shape)} {jax.__version__}"
     started = time.perf_counter()
-    with progress.report_activity(
-        "compiling the train step", compilation_cache.last_seconds(program)
+    expected = compilation_cache.last_seconds(program)
+    with (
+        run.watchdog.phase("compile"),
+        progress.report_activity("compiling the train step", expected),
     ):
         yield
     compilation_cache.record_seconds(program, time.perf_counter() - started)
@@ -269,14 +278,18 @@ def _evaluate(run: TrainRun, step: int, state: TrainState) -> None:
     """Logs the held-out losses after a step, at the inner learning rate of its training."""
     assert run.held_out is not None
     started = time.perf_counter()
-    with progress.report_activity(f"evaluating step {step} on held-out data"):
+    with (
+        run.watchdog.phase("evaluate"),
+        progress.report_activity(f"evaluating step {step} on held-out data"),
+    ):
         losses = run.held_out.evaluate(state.params, run.trainer.inner_lr_at(state))
     run.logger.log_held_out(step, losses, time.perf_counter() - started)
     run.recorder.start_clock()
 
 
 def _save(run: TrainRun, step: int, state: TrainState) -> None:
-    with progress.report_activity(f"saving the checkpoint of step {step}"):
+    activity = progress.report_activity(f"saving the checkpoint of step {step}")
+    with run.watchdog.phase("save"), activity:
         run.logger.sync()
         run.checkpointer.save(
             step,

@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -27,7 +27,9 @@ class StopRequest:
     while JAX compiles.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_signal: Callable[[], None] = lambda: None) -> None:
+        """on_signal: called at the first signal, from another thread."""
+        self._on_signal = on_signal
         self._signal: int | None = None
         self._previous_handlers: dict[int, Any] = {}
         self._exit_stack = contextlib.ExitStack()
@@ -37,7 +39,7 @@ class StopRequest:
         if main and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous_handlers[number] = signal.signal(number, self._handle)
-            self._exit_stack.enter_context(_print_on_signal())
+            self._exit_stack.enter_context(_announce_signal(self._on_signal))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -58,8 +60,8 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def _print_on_signal() -> Iterator[None]:
-    """Prints a line to stderr at the first SIGTERM or SIGINT."""
+def _announce_signal(on_signal: Callable[[], None]) -> Iterator[None]:
+    """At the first SIGTERM or SIGINT, calls `on_signal` and prints a line to stderr."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     handled = {bytes([number]) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -67,6 +69,7 @@ def _print_on_signal() -> Iterator[None]:
     def wait_for_signal() -> None:
         while received := receiver.recv(1):
             if received in handled:
+                on_signal()
                 newline = "\n" if sys.stdout.isatty() else ""  # after the progress line
                 print(f"{newline}stopping after this step", file=sys.stderr, flush=True)
                 return
