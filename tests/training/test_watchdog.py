@@ -37,13 +37,13 @@ def steps(dog, clock, *seconds):
 
 
 def test_a_step_may_take_the_floor_or_twenty_medians(clock):
-    dog = watch(clock, step=30)
+    dog = watch(clock, next_step=30)
     steps(dog, clock, 500, 2, 3, 2)  # the first is of the start
     clock.now += 39
     assert not dog.overdue()
     clock.now += 2
-    assert dog.overdue() == "no step ended in 40 s (watchdog.step)"
-    quick = watch(clock, step=30)
+    assert dog.overdue() == "no step ended in 40 s (watchdog.next_step)"
+    quick = watch(clock, next_step=30)
     steps(quick, clock, 0.1, 0.1, 0.1)
     clock.now += 29
     assert not quick.overdue()
@@ -67,7 +67,7 @@ def test_every_phase_has_its_own_limit_and_time_before_it_does_not_count(clock, 
 
 
 def test_a_request_to_stop_shortens_the_wait_for_a_step_alone(clock):
-    dog = watch(clock, step=1000, save=100)
+    dog = watch(clock, next_step=1000, save=100)
     steps(dog, clock, 1, 10, 10)
     clock.now += 25
     dog.expect_stop()
@@ -81,7 +81,7 @@ def test_a_request_to_stop_shortens_the_wait_for_a_step_alone(clock):
 
 
 def test_zero_is_no_limit(clock):
-    dog = watch(clock, step=0, start=0)
+    dog = watch(clock, next_step=0, start=0)
     clock.now += 1e6
     assert not dog.overdue()
     steps(dog, clock, 1, 1)
@@ -129,7 +129,7 @@ def test_a_hang_ends_with_stacks_and_the_restart_is_bit_identical(
         *("train", f"--config={TINY}:static", f"--workdir={workdir}"),
         *(f"--config.data.sources={data}", "--config.train.steps=12"),
         "--config.optim.decay_steps=12",
-        *("--config.train.checkpoint_every=4", f"--config.watchdog.step={limit}"),
+        *("--config.train.checkpoint_every=4", f"--config.watchdog.next_step={limit}"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-c", HANG_BEFORE_STEP, *command]

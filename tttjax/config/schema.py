@@ -293,7 +293,7 @@ class EvalConfig:
 class WatchdogConfig:
     """When a run counts as hung: it writes the stacks of its threads and exits with code 76."""
 
-    step: float = declare(
+    next_step: float = declare(
         300.0,
         "Seconds without a finished step, or 20 times the median step if that is longer; 0: no "
         "limit.",

@@ -1,7 +1,7 @@
 """Ends a run that hangs: writes the stacks of all threads, then leaves so that it is started again.
 
 A thread compares the time since the last sign of progress with a limit: that of the phase the run
-is in or, between steps, 20 median steps, but at least `watchdog.step`. The loop only notes times.
+is in or, between steps, 20 median steps, but at least `watchdog.next_step`. The loop only notes times.
 """
 
 import contextlib
@@ -69,9 +69,9 @@ class Watchdog:
         """Notes a finished step. Between two of these, the limit is that of a step."""
         with self._lock:
             (name, began), now = self._phases[-1], self._clock()
-            if name == "step":
+            if name == "next_step":
                 self._seconds.append(now - began)
-            self._phases[-1] = ("step", now)
+            self._phases[-1] = ("next_step", now)
 
     def expect_stop(self) -> None:
         """From any thread: the run was asked to stop, and should do so after this step."""
@@ -86,13 +86,13 @@ class Watchdog:
             typical = median(self._seconds) if self._seconds else 0.0
             stop_since = self._stop_since
         limit: float = getattr(self._limits, name)
-        if name == "step":
+        if name == "next_step":
             limit = limit and max(limit, MEDIANS * typical)
             if stop_since is not None and typical and limit:
                 began, limit = max(began, stop_since), max(STOP_SECONDS, STOP_MEDIANS * typical)
         if not limit or now - began <= limit:
             return ""
-        what = "no step ended" if name == "step" else f"{_PHASES[name]} did not end"
+        what = "no step ended" if name == "next_step" else f"{_PHASES[name]} did not end"
         return f"{what} in {limit:.0f} s (watchdog.{name})"
 
     def _watch(self) -> None:
