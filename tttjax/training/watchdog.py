@@ -1,7 +1,8 @@
 """Ends a run that hangs: writes the stacks of all threads, then leaves so that it is started again.
 
 A thread compares the time since the last sign of progress with a limit: that of the phase the run
-is in or, between steps, 20 median steps, but at least `watchdog.next_step`. The loop only notes times.
+is in or, between steps, 20 median steps, but at least `watchdog.next_step`. The loop only notes
+times.
 """
 
 import contextlib
