@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from tttjax.config import Config, default_config, from_config_dict, parameter_count, to_flat_dict
-from tttjax.recipes import ablations, chat, mid_size, paper, quickstart, small, toy
+from tttjax.recipes import ablations, books, chat, mid_size, paper, quickstart, small, toy
 from tttjax.recipes.results import expected
 from tttjax.recipes.sizes import full_attention_size
 
@@ -22,7 +22,7 @@ from tttjax.recipes.sizes import full_attention_size
 def all_recipes() -> dict[str, ConfigDict]:
     """Every recipe by the word that `--config` takes."""
     found = {f"paper:{recipe}": recipe.config() for recipe in paper.recipes()}
-    for module in (ablations, toy, quickstart, mid_size, small, chat):
+    for module in (ablations, books, toy, quickstart, mid_size, small, chat):
         name = module.__name__.rpartition(".")[2]
         found |= {f"{name}:{arg}": module.get_config(arg) for arg in module.recipes()}
     return found

@@ -360,6 +360,8 @@ def test_every_recipe_warms_up_before_it_ends():
         ("ablations:rule,lion", "The rule 'lion' is not one of"),
         ("toy:e2e,2", "The toy 'e2e,2' is not one of"),
         ("quickstart:full", "The system 'full' is not one of ttt_e2e, window"),
+        ("books:9m,pretrain", "The size .9m. is not one of 1.7m, 5m"),
+        ("books:5m", "write SIZE,STAGE"),
     ],
 )
 def test_a_recipe_that_does_not_exist_says_so(word, sentence):
