@@ -33,7 +33,7 @@ from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.training import checkpoints
-from tttjax.training.checkpoint_format import checksums
+from tttjax.training.checkpoint_integrity import checksums
 from tttjax.training.step import weights_template
 
 pytestmark = pytest.mark.slow

@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-after", type=int32, metavar="STEP", help="save and exit (code 75) after this step"
     )
+    parser.add_argument(
+        "--from-step",
+        type=int32,
+        metavar="STEP",
+        help="go back to the checkpoint of this step: later ones are renamed to abandoned-STEP. "
+        "Repeated, the command does not go back again but resumes from the newest checkpoint",
+    )
     several = parser.add_argument_group("multi-host training (start the command on each host)")
     several.add_argument(
         "--distributed",
@@ -60,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
     addresses = (args.coordinator, args.process_id, args.process_count)
     if args.distributed or any(value is not None for value in addresses):
         start_distributed(*addresses)
-    result = train(config, args.workdir, stop_after=args.stop_after)
+    result = train(config, args.workdir, stop_after=args.stop_after, from_step=args.from_step)
     return EXIT_INTERRUPTED if result.interrupted else 0

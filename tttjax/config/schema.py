@@ -176,8 +176,21 @@ class TrainConfig:
         minimum=1,
         mutable_on_resume=True,
     )
+    checkpoint_minutes: float = declare(
+        15.0,
+        "Minutes after which a checkpoint is saved even if train.checkpoint_every steps have not "
+        "passed; 0: by steps alone.",
+        minimum=0,
+        mutable_on_resume=True,
+    )
     keep_checkpoints: int = declare(
         2, "Number of newest checkpoints to keep.", minimum=1, mutable_on_resume=True
+    )
+    keep_every: int = declare(
+        0,
+        "Checkpoints of steps that are multiples of this are saved too and never deleted; 0: none.",
+        minimum=0,
+        mutable_on_resume=True,
     )
     init_from: str = declare(
         "",

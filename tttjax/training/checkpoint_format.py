@@ -1,11 +1,10 @@
-"""The format of one checkpoint on disk: array names, comparison, reading, checksums."""
+"""The format of one checkpoint on disk: array names, comparison, reading, incomplete ones."""
 
 import difflib
 import errno
-import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,14 +13,12 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from tttjax.errors import UserError
-from tttjax.io.sealed import file_checksums
 from tttjax.models.stacking import path_filter
 from tttjax.types import PyTree
 
 FORMAT = 1
 ARRAY_ITEMS = ("params", "train")
 META = "meta"
-CHECKSUMS = "checksums.json"
 TMP_MARK = ".orbax-checkpoint-tmp"
 
 
@@ -196,7 +193,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     return meta
 
 
-# Integrity ---------------------------------------------------------------------------------------
+# Complete and incomplete -------------------------------------------------------------------------
 
 
 def completed_checkpoints(folder: epath.Path) -> list[epath.Path]:
@@ -231,52 +228,6 @@ def remove_unfinished(folder: epath.Path, quiet_s: float = 0.5, timeout_s: float
         if now - last_deletion >= quiet_s or now - start >= timeout_s:
             return
         time.sleep(quiet_s / 10)
-
-
-def _walk_files(path: epath.Path) -> Iterator[epath.Path]:
-    for child in path.iterdir():
-        if child.is_dir():
-            yield from _walk_files(child)
-        else:
-            yield child
-
-
-def checksums(path: epath.Path) -> dict[str, str]:
-    """{path inside the checkpoint: BLAKE2b} of the files of its items."""
-    items = [path / item for item in (*ARRAY_ITEMS, META) if (path / item).exists()]
-    files = [file for item in items for file in _walk_files(item)]
-    return file_checksums(path, [file.relative_to(path).as_posix() for file in files])
-
-
-def write_checksums(folder: epath.Path) -> None:
-    """Writes checksums.json into the checkpoint being saved.
-
-    Orbax calls this on process 0 when all files are written, just before it renames the checkpoint.
-    """
-    for path in folder.iterdir():
-        if TMP_MARK in path.name:
-            (path / CHECKSUMS).write_text(json.dumps(checksums(path), indent=1, sort_keys=True))
-
-
-def find_damage(path: epath.Path) -> str | None:
-    """A phrase on what is wrong with a checkpoint's files; None if they are intact."""
-    try:
-        expected = json.loads((path / CHECKSUMS).read_text())
-        actual = checksums(path)
-    except (OSError, ValueError) as error:
-        return f"{CHECKSUMS} cannot be read: {type(error).__name__}"
-    if not isinstance(expected, dict):
-        return f"{CHECKSUMS} holds no checksums"
-    for item in ("params", META):
-        if not any(name.startswith(f"{item}/") for name in (expected.keys() | actual.keys())):
-            return f"it has no {item}"
-    if unknown := sorted(actual.keys() - expected.keys()):
-        return f"{CHECKSUMS} lacks {len(unknown)} files, the first {unknown[0]}"
-    if missing := sorted(expected.keys() - actual.keys()):
-        return f"{len(missing)} files missing, the first {missing[0]}"
-    if changed := sorted(n for n in expected if expected[n] != actual[n]):
-        return f"{len(changed)} files changed or truncated, the first {changed[0]}"
-    return None
 
 
 def is_disk_full(error: BaseException | None) -> bool:

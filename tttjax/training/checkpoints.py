@@ -17,18 +17,18 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from tttjax.errors import UserError
 from tttjax.io.paths import local_path
-from tttjax.training import checkpoint_format
+from tttjax.training import checkpoint_format, checkpoint_integrity, going_back
+from tttjax.training.checkpoint_integrity import all_texts
 from tttjax.types import Params, PyTree
 
 CHECKPOINT_DIR = "checkpoints"
-DAMAGED_PREFIX = "damaged-"  # of the names of damaged checkpoints that were skipped
+DAMAGED_PREFIX = "damaged-"  # of the names of checkpoints that were skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,13 @@ def _is_process_0() -> bool:
     return jax.process_index() == 0
 
 
-def _warn(sentence: str) -> None:
+def _print(line: str) -> None:
     if _is_process_0():
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+
+
+def _warn(sentence: str) -> None:
+    _print(f"warning: {sentence}")
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -62,14 +66,22 @@ def _absolute(path: epath.PathLike) -> epath.Path:
 
 
 class Checkpointer:
-    """Saves and restores train states under `directory`, keeping the newest `keep`.
+    """Saves and restores train states under `directory`.
+
+    Keeps the newest `keep` and, with `keep_every`, all of steps that are multiples of it.
 
     `save` returns as soon as the arrays are copied off the devices; files are written in the
     background, and the checkpoint appears under its name when it is complete. Every process of a
     multi-process run must make the same calls.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int = 2, concurrent_bytes: int = 0):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: int = 2,
+        concurrent_bytes: int = 0,
+        keep_every: int = 0,
+    ):
         """Opens or creates `directory`; reports and removes incomplete checkpoints.
 
         concurrent_bytes: bytes of arrays written at a time, which bounds the host memory for
@@ -77,6 +89,10 @@ class Checkpointer:
         """
         self.directory = _absolute(directory)
         self._clear_unfinished()
+        policies = ocp.checkpoint_managers
+        preserved: list[Any] = [policies.LatestN(keep)]
+        if keep_every:
+            preserved.append(policies.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=(*checkpoint_format.ARRAY_ITEMS, checkpoint_format.META),
@@ -89,15 +105,24 @@ class Checkpointer:
                 else None
             ),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=policies.AnyPreservationPolicy(preserved),
                 cleanup_tmp_directories=True,
+                single_host_load_and_broadcast=True,  # process 0 lists the steps for all
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=lambda: checkpoint_format.write_checksums(
-                        self.directory
-                    )
+                    barrier_sync_fn=self._barrier,
+                    post_finalization_callback=lambda: checkpoint_integrity.seal(self.directory),
                 ),
             ),
         )
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barriers of a save in progress, the first when this process's files are written.
+
+        Hashing them there keeps the seal on process 0 from reading the files of all.
+        """
+        if "async_write_complete" in key:
+            checkpoint_integrity.write_own_checksums(self.directory)
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _clear_unfinished(self) -> None:
         """Removes incomplete checkpoints now; Orbax would do so later."""
@@ -126,10 +151,18 @@ class Checkpointer:
           tokenizer: fingerprint of the training data's tokenizer.
 
         Raises:
-          UserError: the disk is full, in this save or the one before it.
+          UserError: the disk is full, in this save or the one before it, or `state` is not finite.
         """
         if step in self._manager.all_steps():
             return
+        if name := checkpoint_integrity.first_nonfinite(state):
+            newest = self.newest_step
+            earlier = "there is none before it" if newest is None else f"step {newest} is intact"
+            raise UserError(
+                f"the state after step {step} is not finite ({name}), so no checkpoint was saved "
+                f"({earlier}): lower optim.peak_lr or inner.lr, or set optim.clip or inner.clip; "
+                "the same command resumes from before"
+            )
         arrays = checkpoint_format.split_items(state)
         meta = {
             "format": checkpoint_format.FORMAT,
@@ -165,44 +198,91 @@ class Checkpointer:
                 "some space and run the same command again, which resumes from there"
             ) from error
 
-    def restore(self, abstract_state: PyTree) -> RestoredCheckpoint | None:
+    @property
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, also if its save is in progress."""
+        return self._manager.latest_step()
+
+    def restore(
+        self, abstract_state: PyTree, from_step: int | None = None
+    ) -> RestoredCheckpoint | None:
         """Reads the newest undamaged checkpoint; None if there are no checkpoints.
+
+        Process 0 chooses the checkpoint. Damaged ones, and those whose state is not finite, are
+        reported and skipped. They are renamed to `damaged-<step>` only after an older one has been
+        read, so repeating a failed restore gives the same error.
 
         Arguments:
           abstract_state: jax.ShapeDtypeStructs with shardings, in the structure that was saved.
             The mesh and the number of hosts may differ from those of the save.
-
-        Damaged checkpoints are reported and skipped. They are renamed to `damaged-<step>` only
-        after an older one has been read, so repeating a failed restore gives the same error.
+          from_step: reads the checkpoint of this step instead, unless the run has already gone back
+            to it (`go_back_to`).
 
         Raises:
           UserError: a name, shape or dtype differs from the checkpoint's, it has a later format,
-            or every checkpoint is damaged.
+            every checkpoint is damaged, there is none of `from_step`, or the processes see
+            different files.
         """
-        damaged: list[epath.Path] = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            path = self.directory / str(step)
-            problem = _broadcast(checkpoint_format.find_damage(path) if _is_process_0() else None)
-            if problem is None:
-                meta = checkpoint_format.read_meta(path)
-                state = checkpoint_format.read_train_state(path, abstract_state)
-                self._rename_damaged(damaged)
-                tokenizer = meta.get("tokenizer", "")
-                return RestoredCheckpoint(
-                    step, state, meta["data_state"], meta["extra"], tokenizer, meta["config"]
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        chosen = self._choose(from_step, steps)
+        skipped: list[epath.Path] = []
+        for step in steps if chosen is None else [chosen]:
+            restored, problem = self._read(step, abstract_state)
+            if restored is not None:
+                self._rename_damaged(skipped)
+                return restored
+            if chosen is not None:
+                raise UserError(
+                    f"--from-step={step}: {self.directory / str(step)} is damaged ({problem}); "
+                    "choose another step"
                 )
             _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
-            damaged.append(path)
-        skipped = damaged or [
+            skipped.append(self.directory / str(step))
+        damaged = skipped or [
             path for path in self.directory.iterdir() if path.name.startswith(DAMAGED_PREFIX)
         ]
-        if skipped:
+        if damaged:
             raise UserError(
                 f"every checkpoint in {self.directory} is damaged "
-                f"({', '.join(sorted(path.name for path in skipped))}): restore the directory from "
+                f"({', '.join(sorted(path.name for path in damaged))}): restore the directory from "
                 "a copy, or start over in a new work directory"
             )
         return None
+
+    def _choose(self, from_step: int | None, steps: list[int]) -> int | None:
+        """`from_step`, if the run has to go back to it; None: the newest step."""
+        if from_step is None:
+            return None
+        has_gone_back = going_back.has_gone_back(self.directory, from_step)
+        if all_texts("yes" if has_gone_back else "")[0]:
+            _print(
+                f"note: the run has already gone back to step {from_step}, so it resumes from its "
+                f"newest checkpoint; to go back again, remove {self.directory / going_back.RECORD}"
+            )
+            return None
+        if from_step not in steps:
+            raise UserError(
+                f"--from-step={from_step}: {self.directory} has no checkpoint of that step; it has "
+                f"{', '.join(map(str, reversed(steps))) or 'none'}"
+            )
+        return from_step
+
+    def _read(
+        self, step: int, abstract_state: PyTree
+    ) -> tuple[RestoredCheckpoint, None] | tuple[None, str]:
+        """The checkpoint of a step, or a phrase on its damage."""
+        path = self.directory / str(step)
+        if problem := checkpoint_integrity.find_damage(path):
+            return None, problem
+        meta = checkpoint_format.read_meta(path)
+        state = checkpoint_format.read_train_state(path, abstract_state)
+        if name := checkpoint_integrity.first_nonfinite(state):
+            return None, f"{name} is not finite"
+        tokenizer = meta.get("tokenizer", "")
+        restored = RestoredCheckpoint(
+            step, state, meta["data_state"], meta["extra"], tokenizer, meta["config"]
+        )
+        return restored, None
 
     def _rename_damaged(self, damaged: list[epath.Path]) -> None:
         if not damaged:
@@ -213,8 +293,21 @@ class Checkpointer:
                 if target.exists():
                     target.rmtree()
                 path.rename(target)
+        self._reload("tttjax renamed damaged checkpoints")
+
+    def go_back_to(self, step: int) -> None:
+        """Renames the checkpoints after `step` to `abandoned-<step>`, see `going_back`.
+
+        `restore` with this `from_step` does not go back again, so that a command can be repeated.
+        """
+        if _is_process_0():
+            newer = [other for other in self._manager.all_steps() if other > step]
+            going_back.set_aside(self.directory, newer, step)
+        self._reload("tttjax went back to an earlier checkpoint")
+
+    def _reload(self, sync_name: str) -> None:
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("tttjax renamed damaged checkpoints")
+            multihost_utils.sync_global_devices(sync_name)
         self._manager.reload()
 
     def close(self) -> None:
@@ -225,22 +318,13 @@ class Checkpointer:
             self._manager.close()
 
 
-def _broadcast(problem: str | None) -> str | None:
-    """Process 0's text, on every process."""
-    if jax.process_count() == 1:
-        return problem
-    text = np.zeros(512, np.uint8)
-    encoded = (problem or "").encode()[:512]
-    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    shared = np.asarray(multihost_utils.broadcast_one_to_all(text))
-    return bytes(shared).rstrip(b"\0").decode(errors="replace") or None
-
-
 def find_checkpoint(path: epath.PathLike) -> epath.Path:
     """The newest undamaged checkpoint of a work directory, or `path` if it is a checkpoint.
 
+    Process 0 chooses; every process must call this.
+
     Raises:
-      UserError: there is none.
+      UserError: there is none, or the processes see different files.
     """
     path = _absolute(path)
     if (path / checkpoint_format.META).exists():
@@ -248,13 +332,14 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     else:
         folder = path / CHECKPOINT_DIR if (path / CHECKPOINT_DIR).exists() else path
         candidates = checkpoint_format.completed_checkpoints(folder)
-    if not candidates:
+    names = all_texts("\n".join(str(p.relative_to(path)) for p in candidates))[0].splitlines()
+    if not names:
         raise UserError(
             f"{path} holds no checkpoint: give a work directory of `tttjax train`, or one "
             "checkpoint in it"
         )
-    for candidate in reversed(candidates):
-        problem = _broadcast(checkpoint_format.find_damage(candidate) if _is_process_0() else None)
+    for candidate in (path / name for name in reversed(names)):
+        problem = checkpoint_integrity.find_damage(candidate)
         if problem is None:
             return candidate
         _warn(f"the checkpoint {candidate} is damaged ({problem})")

@@ -39,6 +39,7 @@ from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
 from tttjax.training.plot import write_plot
 from tttjax.training.profiler import Profiler
 from tttjax.training.records import StepRecorder, Totals
+from tttjax.training.save_schedule import SaveSchedule
 from tttjax.training.step import Trainer, TrainState, make_trainer
 from tttjax.training.stopping import StopRequest
 from tttjax.training.warm_start import load_initial_weights
@@ -94,12 +95,15 @@ def train(
     workdir: str | os.PathLike,
     *,
     stop_after: int | None = None,
+    from_step: int | None = None,
     batches: BatchStream | None = None,
 ) -> TrainResult:
     """Trains up to step `config.train.steps`, from the newest checkpoint in `workdir` if any.
 
     Arguments:
       stop_after: save and return after this step, as if interrupted.
+      from_step: go back to the checkpoint of this step, once: a run that has done so resumes from
+        its newest checkpoint. Later checkpoints are renamed to `abandoned-<step>`.
       batches: batches to use instead of the data sets of `config.data`.
 
     Raises:
@@ -116,12 +120,12 @@ def train(
         check_same_run(workdir, config)
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(precision.x64_if_configured(config))
-            run, state = _set_up(config, workdir, lock, watchdog, batches, exit_stack)
+            run, state = _set_up(config, workdir, lock, watchdog, batches, exit_stack, from_step)
             setup_seconds = time.perf_counter() - started
             last = min(config.train.steps, stop_after or config.train.steps)
             state, step = _loop(run, state, last)
             result = _result(run, state, step, setup_seconds)
-            run.logger.print_line(_describe_result(result))
+            run.logger.print_line(_describe_result(result, run.checkpointer.newest_step))
         if jax.process_index() == 0 and step == config.train.steps:
             with progress.report_activity("drawing the loss curve"):
                 _write_results(run, result)
@@ -158,6 +162,7 @@ def _set_up(
     watchdog: Watchdog,
     batches: BatchStream | None,
     exit_stack: contextlib.ExitStack,
+    from_step: int | None,
 ) -> tuple[TrainRun, TrainState]:
     """Opens everything that training needs, closed by `exit_stack`, and the initial state."""
     settings = config.train
@@ -167,11 +172,15 @@ def _set_up(
     kernels = describe_kernels(config, platform_of(mesh))
     trainer = make_trainer(config, mesh)
     checkpointer = checkpoints.Checkpointer(
-        workdir / checkpoints.CHECKPOINT_DIR, keep=settings.keep_checkpoints
+        workdir / checkpoints.CHECKPOINT_DIR,
+        keep=settings.keep_checkpoints,
+        keep_every=settings.keep_every,
     )
     exit_stack.callback(checkpointer.close)
     with watchdog.phase("restore"):
-        state, start, totals = _initial_state(config, trainer, checkpointer, batches, tokenizer)
+        state, start, totals = _initial_state(
+            config, trainer, checkpointer, batches, tokenizer, from_step
+        )
     if tokenizer and jax.process_index() == 0:
         copy_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
     logger = metrics.MetricLogger(
@@ -216,6 +225,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
         stop = exit_stack.enter_context(StopRequest(run.watchdog.expect_stop))
         profiler = Profiler(settings.profile_steps, run.workdir / "profile")
         exit_stack.callback(profiler.close)
+        saves = SaveSchedule(settings, run.start)
         recorder.start_clock()
         for step in range(run.start + 1, last + 1):
             profiler.before(step)
@@ -241,10 +251,13 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
             if run.held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 recorder.add(async_metrics.flush())
                 _evaluate(run, step, state)
-            if step % settings.checkpoint_every == 0 or step == last or should_stop:
+            if saves.is_due(step) or step == last or should_stop:
                 # Records reach the disk before the checkpoint that includes their steps.
                 recorder.add(async_metrics.flush())
-                _save(run, step, state)
+                # What led to skipped steps may be in the state, so it must not displace older ones.
+                if recorder.skipped_in_row == 0 or step == settings.steps:
+                    _save(run, step, state)
+                    saves.saved(step)
             if should_stop:
                 break
         with run.watchdog.phase("save"), progress.report_activity("saving the last checkpoint"):
@@ -365,15 +378,18 @@ def _initial_state(
     checkpointer: checkpoints.Checkpointer,
     batches: BatchStream,
     tokenizer: str,
+    from_step: int | None,
 ) -> tuple[TrainState, int, Totals]:
     """(state, steps done, totals): resumed, from another run's weights, or newly initialised."""
-    restored = checkpointer.restore(trainer.abstract_state)
+    restored = checkpointer.restore(trainer.abstract_state, from_step)
     if restored is not None:
         check_weights_config(
             restored.config, config, str(checkpointer.directory / str(restored.step))
         )
         _check_tokenizer(config, tokenizer, restored.tokenizer, str(checkpointer.directory))
         batches.set_state(restored.data_state)
+        if from_step == restored.step:
+            checkpointer.go_back_to(from_step)
         return restored.state, restored.step, Totals(**restored.extra)
     if origin := config.train.init_from:
         origin_tokenizer = checkpoints.load_tokenizer_fingerprint(origin)
@@ -413,13 +429,17 @@ def _describe(config: Config, trainer: Trainer, start: int) -> str:
     )
 
 
-def _describe_result(result: TrainResult) -> str:
+def _describe_result(result: TrainResult, saved_step: int | None) -> str:
     verb = "stopped" if result.interrupted else "done"
     loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
     speed = (
         "" if result.step_seconds is None else f"; {result.step_seconds:.3f} s per step (median)"
     )
-    hint = "; saved, the same command resumes" if result.interrupted else ""
+    if saved_step == result.step:
+        hint = "; saved, the same command resumes" if result.interrupted else ""
+    else:
+        origin = "starts over" if saved_step is None else f"resumes after step {saved_step}"
+        hint = f"; not saved, because its last steps were skipped: the same command {origin}"
     return f"{verb} at step {result.step}{loss}{speed}{hint}"
 
 

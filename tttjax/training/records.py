@@ -35,6 +35,7 @@ class StepRecorder:
         self._last = time.perf_counter()
         self.loss: float | None = None
         self.first_seconds: float | None = None
+        self.skipped_in_row = 0
 
     def start_clock(self) -> None:
         """Starts timing the next step, so that time spent saving is not counted."""
@@ -54,7 +55,7 @@ class StepRecorder:
         self._totals.seconds += seconds
         steady = self.first_seconds is not None
         self._logger.log(step, values, seconds, waited, steady=steady)
-        self.loss = values["loss"]
+        self.loss, self.skipped_in_row = values["loss"], int(values["skipped_in_row"])
         if steady:
             self._seconds.append(seconds)
         else:
