@@ -90,7 +90,7 @@ def test_commands_use_the_run_s_code_and_no_other(
 
 
 def test_tuning_a_run_needs_its_code(recipe, tmp_path, monkeypatch, capsys):
-    def start(config, workdir, stop_after):
+    def start(config, workdir, **options):
         make_inner_loop(config.inner)
         return SimpleNamespace(interrupted=False)
 

@@ -4,6 +4,7 @@ The model has no inner loop, to save compile time: it stays within a sequence an
 process, and `test_meshes.py` tests it on every mesh.
 """
 
+import json
 import os
 import re
 import socket
@@ -24,8 +25,8 @@ from tttjax.training.metrics_file import deterministic_records
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = ROOT / "tests" / "helpers" / "one_of_two.py"
-SECONDS = 150
+HELPERS = ROOT / "tests" / "helpers"
+SECONDS = 600  # for a machine that is busy
 
 
 def free_port():
@@ -34,7 +35,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_two(folder):
+def run_two(folder, program="one_of_two.py"):
     """Starts two processes with a device each, waits, and kills the remaining ones."""
     port = free_port()
     one_device = re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])
@@ -44,7 +45,7 @@ def run_two(folder):
     processes = []
     try:
         for rank, log in enumerate(logs):
-            words = [sys.executable, PROGRAM, folder, port, rank]
+            words = [sys.executable, HELPERS / program, folder, port, rank]
             with log.open("w") as out:
                 processes.append(
                     subprocess.Popen(
@@ -91,3 +92,34 @@ def test_two_processes_compute_what_one_does(folder, monkeypatch):
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-9)
     assert "at step 5" in logs[0].read_text()
     assert "at step 5" not in logs[1].read_text(), "the first process alone prints"
+
+
+def test_two_processes_save_and_restore_alike(tmp_path):
+    run_two(tmp_path, "one_of_two_savers.py")
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    files = {
+        path.relative_to(tmp_path / "shared" / "2").as_posix()
+        for item in ("params", "train", "meta")
+        for path in (tmp_path / "shared" / "2" / item).rglob("*")
+        if path.is_file()
+    }
+
+    # Saving: each process hashes its own files, process 0 also those that it merged.
+    def final(names):
+        return {re.sub(r"^(\w+)\.orbax-checkpoint-tmp[^/]*", r"\1", name) for name in names}
+
+    own = {name for name in files if re.search(r"(^|[./])process_1(/|$)", name)}
+    assert any(name.startswith("params/ocdbt.process_1/d/") for name in own)
+    assert final(one["hashed to save"]) == own
+    assert final(zero["hashed to save"]) == files - own
+
+    # Restoring: each process hashes a share, and both restore the same step.
+    assert set(zero["hashed to restore"]) | set(one["hashed to restore"]) == files
+    assert not set(zero["hashed to restore"]) & set(one["hashed to restore"])
+    assert (zero["shared"], one["shared"]) == ("2: 2", "2: 34")
+    assert (zero["add_newer"], one["add_newer"]) == ("2: 2", "2: 34")
+    for change in ("remove_newest", "truncate_newest"):
+        for seen in (zero, one):
+            assert "processes see different files in the checkpoint" in seen[change]
+
+    assert zero["due"] == one["due"] == [3, 4, 5, 6], "process 0's clock decides"

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tttjax.errors import UserError
-from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training import checkpoint_format, checkpoint_integrity, checkpoints
 from tttjax.types import Params
 
 pytestmark = pytest.mark.slow
@@ -69,10 +69,10 @@ def state_of(step):
     return make_state(mesh(4, 2), seed=step)
 
 
-def save_steps(path, steps, keep=5):
+def save_steps(path, steps, keep=5, **options):
     """Saves one state per step under path/checkpoints and returns them by step."""
     states = {n: state_of(n) for n in steps}
-    saver = checkpoints.Checkpointer(path / "checkpoints", keep=keep)
+    saver = checkpoints.Checkpointer(path / "checkpoints", keep=keep, **options)
     for n, state in states.items():
         saver.save(n, state, data_state={"next": n}, extra={"tokens": 10 * n}, config={"a": {}})
     saver.close()
@@ -99,12 +99,19 @@ def copy_steps(saved):
     return copy
 
 
-def restore(path, target):
+def restore(path, target, from_step=None):
     saver = checkpoints.Checkpointer(path / "checkpoints", keep=5)
     try:
-        return saver.restore(target)
+        restored = saver.restore(target, from_step)
+        if restored is not None and restored.step == from_step:
+            saver.go_back_to(from_step)
+        return restored
     finally:
         saver.close()
+
+
+def steps_in(path):
+    return sorted(p.name for p in (path / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def arrays_of(path, step, item="train"):
@@ -119,10 +126,12 @@ def test_round_trip_is_exact_and_old_steps_go(tmp_path):
     assert_same_bits(restored.state, states[3])
     for x, y in zip(jax.tree.leaves(restored.state), jax.tree.leaves(states[3]), strict=True):
         assert x.sharding == y.sharding
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
-        "2",
-        "3",
-    ]
+    assert steps_in(tmp_path) == ["2", "3"]
+
+
+def test_multiples_of_keep_every_stay(tmp_path):
+    save_steps(tmp_path, [2, 3, 4, 5], keep=1, keep_every=2)
+    assert steps_in(tmp_path) == ["2", "4", "5"]
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):
@@ -229,6 +238,64 @@ def test_only_renamed_damaged_checkpoints_is_an_error(tmp_path, copy_steps):
     (checkpoints / "2").rename(checkpoints / "damaged-2")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(damaged-2\)"):
         restore(tmp_path, abstract(make_state(mesh(4, 2))))
+
+
+# States that are not finite -----------------------------------------------------------------------
+
+
+def spoil(state, value):
+    """The state with `value` in a matrix of the optimizer, which is sharded."""
+    moments = state["opt_state"][1][0].mu.slow
+    moments["embedding"] = moments["embedding"].at[-1, -1].set(value)
+    return state
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_state_that_is_not_finite_is_not_saved(tmp_path, value):
+    saver = checkpoints.Checkpointer(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"opt_state/.*mu/slow/embedding.*none before it"):
+        saver.save(1, spoil(make_state(mesh(4, 2)), value))
+    saver.close()
+    assert steps_in(tmp_path) == []
+
+
+def test_saved_state_that_is_not_finite_is_passed_over(tmp_path, capfd, copy_steps, monkeypatch):
+    states = copy_steps(tmp_path, [1])
+    saver = checkpoints.Checkpointer(tmp_path / "checkpoints")
+    with monkeypatch.context() as patch:  # as earlier versions saved it
+        patch.setattr(checkpoint_integrity, "first_nonfinite", lambda state: None)
+        saver.save(2, spoil(make_state(mesh(4, 2), seed=2), np.nan))
+    saver.close()
+    with pytest.raises(UserError, match=r"--from-step=2: .* damaged .*embedding is not finite"):
+        restore(tmp_path, abstract(states[1]), from_step=2)
+    restored = restore(tmp_path, abstract(states[1]))
+    assert restored.step == 1
+    assert_same_bits(restored.state, states[1])
+    assert "mu/slow/embedding is not finite); trying the one before" in capfd.readouterr().err
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    (tmp_path / "checkpoints" / "damaged-2").rename(tmp_path / "checkpoints" / "2")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged \(2\)"):
+        restore(tmp_path, abstract(states[1]))
+
+
+# Going back --------------------------------------------------------------------------------------
+
+
+def test_going_back_keeps_later_checkpoints_and_happens_once(tmp_path, capfd, copy_steps):
+    states = copy_steps(tmp_path, [1, 2])
+    (tmp_path / "metrics.jsonl").write_text("records\n")
+    target, folder = abstract(states[1]), tmp_path / "checkpoints"
+    with pytest.raises(UserError, match=r"--from-step=3: .* no checkpoint .*; it has 1, 2"):
+        restore(tmp_path, target, from_step=3)
+    assert restore(tmp_path, target, from_step=1).step == 1
+    assert steps_in(tmp_path) == ["1"]
+    assert (folder / "abandoned-2" / "metrics.jsonl").read_text() == "records\n"
+    shutil.copytree(folder / "abandoned-2", folder / "2")  # as if training had gone on
+    assert restore(tmp_path, target, from_step=1).step == 2  # a repeated command
+    assert "already gone back to step 1" in capfd.readouterr().err
+    (folder / "went_back").unlink()
+    assert restore(tmp_path, target, from_step=1).step == 1
+    assert {p.name for p in folder.glob("abandoned-*")} == {"abandoned-2", "abandoned-2-2"}
 
 
 def test_incomplete_checkpoint_is_reported_and_ignored(tmp_path, capfd, copy_steps):

@@ -93,6 +93,17 @@ def test_resumes_on_another_mesh_and_with_other_logging(tiny, uninterrupted, tmp
     assert last.step == 12
 
 
+def test_going_back_trains_again_from_that_step(tiny, uninterrupted, tmp_path):
+    workdir = shutil.copytree(uninterrupted[0], tmp_path / "run")
+    with pytest.raises(UserError, match=r"--from-step=5: .* it has 8, 12"):
+        train(tiny(), workdir, from_step=5)
+    assert_same_run(workdir, train(tiny(), workdir, from_step=8), uninterrupted)
+    kept = workdir / "checkpoints" / "abandoned-12"
+    assert deterministic_records(kept) == deterministic_records(uninterrupted[0])
+    assert train(tiny(), workdir, from_step=8).step == 12  # repeated: nothing to do
+    assert len(list(kept.parent.glob("abandoned-*"))) == 1
+
+
 def test_work_directory_of_other_configuration_is_refused(tiny, uninterrupted):
     with pytest.raises(UserError, match=r"train\.seed"):
         train(tiny("train.seed=1"), uninterrupted[0])

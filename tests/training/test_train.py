@@ -23,7 +23,7 @@ from tttjax.errors import UserError
 from tttjax.parallel.distributed import start_distributed
 from tttjax.training import loop, records
 from tttjax.training.loop import train
-from tttjax.training.metrics_file import read_records
+from tttjax.training.metrics_file import deterministic_records, read_records
 from tttjax.training.stopping import StopRequest
 from tttjax.types import Batch
 
@@ -83,14 +83,15 @@ def test_step_is_compiled_once_per_run(complete_run):
     assert len(steps) == 1
 
 
-def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys, monkeypatch):
+def poison_at(monkeypatch, done):
+    """Weights become infinite after `done` steps, so that all later steps are skipped."""
     make_trainer = loop.make_trainer
 
     def make_poisoned(*arguments):
         trainer = make_trainer(*arguments)
 
         def step(state, batch):
-            if int(state.step) == 2:
+            if int(state.step) == done:
                 poison = jax.tree.map(lambda x: np.full(x.shape, np.inf, x.dtype), state.params)
                 params = jax.device_put(poison, jax.tree.map(lambda x: x.sharding, state.params))
                 state = state.replace(params=params)
@@ -99,6 +100,10 @@ def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys, monkey
         return dataclasses.replace(trainer, step=step)
 
     monkeypatch.setattr(loop, "make_trainer", make_poisoned)
+
+
+def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys, monkeypatch):
+    poison_at(monkeypatch, 2)
     with pytest.raises(UserError, match=r"3 steps in a row.*batch [0-9a-f]{16}.*grad_norm="):
         train(tiny("train.max_skipped_steps=3"), tmp_path)
     text = (tmp_path / "nonfinite.json").read_text()
@@ -109,6 +114,25 @@ def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys, monkey
     assert report["batch"]["data_state"]["step"] == last["step"] - 1
     assert report["values"]["skipped_in_row"] == 3
     assert "not finite, skipped" in capsys.readouterr().out
+
+
+def test_skipped_steps_are_not_saved_and_the_good_checkpoint_goes_on(
+    tiny, complete_run, tmp_path, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        poison_at(patch, 6)
+        stopped = train(tiny(), tmp_path, stop_after=9)  # a checkpoint is due at step 8
+    assert (stopped.step, stopped.interrupted, stopped.skipped_steps) == (9, True, 3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4"]
+    assert "not saved, because its last steps were skipped" in capsys.readouterr().out
+    assert train(tiny(), tmp_path).skipped_steps == 0
+    assert deterministic_records(tmp_path) == deterministic_records(complete_run[0])
+
+
+def test_final_state_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch):
+    poison_at(monkeypatch, 6)
+    with pytest.raises(UserError, match=r"step 12 is not finite .* step 4 is intact"):
+        train(tiny(), tmp_path)
 
 
 def test_summary_is_json_with_nonfinite_loss(complete_run):

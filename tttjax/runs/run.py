@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tttjax.config import (
@@ -26,7 +25,8 @@ from tttjax.errors import UserError
 from tttjax.io.paths import local_path
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import checkpoint_format, checkpoints
-from tttjax.types import Params, PyTree
+from tttjax.training.checkpoint_integrity import first_nonfinite
+from tttjax.types import Params
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,13 @@ def _find_data(source: str, workdir: Path, content: int | None) -> str | Path:
     return source
 
 
-@jax.jit
-def _are_finite(params: Params) -> PyTree:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
-
-
 def _check_finite(params: Params, path: str) -> Params:
     """`params`. Raises UserError if they are not finite."""
-    for name, is_finite in checkpoint_format.named_leaves(_are_finite(params)).items():
-        if not is_finite:
-            raise UserError(
-                f"the weights in {path} are not finite ({name}): give an earlier checkpoint, or "
-                "train again with a lower learning rate"
-            )
+    if name := first_nonfinite(params):
+        raise UserError(
+            f"the weights in {path} are not finite ({name}): give an earlier checkpoint, or "
+            "train again with a lower learning rate"
+        )
     return params
 
 
