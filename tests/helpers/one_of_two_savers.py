@@ -38,17 +38,15 @@ def make_state(step: int):
 
 def restore(folder: Path) -> str:
     """What `restore` returns for a folder of this process: "step: its values", or the error."""
-    saver = checkpoints.Checkpointer(folder)
-    state = make_state(0)
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0)
     )
     try:
+        saver = checkpoints.Checkpointer(folder)
         restored = saver.restore(target)
+        saver.close()
     except UserError as error:
         return str(error)
-    finally:
-        saver.close()
     shard = restored.state["params"]["w"].addressable_shards[0]
     return f"{restored.step}: {int(np.asarray(shard.data)[0, 0])}"
 
@@ -58,8 +56,8 @@ def remove_newest(folder: Path) -> None:
 
 
 def truncate_newest(folder: Path) -> None:
-    largest = max((folder / "2" / "params").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1])
+    arrays = next((folder / "2" / "params" / "ocdbt.process_1" / "d").iterdir())
+    arrays.write_bytes(arrays.read_bytes()[:-1])
 
 
 def add_newer(folder: Path) -> None:

@@ -16,11 +16,21 @@ from jax.experimental import multihost_utils
 
 from tttjax.errors import UserError
 from tttjax.io.sealed import file_checksums
-from tttjax.training.checkpoint_format import ARRAY_ITEMS, META, TMP_MARK, named_leaves
+from tttjax.training.checkpoint_format import (
+    ARRAY_ITEMS,
+    META,
+    TMP_MARK,
+    completed_checkpoints,
+    named_leaves,
+)
 from tttjax.types import Array, PyTree
 
 CHECKSUMS = "checksums.json"
 PART = "checksums.process_{}.json"  # of the files of one process, until the checkpoint is sealed
+SHARE = (
+    "the work directory must be on one disk that all hosts share; mount it on each, and run the "
+    "same command again"
+)
 
 
 def all_texts(text: str) -> list[str]:
@@ -33,6 +43,17 @@ def all_texts(text: str) -> list[str]:
     padded[: encoded.size] = encoded
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row).rstrip(b"\0").decode() for row in rows]
+
+
+def check_all_see(folder: epath.Path) -> None:
+    """Raises UserError, on all processes, if one does not see a checkpoint that process 0 sees."""
+    steps = all_texts(" ".join(path.name for path in completed_checkpoints(folder)))[0].split()
+    unseen = all_texts(", ".join(step for step in steps if not (folder / step).exists()))
+    if other := next((i for i, text in enumerate(unseen) if text), 0):
+        raise UserError(
+            f"process {other} does not see checkpoints in {folder} that process 0 sees (of steps "
+            f"{unseen[other]}): {SHARE}"
+        )
 
 
 # Arrays ------------------------------------------------------------------------------------------
@@ -136,8 +157,7 @@ def _check_same_view(path: epath.Path, sizes: dict[str, int]) -> None:
         first, second = (view.rpartition(" ")[0] for view in (views[0], views[other]))
         raise UserError(
             f"the processes see different files in the checkpoint {path} (process 0: {first}; "
-            f"process {other}: {second}): the work directory must be on one disk that all hosts "
-            "share; mount it on each, and run the same command again"
+            f"process {other}: {second}): {SHARE}"
         )
 
 

@@ -84,10 +84,13 @@ class Checkpointer:
     ):
         """Opens or creates `directory`; reports and removes incomplete checkpoints.
 
+        Raises UserError if the processes see different checkpoints in it.
+
         concurrent_bytes: bytes of arrays written at a time, which bounds the host memory for
         compressed copies (0: Orbax's default).
         """
         self.directory = _absolute(directory)
+        checkpoint_integrity.check_all_see(self.directory)
         self._clear_unfinished()
         policies = ocp.checkpoint_managers
         preserved: list[Any] = [policies.LatestN(keep)]
