@@ -3,6 +3,8 @@
 examples:
   tttjax train --config=quickstart --workdir=runs/first --config.data.sources=DATA
   tttjax train --config=... --workdir=runs/first          again: resumes from the last checkpoint
+  tttjax train --config=... --workdir=runs/first --from-step=400
+                                                          goes back to the checkpoint of step 400
   tttjax train --config=... --workdir=runs/long --config.train.init_from=runs/first
                                                           extension: weights only, new schedule
 
