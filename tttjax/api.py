@@ -83,7 +83,7 @@ def train(
         config = replace_values(config, {"data.sources": tuple(map(os.fspath, folders))})
     result = train_config(config, workdir, stop_after=stop_after)
     if result.interrupted and result.step != stop_after:
-        raise KeyboardInterrupt(f"saved at step {result.step}; the same call goes on from there")
+        raise KeyboardInterrupt(f"stopped after step {result.step}; the same call resumes")
     return load(workdir)
 
 

@@ -107,6 +107,7 @@ def test_prepare(workspace, capsys, words, message):
         (["--workdir=file"], "file is a file; choose another"),
         (["--workdir=file/run"], "file/run cannot .* file is a file; "),
         (["--stop-after=0"], "--stop-after=0 must be a step"),
+        (["--from-step=7"], "no checkpoint of that step; it has none"),
     ],
 )
 def test_train(workspace, capsys, words, message):

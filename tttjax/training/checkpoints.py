@@ -254,6 +254,8 @@ class Checkpointer:
 
     def _choose(self, from_step: int | None, steps: list[int]) -> int | None:
         """`from_step`, if the run has to go back to it; None: the newest step."""
+        if len(set(all_texts(str(from_step)))) > 1:
+            raise UserError("give all processes the same --from-step, or none")
         if from_step is None:
             return None
         has_gone_back = going_back.has_gone_back(self.directory, from_step)

@@ -63,7 +63,7 @@ class TrainResult:
 
     step: steps done in total. first_step_seconds: the first step of this start, compilation
     included; step_seconds: median of the others (None if there were none). interrupted: stopped
-    before the last step; the checkpoint is saved, and the same command resumes.
+    before the last step; the same command resumes, after this step unless it was skipped.
     """
 
     step: int
