@@ -84,10 +84,11 @@ class Checkpointer:
     ):
         """Opens or creates `directory`; reports and removes incomplete checkpoints.
 
-        Raises UserError if the processes see different checkpoints in it.
-
         concurrent_bytes: bytes of arrays written at a time, which bounds the host memory for
         compressed copies (0: Orbax's default).
+
+        Raises:
+          UserError: a process does not see a checkpoint that process 0 sees.
         """
         self.directory = _absolute(directory)
         checkpoint_integrity.check_all_see(self.directory)
