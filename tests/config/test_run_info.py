@@ -80,6 +80,7 @@ def test_another_computation_is_refused(tmp_path, section, values):
         ("train", {"log_every": 1, "checkpoint_every": 5, "keep_checkpoints": 1}),
         ("train", {"checkpoint_minutes": 1.0, "keep_every": 10}),
         ("train", {"profile_steps": (1, 2), "wandb_project": "p", "max_skipped_steps": 1}),
+        ("train", {"max_failed_starts": 1}),
         ("mesh", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("eval", {"bins": 8}),
         ("model", {"remat": "none"}),

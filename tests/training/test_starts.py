@@ -19,6 +19,7 @@ from tttjax.io import locks
 from tttjax.io.locks import FOLDER_LOCK, Lock, hold
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import loop as train_module
+from tttjax.training.failed_starts import FAILED_STARTS
 from tttjax.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -88,6 +89,29 @@ def test_files_of_a_killed_start_are_taken_over(tiny, tmp_path, capsys):
     assert not (tmp_path / FOLDER_LOCK).exists()
 
 
+def test_crashes_are_counted_and_then_refused(tiny, tmp_path, monkeypatch):
+    def crash(*_, **__):
+        raise RuntimeError("a device is broken")
+
+    config, workdir = tiny(*SHORT, "train.max_failed_starts=2"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "open_batches", crash)
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                train(config, workdir)
+            assert [path.name for path in workdir.iterdir()] == [FAILED_STARTS]
+        with pytest.raises(UserError, match="last 2 starts"):
+            train(config, workdir)
+        assert not any(workdir.iterdir())
+        with pytest.raises(RuntimeError):
+            train(config, workdir)
+    assert train(config, workdir, stop_after=2).interrupted
+    assert not (workdir / FAILED_STARTS).exists()
+    for _ in range(3):  # the last steps, then none
+        assert train(config, workdir).step == 4
+    assert not (workdir / FAILED_STARTS).exists()
+
+
 # The lock ----------------------------------------------------------------------------------------
 
 
@@ -104,7 +128,7 @@ def test_second_start_is_refused_without_changes(data, copied, capsys):
 
 def test_run_ends_when_it_loses_its_lock(tiny, tmp_path, monkeypatch):
     @contextlib.contextmanager
-    def lost(workdir):
+    def lost(workdir, max_failed_starts):
         lock = Lock(workdir)
         lock.lost.set()
         workdir.mkdir()

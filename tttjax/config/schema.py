@@ -206,6 +206,13 @@ class TrainConfig:
         mutable_on_resume=True,
         first_name="nonfinite_limit",
     )
+    max_failed_starts: int = declare(
+        5,
+        "Starts in a row that end without a new step, by a crash or a stop, after which the next "
+        "one exits with code 2, so that no launcher starts it again.",
+        minimum=1,
+        mutable_on_resume=True,
+    )
     profile_steps: tuple[int, ...] = declare(
         (),
         "First and last step of a profiler trace; empty: none.",

@@ -1,6 +1,7 @@
 """Start of a multi-process run."""
 
 import jax
+from jax._src.distributed import global_state
 
 from tttjax.errors import UserError
 from tttjax.parallel.coordinator import (
@@ -58,6 +59,16 @@ def start_distributed(
             "--coordinator=HOST:PORT is process 0's address, that every process is started, and "
             "that each has its own --process-id below --process-count"
         ) from error
+
+
+def process_id() -> int:
+    """This process's number, without opening the devices, as `jax.process_index()` does."""
+    return global_state.process_id
+
+
+def process_count() -> int:
+    """The number of processes, without opening the devices."""
+    return global_state.num_processes
 
 
 def _check_address(coordinator: str, process_id: int, process_count: int) -> None:

@@ -35,6 +35,7 @@ from tttjax.runtime import compilation_cache, progress
 from tttjax.runtime.memory import device_memory, host_memory
 from tttjax.training import checkpoints, metrics, metrics_file
 from tttjax.training.attention_kernels import describe_kernels, platform_of
+from tttjax.training.failed_starts import forget_failed_starts
 from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
 from tttjax.training.plot import write_plot
 from tttjax.training.profiler import Profiler
@@ -108,7 +109,8 @@ def train(
 
     Raises:
       UserError: configuration, data, mesh, work directory or checkpoints are invalid; the disk is
-        full; loss or gradient is not finite in too many steps; another process uses `workdir`.
+        full; loss or gradient is not finite in too many steps; another process uses `workdir`;
+        too many starts in a row failed.
     """
     started = time.perf_counter()
     workdir, config = local_path(workdir, "--workdir"), with_absolute_paths(config)
@@ -116,7 +118,8 @@ def train(
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
     watchdog = Watchdog(config.watchdog, lambda problem: end_hung_run(workdir, problem))
-    with watchdog, lock_workdir(workdir) as lock, remove_failed_start(workdir, lock):
+    locked = lock_workdir(workdir, config.train.max_failed_starts)
+    with watchdog, locked as lock, remove_failed_start(workdir, lock):
         check_same_run(workdir, config)
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(precision.x64_if_configured(config))
@@ -126,6 +129,8 @@ def train(
             state, step = _loop(run, state, last)
             result = _result(run, state, step, setup_seconds)
             run.logger.print_line(_describe_result(result, run.checkpointer.newest_step))
+        if jax.process_index() == 0 and (step > run.start or not result.interrupted):
+            forget_failed_starts(workdir)
         if jax.process_index() == 0 and step == config.train.steps:
             with progress.report_activity("drawing the loss curve"):
                 _write_results(run, result)

@@ -13,7 +13,9 @@ from tttjax.config.run_info import CONFIG
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
+from tttjax.parallel.distributed import process_count, process_id
 from tttjax.training.checkpoints import CHECKPOINT_DIR
+from tttjax.training.failed_starts import count_start
 from tttjax.training.metrics_file import HELD_OUT, JSONL
 
 # Created before the first step; the configuration is written after it.
@@ -30,33 +32,32 @@ CREATED_FILES = {
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: Path) -> Iterator[Lock]:
+def lock_workdir(workdir: Path, max_failed_starts: int) -> Iterator[Lock]:
     """Creates the work directory if needed; process 0 locks it for all processes.
 
-    Raises UserError, on every process, if it is a file or another command holds the lock.
+    Counts the start before it opens the devices, which can fail too. Raises UserError, on every
+    process, if the directory is a file, another command holds the lock, or as `count_start` does.
     """
     nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), workdir)
     if nearest.exists() and not nearest.is_dir():
         raise UserError(
             f"--workdir={workdir} cannot be a folder, because {nearest} is a file; choose another"
         )
-    if jax.process_count() == 1:
-        with hold(workdir) as lock:
-            yield lock
-        return
     with contextlib.ExitStack() as exit_stack:
         lock = Lock(workdir)
         lock_error: Exception | None = None
-        if jax.process_index() == 0:
-            try:  # JAX has its own handler of SIGTERM here
-                lock = exit_stack.enter_context(hold(workdir, exit_on_sigterm=False))
+        is_alone = process_count() == 1
+        if process_id() == 0:
+            try:  # with several processes, JAX has its own handler of SIGTERM
+                lock = exit_stack.enter_context(hold(workdir, exit_on_sigterm=is_alone))
+                exit_stack.enter_context(count_start(workdir, max_failed_starts))
             except (UserError, OSError) as error:  # raised after the other processes know
                 lock_error = error
-        has_failed = multihost_utils.broadcast_one_to_all(np.int32(lock_error is not None))
+        has_failed = np.int32(lock_error is not None)
+        if not is_alone:  # TPU processes may have another index there than process_id()
+            has_failed = multihost_utils.process_allgather(has_failed).any()
         if has_failed:
-            raise lock_error or UserError(
-                f"{workdir} cannot be written; see the error of process 0"
-            )
+            raise lock_error or UserError(f"{workdir} cannot be used; see the error of process 0")
         yield lock
 
 
