@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts in this folder: makes a virtual environment with tttjax.
 #
 #   ensure_venv [EXTRA,...]   makes or reuses the environment, installs tttjax from this checkout
@@ -77,7 +78,7 @@ ensure_venv() {
 
 _make_venv() {
     local extras="$1" target="$REPOSITORY"
-    [[ -n "$extras" ]] && target="$REPOSITORY[$extras]"
+    [[ -n "$extras" ]] && target="${REPOSITORY}[$extras]"
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         _find_python
         "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||

@@ -17,6 +17,7 @@
 #
 # PYTHON and VENV: see launch/_venv.sh.
 set -euo pipefail
+# shellcheck source=launch/_venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 TEXT=stdlib

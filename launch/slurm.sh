@@ -4,15 +4,25 @@
 #   CONFIG=paper:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
 #       sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config.mesh.fsdp=8
 #
-# CONFIG   experiment file with its argument                                         (required)
-# WORKDIR  shared folder for checkpoints and metrics                                 (required)
-# VENV     shared virtual environment with `tttjax[cuda]`    (default: .venv in the checkout)
-# PORT     coordinator port on the first host                (default: from the job ID)
-# REQUEUE  yes: requeue an interrupted job after it has saved (default yes)
+# CONFIG        experiment file with its argument                                     (required)
+# WORKDIR       shared folder for checkpoints and metrics                             (required)
+# VENV          shared virtual environment with `tttjax[cuda]` (default: .venv in the checkout)
+# IMAGE         container image with `tttjax[cuda]` in place of VENV, for clusters with the plugin
+#               pyxis                                                            (default: none)
+# MOUNTS        folders to mount in the container, separated by commas, as pyxis takes them; with
+#               the data                               (default: the folder that holds WORKDIR)
+# PORT          coordinator port on the first host               (default: from the job ID)
+# REQUEUE       yes: start the job again after a stop or a loss  (default yes)
+# MAX_RESTARTS  starts of the job after which it is left alone   (default 1000)
+# TTTJAX_COMPILATION_CACHE  folder of compiled programs    (default: compiled, beside WORKDIR)
 #
-# Other arguments are passed to `tttjax train`. Two minutes before the time limit (`--signal` below)
-# and on preemption, Slurm sends SIGTERM: training saves and stops. The job is then requeued and
-# resumes from the last checkpoint, as when the same command is submitted again.
+# Other arguments are passed to `tttjax train`. Two minutes before the time limit (`--signal` below;
+# for another time, `sbatch --signal=TERM@SECONDS`) and on preemption, Slurm sends SIGTERM: training
+# saves and stops. When a host ends with any exit code but 0 and 2, the others are ended, and the job
+# is requeued and resumes from the last checkpoint. If a node fails, Slurm requeues the job itself
+# (`--requeue` below; JobRequeue=1 in slurm.conf, the default). Exit code 2 of one host ends the job;
+# `tttjax train` exits with it when nothing but a user can help, which includes too many starts in a
+# row without a new step (train.max_failed_starts).
 #
 #SBATCH --job-name=tttjax
 #SBATCH --ntasks-per-node=1
@@ -30,25 +40,44 @@ set -euo pipefail
 REPOSITORY="${REPOSITORY:-$SLURM_SUBMIT_DIR}"
 VENV="${VENV:-$REPOSITORY/.venv}"
 PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
-if [[ ! -x "$VENV/bin/tttjax" ]]; then
-    echo "error: $VENV/bin/tttjax is missing; install tttjax[cuda] in $VENV, or set VENV." >&2
-    exit 2
+export TTTJAX_COMPILATION_CACHE="${TTTJAX_COMPILATION_CACHE:-$(dirname "$WORKDIR")/compiled}"
+if [[ -n "${IMAGE:-}" ]]; then
+    folder="$(dirname "$WORKDIR")"
+    container=(--container-image="$IMAGE" --container-mounts="${MOUNTS:-$folder:$folder}")
+    program=tttjax
+else
+    container=()
+    program="$VENV/bin/tttjax"
+    if [[ ! -x "$program" ]]; then
+        echo "error: $program is missing; install tttjax[cuda] in $VENV, or set VENV." >&2
+        exit 2
+    fi
 fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
+# srun ends all tasks when one fails, and exits with the highest of their codes, where one that is
+# killed counts as 128 + signal. So that 2 is the highest, a task turns it into 255. `trap` lets the
+# shell wait for a process that has got SIGTERM, as has the shell itself.
 # SLURM_PROCID differs between hosts, so it is expanded there. SLURM_LOCALID is unset so that JAX
 # does not restrict the only process of a host to a single GPU.
 cd "$REPOSITORY"
 code=0
 # shellcheck disable=SC2016
-srun bash -c '
-    exec env -u SLURM_LOCALID "$0" train --coordinator "$1" --process-count "$SLURM_NTASKS" \
+srun --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} bash -c '
+    trap : TERM
+    env -u SLURM_LOCALID "$0" train --coordinator "$1" --process-count "$SLURM_NTASKS" \
         --process-id "$SLURM_PROCID" "${@:2}"
-' "$VENV/bin/tttjax" "${hosts[0]}:$PORT" --config="$CONFIG" --workdir="$WORKDIR" "$@" || code=$?
+    code=$?
+    exit $((code == 2 ? 255 : code))
+' "$program" "${hosts[0]}:$PORT" --config="$CONFIG" --workdir="$WORKDIR" "$@" || code=$?
 
-interrupted=75 # exit code of `tttjax train` when it is stopped and has saved
-if ((code == interrupted)) && [[ "${REQUEUE:-yes}" == yes ]]; then
-    echo "interrupted and saved; requeueing"
-    scontrol requeue "$SLURM_JOB_ID"
+((code == 255)) && code=2
+if ((code != 0 && code != 2)) && [[ "${REQUEUE:-yes}" == yes ]]; then
+    if ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-1000})); then
+        echo "exit code $code: requeueing"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "exit code $code after $SLURM_RESTART_COUNT restarts; see MAX_RESTARTS" >&2
+    fi
 fi
 exit "$code"

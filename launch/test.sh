@@ -9,7 +9,7 @@
 # Makes or reuses a virtual environment in .venv. PYTHON and VENV: see launch/_venv.sh.
 # EXTRAS: extras to install (default test,interop). WORKERS: test processes (default 2).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 source launch/_venv.sh
 ensure_venv "${EXTRAS:-test,interop}"
 

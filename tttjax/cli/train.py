@@ -10,9 +10,9 @@ examples:
 
 The work directory gets checkpoints/, metrics.jsonl (one record per step), tensorboard/, the data's
 tokenizer/, config.json, environment.json and, at the end, summary.json and loss.png. SIGTERM or
-Ctrl-C saves a checkpoint and exits with code 75; the same command resumes. A start that
-is refused or crashes before its first step leaves no files, but for failed_starts.json, which counts
-crashes in a row. Only one process at a time can write a work directory.
+Ctrl-C saves a checkpoint and exits with code 75; the same command resumes. A start that is refused
+or crashes before its first step leaves no files but failed_starts.json, which counts crashes in a
+row. Only one process at a time can write a work directory.
 """
 
 import argparse
