@@ -55,23 +55,33 @@ else
 fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
-# srun ends all tasks when one fails, and exits with the highest of their codes, where one that is
-# killed counts as 128 + signal. So that 2 is the highest, a task turns it into 255. `trap` lets the
-# shell wait for a process that has got SIGTERM, as has the shell itself.
+# srun ends all tasks when one fails. Its own exit code may be that of a task that it ended, so a line
+# says that a task exited with 2; of a pipe, the last code that is not 0 counts (pipefail). `trap`
+# lets the shell of a task wait for its process when both have got SIGTERM.
 # SLURM_PROCID differs between hosts, so it is expanded there. SLURM_LOCALID is unset so that JAX
 # does not restrict the only process of a host to a single GPU.
 cd "$REPOSITORY"
+refused="exit code 2 of process"
+pass_on() { # copies the output; fails with 2 if a task was refused
+    local line result=0
+    while IFS= read -r line; do
+        printf '%s\n' "$line"
+        [[ "$line" != *"$refused"* ]] || result=2
+    done
+    return "$result"
+}
 code=0
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} bash -c '
     trap : TERM
     env -u SLURM_LOCALID "$0" train --coordinator "$1" --process-count "$SLURM_NTASKS" \
-        --process-id "$SLURM_PROCID" "${@:2}"
+        --process-id "$SLURM_PROCID" "${@:3}"
     code=$?
-    exit $((code == 2 ? 255 : code))
-' "$program" "${hosts[0]}:$PORT" --config="$CONFIG" --workdir="$WORKDIR" "$@" || code=$?
+    ((code != 2)) || echo "$2 $SLURM_PROCID"
+    exit "$code"
+' "$program" "${hosts[0]}:$PORT" "$refused" --config="$CONFIG" --workdir="$WORKDIR" "$@" 2>&1 |
+    pass_on || code=$?
 
-((code == 255)) && code=2
 if ((code != 0 && code != 2)) && [[ "${REQUEUE:-yes}" == yes ]]; then
     if ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-1000})); then
         echo "exit code $code: requeueing"
