@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on the GPU hosts or TPU slices of a Kubernetes cluster: prints a JobSet
-# (github.com/kubernetes-sigs/jobset, version 0.8 or newer) with one pod per host.
+# (github.com/kubernetes-sigs/jobset, version 0.7 or newer) with one pod per host.
 #
 #   NAME=run125m HOSTS=4 GPUS=8 IMAGE=... CONFIG=paper:125m,ttt_e2e,pretrain \
 #       WORKDIR=/shared/runs/125m CLAIM=shared launch/jobset.sh --config.mesh.fsdp=8 |

@@ -47,15 +47,15 @@ on_hosts() { # WORKER COMMAND
     gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2" </dev/null
 }
 
-install_everywhere() {
-    local folder
+install_everywhere() (
     folder="$(mktemp -d)"
+    trap 'rm -r "$folder"' EXIT
     git archive --format=tar.gz --output="$folder/tttjax.tar.gz" HEAD &&
         gcloud compute tpus tpu-vm scp "$folder/tttjax.tar.gz" "$TPU_NAME:tttjax.tar.gz" \
             "${where[@]}" --worker=all &&
         on_hosts all "mkdir -p $REMOTE && tar -xzf tttjax.tar.gz -C $REMOTE && cd $REMOTE &&
             bash -c 'source launch/_venv.sh && ensure_venv tpu'"
-}
+)
 
 check_variables() {
     : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
@@ -70,8 +70,9 @@ train_everywhere() {
     script="$command 9>&- & echo \$! >train.pid; wait \$!; echo \$? >train.code"
     on_hosts all "cd $REMOTE && exec 9>train.lock &&
         { flock -n 9 || { echo 'error: training is already running' >&2; exit 2; }; } &&
-        rm -f train.code &&
-        { nohup bash -c $(printf '%q' "$script") >>train.log 2>&1 </dev/null & }"
+        rm -f train.code train.pid &&
+        { nohup bash -c $(printf '%q' "$script") >>train.log 2>&1 </dev/null & } &&
+        until [ -s train.pid ]; do sleep 0.1; done"
 }
 
 # A line "training runs" or "training ended with CODE" of every host that answers; 137 if the host

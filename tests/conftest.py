@@ -23,7 +23,7 @@ import pytest
 
 from tttjax.runtime import progress
 
-pytest_plugins = ["helpers.tiny_runs"]  # the fixtures `data` and `make_run`
+pytest_plugins = ["helpers.tiny_runs", "helpers.scripts"]  # `data` and `make_run`; `shell`
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # small programs are not worth more

@@ -1,111 +1,27 @@
-"""The scripts of launch/, with fake cluster programs."""
+"""The scripts of launch/ for one machine, and what all scripts have in common."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
-import yaml
 from helpers.paths import ROOT
-
-LAUNCH = ROOT / "launch"
-JOB = {"CONFIG": "paper:125m,ttt_e2e,pretrain", "WORKDIR": "/shared/my runs/a"}
-XPK = {"CLUSTER": "c", "ZONE": "z", "TPU_TYPE": "v5p-8", "IMAGE": "i", "NAME": "run"}
-TPU = {"TPU_NAME": "t", "ZONE": "z"}
-
-
-@pytest.fixture
-def shell(tmp_path):
-    """Runs a script; `programs` are bash bodies of fake programs on PATH."""
-
-    def run(script: str, *arguments: str, programs=(), **variables: str):
-        programs = dict(programs)
-        for name, body in programs.items():
-            (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-            (tmp_path / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}
-        command = ["bash", *script.split(" ", 1)] if script.startswith("-c") else ["bash", script]
-        return subprocess.run(
-            [*command, *arguments], env=environment, capture_output=True, text=True, cwd=ROOT
-        )
-
-    return run
-
-
-SHOW = "printf '[%s]' \"$@\"; echo"
-
+from helpers.scripts import LAUNCH, SHOW
 
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), ROOT / ".ci" / "run"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash(script):
-    subprocess.run(["bash", "-n", str(script)], check=True)
-
-
-@pytest.mark.parametrize(
-    ("script", "variables"),
-    [
-        ("slurm.sh", JOB | {"SLURM_JOB_ID": "7"}),
-        ("gke_xpk.sh", XPK | JOB),
-        ("gke_gpu.sh", {"NAME": "run", "IMAGE": "i"} | JOB),
-        ("tpu_vm.sh", TPU),
-    ],
-)
-def test_a_missing_variable_is_named(shell, script, variables):
-    for missing in variables:
-        remaining = {name: value for name, value in variables.items() if name != missing}
-        result = shell(str(LAUNCH / script), "train", programs={"scontrol": "exit 0"}, **remaining)
-        assert result.returncode != 0
-        assert missing in result.stderr
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (1, False)])
-def test_slurm_starts_one_process_per_host_and_requeues(shell, tmp_path, code, requeued):
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "tttjax"
-    program.write_text(
-        f'#!/usr/bin/env bash\n{SHOW}; echo "local ${{SLURM_LOCALID-}}"; exit {code}'
+def test_scripts_pass_shellcheck():
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
-    program.chmod(0o755)
-    programs = {
-        "srun": 'SLURM_NTASKS=2 SLURM_PROCID=1 SLURM_LOCALID=0 exec "$@"',
-        "scontrol": '[[ $1 == show ]] && printf "node1\\nnode2\\n" || echo "scontrol $*"',
-    }
-    result = shell(
-        str(LAUNCH / "slurm.sh"),
-        "--config.mesh.fsdp=8",
-        programs=programs,
-        SLURM_JOB_ID="7",
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_JOB_NODELIST="node[1-2]",
-        VENV=str(tmp_path),
-        **JOB,
-    )
-    assert result.returncode == code, result.stderr
-    assert result.stdout.splitlines()[0] == (
-        "[train][--coordinator][node1:20007][--process-count][2][--process-id][1]"
-        "[--config=paper:125m,ttt_e2e,pretrain][--workdir=/shared/my runs/a]"
-        "[--config.mesh.fsdp=8]"
-    )
-    assert result.stdout.splitlines()[1] == "local "
-    assert ("scontrol requeue 7" in result.stdout) == requeued
-
-
-def test_xpk_gets_one_quoted_command(shell):
-    result = shell(
-        str(LAUNCH / "gke_xpk.sh"), "--config.train.steps=3", programs={"xpk": SHOW}, **XPK, **JOB
-    )
-    assert "[--command][tttjax train --distributed --config=" in result.stdout
-    assert "--workdir=/shared/my\\ runs/a --config.train.steps=3" in result.stdout
-
-
-def test_tpu_hosts_all_train_in_the_background(shell):
-    result = shell(str(LAUNCH / "tpu_vm.sh"), "train", programs={"gcloud": SHOW}, **TPU, **JOB)
-    assert "[--worker=all]" in result.stdout
-    assert "nohup .venv/bin/tttjax train --distributed --config=" in result.stdout
+    command = [shellcheck, "--external-sources", *SCRIPTS]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout
 
 
 def test_gpu_benchmarks_end_with_the_ratios(shell, tmp_path):
@@ -153,32 +69,6 @@ def test_gpu_systems_are_a_sweep_that_stops_in_time(shell, tmp_path):
     result = script("full", programs={"tttjax": SHOW}, LIMIT="soon")
     assert (result.returncode, "LIMIT=soon must be" in result.stderr) == (2, True)
     assert not os.path.exists(out)
-
-
-def test_the_gpu_job_is_valid_yaml(shell):
-    result = shell(
-        str(LAUNCH / "gke_gpu.sh"),
-        "--config.data.sources=it's",
-        NAME="run",
-        IMAGE="i",
-        HOSTS="4",
-        CLAIM="disk",
-        **JOB,
-    )
-    service, job = yaml.safe_load_all(result.stdout)
-    assert service["spec"]["selector"] == {"job-name": "run"}
-    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 4
-    pod = job["spec"]["template"]["spec"]
-    assert pod["containers"][0]["command"][2:] == [
-        "--coordinator=run-0.run:8476",
-        "--process-count=4",
-        "--process-id=$(JOB_COMPLETION_INDEX)",
-        "--config=paper:125m,ttt_e2e,pretrain",
-        "--workdir=/shared/my runs/a",
-        "--config.data.sources=it's",
-    ]
-    mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in pod["volumes"]} == {"memory", "shared"}
 
 
 OLD = 'if [[ "$1" == --version ]]; then echo "Python 3.9.1"; else exit 1; fi'
