@@ -8,7 +8,7 @@ from helpers.paths import ROOT
 
 # From the ground up. A module imports from its own rank and those below; the longest prefix counts.
 RANKS = (
-    ("types", "errors", "io", "runtime"),
+    ("types", "errors", "exit_codes", "io", "runtime"),
     ("config",),
     ("parallel.kernel_mesh", "parallel.fsdp", "parallel.batching"),
     ("ops",),

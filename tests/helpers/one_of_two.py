@@ -27,7 +27,11 @@ def make_config(folder: Path):
 
 def main() -> None:
     folder, port, rank = Path(sys.argv[1]), *map(int, sys.argv[2:4])
-    start_distributed(f"localhost:{port}", rank, 2)
+    with start_distributed(f"localhost:{port}", rank, 2):
+        run(folder, rank)
+
+
+def run(folder: Path, rank: int) -> None:
     # The second start need not compile again.
     loop.make_trainer = functools.cache(loop.make_trainer)
     config, workdir = make_config(folder), folder / "of_two"

@@ -254,5 +254,8 @@ def test_batch_fingerprints_differ_between_batches():
 
 
 def test_incomplete_distributed_flags_are_refused():
-    with pytest.raises(UserError, match="--process-id, --process-count is missing"):
-        start_distributed("localhost:1234")
+    with (
+        pytest.raises(UserError, match="--process-id, --process-count is missing"),
+        start_distributed("localhost:1234"),
+    ):
+        pass

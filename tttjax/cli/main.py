@@ -2,32 +2,30 @@
 
 Each command is a module with `add_arguments(parser)` and `run(args) -> int`. It is imported only
 when it is used, and imports the library only in `run`, so that help and errors of the command line
-are fast. Exit codes: 0 success; 1 a check failed, or a bug (with traceback); 2 user error; 130
-interrupted; 141 broken pipe; 143 terminated by SIGTERM; others are specific to a command.
+are fast. Exit codes: `exit_codes.py`; 143 if terminated by SIGTERM.
 """
 
 import argparse
 import atexit
 import contextlib
-import errno
 import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import tttjax
+from tttjax.cli.error_sentences import error_sentence
 from tttjax.config.files import OVERRIDE_PREFIX, use_code
 from tttjax.config.values import nearest
-from tttjax.errors import UserError, is_out_of_memory
+from tttjax.errors import UserError
+from tttjax.exit_codes import BROKEN_PIPE, INTERRUPTED, USER_ERROR
 from tttjax.io.paths import path_text, text_path
 from tttjax.runtime import progress
 from tttjax.runtime.compilation_cache import enable_compilation_cache
 from tttjax.runtime.libtpu import quieten_libtpu
-
-USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.report_activity(" ".join(["tttjax", *arguments[:1]])),
         ):
             return _dispatch(arguments)
-    except UserError as error:
-        return _report(str(error))
     except BrokenPipeError:  # the consumer of the output has ended, as in `| head`
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,22 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if _is_out_of_space(error):
-            return _report(
-                "No space left on the output device (or in the quota); free some space and run the "
-                "same command again."
-            )
-        if cause := next(filter(is_out_of_memory, _causes(error)), None):
-            message = str(cause).partition("\n")[0].rstrip(".")
-            where = "host" if isinstance(cause, MemoryError) else "device"
-            return _report(
-                f"Out of memory on the {where} ({message}). For training, increase "
-                "train.accum_steps or mesh.fsdp, or set inner.trajectory=recompute; otherwise "
-                "reduce the batch size or context length. `tttjax plan` predicts what fits."
-            )
-        if isinstance(error, RecursionError) and "JSON" in str(error):
-            return _report("A JSON file is nested too deeply; it is damaged.")
-        if sentence := _path_error_message(error):
+        if sentence := error_sentence(error):
             return _report(sentence)
         raise
 
@@ -167,7 +148,8 @@ def _dispatch(arguments: list[str]) -> int:
     _refuse_unknown(command_parser, unknown + ([] if has_config else overrides))
     if overrides and args.config is None and not getattr(args, "has_own_config", False):
         raise UserError(f"{overrides[0]} needs a configuration to change; give --config=FILE.")
-    for path in getattr(args, "code", ()):
+    # A command that has first to join other processes sets runs_code.
+    for path in () if getattr(args, "runs_code", False) else getattr(args, "code", ()):
         use_code(path)
     return importlib.import_module(COMMANDS[name].module).run(args)
 
@@ -259,42 +241,6 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> 
     raise UserError(
         f"`{parser.prog}` has no argument {flag!r}.{nearest(flag, parser._option_string_actions)}"
     )
-
-
-def _is_out_of_space(error: BaseException) -> bool:
-    """Whether the error or a cause is a full disk, which storage libraries only say in text."""
-    return any(
-        (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT))
-        or "No space left on device" in str(cause)
-        for cause in _causes(error)
-    )
-
-
-_PATH_ERRORS = {
-    errno.EEXIST: "exists already as a file, but a folder is needed; choose another path",
-    errno.ENOTDIR: "passes through a file where a folder is needed; choose another path",
-    errno.EISDIR: "is a folder, but a file is needed; give a file",
-    errno.ENAMETOOLONG: "is too long for a path; choose another path",
-    errno.ENOENT: "does not exist; check the spelling and the current directory",
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        "cannot be read or written with your permissions; change them or choose another path",
-    ),
-}
-
-
-def _path_error_message(error: BaseException) -> str:
-    """The message for an operating-system error about a path; otherwise empty."""
-    if not isinstance(error, OSError) or not isinstance(error.filename, str | os.PathLike):
-        return ""
-    problem = _PATH_ERRORS.get(error.errno or 0)
-    return f"{os.fspath(error.filename)} {problem}." if problem else ""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _report(sentence: str) -> int:

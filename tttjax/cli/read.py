@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from tttjax.cli.flag_types import int32
 from tttjax.cli.model_arguments import add_model_arguments, add_storage_arguments, load_from_args
 from tttjax.errors import UserError
+from tttjax.exit_codes import DONE, SAVED
 from tttjax.io.locks import Lock, hold
 from tttjax.io.paths import text_path
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from tttjax.runs.long_text import TextPrefill
     from tttjax.runs.snapshots import Snapshots
 
-EXIT_STOPPED = 75  # saved; the same command resumes
 MAX_SNAPSHOTS = 16
 
 
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace, file: "InputFile", locks: Sequence[Lock]) -> 
                     print(comparison.sentence())
     tokens, size = prefill.session.tokens, path.stat().st_size
     print(f"{path}: {tokens:,} tokens in {size:,} bytes", file=sys.stderr)
-    return 0 if prefill.done == prefill.total else EXIT_STOPPED
+    return DONE if prefill.done == prefill.total else SAVED
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -26,12 +26,12 @@ from tttjax.cli.flag_types import int32, list_of
 from tttjax.config.files import OVERRIDE_PREFIX
 from tttjax.config.values import parse_value
 from tttjax.errors import UserError
+from tttjax.exit_codes import DONE, FAILED, SAVED
 from tttjax.io.locks import LockHeldError, hold
 
 if TYPE_CHECKING:
     from tttjax.sweeps.design import Design
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 75
 PLACES = ("here", "slurm", "kubernetes")
 
 
@@ -195,10 +195,10 @@ def _run_one(out: Path, word: str, follow: bool) -> int:
             f"{len(design.trials) - 1}"
         )
     try:
-        return 0 if run_trial(out, trials[word], design.scoring) else EXIT_INTERRUPTED
+        return DONE if run_trial(out, trials[word], design.scoring) else SAVED
     except LockHeldError as error:
         print(f"note: {error}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return SAVED
 
 
 def _run_here(args: argparse.Namespace, design: "Design", out: Path) -> int:
@@ -221,14 +221,14 @@ def _run_here(args: argparse.Namespace, design: "Design", out: Path) -> int:
         print(f"sweep: {summary(sweep)}")
         if sweep.was_stopped:
             print("sweep: stopped and saved; the same command goes on")
-            return EXIT_INTERRUPTED
+            return SAVED
         for trial in design.trials:
             if trial.name in sweep.failed:
                 print(f"sweep: {trial.name} failed; {log_path(out, trial)} says why")
         if sweep.failed and not any(state.status == "done" for state in sweep.states.values()):
-            return EXIT_FAILED  # there is nothing to report
+            return FAILED  # there is nothing to report
         code = _report(design, out, args.baseline)
-    return EXIT_FAILED if sweep.failed else code
+    return FAILED if sweep.failed else code
 
 
 def _report(design: "Design", out: Path, baseline: str) -> int:

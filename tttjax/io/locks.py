@@ -26,6 +26,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from tttjax.errors import UserError
+from tttjax.runtime.ending import at_sudden_end
 
 FOLDER_LOCK = ".lock"
 HEARTBEAT_SECONDS = 3.0
@@ -90,7 +91,8 @@ def hold(
             _acquire(lock_path, me, path, watch_s, log)
             heartbeat_args = (lock_path, me.token, heartbeat_s, stop, lock.lost)
             threading.Thread(target=_heartbeat, args=heartbeat_args, daemon=True).start()
-            yield lock
+            with at_sudden_end(lambda: _release(lock_path, me.token)):
+                yield lock
         finally:
             stop.set()
             _release(lock_path, me.token)
@@ -286,12 +288,17 @@ def _folder_for_lock(folder: Path) -> Iterator[None]:
     """Creates the folder; removes the folders that it created if they are empty at the end."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
+
+    def remove() -> None:
         with contextlib.suppress(OSError):  # not empty, or removed already
             for path in missing:
                 path.rmdir()
+
+    try:
+        with at_sudden_end(remove):
+            yield
+    finally:
+        remove()
 
 
 @contextlib.contextmanager

@@ -1,35 +1,41 @@
 """Start of a multi-process run."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import jax
-from jax._src.distributed import global_state
 
 from tttjax.errors import UserError
-from tttjax.parallel.coordinator import (
-    await_coordinator,
-    check_port,
-    exit_on_timeout,
-    split_address,
-)
+from tttjax.parallel import store
+from tttjax.parallel.coordinator import meet, split_address
+from tttjax.parallel.pod import Pod, TimeLimits
 from tttjax.runtime.progress import report_activity
 
-JOIN_SECONDS = 300  # timeout of processes waiting for each other at the start
-_JOIN_TIMEOUT_ERROR = (
-    "the other processes of the run did not join in time: check that each was started, with the "
-    "same --coordinator and --process-count and its own --process-id"
-)
+
+def _no_sentence(error: BaseException) -> str | None:
+    return str(error) if isinstance(error, UserError) else None
 
 
+@contextlib.contextmanager
 def start_distributed(
-    coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None
-) -> None:
-    """Joins this process to a multi-process run; call it before JAX touches a device.
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    process_count: int | None = None,
+    limits: TimeLimits = TimeLimits(),  # noqa: B008 (frozen)
+    describe: Callable[[BaseException], str | None] = _no_sentence,
+) -> Iterator[Pod]:
+    """A multi-process run: joins this process to it, and ends it with the others.
 
-    Without arguments, JAX detects them from the cluster (TPU pod, Slurm, Open MPI, Kubernetes).
+    Enter it before JAX touches a device. Without arguments, JAX detects them from the cluster (TPU
+    pod, Slurm, Open MPI, Kubernetes). What the block raises ends all processes (`parallel.pod`);
+    at the end of the block they wait for each other.
+
+    Arguments:
+      describe: the sentence of an error that the user can mend; None for a bug.
 
     Raises:
       UserError: only some of the three are given, the address is invalid, its port is in use,
-        nothing answers there, or joining fails. If other processes do not join in time, this
-        process prints an error and exits with code 2.
+        nothing answers there, or processes are missing, differ in their count or share an id.
     """
     arguments = {
         "--coordinator": coordinator,
@@ -43,15 +49,31 @@ def start_distributed(
             "missing (or leave out all three on a cluster that JAX detects)"
         )
     if coordinator is not None and process_id is not None and process_count is not None:
-        _check_address(coordinator, process_id, process_count)
+        split_address(coordinator)
+        if not 0 <= process_id < process_count:
+            raise UserError(
+                f"--process-id={process_id} must be from 0 to {process_count - 1}, below "
+                f"--process-count={process_count}"
+            )
+    hosts: list[str] = []
+    pod: Pod | None = None
+
+    def roll_call(address: str, process_id: int, process_count: int) -> None:
+        hosts.extend(meet(address, process_id, process_count, limits.init))
+
+    def runtime_failed() -> None:
+        if pod is not None:
+            pod.runtime_failed()
+
     try:
-        with (
-            report_activity("waiting for the other processes of the run"),
-            exit_on_timeout(JOIN_SECONDS, _JOIN_TIMEOUT_ERROR),
-        ):
-            jax.distributed.initialize(
-                *(coordinator, process_count, process_id),
-                initialization_timeout=2 * JOIN_SECONDS,  # must exceed our own timeout
+        with report_activity("connecting the processes of the run"):
+            connected = store.connect(
+                (coordinator, process_count, process_id),
+                roll_call,
+                runtime_failed,
+                init_seconds=limits.init,
+                heartbeat_seconds=limits.heartbeat,
+                shutdown_seconds=limits.shutdown,
             )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -59,28 +81,7 @@ def start_distributed(
             "--coordinator=HOST:PORT is process 0's address, that every process is started, and "
             "that each has its own --process-id below --process-count"
         ) from error
-
-
-def process_id() -> int:
-    """This process's number, without opening the devices, as `jax.process_index()` does."""
-    return global_state.process_id
-
-
-def process_count() -> int:
-    """The number of processes, without opening the devices."""
-    return global_state.num_processes
-
-
-def _check_address(coordinator: str, process_id: int, process_count: int) -> None:
-    """Raises UserError for arguments that abort or hang JAX's runtime; waits for process 0."""
-    if not 0 <= process_id < process_count:
-        raise UserError(
-            f"--process-id={process_id} must be from 0 to {process_count - 1}, below "
-            f"--process-count={process_count}"
-        )
-    host, port = split_address(coordinator)
-    if process_id == 0:
-        check_port(port)
-        return
-    with report_activity(f"waiting for process 0 at {coordinator}"):
-        await_coordinator(host, port, JOIN_SECONDS)
+    pod = Pod(connected, hosts, limits, describe)
+    with pod.watching():
+        yield pod
+    jax.distributed.shutdown()

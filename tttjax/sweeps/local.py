@@ -18,10 +18,10 @@ from typing import IO
 from tttjax.config.checks import check_mesh
 from tttjax.config.least_memory import check_memory, least_state_bytes
 from tttjax.errors import UserError
+from tttjax.exit_codes import SAVED
 from tttjax.planning.flops import train_flops_per_token
 from tttjax.sweeps.design import Design, Trial, code_flags
 from tttjax.sweeps.trial import TRIALS, TrialState, trial_state, workdir
-from tttjax.training.stopping import EXIT_INTERRUPTED
 
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 5.0  # before a trial that another process holds is tried again
@@ -156,7 +156,7 @@ class SweepState:
 
     def record(self, trial: Trial, exit_code: int) -> None:
         """Takes note of a process that has ended."""
-        if exit_code == EXIT_INTERRUPTED:
+        if exit_code == SAVED:
             self._not_before[trial.name] = time.monotonic() + RETRY_SECONDS
         elif exit_code or not trial_state(self.out, trial, self.design.scoring).has_ended:
             self.failed[trial.name] = exit_code

@@ -30,6 +30,7 @@ from tttjax.io.locks import Lock
 from tttjax.io.paths import local_path
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
+from tttjax.parallel.pod import sharing_failures
 from tttjax.planning import flops
 from tttjax.runtime import compilation_cache, progress
 from tttjax.runtime.memory import device_memory, host_memory
@@ -160,6 +161,7 @@ class TrainRun:
     held_out: HeldOutLoss | None
 
 
+@sharing_failures()  # before the stack closes what waits for other processes
 def _set_up(
     config: Config,
     workdir: Path,
@@ -222,6 +224,7 @@ def _set_up(
     return run, state
 
 
+@sharing_failures()
 def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]:
     """Runs steps start + 1 to `last`, or until a request to stop; saves. (state, steps done)."""
     settings, recorder, async_metrics = run.config.train, run.recorder, metrics.AsyncMetrics()

@@ -12,9 +12,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL in sysexits.h. A scheduler can requeue the same command on it.
-EXIT_INTERRUPTED = 75
-
 
 class StopRequest:
     """A context for the training loop that catches requests to stop.

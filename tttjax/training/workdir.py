@@ -13,7 +13,9 @@ from tttjax.config.run_info import CONFIG
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
-from tttjax.parallel.distributed import process_count, process_id
+from tttjax.parallel.pod import share_failure
+from tttjax.parallel.store import process_count, process_id
+from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.checkpoints import CHECKPOINT_DIR
 from tttjax.training.failed_starts import count_start
 from tttjax.training.metrics_file import HELD_OUT, JSONL
@@ -51,8 +53,9 @@ def lock_workdir(workdir: Path, max_failed_starts: int) -> Iterator[Lock]:
             try:  # with several processes, JAX has its own handler of SIGTERM
                 lock = exit_stack.enter_context(hold(workdir, exit_on_sigterm=is_alone))
                 exit_stack.enter_context(count_start(workdir, max_failed_starts))
-            except (UserError, OSError) as error:  # raised after the other processes know
-                lock_error = error
+            except (UserError, OSError) as error:
+                share_failure(error)
+                lock_error = error  # raised after the other processes know
         has_failed = np.int32(lock_error is not None)
         if not is_alone:  # TPU processes may have another index there than process_id()
             has_failed = multihost_utils.process_allgather(has_failed).any()
@@ -71,10 +74,15 @@ def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
         yield
         return
     before = {path.name for path in workdir.iterdir()}
-    try:
-        yield
-    finally:
+
+    def remove() -> None:
         if not lock.lost.is_set() and not (workdir / CONFIG).exists():
             for name in {path.name for path in workdir.iterdir()} & CREATED_FILES - before:
                 path = workdir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    try:
+        with at_sudden_end(remove):
+            yield
+    finally:
+        remove()

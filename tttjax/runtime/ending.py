@@ -1,0 +1,33 @@
+"""Ending the process at once, from any thread, with the few clean-ups that others depend on.
+
+The main thread may be in a collective or a compilation that never returns, so nothing unwinds.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+_cleanups: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def at_sudden_end(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Has `end_process` call this, if it is called during the block."""
+    _cleanups.append(clean_up)
+    try:
+        yield
+    finally:
+        _cleanups.remove(clean_up)
+
+
+def end_process(code: int) -> NoReturn:
+    """Cleans up, the innermost block first, and ends the process without unwinding it."""
+    for clean_up in reversed(_cleanups):
+        with contextlib.suppress(Exception):
+            clean_up()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads
+            stream.flush()
+    os._exit(code)
