@@ -18,7 +18,7 @@ from tttjax.runtime.ending import at_sudden_end
 from tttjax.runtime.progress import report_activity
 
 _FACTS, _NONCE = "facts", ".start-"
-_SHARED_SECONDS = 10.0  # until a file shows on all hosts of a shared disk
+_SHARED_SECONDS = 5.0  # until a file shows on all hosts of a shared disk
 
 
 def differences(facts: Mapping[str, str], reference: Mapping[str, str]) -> list[str]:

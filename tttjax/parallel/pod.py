@@ -112,20 +112,26 @@ class Pod:
         """Shares failures during the block. At its end all processes wait for each other."""
         global _pod
         _pod = self
-        for target in (self._await_failure, self._beat, self._check_beats):
-            threading.Thread(target=target, daemon=True).start()
+        targets = (self._await_failure, self._beat, self._check_beats)
+        threads = [threading.Thread(target=target, daemon=True) for target in targets]
+        for thread in threads:
+            thread.start()
         try:
             with sharing_failures():
                 yield
                 self._wait_for_end()
         finally:
             self._closed.set()
+            for thread in threads:  # JAX crashes if its connection ends under a call
+                thread.join(_LAST_SECONDS)
             _pod = None
 
     def _wait_for_end(self) -> None:
         seconds = self.limits.shutdown
         try:
             if self.store.wait_for_all("end", seconds):
+                if self.store.process_id == 0:
+                    self.store.put_first(_FAILURE, "null")  # ends the threads that wait for one
                 return
         except StoreLostError:
             self._end_without_store()
@@ -213,9 +219,8 @@ class Pod:
             except StoreLostError:
                 if not self._closed.is_set():
                     self._end_without_store()
-        if text:
+        if failure := json.loads(text or "null"):
             self._ending.acquire()
-            failure = json.loads(text)
             self._leave(failure["sentence"], failure["code"])
 
     def _beat(self) -> None:
