@@ -143,9 +143,12 @@ def test_a_process_id_beyond_the_count_is_refused():
         pass
 
 
-def test_time_limits_are_a_second_or_more():
+def test_time_limits_are_a_second_or_more(capsys):
     with pytest.raises(UserError, match="--heartbeat-timeout=0"):
         TimeLimits(heartbeat=0)
+    words = ["train", "--config=quickstart", "--workdir=run", "--init-timeout=5"]
+    assert main.main(words) == 2
+    assert "--init-timeout needs several processes" in capsys.readouterr().err
 
 
 def test_other_processes_report_no_answer(monkeypatch, capsys):
