@@ -81,7 +81,7 @@ def become(order: dict) -> None:
 def inject(fault: str) -> None:
     """Makes this process see other files, or do something else instead of training.
 
-    `FAULT at a batch` trains, and fails when it takes the first batch.
+    `FAULT at a batch` trains, and fails when it takes the first batch; `sleeps` at the seventh.
     """
     from tttjax.data.pipeline import TrainStream
     from tttjax.training import loop, start_facts
@@ -95,7 +95,18 @@ def inject(fault: str) -> None:
         start_facts.read_manifest = lambda _: read(folder)
     if name == "stale disk":
         start_facts.completed_checkpoints = lambda folder: []
-    if fault.endswith(" at a batch"):
+    if fault == "sleeps":
+        take, taken = TrainStream.__next__, []
+
+        def sleeping_next(stream):
+            taken.append(1)
+            if len(taken) == 7:
+                print("sleeping", flush=True)
+                time.sleep(1000)
+            return take(stream)
+
+        TrainStream.__next__ = sleeping_next
+    elif fault.endswith(" at a batch"):
         TrainStream.__next__ = lambda self: INSTEAD[name]()
     elif fault:
         loop.train = lambda *args, **options: train_instead(INSTEAD.get(name, INSTEAD["waits"]))

@@ -26,6 +26,7 @@ assert connected.items("a") == {"1": "y", "2": "z"}, connected.items("a")
 assert connected.items("b") == {}
 assert connected.get("a/2", 5) == "z" and connected.get("c", 0.1) is None
 assert connected.wait_for_all("barrier", 5)
+assert not connected.stop_notice()
 
 import jax
 from jax._src import xla_bridge

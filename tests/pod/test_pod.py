@@ -228,3 +228,23 @@ def test_an_error_ends_a_process_in_a_collective(server, data, tmp_path):
     assert pod.wait(200) == [USER_ERROR, USER_ERROR]
     pod.check_sentence("process 1 on ", "the planned sentence")
     assert not pod.workdir.exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_host_that_hangs_ends_all_with_their_stacks(is_stopped, server, data, tmp_path):
+    """By its own limit, or soon after SIGTERM, which JAX's preemption service receives."""
+    pod = server.pod(tmp_path, data)
+    pod.start([0], words=[limit := f"--config.watchdog.next_step={600 if is_stopped else 20}"])
+    pod.start([1], words=[limit], fault="sleeps")
+    pod.wait_for_line(1, "sleeping", 200)
+    if is_stopped:
+        pod.signal(0, signal.SIGTERM)
+    assert pod.wait(120) == [LOST, LOST]
+    sentences = {pod.errors(rank)[0] for rank in (0, 1)}
+    assert len(sentences) == 1
+    assert "no step ended in 20 s (watchdog.next_step)" in sentences.pop()
+    stacks = {path.name[-5]: path.read_text() for path in (pod.workdir / "hangs").iterdir()}
+    assert sorted(stacks) == ["0", "1"]
+    assert "in sleeping_next" in stacks["1"]
+    assert "in _loop" in stacks["0"]

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -24,6 +25,7 @@ from tttjax.errors import UserError, is_out_of_memory
 from tttjax.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
 from tttjax.parallel.store import Store, StoreLostError
 from tttjax.runtime.ending import end_process
+from tttjax.runtime.stacks import write_stacks
 
 _FAILURE, _BEATS, _LEFT = "failure", "beat", "left"
 _WEEK = 7 * 24 * 3600.0
@@ -33,16 +35,25 @@ _LAST_SECONDS = 3.0  # that process 0 keeps the store open for the others to rea
 _pod: "Pod | None" = None
 
 
-def end_run(code: int, sentence: str) -> NoReturn:
+def end_run(code: int, sentence: str, *, stacks: Path | None = None) -> NoReturn:
     """Ends this process and all others of the run, from any thread, with code and sentence.
 
     The sentence is printed everywhere, after "error: process 1 on HOST: ". Of several failures the
     first one counts, on every process.
+
+    stacks: a folder in which every process writes the stacks of its threads, and to stderr.
     """
     if _pod is not None:
-        _pod.end(code, sentence)
-    print(f"error: {sentence}", file=sys.stderr)
+        _pod.end(code, sentence, stacks=stacks)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if stacks:
+        write_stacks(stacks, 0)
     end_process(code)
+
+
+def stop_requested() -> bool:
+    """Whether a process of the pod has got SIGTERM; False without a pod."""
+    return _pod is not None and _pod.stop_requested
 
 
 def share_failure(error: BaseException) -> None:
@@ -97,6 +108,7 @@ class Pod:
     ):
         self.store, self.hosts, self.limits = store, hosts, limits
         self._describe, self._interval = describe, min(limits.heartbeat / 10, 2.0)
+        self.stop_requested = False
         self._closed, self._ending = threading.Event(), threading.Lock()
         now = time.monotonic()
         self._store_answered = now
@@ -140,13 +152,19 @@ class Pod:
     # Ending ----------------------------------------------------------------------------------
 
     def end(
-        self, code: int, sentence: str, *, own_code: int | None = None, details: str = ""
+        self,
+        code: int,
+        sentence: str,
+        *,
+        own_code: int | None = None,
+        details: str = "",
+        stacks: Path | None = None,
     ) -> NoReturn:
         """As `end_run`. own_code, details: exit code and further lines of this process alone."""
         self._ending.acquire()  # and never released: one thread alone publishes and prints
         text = f"{self.name(self.store.process_id)}: {sentence}"
-        first = self._publish({"code": code, "sentence": text})
-        self._leave(first["sentence"], own_code or first["code"], details)
+        failure = {"code": code, "sentence": text, "stacks": str(stacks or "")}
+        self._leave(self._publish(failure), own_code, details)
 
     def share(self, error: BaseException) -> NoReturn:
         """As `share_failure`."""
@@ -178,15 +196,21 @@ class Pod:
         return result[-1] or failure
 
     def _leave(
-        self, sentence: str, code: int, details: str = "", has_store: bool = True
+        self,
+        failure: dict,
+        own_code: int | None = None,
+        details: str = "",
+        has_store: bool = True,
     ) -> NoReturn:
         """Prints why, lets the others read it, and ends this process. Acquire `_ending` before."""
         newline = "\n" if sys.stdout.isatty() else ""  # after the progress line
-        text = f"{newline}error: {sentence}\n{details}"
+        text = f"{newline}error: {failure['sentence']}\n{details}"
         _run_within(_STORE_SECONDS, lambda: print(text, file=sys.stderr, end="", flush=True))
+        if stacks := failure.get("stacks"):
+            _run_within(_STORE_SECONDS, lambda: write_stacks(Path(stacks), self.store.process_id))
         if has_store:
             _run_within(_LAST_SECONDS, self._let_others_read)
-        end_process(code)
+        end_process(own_code or failure["code"])
 
     def _let_others_read(self) -> None:
         me, count = self.store.process_id, self.store.process_count
@@ -204,9 +228,8 @@ class Pod:
             if self.store.process_id == 0
             else f"lost {self.name(0)}, through which the processes are connected"
         )
-        self._leave(
-            f"{sentence}; start the same command again on every host", LOST, has_store=False
-        )
+        sentence += "; start the same command again on every host"
+        self._leave({"code": LOST, "sentence": sentence}, has_store=False)
 
     # Threads ---------------------------------------------------------------------------------
 
@@ -221,7 +244,7 @@ class Pod:
                     self._end_without_store()
         if failure := json.loads(text or "null"):
             self._ending.acquire()
-            self._leave(failure["sentence"], failure["code"])
+            self._leave(failure)
 
     def _beat(self) -> None:
         me, beats = self.store.process_id, 0
@@ -230,6 +253,7 @@ class Pod:
                 beats += 1
                 self.store.put(f"{_BEATS}/{me}", str(beats))
                 self._store_answered = time.monotonic()
+                self.stop_requested |= self.store.stop_notice()
                 if me == 0:
                     for process, value in self.store.items(_BEATS).items():
                         if self._beats.get(process, ("", 0.0))[0] != value:

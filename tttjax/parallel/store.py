@@ -15,6 +15,7 @@ from jax._src import distributed
 
 # JAX's own heartbeats only guard against a process whose threads here have ended.
 _SLOWER_HEARTBEAT = 60
+_STOP_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # the key of JAX's preemption service
 
 
 def process_id() -> int:
@@ -58,6 +59,10 @@ class Store:
         """What has been set below a folder, by the rest of the key."""
         pairs = _call(self._client.key_value_dir_get, f"{folder}/") or []
         return {key.removeprefix(f"{folder}/"): value for key, value in pairs}
+
+    def stop_notice(self) -> bool:
+        """Whether JAX's preemption service has told the processes that one got SIGTERM."""
+        return _call(_has_key, self._client, _STOP_NOTICE)
 
     def wait_for_all(self, barrier: str, seconds: float) -> bool:
         """Waits until every process has called this; False if they do not in time."""
@@ -137,6 +142,16 @@ def _is_new(client: Any, key: str, value: str) -> bool:
         client.key_value_set(key, value)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("ALREADY_EXISTS"):
+            raise
+        return False
+    return True
+
+
+def _has_key(client: Any, key: str) -> bool:
+    try:
+        client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("NOT_FOUND"):
             raise
         return False
     return True

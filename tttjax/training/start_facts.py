@@ -15,7 +15,8 @@ from tttjax.io.paths import local_path
 from tttjax.parallel.agreement import agree
 from tttjax.parallel.pod import Pod
 from tttjax.training import checkpoints
-from tttjax.training.checkpoint_format import CHECKSUMS, completed_checkpoints
+from tttjax.training.checkpoint_format import completed_checkpoints
+from tttjax.training.checkpoint_integrity import CHECKSUMS
 
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # Of JAX's variables, JAX_*: those of one host, or that change no number.

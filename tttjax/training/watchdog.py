@@ -6,9 +6,6 @@ times.
 """
 
 import contextlib
-import faulthandler
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -16,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-import jax
-
 from tttjax.config import WatchdogConfig
-from tttjax.io.paths import local_path
+from tttjax.exit_codes import LOST
+from tttjax.parallel.pod import end_run, stop_requested
 
 CHECK_SECONDS = 0.5
 MEDIANS = 20  # a step may take this many medians
@@ -98,6 +94,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_SECONDS):
+            if stop_requested():
+                self.expect_stop()
             if problem := self.overdue():
                 self._on_hang(problem)
                 return
@@ -113,23 +111,6 @@ _PHASES = {
 
 
 def end_hung_run(workdir: Path, problem: str) -> None:
-    """Writes the stacks of all threads and ends this process with code 76, whatever it is doing."""
-    path = write_stacks(workdir, jax.process_index())
-    print(f"error: {problem}; the stacks of all threads are in {path}", file=sys.stderr, flush=True)
-    os._exit(76)
-
-
-def write_stacks(workdir: Path, process_index: int) -> Path:
-    """Writes the stacks of all threads of this process to stderr and to a file; returns its path.
-
-    The file is `hangs/TIME-process-N.txt` in the work directory. If it cannot be written, stderr
-    has the stacks all the same.
-    """
-    faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    path = local_path(workdir) / STACKS_DIR / f"{moment}-process-{process_index}.txt"
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file)
-    return path
+    """Ends all processes with LOST and the stacks of their threads, whatever they are doing."""
+    folder = workdir / STACKS_DIR
+    end_run(LOST, f"{problem}; the stacks of all threads are in {folder}", stacks=folder)
