@@ -213,7 +213,8 @@ def test_wrong_commands_are_noticed(line, words, parse):
         parse(line.split())
 
 
-OTHER_FLAGS = {"--fast", "--logdir", "--device"}  # of launch/test.sh, tensorboard, lm-eval
+# Of launch/test.sh, tensorboard, lm-eval, sbatch, kubectl.
+OTHER_FLAGS = {"--fast", "--logdir", "--device", "--exclude", "--prefix"}
 
 
 def test_flags_and_fields_in_sentences_exist():
