@@ -211,7 +211,7 @@ def test_a_second_process_of_one_id_leaves_a_run_alone(server, data, tmp_path):
 def test_a_host_killed_in_training_ends_all_of_four(rank, server, data, tmp_path):
     pod = server.pod(tmp_path, data, 4, heartbeat=20)
     pod.start(words=["--config.train.log_every=1"])
-    pod.wait_for_line(0, "step 2/", 300)
+    pod.wait_for_line(0, "2/400", 300)
     killed = pod.signal(rank)
     others = [other for other in range(4) if other != rank]
     assert pod.wait(60, others) == [LOST] * 3
