@@ -1,14 +1,12 @@
 """JAX's private store and its hooks, in a process of its own.
 
-The oldest and the newest JAX run this file alone: python test_store.py
+Not among the slow tests, so that it runs on the oldest and on the newest JAX.
 """
 
 import os
 import socket
 import subprocess
 import sys
-
-import pytest
 
 CHECK = """
 from tttjax.parallel import store
@@ -47,7 +45,3 @@ def test_the_store_of_this_jax():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
     assert result.stdout == "all as expected\n", result.stderr
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-c", os.devnull, "-p", "no:cacheprovider"]))
