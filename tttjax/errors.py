@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class AbsentProcessError(UserError):
+    """Other processes of the run have not come. Exit code 76: it may help to start all again."""
+
+
 class ResumableError(UserError):
     """A failure not caused by the input; the same command continues when run again."""
 

@@ -184,7 +184,7 @@ def test_a_suspended_process_ends_the_others_and_itself(rank, server, data, tmp_
 def test_a_process_that_never_starts_is_named(server, data, tmp_path):
     pod = server.pod(tmp_path, data, 3, init=4)
     pod.start([0, 1])
-    assert pod.wait(SOON) == [USER_ERROR, USER_ERROR]
+    assert pod.wait(SOON) == [LOST, LOST]
     for rank in (0, 1):
         assert "error: process 2 of 3 did not join within 4 s" in pod.read(rank, "err")
         assert "waiting for process 2: " in pod.read(rank, "err")
@@ -198,7 +198,7 @@ def test_a_second_process_of_one_id_leaves_a_run_alone(server, data, tmp_path):
     late = server.pod(tmp_path / "late", data, init=3)
     late.folder.mkdir()
     late.start([1], words=[f"--coordinator=127.0.0.1:{pod.port}"])
-    assert late.wait(SOON) == [USER_ERROR]
+    assert late.wait(SOON) == [LOST]
     late.check_sentence("a run that goes on without this process")
     assert not pod.codes
 

@@ -7,12 +7,12 @@ def test_clean_ups_run_innermost_first(monkeypatch):
     calls = []
     monkeypatch.setattr(ending.os, "_exit", calls.append)
 
-    def fails():
+    def fails(code):
         calls.append("fails")
         raise OSError("a disk that is gone")
 
-    with ending.at_sudden_end(lambda: calls.append("closed")):
+    with ending.at_sudden_end(lambda _: calls.append("closed")):
         pass
-    with ending.at_sudden_end(lambda: calls.append("outer")), ending.at_sudden_end(fails):
+    with ending.at_sudden_end(lambda code: calls.append(code + 1)), ending.at_sudden_end(fails):
         ending.end_process(76)
-    assert calls == ["fails", "outer", 76]
+    assert calls == ["fails", 77, 76]

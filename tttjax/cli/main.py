@@ -20,8 +20,8 @@ import tttjax
 from tttjax.cli.error_sentences import error_sentence
 from tttjax.config.files import OVERRIDE_PREFIX, use_code
 from tttjax.config.values import nearest
-from tttjax.errors import UserError
-from tttjax.exit_codes import BROKEN_PIPE, INTERRUPTED, USER_ERROR
+from tttjax.errors import AbsentProcessError, UserError
+from tttjax.exit_codes import BROKEN_PIPE, INTERRUPTED, LOST, USER_ERROR
 from tttjax.io.paths import path_text, text_path
 from tttjax.runtime import progress
 from tttjax.runtime.compilation_cache import enable_compilation_cache
@@ -105,9 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if sentence := error_sentence(error):
-            return _report(sentence)
-        raise
+        sentence = error_sentence(error)
+        if not sentence:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return LOST if isinstance(error, AbsentProcessError) else USER_ERROR
 
 
 class _Parser(argparse.ArgumentParser):
@@ -241,8 +243,3 @@ def _refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> 
     raise UserError(
         f"`{parser.prog}` has no argument {flag!r}.{nearest(flag, parser._option_string_actions)}"
     )
-
-
-def _report(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return USER_ERROR

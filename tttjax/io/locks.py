@@ -91,7 +91,7 @@ def hold(
             _acquire(lock_path, me, path, watch_s, log)
             heartbeat_args = (lock_path, me.token, heartbeat_s, stop, lock.lost)
             threading.Thread(target=_heartbeat, args=heartbeat_args, daemon=True).start()
-            with at_sudden_end(lambda: _release(lock_path, me.token)):
+            with at_sudden_end(lambda _: _release(lock_path, me.token)):
                 yield lock
         finally:
             stop.set()
@@ -295,7 +295,7 @@ def _folder_for_lock(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
     try:
-        with at_sudden_end(remove):
+        with at_sudden_end(lambda _: remove()):
             yield
     finally:
         remove()

@@ -81,7 +81,7 @@ def _nonce_file(workdir: Path) -> Iterator[str]:
             for folder in made:
                 folder.rmdir()
 
-    with at_sudden_end(remove):
+    with at_sudden_end(lambda _: remove()):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             path.touch()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from tttjax.errors import UserError
+from tttjax.errors import AbsentProcessError, UserError
 from tttjax.runtime.progress import rename_activity, report_activity
 
 _LONGEST_LINE = 4096  # bytes of a greeting; longer ones are of other programs
@@ -105,7 +105,8 @@ class _RollCall:
                     self._refuse(
                         f"{name_processes(missing)} of {self._me['count']} did not join within "
                         f"{self._seconds:g} s: start the same command on every host, each with its "
-                        "own --process-id"
+                        "own --process-id",
+                        AbsentProcessError,
                     )
                 if missing != told and now > told_at + 1:
                     told, told_at = missing, now
@@ -173,9 +174,9 @@ class _RollCall:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def _refuse(self, sentence: str) -> None:
-        self._tell({"error": sentence})
-        raise UserError(sentence)
+    def _refuse(self, sentence: str, kind: type[UserError] = UserError) -> None:
+        self._tell({"error": sentence, "is_absent": kind is AbsentProcessError})
+        raise kind(sentence)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -199,7 +200,8 @@ def _join(host: str, port: int, me: dict[str, Any], seconds: float) -> list[str]
                     if "hosts" in message:
                         return message["hosts"]
                     if "error" in message:
-                        raise UserError(message["error"])
+                        kind = AbsentProcessError if message.get("is_absent") else UserError
+                        raise kind(message["error"])
                     missing = message.get("missing", [])
                     rename_activity(
                         f"waiting for {name_processes(missing)}"
@@ -221,11 +223,11 @@ def _join(host: str, port: int, me: dict[str, Any], seconds: float) -> list[str]
             problem = problem or error.strerror or str(error)
         time.sleep(min(_PAUSE, seconds))
     if missing and missing != [0]:
-        raise UserError(
+        raise AbsentProcessError(
             f"{name_processes(missing)} of {me['count']} did not join within {seconds:g} s: start "
             "the same command on every host, each with its own --process-id"
         )
-    raise UserError(
+    raise AbsentProcessError(
         f"no process 0 answered at --coordinator={host}:{port} for {seconds:g} s ({problem}): "
         "check that process 0 is started, that this is its address, and that no firewall blocks it"
     )

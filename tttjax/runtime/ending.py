@@ -9,12 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-_cleanups: list[Callable[[], None]] = []
+_cleanups: list[Callable[[int], None]] = []
 
 
 @contextlib.contextmanager
-def at_sudden_end(clean_up: Callable[[], None]) -> Iterator[None]:
-    """Has `end_process` call this, if it is called during the block."""
+def at_sudden_end(clean_up: Callable[[int], None]) -> Iterator[None]:
+    """Has `end_process` call this with the exit code, if it is called during the block."""
     _cleanups.append(clean_up)
     try:
         yield
@@ -26,7 +26,7 @@ def end_process(code: int) -> NoReturn:
     """Cleans up, the innermost block first, and ends the process without unwinding it."""
     for clean_up in reversed(_cleanups):
         with contextlib.suppress(Exception):
-            clean_up()
+            clean_up(code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads
             stream.flush()

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tttjax.errors import UserError
+from tttjax.exit_codes import INTERRUPTED, USER_ERROR
 from tttjax.io.atomic import atomic_write
+from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.metrics_file import last_record
 
 FAILED_STARTS = "failed_starts.json"
@@ -42,13 +44,19 @@ def count_start(workdir: Path, limit: int) -> Iterator[None]:
             "(train.max_failed_starts)"
         )
     _write(path, json.dumps({**counted, "starts": counted["starts"] + 1}).encode())
+
+    def take_back(code: int) -> None:
+        if code in (USER_ERROR, INTERRUPTED):
+            _write(path, before) if before else path.unlink(missing_ok=True)
+
     try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            _write(path, before)
+        with at_sudden_end(take_back):
+            yield
+    except UserError:
+        take_back(USER_ERROR)
+        raise
+    except KeyboardInterrupt:
+        take_back(INTERRUPTED)
         raise
 
 

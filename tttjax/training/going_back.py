@@ -5,10 +5,12 @@ repeats the command does not throw away the progress since then.
 """
 
 import shutil
+from pathlib import Path
 
 from etils import epath
 
 from tttjax.io.atomic import atomic_write
+from tttjax.training.failed_starts import forget_failed_starts
 from tttjax.training.metrics_file import HELD_OUT, JSONL
 
 RECORD = "went_back"
@@ -39,3 +41,4 @@ def set_aside(folder: epath.Path, newer: list[int], step: int) -> None:
         path.rename(target)
     with atomic_write(folder / RECORD) as temporary:
         temporary.write_text(f"{step}\n")
+    forget_failed_starts(Path(folder.parent))  # which compare with the newest step

@@ -82,7 +82,7 @@ def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     try:
-        with at_sudden_end(remove):
+        with at_sudden_end(lambda _: remove()):
             yield
     finally:
         remove()
