@@ -1,12 +1,17 @@
 """The programs of experiments/: recall by distance, and the bias of cheaper meta-gradients."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.paths import ROOT
 
-from experiments import meta_gradient_bias, recall
+import tttjax
+from experiments import meta_gradient_bias, pack_weights, recall
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
+from tttjax.errors import UserError
 
 BLOCKS = 2
 
@@ -72,3 +77,33 @@ def test_the_exact_meta_gradient_has_no_bias(data, make_run, tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
     assert meta_gradient_bias.main([str(make_run("static")), *flags]) == 2
     assert "no fast weights" in capsys.readouterr().err
+
+
+# The trained model -------------------------------------------------------------------------------
+
+BOOKS = ROOT / "experiments" / "books-1.7m"
+
+
+@pytest.mark.slow
+def test_packed_weights_are_the_runs_rounded_without_its_paths(make_run, tmp_path):
+    run = make_run("large", suffix_layers=1, fast_mlp=True)
+    pack_weights.pack(str(run), str(tmp_path / "packed"))
+    before, after = (tttjax.load(folder) for folder in (run, tmp_path / "packed"))
+    for x, y in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).astype(jnp.bfloat16).astype(x.dtype), y)
+    text = (tmp_path / "packed" / "config.json").read_text()
+    assert str(ROOT) not in text
+    assert str(tmp_path.parent) not in text
+    with pytest.raises(UserError, match="is not empty"):
+        pack_weights.pack(str(run), str(tmp_path / "packed"))
+
+
+@pytest.mark.slow
+def test_the_trained_model_learns_while_it_reads():
+    size = sum(path.stat().st_size for path in BOOKS.rglob("*") if path.is_file())
+    assert size < 5_000_000
+    text = (ROOT / "experiments" / "moby-dick.txt").read_text()[:20_000]
+    run = tttjax.load(BOOKS)
+    gain = run.forward(text, learn=False).chunk_loss_N - run.forward(text).chunk_loss_N
+    assert gain[0] == pytest.approx(0, abs=1e-4)  # nothing has been learned yet
+    assert gain[len(gain) // 2 :].mean() > 0.1
