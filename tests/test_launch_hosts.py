@@ -136,7 +136,7 @@ def test_xpk_restarts_after_any_code_but_2(shell):
 def test_signals_and_exit_codes_pass_the_shell_of_xpk(shell, tmp_path):
     """XPK runs the command in a subshell, sends SIGTERM to that one, and waits for its code."""
     command = value_of(xpk_options(shell, "--config.train.steps=3"), "--command")
-    write_program(tmp_path / "tttjax", f"{SHOW}; trap 'exit 75' TERM; while :; do sleep 0.05; done")
+    write_program(tmp_path / "tttjax", f"trap 'exit 75' TERM; {SHOW}; while :; do sleep 0.05; done")
     wrapper = f"trap 'kill -TERM $!' TERM; ({command}) & wait $!; wait $!; exit $?"
     with subprocess.Popen(
         ["bash", "-c", wrapper], stdout=subprocess.PIPE, text=True, env={"PATH": f"{tmp_path}:/bin"}

@@ -66,7 +66,11 @@ def add_newer(folder: Path) -> None:
 
 def main() -> None:
     folder, port, rank = Path(sys.argv[1]), *map(int, sys.argv[2:4])
-    start_distributed(f"localhost:{port}", rank, 2)
+    with start_distributed(f"localhost:{port}", rank, 2):
+        run(folder, rank)
+
+
+def run(folder: Path, rank: int) -> None:
     hashed, seen = [], {}
     original = checkpoint_integrity.file_checksums
 
