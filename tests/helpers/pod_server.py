@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # as `tttjax train` does, before JAX is imported
 
 import jax
+import pod_faults
 
 import tttjax.training.loop
 import tttjax.training.start_facts  # noqa: F401
@@ -82,7 +83,10 @@ def inject(fault: str) -> None:
     """Makes this process see other files, or do something else instead of training.
 
     `FAULT at a batch` trains, and fails when it takes the first batch; `sleeps` at the seventh.
+    `slow` and `slow, ...` are those of `pod_faults.py`.
     """
+    if fault.startswith("slow"):
+        return pod_faults.at_step(fault)
     from tttjax.data.pipeline import TrainStream
     from tttjax.training import loop, start_facts
 
