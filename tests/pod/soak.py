@@ -22,7 +22,11 @@ from pathlib import Path
 
 # Of this process and those that it starts, before JAX is imported; tests have their own.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+os.environ.setdefault(  # three of the four processes compile at every start
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("TTTJAX_COMPILATION_CACHE", "off")
 
@@ -57,7 +61,7 @@ class Run:
         self._server, self._folder, self._data = server, folder, data
         folder.mkdir()
         settings = {"train.steps": steps, "train.log_every": 1, "train.checkpoint_every": EVERY}
-        settings |= {"train.max_skipped_steps": 3, "mesh.fsdp": 2}
+        settings |= {"train.max_skipped_steps": 3, "mesh.fsdp": 2, "model.num_layers": 1}
         self._words = [f"--config.{field}={value}" for field, value in settings.items()]
         self.furthest = 0
 
