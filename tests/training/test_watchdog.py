@@ -90,6 +90,18 @@ def test_zero_is_no_limit(clock):
     assert not dog.overdue()
 
 
+def test_a_suspension_does_not_count(clock):
+    dog = watch(clock, next_step=30)
+    steps(dog, clock, 1, 1, 1)
+    dog.check_clock()
+    for seconds in (10, 600, 10, 9):  # the second: Ctrl-Z
+        clock.now += seconds
+        dog.check_clock()
+        assert not dog.overdue()
+    clock.now += 2
+    assert "no step ended in 30 s" in dog.overdue()
+
+
 # A real hang -------------------------------------------------------------------------------------
 
 HANG_BEFORE_STEP = """

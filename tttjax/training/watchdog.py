@@ -18,6 +18,7 @@ from tttjax.exit_codes import LOST
 from tttjax.parallel.pod import end_run, stop_requested
 
 CHECK_SECONDS = 0.5
+SUSPENDED_SECONDS = 10.0  # between two checks: then the whole process was suspended
 MEDIANS = 20  # a step may take this many medians
 STOP_MEDIANS, STOP_SECONDS = 3, 20.0  # and at least, for the step after a request to stop
 STACKS_DIR = "hangs"
@@ -40,6 +41,7 @@ class Watchdog:
         self._phases: list[tuple[str, float]] = [("start", clock())]  # and when each began
         self._seconds: deque[float] = deque(maxlen=100)
         self._stop_since: float | None = None
+        self._checked = clock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,6 +78,14 @@ class Watchdog:
             if self._stop_since is None:
                 self._stop_since = self._clock()
 
+    def check_clock(self) -> None:
+        """Call often. What passed while the process was suspended, as by Ctrl-Z, does not count."""
+        with self._lock:
+            gap = self._clock() - self._checked
+            self._checked += gap
+            if gap > SUSPENDED_SECONDS:
+                self._phases = [(name, began + gap) for name, began in self._phases]
+
     def overdue(self) -> str:
         """What has taken too long, as a sentence; "" if nothing has."""
         with self._lock:
@@ -94,6 +104,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_SECONDS):
+            self.check_clock()
             if stop_requested():
                 self.expect_stop()
             if problem := self.overdue():
