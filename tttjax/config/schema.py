@@ -309,44 +309,22 @@ class EvalConfig:
     )
 
 
+def _time_limit(default: float, of: str) -> float:
+    return declare(default, f"Seconds {of}; 0: no limit.", minimum=0, mutable_on_resume=True)
+
+
 @dataclass(frozen=True)
 class WatchdogConfig:
     """When a run counts as hung: it writes the stacks of its threads and exits with code 76."""
 
-    next_step: float = declare(
-        300.0,
-        "Seconds without a finished step, or 20 times the median step if that is longer; 0: no "
-        "limit.",
-        minimum=0,
-        mutable_on_resume=True,
+    next_step: float = _time_limit(
+        300.0, "without a finished step, or 20 times the median step if that is longer"
     )
-    start: float = declare(
-        1800.0,
-        "Seconds of setting up, apart from restoring and compiling; 0: no limit.",
-        minimum=0,
-        mutable_on_resume=True,
-    )
-    compile: float = declare(
-        7200.0,
-        "Seconds of compiling the train step; 0: no limit.",
-        minimum=0,
-        mutable_on_resume=True,
-    )
-    restore: float = declare(
-        1800.0,
-        "Seconds of restoring a checkpoint; 0: no limit.",
-        minimum=0,
-        mutable_on_resume=True,
-    )
-    save: float = declare(
-        1800.0, "Seconds of saving a checkpoint; 0: no limit.", minimum=0, mutable_on_resume=True
-    )
-    evaluate: float = declare(
-        7200.0,
-        "Seconds of one evaluation of held-out data (train.eval_every); 0: no limit.",
-        minimum=0,
-        mutable_on_resume=True,
-    )
+    start: float = _time_limit(1800.0, "of setting up, apart from restoring and compiling")
+    compile: float = _time_limit(7200.0, "of compiling the train step")
+    restore: float = _time_limit(1800.0, "of restoring a checkpoint")
+    save: float = _time_limit(1800.0, "of saving a checkpoint")
+    evaluate: float = _time_limit(7200.0, "of one evaluation of held-out data (train.eval_every)")
 
 
 @dataclass(frozen=True)
