@@ -21,7 +21,7 @@ import jax
 import pod_faults
 
 import tttjax.training.loop
-import tttjax.training.start_facts  # noqa: F401
+import tttjax.training.start_facts  # noqa: F401 (here, since forks need not import it again)
 from tttjax.errors import UserError
 from tttjax.exit_codes import LOST
 from tttjax.parallel.pod import end_run

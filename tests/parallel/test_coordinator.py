@@ -69,7 +69,7 @@ def meet(port, count=2, ids=(0, 1), counts=(), seconds=5.0):
 
     def join(i, process_id, count):
         try:
-            results[i] = coordinator.meet(f"127.0.0.1:{port}", process_id, count, seconds)
+            results[i] = coordinator.call_roll(f"127.0.0.1:{port}", process_id, count, seconds)
         except UserError as error:
             results[i] = str(error)
 
@@ -129,7 +129,7 @@ def test_a_process_that_ends_while_others_wait_may_come_again():
 
 def test_process_0_reports_a_used_port(used_port):
     with pytest.raises(UserError, match=f"port {used_port} .* is used by another program"):
-        coordinator.meet(f"localhost:{used_port}", 0, 2, 5)
+        coordinator.call_roll(f"localhost:{used_port}", 0, 2, 5)
 
 
 def test_a_process_id_beyond_the_count_is_refused():
@@ -155,7 +155,7 @@ def test_other_processes_report_no_answer(monkeypatch, capsys):
         progress.show_activity(sys.stderr),
         pytest.raises(UserError, match=f"answered at --coordinator=localhost:{port} "),
     ):
-        coordinator.meet(f"localhost:{port}", 1, 2, 0.5)
+        coordinator.call_roll(f"localhost:{port}", 1, 2, 0.5)
     assert f"waiting for process 0 at localhost:{port}" in capsys.readouterr().err
 
 
@@ -174,7 +174,7 @@ def test_other_processes_report_another_program_at_the_port(answer):
         thread.start()
         port = server.getsockname()[1]
         with pytest.raises(UserError, match="another program answers"):
-            coordinator.meet(f"127.0.0.1:{port}", 1, 2, 0.5)
+            coordinator.call_roll(f"127.0.0.1:{port}", 1, 2, 0.5)
         thread.join()
 
 
@@ -184,7 +184,7 @@ def test_an_unknown_host_raises_at_once(monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", unknown)
     with pytest.raises(UserError, match="there is no host 'nowhere'"):
-        coordinator.meet("nowhere:1", 1, 2, 100)
+        coordinator.call_roll("nowhere:1", 1, 2, 100)
 
 
 def test_lm_eval_without_the_harness_is_one_sentence(monkeypatch, capsys):

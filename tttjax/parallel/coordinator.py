@@ -35,7 +35,7 @@ def split_address(address: str) -> tuple[str, int]:
     return match[1].strip("[]"), port
 
 
-def meet(address: str, process_id: int, process_count: int, seconds: float) -> list[str]:
+def call_roll(address: str, process_id: int, process_count: int, seconds: float) -> list[str]:
     """Waits until all processes of the run have called this; the host names, by process id.
 
     Raises UserError, on every process that can be reached: an id is used twice, process counts
@@ -113,7 +113,8 @@ class _RollCall:
                     rename_activity(f"waiting for {name_processes(missing)}")
                     self._tell({"missing": missing})
                 for key, _ in self._selector.select(min(1.0, max(0.0, end - now))):
-                    self._read(key.fileobj)  # type: ignore[arg-type]
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._read(key.fileobj)
             hosts = {entry["process"]: entry["host"] for entry in self._entries()}
             self._tell({"hosts": [hosts[i] for i in range(len(hosts))]})
             return [hosts[i] for i in range(len(hosts))]

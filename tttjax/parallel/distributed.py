@@ -7,7 +7,7 @@ import jax
 
 from tttjax.errors import UserError
 from tttjax.parallel import store
-from tttjax.parallel.coordinator import meet, split_address
+from tttjax.parallel.coordinator import call_roll, split_address
 from tttjax.parallel.pod import Pod, TimeLimits
 from tttjax.runtime.progress import report_activity
 
@@ -59,7 +59,7 @@ def start_distributed(
     pod: Pod | None = None
 
     def roll_call(address: str, process_id: int, process_count: int) -> None:
-        hosts.extend(meet(address, process_id, process_count, limits.init))
+        hosts.extend(call_roll(address, process_id, process_count, limits.init))
 
     def runtime_failed() -> None:
         if pod is not None:

@@ -71,7 +71,7 @@ class Store:
 
 def connect(
     arguments: tuple[str | None, int | None, int | None],
-    meet: Callable[[str, int, int], None],
+    call_roll: Callable[[str, int, int], None],
     on_runtime_error: Callable[[], None],
     *,
     init_seconds: int,
@@ -81,7 +81,7 @@ def connect(
     """`jax.distributed.initialize` with hooks; touches no device.
 
     arguments: coordinator, process count and id; None where JAX detects them.
-    meet: called with (coordinator, process id, process count) before JAX opens its service or
+    call_roll: called with (coordinator, process id, process count) before JAX opens its service or
       connects to it, since JAX aborts or hangs if processes are missing or an id is used twice.
     on_runtime_error: called in a thread of JAX's if the service is lost; must not return.
     """
@@ -89,12 +89,12 @@ def connect(
     make_client = distributed._jax.get_distributed_runtime_client
 
     def service(address: str, count: int, **options: Any) -> Any:
-        meet(distributed.global_state.coordinator_address or address, 0, count)
+        call_roll(distributed.global_state.coordinator_address or address, 0, count)
         return make_service(address, count, **options)
 
     def client(address: str, process_id: int, **options: Any) -> Any:
         if process_id:
-            meet(address, process_id, distributed.global_state.num_processes)
+            call_roll(address, process_id, distributed.global_state.num_processes)
         # The default callback prints C++ frames and aborts. JAX cannot convert the status for a
         # callback in Python and raises in C++, which ends in `on_terminate` or a RuntimeError.
         options |= {"missed_heartbeat_callback": lambda status: on_runtime_error()}

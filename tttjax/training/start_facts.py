@@ -7,6 +7,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from etils import epath
+
 import tttjax
 from tttjax.config import Config, to_flat_dict
 from tttjax.config.run_info import PACKAGES
@@ -74,7 +76,7 @@ def _data_content(folder: Path) -> str:
 
 def _newest(path: str | Path) -> str:
     """The newest completed checkpoint of a folder and a hash of its checksums, or "none"."""
-    folder = checkpoints._absolute(path)
+    folder = epath.Path(local_path(path))
     if (folder / checkpoints.CHECKPOINT_DIR).exists():
         folder = folder / checkpoints.CHECKPOINT_DIR
     completed = [folder] if (folder / CHECKSUMS).exists() else completed_checkpoints(folder)
