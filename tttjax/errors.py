@@ -1,4 +1,6 @@
-"""UserError, advice for its sentences, and detection of out-of-memory errors."""
+"""UserError, advice for its sentences, and detection of errors of JAX's runtime."""
+
+import re
 
 
 def install_extra(name: str) -> str:
@@ -28,3 +30,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     first = str(error).partition("\n")[0]
     is_named = "RESOURCE_EXHAUSTED" in first and "memory" in first.lower()
     return isinstance(error, RuntimeError) and is_named
+
+
+def is_runtime_error(error: BaseException) -> bool:
+    """Whether XLA's runtime failed; JAX raises JaxRuntimeError, in some places ValueError."""
+    status = re.match(r"[A-Z]{2,}(_[A-Z]+)*: ", str(error))
+    return type(error).__name__ == "JaxRuntimeError" or (
+        isinstance(error, ValueError) and status is not None
+    )

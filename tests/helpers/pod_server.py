@@ -137,7 +137,7 @@ INSTEAD = {
     "bug": fail(ValueError("the planned bug")),
     "user error": fail(UserError("the planned sentence")),
     "full device": fail(jax.errors.JaxRuntimeError(FULL)),
-    "error of JAX": fail(jax.errors.JaxRuntimeError("INTERNAL: the planned error")),
+    "error of JAX": fail(ValueError("UNKNOWN: Gloo failed: the planned error")),
     "Ctrl-C": fail(KeyboardInterrupt()),
 }
 

@@ -123,7 +123,7 @@ CODES = {  # what a process does: (its code, that of the others, words of the se
     "user error": (USER_ERROR, USER_ERROR, ["the planned sentence"]),
     "full device": (USER_ERROR, USER_ERROR, ["Out of memory on the device"]),
     "bug": (FAILED, LOST, ["ValueError: the planned bug"]),
-    "error of JAX": (FAILED, LOST, ["INTERNAL: the planned error"]),
+    "error of JAX": (FAILED, LOST, ["Gloo failed: the planned error"]),
     "hangs": (LOST, LOST, ["no step for 60 s"]),
     "Ctrl-C": (INTERRUPTED, LOST, ["interrupted"]),
 }

@@ -19,9 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
-from tttjax.errors import UserError, is_out_of_memory
+from tttjax.errors import UserError, is_out_of_memory, is_runtime_error
 from tttjax.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
 from tttjax.parallel.store import Store, StoreLostError
 from tttjax.runtime.ending import end_process
@@ -172,7 +170,7 @@ class Pod:
             self.end(LOST, "interrupted (Ctrl-C)", own_code=INTERRUPTED)
         if sentence := self._describe(error):
             self.end(USER_ERROR, sentence)
-        if isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(error):
+        if is_runtime_error(error) and not is_out_of_memory(error):
             time.sleep(self.limits.heartbeat + 2 * self._interval)  # a thread ends this process
         lines = traceback.format_exception(error)
         text = f"failed, which is a bug or a broken machine ({lines[-1].strip()[:300]})"
