@@ -101,6 +101,7 @@ def test_scores_on_a_mesh_equal_the_training_definition(name, learn):
     assert worst(actual, by_definition(name, learn)) < 1e-11
 
 
+@pytest.mark.exhaustive
 def test_learning_changes_the_scores():
     """Else the tests above would compare nothing."""
     for name in set(MODELS) - {"static"}:

@@ -44,6 +44,7 @@ def test_two_stops(tiny, uninterrupted, tmp_path):
     assert_same_run(tmp_path, last, uninterrupted)
 
 
+@pytest.mark.exhaustive
 def test_two_stops_with_an_inner_loop(tiny, tmp_path):
     small = (
         "inner.remat=False",

@@ -61,6 +61,7 @@ def test_both_forms_agree_for_a_custom_loss():
     assert abs(jnp.mean(mean) - loss) < 1e-13
 
 
+@pytest.mark.exhaustive
 def test_the_mean_nll_as_custom_loss_changes_nothing():
     (loss, _), grads = value_and_gradient("fast")
     (custom, _), custom_grads = value_and_gradient("fast", loss=mean_nll)
@@ -68,6 +69,7 @@ def test_the_mean_nll_as_custom_loss_changes_nothing():
     assert worst(grads, custom_grads) < 1e-12
 
 
+@pytest.mark.exhaustive
 def test_a_custom_loss_without_targets_leaves_no_nan():
     """Here the softmax over no target."""
     model, inner, params, batch = setting()

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.slow
 # Options that do not interact share a case; with one suffix block its mixers are in the parallel
 # part, so attention in the loop over chunks needs two.
 CASES = {
-    "three suffix blocks, window of a chunk, full attention, grouped queries, clip active": {
+    "two suffix blocks, window of a chunk, full attention, grouped queries, clip active": {
         "model": {
-            "num_layers": 4,
-            "suffix_layers": 3,
+            "num_layers": 3,
+            "suffix_layers": 2,
             "window_size": 4,
             "mixers": ("window", "full"),
             "num_heads": 4,
@@ -114,7 +114,7 @@ def both_forms(config, batch, dtype):
 
 
 TYPICAL = (
-    "three suffix blocks, window of a chunk, full attention, grouped queries, clip active",
+    "two suffix blocks, window of a chunk, full attention, grouped queries, clip active",
     "no mixers",
 )
 
