@@ -19,6 +19,10 @@ class AbsentProcessError(UserError):
     """Other processes of the run have not come. Exit code 76: it may help to start all again."""
 
 
+class UnreachableError(UserError):
+    """A bucket does not answer, after retries. In training exit code 76, as starting again helps."""
+
+
 class ResumableError(UserError):
     """A failure not caused by the input; the same command continues when run again."""
 

@@ -9,7 +9,7 @@ from tttjax.config.fields import field_info
 from tttjax.config.limits import FLOAT_WORDS, INT_MAX, INT_WORDS, fits_float, read_number
 from tttjax.config.schema import all_fields, first_names
 from tttjax.errors import UserError
-from tttjax.io.paths import path_text
+from tttjax.io.paths import storage_text
 
 _WORDS = {int: INT_WORDS, float: FLOAT_WORDS, bool: "true or false", str: "a string"}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -101,7 +101,7 @@ def _scalar(name: str, value: Any, kind: Any) -> Any:
 
 
 def _expanded(name: str, value: Any, field: dataclasses.Field) -> Any:
-    return path_text(value, name) if field_info(field).path and value else value
+    return storage_text(value, name) if field_info(field).path and value else value
 
 
 def _check_limits(name: str, value: Any, field: dataclasses.Field) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tttjax.data.manifest import TARGETS, is_masked, parts_of
 from tttjax.errors import UserError
+from tttjax.io.paths import is_bucket, object_sizes
 
 
 def crc32_of(path: Path) -> int:
@@ -29,12 +30,14 @@ def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path,
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> int:
     """Total bytes of all shards; UserError if one is missing or has another size."""
     total = 0
+    listed = object_sizes(folder) if is_bucket(folder) else None
     for path, entry in _shard_files(folder, manifest):
         try:
-            size = path.stat().st_size
-        except OSError as error:
+            size = path.stat().st_size if listed is None else listed[path.name]
+        except (OSError, KeyError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no such object"
             raise UserError(
-                f"Shard file {path} is missing ({error.strerror}); copy it again, or prepare "
+                f"Shard file {path} is missing ({reason}); copy it again, or prepare "
                 "the data again with --overwrite."
             ) from error
         if size != entry["size"]:
@@ -55,10 +58,7 @@ def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
     files = list(_shard_files(folder, manifest))
     for path, entry in files:
         if crc32_of(path) != entry["crc32"]:
-            raise UserError(
-                f"Shard file {path} is corrupt (its checksum differs from the manifest's); copy it "
-                "again, or prepare the data again with --overwrite."
-            )
+            raise corrupt(path)
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             _check_index(folder, shard)
@@ -67,10 +67,18 @@ def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
     return len(files)
 
 
+def corrupt(path: Path) -> UserError:
+    """The error of a file whose checksum differs."""
+    return UserError(
+        f"Shard file {path} is corrupt (its checksum differs from the manifest's); copy it "
+        "again, or prepare the data again with --overwrite."
+    )
+
+
 def _check_targets(folder: Path, shard: dict[str, Any]) -> None:
     """UserError unless the spans of targets ascend, lie within the tokens and have the count."""
     path = folder / f"{shard['name']}.{TARGETS}"
-    spans = np.fromfile(path, "<i8").reshape(-1, 2)
+    spans = np.frombuffer(path.read_bytes(), "<i8").reshape(-1, 2)
     edges, sizes = spans.ravel(), spans[:, 1] - spans[:, 0]
     if (np.diff(edges, prepend=0, append=shard["tokens"]) < 0).any() or (sizes <= 0).any():
         problem = "has spans out of order or beyond the tokens"
@@ -84,7 +92,7 @@ def _check_targets(folder: Path, shard: dict[str, Any]) -> None:
 def _check_index(folder: Path, shard: dict[str, Any]) -> None:
     """UserError unless the index of documents has the counts of the manifest."""
     path = folder / f"{shard['name']}.documents"
-    index = np.fromfile(path, "<i8").reshape(-1, 2)
+    index = np.frombuffer(path.read_bytes(), "<i8").reshape(-1, 2)
     ends, sizes = index[:, 0], index[:, 1]
     tokens = int(ends[-1]) if len(ends) else 0
     if tokens != shard["tokens"] or (np.diff(ends, prepend=0) < 0).any():

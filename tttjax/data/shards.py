@@ -16,6 +16,7 @@ slice of a memory map. The manifest holds the size and CRC-32 of every file and 
 """
 
 import bisect
+import functools
 import json
 import os
 import zlib
@@ -26,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from tttjax.data.file_checks import check_sizes, check_sums
+from tttjax.data.file_checks import check_sizes, check_sums, corrupt
 from tttjax.data.manifest import SPAN_BYTES, TARGETS, is_masked, parse_manifest
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path
+from tttjax.io.block_cache import CachedObject, TokenArray
+from tttjax.io.paths import is_bucket, storage_path
 
 MANIFEST = "manifest.json"
 JOURNAL = "prepare.journal"
@@ -51,22 +53,49 @@ class Document:
 
 
 class _Shard:
-    """One memory-mapped shard. Token and document offsets are those within the split."""
+    """One shard, memory-mapped or in a bucket. Token and document offsets are within the split."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], dtype: np.dtype):
         self.path = folder / f"{entry['name']}.tokens"
         self.num_tokens: int = entry["tokens"]
         self.num_documents: int = entry["documents"]
-        self.tokens = np.memmap(self.path, dtype, "r", shape=(self.num_tokens,))
-        self.documents = np.memmap(
-            folder / f"{entry['name']}.documents", "<i8", "r", shape=(self.num_documents, 2)
-        )
         self.names_path = folder / f"{entry['name']}.names"
-        spans = entry["files"].get(TARGETS, {"size": 0})["size"] // SPAN_BYTES
-        path = folder / f"{entry['name']}.{TARGETS}"
-        self.targets: np.ndarray = (
-            np.memmap(path, "<i8", "r", shape=(spans, 2)) if spans else np.zeros((0, 2), "<i8")
-        )
+        self._folder, self._entry, self._dtype = folder, entry, dtype
+
+    @functools.cached_property
+    def tokens(self) -> Any:
+        """Sliced: [num_tokens] of the data set's dtype."""
+        if is_bucket(self.path):
+            return TokenArray(self._object("tokens"), self._dtype)
+        return np.memmap(self.path, self._dtype, "r", shape=(self.num_tokens,))
+
+    @functools.cached_property
+    def documents(self) -> np.ndarray:
+        """int64 [documents, 2]: end offset and bytes."""
+        return self._rows("documents", self.num_documents)
+
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """int64 [spans, 2]: start and end offset."""
+        size = self._entry["files"].get(TARGETS, {"size": 0})["size"]
+        return self._rows(TARGETS, size // SPAN_BYTES)
+
+    def _rows(self, part: str, count: int) -> np.ndarray:
+        if not count:
+            return np.zeros((0, 2), "<i8")
+        path = self._folder / f"{self._entry['name']}.{part}"
+        if not is_bucket(path):
+            return np.memmap(path, "<i8", "r", shape=(count, 2))
+        source = self._object(part)
+        content = source.read(0, source.size)
+        if zlib.crc32(content) != self._entry["files"][part]["crc32"]:
+            raise corrupt(path)
+        return np.frombuffer(content, "<i8").reshape(count, 2)
+
+    def _object(self, part: str) -> CachedObject:
+        file = self._entry["files"][part]
+        path = self._folder / f"{self._entry['name']}.{part}"
+        return CachedObject(path, file["size"], file["crc32"])
 
 
 class TokenSplit:
@@ -213,14 +242,15 @@ def open_prepared(
     """Opens a folder written by `tttjax prepare`.
 
     File sizes are always checked against the manifest. verify: also check the checksums; by default
-    if the files total at most 1 GiB (`tttjax prepare --check` checks any size).
+    if the files are here and total at most 1 GiB (`tttjax prepare --check` checks any).
     fingerprint: of the tokenizer that the caller's model was trained with.
     Raises UserError naming the file if one is missing or damaged, or if the tokenizer differs.
     """
-    folder = local_path(path)
+    folder = storage_path(path)
     manifest = read_manifest(folder)
     total = check_sizes(folder, manifest)
-    if verify or (verify is None and total <= AUTO_VERIFY_BYTES):
+    is_quick = total <= AUTO_VERIFY_BYTES and not is_bucket(folder)
+    if verify or (verify is None and is_quick):
         check_sums(folder, manifest)
     tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
     recorded = manifest["tokenizer"]["fingerprint"]

@@ -4,23 +4,33 @@ import contextlib
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tttjax.errors import UserError
 from tttjax.io.locks import hold
-from tttjax.io.paths import local_path
+from tttjax.io.paths import is_bucket, local_path, storage_path
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """The path of a temporary file, which replaces `path` after the block and an fsync.
 
+    For a path in a bucket, it is copied there, where an object appears when it is complete.
+
     On an exception it is removed and `path` is unchanged. Its name contains the pid, so that
     concurrent writers do not mix: the last to finish wins. Its permissions follow the umask, also
     for libraries that write files readable by the owner only.
     """
-    path = Path(path)
+    path = storage_path(path)
+    if is_bucket(path):
+        from tttjax.io.buckets import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder, path.name))
+            upload(temporary, path)
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     mode = _usual_mode(temporary)
     try:
@@ -48,7 +58,7 @@ def write_files(
     out: str | os.PathLike, writers: Mapping[str, Callable[[Path], object]]
 ) -> dict[str, Path]:
     """Writes each file under `out` atomically; returns their paths by name."""
-    folder = local_path(out)
+    folder = storage_path(out)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / name for name in writers}
     for name, write in writers.items():

@@ -1,13 +1,17 @@
-"""User-supplied paths: local files and folders, with `~` expanded, and URLs of texts."""
+"""User-supplied paths: local files and folders, with `~` expanded, buckets, and URLs of texts."""
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tttjax.errors import UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_BUCKET = re.compile(r"(gs|s3)://")
 
 
 def local_path(value: str | os.PathLike, option: str = "") -> Path:
@@ -36,6 +40,56 @@ def local_path(value: str | os.PathLike, option: str = "") -> Path:
     return path.absolute() if would_expand_again else path
 
 
+def is_bucket(value: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return _BUCKET.match(os.fspath(value)) is not None
+
+
+def storage_path(value: str | os.PathLike, option: str = "") -> Path:
+    """`value` as a path in a bucket (`gs://`, `s3://`) or as `local_path`; idempotent.
+
+    Both have the methods of pathlib that the callers use (`buckets.BucketPath`). Raises UserError
+    as `local_path` does, and if the bucket cannot be reached.
+    """
+    text = os.fspath(value)
+    if not is_bucket(text):
+        return local_path(value, option)
+    from tttjax.io.buckets import open_bucket  # slow to import
+
+    return open_bucket(text, f"{option}={text}" if option else text)
+
+
+def storage_text(value: str | os.PathLike, option: str = "") -> str:
+    """`path_text` of a path that may be in a bucket, which is not reached."""
+    text = os.fspath(value)
+    return text if is_bucket(text) else path_text(text, option)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a folder and what is in it, wherever it is."""
+    if is_bucket(path):
+        bucket_path: Any = path
+        bucket_path.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """(folder, names of its folders, names of its files) from the top, as `os.walk`."""
+    anywhere: Any = root
+    yield from anywhere.walk() if is_bucket(root) else (
+        (Path(folder), folders, files) for folder, folders, files in os.walk(root)
+    )
+
+
+def object_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the objects in a folder of a bucket, by name, from one listing."""
+    from tttjax.io.buckets import file_system
+
+    found = file_system(folder).find(str(folder), maxdepth=1, detail=True)
+    return {name.rpartition("/")[2]: info["size"] for name, info in found.items()}
+
+
 def path_text(value: str | os.PathLike, option: str = "") -> str:
     """`local_path` as text; unchanged where nothing is expanded."""
     text = os.fspath(value)
@@ -44,8 +98,9 @@ def path_text(value: str | os.PathLike, option: str = "") -> str:
 
 
 def absolute_path(value: str | os.PathLike, option: str = "") -> str:
-    """`local_path` made absolute; symbolic links are not resolved."""
-    return str(local_path(value, option).absolute())
+    """`local_path` made absolute; symbolic links are not resolved. A path in a bucket is so."""
+    text = os.fspath(value)
+    return text if is_bucket(text) else str(local_path(value, option).absolute())
 
 
 def is_url(value: str | os.PathLike) -> bool:

@@ -30,6 +30,7 @@ import numpy as np
 
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import is_bucket, storage_path
 from tttjax.io.sealed import read_object
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -271,7 +272,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     from tttjax.data.tokenizers.huggingface import HuggingFaceTokenizer
     from tttjax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
-    directory = Path(directory)
+    directory = storage_path(directory)
     path = directory / CONFIG_FILE
     try:
         config = read_object(path.read_text(encoding="utf-8"))
@@ -331,20 +332,24 @@ def _check_definition(path: Path, config: dict[str, Any], tokenizer: Tokenizer) 
 
 
 def copy_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> None:
-    """Copies the folder of a saved tokenizer atomically, unless the same one is there.
+    """Copies the folder of a saved tokenizer, unless the same one is there; on disks atomically.
 
     Replaces a different or damaged tokenizer.
     """
-    source, directory = Path(source), Path(directory)
+    source, directory = storage_path(source), storage_path(directory)
     with contextlib.suppress(UserError):
         if load_tokenizer(directory).fingerprint() == load_tokenizer(source).fingerprint():
             return
+    if is_bucket(directory):  # the definition last, which tells whether the others belong to it
+        for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            (directory / path.name).write_bytes(path.read_bytes())
+        return
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         for path in source.iterdir():  # without permissions, which are those of the data set
-            shutil.copyfile(path, temporary / path.name)
+            (temporary / path.name).write_bytes(path.read_bytes())
         if directory.exists():
             shutil.rmtree(directory)
         os.replace(temporary, directory)
@@ -356,6 +361,6 @@ def copy_tokenizer(source: str | os.PathLike, directory: str | os.PathLike) -> N
 def read_model(path: str | os.PathLike, what: str) -> bytes:
     """Bytes of a model file; UserError if it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return storage_path(path).read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read the {what} {path}: {error.strerror}.") from error

@@ -23,6 +23,7 @@ from tttjax.data.tokenizers.base import (
 )
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import storage_path
 
 _MODEL_FILE = "tokenizer.json"
 TEMPLATE_FILE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
@@ -79,7 +80,7 @@ class HuggingFaceTokenizer:
         for token in self.eos_ids:
             self._special_id(path, "eos", token, ())
         self.lossless = is_lossless(self)
-        self.chat_template = _chat_template(Path(path).parent)
+        self.chat_template = _chat_template(storage_path(path).parent)
 
     def _special_id(
         self, path, role: str, requested: int | None, names: Sequence[str]

@@ -1,0 +1,236 @@
+"""Folders in buckets, `gs://` and `s3://`: paths with the methods of pathlib, by etils and fsspec.
+
+A bucket has objects and no folders: every name with objects below it is a folder, objects are
+written whole, and nothing is appended, linked or renamed in one step.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from etils.epath import gpath
+
+from tttjax.errors import UnreachableError, UserError, install_extra
+from tttjax.runtime.progress import report_activity
+
+_PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: extra, package
+_DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # after the retries of the package itself, about 30 s each time
+_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "s3fs", "requests")
+# Errors of tensorstore, which reads and writes the arrays of checkpoints.
+_STORE_ERROR = re.compile(
+    r"(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|NOT_FOUND)\b.*"
+    r"(https?://|gs://|s3://)",
+    re.DOTALL,
+)
+T = TypeVar("T")
+
+
+class BucketPath(gpath.PosixGPath):
+    """A path in a bucket, as etils has them, with what else the callers use of pathlib."""
+
+    def absolute(self) -> "BucketPath":
+        return self
+
+    def resolve(self, strict: bool = False) -> "BucketPath":
+        return self
+
+    def exists(self) -> bool:
+        return self._is_bucket() or super().exists()
+
+    def is_dir(self) -> bool:
+        return self._is_bucket() or super().is_dir()
+
+    def is_file(self) -> bool:
+        return self.exists() and not self.is_dir()
+
+    def _is_bucket(self) -> bool:  # or above it; `open_bucket` has seen that it exists
+        return len(self.parts) <= 3
+
+    def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
+        """Does nothing: a folder is there with its first object, and not without one."""
+
+    def rmdir(self) -> None:
+        """Does nothing, as `mkdir`."""
+
+    def rename(self, target: str | os.PathLike) -> "BucketPath":
+        """Copies all objects below, then deletes them; interrupted, it leaves one of both whole."""
+        system, before, after = file_system(self), str(self), BucketPath(target)
+        if after.exists():
+            raise FileExistsError(f"{after} exists already")
+        prefix = before.partition("://")[2]
+        objects = system.find(before)
+        for name in objects:
+            system.copy(name, f"{after}{name.removeprefix(prefix)}")
+        system.rm(objects)
+        return after
+
+    def walk(self, **_: Any) -> Iterator[Any]:
+        scheme = self.parts[1]
+        for folder, folders, files in file_system(self).walk(str(self)):
+            yield BucketPath(f"{scheme}://{folder}"), folders, files
+
+    def open(self, mode: str = "r", *, encoding=None, errors=None, newline=None, **_: Any) -> Any:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": errors, "newline": newline}
+        return file_system(self).open(str(self), mode, **text)
+
+    def stat(self, *, follow_symlinks: bool = True) -> Any:
+        """`st_size` alone."""
+        size = file_system(self).info(str(self))["size"]
+        return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
+
+
+def open_bucket(text: str, label: str) -> Path:
+    """The path of a folder or object in a bucket, which is reached once per process.
+
+    label: the path with its option, for errors. Raises UserError without the package, for
+    credentials in the path, and for a bucket that is missing or not readable.
+    """
+    parts = urlsplit(text)
+    scheme = parts.scheme
+    extra, package = _PACKAGES[scheme]
+    if parts.username or parts.password or parts.query or not parts.netloc:
+        shown = f"{scheme}://{parts.hostname or ''}{parts.path}"
+        problem = "holds credentials or options" if parts.netloc else "names no bucket"
+        raise UserError(f"{shown} {problem}; write {scheme}://BUCKET/FOLDER alone.")
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{label} needs {package}: {install_extra(extra)}.")
+    path: Any = BucketPath(text)
+    _reach(scheme, parts.netloc)
+    return path
+
+
+@functools.cache
+def _reach(scheme: str, bucket: str) -> None:
+    name = f"{scheme}://{bucket}"
+    with report_activity(f"looking for the bucket {name}"), translating(name):
+        try:
+            file_system(name).find(f"{bucket}/.tttjax/none")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the bucket {name} does not exist; check its name, or create it."
+            ) from error
+
+
+def file_system(path: str | os.PathLike) -> Any:
+    """The file system of fsspec, which has no cache of listings: other hosts write, too."""
+    return _file_system(os.fspath(path).partition("://")[0])
+
+
+@functools.cache
+def _file_system(scheme: str) -> Any:
+    # Before the first import of gcsfs, and for the paths of etils that Orbax makes itself.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks another service
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    import fsspec  # slow, and not needed for files of this machine
+
+    for logger in ("gcsfs", "s3fs"):  # they log the tracebacks of what they raise
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    for name in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    return fsspec.filesystem(scheme)
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Creates an object; False if it exists. Of several processes one succeeds."""
+    system = file_system(path)
+    try:
+        if system.exists(str(path)):
+            return False
+        system.pipe_file(str(path), content, mode="create")
+    except FileExistsError:
+        return False
+    except Exception as error:
+        if getattr(error, "code", None) == 412:  # gcsfs: its condition did not hold
+            return False
+        raise
+    return True
+
+
+def upload(source: Path, path: Path) -> None:
+    """Copies a local file into an object, which appears when it is complete."""
+    retried(f"writing {path}", lambda: file_system(path).put_file(str(source), str(path)))
+
+
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """Bytes of an object."""
+    return retried(
+        f"reading {path}", lambda: file_system(path).cat_file(str(path), start=start, end=stop)
+    )
+
+
+def retried(what: str, call: Callable[[], T]) -> T:
+    """The result of a call; repeated a few times while the bucket does not answer.
+
+    Raises UnreachableError after that, or at once for wrong credentials.
+    """
+    for delay_s in _DELAYS_S:
+        try:
+            with report_activity(what):
+                return call()
+        except Exception as error:
+            if not is_bucket_error(error) or _is_refusal(error):
+                break
+            print(
+                f"note: {what} failed ({_in_short(error)}); again in {delay_s:g} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(delay_s)
+    with translating(what.split()[-1]):
+        return call()
+
+
+@contextlib.contextmanager
+def translating(name: str | os.PathLike) -> Iterator[None]:
+    """Raises UnreachableError for what a bucket's libraries raise, other than a missing object."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FileNotFoundError | UserError) or not is_bucket_error(error):
+            raise
+        raise unreachable(name, error) from error
+
+
+def unreachable(name: str | os.PathLike, error: BaseException) -> UnreachableError:
+    """The error for the user. name: the bucket, or a path in it."""
+    remedy = (
+        "check the credentials of this host, and that they may read and write there"
+        if _is_refusal(error)
+        else "check the network and the credentials of this host, and run the same command again"
+    )
+    return UnreachableError(f"{name} cannot be reached ({_in_short(error)}): {remedy}.")
+
+
+def is_bucket_error(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is of a library that talks to buckets."""
+    while error is not None:
+        module = type(error).__module__.partition(".")[0]
+        if module in _LIBRARIES or isinstance(error, PermissionError | TimeoutError):
+            return True
+        if isinstance(error, ConnectionError) or _STORE_ERROR.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_refusal(error: BaseException) -> bool:
+    name = type(error).__name__
+    status = getattr(error, "code", None)
+    return (
+        isinstance(error, PermissionError)
+        or "Credential" in name
+        or status in (401, 403, "401", "403")
+    )
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
