@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import tttjax
 from tttjax.cli.error_sentences import error_sentence
@@ -22,7 +22,7 @@ from tttjax.config.files import OVERRIDE_PREFIX, use_code
 from tttjax.config.values import nearest
 from tttjax.errors import AbsentProcessError, UserError
 from tttjax.exit_codes import BROKEN_PIPE, INTERRUPTED, LOST, USER_ERROR
-from tttjax.io.paths import path_text, text_path
+from tttjax.io.paths import path_text
 from tttjax.runtime import progress
 from tttjax.runtime.compilation_cache import enable_compilation_cache
 from tttjax.runtime.libtpu import quieten_libtpu
@@ -162,7 +162,10 @@ _PATH_METAVARS = ("DIR", "FILE", "NEW", "PATH", "TABLE", "WORKDIR")
 
 
 def _expand_path_arguments(parser: argparse.ArgumentParser) -> None:
-    """Makes all path arguments of a command expand `~` and reject URLs, except `text_path`s."""
+    """Makes all path arguments of a command expand `~` and reject URLs.
+
+    A type `text_path` allows URLs, `storage_text` buckets.
+    """
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for subparser in action.choices.values():
@@ -172,7 +175,7 @@ def _expand_path_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _path_argument(action: argparse.Action) -> Callable[[str], str]:
-    parse = path_text if action.type is None else text_path
+    parse: Any = action.type or path_text
     name = action.option_strings[0] if action.option_strings else ""
     return lambda text: parse(text, name) if text else text
 

@@ -25,7 +25,7 @@ from dataclasses import fields
 from tttjax.cli.flag_types import float32, int32, uint32
 from tttjax.data.prepare_settings import PrepareSettings
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path, text_path
+from tttjax.io.paths import storage_path, storage_text, text_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".bz2, .zst) is one document, as is each line of JSON Lines (.jsonl, .ndjson, .json) and "
         "each row of Parquet",
     )
-    add("--out", metavar="DIR", help="output folder of the data set")
+    add(
+        "--out",
+        type=storage_text,
+        metavar="DIR",
+        help="output folder of the data set, here or in a bucket (gs://, s3://)",
+    )
     add(
         "--tokenizer",
         metavar="PATH",
@@ -114,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an existing data set in --out",
     )
-    add("--check", metavar="DIR", help="only verify the checksums of a prepared data set")
+    add("--check", type=storage_text, metavar="DIR", help="only verify the checksums of a prepared data set")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         from tttjax.data import file_checks, shards
 
-        folder = local_path(args.check, "--check")
+        folder = storage_path(args.check, "--check")
         shards.open_prepared(folder, verify=False)
         count = file_checks.check_sums(folder, shards.read_manifest(folder))
         print(f"{folder}: all {count} checksums match")

@@ -5,6 +5,7 @@ number of workers. The manifest is written last: a folder with a manifest is fin
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +21,19 @@ from tttjax.data.prepare_pass import InputSource, Log, PreparePass, write_json
 from tttjax.data.prepare_settings import PrepareSettings
 from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
 from tttjax.data.splits import VAL, SplitRule, read_split_manifest
-from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, copy_tokenizer, load_tokenizer
 from tttjax.data.tokenizers.vocabulary import make_tokenizer
-from tttjax.errors import ResumableError, UserError
+from tttjax.errors import ResumableError, UnreachableError, UserError
+from tttjax.io.block_cache import cache_folder
 from tttjax.io.locks import FOLDER_LOCK, Lock, hold
-from tttjax.io.paths import local_path, path_text, text_path
+from tttjax.io.paths import (
+    is_bucket,
+    object_sizes,
+    path_text,
+    remove_tree,
+    storage_path,
+    text_path,
+)
 from tttjax.io.sealed import SEAL, read_object
 
 MOST_WORKERS = 1024
@@ -64,7 +73,7 @@ def prepare(
             f"prepare: {len(source.ignored)} .json files of folders are ignored: they are single "
             f"JSON documents, not JSON lines (the first: {source.ignored[0].path})"
         )
-    folder = local_path(out_dir, "--out")
+    folder = storage_path(out_dir, "--out")
     try:
         _prepare(parsed, source, folder, num_workers, overwrite, log)
     except OSError as error:
@@ -87,8 +96,9 @@ def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite
         # The folder may be read-only, so no lock is taken.
         log(f"prepare: {folder} is already prepared with these settings")
         return
+    prepare_alone = _prepare_in_bucket if is_bucket(folder) else _prepare_alone
     with hold(folder) as lock:
-        _prepare_alone(settings, source, folder, request, num_workers, overwrite, log, lock)
+        prepare_alone(settings, source, folder, request, num_workers, overwrite, log, lock)
 
 
 def _prepare_alone(
@@ -110,7 +120,7 @@ def _prepare_alone(
     if journal is not None:
         try:
             _write_all(settings, source, build_dir, num_workers, journal, log, lock)
-        except ResumableError:
+        except (ResumableError, UnreachableError):
             raise
         except UserError:
             if journal is request:  # started by this call; an earlier call's work stays
@@ -118,6 +128,50 @@ def _prepare_alone(
             raise
     if build_dir != folder:
         _replace_folder(build_dir, folder)
+
+
+def _prepare_in_bucket(
+    settings,
+    source: InputSource,
+    folder: Path,
+    request,
+    num_workers,
+    overwrite: bool,
+    log: Log,
+    lock: Lock,
+) -> None:
+    """Builds the shards in a local folder, and uploads each when it is complete."""
+    if overwrite and (folder / MANIFEST).exists():
+        remove_prepared(folder, keep_folder=True)
+    if _claim(folder, request, replaceable=overwrite) is None:
+        log(f"prepare: {folder} is already prepared with these settings")
+        return
+    digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    local = cache_folder().with_name("prepare") / digest
+    journal = _claim(local, request, replaceable=True)
+    if journal is None or not _are_uploaded(journal, folder):
+        remove_prepared(local)
+        journal = _claim(local, request, replaceable=True)
+    try:
+        _write_all(settings, source, local, num_workers, journal, log, lock, folder)
+    except (ResumableError, UnreachableError):
+        raise
+    except UserError:
+        remove_prepared(local)
+        remove_prepared(folder, keep_folder=True)
+        raise
+    shutil.rmtree(local)
+
+
+def _are_uploaded(journal: dict[str, Any], bucket: Path) -> bool:
+    """Whether the bucket has the shards that an interrupted call had completed."""
+    sizes = object_sizes(bucket)
+    return all(
+        sizes.get(f"{shard['name']}.{part}") == file["size"]
+        for writer in journal.get("writers", {}).values()
+        for shard in writer["shards"]
+        for part, file in shard["files"].items()
+    )
 
 
 def _choose_build_dir(folder: Path, request: dict[str, Any], overwrite: bool) -> Path:
@@ -171,8 +225,16 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 
 def _write_all(
-    settings, source: InputSource, folder: Path, num_workers, journal, log: Log, lock: Lock
+    settings,
+    source: InputSource,
+    folder: Path,
+    num_workers,
+    journal,
+    log: Log,
+    lock: Lock,
+    bucket: Path | None = None,
 ) -> None:
+    """bucket: where the data set goes from the local `folder`; None: it stays."""
     listed = read_split_manifest(settings.split_manifest) if settings.split_manifest else None
     rule = SplitRule(settings.val_fraction, settings.seed, listed, journal.get("forced", {}))
     if not (folder / TOKENIZER_DIR / CONFIG_FILE).exists():
@@ -184,7 +246,7 @@ def _write_all(
             f"The tokenizer {settings.tokenizer} has no EOS; give its id with --eos-id."
         )
     workers = default_workers(source.total_bytes) if num_workers is None else num_workers
-    run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock)
+    run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket)
     splits = run.write()
     if second_pass := run.plan_second_pass(splits):
         what = next(iter(second_pass.get("forced", ["the end of the only document"])))
@@ -192,10 +254,12 @@ def _write_all(
         journal = {key: journal[key] for key in ("settings", "inputs")} | second_pass
         write_json(folder / JOURNAL, journal)
         rule = replace(rule, forced=second_pass.get("forced", {}))
-        run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock)
+        run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket)
         splits = run.write()
     lock.check()
-    _finish(folder, journal, splits, run, tokenizer, log)
+    if bucket:
+        copy_tokenizer(folder / TOKENIZER_DIR, bucket / TOKENIZER_DIR)
+    _finish(bucket or folder, journal, splits, run, tokenizer, log)
 
 
 def _plain(settings: PrepareSettings) -> dict[str, Any]:
@@ -249,7 +313,7 @@ def remove_prepared(folder: Path, *, keep_folder: bool = False) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in _shard_paths(folder):
         path.unlink()
-    shutil.rmtree(folder / TOKENIZER_DIR, ignore_errors=True)
+    remove_tree(folder / TOKENIZER_DIR)
     (folder / JOURNAL).unlink(missing_ok=True)
     if not keep_folder and not any(folder.iterdir()):
         folder.rmdir()

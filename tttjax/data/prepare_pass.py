@@ -26,9 +26,10 @@ from tttjax.data.tokenizers.base import CONFIG_FILE
 from tttjax.data.tokenizers.huggingface import TEMPLATE_FILE
 from tttjax.data.writer import EncodedSpan, SplitWriter
 from tttjax.errors import UserError
-from tttjax.io.atomic import atomic_write
+from tttjax.io.atomic import atomic_write, upload
 from tttjax.io.paths import is_url
 from tttjax.io.sealed import sealed
+from tttjax.runtime.progress import report_activity
 
 JOURNAL_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
@@ -124,12 +125,18 @@ def _hash(value: Any) -> str:
 
 
 class PreparePass:
-    """One pass over the inputs, resumed from the state in the journal."""
+    """One pass over the inputs, resumed from the state in the journal.
 
-    def __init__(self, settings, source, folder, rule, tokenizer, workers, journal, log, lock):
+    bucket: where complete shards go from the local `folder`; None: they stay.
+    """
+
+    def __init__(
+        self, settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket=None
+    ):
         self.settings, self.source, self.folder = settings, source, folder
         self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
         self.journal, self.log, self.lock = journal, log, lock
+        self._bucket = bucket
         self._tail_of: str = journal.get("tail_of", "")  # the only document; its tail is held out
         self._tail_at: int = journal.get("tail_at", 0)
         self._position = 0  # in that document
@@ -149,7 +156,14 @@ class PreparePass:
             min_tokens=self.settings.min_document_tokens,
             is_masked=self.settings.chat,
             state=state,
+            **({"on_closed": self._upload} if self._bucket else {}),
         )
+
+    def _upload(self, shard: dict[str, Any]) -> None:
+        with report_activity(f"writing {self._bucket / shard['name']}"):
+            for part in shard["files"]:
+                name = f"{shard['name']}.{part}"
+                upload(self.folder / name, self._bucket / name)
 
     def write(self) -> dict[str, dict[str, Any]]:
         """Writes all shards; split -> manifest entry."""
@@ -191,6 +205,11 @@ class PreparePass:
         writers = {split: writer.state() for split, writer in self.writers.items()}
         state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
         write_json(self.folder / JOURNAL, state)
+        if self._bucket:  # not before the journal says that they are complete
+            for writer in writers.values():
+                for shard in writer["shards"]:
+                    for part in shard["files"]:
+                        (self.folder / f"{shard['name']}.{part}").unlink(missing_ok=True)
 
     def missing_purpose(self, nonempty: Collection[str]) -> str:
         """What the missing documents are needed for; "" if none is missing."""
@@ -218,7 +237,7 @@ class PreparePass:
         if not counts[full] or "mended" in self.journal:
             return {}
         dtype = token_dtype(self.tokenizer.vocab_size)
-        names = shards.TokenSplit(self.folder, full, splits[full], dtype).document_names()
+        names = shards.TokenSplit(self._bucket or self.folder, full, splits[full], dtype).document_names()
         if counts[full] == 1:
             content = splits[full]["tokens"] - self.settings.add_bos - self.settings.add_eos
             tail_at = int(content * (1 - self.settings.val_fraction))

@@ -7,6 +7,7 @@ and appends; the CRC-32 of a file continues from the recorded value.
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -105,7 +106,7 @@ class SplitWriter:
     Prepends BOS and appends EOS to each document if given, and drops documents without text or of
     fewer than `min_tokens` tokens (BOS and EOS included). A document lies in one shard; a shard is
     closed after the document that fills it. is_masked: spans say which tokens are targets; BOS and
-    EOS that are added are none.
+    EOS that are added are none. on_closed: called with the state of a shard that is complete.
     """
 
     def __init__(
@@ -120,8 +121,10 @@ class SplitWriter:
         min_tokens: int = 0,
         is_masked: bool = False,
         state: dict[str, Any] | None = None,
+        on_closed: Callable[[dict[str, Any]], None] = lambda shard: None,
     ):
         self._folder, self.split, self._dtype = folder, split, dtype
+        self._on_closed = on_closed
         self._is_masked = is_masked
         self._shard_tokens, self._min_tokens = shard_tokens, min_tokens
         self._head = np.array([] if bos is None else [bos], dtype)
@@ -185,6 +188,7 @@ class SplitWriter:
             self._shards.append(self._shard.state())
             self._shard.close()
             self._shard = None
+            self._on_closed(self._shards[-1])
 
     def state(self) -> dict[str, Any]:
         """JSON state to resume from. Call it only between documents."""

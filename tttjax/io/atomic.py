@@ -25,8 +25,6 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = storage_path(path)
     if is_bucket(path):
-        from tttjax.io.buckets import upload
-
         with tempfile.TemporaryDirectory() as folder:
             yield (temporary := Path(folder, path.name))
             upload(temporary, path)
@@ -42,6 +40,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def upload(source: Path, path: Path) -> None:
+    """Copies a file into an object of a bucket. Raises UnreachableError after retries."""
+    from tttjax.io import buckets  # slow to import
+
+    buckets.upload(source, path)
 
 
 def _usual_mode(path: Path) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from tttjax.errors import UserError
-from tttjax.io.buckets import read_range
 from tttjax.io.paths import local_path
 
 FOLDER, BUDGET = "TTTJAX_DATA_CACHE", "TTTJAX_DATA_CACHE_GB"
@@ -49,6 +48,8 @@ class CachedObject:
         return content[start - first * BLOCK : stop - first * BLOCK]
 
     def _fetch(self, run: list[int]) -> dict[int, bytes]:
+        from tttjax.io.buckets import read_range  # slow to import
+
         start, stop = run[0] * BLOCK, min((run[-1] + 1) * BLOCK, self.size)
         content = read_range(self.path, start, stop)
         if len(content) != stop - start:

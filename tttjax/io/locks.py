@@ -5,6 +5,9 @@ mtime every few seconds. A process on the same host asks the operating system wh
 lives. One on another host, or in another container, watches whether the mtime changes. It compares
 two observations of the file, never a clock, because clocks of hosts differ.
 
+In a bucket the lock is an object, created only if there is none, and the heartbeat writes a count
+into it.
+
 Not a library, because operating-system locks do not reach other hosts on many shared disks, and
 filelock's file-based locks stay for ever after a holder was killed.
 """
@@ -20,17 +23,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from tttjax.errors import UserError
+from tttjax.io.paths import is_bucket, storage_path
 from tttjax.runtime.ending import at_sudden_end
 
 FOLDER_LOCK = ".lock"
 HEARTBEAT_SECONDS = 3.0
 WATCH_SECONDS = 20.0  # several heartbeats, also on shared disks that report changes late
+BUCKET_WATCH_SECONDS = 40.0  # as long as a request is tried again
+SETTLE_SECONDS = 2.0  # after which of several processes that took a lock over all see whose it is
 Log = Callable[[str], None]
 
 
@@ -65,7 +71,7 @@ def hold(
     exit_on_sigterm: bool = True,
     log: Log = _log_to_stderr,
     heartbeat_s: float = HEARTBEAT_SECONDS,
-    watch_s: float = WATCH_SECONDS,
+    watch_s: float | None = None,
 ) -> Iterator[Lock]:
     """Holds the lock of a folder, or with `beside` that of a file or folder.
 
@@ -73,28 +79,34 @@ def hold(
     and removed at the end if empty.
     exit_on_sigterm: SIGTERM raises SystemExit(143), which removes the lock and partial output.
     log: called with a line about waiting, or about taking over from a process that has ended.
-    heartbeat_s: seconds between heartbeats. watch_s: how long to watch for those of another host.
+    heartbeat_s: seconds between heartbeats. watch_s: how long to watch for those of another host
+    (default: WATCH_SECONDS, in a bucket BUCKET_WATCH_SECONDS).
     Raises LockHeldError that names the holder, if there is one; UserError if a file is at a
     folder's path.
     """
-    path = Path(path)
+    path = storage_path(path)
     target = path.absolute()
+    if watch_s is None:
+        watch_s = BUCKET_WATCH_SECONDS if is_bucket(path) else WATCH_SECONDS
     if not beside and target.exists() and not target.is_dir():
         raise UserError(f"{path} is a file; name a folder.")
     lock_path = target.with_name(f".{target.name}.lock") if beside else target / FOLDER_LOCK
     me, lock, stop = _Holder.me(), Lock(path), threading.Event()
+    heartbeat_args = (lock_path, me.token, heartbeat_s, stop, lock.lost)
+    thread = threading.Thread(target=_heartbeat, args=heartbeat_args, daemon=True)
     with (
         _folder_for_lock(lock_path.parent),
         _sigterm_as_exit() if exit_on_sigterm else contextlib.nullcontext(),
     ):
         try:
             _acquire(lock_path, me, path, watch_s, log)
-            heartbeat_args = (lock_path, me.token, heartbeat_s, stop, lock.lost)
-            threading.Thread(target=_heartbeat, args=heartbeat_args, daemon=True).start()
+            thread.start()
             with at_sudden_end(lambda _: _release(lock_path, me.token)):
                 yield lock
         finally:
             stop.set()
+            if thread.is_alive():  # it must not write a heartbeat after the release
+                thread.join(2 * heartbeat_s)
             _release(lock_path, me.token)
 
 
@@ -106,6 +118,7 @@ class _Holder:
     """The process that holds a lock. Pids are comparable where boot and namespace are equal.
 
     started: in clock ticks since boot, to detect a reused pid. Fields are "" where unknown.
+    beats: heartbeats so far, of a lock in a bucket.
     """
 
     host: str
@@ -115,6 +128,7 @@ class _Holder:
     started: str
     since: str
     token: str
+    beats: int = 0
 
     @classmethod
     def me(cls) -> "_Holder":
@@ -161,7 +175,7 @@ def _state_and_start(pid: str) -> tuple[str, str]:
 
 
 class _LockState(NamedTuple):
-    """Content and mtime (ns) of a lock file, read together."""
+    """Content and mtime (ns; 0 in a bucket) of a lock file, read together."""
 
     content: bytes
     mtime_ns: int
@@ -178,6 +192,8 @@ class _LockState(NamedTuple):
 
 def _read_lock(lock_path: Path) -> _LockState | None:
     try:
+        if is_bucket(lock_path):
+            return _LockState(lock_path.read_bytes(), 0)
         with lock_path.open("rb") as file:  # reopened, because shared disks cache attributes
             return _LockState(file.read(), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
@@ -202,7 +218,7 @@ def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log)
                 f"looking for {watch_s:g} s whether it is alive"
             )
             current = _watch(lock_path, state, watch_s)
-            if current is None or current.content != state.content:
+            if current is None or _token(current) != _token(state):
                 continue
             if current != state:
                 raise _held_error(path, holder)
@@ -220,6 +236,10 @@ def _held_error(path: Path, holder: _Holder | None) -> LockHeldError:
 
 def _create(lock_path: Path, me: _Holder) -> bool:
     """Creates the lock file; False if it exists."""
+    if is_bucket(lock_path):
+        from tttjax.io.buckets import create
+
+        return create(lock_path, _content(me))
     lock_path.parent.mkdir(parents=True, exist_ok=True)  # another holder may have removed it
     try:
         with lock_path.open("xb") as file:
@@ -238,6 +258,10 @@ def _content(me: _Holder) -> bytes:
     return json.dumps(asdict(me)).encode()
 
 
+def _token(state: _LockState) -> str | bytes:
+    return state.holder.token if state.holder else state.content
+
+
 def _watch(lock_path: Path, state: _LockState, watch_s: float) -> _LockState | None:
     """The file's state once it differs from `state`, or after watch_s."""
     end, current = time.monotonic() + watch_s, _read_lock(lock_path)
@@ -249,6 +273,12 @@ def _watch(lock_path: Path, state: _LockState, watch_s: float) -> _LockState | N
 
 def _take_over(lock_path: Path, state: _LockState, me: _Holder) -> bool:
     """Replaces the file if its state is unchanged; of several processes one succeeds."""
+    if is_bucket(lock_path):
+        if _read_lock(lock_path) != state:
+            return False
+        lock_path.write_bytes(_content(me))
+        time.sleep(SETTLE_SECONDS)
+        return _read_lock(lock_path) == _LockState(_content(me), 0)
     folder = os.open(lock_path.parent, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # without flock the last one has it, and the others
@@ -268,16 +298,19 @@ def _heartbeat(
 ) -> None:
     """Renews the file's mtime until `stop`; sets `lost` if another process took it over."""
     while not stop.wait(heartbeat_s):
-        with contextlib.suppress(OSError):  # a disk that is temporarily unavailable
+        with contextlib.suppress(Exception):  # a disk or bucket that is temporarily unavailable
             state = _read_lock(lock_path)
             if state and state.holder and state.holder.token != token:
                 lost.set()
                 return
-            os.utime(lock_path)
+            if not is_bucket(lock_path):
+                os.utime(lock_path)
+            elif state and state.holder and not stop.is_set():
+                lock_path.write_bytes(_content(replace(state.holder, beats=state.holder.beats + 1)))
 
 
 def _release(lock_path: Path, token: str) -> None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
         state = _read_lock(lock_path)
         if state and state.holder and state.holder.token == token:
             lock_path.unlink()
