@@ -97,7 +97,9 @@ def load(
     sequences). Raises UserError if something is missing or does not fit.
     """
     folder = None if tokenizer is None else Path(tokenizer)
-    return LoadedRun(load_model(Path(workdir), tokenizer=folder, mode=mode, max_length=max_length))
+    return LoadedRun(
+        load_model(os.fspath(workdir), tokenizer=folder, mode=mode, max_length=max_length)
+    )
 
 
 def build_model(config: Config | str) -> Transformer:
@@ -240,11 +242,11 @@ def evaluate(
     the runs in tables (default: their folders'). `.table` is the result as text, `.series` the
     sums. Raises UserError for runs that do not compare.
     """
-    folder = None if data is None else Path(data)
+    folder = None if data is None else os.fspath(data)
     if names and len(names) != len(workdirs):
         raise UserError(f"there are {len(names)} names for {len(workdirs)} runs; give one for each")
     labels = names or [""] * len(workdirs)
-    runs = [RunSpec(Path(path), name) for path, name in zip(workdirs, labels, strict=True)]
+    runs = [RunSpec(os.fspath(path), name) for path, name in zip(workdirs, labels, strict=True)]
     return compare(runs, data=folder, modes=(modes,) if isinstance(modes, str) else modes)
 
 

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tttjax.cli.config_argument import add_code_argument
@@ -29,6 +28,7 @@ from tttjax.config import EvalConfig
 from tttjax.config.schema import RULES
 from tttjax.config.values import check_value
 from tttjax.errors import UserError
+from tttjax.io.paths import storage_path, storage_text
 from tttjax.runs.modes import DYNAMIC_PATHS, MODES
 
 if TYPE_CHECKING:
@@ -38,15 +38,31 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax evaluate`."""
     add = parser.add_argument
-    add("workdirs", nargs="+", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add(
+        "workdirs",
+        nargs="+",
+        type=storage_text,
+        metavar="WORKDIR",
+        help="work directory or checkpoint of a run",
+    )
     add(
         "--names",
         type=list_of(str),
         metavar="a,b",
         help="labels of the runs (default: folder names)",
     )
-    add("--out", metavar="DIR", help="output folder (default: eval/ in the first WORKDIR)")
-    add("--data", metavar="DIR", help="prepared data set (default: the first run's own)")
+    add(
+        "--out",
+        type=storage_text,
+        metavar="DIR",
+        help="output folder (default: eval/ in the first WORKDIR)",
+    )
+    add(
+        "--data",
+        type=storage_text,
+        metavar="DIR",
+        help="prepared data set (default: the first run's own)",
+    )
     add("--split", default="", help="split of the data set (default: the run's data.val_split)")
     add(
         "--modes",
@@ -125,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
     specs = [RunSpec(folder, name) for folder, name in zip(args.workdirs, names, strict=True)]
     runs = [open_run(spec) for spec in specs]
-    out = Path(args.out) if args.out else Path(args.workdirs[0]) / "eval"
+    out = storage_path(args.out or f"{args.workdirs[0]}/eval")
     if args.needle:
         return run_needle(args, runs, _learning(args), out)
     if jax.process_index() == 0:

@@ -21,6 +21,7 @@ import sys
 
 from tttjax.cli.config_argument import add_code_argument
 from tttjax.io.atomic import require_empty_dir
+from tttjax.io.paths import storage_text
 from tttjax.runs.modes import MODES
 from tttjax.runtime import progress
 
@@ -31,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax export`."""
     add_code_argument(parser)
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add(
+        "workdir",
+        type=storage_text,
+        metavar="WORKDIR",
+        help="work directory or checkpoint of a run",
+    )
     add("--to", required=True, metavar="DIR", help="output folder; must be new or empty")
     add("--dtype", choices=DTYPES, default="", help="dtype of the weights (default: the run's own)")
     add(

@@ -31,7 +31,7 @@ from tttjax.cli.model_arguments import add_model_arguments, add_storage_argument
 from tttjax.errors import UserError
 from tttjax.inference.options import Sampling
 from tttjax.io.locks import hold
-from tttjax.io.paths import text_path
+from tttjax.io.paths import storage_text, text_path
 from tttjax.runtime import progress
 
 if TYPE_CHECKING:
@@ -53,7 +53,12 @@ SAMPLING_HELP = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax generate`."""
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add(
+        "workdir",
+        type=storage_text,
+        metavar="WORKDIR",
+        help="work directory or checkpoint of a run",
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="prompt")
     prompt.add_argument(

@@ -119,7 +119,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an existing data set in --out",
     )
-    add("--check", type=storage_text, metavar="DIR", help="only verify the checksums of a prepared data set")
+    add(
+        "--check",
+        type=storage_text,
+        metavar="DIR",
+        help="only verify the checksums of a prepared data set",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

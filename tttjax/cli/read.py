@@ -27,7 +27,7 @@ from tttjax.cli.model_arguments import add_model_arguments, add_storage_argument
 from tttjax.errors import UserError
 from tttjax.exit_codes import DONE, SAVED
 from tttjax.io.locks import Lock, hold
-from tttjax.io.paths import text_path
+from tttjax.io.paths import storage_text, text_path
 
 if TYPE_CHECKING:
     from tttjax.data.inputs import InputFile
@@ -43,7 +43,12 @@ MAX_SNAPSHOTS = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax read`."""
     add = parser.add_argument
-    add("workdir", metavar="WORKDIR", help="work directory or checkpoint of a run")
+    add(
+        "workdir",
+        type=storage_text,
+        metavar="WORKDIR",
+        help="work directory or checkpoint of a run",
+    )
     add(
         "text",
         type=text_path,

@@ -10,10 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tttjax.io.paths import storage_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax runs`."""
-    parser.add_argument("folder", metavar="DIR", help="folder with work directories, at any depth")
+    parser.add_argument(
+        "folder",
+        type=storage_text,
+        metavar="DIR",
+        help="folder with work directories, at any depth",
+    )
     parser.add_argument("--csv", metavar="FILE", help="also write all fields of all runs")
 
 

@@ -24,7 +24,7 @@ from tttjax.cli.flag_types import int32
 from tttjax.cli.model_arguments import add_model_arguments, load_from_args
 from tttjax.errors import UserError
 from tttjax.io.locks import hold
-from tttjax.io.paths import text_path
+from tttjax.io.paths import storage_text, text_path
 
 if TYPE_CHECKING:
     from tttjax.inference.session_header import SessionHeader
@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("rewinding").add_argument
     add("--rewind", type=int32, metavar="TOKENS", help="number of tokens to rewind to")
     add("--to", metavar="NEW", help="session file to write")
-    add("--run", metavar="WORKDIR", help="run of the model, to continue to exactly TOKENS")
+    add(
+        "--run",
+        type=storage_text,
+        metavar="WORKDIR",
+        help="run of the model, to continue to exactly TOKENS",
+    )
     add("--text", type=text_path, metavar="FILE", help="text of the session, for --run")
     add_model_arguments(parser)
 

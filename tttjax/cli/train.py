@@ -30,6 +30,7 @@ from tttjax.config import load_config
 from tttjax.config.files import use_code
 from tttjax.errors import UserError
 from tttjax.exit_codes import DONE, SAVED
+from tttjax.io.paths import storage_text
 
 if TYPE_CHECKING:  # slow to import
     from tttjax.parallel.pod import Pod
@@ -49,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
+        type=storage_text,
         metavar="DIR",
-        help="output of the run; if it exists, the run resumes",
+        help="output of the run, here or in a bucket (gs://, s3://); if it exists, the run resumes",
     )
     parser.add_argument(
         "--stop-after", type=int32, metavar="STEP", help="save and exit (code 75) after this step"

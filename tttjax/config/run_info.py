@@ -20,7 +20,7 @@ from tttjax.config.fields import field_info, fingerprint_values, get_value
 from tttjax.config.schema import SECTIONS, Config, all_fields
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
-from tttjax.io.paths import absolute_path
+from tttjax.io.paths import absolute_path, is_bucket, storage_path
 
 FORMAT = 1  # of a work directory's files; config.json carries it
 CONFIG = "config.json"
@@ -101,7 +101,7 @@ def write_run_info(workdir: str | Path, config: Config, with_devices: bool = Fal
     Call it from one process. Raises UserError as `check_same_run` does, before writing.
     """
     check_same_run(workdir, config)
-    folder = Path(workdir)
+    folder = storage_path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -123,7 +123,7 @@ def read_config(workdir: str | Path) -> Config | None:
 
     Raises UserError for a damaged file, and for one of a later or unknown format.
     """
-    path = Path(workdir) / CONFIG
+    path = storage_path(workdir) / CONFIG
     values = _read_json(path, dict)
     if values is None:
         return None
@@ -217,7 +217,11 @@ def candidate_paths(path: str, workdir: str | Path) -> list[Path]:
     moved together. A relative path of an older run is also tried from the parents of the work
     directory, in one of which the run was started.
     """
-    home, before = Path(absolute_path(workdir)), _earlier_workdir(workdir)
+    if is_bucket(path):
+        return [storage_path(path)]
+    home, before = storage_path(absolute_path(workdir)), _earlier_workdir(workdir)
+    if is_bucket(home) or is_bucket(before):
+        return [Path(path)]
     if not os.path.isabs(path):
         return [Path(path), *(parent / path for parent in home.parents)]
     moved = [Path(os.path.normpath(home / os.path.relpath(path, before)))] if before else []
@@ -233,7 +237,7 @@ def is_same_path(before: str, now: str, workdir: str | Path) -> bool:
 
 def _earlier_workdir(workdir: str | Path) -> str:
     """The work directory's path when its run was last started; "" if not known."""
-    starts = _read_json(Path(workdir) / ENVIRONMENT)
+    starts = _read_json(storage_path(workdir) / ENVIRONMENT)
     last = starts[-1] if isinstance(starts, list) and starts else None
     return last.get("workdir", "") if isinstance(last, dict) else ""
 

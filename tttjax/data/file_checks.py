@@ -9,7 +9,7 @@ import numpy as np
 
 from tttjax.data.manifest import TARGETS, is_masked, parts_of
 from tttjax.errors import UserError
-from tttjax.io.paths import is_bucket, object_sizes
+from tttjax.io.paths import file_sizes, is_bucket
 
 
 def crc32_of(path: Path) -> int:
@@ -30,7 +30,7 @@ def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path,
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> int:
     """Total bytes of all shards; UserError if one is missing or has another size."""
     total = 0
-    listed = object_sizes(folder) if is_bucket(folder) else None
+    listed = file_sizes(folder) if is_bucket(folder) else None
     for path, entry in _shard_files(folder, manifest):
         try:
             size = path.stat().st_size if listed is None else listed[path.name]

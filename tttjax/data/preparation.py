@@ -27,8 +27,8 @@ from tttjax.errors import ResumableError, UnreachableError, UserError
 from tttjax.io.block_cache import cache_folder
 from tttjax.io.locks import FOLDER_LOCK, Lock, hold
 from tttjax.io.paths import (
+    file_sizes,
     is_bucket,
-    object_sizes,
     path_text,
     remove_tree,
     storage_path,
@@ -165,7 +165,7 @@ def _prepare_in_bucket(
 
 def _are_uploaded(journal: dict[str, Any], bucket: Path) -> bool:
     """Whether the bucket has the shards that an interrupted call had completed."""
-    sizes = object_sizes(bucket)
+    sizes = file_sizes(bucket)
     return all(
         sizes.get(f"{shard['name']}.{part}") == file["size"]
         for writer in journal.get("writers", {}).values()
@@ -246,7 +246,9 @@ def _write_all(
             f"The tokenizer {settings.tokenizer} has no EOS; give its id with --eos-id."
         )
     workers = default_workers(source.total_bytes) if num_workers is None else num_workers
-    run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket)
+    run = PreparePass(
+        settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket
+    )
     splits = run.write()
     if second_pass := run.plan_second_pass(splits):
         what = next(iter(second_pass.get("forced", ["the end of the only document"])))
@@ -254,7 +256,9 @@ def _write_all(
         journal = {key: journal[key] for key in ("settings", "inputs")} | second_pass
         write_json(folder / JOURNAL, journal)
         rule = replace(rule, forced=second_pass.get("forced", {}))
-        run = PreparePass(settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket)
+        run = PreparePass(
+            settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket
+        )
         splits = run.write()
     lock.check()
     if bucket:

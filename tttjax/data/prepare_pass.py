@@ -237,7 +237,9 @@ class PreparePass:
         if not counts[full] or "mended" in self.journal:
             return {}
         dtype = token_dtype(self.tokenizer.vocab_size)
-        names = shards.TokenSplit(self._bucket or self.folder, full, splits[full], dtype).document_names()
+        names = shards.TokenSplit(
+            self._bucket or self.folder, full, splits[full], dtype
+        ).document_names()
         if counts[full] == 1:
             content = splits[full]["tokens"] - self.settings.add_bos - self.settings.add_eos
             tail_at = int(content * (1 - self.settings.val_fraction))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from tttjax.errors import UserError
 from tttjax.io.atomic import write_files
-from tttjax.io.paths import local_path
+from tttjax.io.paths import is_bucket, storage_path
 
 Content: TypeAlias = str | bytes | pd.DataFrame | Figure | Mapping[str, Any]
 
@@ -44,11 +44,11 @@ def _encode(content: Content) -> bytes:
 
 def check_writable(out: str | os.PathLike) -> None:
     """Raises UserError if `write_results` cannot write under `out`. Creates nothing."""
-    folder = local_path(out, "--out").absolute()
+    folder = storage_path(out, "--out").absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{existing} is a file; give a results folder with --out=DIR")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not is_bucket(folder) and not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             f"cannot write results to {folder}: no write permission for {existing}; give another "
             "folder with --out=DIR"

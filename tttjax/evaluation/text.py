@@ -12,6 +12,7 @@ from tttjax.data.held_out import HeldOut, eval_sequences
 from tttjax.data.shards import MANIFEST, PreparedData, open_prepared, read_manifest
 from tttjax.errors import UserError
 from tttjax.evaluation.statistics import Sums, sum_by_document
+from tttjax.io.paths import storage_path
 from tttjax.runs.run import Run
 
 MASKED_NOTE = "The data are masked: losses are of the marked tokens alone, and all tokens are read."
@@ -90,7 +91,7 @@ def _open_data(runs: Sequence[Run], data: PreparedData | Path | str | None) -> P
     if len(sources) != 1:
         have = f"was trained on {len(sources)} ({', '.join(sources)})" if sources else "names none"
         raise UserError(f"cannot choose a data set: the run {runs[0].name} {have}; give --data=DIR")
-    if not Path(sources[0]).exists():
+    if not storage_path(sources[0]).exists():
         raise UserError(
             f"the data of the run {runs[0].name} were not found (tried "
             f"{', '.join(map(str, _candidate_paths(runs[0], sources[0])))}); give "
@@ -125,7 +126,7 @@ def _fingerprints(run: Run) -> list[str]:
     """Tokenizer fingerprints: from the checkpoint, else from the run's data that exist."""
     if run.tokenizer:
         return [run.tokenizer]
-    folders = [Path(source) for source in run.config.data.sources]
+    folders = [storage_path(source) for source in run.config.data.sources]
     manifests = [read_manifest(folder) for folder in folders if (folder / MANIFEST).exists()]
     return [manifest["tokenizer"]["fingerprint"] for manifest in manifests]
 

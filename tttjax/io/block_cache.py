@@ -57,9 +57,7 @@ class CachedObject:
                 f"{self.path} has changed: it ends before byte {stop} of {self.size}; copy it "
                 "again, or prepare the data again with --overwrite."
             )
-        blocks = {
-            index: content[i * BLOCK : (i + 1) * BLOCK] for i, index in enumerate(run)
-        }
+        blocks = {index: content[i * BLOCK : (i + 1) * BLOCK] for i, index in enumerate(run)}
         for index, block in blocks.items():
             with contextlib.suppress(OSError):  # a full disk: the block is not cached
                 _write(self._folder / str(index), block)

@@ -55,6 +55,11 @@ class BucketPath(gpath.PosixGPath):
     def _is_bucket(self) -> bool:  # or above it; `open_bucket` has seen that it exists
         return len(self.parts) <= 3
 
+    def iterdir(self) -> Iterator[Any]:
+        """Nothing for a folder without objects, which cannot be told from a missing one."""
+        with contextlib.suppress(FileNotFoundError):
+            yield from super().iterdir()
+
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
         """Does nothing: a folder is there with its first object, and not without one."""
 
@@ -83,9 +88,16 @@ class BucketPath(gpath.PosixGPath):
         return file_system(self).open(str(self), mode, **text)
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """`st_size` alone."""
-        size = file_system(self).info(str(self))["size"]
-        return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
+        """The size, under the names of etils and of pathlib."""
+        result: Any = super().stat()
+        result.st_size = result.length
+        return result
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all objects below, by their path in this folder, from one listing."""
+        found = file_system(self).find(str(self), detail=True)
+        prefix = str(self).partition("://")[2] + "/"
+        return {name.removeprefix(prefix): info["size"] for name, info in found.items()}
 
 
 def open_bucket(text: str, label: str) -> Path:

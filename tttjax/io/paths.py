@@ -77,17 +77,21 @@ def remove_tree(path: Path) -> None:
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """(folder, names of its folders, names of its files) from the top, as `os.walk`."""
     anywhere: Any = root
-    yield from anywhere.walk() if is_bucket(root) else (
-        (Path(folder), folders, files) for folder, folders, files in os.walk(root)
+    yield from (
+        anywhere.walk()
+        if is_bucket(root)
+        else ((Path(folder), folders, files) for folder, folders, files in os.walk(root))
     )
 
 
-def object_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the objects in a folder of a bucket, by name, from one listing."""
-    from tttjax.io.buckets import file_system
-
-    found = file_system(folder).find(str(folder), maxdepth=1, detail=True)
-    return {name.rpartition("/")[2]: info["size"] for name, info in found.items()}
+def file_sizes(folder: Any) -> dict[str, int]:
+    """Bytes of all files below a folder, by their path in it; in a bucket from one listing."""
+    if is_bucket(folder):
+        return folder.sizes()
+    paths = [
+        Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names
+    ]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def path_text(value: str | os.PathLike, option: str = "") -> str:

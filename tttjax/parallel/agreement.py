@@ -5,7 +5,6 @@ A difference trains a model that nobody asked for, or hangs in the first collect
 
 import contextlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -84,7 +83,7 @@ def _nonce_file(workdir: Path) -> Iterator[str]:
     with at_sudden_end(lambda _: remove()):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            path.write_bytes(b"")
             yield nonce
         finally:
             remove()
@@ -94,7 +93,7 @@ def _check_shared(workdir: Path, nonce: str, other: str) -> None:
     end = time.monotonic() + _SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):  # listed, since network disks remember missing names
-            if f"{_NONCE}{nonce}" in os.listdir(workdir):
+            if f"{_NONCE}{nonce}" in [path.name for path in workdir.iterdir()]:
                 return
         if time.monotonic() > end:
             raise UserError(

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from tttjax.errors import UserError, is_out_of_memory, is_runtime_error
+from tttjax.errors import UnreachableError, UserError, is_out_of_memory, is_runtime_error
 from tttjax.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
+from tttjax.io.paths import storage_path
 from tttjax.parallel.store import Store, StoreLostError
 from tttjax.runtime.ending import end_process
 from tttjax.runtime.stacks import write_stacks
@@ -169,7 +170,7 @@ class Pod:
         if isinstance(error, KeyboardInterrupt):
             self.end(LOST, "interrupted (Ctrl-C)", own_code=INTERRUPTED)
         if sentence := self._describe(error):
-            self.end(USER_ERROR, sentence)
+            self.end(LOST if isinstance(error, UnreachableError) else USER_ERROR, sentence)
         if is_runtime_error(error) and not is_out_of_memory(error):
             time.sleep(self.limits.heartbeat + 2 * self._interval)  # a thread ends this process
         lines = traceback.format_exception(error)
@@ -205,7 +206,9 @@ class Pod:
         text = f"{newline}error: {failure['sentence']}\n{details}"
         _run_within(_STORE_SECONDS, lambda: print(text, file=sys.stderr, end="", flush=True))
         if stacks := failure.get("stacks"):
-            _run_within(_STORE_SECONDS, lambda: write_stacks(Path(stacks), self.store.process_id))
+            _run_within(
+                _STORE_SECONDS, lambda: write_stacks(storage_path(stacks), self.store.process_id)
+            )
         if has_store:
             _run_within(_LAST_SECONDS, self._let_others_read)
         end_process(own_code or failure["code"])

@@ -9,6 +9,7 @@ from typing import Any
 from tttjax.config.build import to_flat_dict
 from tttjax.config.run_info import CONFIG, read_config
 from tttjax.errors import UserError
+from tttjax.io.paths import storage_path, walk
 from tttjax.training.metrics_file import last_record
 
 
@@ -24,7 +25,7 @@ class IndexedRun:
 
 def index_runs(folder: str | os.PathLike) -> list[IndexedRun]:
     """All runs below `folder`, by name. Raises UserError if there are none."""
-    root = Path(folder)
+    root = storage_path(folder)
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder; give one with work directories")
     runs = [_read(root, workdir) for workdir in sorted(_workdirs(root))]
@@ -40,10 +41,10 @@ def differing_fields(runs: list[IndexedRun]) -> list[str]:
 
 
 def _workdirs(root: Path) -> Iterator[Path]:
-    for path, folders, files in os.walk(root):
+    for path, folders, files in walk(root):
         if CONFIG in files and "environment.json" in files:  # an export has no environment
             folders.clear()  # what a run contains is no run
-            yield Path(path)
+            yield path
 
 
 def _read(root: Path, workdir: Path) -> IndexedRun:

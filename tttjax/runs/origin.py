@@ -11,6 +11,7 @@ from typing import Any
 
 from tttjax.config import read_config
 from tttjax.config.run_info import workdir_of
+from tttjax.io.paths import storage_path
 
 ORIGIN = "origin.json"
 NOT_STATED = "not stated"
@@ -55,7 +56,7 @@ def find_origin(source: Path) -> tuple[dict[str, Any] | None, str]:
         if not config.train.init_from:
             return None, ""
         visited.add(workdir)
-        source = Path(config.train.init_from)
+        source = storage_path(config.train.init_from)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

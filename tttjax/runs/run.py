@@ -22,7 +22,7 @@ from tttjax.config.run_info import candidate_paths
 from tttjax.data.shards import content_id, read_manifest
 from tttjax.data.splits import TRAIN
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path
+from tttjax.io.paths import storage_path
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import checkpoint_format, checkpoints
 from tttjax.training.checkpoint_integrity import first_nonfinite
@@ -81,7 +81,7 @@ def open_run(spec: RunSpec) -> Run:
     Raises UserError if there is none, or if `config.json` does not match its weights. `Run.weights`
     raises UserError if they are not finite.
     """
-    path = local_path(spec.workdir)
+    path = storage_path(spec.workdir)
     checkpoint = checkpoints.find_checkpoint(path)
     meta = checkpoint_format.read_meta(checkpoint)
     config = read_config(path)
@@ -95,7 +95,7 @@ def open_run(spec: RunSpec) -> Run:
                 "config.json"
             )
         config = from_config_dict(values)
-    workdir = Path(checkpoint.parent)
+    workdir = storage_path(checkpoint.parent)
     if workdir.name == checkpoints.CHECKPOINT_DIR:
         workdir = workdir.parent
     check_run_code(config.inner, workdir)
@@ -110,7 +110,7 @@ def open_run(spec: RunSpec) -> Run:
         source=str(path),
         modes=spec.modes,
         tokenizer=meta.get("tokenizer", ""),
-        checkpoint=Path(checkpoint),
+        checkpoint=storage_path(checkpoint),
         workdir=workdir,
     )
 
@@ -133,7 +133,7 @@ def _find_data(source: str, workdir: Path, content: int | None) -> str | Path:
 
     content: content id of its training split (None: not known); a moved data set must match it.
     """
-    if Path(source).exists():
+    if storage_path(source).exists():
         return source
     for path in candidate_paths(source, workdir):
         with contextlib.suppress(UserError, KeyError):

@@ -6,7 +6,7 @@ from pathlib import Path
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, load_tokenizer
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path
+from tttjax.io.paths import storage_path
 from tttjax.runs.run import Run
 
 
@@ -16,7 +16,7 @@ def load_run_tokenizer(run: Run, path: Path | str | None = None) -> Tokenizer:
     path: folder of a tokenizer, or of a run or data set that has one.
     Raises UserError if there is none, or it is not the one that the run was trained with.
     """
-    folders = [local_path(path)] if path else list(_default_folders(run))
+    folders = [storage_path(path)] if path else list(_default_folders(run))
     candidates = [option for folder in folders for option in (folder / TOKENIZER_DIR, folder)]
     existing = [folder for folder in candidates if (folder / CONFIG_FILE).exists()]
     if not existing:
@@ -43,4 +43,4 @@ def _default_folders(run: Run) -> Iterator[Path]:
     """Where a run's tokenizer may be, in order of preference: work directory, data."""
     if run.workdir:
         yield run.workdir
-    yield from map(Path, run.config.data.sources)
+    yield from map(storage_path, run.config.data.sources)

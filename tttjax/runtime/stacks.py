@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,9 @@ def write_stacks(folder: Path, process_id: int) -> None:
     """
     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # a disk or bucket that does not answer
         folder.mkdir(exist_ok=True)
-        with (folder / f"{moment}-process-{process_id}.txt").open("w") as file:
+        with tempfile.TemporaryFile("w+") as file:  # which a bucket's are not
             faulthandler.dump_traceback(file)
+            file.seek(0)
+            (folder / f"{moment}-process-{process_id}.txt").write_text(file.read())

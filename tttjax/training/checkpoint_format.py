@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import shutil
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +12,14 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from tttjax.errors import UserError
+from tttjax.io.paths import is_bucket, remove_tree
 from tttjax.models.stacking import path_filter
 from tttjax.types import PyTree
 
 FORMAT = 1
 ARRAY_ITEMS = ("params", "train")
 META = "meta"
-TMP_MARK = ".orbax-checkpoint-tmp"
+TMP_MARK, COMMIT = ".orbax-checkpoint-tmp", "commit_success.txt"
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -199,15 +199,29 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 def completed_checkpoints(folder: epath.Path) -> list[epath.Path]:
     """The completed checkpoints of a folder, oldest first."""
     paths = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-    return sorted(paths, key=lambda p: int(p.name))
+    return sorted(filter(_is_committed, paths), key=lambda p: int(p.name))
+
+
+def uncommitted(folder: epath.Path) -> list[epath.Path]:
+    """The checkpoints of a folder that are being saved, or whose save did not end.
+
+    Orbax gives them a temporary name until they are complete; in a bucket, where nothing is
+    renamed, it writes COMMIT last.
+    """
+    if not folder.exists():
+        return []
+    paths = [p for p in folder.iterdir() if TMP_MARK in p.name or p.name.isdigit()]
+    return [p for p in paths if TMP_MARK in p.name or not _is_committed(p)]
+
+
+def _is_committed(path: epath.Path) -> bool:
+    return not is_bucket(path) or (path / COMMIT).exists()
 
 
 def unfinished_steps(folder: epath.Path) -> list[int]:
-    """Steps with an incomplete checkpoint, by Orbax's temporary names."""
-    if not folder.exists():
-        return []
-    names = [p.name for p in folder.iterdir() if TMP_MARK in p.name]
-    return sorted({int(n.split(TMP_MARK)[0]) for n in names if n.split(TMP_MARK)[0].isdigit()})
+    """Steps with an incomplete checkpoint."""
+    names = [path.name.split(TMP_MARK)[0] for path in uncommitted(folder)]
+    return sorted({int(name) for name in names if name.isdigit()})
 
 
 def remove_unfinished(folder: epath.Path, quiet_s: float = 0.5, timeout_s: float = 10.0) -> None:
@@ -220,10 +234,9 @@ def remove_unfinished(folder: epath.Path, quiet_s: float = 0.5, timeout_s: float
         return
     start = last_deletion = time.monotonic()
     while True:
-        for path in folder.iterdir():
-            if TMP_MARK in path.name:
-                shutil.rmtree(path, ignore_errors=True)
-                last_deletion = time.monotonic()
+        for path in uncommitted(folder):
+            remove_tree(path)
+            last_deletion = time.monotonic()
         now = time.monotonic()
         if now - last_deletion >= quiet_s or now - start >= timeout_s:
             return

@@ -6,7 +6,6 @@ the checkpoint is committed, and a share of all files before a restore; all get 
 
 import hashlib
 import json
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tttjax.errors import UserError
+from tttjax.io.paths import file_sizes
 from tttjax.io.sealed import file_checksums
 from tttjax.training.checkpoint_format import (
     ARRAY_ITEMS,
@@ -22,6 +22,7 @@ from tttjax.training.checkpoint_format import (
     TMP_MARK,
     completed_checkpoints,
     named_leaves,
+    uncommitted,
 )
 from tttjax.types import Array, PyTree
 
@@ -77,23 +78,14 @@ def first_nonfinite(tree: PyTree) -> str | None:
 # Files -------------------------------------------------------------------------------------------
 
 
-def _walk_files(path: epath.Path) -> Iterator[epath.Path]:
-    if not path.is_dir():
-        yield from [path] if path.exists() else []
-        return
-    for child in path.iterdir():
-        yield from _walk_files(child)
-
-
-def _files(path: epath.Path) -> dict[str, epath.Path]:
-    """The files of a checkpoint's items by their path in it."""
-    items = [path / item for item in (*ARRAY_ITEMS, META)]
-    return {f.relative_to(path).as_posix(): f for item in items for f in _walk_files(item)}
+def _of_items(sizes: dict[str, int]) -> dict[str, int]:
+    """Those of the files of a checkpoint's items, by their path in it."""
+    return {n: size for n, size in sizes.items() if n.partition("/")[0] in (*ARRAY_ITEMS, META)}
 
 
 def checksums(path: epath.Path) -> dict[str, str]:
     """{path inside the checkpoint: BLAKE2b} of the files of its items."""
-    return file_checksums(path, list(_files(path)))
+    return file_checksums(path, list(_of_items(file_sizes(path))))
 
 
 def write_own_checksums(folder: epath.Path) -> None:
@@ -103,18 +95,16 @@ def write_own_checksums(folder: epath.Path) -> None:
     process N to `ocdbt.process_N`, in folders that may still have temporary names.
     """
     index = jax.process_index()
-    for path in folder.iterdir():
-        if TMP_MARK in path.name:
-            names = {}
-            for item in path.iterdir():
-                final = item.name.split(TMP_MARK)[0]
-                for own in (f"ocdbt.process_{index}", f"array_metadatas/process_{index}"):
-                    for file in _walk_files(item / own):
-                        inside = file.relative_to(item).as_posix()
-                        names[f"{item.name}/{inside}"] = f"{final}/{inside}"
-            hashed = file_checksums(path, list(names))
-            part = {names[name]: value for name, value in hashed.items()}
-            (path / PART.format(index)).write_text(json.dumps(part))
+    for path in uncommitted(folder):
+        names = {}
+        for name in file_sizes(path):
+            item, _, inside = name.partition("/")
+            own = (f"ocdbt.process_{index}/", f"array_metadatas/process_{index}/")
+            if f"{inside}/".startswith(own):
+                names[name] = f"{item.split(TMP_MARK)[0]}/{inside}"
+        hashed = file_checksums(path, list(names))
+        part = {names[name]: value for name, value in hashed.items()}
+        (path / PART.format(index)).write_text(json.dumps(part))
 
 
 def seal(folder: epath.Path) -> None:
@@ -124,14 +114,14 @@ def seal(folder: epath.Path) -> None:
     It hashes what no process has hashed as its own: the files that process 0 merges, a few hundred
     bytes per array.
     """
-    for path in folder.iterdir():
-        if TMP_MARK in path.name:
-            known: dict[str, str] = {}
-            for part in path.glob(PART.format("*")):
-                known |= json.loads(part.read_text())
-                part.unlink()
-            known |= file_checksums(path, [name for name in _files(path) if name not in known])
-            (path / CHECKSUMS).write_text(json.dumps(known, indent=1, sort_keys=True))
+    for path in uncommitted(folder):
+        known: dict[str, str] = {}
+        for part in path.glob(PART.format("*")):
+            known |= json.loads(part.read_text())
+            part.unlink()
+        rest = _of_items(file_sizes(path)).keys() - known.keys()
+        known |= file_checksums(path, sorted(rest))
+        (path / CHECKSUMS).write_text(json.dumps(known, indent=1, sort_keys=True))
 
 
 def find_damage(path: epath.Path) -> str | None:
@@ -142,10 +132,10 @@ def find_damage(path: epath.Path) -> str | None:
     Raises:
       UserError: on all processes, if they do not see the same files.
     """
-    files = [*_files(path).values(), *_walk_files(path / CHECKSUMS)]
-    sizes = {file.relative_to(path).as_posix(): file.stat().length for file in files}
-    _check_same_view(path, sizes)
-    by_size = sorted(sizes.keys() - {CHECKSUMS}, key=lambda name: (-sizes[name], name))
+    seen = file_sizes(path)
+    sizes = _of_items(seen)
+    _check_same_view(path, {n: size for n, size in seen.items() if n in (*sizes, CHECKSUMS)})
+    by_size = sorted(sizes, key=lambda name: (-sizes[name], name))
     share = by_size[jax.process_index() :: jax.process_count()]
     return next(filter(None, all_texts(_find_own_damage(path, by_size, share) or "")), None)
 

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path
+from tttjax.io.paths import is_bucket, storage_path
 from tttjax.training import checkpoint_format, checkpoint_integrity, going_back
 from tttjax.training.checkpoint_integrity import all_texts
 from tttjax.types import Params, PyTree
@@ -60,9 +60,10 @@ def _warn(sentence: str) -> None:
     _print(f"warning: {sentence}")
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
+def absolute(path: epath.PathLike) -> epath.Path:
     """An absolute path, which Orbax requires."""
-    return epath.Path(local_path(path)).resolve()
+    folder: Any = storage_path(path)
+    return folder if is_bucket(folder) else epath.Path(folder).resolve()
 
 
 class Checkpointer:
@@ -90,7 +91,7 @@ class Checkpointer:
         Raises:
           UserError: a process does not see a checkpoint that process 0 sees.
         """
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         checkpoint_integrity.check_all_see(self.directory)
         self._clear_unfinished()
         policies = ocp.checkpoint_managers
@@ -109,6 +110,11 @@ class Checkpointer:
                 else None
             ),
             options=ocp.CheckpointManagerOptions(
+                temporary_path_class=(
+                    ocp.path.atomicity.CommitFileTemporaryPath
+                    if is_bucket(self.directory)
+                    else None
+                ),
                 preservation_policy=policies.AnyPreservationPolicy(preserved),
                 cleanup_tmp_directories=True,
                 single_host_load_and_broadcast=True,  # process 0 lists the steps for all
@@ -332,7 +338,7 @@ def find_checkpoint(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: there is none, or the processes see different files.
     """
-    path = _absolute(path)
+    path = absolute(path)
     if (path / checkpoint_format.META).exists():
         candidates = [path]
     else:

@@ -4,12 +4,10 @@
 repeats the command does not throw away the progress since then.
 """
 
-import shutil
-from pathlib import Path
-
 from etils import epath
 
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import storage_path
 from tttjax.training.failed_starts import forget_failed_starts
 from tttjax.training.metrics_file import HELD_OUT, JSONL
 
@@ -34,11 +32,11 @@ def set_aside(folder: epath.Path, newer: list[int], step: int) -> None:
         if number == max(newer):
             for name in (JSONL, HELD_OUT):
                 if (records := folder.parent / name).exists():
-                    shutil.copyfile(records, path / name)
+                    (path / name).write_bytes(records.read_bytes())
         target, attempt = folder / f"{ABANDONED_PREFIX}{number}", 2
         while target.exists():
             target, attempt = folder / f"{ABANDONED_PREFIX}{number}-{attempt}", attempt + 1
         path.rename(target)
     with atomic_write(folder / RECORD) as temporary:
         temporary.write_text(f"{step}\n")
-    forget_failed_starts(Path(folder.parent))  # which compare with the newest step
+    forget_failed_starts(storage_path(folder.parent))  # which compare with the newest step

@@ -27,7 +27,7 @@ from tttjax.data.tokenizers.base import copy_tokenizer
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
-from tttjax.io.paths import local_path
+from tttjax.io.paths import storage_path
 from tttjax.parallel import precision
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.pod import sharing_failures
@@ -114,7 +114,7 @@ def train(
         too many starts in a row failed.
     """
     started = time.perf_counter()
-    workdir, config = local_path(workdir, "--workdir"), with_absolute_paths(config)
+    workdir, config = storage_path(workdir, "--workdir"), with_absolute_paths(config)
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
@@ -189,7 +189,9 @@ def _set_up(
             config, trainer, checkpointer, batches, tokenizer, from_step
         )
     if tokenizer and jax.process_index() == 0:
-        copy_tokenizer(Path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR)
+        copy_tokenizer(
+            storage_path(config.data.sources[0]) / TOKENIZER_DIR, workdir / TOKENIZER_DIR
+        )
     logger = metrics.MetricLogger(
         workdir,
         metrics.Throughput(
@@ -231,7 +233,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
     step = run.start
     with contextlib.ExitStack() as exit_stack:
         stop = exit_stack.enter_context(StopRequest(run.watchdog.expect_stop))
-        profiler = Profiler(settings.profile_steps, run.workdir / "profile")
+        profiler = Profiler(settings.profile_steps, run.workdir)
         exit_stack.callback(profiler.close)
         saves = SaveSchedule(settings, run.start)
         recorder.start_clock()

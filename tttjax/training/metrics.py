@@ -13,6 +13,8 @@ from typing import Any, TextIO, cast
 import jax
 
 from tttjax.errors import UserError
+from tttjax.io.paths import storage_path
+from tttjax.io.spool import Spool
 from tttjax.training.metrics_file import HELD_OUT, JSONL, json_safe, truncate_after
 from tttjax.training.progress import Throughput, TrainProgress
 
@@ -92,18 +94,18 @@ def check_wandb(project: str) -> None:
         ) from None
 
 
-def _start_wandb(project: str, workdir: Path, config: dict[str, Any] | None) -> Any:
+def _start_wandb(project: str, folder: Path, name: str, config: dict[str, Any] | None) -> Any:
     """Starts or resumes the W&B run of a work directory, whose id is in `wandb_id.txt`."""
     wandb = importlib.import_module("wandb")
-    id_file = workdir / "wandb_id.txt"
+    id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex)
     return wandb.init(
         project=project,
         id=id_file.read_text(),
         resume="allow",
-        dir=str(workdir),
-        name=workdir.name,
+        dir=str(folder),
+        name=name,
         config=config,
     )
 
@@ -176,19 +178,20 @@ class MetricLogger:
         self._is_writer = jax.process_index() == 0
         if not self._is_writer:
             return
+        self.workdir = storage_path(self.workdir)
         self.progress = TrainProgress(self.total_steps, self.log_every, self.stream)
-        self.workdir = Path(self.workdir)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(self.workdir, (JSONL, HELD_OUT, "wandb_id.txt"))
+        folder = self._spool.folder
         for name in (JSONL, HELD_OUT):
-            truncate_after(self.workdir / name, self.start_step)
-        self._jsonl = (self.workdir / JSONL).open("a")
+            truncate_after(folder / name, self.start_step)
+        self._jsonl = (folder / JSONL).open("a")
         self._tensorboard = _summary_writer()(
-            str(self.workdir / "tensorboard"),
+            str(folder / "tensorboard"),
             purge_step=self.start_step + 1 if self.start_step else None,
         )
         self._wandb = None
         if self.wandb_project:
-            self._wandb = _start_wandb(self.wandb_project, self.workdir, self.config)
+            self._wandb = _start_wandb(self.wandb_project, folder, self.workdir.name, self.config)
 
     def log(
         self,
@@ -226,13 +229,14 @@ class MetricLogger:
                 step, {**values, **{f"time/{k}": v for k, v in (rates | smooth).items()}}
             )
             self._window = _Window()
+        self._spool.upload_sometimes()
 
     def log_held_out(self, step: int, losses: dict[str, Any], seconds: float) -> None:
         """Records the held-out losses after a step, from `HeldOutLoss.evaluate`."""
         if not self._is_writer:
             return
         record = {"step": step, **losses, "time": {"seconds": seconds}}
-        with (self.workdir / HELD_OUT).open("a") as file:
+        with (self._spool.folder / HELD_OUT).open("a") as file:
             file.write(json.dumps(json_safe(record)) + "\n")
         by_mode = {mode: losses[mode]["loss"] for mode in ("on", "off") if mode in losses}
         words = {"on": "with TTT", "off": "without" if "on" in by_mode else ""}
@@ -252,10 +256,12 @@ class MetricLogger:
             self.progress.print_line(text)
 
     def sync(self) -> None:
-        """Syncs the records to disk; called before a checkpoint is saved."""
+        """Syncs the records to disk, or uploads them; called before a checkpoint is saved."""
         if self._is_writer:
             self._jsonl.flush()
             os.fsync(self._jsonl.fileno())
+            self._tensorboard.flush()
+            self._spool.upload()
 
     def close(self) -> None:
         """Closes all files."""
@@ -265,3 +271,7 @@ class MetricLogger:
             self._tensorboard.close()
             if self._wandb is not None:
                 self._wandb.finish()
+            try:
+                self._spool.upload()
+            finally:
+                self._spool.close()

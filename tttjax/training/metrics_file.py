@@ -15,6 +15,7 @@ from typing import Any
 
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import storage_path
 
 JSONL = "metrics.jsonl"
 HELD_OUT = "held_out.jsonl"
@@ -26,15 +27,15 @@ def read_records(workdir: str | os.PathLike, name: str = JSONL) -> list[dict[str
 
     name: or of `held_out.jsonl`. Raises UserError for a damaged line.
     """
-    path = Path(workdir) / name
+    path = storage_path(workdir) / name
     return list(_complete_records(path)) if path.exists() else []
 
 
 def last_record(workdir: str | os.PathLike) -> dict[str, Any]:
     """The last complete record of a work directory, {} if there is none; reads the end alone."""
     try:
-        with (Path(workdir) / JSONL).open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        with (storage_path(workdir) / JSONL).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().splitlines(keepends=True)
     except FileNotFoundError:
         return {}

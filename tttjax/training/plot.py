@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import storage_path
 from tttjax.training.metrics_file import HELD_OUT, read_records
 
 if TYPE_CHECKING:  # slow to import, and not needed before the end of a run
@@ -54,7 +55,7 @@ def write_plot(workdir: str | os.PathLike) -> Path:
             style: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
             style["ncols"] = 2 if max(map(len, labels)) > 18 else 4
             axes.legend(fontsize=8, frameon=False, **style)
-    path = Path(workdir) / "loss.png"
+    path = storage_path(workdir) / "loss.png"
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path

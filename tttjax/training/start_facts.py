@@ -7,13 +7,11 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from etils import epath
-
 import tttjax
 from tttjax.config import Config, to_flat_dict
 from tttjax.config.run_info import PACKAGES
 from tttjax.data.shards import read_manifest
-from tttjax.io.paths import local_path
+from tttjax.io.paths import storage_path
 from tttjax.parallel.agreement import agree
 from tttjax.parallel.pod import Pod
 from tttjax.training import checkpoints
@@ -36,7 +34,7 @@ def agree_on_start(
     from_step: int | None,
 ) -> None:
     """Returns when all processes agree; touches no device. Raises UserError where one differs."""
-    path = local_path(workdir, "--workdir")
+    path = storage_path(workdir, "--workdir")
     agree(pod, start_facts(config, path, stop_after, from_step), path)
 
 
@@ -53,7 +51,7 @@ def start_facts(
     facts = {name: repr(value) for name, value in to_flat_dict(config).items()}
     facts |= {"--stop-after": str(stop_after), "--from-step": str(from_step)}
     for source in config.data.sources:
-        facts[f"the content of the data in {source}"] = _data_content(local_path(source))
+        facts[f"the content of the data in {source}"] = _data_content(storage_path(source))
     if config.train.init_from:
         facts["the checkpoint in train.init_from"] = _newest(config.train.init_from)
     facts["the newest checkpoint in --workdir"] = _newest(workdir / checkpoints.CHECKPOINT_DIR)
@@ -76,7 +74,7 @@ def _data_content(folder: Path) -> str:
 
 def _newest(path: str | Path) -> str:
     """The newest completed checkpoint of a folder and a hash of its checksums, or "none"."""
-    folder = epath.Path(local_path(path))
+    folder = checkpoints.absolute(path)
     if (folder / checkpoints.CHECKPOINT_DIR).exists():
         folder = folder / checkpoints.CHECKPOINT_DIR
     completed = [folder] if (folder / CHECKSUMS).exists() else completed_checkpoints(folder)

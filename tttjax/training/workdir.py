@@ -1,7 +1,6 @@
 """The work directory of a run: locked by one process, cleaned up after a failed start."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tttjax.config.run_info import CONFIG
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
+from tttjax.io.paths import remove_tree
 from tttjax.parallel.pod import share_failure
 from tttjax.parallel.store import process_count, process_id
 from tttjax.runtime.ending import at_sudden_end
@@ -79,7 +79,7 @@ def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
         if not lock.lost.is_set() and not (workdir / CONFIG).exists():
             for name in {path.name for path in workdir.iterdir()} & CREATED_FILES - before:
                 path = workdir / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_tree(path) if path.is_dir() else path.unlink()
 
     try:
         with at_sudden_end(lambda _: remove()):

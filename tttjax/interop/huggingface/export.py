@@ -23,6 +23,7 @@ from tttjax.interop.official.checkpoint import StoredArray, open_item
 from tttjax.interop.source import Log
 from tttjax.interop.streaming import assemble
 from tttjax.io.atomic import atomic_folder
+from tttjax.io.paths import storage_path
 from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
@@ -190,7 +191,7 @@ generated text, it takes a gradient step on {len(export.model.fast_paths) or "so
 separately for each sequence. The updated weights are part of the cache that `forward` returns
 (`past_key_values`). `generate(..., learn=False)` switches test-time training off.
 """
-    origin, missing_run = find_origin(Path(export.run.source))
+    origin, missing_run = find_origin(storage_path(export.run.source))
     code = f"\n{CODE_TERMS}\n" if export.family == architectures.OWN else ""
     return f"""\
 ---
