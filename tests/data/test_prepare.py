@@ -60,7 +60,11 @@ def test_counts_filter_and_borders(corpus, tmp_path):
     expected = [size for size in sizes if size + 2 >= 1000]
     assert sum(s["documents"] for s in data.splits.values()) == len(expected)
     assert sum(s["bytes"] for s in data.splits.values()) == sum(expected)
-    assert data.manifest["skipped"] == {"empty": 0, "short": len(sizes) - len(expected)}
+    assert data.manifest["skipped"] == {
+        "empty": 0,
+        "short": len(sizes) - len(expected),
+        "duplicates": 0,
+    }
     assert max(s["longest_document"] for s in data.splits.values()) == max(expected) + 2
     for name in data.splits:
         split = data.split(name)

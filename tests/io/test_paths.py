@@ -26,7 +26,13 @@ TEXTS = {
     *("bench commands commands", "bench commands --figures", "prepare --text-key"),
     *("bench decode --batch", "bench decode --read", "bench prefill --lengths"),
     *("bench train --lengths", "evaluate --split", "generate --prompt", "generate --stop"),
-    *("import --gcs-project", "export --max-shard-size", "plan --topology", "prepare --pattern"),
+    *(
+        "import --gcs-project",
+        "export --max-shard-size",
+        "plan --topology",
+        "prepare --pattern",
+        "prepare --part",
+    ),
     *(
         "recipes recipe",
         "report --baseline",

@@ -11,6 +11,8 @@ examples:
       files of a repository or bucket; gs:// needs gcsfs, s3:// s3fs, https:// aiohttp
   tttjax prepare fineweb/*.parquet --text-key=text --out=data/fineweb
       one document per row; needs pyarrow
+  tttjax prepare big/*.parquet --tokenizer=tokenizer.json --out=/shared/big --part=3/32
+      the fourth of 32 hosts, each with a part of the files
   tttjax prepare chats.jsonl --chat --tokenizer=runs/base --out=data/chat
       conversations, with the tokenizer and the chat template of a run
 
@@ -23,7 +25,7 @@ import sys
 from dataclasses import fields
 
 from tttjax.cli.flag_types import float32, int32, uint32
-from tttjax.data.prepare_settings import PrepareSettings
+from tttjax.data.prepare_settings import EXACT, NEAR, PrepareSettings
 from tttjax.errors import UserError
 from tttjax.io.paths import storage_path, storage_text, text_path
 
@@ -108,12 +110,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-bos", dest="add_bos", action="store_false", help="do not prepend BOS to documents")
     add("--eos", dest="add_eos", action="store_true", help="append EOS to documents")
     add(
+        "--drop-duplicates",
+        choices=(EXACT, NEAR),
+        default=default.drop_duplicates,
+        help="drop documents with the same tokens as an earlier one (exact), or about the same "
+        "words (near: MinHash, needs datasketch)",
+    )
+    add(
         "--shard-tokens",
         type=int32,
         default=default.shard_tokens,
         help="tokens per shard (default: %(default)s)",
     )
     add("--num-workers", type=int32, help="worker processes (default: one per core)")
+    add(
+        "--part",
+        default="",
+        metavar="I/N",
+        help="prepare part I (from 0) of N: one of N hosts that run the same command on the same "
+        "files and the same --out; the last one joins the parts",
+    )
     add(
         "--overwrite",
         action="store_true",
@@ -145,15 +161,16 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         f.name: getattr(args, f.name) for f in fields(PrepareSettings) if f.name != "inputs"
     }
-    prepare(
+    data = prepare(
         args.inputs,
         args.out,
         num_workers=args.num_workers,
         overwrite=args.overwrite,
+        part=args.part,
         log=_log,
         **settings,
     )
-    print(args.out)
+    print(data.folder)
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tttjax.data import json_lines
 from tttjax.data.conversations import Message, parse_conversation
 from tttjax.data.inputs import CHATS, LINES, ROWS, InputFile
+from tttjax.data.near_duplicates import carried_words
 from tttjax.data.parquet import read_column
 from tttjax.data.streams import READ_ERRORS, check_is_text, clean_text, open_stream, unreadable
 from tttjax.errors import UserError
@@ -24,6 +25,7 @@ class TextSpan:
     """Consecutive text of a document; most documents are one span.
 
     before, after: up to `MARGIN` characters of the document on either side.
+    carried: the last words before it (`near_duplicates.carried_words`).
     """
 
     document: str
@@ -32,6 +34,7 @@ class TextSpan:
     is_last: bool = True
     before: str = ""
     after: str = ""
+    carried: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def file_spans(file: InputFile) -> Iterator[TextSpan]:
     Raises UserError if it is not UTF-8 text or its compression is damaged.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte-order mark
-    buffer, before, is_first, position = "", "", True, 0
+    buffer, before, carried, is_first, position = "", "", "", True, 0
     try:
         with open_stream(file.path) as stream:
             check_is_text(stream, file.path)
@@ -96,9 +99,10 @@ def file_spans(file: InputFile) -> Iterator[TextSpan]:
                 # A span is long enough that the contexts of its two ends do not overlap.
                 if len(buffer) >= max(_BLOCK // 4, 4 * MARGIN):
                     split = len(buffer) - MARGIN
-                    after = buffer[split:]
-                    yield TextSpan(file.id, buffer[:split], is_first, False, before, after)
-                    before, buffer, is_first = buffer[split - MARGIN : split], after, False
+                    text, after = buffer[:split], buffer[split:]
+                    yield TextSpan(file.id, text, is_first, False, before, after, carried)
+                    carried = carried_words(carried, text)
+                    before, buffer, is_first = text[-MARGIN:], after, False
         buffer += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise UserError(
@@ -107,7 +111,7 @@ def file_spans(file: InputFile) -> Iterator[TextSpan]:
         ) from error
     except READ_ERRORS as error:
         raise unreadable(file.path, error) from error
-    yield TextSpan(file.id, buffer, is_first, is_last=True, before=before)
+    yield TextSpan(file.id, buffer, is_first, is_last=True, before=before, carried=carried)
 
 
 def _read_lines(file: InputFile) -> Iterator[Line | ChatLine]:
@@ -152,5 +156,5 @@ def _where(item: Line | ChatLine) -> str:
 def item_size(item: Item) -> int:
     """Approximate bytes of text of an item, to group items into tasks of similar size."""
     if isinstance(item, InputFile):
-        return item.size * (4 if item.compressed else 1)
+        return item.text_bytes
     return len(item.text) if isinstance(item, TextSpan) else len(item.raw)

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from tttjax.data.chat import ChatTemplate
-from tttjax.data.documents import ChatLine, Item, item_size, item_spans, read_items
+from tttjax.data.documents import ChatLine, Item, TextSpan, item_size, item_spans, read_items
 from tttjax.data.inputs import InputFile
+from tttjax.data.near_duplicates import signature
 from tttjax.data.text_spans import encode_span
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.data.writer import EncodedSpan
@@ -51,21 +52,31 @@ def make_tasks(files: Sequence[InputFile]) -> Iterator[EncodeTask]:
         yield EncodeTask(tuple(items), size)
 
 
-def encode_task(tokenizer: Tokenizer, task: EncodeTask) -> list[EncodedSpan]:
-    """Raises UserError for text that cannot be read, and conversations that do not fit."""
+def encode_task(tokenizer: Tokenizer, task: EncodeTask, is_near: bool = False) -> list[EncodedSpan]:
+    """is_near: with signatures, to find near duplicates.
+
+    Raises UserError for text that cannot be read, and conversations that do not fit.
+    """
     encoded = []
     template = None
     for item in task.items:
         if isinstance(item, ChatLine):
             template = template or ChatTemplate(tokenizer)
-            encoded.append(_encode_chat(template, item))
-            continue
-        for span in item_spans(item):
-            tokens, num_bytes = encode_span(tokenizer, span)
-            encoded.append(
-                EncodedSpan(span.document, tokens, num_bytes, span.is_first, span.is_last)
-            )
+            spans = list(item_spans(item)) if is_near else []
+            new = [_encode_chat(template, item)]
+        else:
+            spans = list(item_spans(item))
+            new = [_encode_text(tokenizer, span) for span in spans]
+        if is_near:
+            marks = [signature(span.carried, span.text, span.is_last) for span in spans]
+            new = [replace(span, signature=mark) for span, mark in zip(new, marks, strict=True)]
+        encoded += new
     return encoded
+
+
+def _encode_text(tokenizer: Tokenizer, span: TextSpan) -> EncodedSpan:
+    tokens, num_bytes = encode_span(tokenizer, span)
+    return EncodedSpan(span.document, tokens, num_bytes, span.is_first, span.is_last)
 
 
 def _encode_chat(template: ChatTemplate, line: ChatLine) -> EncodedSpan:
@@ -81,17 +92,18 @@ class _Worker:
     """State of a worker process between tasks."""
 
     tokenizer: Tokenizer
+    is_near: bool
 
     @classmethod
-    def start(cls, tokenizer_dir: str) -> None:
+    def start(cls, tokenizer_dir: str, is_near: bool) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the coordinator stops the workers
         threading.Thread(target=_exit_with_parent, daemon=True).start()
-        cls.tokenizer = load_tokenizer(tokenizer_dir)
+        cls.tokenizer, cls.is_near = load_tokenizer(tokenizer_dir), is_near
 
     @classmethod
     def run(cls, task: EncodeTask) -> list[EncodedSpan]:
-        return encode_task(cls.tokenizer, task)
+        return encode_task(cls.tokenizer, task, cls.is_near)
 
 
 def _exit_with_parent() -> None:
@@ -103,15 +115,15 @@ def _exit_with_parent() -> None:
 
 
 def encode_in_order(
-    tasks: Iterator[EncodeTask], tokenizer_dir: Path, num_workers: int
+    tasks: Iterator[EncodeTask], tokenizer_dir: Path, num_workers: int, is_near: bool = False
 ) -> Generator[tuple[EncodeTask, list[EncodedSpan]]]:
     """Results of all tasks in order; computed in this process if num_workers is 0."""
     if num_workers == 0:
         tokenizer = load_tokenizer(tokenizer_dir)
-        yield from ((task, encode_task(tokenizer, task)) for task in tasks)
+        yield from ((task, encode_task(tokenizer, task, is_near)) for task in tasks)
         return
     # Spawned, not forked: the caller may have JAX's or Grain's threads running.
-    with _pool(num_workers, _Worker.start, (str(tokenizer_dir),)) as pool:
+    with _pool(num_workers, _Worker.start, (str(tokenizer_dir), is_near)) as pool:
         running = deque((t, pool.submit(_Worker.run, t)) for t in islice(tasks, 2 * num_workers))
         while running:
             task, future = running.popleft()

@@ -63,6 +63,11 @@ class InputFile:
     kind: str = TEXT
     text_key: str = TEXT_KEY
 
+    @property
+    def text_bytes(self) -> int:
+        """Approximate bytes of its text."""
+        return self.size * (4 if self.compressed else 1)
+
 
 def list_inputs(
     inputs: Sequence[str | os.PathLike], pattern: str = "", text_key: str = TEXT_KEY

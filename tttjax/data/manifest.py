@@ -6,6 +6,7 @@ data sets, where only some tokens are targets, have version 3, so that a tttjax 
 refuses them.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ VERSION, UNSEALED_VERSION, MASKED_VERSION = 2, 1, 3
 PARTS = ("tokens", "documents", "names")
 COUNTS = ("tokens", "documents", "bytes")
 TARGETS = "targets"  # a further part and count of masked data
+_SHARD_NAME = re.compile(r"(part-[0-9]+-of-[0-9]+/)?[^/]+")  # those of several hosts are in folders
 DOCUMENT_BYTES = SPAN_BYTES = 16  # in the index, per document; in the targets, per span
 
 
@@ -60,6 +62,15 @@ def parse_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def describe_split(split: str, entry: dict[str, Any]) -> str:
+    """A line about the split of a manifest."""
+    line = (
+        f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+        f"{entry['bytes']:,} bytes, longest {entry['longest_document']:,} tokens"
+    )
+    return line + (f"; {entry[TARGETS]:,} tokens are targets" if TARGETS in entry else "")
+
+
 def _check(manifest: dict[str, Any]) -> None:
     """Raises ValueError, KeyError, TypeError or AttributeError for an invalid manifest."""
     tokenizer = manifest["tokenizer"]
@@ -82,7 +93,7 @@ def _check(manifest: dict[str, Any]) -> None:
 
 def _check_shard(shard: dict[str, Any], itemsize: int, parts: tuple[str, ...]) -> None:
     name, files = shard["name"], shard["files"]
-    if not isinstance(name, str) or Path(name).name != name:
+    if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
         raise ValueError(f"a shard is called {name!r}")
     sizes = {part: _count(files[part], "size") for part in parts}
     for part in parts:

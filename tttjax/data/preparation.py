@@ -15,11 +15,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tttjax.data.duplicates import DIGESTS_FILE
 from tttjax.data.encode import default_workers
-from tttjax.data.manifest import MASKED_VERSION, TARGETS, VERSION, parts_of, token_dtype
+from tttjax.data.manifest import (
+    MASKED_VERSION,
+    VERSION,
+    describe_split,
+    parts_of,
+    token_dtype,
+)
+from tttjax.data.near_duplicates import check_datasketch
+from tttjax.data.parts import InputPart, join
 from tttjax.data.prepare_pass import InputSource, Log, PreparePass, write_json
-from tttjax.data.prepare_settings import PrepareSettings
-from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
+from tttjax.data.prepare_settings import NEAR, PrepareSettings
+from tttjax.data.shards import JOURNAL, MANIFEST, PARTS, TOKENIZER_DIR, PreparedData, open_prepared
 from tttjax.data.splits import VAL, SplitRule, read_split_manifest
 from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, copy_tokenizer, load_tokenizer
 from tttjax.data.tokenizers.vocabulary import make_tokenizer
@@ -49,6 +58,7 @@ def prepare(
     *,
     num_workers: int | None = None,
     overwrite: bool = False,
+    part: str = "",
     log: Log = _silent,
     **settings: Any,
 ) -> PreparedData:
@@ -56,6 +66,8 @@ def prepare(
 
     settings: the fields of `PrepareSettings`. num_workers: processes (None: one per core; 0: this
     one). overwrite: replace an existing data set in `out_dir` once the new one is finished.
+    part: "I/N" prepares part I of N, and joins all if the others are finished; the result is the
+    whole, or until then the part.
     Called again with the same arguments, it resumes an interrupted run, or returns at once if the
     data set is finished. Raises UserError for bad input or if another process prepares data there,
     and deletes only files of this call.
@@ -67,6 +79,11 @@ def prepare(
     parsed.check()
     if num_workers is not None and not 0 <= num_workers <= MOST_WORKERS:
         raise UserError(f"num_workers={num_workers} must be from 0 to {MOST_WORKERS}.")
+    if parsed.drop_duplicates == NEAR:
+        check_datasketch()
+    chosen = InputPart.parse(part) if part else None
+    if chosen:
+        chosen.check(parsed, overwrite)
     source = InputSource.find(parsed)
     if source.ignored:
         log(
@@ -75,7 +92,10 @@ def prepare(
         )
     folder = storage_path(out_dir, "--out")
     try:
-        _prepare(parsed, source, folder, num_workers, overwrite, log)
+        if chosen:
+            folder = _prepare_part(parsed, chosen.of(source), folder, chosen, num_workers, log)
+        else:
+            _prepare(parsed, source, folder, num_workers, overwrite, log)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -85,8 +105,28 @@ def prepare(
     return open_prepared(folder)
 
 
-def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
+def _prepare_part(
+    settings, source: InputSource, folder: Path, part: InputPart, num_workers, log: Log
+) -> Path:
+    """Prepares one part, and joins all that are finished; the folder of the whole or the part."""
+    if (folder / MANIFEST).exists():
+        _claim(folder, _request(settings, source), replaceable=False)
+        log(f"prepare: {folder} is already prepared with these settings")
+        return folder
+    part.check_folder(folder)
+    _prepare(settings, source, folder / part.name, num_workers, False, log)
+    join(folder, part.count, log)
+    return folder if (folder / MANIFEST).exists() else folder / part.name
+
+
+def _request(settings: PrepareSettings, source: InputSource) -> dict[str, Any]:
+    """What a manifest records of the inputs."""
     request = {"settings": _plain(settings), "inputs": source.identity}
+    return request | ({"part": list(source.part)} if source.part else {})
+
+
+def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
+    request = _request(settings, source)
     manifest_path = folder / MANIFEST
     if (
         not overwrite
@@ -288,9 +328,9 @@ def _claim(folder: Path, request: dict[str, Any], *, replaceable: bool) -> dict[
         differing = differing or "tasks, by an earlier version of tttjax"
         if not replaceable:
             state = "was prepared" if existing is manifest_path else "is half prepared"
+            remedy = "delete it" if "part" in request else "pass --overwrite to replace it"
             raise UserError(
-                f"{folder} {state} with other {differing}; choose another folder, or pass "
-                "--overwrite to replace it."
+                f"{folder} {state} with other {differing}; choose another folder, or {remedy}."
             )
         remove_prepared(folder)
     elif folder.exists() and any(path.name != FOLDER_LOCK for path in folder.iterdir()):
@@ -317,8 +357,11 @@ def remove_prepared(folder: Path, *, keep_folder: bool = False) -> None:
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in _shard_paths(folder):
         path.unlink()
+    for part in folder.glob(PARTS):
+        remove_prepared(part)
     remove_tree(folder / TOKENIZER_DIR)
     (folder / JOURNAL).unlink(missing_ok=True)
+    (folder / DIGESTS_FILE).unlink(missing_ok=True)
     if not keep_folder and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -364,21 +407,19 @@ def _finish(
             "lossless": tokenizer.lossless,
             **chat,
         },
-        "settings": journal["settings"],
-        "inputs": journal["inputs"],
+        **{name: journal[name] for name in ("settings", "inputs", "part") if name in journal},
         "skipped": skipped,
         "splits": nonempty,
     }
     _remove_strays(folder, nonempty)
     write_json(folder / MANIFEST, manifest)
     (folder / JOURNAL).unlink(missing_ok=True)
+    (folder / DIGESTS_FILE).unlink(missing_ok=True)
+    if skipped["duplicates"]:
+        log(f"prepare: {skipped['duplicates']:,} documents repeat an earlier one, and are dropped")
     for split, entry in nonempty.items():
-        log(
-            f"prepare: {split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
-            f"{entry['bytes']:,} bytes, longest {entry['longest_document']:,} tokens"
-            + (f"; {entry[TARGETS]:,} tokens are targets" if TARGETS in entry else "")
-        )
-    if not nonempty.get(VAL) and not run.source.zarr_root:
+        log(f"prepare: {describe_split(split, entry)}")
+    if not nonempty.get(VAL) and not run.source.zarr_root and not run.source.part:
         log("prepare: nothing is held out, so this data set cannot be used for evaluation")
 
 

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from tttjax.data import shards, zarr
+from tttjax.data.duplicates import Duplicates
 from tttjax.data.encode import EncodeTask, encode_in_order, make_tasks
 from tttjax.data.file_checks import crc32_of
 from tttjax.data.inputs import CHATS, JSON, LINES, InputFile, list_inputs
 from tttjax.data.manifest import token_dtype
-from tttjax.data.prepare_settings import CHAT_KEY, TEXT_KEY, PrepareSettings
+from tttjax.data.prepare_settings import CHAT_KEY, NEAR, TEXT_KEY, PrepareSettings
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.tokenizers.base import CONFIG_FILE
 from tttjax.data.tokenizers.huggingface import TEMPLATE_FILE
-from tttjax.data.writer import EncodedSpan, SplitWriter
+from tttjax.data.writer import SKIPPED, EncodedSpan, SplitWriter
 from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write, upload
 from tttjax.io.paths import is_url
@@ -41,6 +42,7 @@ class InputSource:
     """The resolved inputs: text files or one Zarr folder. `identity` changes when they do.
 
     ignored: single JSON documents within folders, which are rarely text.
+    part: (index, count) if `files` are one of several parts, and `identity` is that of all.
     """
 
     files: tuple[InputFile, ...]
@@ -48,6 +50,7 @@ class InputSource:
     total_bytes: int
     identity: str
     ignored: tuple[InputFile, ...] = ()
+    part: tuple[int, int] | None = None
 
     @staticmethod
     def find(settings: PrepareSettings) -> "InputSource":
@@ -62,7 +65,7 @@ class InputSource:
         if settings.chat:
             files = tuple(map(_as_conversations, files))
         marks = [[file.id, file.size, file.version] for file in files]
-        total = sum(file.size * (4 if file.compressed else 1) for file in files)
+        total = sum(file.text_bytes for file in files)
         return InputSource(files, "", total, _hash([marks, _named_files(settings)]), ignored)
 
     @staticmethod
@@ -74,11 +77,12 @@ class InputSource:
             settings.split_manifest,
             settings.pattern,
             settings.chat,
+            settings.drop_duplicates,
         )
         if any(unsupported) or settings.text_key != TEXT_KEY:
             raise UserError(
-                "min_document_tokens, split_manifest, pattern, text_key and chat do not apply to a "
-                "Zarr folder; remove them."
+                "min_document_tokens, split_manifest, pattern, text_key, chat and drop_duplicates "
+                "do not apply to a Zarr folder; remove them."
             )
         total, marks = zarr.zarr_size(settings.inputs[0])
         return InputSource((), settings.inputs[0], total, _hash([marks, _named_files(settings)]))
@@ -140,6 +144,8 @@ class PreparePass:
         self._tail_of: str = journal.get("tail_of", "")  # the only document; its tail is held out
         self._tail_at: int = journal.get("tail_at", 0)
         self._position = 0  # in that document
+        kind, digests = settings.drop_duplicates, journal.get("digests")
+        self._duplicates = Duplicates(folder, kind, digests) if kind else None
         self.writers: dict[str, SplitWriter] = {}
         for split, state in journal.get("writers", {}).items():
             self.writers[split] = self._make_writer(split, state)
@@ -174,9 +180,7 @@ class PreparePass:
             with contextlib.closing(self._encoded(done)) as encoded:
                 for number, (task, spans) in enumerate(encoded, start=done + 1):
                     for span in spans:
-                        parts = self._split_tail(span) if span.document == self._tail_of else [span]
-                        for part in parts:
-                            self._writer_for(part).append(part)
+                        self._append(span)
                     progress.add(task, spans)
                     between = not spans or spans[-1].is_last
                     if between and time.monotonic() - last_record >= JOURNAL_SECONDS:
@@ -186,13 +190,24 @@ class PreparePass:
         finally:
             for writer in self.writers.values():
                 writer.abandon()
+            if self._duplicates:
+                self._duplicates.close()
             progress.report()
+
+    def _append(self, span: EncodedSpan) -> None:
+        repeats = self._duplicates is not None and self._duplicates.repeats(span)
+        stays = False
+        for part in self._split_tail(span) if span.document == self._tail_of else [span]:
+            stays = self._writer_for(part).append(part, repeats)
+        if stays and self._duplicates:
+            self._duplicates.remember()
 
     def _encoded(self, done: int) -> Generator[tuple[EncodeTask, list[EncodedSpan]]]:
         if self.source.zarr_root:
             return zarr.zarr_documents(self.source.zarr_root, self.tokenizer, skip=done)
         tasks = islice(make_tasks(self.source.files), done, None)
-        return encode_in_order(tasks, self.folder / TOKENIZER_DIR, self.workers)
+        is_near = self.settings.drop_duplicates == NEAR
+        return encode_in_order(tasks, self.folder / TOKENIZER_DIR, self.workers, is_near)
 
     def _writer_for(self, span: EncodedSpan) -> SplitWriter:
         split = span.split or self.rule(span.document)
@@ -204,6 +219,8 @@ class PreparePass:
         self.lock.check()
         writers = {split: writer.state() for split, writer in self.writers.items()}
         state = {**self.journal, "tasks": tasks, "covered": covered, "writers": writers}
+        if self._duplicates:
+            state["digests"] = self._duplicates.state()
         write_json(self.folder / JOURNAL, state)
         if self._bucket:  # not before the journal says that they are complete
             for writer in writers.values():
@@ -214,14 +231,17 @@ class PreparePass:
     def missing_purpose(self, nonempty: Collection[str]) -> str:
         """What the missing documents are needed for; "" if none is missing."""
         if not nonempty:
-            return "at all"
+            return "at all" * (self.source.part is None)
         if self._chooses_splits():
             return "to train on" * (TRAIN not in nonempty) or "to hold out" * (VAL not in nonempty)
         return ""
 
     def _chooses_splits(self) -> bool:
-        """Whether documents are assigned by hash, not by a table, and some are to be held out."""
-        by_hash = self.rule.listed is None and not self.source.zarr_root
+        """Whether documents are assigned by hash, not by a table, and some are to be held out.
+
+        Of a part no split needs to have any.
+        """
+        by_hash = self.rule.listed is None and not self.source.zarr_root and not self.source.part
         return by_hash and self.settings.val_fraction > 0
 
     def plan_second_pass(self, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -268,10 +288,7 @@ class PreparePass:
 
     def skipped(self) -> dict[str, int]:
         writers = self.writers.values()
-        return {
-            "empty": sum(writer.empty for writer in writers),
-            "short": sum(writer.short for writer in writers),
-        }
+        return {name: sum(writer.skipped[name] for writer in writers) for name in SKIPPED}
 
 
 def _part(span: EncodedSpan, part: slice, num_bytes: int) -> EncodedSpan:

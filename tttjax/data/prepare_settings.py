@@ -6,6 +6,7 @@ from tttjax.errors import UserError
 
 TEXT_KEY = "text"  # of JSON Lines and Parquet
 CHAT_KEY = "messages"  # of conversations
+EXACT, NEAR = "exact", "near"  # duplicates to drop
 LARGEST_VOCABULARY = 1 << 24  # SentencePiece training hangs near 2**31
 
 
@@ -28,6 +29,7 @@ class PrepareSettings:
     add_bos: bool = True
     add_eos: bool = False
     shard_tokens: int = 1 << 27
+    drop_duplicates: str = ""
 
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
@@ -41,6 +43,8 @@ class PrepareSettings:
                 "add_eos and text_key do not apply to conversations: the chat template ends them, "
                 "and their keys are fixed; remove them."
             )
+        if self.drop_duplicates not in ("", EXACT, NEAR):
+            raise UserError(f"drop_duplicates={self.drop_duplicates} must be {EXACT} or {NEAR}.")
         if not self.text_key:
             raise UserError("text_key is empty; name the key of the text in JSON lines or Parquet.")
         for name in ("vocab_size", "shard_tokens"):

@@ -37,6 +37,7 @@ from tttjax.io.paths import is_bucket, storage_path
 MANIFEST = "manifest.json"
 JOURNAL = "prepare.journal"
 TOKENIZER_DIR = "tokenizer"
+PARTS = "part-*-of-*"  # folders of several hosts
 # Up to this total size, checksums are verified when a run starts, which takes about a second.
 AUTO_VERIFY_BYTES = 1 << 30
 
@@ -280,6 +281,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{folder} is half prepared: `tttjax prepare` was interrupted; run the same "
                 "command again to continue."
+            )
+        if any(folder.glob(PARTS)):
+            raise UserError(
+                f"{folder} is half prepared: not all of its parts are finished and joined; run "
+                "their commands again to continue."
             )
         what = "is not a prepared data set" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what} (no {MANIFEST}); make it with `tttjax prepare`.")

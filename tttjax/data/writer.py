@@ -17,12 +17,15 @@ import numpy as np
 from tttjax.data.manifest import TARGETS, counts_of, parts_of
 from tttjax.errors import UserError
 
+SKIPPED = ("empty", "short", "duplicates")  # documents, by the reason
+
 
 @dataclass(frozen=True)
 class EncodedSpan:
     """Tokens of a document or of a span of it. split: None for the one of `SplitRule`.
 
     targets: bool [N], the tokens that are targets; None: all.
+    signature: MinHash of the text (`near_duplicates`), if near duplicates are dropped.
     """
 
     document: str
@@ -32,6 +35,7 @@ class EncodedSpan:
     is_last: bool = True
     split: str | None = None
     targets: np.ndarray | None = None
+    signature: bytes = b""
 
 
 class _ShardFiles:
@@ -50,7 +54,7 @@ class _ShardFiles:
         for part in parts:
             path = folder / f"{name}.{part}"
             if state:
-                _truncate(path, self.files[part])
+                truncate(path, self.files[part])
             self._streams[part] = path.open("ab" if state else "wb")
 
     def write(self, part: str, content: bytes) -> None:
@@ -74,18 +78,29 @@ class _ShardFiles:
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
+        return self.mark()
+
+    def mark(self) -> dict[str, Any]:
+        """Counts, sizes and checksums so far."""
         return {
             "name": self.name,
             **self.counts,
             "files": {part: dict(entry) for part, entry in self.files.items()},
         }
 
+    def go_back(self, mark: dict[str, Any]) -> None:
+        """Removes what was written after `mark`."""
+        self.counts = {count: mark[count] for count in self.counts}
+        self.files = mark["files"]
+        for part, stream in self._streams.items():
+            stream.truncate(stream.seek(self.files[part]["size"]))
+
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
 
 
-def _truncate(path: Path, entry: dict[str, int]) -> None:
+def truncate(path: Path, entry: dict[str, int]) -> None:
     """Truncates a file to its recorded size. UserError if the checksum differs."""
     remaining, crc = entry["size"], 0
     if path.exists():
@@ -103,10 +118,11 @@ def _truncate(path: Path, entry: dict[str, int]) -> None:
 class SplitWriter:
     """Appends documents to the shards of one split.
 
-    Prepends BOS and appends EOS to each document if given, and drops documents without text or of
-    fewer than `min_tokens` tokens (BOS and EOS included). A document lies in one shard; a shard is
-    closed after the document that fills it. is_masked: spans say which tokens are targets; BOS and
-    EOS that are added are none. on_closed: called with the state of a shard that is complete.
+    Prepends BOS and appends EOS to each document if given, and drops documents without text, of
+    fewer than `min_tokens` tokens (BOS and EOS included), or that are said to be duplicates. A
+    document lies in one shard; a shard is closed after the document that fills it. is_masked: spans
+    say which tokens are targets; BOS and EOS that are added are none. on_closed: called with the
+    state of a shard that is complete.
     """
 
     def __init__(
@@ -129,18 +145,25 @@ class SplitWriter:
         self._shard_tokens, self._min_tokens = shard_tokens, min_tokens
         self._head = np.array([] if bos is None else [bos], dtype)
         self._tail = np.array([] if eos is None else [eos], dtype)
-        state = state or {"shards": [], "open": None, "longest": 0, "empty": 0, "short": 0}
+        state = state or {"shards": [], "open": None, "longest": 0}
         self._shards: list[dict[str, Any]] = list(state["shards"])
-        self._longest, self.empty, self.short = state["longest"], state["empty"], state["short"]
+        self._longest = state["longest"]
+        self.skipped: dict[str, int] = state.get("skipped", dict.fromkeys(SKIPPED, 0))
         current = state["open"]
         self._shard = _ShardFiles(folder, current["name"], is_masked, current) if current else None
         # Tokens and targets of a document below the minimum length so far.
         self._buffer: list[tuple[np.ndarray, np.ndarray | None]] = []
         self._length = self._bytes = 0  # of the document being written
+        self._mark: dict[str, Any] | None = None  # of the shard before that document
 
-    def append(self, span: EncodedSpan) -> None:
-        """Appends a span; the spans of a document must be consecutive."""
+    def append(self, span: EncodedSpan, is_duplicate: bool = False) -> bool:
+        """Appends a span; the spans of a document must be consecutive.
+
+        is_duplicate: of the last span, whether to drop the document. Returns whether the span
+        completes a document that stays.
+        """
         if span.is_first:
+            self._mark = None
             self._buffer, self._length, self._bytes = [self._added(self._head)], len(self._head), 0
         tokens = span.tokens.astype(self._dtype)
         self._buffer.append((tokens, span.targets))
@@ -151,22 +174,31 @@ class SplitWriter:
             self._buffer.append(self._added(self._tail))
             self._length += len(self._tail)
         if has_text and self._length >= self._min_tokens:
+            if is_duplicate:
+                return self._drop("duplicates")
             shard = self._open_shard()
+            if self._mark is None and not span.is_last:
+                self._mark = shard.mark()
             for part in self._buffer:
                 shard.write_tokens(*part)
             self._buffer = []
+        if span.is_last and self._buffer:  # never reached the minimum
+            return self._drop("short" if has_text else "empty")
         if span.is_last:
             self._end_document(span.document)
+        return span.is_last
+
+    def _drop(self, reason: str) -> bool:
+        self.skipped[reason] += 1
+        self._buffer = []
+        if self._mark and self._shard:
+            self._shard.go_back(self._mark)
+        return False
 
     def _added(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return tokens, np.zeros(len(tokens), bool) if self._is_masked else None
 
     def _end_document(self, name: str) -> None:
-        if self._buffer:  # never reached the minimum
-            empty = self._length <= len(self._head)
-            self.empty, self.short = self.empty + empty, self.short + (not empty)
-            self._buffer = []
-            return
         shard = self._open_shard()
         shard.counts["documents"] += 1
         shard.counts["bytes"] += self._bytes
@@ -185,10 +217,12 @@ class SplitWriter:
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self._shards.append(self._shard.state())
-            self._shard.close()
-            self._shard = None
-            self._on_closed(self._shards[-1])
+            shard, self._shard = self._shard, None
+            state = shard.state()
+            shard.close()
+            if state["documents"]:  # not if the only one was a duplicate
+                self._shards.append(state)
+                self._on_closed(state)
 
     def state(self) -> dict[str, Any]:
         """JSON state to resume from. Call it only between documents."""
@@ -196,8 +230,7 @@ class SplitWriter:
             "shards": list(self._shards),
             "open": self._shard.state() if self._shard else None,
             "longest": self._longest,
-            "empty": self.empty,
-            "short": self.short,
+            "skipped": dict(self.skipped),
         }
 
     def finish(self) -> dict[str, Any]:

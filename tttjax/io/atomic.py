@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +20,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     For a path in a bucket, it is copied there, where an object appears when it is complete.
 
-    On an exception it is removed and `path` is unchanged. Its name contains the pid, so that
-    concurrent writers do not mix: the last to finish wins. Its permissions follow the umask, also
-    for libraries that write files readable by the owner only.
+    On an exception it is removed and `path` is unchanged. Its name is unique, so that concurrent
+    writers, also on several hosts, do not mix: the last to finish wins. Its permissions follow the
+    umask, also for libraries that write files readable by the owner only.
     """
     path = storage_path(path)
     if is_bucket(path):
@@ -29,7 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             yield (temporary := Path(folder, path.name))
             upload(temporary, path)
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     mode = _usual_mode(temporary)
     try:
         yield temporary

@@ -99,7 +99,7 @@ def _trained(vocab_size: int, files, rule: SplitRule, log: Callable[[str], None]
 
 def _sample(files: Sequence[InputFile], rule: SplitRule) -> Iterator[str]:
     """Text of training documents: all, or a random sample of about 64 MiB."""
-    total = sum(file.size * (4 if file.compressed else 1) for file in files)
+    total = sum(file.text_bytes for file in files)
     share = TRAINING_SAMPLE_BYTES / max(total, 1)
     sampled = 0
     for file in files:
