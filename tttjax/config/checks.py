@@ -35,10 +35,11 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
     """The mesh with `data` resolved to a number; UserError if it does not fit devices or model."""
     mesh, model, train = config.mesh, config.model, config.train
     others = mesh.fsdp * mesh.tensor
+    fitting = _counts_that_fit(config, num_devices, num_processes)
     if mesh.data == -1 and num_devices % others:
         raise UserError(
             f"mesh.fsdp x mesh.tensor = {mesh.fsdp} x {mesh.tensor} = {others} does not divide the "
-            f"number of devices, {num_devices}."
+            f"number of devices, {num_devices}{fitting}."
         )
     data = num_devices // others if mesh.data == -1 else mesh.data
     if data * others != num_devices:
@@ -50,10 +51,12 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
     shards = data * mesh.fsdp
     micro_batch = train.batch_size // train.accum_steps
     if micro_batch % shards:
+        name = "train.batch_size"
+        if train.accum_steps > 1:
+            name += f" / train.accum_steps = {train.batch_size} / {train.accum_steps}"
         raise UserError(
-            f"train.batch_size / train.accum_steps = {train.batch_size} / {train.accum_steps} = "
-            f"{micro_batch} sequences cannot be divided among mesh.data x mesh.fsdp = {data} x "
-            f"{mesh.fsdp} = {shards}; choose a multiple of {shards}."
+            f"{name} = {micro_batch} sequences cannot be divided among mesh.data x mesh.fsdp = "
+            f"{data} x {mesh.fsdp} = {shards}; choose a multiple of {shards}{fitting}."
         )
     if shards % num_processes:
         raise UserError(
@@ -68,6 +71,24 @@ def check_mesh(config: Config, num_devices: int, num_processes: int = 1) -> Mesh
             f"model.embed_dim = {model.embed_dim} cannot be divided among mesh.fsdp = {mesh.fsdp}."
         )
     return dataclasses.replace(mesh, data=data)
+
+
+def _counts_that_fit(config: Config, num_devices: int, num_processes: int) -> str:
+    """The nearest numbers of devices, or of processes, that mesh and batch fit, as a clause."""
+    mesh, train = config.mesh, config.train
+    if mesh.data != -1:
+        return ""
+    unit = num_devices // num_processes if num_processes > 1 else 1
+    now = num_devices // unit
+    fitting = [
+        count
+        for count in range(1, 2 * now + 1)
+        if count * unit % (mesh.fsdp * mesh.tensor) == 0
+        and train.batch_size // train.accum_steps % (count * unit // mesh.tensor) == 0
+    ]
+    nearest = [n for n in fitting if n < now][-1:] + [n for n in fitting if n > now][:1]
+    what = "processes" if num_processes > 1 else "devices"
+    return f"; {' or '.join(map(str, nearest))} {what} would fit" if nearest else ""
 
 
 def _sharded_by_tensor(model: ModelConfig) -> list[tuple[int, str]]:

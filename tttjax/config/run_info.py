@@ -95,10 +95,16 @@ def git_revision() -> dict[str, Any] | None:
     return {"commit": commit, "modified": bool(_git(root, "status", "--porcelain", "-uno"))}
 
 
-def write_run_info(workdir: str | Path, config: Config, with_devices: bool = False) -> None:
+def write_run_info(
+    workdir: str | Path,
+    config: Config,
+    with_devices: bool = False,
+    placement: Mapping[str, int] | None = None,
+) -> None:
     """Writes `config.json`, and adds this start to those in `environment.json`.
 
-    Call it from one process. Raises UserError as `check_same_run` does, before writing.
+    placement: the fields of `config.placement.Placement`. Call it from one process.
+    Raises UserError as `check_same_run` does, before writing.
     """
     check_same_run(workdir, config)
     folder = storage_path(workdir)
@@ -110,12 +116,19 @@ def write_run_info(workdir: str | Path, config: Config, with_devices: bool = Fal
         "environment": describe_environment(with_devices),
         "config": to_dict(config),
     }
-    starts = _read_json(folder / ENVIRONMENT, list) or []
+    if placement:
+        start["placement"] = dict(placement)
+    starts = read_starts(folder)
     if config.inner.code:
         with atomic_write(folder / CODE) as temporary:
             temporary.write_bytes(custom_code(config.inner.code).source)
     _write_json(folder / CONFIG, {"format": FORMAT, **to_dict(config)})
     _write_json(folder / ENVIRONMENT, [*starts, start])
+
+
+def read_starts(workdir: str | Path) -> list[Any]:
+    """What `environment.json` holds of every start, in order. Raises UserError if it is damaged."""
+    return _read_json(Path(workdir) / ENVIRONMENT, list) or []
 
 
 def read_config(workdir: str | Path) -> Config | None:

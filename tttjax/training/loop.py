@@ -14,13 +14,13 @@ import jax
 from tttjax.config import (
     Config,
     check_memory,
-    check_mesh,
     check_same_run,
     check_weights_config,
     config_fingerprint,
     with_absolute_paths,
     write_run_info,
 )
+from tttjax.config.placement import Placement, describe_change, place
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers.base import copy_tokenizer
@@ -147,6 +147,7 @@ class TrainRun:
     """
 
     config: Config
+    placement: Placement
     workdir: Path
     lock: Lock
     watchdog: Watchdog
@@ -173,11 +174,13 @@ def _set_up(
 ) -> tuple[TrainRun, TrainState]:
     """Opens everything that training needs, closed by `exit_stack`, and the initial state."""
     settings = config.train
+    placement = place(config, workdir, jax.device_count(), jax.process_count())
+    placed = placement.applied_to(config)
+    mesh = _make_mesh(placed)
     batches, tokenizer = (batches, "") if batches else open_batches(config)
     exit_stack.callback(batches.close)
-    mesh = _make_mesh(config)
     kernels = describe_kernels(config, platform_of(mesh))
-    trainer = make_trainer(config, mesh)
+    trainer = make_trainer(placed, mesh)
     checkpointer = checkpoints.Checkpointer(
         workdir / checkpoints.CHECKPOINT_DIR,
         keep=settings.keep_checkpoints,
@@ -206,10 +209,13 @@ def _set_up(
         config=dataclasses.asdict(config),
     )
     exit_stack.callback(logger.close)
-    logger.print_line("; ".join(filter(None, (_describe(config, trainer, start), kernels))))
+    if change := describe_change(placement, workdir):
+        logger.print_line(change)
+    logger.print_line("; ".join(filter(None, (_describe(placed, trainer, start), kernels))))
     recorder = StepRecorder(workdir, settings.max_skipped_steps, logger, totals)
     run = TrainRun(
         config=config,
+        placement=placement,
         workdir=workdir,
         lock=lock,
         watchdog=watchdog,
@@ -294,7 +300,8 @@ def _compiling(run: TrainRun) -> Iterator[None]:
 def _write_config(run: TrainRun) -> None:
     """Writes the configuration, which marks the work directory as this run's."""
     if jax.process_index() == 0:
-        write_run_info(run.workdir, run.config, with_devices=True)
+        placement = dataclasses.asdict(run.placement)
+        write_run_info(run.workdir, run.config, with_devices=True, placement=placement)
 
 
 def _evaluate(run: TrainRun, step: int, state: TrainState) -> None:
@@ -377,7 +384,7 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
 
 
 def _make_mesh(config: Config) -> jax.sharding.Mesh:
-    mesh = check_mesh(config, jax.device_count(), jax.process_count())
+    mesh = config.mesh
     check_memory(config, mesh, device_memory(), host_memory(), jax.process_count())
     return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
 
@@ -431,9 +438,11 @@ def _describe(config: Config, trainer: Trainer, start: int) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in trainer.mesh.shape.items())
     origin = f" from {config.train.init_from}" if config.train.init_from else ""
     verb = f"continuing after step {start} of" if start else f"training{origin} for"
+    micro_batches = config.train.accum_steps
+    accumulation = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
     return (
         f"{verb} {config.train.steps} steps of {config.train.batch_size} x "
-        f"{config.train.seq_len} tokens; {sum(count.values()):,} parameters, "
+        f"{config.train.seq_len} tokens{accumulation}; {sum(count.values()):,} parameters, "
         f"{count['fast']:,} of them fast; {jax.device_count()} {jax.default_backend()} devices "
         f"({mesh})"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tttjax
 from tttjax.config import Config, to_flat_dict
+from tttjax.config.placement import most_sequences
 from tttjax.config.run_info import PACKAGES
 from tttjax.data.shards import read_manifest
 from tttjax.io.paths import storage_path
@@ -55,6 +56,7 @@ def start_facts(
     if config.train.init_from:
         facts["the checkpoint in train.init_from"] = _newest(config.train.init_from)
     facts["the newest checkpoint in --workdir"] = _newest(workdir / checkpoints.CHECKPOINT_DIR)
+    facts["the sequences per device in environment.json"] = str(most_sequences(config, workdir))
     facts["the code of tttjax"] = _code_content(Path(tttjax.__file__).parent)
     facts["the version of python"] = platform.python_version()
     for package in (*PACKAGES, "libtpu"):
