@@ -20,7 +20,7 @@ class AbsentProcessError(UserError):
 
 
 class UnreachableError(UserError):
-    """A bucket does not answer, after retries. Exit code 76 in training: starting again may help."""
+    """A bucket does not answer, after retries. In training, code 76: starting again may help."""
 
 
 class ResumableError(UserError):

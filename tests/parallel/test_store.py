@@ -22,6 +22,7 @@ connected.put("a/1", "y")
 assert connected.put_first("a/2", "z") and not connected.put_first("a/2", "w")
 assert connected.items("a") == {"1": "y", "2": "z"}, connected.items("a")
 assert connected.items("b") == {}
+assert connected.peek("a/2") == "z" and connected.peek("b") is None
 assert connected.get("a/2", 5) == "z" and connected.get("c", 0.1) is None
 assert connected.wait_for_all("barrier", 5)
 assert not connected.stop_notice()

@@ -14,11 +14,14 @@ import pytest
 from tttjax.errors import UserError
 from tttjax.planning import flops
 from tttjax.training import metrics, metrics_file
+from tttjax.training.hosts import Hosts
 from tttjax.training.metrics import AsyncMetrics, MetricLogger
 from tttjax.training.plot import smooth, write_plot
 from tttjax.training.progress import Throughput
+from tttjax.training.start_account import StartAccount
 
 RATES = Throughput(tokens_per_step=100, flops_per_token=1e6, peak=flops.Peak(1e9, "test"))
+ALONE = Hosts(StartAccount())
 HELD_OUT_LOSSES = {
     **{"first_token": [1, 5], "last_token": [4, 8]},
     "on": {"loss": 1.5, "by_position": [1.75, 1.25]},
@@ -32,7 +35,9 @@ MASKED_LOSSES = {  # of data without targets at the first positions
 
 
 def logger(path, start=0, stream=None, **kwargs):
-    return MetricLogger(path, RATES, 20, start_step=start, stream=stream or io.StringIO(), **kwargs)
+    return MetricLogger(
+        path, RATES, ALONE, 20, start_step=start, stream=stream or io.StringIO(), **kwargs
+    )
 
 
 def log_steps(log, first, last):
@@ -41,7 +46,7 @@ def log_steps(log, first, last):
 
 
 def test_metrics_are_returned_one_step_late():
-    async_metrics = AsyncMetrics()
+    async_metrics = AsyncMetrics(StartAccount())
     assert async_metrics.swap(1, {"loss": jnp.float32(3.5)}, "a") is None
     assert async_metrics.swap(2, {"loss": jnp.float32(2.5)}, "b") == (1, {"loss": 3.5}, "a")
     assert async_metrics.flush() == (2, {"loss": 2.5}, "b")
@@ -52,7 +57,7 @@ def test_dispatched_step_is_never_read(monkeypatch):
     fetched = []
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(float(x["loss"])) or get(x))
-    async_metrics = AsyncMetrics()
+    async_metrics = AsyncMetrics(StartAccount())
     for step in range(1, 4):
         async_metrics.swap(step, {"loss": jnp.float32(step)})
         assert fetched == [float(n) for n in range(1, step)]

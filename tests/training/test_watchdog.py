@@ -12,6 +12,7 @@ from tttjax.config import WatchdogConfig
 from tttjax.training import watchdog
 from tttjax.training.loop import train
 from tttjax.training.metrics_file import deterministic_records
+from tttjax.training.start_account import StartAccount
 
 
 class Clock:
@@ -27,7 +28,7 @@ def clock():
 
 
 def watch(clock, **limits):
-    return watchdog.Watchdog(WatchdogConfig(**limits), pytest.fail, clock)
+    return watchdog.Watchdog(WatchdogConfig(**limits), pytest.fail, StartAccount(), clock)
 
 
 def steps(dog, clock, *seconds):

@@ -57,6 +57,9 @@ COMMANDS = {
     "report": Command("tttjax.cli.report", "compare finished runs on one page"),
     "sweep": Command("tttjax.cli.sweep", "train and compare a grid of settings, with seeds"),
     "runs": Command("tttjax.cli.runs", "list the runs of a folder and how they differ"),
+    "status": Command(
+        "tttjax.cli.status", "show the state of a run: progress, hosts, starts, time spent"
+    ),
     "verify": Command("tttjax.cli.verify", "check this build against reference values"),
     "bench": Command("tttjax.cli.bench", "measure speed and memory"),
     "completion": Command("tttjax.cli.completion", "print a shell's completion script"),

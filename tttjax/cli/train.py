@@ -21,6 +21,7 @@ hosts, one with a bug exits with 1.
 
 import argparse
 import os
+import time
 from typing import TYPE_CHECKING
 
 from tttjax.cli.config_argument import add_code_argument, add_config_argument
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`tttjax train` from parsed arguments; returns DONE, or SAVED if interrupted."""
+    began = time.time()
     addresses = (args.coordinator, args.process_id, args.process_count)
     given = {name: getattr(args, f"{name}_timeout") for name in _LIMITS}
     given = {name: seconds for name, seconds in given.items() if seconds is not None}
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--{next(iter(given))}-timeout needs several processes: --distributed, or "
                 "--coordinator, --process-id and --process-count"
             )
-        return _train(args)
+        return _train(args, began)
 
     # JAX's runtime logs the loss of a process in many lines; `parallel.pod` reports it in one.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -100,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
     from tttjax.parallel.pod import TimeLimits
 
     with start_distributed(*addresses, TimeLimits(**given), error_sentence) as pod:
-        return _train(args, pod)
+        return _train(args, began, pod)
 
 
-def _train(args: argparse.Namespace, pod: "Pod | None" = None) -> int:
+def _train(args: argparse.Namespace, began: float, pod: "Pod | None" = None) -> int:
     for path in args.code:
         use_code(path)
     config = load_config(args.config, args.overrides)
@@ -117,5 +119,7 @@ def _train(args: argparse.Namespace, pod: "Pod | None" = None) -> int:
     logging.set_verbosity(logging.FATAL)
     if pod is not None:
         agree_on_start(pod, config, args.workdir, args.stop_after, args.from_step)
-    result = train(config, args.workdir, stop_after=args.stop_after, from_step=args.from_step)
+    result = train(
+        config, args.workdir, stop_after=args.stop_after, from_step=args.from_step, began=began
+    )
     return SAVED if result.interrupted else DONE

@@ -110,6 +110,18 @@ def hold(
             _release(lock_path, me.token)
 
 
+def living_holder(folder: str | os.PathLike, watch_s: float = WATCH_SECONDS) -> str | None:
+    """The process that holds a folder's lock, if it lives; takes up to watch_s for another host."""
+    lock_path = Path(folder) / FOLDER_LOCK
+    state = _read_lock(lock_path)
+    if state is None:
+        return None
+    if state.holder and state.holder.is_on_this_host():
+        return str(state.holder) if state.holder.is_alive() else None
+    current = _watch(lock_path, state, watch_s)
+    return str(current.holder or "a process") if current and current != state else None
+
+
 # Holder ------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,21 @@ def agree(pod: Pod, facts: Mapping[str, str], workdir: Path) -> None:
             raise UserError(f"{names} did not come to the first step within {seconds} s")
 
 
+def gather(pod: Pod, name: str, value: str) -> list[str]:
+    """In process 0, the values of all processes, by id; [] in the others, which do not wait.
+
+    Raises UserError if one of them does not call this within `pod.limits.init`.
+    """
+    store, values = pod.store, []
+    store.put(f"{name}/{store.process_id}", value)
+    for process in range(0 if store.process_id else store.process_count):
+        text = store.get(f"{name}/{process}", pod.limits.init)
+        if text is None:
+            raise UserError(f"{pod.name(process)} has no {name} after {pod.limits.init} s")
+        values.append(text)
+    return values
+
+
 @contextlib.contextmanager
 def _nonce_file(workdir: Path) -> Iterator[str]:
     """A file in the work directory that only this start has; removed, with folders made for it."""

@@ -3,6 +3,7 @@
 The first failure is written to the store. A thread of every process waits for it, prints it and
 ends its process, even if the main thread is in a collective or a compilation. Every process gives a
 sign of life in the store; process 0 watches those of the others, and the others watch the store.
+With it goes what the process says of itself (`parallel.heartbeats`).
 
 Without a pod (one process, or a program that joined the processes itself) the functions below are
 those of one process.
@@ -22,16 +23,22 @@ from typing import NoReturn
 from tttjax.errors import UnreachableError, UserError, is_out_of_memory, is_runtime_error
 from tttjax.exit_codes import FAILED, INTERRUPTED, LOST, USER_ERROR
 from tttjax.io.paths import storage_path
+from tttjax.parallel.heartbeats import Heartbeats
 from tttjax.parallel.store import Store, StoreLostError
 from tttjax.runtime.ending import end_process
 from tttjax.runtime.stacks import write_stacks
 
-_FAILURE, _BEATS, _LEFT = "failure", "beat", "left"
+_FAILURE, _LEFT = "failure", "left"
 _WEEK = 7 * 24 * 3600.0
 _STORE_SECONDS = 2.0  # for one write of a failing process
 _LAST_SECONDS = 3.0  # that process 0 keeps the store open for the others to read the failure
 
 _pod: "Pod | None" = None
+
+
+def current_pod() -> "Pod | None":
+    """The processes that this one belongs to; None if it is alone."""
+    return _pod
 
 
 def end_run(code: int, sentence: str, *, stacks: Path | None = None) -> NoReturn:
@@ -109,9 +116,7 @@ class Pod:
         self._describe, self._interval = describe, min(limits.heartbeat / 10, 2.0)
         self.stop_requested = False
         self._closed, self._ending = threading.Event(), threading.Lock()
-        now = time.monotonic()
-        self._store_answered = now
-        self._beats = {str(i): ("", now) for i in range(1, len(hosts))}
+        self.heartbeats = Heartbeats(store)
         self._lost: set[str] = set()  # processes that will not read the failure
 
     def name(self, process_id: int) -> str:
@@ -248,17 +253,10 @@ class Pod:
             self._leave(failure)
 
     def _beat(self) -> None:
-        me, beats = self.store.process_id, 0
         while not self._closed.wait(self._interval):
             with contextlib.suppress(StoreLostError):  # the thread above ends the process
-                beats += 1
-                self.store.put(f"{_BEATS}/{me}", str(beats))
-                self._store_answered = time.monotonic()
+                self.heartbeats.beat()
                 self.stop_requested |= self.store.stop_notice()
-                if me == 0:
-                    for process, value in self.store.items(_BEATS).items():
-                        if self._beats.get(process, ("", 0.0))[0] != value:
-                            self._beats[process] = (value, time.monotonic())
 
     def _check_beats(self) -> None:
         previous = time.monotonic()
@@ -271,18 +269,18 @@ class Pod:
                     "the others have given it up; start the same command again on every host",
                 )
             previous = now
-            if now - self._store_answered > self.limits.heartbeat:
+            if now - self.heartbeats.answered > self.limits.heartbeat:
                 self._end_without_store()
             if self.store.process_id == 0:
-                self._check_others(now)
+                self._check_others()
 
-    def _check_others(self, now: float) -> None:
-        for process, (_, seen) in list(self._beats.items()):
-            if process != "0" and now - seen > self.limits.heartbeat:
-                self._lost.add(process)
+    def _check_others(self) -> None:
+        for process, (_, age) in enumerate(self.heartbeats.heard()):
+            if process and age > self.limits.heartbeat:
+                self._lost.add(str(process))
                 self.end(
                     LOST,
-                    f"lost {self.name(int(process))}: no sign of life for {now - seen:.0f} s; "
+                    f"lost {self.name(process)}: no sign of life for {age:.0f} s; "
                     "start the same command again on every host",
                 )
 

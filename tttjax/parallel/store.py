@@ -60,9 +60,13 @@ class Store:
         pairs = _call(self._client.key_value_dir_get, f"{folder}/") or []
         return {key.removeprefix(f"{folder}/"): value for key, value in pairs}
 
+    def peek(self, key: str) -> str | None:
+        """The value of a key; None if nobody has set it. Does not wait."""
+        return _call(_value, self._client, key)
+
     def stop_notice(self) -> bool:
         """Whether JAX's preemption service has told the processes that one got SIGTERM."""
-        return _call(_has_key, self._client, _STOP_NOTICE)
+        return self.peek(_STOP_NOTICE) is not None
 
     def wait_for_all(self, barrier: str, seconds: float) -> bool:
         """Waits until every process has called this; False if they do not in time."""
@@ -147,14 +151,13 @@ def _is_new(client: Any, key: str, value: str) -> bool:
     return True
 
 
-def _has_key(client: Any, key: str) -> bool:
+def _value(client: Any, key: str) -> str | None:
     try:
-        client.key_value_try_get(key)
+        return client.key_value_try_get(key)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("NOT_FOUND"):
             raise
-        return False
-    return True
+        return None
 
 
 def _pass(client: Any, barrier: str, milliseconds: int) -> bool:

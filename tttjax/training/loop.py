@@ -25,6 +25,7 @@ from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers.base import copy_tokenizer
 from tttjax.errors import UserError
+from tttjax.exit_codes import DONE, SAVED
 from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
 from tttjax.io.paths import storage_path
@@ -33,15 +34,19 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.pod import sharing_failures
 from tttjax.planning import flops
 from tttjax.runtime import compilation_cache, progress
-from tttjax.runtime.memory import device_memory, host_memory
-from tttjax.training import checkpoints, metrics, metrics_file
+from tttjax.runtime.memory import device_memory, host_memory, memory_use
+from tttjax.training import checkpoints, metrics
 from tttjax.training.attention_kernels import describe_kernels, platform_of
 from tttjax.training.failed_starts import forget_failed_starts
 from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
+from tttjax.training.hosts import Hosts
+from tttjax.training.ledger import Ledger
 from tttjax.training.plot import write_plot
 from tttjax.training.profiler import Profiler
 from tttjax.training.records import StepRecorder, Totals
+from tttjax.training.result import TrainResult, describe_result
 from tttjax.training.save_schedule import SaveSchedule
+from tttjax.training.start_account import StartAccount
 from tttjax.training.step import Trainer, TrainState, make_trainer
 from tttjax.training.stopping import StopRequest
 from tttjax.training.warm_start import load_initial_weights
@@ -59,39 +64,6 @@ class BatchStream(Protocol):
     def close(self) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """Result and timing of a run. Seconds are of this start, `train_seconds` of all starts.
-
-    step: steps done in total. first_step_seconds: the first step of this start, compilation
-    included; step_seconds: median of the others (None if there were none). interrupted: stopped
-    before the last step; the same command resumes, after this step unless it was skipped.
-    """
-
-    step: int
-    loss: float | None
-    interrupted: bool
-    state: TrainState
-    setup_seconds: float
-    first_step_seconds: float | None
-    step_seconds: float | None
-    tokens_per_second: float | None
-    mfu: float | None
-    mfu_refers_to: str | None
-    train_seconds: float
-    skipped_steps: int
-    peak_memory_bytes: int
-    peak_memory_of: str
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the state, for `summary.json`; nonfinite values as "nan", "inf"."""
-        return {
-            field.name: metrics_file.json_safe(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name != "state"
-        }
-
-
 def train(
     config: Config,
     workdir: str | os.PathLike,
@@ -99,6 +71,7 @@ def train(
     stop_after: int | None = None,
     from_step: int | None = None,
     batches: BatchStream | None = None,
+    began: float | None = None,
 ) -> TrainResult:
     """Trains up to step `config.train.steps`, from the newest checkpoint in `workdir` if any.
 
@@ -107,6 +80,7 @@ def train(
       from_step: go back to the checkpoint of this step, once: a run that has done so resumes from
         its newest checkpoint. Later checkpoints are renamed to `abandoned-<step>`.
       batches: batches to use instead of the data sets of `config.data`.
+      began: Unix time at which the command began, for the ledger; default: now.
 
     Raises:
       UserError: configuration, data, mesh, work directory or checkpoints are invalid; the disk is
@@ -118,18 +92,30 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise UserError(f"--stop-after={stop_after} must be a step, 1 or later")
     metrics.check_wandb(config.train.wandb_project)
-    watchdog = Watchdog(config.watchdog, lambda problem: end_hung_run(workdir, problem))
+    hosts = Hosts(StartAccount(began))
+    watchdog = Watchdog(
+        config.watchdog, lambda problem: end_hung_run(workdir, problem), hosts.account
+    )
     locked = lock_workdir(workdir, config.train.max_failed_starts)
-    with watchdog, locked as lock, remove_failed_start(workdir, lock):
+    with (
+        watchdog,
+        locked as lock,
+        remove_failed_start(workdir, lock),
+        Ledger(workdir, lock, config.train.steps, hosts) as ledger,
+    ):
         check_same_run(workdir, config)
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(precision.x64_if_configured(config))
-            run, state = _set_up(config, workdir, lock, watchdog, batches, exit_stack, from_step)
+            run, state = _set_up(
+                config, workdir, lock, watchdog, hosts, batches, exit_stack, from_step
+            )
             setup_seconds = time.perf_counter() - started
             last = min(config.train.steps, stop_after or config.train.steps)
             state, step = _loop(run, state, last)
+            hosts.account.end_steps()
             result = _result(run, state, step, setup_seconds)
-            run.logger.print_line(_describe_result(result, run.checkpointer.newest_step))
+            ledger.code = SAVED if result.interrupted else DONE
+            run.logger.print_line(describe_result(result, run.checkpointer.newest_step))
         if jax.process_index() == 0 and (step > run.start or not result.interrupted):
             forget_failed_starts(workdir)
         if jax.process_index() == 0 and step == config.train.steps:
@@ -151,6 +137,7 @@ class TrainRun:
     workdir: Path
     lock: Lock
     watchdog: Watchdog
+    hosts: Hosts
     trainer: Trainer
     batches: BatchStream
     tokenizer: str
@@ -168,6 +155,7 @@ def _set_up(
     workdir: Path,
     lock: Lock,
     watchdog: Watchdog,
+    hosts: Hosts,
     batches: BatchStream | None,
     exit_stack: contextlib.ExitStack,
     from_step: int | None,
@@ -202,6 +190,7 @@ def _set_up(
             flops.train_flops_per_token(config.model, config.inner, settings.seq_len),
             flops.device_peak(),
         ),
+        hosts,
         total_steps=settings.steps,
         log_every=settings.log_every,
         start_step=start,
@@ -209,16 +198,17 @@ def _set_up(
         config=dataclasses.asdict(config),
     )
     exit_stack.callback(logger.close)
-    if change := describe_change(placement, workdir):
-        logger.print_line(change)
-    logger.print_line("; ".join(filter(None, (_describe(placed, trainer, start), kernels))))
-    recorder = StepRecorder(workdir, settings.max_skipped_steps, logger, totals)
+    described = "; ".join(filter(None, (_describe(placed, trainer, start), kernels)))
+    for line in filter(None, (*hosts.meet(), describe_change(placement, workdir), described)):
+        logger.print_line(line)
+    recorder = StepRecorder(workdir, settings.max_skipped_steps, logger, totals, hosts.account)
     run = TrainRun(
         config=config,
         placement=placement,
         workdir=workdir,
         lock=lock,
         watchdog=watchdog,
+        hosts=hosts,
         trainer=trainer,
         batches=batches,
         tokenizer=tokenizer,
@@ -235,25 +225,29 @@ def _set_up(
 @sharing_failures()
 def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]:
     """Runs steps start + 1 to `last`, or until a request to stop; saves. (state, steps done)."""
-    settings, recorder, async_metrics = run.config.train, run.recorder, metrics.AsyncMetrics()
-    step = run.start
+    settings, recorder, account = run.config.train, run.recorder, run.hosts.account
+    async_metrics, step = metrics.AsyncMetrics(account), run.start
     with contextlib.ExitStack() as exit_stack:
         stop = exit_stack.enter_context(StopRequest(run.watchdog.expect_stop))
-        profiler = Profiler(settings.profile_steps, run.workdir)
-        exit_stack.callback(profiler.close)
+        profiler = exit_stack.enter_context(
+            Profiler(settings.profile_steps, run.workdir, run.hosts, run.logger.print_line)
+        )
         saves = SaveSchedule(settings, run.start)
         recorder.start_clock()
+        account.begin_steps(run.start)
         for step in range(run.start + 1, last + 1):
             profiler.before(step)
             waiting_since = time.perf_counter()
-            data_state, batch = run.batches.get_state(), next(run.batches)
-            on_device = run.trainer.put_batch(batch)
+            with account.phase("input"):
+                data_state, batch = run.batches.get_state(), next(run.batches)
+                on_device = run.trainer.put_batch(batch)
             waited = time.perf_counter() - waiting_since
-            with _compiling(run) if step == run.start + 1 else contextlib.nullcontext():
+            with _compiling(run) if step == run.start + 1 else account.phase("device"):
                 state, values = run.trainer.step(state, on_device)
             recorder.add(async_metrics.swap(step, values, (waited, batch, data_state)))
             profiler.after(step, values)
-            should_stop = stop.after(step)
+            with account.phase("device"):  # several processes may wait for each other
+                should_stop, should_save = stop.after(step), saves.is_due(step)
             if step == run.start + 1:  # includes compilation, so it is timed separately
                 with progress.report_activity("the first step"):
                     first = async_metrics.flush()
@@ -267,7 +261,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
             if run.held_out and (step % settings.eval_every == 0 or step == settings.steps):
                 recorder.add(async_metrics.flush())
                 _evaluate(run, step, state)
-            if saves.is_due(step) or step == last or should_stop:
+            if should_save or step == last or should_stop:
                 # Records reach the disk before the checkpoint that includes their steps.
                 recorder.add(async_metrics.flush())
                 # What led to skipped steps may be in the state, so it must not displace older ones.
@@ -333,7 +327,7 @@ def _save(run: TrainRun, step: int, state: TrainState) -> None:
 
 
 def _result(run: TrainRun, state: TrainState, step: int, setup_seconds: float) -> TrainResult:
-    memory, memory_of = metrics.peak_memory()
+    memory = memory_use()
     peak = run.logger.throughput.peak
     return TrainResult(
         step=step,
@@ -346,8 +340,8 @@ def _result(run: TrainRun, state: TrainState, step: int, setup_seconds: float) -
         mfu_refers_to=peak.source if peak else None,
         train_seconds=run.totals.seconds,
         skipped_steps=int(state.skipped),
-        peak_memory_bytes=memory,
-        peak_memory_of=memory_of,
+        peak_memory_bytes=memory.peak,
+        peak_memory_of=memory.where,
     )
 
 
@@ -446,20 +440,6 @@ def _describe(config: Config, trainer: Trainer, start: int) -> str:
         f"{count['fast']:,} of them fast; {jax.device_count()} {jax.default_backend()} devices "
         f"({mesh})"
     )
-
-
-def _describe_result(result: TrainResult, saved_step: int | None) -> str:
-    verb = "stopped" if result.interrupted else "done"
-    loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
-    speed = (
-        "" if result.step_seconds is None else f"; {result.step_seconds:.3f} s per step (median)"
-    )
-    if saved_step == result.step:
-        hint = "; saved, the same command resumes" if result.interrupted else ""
-    else:
-        origin = "starts over" if saved_step is None else f"resumes after step {saved_step}"
-        hint = f"; not saved, because its last steps were skipped: the same command {origin}"
-    return f"{verb} at step {result.step}{loss}{speed}{hint}"
 
 
 def _write_results(run: TrainRun, result: TrainResult) -> None:

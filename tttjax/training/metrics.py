@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import resource
 import sys
 import uuid
 from dataclasses import dataclass, field
@@ -15,8 +14,11 @@ import jax
 from tttjax.errors import UserError
 from tttjax.io.paths import storage_path
 from tttjax.io.spool import Spool
+from tttjax.runtime.memory import memory_use
+from tttjax.training.hosts import Hosts
 from tttjax.training.metrics_file import HELD_OUT, JSONL, json_safe, truncate_after
 from tttjax.training.progress import Throughput, TrainProgress
+from tttjax.training.start_account import StartAccount
 
 
 def _summary_writer() -> Any:
@@ -37,10 +39,11 @@ def _summary_writer() -> Any:
 class AsyncMetrics:
     """Delays reading the device metrics of a step until the next step is dispatched.
 
-    So the host never waits for the device while its queue is empty.
+    So the host never waits for the device while its queue is empty. account: is told the waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, account: StartAccount) -> None:
+        self._account = account
         self._dispatched: tuple[int, dict[str, jax.Array], Any] | None = None
 
     def swap(
@@ -57,28 +60,12 @@ class AsyncMetrics:
         previous, self._dispatched = self._dispatched, None
         return self._read(previous)
 
-    @staticmethod
-    def _read(dispatched: tuple | None) -> tuple[int, dict[str, Any], Any] | None:
+    def _read(self, dispatched: tuple | None) -> tuple[int, dict[str, Any], Any] | None:
         if dispatched is None:
             return None
         step, metrics, note = dispatched
-        return step, {k: v.item() for k, v in jax.device_get(metrics).items()}, note
-
-
-# JSONL -------------------------------------------------------------------------------------------
-
-
-# The logger --------------------------------------------------------------------------------------
-
-
-def peak_memory() -> tuple[int, str]:
-    """(bytes, "device" or "process"): peak of the fullest local device; of the process on CPU."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    if peaks:
-        return max(peaks), "device"
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * (1 if sys.platform == "darwin" else 1024), "process"
+        with self._account.phase("device"):
+            return step, {k: v.item() for k, v in jax.device_get(metrics).items()}, note
 
 
 def check_wandb(project: str) -> None:
@@ -165,6 +152,7 @@ class MetricLogger:
 
     workdir: Path
     throughput: Throughput
+    hosts: Hosts
     total_steps: int
     log_every: int = 10
     start_step: int = 0
@@ -179,7 +167,7 @@ class MetricLogger:
         if not self._is_writer:
             return
         self.workdir = storage_path(self.workdir)
-        self.progress = TrainProgress(self.total_steps, self.log_every, self.stream)
+        self.progress = TrainProgress(self.total_steps, self.log_every, self.hosts, self.stream)
         self._spool = Spool(self.workdir, (JSONL, HELD_OUT, "wandb_id.txt"))
         folder = self._spool.folder
         for name in (JSONL, HELD_OUT):
@@ -213,7 +201,7 @@ class MetricLogger:
             return
         seconds = max(seconds, 1e-9)
         rates = self.throughput.rates(seconds, input_seconds)
-        rates["memory_bytes"] = peak_memory()[0]
+        rates["memory_bytes"] = memory_use().peak
         ordered = {"loss": values["loss"], **values}
         record = {"step": step, **{k: json_safe(v) for k, v in ordered.items()}, "time": rates}
         self._jsonl.write(json.dumps(record) + "\n")
@@ -229,6 +217,8 @@ class MetricLogger:
                 step, {**values, **{f"time/{k}": v for k, v in (rates | smooth).items()}}
             )
             self._window = _Window()
+            for line in self.hosts.stragglers():
+                self.print_line(line)
         self._spool.upload_sometimes()
 
     def log_held_out(self, step: int, losses: dict[str, Any], seconds: float) -> None:

@@ -1,39 +1,84 @@
-"""Profiler traces of chosen training steps."""
+"""Profiler traces of training steps: those of the configuration, and those asked for meanwhile.
 
+A file `profile_now` in the work directory asks for the next steps. A thread of process 0 sees and
+removes it, and tells all processes with the heartbeats from which step on to trace, late enough
+that all of them know.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from tttjax.io.spool import Spool
+from tttjax.parallel.pod import current_pod
+from tttjax.parallel.store import StoreLostError
+from tttjax.training.hosts import TOLD_SECONDS, Hosts
 from tttjax.types import PyTree
+
+REQUEST, PROFILE_DIR = "profile_now", "profile"
+REQUESTED_STEPS = 5
+LOOK_SECONDS = 2.0
 
 
 class Profiler:
-    """Traces steps `first` to `last` into `profile/` in the work directory.
+    """A context for the loop, which traces steps into `profile/` (for TensorBoard and Perfetto).
 
-    The traces are readable by TensorBoard and Perfetto.
+    steps: the first and last of the configuration, () for none. log: prints a line.
     """
 
-    def __init__(self, steps: tuple[int, ...], workdir: Path):
+    def __init__(
+        self, steps: tuple[int, ...], workdir: Path, hosts: Hosts, log: Callable[[str], None]
+    ):
         self._first, self._last = steps or (0, 0)
-        self._workdir = workdir
+        self._workdir, self._hosts, self._log = workdir, hosts, log
+        self._pod, self._word, self._seen = current_pod(), "", ""
         self._running = False
+        self._closed = threading.Event()
+
+    def __enter__(self) -> "Profiler":
+        if jax.process_index() == 0:
+            threading.Thread(target=self._look, name="profiler", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._stop()
 
     def before(self, step: int) -> None:
-        if step == self._first and self._first:
-            self._spool = Spool(self._workdir)
-            jax.profiler.start_trace(str(self._spool.folder / "profile"))
+        """Begins a trace if this step is the first of one."""
+        word = self._pod.heartbeats.word if self._pod else self._word
+        if word != self._seen and not self._running:
+            self._seen, self._first = word, max(step, int(word))
+            self._last = self._first + REQUESTED_STEPS - 1
+        if step == self._first:
+            self._spool, folder = Spool(self._workdir), self._workdir / PROFILE_DIR
+            self._log(f"profiling steps {self._first} to {self._last} into {folder}")
+            jax.profiler.start_trace(str(self._spool.folder / PROFILE_DIR))
             self._running = True
 
     def after(self, step: int, result: PyTree) -> None:
         """Ends the trace after the last step, once its arrays `result` are computed."""
         if self._running and step >= self._last:
             jax.block_until_ready(result)
-            self.close()
+            self._stop()
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
             self._spool.upload()
             self._spool.close()
+
+    def _look(self) -> None:
+        """Of process 0's thread: turns the file into a word to all."""
+        while not self._closed.wait(LOOK_SECONDS):
+            with contextlib.suppress(OSError, StoreLostError):
+                (self._workdir / REQUEST).unlink()  # fails where there is none
+                first = self._hosts.next_step(TOLD_SECONDS if self._pod else 0.0)
+                if self._pod:
+                    self._pod.heartbeats.tell(str(first))
+                else:
+                    self._word = str(first)

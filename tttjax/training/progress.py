@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from tttjax.planning.flops import Peak
 from tttjax.runtime import progress
+from tttjax.training.hosts import Hosts
 
 
 @dataclass
@@ -50,10 +51,15 @@ def _format_count(value: float) -> str:
 
 
 class TrainProgress:
-    """A progress line, updated in place on a terminal; a line every `log_every` steps elsewhere."""
+    """A progress line, updated in place on a terminal; a line every `log_every` steps elsewhere.
 
-    def __init__(self, total_steps: int, log_every: int, stream: TextIO | None = None):
-        self.total_steps, self.log_every = total_steps, log_every
+    Its `input` is that of the host that waits longest.
+    """
+
+    def __init__(
+        self, total_steps: int, log_every: int, hosts: Hosts, stream: TextIO | None = None
+    ):
+        self.total_steps, self.log_every, self._hosts = total_steps, log_every, hosts
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty()
         self._open_line = False
@@ -71,9 +77,10 @@ class TrainProgress:
         width = len(str(self.total_steps))
         mfu = f"  mfu {rates['mfu']:.1%}" if "mfu" in rates else ""
         skips = f"skipped {skipped}  " if skipped else ""
+        waiting, of_host = self._hosts.worst_input(rates["input_share"])
         text = f"step {step:{width}}/{self.total_steps}  loss {loss:.4f}  {skips}" + (
             f"{_format_count(rates['tokens_per_second'])} tok/s{mfu}  "
-            f"input {rates['input_share']:.0%}  "
+            f"input {waiting:.0%}{of_host}  "
             f"eta {_format_duration((self.total_steps - step) * rates['seconds'])}"
             if steady
             else f"compiled and done in {rates['seconds']:.1f} s"

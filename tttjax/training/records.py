@@ -15,6 +15,7 @@ from tttjax.errors import UserError
 from tttjax.io.atomic import atomic_write
 from tttjax.training.metrics import MetricLogger
 from tttjax.training.metrics_file import json_safe
+from tttjax.training.start_account import StartAccount
 from tttjax.types import Batch
 
 
@@ -28,9 +29,16 @@ class Totals:
 class StepRecorder:
     """Times and logs the steps that the device has finished; stops after nonfinite ones."""
 
-    def __init__(self, workdir: Path, max_skipped_steps: int, logger: MetricLogger, totals: Totals):
+    def __init__(
+        self,
+        workdir: Path,
+        max_skipped_steps: int,
+        logger: MetricLogger,
+        totals: Totals,
+        account: StartAccount,
+    ):
         self._workdir, self._limit, self._logger = workdir, max_skipped_steps, logger
-        self._totals = totals
+        self._totals, self._account = totals, account
         self._seconds: list[float] = []
         self._last = time.perf_counter()
         self.loss: float | None = None
@@ -55,6 +63,7 @@ class StepRecorder:
         self._totals.seconds += seconds
         steady = self.first_seconds is not None
         self._logger.log(step, values, seconds, waited, steady=steady)
+        self._account.finish(step)
         self.loss, self.skipped_in_row = values["loss"], int(values["skipped_in_row"])
         if steady:
             self._seconds.append(seconds)

@@ -16,6 +16,7 @@ from statistics import median
 from tttjax.config import WatchdogConfig
 from tttjax.exit_codes import LOST
 from tttjax.parallel.pod import end_run, stop_requested
+from tttjax.training.start_account import StartAccount
 
 CHECK_SECONDS = 0.5
 SUSPENDED_SECONDS = 10.0  # between two checks: then the whole process was suspended
@@ -27,16 +28,18 @@ STACKS_DIR = "hangs"
 class Watchdog:
     """A context for a run; `on_hang(sentence)` is called once, from the watching thread.
 
-    limits: seconds of every phase; 0: none. clock: seconds that never go back.
+    limits: seconds of every phase; 0: none. account: is told the phases. clock: seconds that never
+    go back.
     """
 
     def __init__(
         self,
         limits: WatchdogConfig,
         on_hang: Callable[[str], None],
+        account: StartAccount,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._limits, self._on_hang, self._clock = limits, on_hang, clock
+        self._limits, self._on_hang, self._account, self._clock = limits, on_hang, account, clock
         self._lock = threading.Lock()
         self._phases: list[tuple[str, float]] = [("start", clock())]  # and when each began
         self._seconds: deque[float] = deque(maxlen=100)
@@ -58,7 +61,8 @@ class Watchdog:
         with self._lock:
             self._phases.append((name, self._clock()))
         try:
-            yield
+            with self._account.phase(name):
+                yield
         finally:
             with self._lock:
                 self._phases.pop()

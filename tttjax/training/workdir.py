@@ -18,7 +18,9 @@ from tttjax.parallel.store import process_count, process_id
 from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.checkpoints import CHECKPOINT_DIR
 from tttjax.training.failed_starts import count_start
+from tttjax.training.ledger import STARTS
 from tttjax.training.metrics_file import HELD_OUT, JSONL
+from tttjax.training.profiler import PROFILE_DIR
 
 # Created before the first step; the configuration is written after it.
 CREATED_FILES = {
@@ -27,7 +29,8 @@ CREATED_FILES = {
     JSONL,
     HELD_OUT,
     "tensorboard",
-    "profile",
+    PROFILE_DIR,
+    STARTS,
     "wandb",
     "wandb_id.txt",
 }
