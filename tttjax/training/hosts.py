@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import groupby
 from typing import Any
@@ -182,7 +182,7 @@ def describe_hosts(hosts: Sequence[Host]) -> list[str]:
     if len(hosts) <= MOST_LINES:
         groups = [[(i, host)] for i, host in enumerate(hosts)]
     else:
-        by_kind = groupby(enumerate(hosts), key=lambda item: (item[1].devices, item[1].tttjax))
+        by_kind = groupby(enumerate(hosts), key=lambda item: replace(item[1], name=""))
         groups = [list(items) for _, items in by_kind]
     lines = []
     for group in groups:
