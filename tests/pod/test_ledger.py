@@ -63,10 +63,11 @@ def check_first_start(pod):
     """What process 0 prints, what `status` says while it runs, and a profile on request."""
     output = pod.read(0, "out")
     assert re.search(r"host 0 \(.+\): 1 x cpu; tttjax .+, jax .+\nhost 1 \(", output), output
-    pod.wait_for_line(0, "(host 1)", SOON)
+    pod.wait_for_line(0, "% (host 1)", SOON)
+    pod.wait_for_line(0, "holds up the others: ", SOON)
     shares = re.findall(r"input (\d+)% \(host 1\)", pod.read(0, "out"))
     assert int(shares[-1]) > 50
-    assert re.search(r"host 1 \(.+\) holds up the others: ", pod.read(0, "out"))
+    assert set(re.findall(r"host (\d) \(.+\) holds up the others: ", pod.read(0, "out"))) == {"1"}
     pod.wait_until(lambda: "input" in run_status(pod.workdir).hosts[1], SOON)
     status = run_status(pod.workdir)
     assert (status.state, status.starts[0].code) == ("running", None)

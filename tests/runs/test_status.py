@@ -16,7 +16,7 @@ from tttjax.training.ledger import STARTS, USES
 
 HOST = {"name": "node-a", "devices": "4 x H100", "tttjax": "1", "jax": "2"}
 FIGURES = {
-    **{"step": 30, "step_seconds": 0.5, "input": 0.01, "other": 0.02, "age": 0.0},
+    **{"step": 30, "seconds": 10.0, "step_seconds": 0.5, "input": 0.01, "other": 0.02, "age": 0.0},
     **{"memory_bytes": 2**30, "peak_bytes": 2**31, "memory_of": "device"},
 }
 

@@ -16,8 +16,8 @@ class Clock:
         return self.now
 
 
-def figures(waiting, other=0.0, age=1.0):
-    return HostFigures(9, 0.3, waiting, other, 100, 200, "process", age)
+def figures(waiting, other=0.0, age=1.0, seconds=10.0):
+    return HostFigures(9, seconds, 0.3, waiting, other, 100, 200, "process", age)
 
 
 def heard(*said):
@@ -57,8 +57,11 @@ def test_figures_are_shares_of_the_last_steps():
     hosts = Hosts(account, clock)
     assert hosts.figures() == [None]
     account.begin_steps(100)
-    hosts.say()
-    for step in range(101, 131):
+    clock.now += 1000  # the first step
+    assert hosts.figures() == [None]
+    account.finish(101)
+    assert hosts.figures() == [None]
+    for step in range(102, 131):
         with account.phase("input"):
             clock.now += 3 if step > 115 else 0
         with account.phase("device"):
@@ -109,8 +112,9 @@ def test_equal_hosts_have_no_straggler(said):
     assert describe_stragglers(said) == {}
 
 
-def test_old_figures_name_no_straggler():
-    assert make_hosts(figures(0.0), figures(0.9, age=60)).stragglers() == []
+@pytest.mark.parametrize("figure", [figures(0.9, age=60), figures(0.9, seconds=1), None])
+def test_old_and_short_figures_name_no_straggler(figure):
+    assert make_hosts(figures(0.0), figure).stragglers() == []
 
 
 def test_many_hosts_are_described_in_groups():

@@ -65,7 +65,9 @@ def _lines(status: "RunStatus") -> Iterator[str]:
     yield state
     step = [f"step {status.step}" + (f" of {status.steps}" if status.steps else "")]
     if status.loss is not None:
-        step.append(f"loss {status.loss:.4f}" if isinstance(status.loss, float) else f"loss {status.loss}")
+        step.append(
+            f"loss {status.loss:.4f}" if isinstance(status.loss, float) else f"loss {status.loss}"
+        )
     if status.tokens_per_second is not None:
         step.append(f"{status.tokens_per_second:,.0f} tokens/s")
     if status.mfu is not None:

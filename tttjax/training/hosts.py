@@ -47,14 +47,15 @@ class Host:
 
 @dataclass(frozen=True)
 class HostFigures:
-    """A host's last seconds. age: how long ago it said this (s).
+    """A host's last seconds in the loop. age: how long ago it said this (s).
 
-    step: its last finished one. step_seconds: mean; None before a step has ended. input, other:
-    shares of the loop's time, waiting for batches and in other work than steps. memory_bytes,
+    step: its last finished one. step_seconds: mean; None if no step has ended. input, other:
+    shares of the seconds, waiting for batches and in other work than steps. memory_bytes,
     peak_bytes: of the fullest device, or of the process (memory_of).
     """
 
     step: int
+    seconds: float
     step_seconds: float | None
     input: float
     other: float
@@ -91,12 +92,10 @@ class Hosts:
         return describe_hosts(self.hosts)
 
     def say(self) -> dict[str, Any]:
-        """This process's figures; {} before the loop. From one thread only."""
+        """This process's figures; {} until the first step has ended. From one thread only."""
         samples, account = self._samples, self.account
-        if account.steps_before is None:
+        if account.step == (account.steps_before or 0):
             return {}
-        if not samples:
-            samples.append((self._clock(), account.steps_before, (0.0, 0.0, 0.0)))
         now = (self._clock(), account.step, account.loop_seconds())
         samples.append(now)
         while (
@@ -113,6 +112,7 @@ class Hosts:
         return asdict(
             HostFigures(
                 step=now[1],
+                seconds=total,
                 step_seconds=total / steps if steps else None,
                 input=waited / total,
                 other=host / total,
@@ -162,7 +162,11 @@ class Hosts:
             return []
         self._next_look = self._clock() + WINDOW_SECONDS
         figures = {} if self._pod is None else dict(enumerate(self.figures()))
-        recent = {i: f for i, f in figures.items() if f is not None and f.age < OLD_SECONDS}
+        recent = {
+            i: f
+            for i, f in figures.items()
+            if f is not None and f.age < OLD_SECONDS and f.seconds > WINDOW_SECONDS / 2
+        }
         now, lines = self._clock(), []
         for i, text in describe_stragglers(recent).items():
             if now - self._told.get(i, -PAUSE_SECONDS) >= PAUSE_SECONDS:

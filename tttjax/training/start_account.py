@@ -51,7 +51,7 @@ class StartAccount:
         with self._lock:
             self._book()
             self._phases[0] = "host"
-            self.steps_before = self.step = steps_before
+            self.steps_before = self.step = int(steps_before)  # NumPy's, of several processes
 
     def end_steps(self) -> None:
         """The loop has ended."""
