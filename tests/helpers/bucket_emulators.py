@@ -104,7 +104,7 @@ class Emulators:
         self._amazon = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._amazon.start()
         google = f"http://127.0.0.1:{self._google.server_port}"
-        amazon = "http://127.0.0.1:%d" % self._amazon.get_host_and_port()[1]
+        amazon = f"http://127.0.0.1:{self._amazon.get_host_and_port()[1]}"
         self.environment = {
             "STORAGE_EMULATOR_HOST": google,
             "TENSORSTORE_GCS_HTTP_URL": google,
