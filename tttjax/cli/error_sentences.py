@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 
 from tttjax.errors import UserError, is_out_of_memory
@@ -26,7 +27,7 @@ def error_sentence(error: BaseException) -> str | None:
         )
     if isinstance(error, RecursionError) and "JSON" in str(error):
         return "A JSON file is nested too deeply; it is damaged."
-    return _path_error_message(error) or None
+    return _path_error_message(error) or _bucket_error_message(error) or None
 
 
 def _is_out_of_space(error: BaseException) -> bool:
@@ -36,6 +37,14 @@ def _is_out_of_space(error: BaseException) -> bool:
         or "No space left on device" in str(cause)
         for cause in _causes(error)
     )
+
+
+def _bucket_error_message(error: BaseException) -> str:
+    """The message for an error of the libraries that reach buckets; otherwise empty."""
+    buckets = sys.modules.get("tttjax.io.buckets")  # imported once a path is in one
+    if buckets is None or not buckets.is_bucket_error(error):
+        return ""
+    return buckets.unreachable_sentence("A bucket", error)
 
 
 _PATH_ERRORS = {

@@ -20,7 +20,7 @@ import tttjax
 from tttjax.cli.error_sentences import error_sentence
 from tttjax.config.files import OVERRIDE_PREFIX, use_code
 from tttjax.config.values import nearest
-from tttjax.errors import AbsentProcessError, UserError
+from tttjax.errors import AbsentProcessError, UnreachableError, UserError
 from tttjax.exit_codes import BROKEN_PIPE, INTERRUPTED, LOST, USER_ERROR
 from tttjax.io.paths import path_text
 from tttjax.runtime import progress
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sentence:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        return LOST if isinstance(error, AbsentProcessError) else USER_ERROR
+        is_resumable = isinstance(error, AbsentProcessError | UnreachableError)
+        return LOST if is_resumable else USER_ERROR
 
 
 class _Parser(argparse.ArgumentParser):

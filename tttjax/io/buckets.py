@@ -24,12 +24,10 @@ from tttjax.runtime.progress import report_activity
 
 _PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: extra, package
 _DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # after the retries of the package itself, about 30 s each time
-_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "s3fs", "requests")
-# Errors of tensorstore, which reads and writes the arrays of checkpoints.
+_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs")
+# Of TensorStore, which reads and writes the arrays of checkpoints.
 _STORE_ERROR = re.compile(
-    r"(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|NOT_FOUND)\b.*"
-    r"(https?://|gs://|s3://)",
-    re.DOTALL,
+    r"Error (reading|writing|opening|listing|deleting)\b.*\b(gs|s3)://", re.DOTALL
 )
 T = TypeVar("T")
 
@@ -123,13 +121,17 @@ def open_bucket(text: str, label: str) -> Path:
 @functools.cache
 def _reach(scheme: str, bucket: str) -> None:
     name = f"{scheme}://{bucket}"
-    with report_activity(f"looking for the bucket {name}"), translating(name):
-        try:
+    try:
+        with report_activity(f"looking for the bucket {name}"):
             file_system(name).find(f"{bucket}/.tttjax/none")
-        except FileNotFoundError as error:
-            raise UserError(
-                f"the bucket {name} does not exist; check its name, or create it."
-            ) from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the bucket {name} does not exist; check its name, or create it."
+        ) from error
+    except Exception as error:
+        if not is_bucket_error(error):
+            raise
+        raise UserError(unreachable_sentence(name, error)) from error
 
 
 def file_system(path: str | os.PathLike) -> Any:
@@ -169,79 +171,68 @@ def create(path: Path, content: bytes) -> bool:
 
 def upload(source: Path, path: Path) -> None:
     """Copies a local file into an object, which appears when it is complete."""
-    retried(f"writing {path}", lambda: file_system(path).put_file(str(source), str(path)))
+    retried("writing", path, lambda: file_system(path).put_file(str(source), str(path)))
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
     """Bytes of an object."""
     return retried(
-        f"reading {path}", lambda: file_system(path).cat_file(str(path), start=start, end=stop)
+        "reading", path, lambda: file_system(path).cat_file(str(path), start=start, end=stop)
     )
 
 
-def retried(what: str, call: Callable[[], T]) -> T:
+def retried(what: str, path: str | os.PathLike, call: Callable[[], T]) -> T:
     """The result of a call; repeated a few times while the bucket does not answer.
 
-    Raises UnreachableError after that, or at once for wrong credentials.
+    what, path: what the call does, for messages. Raises UnreachableError after that, and UserError
+    at once if the credentials do not suffice.
     """
-    for delay_s in _DELAYS_S:
+    for delay_s in (*_DELAYS_S, None):
         try:
-            with report_activity(what):
+            with report_activity(f"{what} {path}"):
                 return call()
         except Exception as error:
-            if not is_bucket_error(error) or _is_refusal(error):
-                break
+            if isinstance(error, FileNotFoundError) or not is_bucket_error(error):
+                raise
+            if is_refusal(error):
+                raise UserError(unreachable_sentence(path, error)) from error
+            if delay_s is None:
+                raise UnreachableError(unreachable_sentence(path, error)) from error
             print(
-                f"note: {what} failed ({_in_short(error)}); again in {delay_s:g} s",
+                f"note: {what} {path} failed ({_in_short(error)}); again in {delay_s:g} s",
                 file=sys.stderr,
                 flush=True,
             )
             time.sleep(delay_s)
-    with translating(what.split()[-1]):
-        return call()
+    raise AssertionError  # the last round returns or raises
 
 
-@contextlib.contextmanager
-def translating(name: str | os.PathLike) -> Iterator[None]:
-    """Raises UnreachableError for what a bucket's libraries raise, other than a missing object."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, FileNotFoundError | UserError) or not is_bucket_error(error):
-            raise
-        raise unreachable(name, error) from error
-
-
-def unreachable(name: str | os.PathLike, error: BaseException) -> UnreachableError:
-    """The error for the user. name: the bucket, or a path in it."""
+def unreachable_sentence(name: str | os.PathLike, error: BaseException) -> str:
+    """What the user reads. name: the bucket, or a path in it."""
     remedy = (
         "check the credentials of this host, and that they may read and write there"
-        if _is_refusal(error)
+        if is_refusal(error)
         else "check the network and the credentials of this host, and run the same command again"
     )
-    return UnreachableError(f"{name} cannot be reached ({_in_short(error)}): {remedy}.")
+    return f"{os.fspath(name)} cannot be reached ({_in_short(error)}): {remedy}."
 
 
 def is_bucket_error(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, is of a library that talks to buckets."""
+    """Whether an error, or what caused it, is of a library that talks to buckets."""
     while error is not None:
-        module = type(error).__module__.partition(".")[0]
-        if module in _LIBRARIES or isinstance(error, PermissionError | TimeoutError):
+        if type(error).__module__.partition(".")[0] in _LIBRARIES:
             return True
-        if isinstance(error, ConnectionError) or _STORE_ERROR.search(str(error)):
+        if isinstance(error, ValueError) and _STORE_ERROR.search(str(error)):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return False
 
 
-def _is_refusal(error: BaseException) -> bool:
-    name = type(error).__name__
-    status = getattr(error, "code", None)
-    return (
-        isinstance(error, PermissionError)
-        or "Credential" in name
-        or status in (401, 403, "401", "403")
-    )
+def is_refusal(error: BaseException) -> bool:
+    """Whether the credentials are missing or do not suffice."""
+    status = str(getattr(error, "code", ""))
+    is_named = "Credential" in type(error).__name__ or "PERMISSION_DENIED" in str(error)
+    return isinstance(error, PermissionError) or is_named or status in ("401", "403")
 
 
 def _in_short(error: BaseException) -> str:

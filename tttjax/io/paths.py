@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tttjax.errors import UserError
+from tttjax.errors import UnreachableError, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -82,6 +82,14 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         if is_bucket(root)
         else ((Path(folder), folders, files) for folder, folders, files in os.walk(root))
     )
+
+
+def raise_if_unreachable(path: str | os.PathLike, error: Exception) -> None:
+    """Raises UnreachableError for an error of the libraries that reach a bucket."""
+    from tttjax.io.buckets import is_bucket_error, unreachable_sentence
+
+    if is_bucket_error(error):
+        raise UnreachableError(unreachable_sentence(path, error)) from error
 
 
 def file_sizes(folder: Any) -> dict[str, int]:

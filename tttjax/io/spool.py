@@ -24,7 +24,7 @@ class Spool:
         self._target, self.folder = storage_path(folder), Path()
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._uploaded: dict[Path, tuple[int, int]] = {}
-        self._last = time.monotonic()
+        self._last, self._is_down = time.monotonic(), False
         if not is_bucket(self._target):
             self.folder = self._target
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -40,11 +40,12 @@ class Spool:
         """Copies what has changed into the bucket. Raises UnreachableError."""
         if self._temporary is None:
             return
-        self._last = time.monotonic()
+        self._last, self._is_down = time.monotonic(), True
         for path, state in self._states().items():
             if self._uploaded.get(path) != state:
                 upload(path, self._target / path.relative_to(self.folder).as_posix())
                 self._uploaded[path] = state
+        self._is_down = False
 
     def upload_sometimes(self) -> None:
         """`upload`, if the last was a minute ago; a bucket that does not answer is left alone."""
@@ -53,10 +54,14 @@ class Spool:
                 self.upload()
 
     def close(self) -> None:
-        """Deletes the temporary folder."""
+        """Uploads what is left, unless the last upload failed, and deletes the temporary folder."""
         if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
+            try:
+                if not self._is_down:
+                    self.upload()
+            finally:
+                self._temporary.cleanup()
+                self._temporary = None
 
     def _states(self) -> dict[Path, tuple[int, int]]:
         """Size and time of the last change (ns) of every file."""

@@ -12,8 +12,10 @@ Arrays are stored under their path in the train state (`params/slow/...`), so a 
 every name, shape and dtype, and evaluation can read the weights alone.
 """
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,10 +23,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tttjax.errors import UserError
-from tttjax.io.paths import is_bucket, storage_path
+from tttjax.errors import UnreachableError, UserError
+from tttjax.io.paths import is_bucket, raise_if_unreachable, storage_path
 from tttjax.training import checkpoint_format, checkpoint_integrity, going_back
 from tttjax.training.checkpoint_integrity import all_texts
+from tttjax.training.s3_arrays import teach_orbax_s3
 from tttjax.types import Params, PyTree
 
 CHECKPOINT_DIR = "checkpoints"
@@ -63,6 +66,8 @@ def _warn(sentence: str) -> None:
 def absolute(path: epath.PathLike) -> epath.Path:
     """An absolute path, which Orbax requires."""
     folder: Any = storage_path(path)
+    if str(folder).startswith("s3://"):
+        teach_orbax_s3()
     return folder if is_bucket(folder) else epath.Path(folder).resolve()
 
 
@@ -124,6 +129,7 @@ class Checkpointer:
                 ),
             ),
         )
+        self.complete_step = self.newest_step  # the newest one known to be complete
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """Orbax's barriers of a save in progress, the first when this process's files are written.
@@ -183,22 +189,30 @@ class Checkpointer:
         }
         items: dict[str, Any] = {k: ocp.args.StandardSave(v) for k, v in arrays.items() if v}
         items[checkpoint_format.META] = ocp.args.JsonSave(meta)
+        before = self.newest_step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self.complete_step = before  # its save has ended
         except Exception as e:
-            self._raise_if_disk_full(e)
+            self._explain(e)
             raise
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete; raises like `save`."""
         try:
             self._manager.wait_until_finished()
+            self.complete_step = self.newest_step
         except Exception as e:
-            self._raise_if_disk_full(e)
+            self._explain(e)
             raise
 
-    def _raise_if_disk_full(self, error: Exception) -> None:
-        """Turns a full disk into a UserError, after removing the incomplete checkpoint."""
+    def _explain(self, error: Exception) -> None:
+        """Raises UserError for a full disk, after removing the incomplete checkpoint.
+
+        Raises UnreachableError for a bucket that does not answer.
+        """
+        if is_bucket(self.directory):
+            raise_if_unreachable(self.directory, error)
         if checkpoint_format.is_disk_full(error):
             checkpoint_format.remove_unfinished(self.directory)
             earlier = checkpoint_format.completed_checkpoints(self.directory)
@@ -328,6 +342,17 @@ class Checkpointer:
             self.wait()
         finally:
             self._manager.close()
+
+
+@contextlib.contextmanager
+def saying_what_is_saved(checkpointer: Checkpointer) -> Iterator[None]:
+    """Adds to an UnreachableError from where the run will resume."""
+    saved = checkpointer.complete_step
+    try:
+        yield
+    except UnreachableError as error:
+        origin = "starts over" if saved is None else f"resumes after step {saved}, which is saved"
+        raise UnreachableError(f"{error} The run {origin}.") from error
 
 
 def find_checkpoint(path: epath.PathLike) -> epath.Path:

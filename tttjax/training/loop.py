@@ -37,6 +37,7 @@ from tttjax.runtime import compilation_cache, progress
 from tttjax.runtime.memory import device_memory, host_memory, memory_use
 from tttjax.training import checkpoints, metrics
 from tttjax.training.attention_kernels import describe_kernels, platform_of
+from tttjax.training.checkpoints import saying_what_is_saved
 from tttjax.training.failed_starts import forget_failed_starts
 from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
 from tttjax.training.hosts import Hosts
@@ -270,7 +271,8 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                     saves.saved(step)
             if should_stop:
                 break
-        with run.watchdog.phase("save"), progress.report_activity("saving the last checkpoint"):
+        activity = progress.report_activity("saving the last checkpoint")
+        with run.watchdog.phase("save"), activity, saying_what_is_saved(run.checkpointer):
             run.checkpointer.wait()
         if run.start >= last:  # no step to do
             _write_config(run)
@@ -313,7 +315,7 @@ def _evaluate(run: TrainRun, step: int, state: TrainState) -> None:
 
 def _save(run: TrainRun, step: int, state: TrainState) -> None:
     activity = progress.report_activity(f"saving the checkpoint of step {step}")
-    with run.watchdog.phase("save"), activity:
+    with run.watchdog.phase("save"), activity, saying_what_is_saved(run.checkpointer):
         run.logger.sync()
         run.checkpointer.save(
             step,

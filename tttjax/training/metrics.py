@@ -261,7 +261,4 @@ class MetricLogger:
             self._tensorboard.close()
             if self._wandb is not None:
                 self._wandb.finish()
-            try:
-                self._spool.upload()
-            finally:
-                self._spool.close()
+            self._spool.close()

@@ -69,7 +69,6 @@ class Profiler:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            self._spool.upload()
             self._spool.close()
 
     def _look(self) -> None:
