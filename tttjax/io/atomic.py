@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tttjax.errors import UserError
 from tttjax.io.locks import hold
-from tttjax.io.paths import is_bucket, local_path, storage_path
+from tttjax.io.paths import file_sizes, is_bucket, local_path, storage_path
 
 
 @contextlib.contextmanager
@@ -48,6 +48,26 @@ def upload(source: Path, path: Path) -> None:
     from tttjax.io import buckets  # slow to import
 
     buckets.upload(source, path)
+
+
+@contextlib.contextmanager
+def local_copy(path: Path, parent: Path) -> Iterator[Path]:
+    """A folder itself or, of one in a bucket, a copy in a temporary folder in `parent`."""
+    if not is_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        for name in file_sizes(path):
+            (copy := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
+            download(path / name, copy)
+        yield Path(folder)
+
+
+def download(path: Path, target: Path) -> None:
+    """Copies an object of a bucket into a file. Raises UnreachableError after retries."""
+    from tttjax.io import buckets
+
+    buckets.download(path, target)
 
 
 def _usual_mode(path: Path) -> int:

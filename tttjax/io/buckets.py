@@ -26,9 +26,7 @@ _PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: extra, 
 _DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # after the retries of the package itself, about 30 s each time
 _LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs")
 # Of TensorStore, which reads and writes the arrays of checkpoints.
-_STORE_ERROR = re.compile(
-    r"Error (reading|writing|opening|listing|deleting)\b.*\b(gs|s3)://", re.DOTALL
-)
+_STORE_ERROR = re.compile(r"Error (reading|writing|opening|listing|deleting).*\b(gs|s3)://", re.S)
 T = TypeVar("T")
 
 
@@ -125,9 +123,8 @@ def _reach(scheme: str, bucket: str) -> None:
         with report_activity(f"looking for the bucket {name}"):
             file_system(name).find(f"{bucket}/.tttjax/none")
     except FileNotFoundError as error:
-        raise UserError(
-            f"the bucket {name} does not exist; check its name, or create it."
-        ) from error
+        sentence = f"the bucket {name} does not exist; check its name, or create it."
+        raise UserError(sentence) from error
     except Exception as error:
         if not is_bucket_error(error):
             raise
@@ -172,6 +169,11 @@ def create(path: Path, content: bytes) -> bool:
 def upload(source: Path, path: Path) -> None:
     """Copies a local file into an object, which appears when it is complete."""
     retried("writing", path, lambda: file_system(path).put_file(str(source), str(path)))
+
+
+def download(path: Path, target: Path) -> None:
+    """Copies an object into a local file."""
+    retried("reading", path, lambda: file_system(path).get_file(str(path), str(target)))
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:

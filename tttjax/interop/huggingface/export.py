@@ -22,7 +22,7 @@ from tttjax.interop.huggingface.tokenizer_files import SAMPLE, special_tokens, w
 from tttjax.interop.official.checkpoint import StoredArray, open_item
 from tttjax.interop.source import Log
 from tttjax.interop.streaming import assemble
-from tttjax.io.atomic import atomic_folder
+from tttjax.io.atomic import atomic_folder, local_copy
 from tttjax.io.paths import storage_path
 from tttjax.models.transformer import Transformer, build_model
 from tttjax.parallel.mesh import make_mesh
@@ -112,10 +112,12 @@ def write_export(
 
     limit: bytes per file. Raises ExportMismatch if logits differ; nothing is left then.
     """
+    assert export.run.checkpoint is not None
     with atomic_folder(target, "--to") as folder, x64_if_configured(export.run.config):
-        total = write_tensors(
-            folder, _by_stack(export.slots), _weight_reader(export), dtype=export.dtype, limit=limit
-        )
+        with local_copy(export.run.checkpoint / "params", folder.parent) as params:
+            read = _weight_reader(export, params)
+            slots = _by_stack(export.slots)
+            total = write_tensors(folder, slots, read, dtype=export.dtype, limit=limit)
         _write_metadata(export, folder, log)
         name = architectures.CLASSES[export.family]
         log(f"{total:,} bytes of {export.dtype} as {name}; verifying the export")
@@ -133,10 +135,9 @@ def _by_stack(slots: list[TensorSlot]) -> list[TensorSlot]:
     return sorted(slots, key=lambda slot: order[slot.path])
 
 
-def _weight_reader(export: ExportPlan) -> Callable[[TensorSlot], np.ndarray]:
+def _weight_reader(export: ExportPlan, params: Path) -> Callable[[TensorSlot], np.ndarray]:
     """Returns a function that reads the weight of a slot; of a stack, one row."""
-    assert export.run.checkpoint is not None
-    arrays: dict[str, StoredArray] = open_item(export.run.checkpoint / "params")
+    arrays: dict[str, StoredArray] = open_item(params)
     fast = export.model.fast_paths
     row_readers: dict[str, Callable[[int], np.ndarray]] = {}
 
