@@ -60,6 +60,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=order)
 
 
+@pytest.fixture(scope="session")
+def buckets(tmp_path_factory):
+    """Emulators of gs:// and s3://, which this process and its subprocesses use from now on."""
+    from helpers.bucket_emulators import Emulators
+
+    with Emulators() as emulators:
+        os.environ |= emulators.environment
+        os.environ["TTTJAX_DATA_CACHE"] = str(tmp_path_factory.mktemp("cache") / "data")
+        yield emulators
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request, buckets, tmp_path):
+    """A folder in a bucket of its own."""
+    return f"{request.param}://bkt/{tmp_path.name}"
+
+
 @pytest.fixture(scope="module")
 def x64():
     """Everything in the module that asks for it, float64."""

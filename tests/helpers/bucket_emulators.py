@@ -8,6 +8,7 @@ generation in the answer to a read, and conditional writes.
 """
 
 import contextlib
+import logging
 import threading
 from functools import partial
 from http.server import ThreadingHTTPServer
@@ -96,6 +97,7 @@ class Emulators:
     """environment: what tttjax and its libraries need to find them."""
 
     def __enter__(self):
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # of moto, a line per request
         storage = ConditionalStorage(use_memory_fs=True)
         create_bucket(BUCKET, storage)
         self._google = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, storage))

@@ -93,7 +93,7 @@ class Pod:
         self.pids, self.codes, self.ended, self._started = {}, {}, {}, set()
         self._first_second = time.monotonic()
 
-    def start(self, ranks=None, *, words=(), fault="", workdir=None, **env):
+    def start(self, ranks=None, *, words=(), fault="", workdir=None, cwd=".", **env):
         """Starts these ranks, all by default. words: further flags, which come last."""
         for rank in range(self.count) if ranks is None else ranks:
             arguments = [f"--process-id={rank}", f"--process-count={self.count}"]
@@ -102,6 +102,7 @@ class Pod:
             self._server.order(
                 rank=f"{self.number}/{rank}",
                 fault=fault,
+                cwd=str(cwd),
                 words=["train", *map(str, arguments)],
                 env=env,
                 stdout=str(self.folder / f"{rank}.out"),

@@ -1,7 +1,7 @@
 """Starts processes of `tttjax train` by forking, so that a test pays for the imports once.
 
-Reads one JSON object per line: {"rank", "fault", "words", "env", "stdout", "stderr"} starts a
-process. Prints one per line: {"rank", "pid"} of a process that has started, {"rank", "code"} of one
+Reads one JSON object per line: {"rank", "fault", "cwd", "words", "env", "stdout", "stderr"}
+starts a process. Prints one per line: {"rank", "pid"} of a process that has started, {"rank", "code"} of one
 that has ended; a negative code is a signal.
 """
 
@@ -64,6 +64,7 @@ def become(order: dict) -> None:
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(order["env"])
+    os.chdir(order["cwd"])
     from tttjax.cli.main import main as run
 
     inject(order["fault"])

@@ -48,6 +48,12 @@ INPUT_TEXTS = {
     *("prepare inputs", "read text", "sessions --text", "evaluate --needle-text"),
     *("generate --prompt-file", "generate --prompts"),
 }
+# These may be in buckets (tests/io/test_buckets.py).
+BUCKET_ARGUMENTS = {
+    *("prepare --out", "prepare --check", "train --workdir", "runs folder", "sessions --run"),
+    *("evaluate workdirs", "evaluate --out", "evaluate --data"),
+    *("export workdir", "generate workdir", "read workdir"),
+}
 TEXT_FIELDS = {"data.val_split", "inner.code", "inner.fast_paths", "train.wandb_project"}
 
 
@@ -89,11 +95,12 @@ def test_path_arguments_reject_buckets_and_unknown_users(
 ):
     monkeypatch.chdir(tmp_path)
     refusals = {
-        "s3://bucket/x": "not supported yet; name a local",
-        "gs://bucket/x": "not supported yet; name a local",
+        "s3://bucket/x": "not supported here; name a local",
+        "gs://bucket/x": "not supported here; name a local",
         "~nobody-of-this-name/x": "does not exist; write ./~",
     }
-    if f"{words} {(action.option_strings or [action.dest])[0]}" in INPUT_TEXTS:
+    label = f"{words} {(action.option_strings or [action.dest])[0]}"
+    if label in INPUT_TEXTS | BUCKET_ARGUMENTS:
         refusals = {"~nobody-of-this-name/x": "does not exist; write ./~"}
     if (words, action.dest) == ("import", "source"):  # it reads from Google's buckets, and no other
         refusals |= {"s3://bucket/x": "neither a folder nor a path like gs://"}
@@ -130,8 +137,8 @@ def test_every_path_field_is_declared(tmp_path, monkeypatch):
         if not field_info(field).path:
             found.add(name)
             continue
-        with pytest.raises(UserError, match=f"{name}=s3://b/x is not a path on this machine"):
-            load_config(str(TINY), [f"--config.{name}=s3://b/x"])
+        with pytest.raises(UserError, match=f"{name}=hdfs://b/x is not a path on this machine"):
+            load_config(str(TINY), [f"--config.{name}=hdfs://b/x"])
         section, key = name.split(".")
         value = getattr(getattr(load_config(str(TINY), [f"{name}=~/x"]), section), key)
         assert value in (str(tmp_path / "x"), (str(tmp_path / "x"),))

@@ -26,7 +26,7 @@ def local_path(value: str | os.PathLike, option: str = "") -> Path:
     if scheme := _SCHEME.match(text):
         raise UserError(
             f"{label} is not a path on this machine: {scheme[0]}/ and other buckets and URLs are "
-            "not supported yet; name a local folder, or a path where the bucket is mounted."
+            "not supported here; name a local folder, or a path where the bucket is mounted."
         )
     try:
         path = Path(text).expanduser() if text.startswith("~") else Path(text)
