@@ -1,8 +1,8 @@
 """Starts processes of `tttjax train` by forking, so that a test pays for the imports once.
 
 Reads one JSON object per line: {"rank", "fault", "cwd", "words", "env", "stdout", "stderr"}
-starts a process. Prints one per line: {"rank", "pid"} of a process that has started, {"rank", "code"} of one
-that has ended; a negative code is a signal.
+starts a process. Prints one per line: {"rank", "pid"} of a process that has started, {"rank",
+"code"} of one that has ended; a negative code is a signal.
 """
 
 import contextlib

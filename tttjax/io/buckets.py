@@ -83,6 +83,20 @@ class BucketPath(gpath.PosixGPath):
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": errors, "newline": newline}
         return file_system(self).open(str(self), mode, **text)
 
+    def read_bytes(self) -> bytes:
+        """In one request, so that it is one version of an object that others write."""
+        return file_system(self).cat_file(str(self))
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        return self.read_bytes().decode("utf-8", errors or "strict")
+
+    def write_bytes(self, data: Any) -> int:
+        file_system(self).pipe_file(str(self), bytes(data))
+        return len(data)
+
+    def write_text(self, data: str, *_: Any, **__: Any) -> int:
+        return self.write_bytes(data.encode())
+
     def stat(self, *, follow_symlinks: bool = True) -> Any:
         """The size, under the names of etils and of pathlib."""
         result: Any = super().stat()
