@@ -23,6 +23,7 @@ from tttjax.evaluation.report.entries import ReportEntry
 from tttjax.evaluation.report.make import make_report
 from tttjax.evaluation.report.results import Report
 from tttjax.evaluation.results import Comparison
+from tttjax.io.paths import storage_path
 from tttjax.models.transformer import Transformer
 from tttjax.models.transformer import build_model as build_transformer
 from tttjax.parallel.precision import x64_if_configured
@@ -256,8 +257,8 @@ def _resolved(config: Config | str) -> Config:
 
 def report(systems: Mapping[str, StrPath], out: StrPath, *, data: StrPath | None = None) -> Report:
     """Compares runs by name, {"ttt_e2e": "runs/first"}, and writes a page with tables to `out`."""
-    entries = [ReportEntry(name, Path(workdir)) for name, workdir in systems.items()]
-    return make_report(entries, Path(out), data=None if data is None else Path(data))
+    entries = [ReportEntry(name, storage_path(workdir)) for name, workdir in systems.items()]
+    return make_report(entries, Path(out), data=None if data is None else storage_path(data))
 
 
 def plan(config: Config | str, topology: str) -> Plan:

@@ -45,6 +45,8 @@ class ConditionalStorage(Storage):
 
 
 class Handler(RequestHandler):
+    """is_down: while it is set, connections are closed without an answer."""
+
     is_down = threading.Event()
 
     def log_message(self, *args):
@@ -89,6 +91,9 @@ class Handler(RequestHandler):
         super().end_headers()
 
     def handle_one_request(self):
+        if self.is_down.is_set():
+            self.close_connection = True
+            return
         with contextlib.suppress(ConnectionError):  # of a client that was killed
             super().handle_one_request()
 

@@ -52,7 +52,7 @@ INPUT_TEXTS = {
 BUCKET_ARGUMENTS = {
     *("prepare --out", "prepare --check", "train --workdir", "runs folder", "sessions --run"),
     *("evaluate workdirs", "evaluate --out", "evaluate --data"),
-    *("export workdir", "generate workdir", "read workdir"),
+    *("export workdir", "generate workdir", "read workdir", "report runs"),
 }
 TEXT_FIELDS = {"data.val_split", "inner.code", "inner.fast_paths", "train.wandb_project"}
 

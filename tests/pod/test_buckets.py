@@ -15,6 +15,7 @@ from tttjax.cli import main
 from tttjax.config import load_config
 from tttjax.data.preparation import prepare
 from tttjax.exit_codes import DONE, LOST
+from tttjax.io import buckets as io_buckets
 from tttjax.io.paths import file_sizes, storage_path
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import checkpoint_format, checkpoints
@@ -107,3 +108,40 @@ def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(bucket, server, empty, tmp
     assert not any(path.name in ("gs:", "s3:") for path in tmp_path.rglob("*"))
     for rank in (0, 1):
         assert not any((tmp_path / f"host{rank}").iterdir())
+
+
+def test_a_run_that_loses_its_bucket_says_from_where_it_resumes(
+    buckets, data, empty, tmp_path, monkeypatch, capsys
+):
+    import gcsfs
+    from helpers.bucket_emulators import Handler
+
+    monkeypatch.setattr(io_buckets, "_DELAYS_S", (0.1,))
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "retries", 1)
+    save = checkpoints.Checkpointer.save
+
+    def save_and_lose(self, step, *args, **values):
+        save(self, step, *args, **values)
+        self.wait()
+        if step == 4:
+            Handler.is_down.set()
+
+    workdir = f"gs://bkt/{tmp_path.name}"
+    words = ["train", f"--config={TINY}:static", f"--config.data.sources={data}", *STEPS]
+    words.append(f"--workdir={workdir}")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpointer, "save", save_and_lose)
+        try:
+            assert main.main(words) == LOST
+        finally:
+            Handler.is_down.clear()
+    error = capsys.readouterr().err
+    assert "note: writing gs://" in error
+    last = error.splitlines()[-1]
+    assert last.startswith("error: gs://")
+    assert "cannot be reached" in last
+    assert "The run resumes after step 4, which is saved." in last
+    (storage_path(workdir) / ".lock").unlink()  # of this process, which still lives
+    assert main.main(words) == DONE
+    records = deterministic_records(workdir)
+    assert [record["step"] for record in records] == list(range(1, 25))

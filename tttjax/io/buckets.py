@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,9 +204,10 @@ def retried(what: str, path: str | os.PathLike, call: Callable[[], T]) -> T:
     what, path: what the call does, for messages. Raises UnreachableError after that, and UserError
     at once if the credentials do not suffice.
     """
+    is_main = threading.current_thread() is threading.main_thread()  # others read ahead
     for delay_s in (*_DELAYS_S, None):
         try:
-            with report_activity(f"{what} {path}"):
+            with report_activity(f"{what} {path}") if is_main else contextlib.nullcontext():
                 return call()
         except Exception as error:
             if isinstance(error, FileNotFoundError) or not is_bucket_error(error):

@@ -7,13 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from tttjax.config import Config, InnerConfig, ModelConfig, read_config
 from tttjax.config.run_info import candidate_paths, workdir_of
 from tttjax.errors import UserError
 from tttjax.evaluation.report.entries import Member, shown_path
 from tttjax.evaluation.report.results import RunFacts
+from tttjax.io.paths import storage_path
 from tttjax.planning.flops import train_flops_per_token
 from tttjax.runs.run import Run
 from tttjax.training import checkpoint_format, checkpoints
@@ -40,8 +39,9 @@ def run_facts(member: Member) -> RunFacts:
     """Progress and training cost of a member's run, including the runs it was initialized from."""
     run = member.run
     steps = run.config.train.steps
-    cost, complete = _cost_with_ancestors(run.config, Path(run.source), run.step, frozenset())
-    rates = [record["time"]["tokens_per_second"] for record in _records(Path(run.source), run.step)]
+    source = storage_path(run.source)
+    cost, complete = _cost_with_ancestors(run.config, source, run.step, frozenset())
+    rates = [record["time"]["tokens_per_second"] for record in _records(source, run.step)]
     return RunFacts(
         workdir=shown_path(run.source),
         seed=member.seed,
@@ -111,7 +111,7 @@ def _step(source: Path) -> int | None:
 
     Uses file names alone, so the checkpoint may be damaged.
     """
-    folder = epath.Path(source)
+    folder = checkpoints.absolute(source)
     if not (folder / checkpoint_format.META).exists():
         completed = checkpoint_format.completed_checkpoints(folder / checkpoints.CHECKPOINT_DIR)
         folder = completed[-1] if completed else folder

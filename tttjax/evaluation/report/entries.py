@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tttjax.config import Config
 from tttjax.errors import UserError
-from tttjax.io.paths import local_path
+from tttjax.io.paths import is_bucket, storage_path
 from tttjax.runs.eval_setup import LearningOptions, choose_modes, inner_learning_rates
 from tttjax.runs.modes import MODES
 from tttjax.runs.run import Run, RunSpec, open_run
@@ -87,13 +87,13 @@ class System:
 def parse_entry(text: str) -> ReportEntry:
     """`label=DIR`, `label=DIR:mode`, `DIR` or `DIR:mode`; default label: the folder's name."""
     label, folder = "", text
-    if "=" in text and not Path(text).exists():
+    if "=" in text and not is_bucket(text) and not Path(text).exists():
         label, _, folder = text.partition("=")
     if folder:
-        folder = str(local_path(folder))
+        folder = str(storage_path(folder))
     mode = AUTO
     head, colon, tail = folder.rpartition(":")
-    if colon and not Path(folder).exists():
+    if colon and not tail.startswith("//") and not storage_path(folder).exists():
         if tail not in (AUTO, *MODES):
             raise UserError(
                 f"in {text!r} the mode {tail!r} is unknown; choose from {', '.join((AUTO, *MODES))}"
@@ -101,8 +101,8 @@ def parse_entry(text: str) -> ReportEntry:
         folder, mode = head, tail
     if not folder:
         raise UserError(f"{text!r} names no directory; give LABEL=DIR")
-    label = label or Path(folder).resolve().name
-    return ReportEntry(label, Path(folder), mode)
+    path = storage_path(folder)
+    return ReportEntry(label or path.resolve().name, path, mode)
 
 
 def open_systems(entries: Sequence[ReportEntry]) -> tuple[System, ...]:
@@ -124,7 +124,7 @@ def open_systems(entries: Sequence[ReportEntry]) -> tuple[System, ...]:
 
 def shown_path(path: str | Path) -> str:
     """Path for a report: relative to the current directory if inside it."""
-    full, current = Path(path).absolute(), Path.cwd()
+    full, current = storage_path(path).absolute(), Path.cwd()
     return str(full.relative_to(current)) if full.is_relative_to(current) else str(path)
 
 
@@ -173,7 +173,7 @@ def _check_distinct(systems: Sequence[System]) -> None:
     sources: dict[tuple, str] = {}
     for system in systems:
         for member in system.members:
-            source = Path(member.run.source).resolve()
+            source = storage_path(member.run.source).resolve()
             key = (source, member.mode, repr(member.learning))
             if key in sources:
                 raise UserError(

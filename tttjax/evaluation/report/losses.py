@@ -21,6 +21,7 @@ from tttjax.evaluation.report.entries import Member, System
 from tttjax.evaluation.statistics import Sums
 from tttjax.evaluation.text import Text, open_text
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import storage_path
 from tttjax.training import checkpoint_format
 
 FORMAT = 2
@@ -83,7 +84,7 @@ class LossEvaluator:
         assert member.run.checkpoint is not None  # runs of a report are on disk
         facts = {
             "format": FORMAT,
-            "run": str(Path(member.run.source).resolve()),
+            "run": str(storage_path(member.run.source).resolve()),
             "configuration": config_fingerprint(member.config),
             "step": member.run.step,
             "saved": os.stat(member.run.checkpoint / checkpoint_format.META).st_mtime_ns,
@@ -125,7 +126,7 @@ def make_loss_evaluator(
     lengths = settings.context_lengths
     held_out, text = open_text(runs, data, split, settings, max(lengths))
     return LossEvaluator(
-        data=data if isinstance(data, PreparedData) else Path(text.folder),
+        data=data if isinstance(data, PreparedData) else storage_path(text.folder),
         split=text.split,
         settings=settings,
         lengths=lengths,
