@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from tttjax.training.metrics_file import deterministic_records, last_record
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 SOON = 180  # seconds for the slowest start or end, on a busy machine
-STEPS = 40
+STEPS = 30
 KILLED = -signal.SIGKILL
 WORDS = [
     *(f"--config.train.steps={STEPS}", "--config.train.batch_size=12"),
-    *("--config.train.checkpoint_every=3", "--config.train.keep_checkpoints=1"),
+    *("--config.train.checkpoint_every=3", "--config.model.num_layers=1"),
 ]
 
 
@@ -43,13 +44,9 @@ def test_processes_come_and_go_between_kills(data, tmp_path):
         for count in (4, 2, 3):
             pod = server.pod(tmp_path / "killed", data, count, heartbeat=10)
             pod.start(words=WORDS, fault="slow")
-            target = reached + 7
-            pod.wait_until(
-                lambda pod=pod, target=target: (
-                    pod.codes or last_record(pod.workdir).get("step", 0) >= target
-                ),
-                SOON,
-            )
+            target = reached + 5
+            while not pod.codes and last_record(pod.workdir).get("step", 0) < target:
+                time.sleep(0.05)  # the watchdog of each process ends a start that hangs
             pod.signal(count - 1)
             assert pod.wait(SOON) == [LOST] * (count - 1) + [KILLED], pod.report()
             reached = last_record(pod.workdir)["step"]
@@ -80,4 +77,4 @@ def test_processes_come_and_go_between_kills(data, tmp_path):
         f"train.accum_steps = 1 instead of 2{stays}",
     ]
     assert len(losses(tmp_path / "killed")) == STEPS
-    np.testing.assert_allclose(*map(losses, [tmp_path / "killed", tmp_path / "alone"]), rtol=1e-5)
+    np.testing.assert_allclose(*map(losses, [tmp_path / "killed", tmp_path / "alone"]), rtol=1e-6)
