@@ -10,6 +10,7 @@ import pytest
 from helpers.paths import TINY
 
 from tttjax.config import MeshConfig, load_config
+from tttjax.config.placement import place
 from tttjax.data.preparation import prepare
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import loop
@@ -30,14 +31,14 @@ def shared_trainer(config, mesh):
     return TRAINERS[key]
 
 
-mesh_of_all_devices = loop._make_mesh
+on_all_devices = loop._place
 
 
-def small_mesh(config):
+def on_few_devices(config, workdir):
     """One device for configurations that do not mention the mesh: the others only take time."""
     if config.mesh == MeshConfig():
-        return make_mesh(devices=jax.devices()[:1])
-    return mesh_of_all_devices(config)
+        return place(config, workdir, 1, 1), make_mesh(devices=jax.devices()[:1])
+    return on_all_devices(config, workdir)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +46,7 @@ def trainers():
     """The trainers that the runs of this module share; clear it to compile again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_trainer", shared_trainer)
-        patch.setattr(loop, "_make_mesh", small_mesh)
+        patch.setattr(loop, "_place", on_few_devices)
         yield TRAINERS
 
 

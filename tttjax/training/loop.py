@@ -163,9 +163,8 @@ def _set_up(
 ) -> tuple[TrainRun, TrainState]:
     """Opens everything that training needs, closed by `exit_stack`, and the initial state."""
     settings = config.train
-    placement = place(config, workdir, jax.device_count(), jax.process_count())
+    placement, mesh = _place(config, workdir)
     placed = placement.applied_to(config)
-    mesh = _make_mesh(placed)
     batches, tokenizer = (batches, "") if batches else open_batches(config)
     exit_stack.callback(batches.close)
     kernels = describe_kernels(config, platform_of(mesh))
@@ -379,10 +378,11 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
     return stream, sources[0].fingerprint
 
 
-def _make_mesh(config: Config) -> jax.sharding.Mesh:
-    mesh = config.mesh
-    check_memory(config, mesh, device_memory(), host_memory(), jax.process_count())
-    return make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+def _place(config: Config, workdir: Path) -> tuple[Placement, jax.sharding.Mesh]:
+    placement = place(config, workdir, jax.device_count(), jax.process_count())
+    placed = placement.applied_to(config)
+    check_memory(placed, placed.mesh, device_memory(), host_memory(), jax.process_count())
+    return placement, make_mesh(placement.data, placement.fsdp, placement.tensor)
 
 
 def _initial_state(
