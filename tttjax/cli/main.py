@@ -54,6 +54,7 @@ COMMANDS = {
     "read": Command("tttjax.cli.read", "prefill a session file with a text of any length"),
     "sessions": Command("tttjax.cli.sessions", "describe and rewind session files"),
     "plan": Command("tttjax.cli.plan", "predict memory, FLOPs and time of a run on any pod"),
+    "launch": Command("tttjax.cli.launch", "submit a run to a cluster once its plan fits"),
     "report": Command("tttjax.cli.report", "compare finished runs on one page"),
     "sweep": Command("tttjax.cli.sweep", "train and compare a grid of settings, with seeds"),
     "runs": Command("tttjax.cli.runs", "list the runs of a folder and how they differ"),

@@ -21,14 +21,28 @@ def show(plan: Plan) -> str:
         *(f"note: {note}" for note in plan.notes),
     ]
     if plan.proposal:
-        changes = " ".join(f"--config.{k}={v}" for k, v in plan.proposal.changes.items())
-        lines += ["", f"fits with {changes}:", "", show(plan.proposal)]
+        lines += ["", f"fits with {_changes(plan.proposal)}:", "", show(plan.proposal)]
     elif plan.fits is False and not plan.changes:
         lines.append(
             "No recipe fits this pod, even with gradient accumulation, recomputation or another "
             "mesh; use more devices, or devices with more memory."
         )
     return "\n".join(lines)
+
+
+def verdict(plan: Plan) -> str:
+    """One clause for a plan that does not fit: how much is needed, and which change would fit."""
+    change = "no change of accumulation, recomputation or mesh makes it fit"
+    if plan.proposal:
+        change = f"it would with {_changes(plan.proposal)}"
+    return (
+        f"{plan.name} does not fit {plan.topology}: it needs {_gib(plan.needed)} GiB per device of "
+        f"{_gib(plan.capacity)}; {change}"
+    )
+
+
+def _changes(proposal: Plan) -> str:
+    return " ".join(f"--config.{k}={v}" for k, v in proposal.changes.items())
 
 
 def _head(plan: Plan) -> list[str]:

@@ -115,6 +115,18 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, TPUS[platform], tuple(map(int, size.split("x"))))
 
 
+def console_name(topology: Topology) -> str:
+    """The cloud console's name of a TPU slice, `v5p-64`. Raises UserError if it has none."""
+    shape = "x".join(map(str, topology.shape))
+    for prefix, (tpu, per_chip, shapes) in CONSOLE.items():
+        if topology.accelerator is TPUS[tpu] and shape in shapes:
+            return f"{prefix}-{per_chip * topology.num_chips}"
+    raise UserError(
+        f"--topology={topology.name}: the cloud console has no name for this slice; choose one "
+        "that it names, as in v5p-64"
+    )
+
+
 def _from_console(prefix: str, count: str) -> str:
     """`v5p`, `128` -> `v5p:4x4x4`. Raises UserError with the nearest names if there is no slice."""
     tpu, per_chip, shapes = CONSOLE[prefix]
