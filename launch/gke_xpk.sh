@@ -7,8 +7,7 @@
 #
 # CLUSTER, ZONE  the cluster, made with `xpk cluster create`                            (required)
 # TPU_TYPE       type of slice, as named by XPK                                         (required)
-# IMAGE          container image with bash, Python 3.11 or newer and `tttjax[tpu]`, and the
-#                checkout as its working folder                                         (required)
+# IMAGE          container image, as launch/Dockerfile builds it with EXTRA=tpu         (required)
 # NAME           name of the workload                                                   (required)
 # CONFIG         experiment file with its argument                                      (required)
 # WORKDIR        folder for checkpoints and metrics, on storage attached to the cluster (see `xpk
@@ -19,7 +18,8 @@
 # MAX_RESTARTS   restarts of all hosts (default 1000; see below)
 # XPK_FLAGS      more options of `xpk workload create`, separated by spaces, such as
 #                "--priority=high --storage=disk"                                  (default: none)
-# TTTJAX_COMPILATION_CACHE  folder of compiled programs       (default: compiled, beside WORKDIR)
+# TTTJAX_COMPILATION_CACHE  folder of compiled programs
+#               (default: compiled, beside WORKDIR; /tmp/tttjax/compiled if that is in a bucket)
 #
 # Other arguments are passed to `tttjax train`. jax.distributed detects the hosts of all slices.
 # When a host ends with any exit code but 0 and 2, all hosts start again from the last checkpoint.
@@ -34,7 +34,9 @@ set -euo pipefail
 : "${NAME:?set NAME to a name for the workload}"
 : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
 : "${WORKDIR:?set WORKDIR to a folder shared by all hosts}"
-CACHE="${TTTJAX_COMPILATION_CACHE:-$(dirname "$WORKDIR")/compiled}"
+folder="$(dirname "$WORKDIR")"
+[[ "$WORKDIR" != *://* ]] || folder=/tmp/tttjax # a bucket
+CACHE="${TTTJAX_COMPILATION_CACHE:-$folder/compiled}"
 where=(--cluster "$CLUSTER" --zone "$ZONE")
 [[ -n "${PROJECT:-}" ]] && where+=(--project "$PROJECT")
 read -ra more <<<"${XPK_FLAGS:-}"

@@ -8,8 +8,8 @@
 #   NAME=run125m TPU=tpu-v5p-slice TOPOLOGY=2x4x4 ...                       the same on GKE's TPUs
 #
 # NAME          name of the JobSet                                                     (required)
-# IMAGE         container image with Python 3.11 or newer, `tttjax[cuda]` or `tttjax[tpu]`, and
-#               the checkout as its working folder                                     (required)
+# IMAGE         container image, as launch/Dockerfile builds it with EXTRA=cuda or EXTRA=tpu
+#                                                                                      (required)
 # CONFIG        experiment file with its argument                                      (required)
 # WORKDIR       shared folder for checkpoints and metrics; in /shared with CLAIM       (required)
 # CLAIM         persistent volume claim, mounted at /shared (default: none)
@@ -20,7 +20,8 @@
 # NUM_SLICES    TPU slices (default 1)
 # GRACE         seconds to save in after SIGTERM (default 300)
 # MAX_RESTARTS  restarts of all pods (default 1000; see below)
-# TTTJAX_COMPILATION_CACHE  folder of compiled programs      (default: compiled, beside WORKDIR)
+# TTTJAX_COMPILATION_CACHE  folder of compiled programs
+#               (default: compiled, beside WORKDIR; /tmp/tttjax/compiled if that is in a bucket)
 #
 # Other arguments are passed to `tttjax train`. When a pod ends with any exit code but 0 and 2, or is
 # lost, all pods start again from the last checkpoint. Exit code 2 ends the JobSet; `tttjax train`
@@ -32,7 +33,9 @@ set -euo pipefail
 : "${IMAGE:?set IMAGE to a container image with tttjax[cuda] or tttjax[tpu]}"
 : "${CONFIG:?set CONFIG to an experiment file, such as paper:125m,ttt_e2e,pretrain}"
 : "${WORKDIR:?set WORKDIR to a folder shared by all pods}"
-CACHE="${TTTJAX_COMPILATION_CACHE:-$(dirname "$WORKDIR")/compiled}"
+folder="$(dirname "$WORKDIR")"
+[[ "$WORKDIR" != *://* ]] || folder=/tmp/tttjax # a bucket
+CACHE="${TTTJAX_COMPILATION_CACHE:-$folder/compiled}"
 PORT=8476
 
 quoted() { # a YAML string in single quotes

@@ -7,14 +7,15 @@
 # CONFIG        experiment file with its argument                                     (required)
 # WORKDIR       shared folder for checkpoints and metrics                             (required)
 # VENV          shared virtual environment with `tttjax[cuda]` (default: .venv in the checkout)
-# IMAGE         container image with `tttjax[cuda]` in place of VENV, for clusters with the plugin
-#               pyxis                                                            (default: none)
+# IMAGE         container image in place of VENV, as launch/Dockerfile builds it with EXTRA=cuda,
+#               for clusters with the plugin pyxis                               (default: none)
 # MOUNTS        folders to mount in the container, separated by commas, as pyxis takes them; with
 #               the data                               (default: the folder that holds WORKDIR)
 # PORT          coordinator port on the first host               (default: from the job ID)
 # REQUEUE       yes: start the job again after a stop or a loss  (default yes)
 # MAX_RESTARTS  starts of the job after which it is left alone   (default 1000)
-# TTTJAX_COMPILATION_CACHE  folder of compiled programs    (default: compiled, beside WORKDIR)
+# TTTJAX_COMPILATION_CACHE  folder of compiled programs
+#               (default: compiled, beside WORKDIR; /tmp/tttjax/compiled if that is in a bucket)
 #
 # Other arguments are passed to `tttjax train`. Two minutes before the time limit (`--signal` below;
 # for another time, `sbatch --signal=TERM@SECONDS`) and on preemption, Slurm sends SIGTERM: training
@@ -40,9 +41,10 @@ set -euo pipefail
 REPOSITORY="${REPOSITORY:-$SLURM_SUBMIT_DIR}"
 VENV="${VENV:-$REPOSITORY/.venv}"
 PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
-export TTTJAX_COMPILATION_CACHE="${TTTJAX_COMPILATION_CACHE:-$(dirname "$WORKDIR")/compiled}"
+folder="$(dirname "$WORKDIR")"
+[[ "$WORKDIR" != *://* ]] || folder=/tmp/tttjax # a bucket
+export TTTJAX_COMPILATION_CACHE="${TTTJAX_COMPILATION_CACHE:-$folder/compiled}"
 if [[ -n "${IMAGE:-}" ]]; then
-    folder="$(dirname "$WORKDIR")"
     container=(--container-image="$IMAGE" --container-mounts="${MOUNTS:-$folder:$folder}")
     program=tttjax
 else

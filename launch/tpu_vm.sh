@@ -31,7 +31,8 @@
 # POLL            seconds between looks at slice and hosts (default 30)
 # GRACE           seconds to save in after SIGTERM (default 300)
 # MAX_RESTARTS    starts after which `run` gives up (default 1000)
-# TTTJAX_COMPILATION_CACHE  folder of compiled programs         (default: compiled, beside WORKDIR)
+# TTTJAX_COMPILATION_CACHE  folder of compiled programs
+#               (default: compiled, beside WORKDIR; /tmp/tttjax/compiled if that is in a bucket)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -64,7 +65,10 @@ check_variables() {
 
 # A shell waits for the program, writes its exit code to train.code and holds train.lock until then.
 train_everywhere() {
-    local cache="${TTTJAX_COMPILATION_CACHE:-$(dirname "$WORKDIR")/compiled}" command script
+    local folder command script
+    folder="$(dirname "$WORKDIR")"
+    [[ "$WORKDIR" != *://* ]] || folder=/tmp/tttjax # a bucket
+    local cache="${TTTJAX_COMPILATION_CACHE:-$folder/compiled}"
     command="$(printf '%q ' env "TTTJAX_COMPILATION_CACHE=$cache" .venv/bin/tttjax train \
         --distributed "--config=$CONFIG" "--workdir=$WORKDIR" "$@")"
     script="$command 9>&- & echo \$! >train.pid; wait \$!; echo \$? >train.code"

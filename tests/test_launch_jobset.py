@@ -70,6 +70,12 @@ def test_gpu_hosts_find_the_first_one(jobset, tmp_path):
     assert (tmp_path / f"getent.{address}").exists()
 
 
+def test_programs_are_not_cached_in_a_bucket(jobset):
+    container = parts(jobset(WORKDIR="gs://bucket/run"))[3]
+    assert "--workdir=gs://bucket/run" in container["args"]
+    assert container["env"][0]["value"] == "/tmp/tttjax/compiled"
+
+
 def test_tpu_slices_are_asked_for_by_topology(jobset):
     printed = jobset(**TPU)
     replicated, job, pod, container = parts(printed)

@@ -41,7 +41,7 @@ TEXTS = {
         "train --coordinator",
     ),
     *("sweep --set", "sweep --split", "sweep --baseline", "sweep --trial", "sweep --slurm"),
-    *("sweep --image", "sweep --volume-claim"),
+    *("sweep --image", "sweep --volume-claim", "launch --topology", "launch --set"),
 }
 # Of these, URLs are read (tests/data/test_remote.py).
 INPUT_TEXTS = {
@@ -85,6 +85,8 @@ def all_arguments():
 
 
 def given(action, value):
+    if action.choices:
+        value = next(iter(action.choices))
     spec = f"{value}.py" if "[:ARG]" in str(action.metavar) else value
     return f"{action.option_strings[0]}={spec}" if action.option_strings else spec
 

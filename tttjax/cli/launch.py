@@ -24,6 +24,7 @@ import os
 from tttjax.cli.config_argument import add_config_argument
 from tttjax.config import load_config
 from tttjax.errors import UserError
+from tttjax.io.paths import is_bucket, storage_text
 
 LAUNCHERS = ("slurm", "jobset", "xpk", "tpu-vm")
 
@@ -33,7 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("launcher", choices=LAUNCHERS, help="where to submit, see above")
     add_config_argument(parser)
-    add("--workdir", required=True, metavar="DIR", help="output of the run, shared by its hosts")
+    add(
+        "--workdir",
+        required=True,
+        type=storage_text,
+        metavar="DIR",
+        help="output of the run, on a disk that all hosts share or in a bucket (gs://, s3://)",
+    )
     add("--topology", required=True, metavar="NAME", help="the pod, see above")
     add(
         "--set",
@@ -53,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`tttjax launch` from parsed arguments; returns the exit code."""
     config = load_config(args.config, args.overrides)
-    if not os.path.isabs(args.workdir):
+    if not (is_bucket(args.workdir) or os.path.isabs(args.workdir)):
         raise UserError(f"--workdir={args.workdir} must be an absolute path, the same on all hosts")
 
     from tttjax.planning.launch import make_launch

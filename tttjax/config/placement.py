@@ -88,6 +88,5 @@ def _recorded(workdir: str | Path) -> list[tuple[int, Placement]]:
         ]
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{Path(workdir) / ENVIRONMENT} is damaged ({error!r}); restore it from a copy, or "
-            "remove it"
+            f"{workdir}/{ENVIRONMENT} is damaged ({error!r}); restore it from a copy, or remove it"
         ) from None

@@ -128,7 +128,7 @@ def write_run_info(
 
 def read_starts(workdir: str | Path) -> list[Any]:
     """What `environment.json` holds of every start, in order. Raises UserError if it is damaged."""
-    return _read_json(Path(workdir) / ENVIRONMENT, list) or []
+    return _read_json(storage_path(workdir) / ENVIRONMENT, list) or []
 
 
 def read_config(workdir: str | Path) -> Config | None:
