@@ -7,9 +7,9 @@ import pytest
 from helpers.families import FAMILIES, SCRIPTS, family
 
 from tttjax.data import documents, text_spans
-from tttjax.data.documents import file_spans
+from tttjax.data.documents import TextSpan, file_spans
 from tttjax.data.inputs import list_inputs
-from tttjax.data.text_spans import encode_span, encode_text
+from tttjax.data.text_spans import encode_span, encode_spans, encode_text
 from tttjax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -101,3 +101,11 @@ def test_without_split_points_text_is_encoded_at_once(monkeypatch):
 
     text = "".join(RANDOM.choice("ab") for _ in range(SIZE + 1))
     np.testing.assert_array_equal(encode_text(Pairs(), text), Pairs().encode(text))
+
+
+def test_texts_are_encoded_together_as_one_by_one(tokenizer):
+    texts = ["", "one", TEXTS["lines"], " two \n", TEXTS["digits"][:50]]
+    together = [TextSpan("name", text) for text in texts]
+    for text, (tokens, num_bytes) in zip(texts, encode_spans(tokenizer, together), strict=True):
+        np.testing.assert_array_equal(tokens, tokenizer.encode(text))
+        assert num_bytes == len(text.encode())

@@ -18,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 
 from tttjax.data.chat import ChatTemplate
-from tttjax.data.documents import ChatLine, Item, TextSpan, item_size, item_spans, read_items
+from tttjax.data.documents import ChatLine, Item, item_size, item_spans, read_items
 from tttjax.data.inputs import InputFile
 from tttjax.data.near_duplicates import signature
-from tttjax.data.text_spans import encode_span
+from tttjax.data.text_spans import encode_spans
 from tttjax.data.tokenizers.base import Tokenizer, load_tokenizer
 from tttjax.data.writer import EncodedSpan
 from tttjax.errors import ResumableError, UserError
@@ -57,29 +57,25 @@ def encode_task(tokenizer: Tokenizer, task: EncodeTask, is_near: bool = False) -
 
     Raises UserError for text that cannot be read, and conversations that do not fit.
     """
-    encoded = []
-    template = None
-    for item in task.items:
-        if isinstance(item, ChatLine):
-            template = template or ChatTemplate(tokenizer)
-            spans = list(item_spans(item)) if is_near else []
-            new = [_encode_chat(template, item)]
-        else:
-            spans = list(item_spans(item))
-            new = [_encode_text(tokenizer, span) for span in spans]
-        if is_near:
-            marks = [signature(span.carried, span.text, span.is_last) for span in spans]
-            new = [replace(span, signature=mark) for span, mark in zip(new, marks, strict=True)]
-        encoded += new
+    is_chat = isinstance(task.items[0], ChatLine)
+    needs_text = is_near or not is_chat
+    spans = [span for item in task.items for span in item_spans(item)] if needs_text else []
+    if is_chat:
+        template = ChatTemplate(tokenizer)
+        encoded = [_encode_chat(template, line) for line in task.items]
+    else:
+        encoded = [
+            EncodedSpan(span.document, tokens, num_bytes, span.is_first, span.is_last)
+            for span, (tokens, num_bytes) in zip(spans, encode_spans(tokenizer, spans), strict=True)
+        ]
+    if is_near:
+        marks = [signature(span.carried, span.text, span.is_last) for span in spans]
+        encoded = [replace(span, signature=mark) for span, mark in zip(encoded, marks, strict=True)]
     return encoded
 
 
-def _encode_text(tokenizer: Tokenizer, span: TextSpan) -> EncodedSpan:
-    tokens, num_bytes = encode_span(tokenizer, span)
-    return EncodedSpan(span.document, tokens, num_bytes, span.is_first, span.is_last)
-
-
-def _encode_chat(template: ChatTemplate, line: ChatLine) -> EncodedSpan:
+def _encode_chat(template: ChatTemplate, line: Item) -> EncodedSpan:
+    assert isinstance(line, ChatLine)
     messages = line.messages()
     try:
         chat = template.encode(messages)

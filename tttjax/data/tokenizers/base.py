@@ -83,6 +83,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str | bytes) -> np.ndarray:
         """int32 [N] token ids of `text`, without BOS or EOS."""
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+
     def special_tokens(self) -> list[SpecialToken]:
         """The special tokens, longer names first; `encode` takes their names for plain text."""
 
@@ -199,6 +202,9 @@ class ByteTokenizer:
         raw = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(tokens)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
@@ -236,6 +242,9 @@ class IdsTokenizer:
             "This data set holds token ids of an unknown tokenizer, so it cannot encode text; "
             "prepare it again with --tokenizer=tokenizer.json."
         )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def special_tokens(self) -> list[SpecialToken]:
         return []

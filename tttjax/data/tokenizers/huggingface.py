@@ -101,8 +101,12 @@ class HuggingFaceTokenizer:
         return ids[0] if ids else None
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        encoding = self._tokenizer.encode(as_text(text), add_special_tokens=False)
-        return np.array(encoding.ids, np.int32)
+        return self.encode_batch([as_text(text)])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # The fast form computes no offsets, and exists for batches only.
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def special_tokens(self) -> list[SpecialToken]:
         tokens = {

@@ -72,6 +72,9 @@ class SentencePieceTokenizer:
             ids += (self._space_symbol_ids if i else []) + self._processor.encode(part)
         return np.array(ids, np.int32)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         return decode_tokens(self, tokens)
 
