@@ -73,8 +73,9 @@ def test_the_first_of_duplicates_is_kept(corpus, tmp_path, kind, group, count):
     assert f"prepare: {count} documents repeat an earlier one, and are dropped" in lines
     assert not list(data.folder.glob("prepare.*"))
     assert sum(split["documents"] for split in data.splits.values()) == len(rows) - count
-    again = prepare([path], tmp_path / "e", **options | {"num_workers": 2})
-    assert again.manifest == data.manifest
+    if kind == "near":  # whose signatures workers compute
+        again = prepare([path], tmp_path / "e", **options | {"num_workers": 2})
+        assert again.manifest == data.manifest
     with pytest.raises(UserError, match=rf"other drop_duplicates \('{kind}'\)"):
         prepare([path], tmp_path / "d", **SETTINGS)
 
@@ -116,6 +117,17 @@ def test_an_interrupted_run_drops_the_same(corpus, tmp_path, monkeypatch, kind):
 
 def _stop(*args):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["exact", "near"])
+def test_conversations_are_compared(tmp_path, kind):
+    answers = ("four of them", "not 5", "four of them")
+    records = [{"prompt": "2 + 2?", "completion": answer} for answer in answers]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    options = {"chat": True, "val_fraction": 0, "num_workers": 0}
+    data = prepare([path], tmp_path / "d", drop_duplicates=kind, **options)
+    assert list(data.split("train").document_names()) == ["chats.jsonl:1", "chats.jsonl:2"]
 
 
 @pytest.mark.parametrize("kind", ["exact", "near"])
@@ -184,7 +196,7 @@ def test_signatures_of_spans_make_that_of_the_text(seed, monkeypatch):
         part = signature(carried, text[start:stop], stop == len(text))
         merged = merge(merged, part) if merged else part
         carried = carried_words(carried, text[start:stop])
-        assert len(carried) <= 5 * 10
+        assert len(carried) <= 6 * 10
     assert merged == signature("", text, True)
 
 

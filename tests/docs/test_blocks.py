@@ -101,6 +101,7 @@ python() { record python "$@"; }
 bash() { record bash "$@"; }
 hf() { :; }
 kubectl() { :; }
+sbatch() { SLURM_ARRAY_TASK_ID=0; for word; do [[ $word != --wrap=* ]] || eval "${word#*=}"; done; }
 pip() { record pip "$@"; }
 tensorboard() { :; }
 source() { :; }

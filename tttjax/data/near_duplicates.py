@@ -6,7 +6,8 @@ similarity s make that happen with probability 1 - (1 - s^8)^14: 5% at s = 0.5, 
 0.75, 92% at 0.8. Words are separated by white space, and in lower case.
 
 A signature is the minimum over shingles, so that of a document is the minimum over its spans. To
-know the shingles across the border of two spans, each span comes with the words before it.
+know the shingles across the border of two spans, each span comes with the words before it. (The
+sketches of rensa are made faster, but have no such merge.)
 """
 
 import functools
@@ -35,13 +36,13 @@ def check_datasketch() -> None:
 
 
 def carried_words(carried: str, text: str) -> str:
-    """What the span after `text` needs: the last four words, and the beginning of one that is cut.
+    """What the span after `text` needs: the last five words, and the beginning of one that is cut.
 
     carried: the same for `text`. A space at the end says that no word is cut.
     """
-    words = (carried + text).rsplit(None, _WORDS)[-_WORDS:]
+    words = (carried + text).rsplit(None, _WORDS + 1)[-_WORDS - 1 :]
     last = [] if (carried + text)[-1:].isspace() else words[-1:]
-    whole = words[: len(words) - len(last)][1 - _WORDS :]
+    whole = words[: len(words) - len(last)][-_WORDS:]
     return " ".join([word[:_LONGEST] for word in (*whole, *(last or [""]))])
 
 
@@ -55,16 +56,18 @@ def signature(carried: str, text: str, is_last: bool) -> bytes:
 
 
 def _shingles(carried: str, text: str, is_last: bool) -> list[bytes]:
-    """Five CRC-32 of consecutive words each; the first words of a document follow zeros."""
+    """Five CRC-32 of consecutive words each. A document of fewer is one shingle, with zeros."""
     words = (carried + text).split()
     if words and not is_last and not (carried + text)[-1].isspace():
         words.pop()  # the next span has the whole word
     known = len((carried + "x").split()) - 1
     line = " ".join([word[:_LONGEST] for word in words]).lower().encode()
     sums = np.fromiter(map(zlib.crc32, line.split()), "<u4")
-    hashes = np.concatenate([np.zeros(_WORDS - 1, "<u4"), sums]).tobytes()
-    size = 4 * _WORDS
-    return [hashes[i : i + size] for i in range(4 * known, len(hashes) - size + 4, 4)]
+    hashes, size = sums.tobytes(), 4 * _WORDS
+    if is_last and len(hashes) < size:
+        return [hashes.ljust(size, b"\0")]
+    first = max(known + 1 - _WORDS, 0)  # that ends in this span
+    return [hashes[i : i + size] for i in range(4 * first, len(hashes) - size + 4, 4)]
 
 
 @functools.cache
