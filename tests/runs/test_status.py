@@ -87,6 +87,14 @@ def test_steps_and_time_over_all_starts(workdir):
     assert (status.failed_starts, status.hangs) == (2, ["20261129-1200"])
 
 
+@pytest.mark.parametrize(("last_step", "living", "dead"), [(3, 1, 2), (2, 0, 0)])
+def test_a_start_counts_as_failed_if_it_ended_without_a_new_step(last_step, living, dead, workdir):
+    (workdir / FAILED_STARTS).write_text(json.dumps({"starts": 2, "last_step": last_step}))
+    assert run_status(workdir).failed_starts == dead
+    with hold(workdir):
+        assert run_status(workdir).failed_starts == living
+
+
 def test_the_command_prints_lines_and_tables(workdir, capsys):
     write_start(workdir, 1, hosts=[{**HOST, **FIGURES, "input": 0.99}, HOST])
     write_start(workdir, 2, steps_before=None, step=0, phase="compile", hosts=[], code=LOST)

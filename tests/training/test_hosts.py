@@ -17,7 +17,7 @@ class Clock:
 
 
 def figures(waiting, other=0.0, age=1.0, seconds=10.0):
-    return HostFigures(9, seconds, 0.3, waiting, other, 100, 200, "process", age)
+    return HostFigures(9, seconds, 0.3, waiting, other, waiting, 100, 200, "process", age)
 
 
 def heard(*said):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from tttjax.exit_codes import DONE, FAILED, LOST, SAVED, USER_ERROR
 from tttjax.io.locks import Lock
 from tttjax.runtime import ending
 from tttjax.training.hosts import Hosts
-from tttjax.training.ledger import STARTS, Ledger, goodput, read_starts
+from tttjax.training.ledger import STARTS, USES, Ledger, goodput, read_starts
 from tttjax.training.start_account import StartAccount
 
 
@@ -174,6 +175,19 @@ def test_goodput_adds_up_to_the_time_since_the_first_start(tmp_path):
     table = goodput(read_starts(tmp_path))
     assert (table["start"], table["steps"], table["down"]) == pytest.approx((30, 430, 50), abs=0.1)
     assert goodput([])["down"] == 0
+
+
+def test_the_input_is_that_of_the_host_that_waits_longest(tmp_path):
+    account = StartAccount()
+    hosts = Hosts(account)
+    figures = [SimpleNamespace(input_of_start=share) for share in (0.0, 0.75, 0.5)]
+    hosts.figures = lambda: [*figures, None]
+    spent = {**dict.fromkeys(USES, 0.0), "start": 5.0, "input": 10.0, "steps": 70.0, "lost": 9.0}
+    account.spent = lambda: dict(spent)
+    with Ledger(tmp_path, Lock(tmp_path), 100, hosts):
+        (start,) = read_starts(tmp_path)
+    assert start.spent == spent | {"input": 60, "steps": 20}
+    assert start.seconds == 94
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -104,7 +104,7 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
         starts=starts,
         goodput=goodput(starts),
         lost_steps=sum(start.lost_steps for start in starts),
-        failed_starts=json.loads(counted.read_text())["starts"] if counted.exists() else 0,
+        failed_starts=_failed_starts(counted, step, bool(holder)),
         hangs=sorted({path.name.partition("-process-")[0] for path in _files(folder / STACKS_DIR)}),
     )
 
@@ -131,6 +131,12 @@ def _step_seconds(last: RunStart | None, record: dict[str, Any]) -> float | None
     """Seconds per step: process 0's last mean, or that of the last record."""
     figures = last.hosts[0] if last and last.hosts else {}
     return figures.get("step_seconds") or record.get("time", {}).get("seconds")
+
+
+def _failed_starts(path: Path, step: int, is_running: bool) -> int:
+    """Those in a row that ended without a new step; a start is counted when it begins."""
+    counted = json.loads(path.read_text()) if path.exists() else {"starts": 0, "last_step": 0}
+    return max(0, counted["starts"] - is_running) if step <= counted["last_step"] else 0
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -50,7 +50,8 @@ class HostFigures:
     """A host's last seconds in the loop. age: how long ago it said this (s).
 
     step: its last finished one. step_seconds: mean; None if no step has ended. input, other:
-    shares of the seconds, waiting for batches and in other work than steps. memory_bytes,
+    shares of the seconds, waiting for batches and in other work than steps. input_of_start: that
+    share of all seconds of the start in the loop. memory_bytes,
     peak_bytes: of the fullest device, or of the process (memory_of).
     """
 
@@ -59,6 +60,7 @@ class HostFigures:
     step_seconds: float | None
     input: float
     other: float
+    input_of_start: float
     memory_bytes: int
     peak_bytes: int
     memory_of: str
@@ -116,6 +118,7 @@ class Hosts:
                 step_seconds=total / steps if steps else None,
                 input=waited / total,
                 other=host / total,
+                input_of_start=now[2][0] / sum(now[2]),
                 memory_bytes=memory.now,
                 peak_bytes=memory.peak,
                 memory_of=memory.where,

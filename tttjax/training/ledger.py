@@ -131,6 +131,11 @@ class Ledger:
     def _start(self, **end: Any) -> RunStart:
         account, figures = self._account, self._hosts.figures()
         spent = account.spent()
+        # The other hosts wait in their steps while one waits for input.
+        loop = spent["input"] + spent["steps"]
+        shares = [figure.input_of_start for figure in figures[1:] if figure]
+        spent["input"] = max([spent["input"], *(share * loop for share in shares)])
+        spent["steps"] = loop - spent["input"]
         return RunStart(
             number=self._number,
             began=account.began,
