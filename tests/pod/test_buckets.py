@@ -3,6 +3,7 @@
 Against emulators (`helpers/bucket_emulators.py`); every process has an empty folder of its own.
 """
 
+import json
 import signal
 
 import jax
@@ -60,7 +61,7 @@ def final_weights(workdir, step=24):
     return jax.tree.map(np.asarray, jax.device_get(state))
 
 
-def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(bucket, server, empty, tmp_path):
+def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(bucket, server, empty, tmp_path, capsys):
     """The reference is a run on a disk that nobody stops."""
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -105,6 +106,11 @@ def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(bucket, server, empty, tmp
         main.main(["evaluate", f"{bucket}/run", "--context-lengths=32", "--num-sequences=8"]) == 0
     )
     assert (storage_path(bucket) / "run" / "eval" / "results.json").exists()
+    capsys.readouterr()
+    assert main.main(["status", f"{bucket}/run", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["step"], status["checkpoint_step"]) == ("finished", 24, 24)
+    assert [start["code"] for start in status["starts"]] == [LOST, DONE]
     assert not any(path.name in ("gs:", "s3:") for path in tmp_path.rglob("*"))
     for rank in (0, 1):
         assert not any((tmp_path / f"host{rank}").iterdir())

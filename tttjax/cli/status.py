@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tttjax.io.paths import storage_text
+
 if TYPE_CHECKING:  # slow to import
     from tttjax.evaluation.tables import Block
     from tttjax.runs.status import RunStatus
@@ -33,7 +35,9 @@ _USES = {  # of a run's time, and what they are called in the table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `tttjax status`."""
-    parser.add_argument("workdir", metavar="WORKDIR", help="work directory of the run")
+    parser.add_argument(
+        "workdir", type=storage_text, metavar="WORKDIR", help="work directory of the run"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

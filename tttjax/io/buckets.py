@@ -99,9 +99,11 @@ class BucketPath(gpath.PosixGPath):
         return self.write_bytes(data.encode())
 
     def stat(self, *, follow_symlinks: bool = True) -> Any:
-        """The size, under the names of etils and of pathlib."""
+        """Size and time, under the names of etils; the size under that of pathlib, too."""
         result: Any = super().stat()
         result.st_size = result.length
+        if not result.mtime and not result.is_directory:  # etils does not know where s3:// says it
+            result.mtime = file_system(self).modified(str(self)).timestamp()
         return result
 
     def sizes(self) -> dict[str, int]:

@@ -112,7 +112,7 @@ def hold(
 
 def living_holder(folder: str | os.PathLike, watch_s: float = WATCH_SECONDS) -> str | None:
     """The process that holds a folder's lock, if it lives; takes up to watch_s for another host."""
-    lock_path = Path(folder) / FOLDER_LOCK
+    lock_path = storage_path(folder) / FOLDER_LOCK
     state = _read_lock(lock_path)
     if state is None:
         return None

@@ -14,8 +14,10 @@ from tttjax.config.run_info import CONFIG, read_config
 from tttjax.errors import UserError
 from tttjax.exit_codes import DONE, FAILED, INTERRUPTED, LOST, SAVED, USER_ERROR
 from tttjax.io.locks import living_holder
+from tttjax.io.paths import storage_path
 from tttjax.training.checkpoint_format import completed_checkpoints
-from tttjax.training.checkpoints import CHECKPOINT_DIR
+from tttjax.training.checkpoint_integrity import CHECKSUMS
+from tttjax.training.checkpoints import CHECKPOINT_DIR, absolute
 from tttjax.training.failed_starts import FAILED_STARTS
 from tttjax.training.ledger import RunStart, goodput, read_starts
 from tttjax.training.metrics_file import last_record
@@ -73,7 +75,7 @@ class RunStatus:
 
 def run_status(workdir: str | os.PathLike) -> RunStatus:
     """Reads a run's files. Raises UserError if the folder is no run, or a file is damaged."""
-    folder, now = Path(workdir), time.time()
+    folder, now = storage_path(workdir), time.time()
     starts = read_starts(folder)
     counted = folder / FAILED_STARTS
     if not (starts or counted.exists() or (folder / CONFIG).exists()):
@@ -86,7 +88,7 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
     steps = last.steps if last else config.train.steps if config else None
     rates, seconds = record.get("time", {}), _step_seconds(last, record)
     scale = rates["seconds"] / seconds if seconds else 1.0
-    newest = _newest_checkpoint(folder)
+    checkpoints = completed_checkpoints(absolute(folder / CHECKPOINT_DIR))
     return RunStatus(
         workdir=str(workdir),
         state="running" if holder else _state(last, step, steps),
@@ -99,8 +101,8 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
         tokens_per_second=scale * rates["tokens_per_second"] if rates else None,
         mfu=scale * rates["mfu"] if "mfu" in rates else None,
         eta_seconds=(steps - step) * seconds if holder and steps and seconds else None,
-        checkpoint_step=int(newest.name) if newest else None,
-        checkpoint_seconds=now - newest.stat().st_mtime if newest else None,
+        checkpoint_step=int(checkpoints[-1].name) if checkpoints else None,
+        checkpoint_seconds=_age(checkpoints[-1], now) if checkpoints else None,
         starts=starts,
         goodput=goodput(starts),
         lost_steps=sum(start.lost_steps for start in starts),
@@ -139,9 +141,10 @@ def _failed_starts(path: Path, step: int, is_running: bool) -> int:
     return max(0, counted["starts"] - is_running) if step <= counted["last_step"] else 0
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    completed = completed_checkpoints(epath.Path(folder / CHECKPOINT_DIR))
-    return Path(completed[-1]) if completed else None
+def _age(checkpoint: epath.Path, now: float) -> float:
+    """Seconds since it was sealed; an earlier version's has no seal."""
+    seal = checkpoint / CHECKSUMS
+    return now - (seal if seal.exists() else checkpoint).stat().mtime
 
 
 def _files(folder: Path) -> list[Path]:

@@ -101,7 +101,7 @@ class Ledger:
 
     def _write_often(self) -> None:
         while not self._closed.wait(WRITE_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that is full or away for some time
+            with contextlib.suppress(Exception):  # a disk or bucket that is away for some time
                 self._write()
 
     def _end(self, code: int | None, error: BaseException | None = None) -> None:
