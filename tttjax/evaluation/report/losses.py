@@ -21,8 +21,9 @@ from tttjax.evaluation.report.entries import Member, System
 from tttjax.evaluation.statistics import Sums
 from tttjax.evaluation.text import Text, open_text
 from tttjax.io.atomic import atomic_write
-from tttjax.io.paths import storage_path
+from tttjax.io.paths import is_bucket, storage_path
 from tttjax.training import checkpoint_format
+from tttjax.training.checkpoint_integrity import CHECKSUMS
 
 FORMAT = 2
 CACHE = "cache"
@@ -87,7 +88,7 @@ class LossEvaluator:
             "run": str(storage_path(member.run.source).resolve()),
             "configuration": config_fingerprint(member.config),
             "step": member.run.step,
-            "saved": os.stat(member.run.checkpoint / checkpoint_format.META).st_mtime_ns,
+            "saved": _time_or_sums(member.run.checkpoint),
             "mode": member.mode,
             "learning": {**vars(member.learning), "inner": dict(member.learning.inner)},
             "length": length,
@@ -136,6 +137,13 @@ def make_loss_evaluator(
         cache=out / CACHE,
         progress=progress,
     )
+
+
+def _time_or_sums(checkpoint: Path) -> int | str:
+    """What changes when a checkpoint is saved again: a folder in a bucket has no time."""
+    if is_bucket(checkpoint):
+        return (checkpoint / CHECKSUMS).read_text()
+    return os.stat(checkpoint / checkpoint_format.META).st_mtime_ns
 
 
 def save(path: Path, sums: Sums) -> None:
