@@ -67,15 +67,17 @@ def test_its_commands_work_in_a_clean_environment(extra, tmp_path):
         "PATH": f"{tmp_path / 'venv' / 'bin'}:/usr/bin:/bin",
         "HOME": str(tmp_path),
         "EXTRA": extra,
-        **({"PIP_DRY_RUN": "1"} if extra else {}),
         **{name: text for name, text in os.environ.items() if name.startswith("PIP_")},
     }
-    commands = values("RUN")[:1] if extra else [*values("RUN"), "tttjax train --help"]
+    commands = [*values("RUN"), "tttjax train --help"]
+    if extra:
+        commands = [f"{commands[0]} --dry-run"]
     for command in commands:
         result = subprocess.run(
             ["sh", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True
         )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    shutil.rmtree(tmp_path / "venv")  # gigabytes that pytest would keep
     if extra:
         package = {"cuda": "jax-cuda13-plugin", "tpu": "libtpu"}[extra]
         assert re.search(f"Would install .*{package}-[0-9]", result.stdout)
