@@ -60,6 +60,7 @@ def test_every_second_belongs_to_one_phase(clock):
     account.end_steps()
     clock.pass_(2)
     spent = account.spent()
+    assert sum(spent.values()) == pytest.approx(103 + 12 + 6.5 + 20 + 2, abs=0.1)
     assert spent.pop("start") == pytest.approx(103, abs=0.1)
     assert spent == {
         **{"compile": 7, "restore": 5, "input": 1, "steps": 5.5, "lost": 0},
@@ -78,6 +79,13 @@ def test_steps_of_earlier_starts_are_lost_with_their_input(clock):
     do_step(account, clock, 5, waited=2)
     spent = account.spent()
     assert (spent["lost"], spent["input"], spent["steps"]) == (6.5 + 8.5, 2, 5.5)
+    with account.phase("input"):
+        clock.pass_(1)
+    with account.phase("device"):  # of a process that is dead
+        clock.pass_(30)
+    assert account.spent()["lost"] == 15
+    spent = account.spent(has_ended=True)
+    assert (spent["lost"], spent["input"], spent["steps"]) == (15 + 31, 2, 5.5)
 
 
 def run_start(workdir, before, steps, error=None, code=None, kill=False):
@@ -183,7 +191,7 @@ def test_the_input_is_that_of_the_host_that_waits_longest(tmp_path):
     figures = [SimpleNamespace(input_of_start=share) for share in (0.0, 0.75, 0.5)]
     hosts.figures = lambda: [*figures, None]
     spent = {**dict.fromkeys(USES, 0.0), "start": 5.0, "input": 10.0, "steps": 70.0, "lost": 9.0}
-    account.spent = lambda: dict(spent)
+    account.spent = lambda has_ended: dict(spent)
     with Ledger(tmp_path, Lock(tmp_path), 100, hosts):
         (start,) = read_starts(tmp_path)
     assert start.spent == spent | {"input": 60, "steps": 20}

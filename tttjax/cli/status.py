@@ -20,12 +20,12 @@ if TYPE_CHECKING:  # slow to import
 
 MOST_HOSTS = 32  # in the table
 _USES = {  # of a run's time, and what they are called in the table
-    "start": "start (imports, joining, data)",
-    "compile": "compiling",
+    "start": "imports, joining, data",
+    "compile": "compiling, first step",
     "restore": "restoring or initialising",
     "input": "waiting for input",
     "steps": "steps",
-    "lost": "steps computed again",
+    "lost": "steps lost or computed again",
     "save": "saving",
     "evaluate": "evaluating",
     "other": "ending",

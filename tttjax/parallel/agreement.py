@@ -67,14 +67,14 @@ def agree(pod: Pod, facts: Mapping[str, str], workdir: Path) -> None:
             raise UserError(f"{names} did not come to the first step within {seconds} s")
 
 
-def gather(pod: Pod, name: str, value: str) -> list[str]:
-    """In process 0, the values of all processes, by id; [] in the others, which do not wait.
+def gather(pod: Pod, name: str, value: str, receives: bool) -> list[str]:
+    """Where it `receives`, the values of all processes, by id; [] elsewhere, without waiting.
 
     Raises UserError if one of them does not call this within `pod.limits.init`.
     """
     store, values = pod.store, []
     store.put(f"{name}/{store.process_id}", value)
-    for process in range(0 if store.process_id else store.process_count):
+    for process in range(store.process_count if receives else 0):
         text = store.get(f"{name}/{process}", pod.limits.init)
         if text is None:
             raise UserError(f"{pod.name(process)} has no {name} after {pod.limits.init} s")

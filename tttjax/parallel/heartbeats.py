@@ -11,15 +11,15 @@ _BEATS, _WORD = "beat", "word"
 
 
 class Heartbeats:
-    """Those of this process and, in process 0, of all.
+    """Those of this process and, where it listens, of all; process 0 always does.
 
-    says: what this process says with every beat, for process 0 (values of JSON); called in the
-    thread of the heartbeats. word: what process 0 last said to all with `tell`; "" for nothing.
+    says: what this process says with every beat (values of JSON); called in the thread of the
+    heartbeats. word: what a process last said to all with `tell`; "" for nothing.
     """
 
     def __init__(self, store: Store):
         self.says: Callable[[], dict[str, Any]] = dict
-        self.word = ""
+        self.word, self.listens = "", store.process_id == 0
         self._store, self._count, now = store, 0, time.monotonic()
         self.answered = now  # when the store last answered
         # By process: the text of the last beat, its values, and when it was new.
@@ -32,13 +32,13 @@ class Heartbeats:
         self._store.put(f"{_BEATS}/{self._store.process_id}", values)
         self.answered = time.monotonic()
         self.word = self._store.peek(_WORD) or ""
-        if self._store.process_id == 0:
+        if self.listens:
             for key, text in self._store.items(_BEATS).items():
                 if self._heard[int(key)][0] != text:
                     self._heard[int(key)] = (text, json.loads(text), time.monotonic())
 
     def heard(self) -> list[tuple[dict[str, Any], float]]:
-        """In process 0: by process, what it last said, and how many seconds ago."""
+        """Where this process listens: by process, what it last said, and how many seconds ago."""
         now = time.monotonic()
         return [(values, now - since) for _, values, since in list(self._heard.values())]
 

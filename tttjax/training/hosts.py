@@ -68,11 +68,12 @@ class HostFigures:
 
 
 class Hosts:
-    """The hosts of a run, by process. In all processes but the first it knows none but its own."""
+    """The hosts of a run, by process; known where `jax.process_index()` is 0, which prints."""
 
     def __init__(self, account: StartAccount, clock: Callable[[], float] = time.monotonic):
         self.hosts: list[Host] = []
         self.account, self._clock, self._pod = account, clock, current_pod()
+        self.me = self._pod.store.process_id if self._pod else 0
         self._samples: deque[tuple[float, int, tuple[float, ...]]] = deque(maxlen=1000)
         self._next_look = 0.0
         self._told: dict[int, float] = {}  # when a straggler was last named
@@ -88,7 +89,9 @@ class Hosts:
         if self._pod is None:
             self.hosts = [me]
             return []
-        texts = gather(self._pod, "devices", json.dumps(asdict(me)))
+        is_first = jax.process_index() == 0  # on TPUs not always the store's process 0
+        self._pod.heartbeats.listens |= is_first
+        texts = gather(self._pod, "devices", json.dumps(asdict(me)), is_first)
         self.hosts = [Host(**json.loads(text)) for text in texts]
         self._pod.heartbeats.says = self.say
         return describe_hosts(self.hosts)
@@ -139,7 +142,7 @@ class Hosts:
 
     def next_step(self, seconds: float) -> int:
         """A step that begins after about so many seconds, or the next one."""
-        own = self.figures()[0]
+        own = self.figures()[self.me]
         step_seconds = own.step_seconds if own and own.step_seconds else seconds
         return self.account.step + 2 + math.ceil(seconds / max(step_seconds, 1e-3))
 
@@ -151,7 +154,7 @@ class Hosts:
         worst, of = own, ""
         if self._pod is not None:
             for process, (values, age) in enumerate(self._pod.heartbeats.heard()):
-                if process and (share := values.get("input", 0.0)) > worst + 0.005:
+                if process != self.me and (share := values.get("input", 0.0)) > worst + 0.005:
                     old = f", {age:.0f} s ago" if age > OLD_SECONDS else ""
                     worst, of = share, f" (host {process}{old})"
         return worst, of

@@ -130,10 +130,11 @@ class Ledger:
 
     def _start(self, **end: Any) -> RunStart:
         account, figures = self._account, self._hosts.figures()
-        spent = account.spent()
+        spent = account.spent(has_ended=bool(end))
         # The other hosts wait in their steps while one waits for input.
         loop = spent["input"] + spent["steps"]
-        shares = [figure.input_of_start for figure in figures[1:] if figure]
+        others = [figure for i, figure in enumerate(figures) if i != self._hosts.me]
+        shares = [figure.input_of_start for figure in others if figure]
         spent["input"] = max([spent["input"], *(share * loop for share in shares)])
         spent["steps"] = loop - spent["input"]
         return RunStart(

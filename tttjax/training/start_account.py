@@ -14,7 +14,8 @@ class StartAccount:
 
     "start" until `begin_steps`; then "host", the loop's own work, and in it "input" (waiting for
     a batch) and "device" (dispatching a step, waiting for its results or for other processes);
-    "compile", "restore", "save" and "evaluate"; "other" after `end_steps`. Any thread may read.
+    "compile" (with the first step), "restore", "save" and "evaluate"; "other" after `end_steps`.
+    Any thread may read.
 
     began: Unix time, before imports and joining. steps_before: those that the start resumes after,
     None until it has. furthest: the last step that an earlier start recorded (of process 0): up to
@@ -31,7 +32,7 @@ class StartAccount:
         self._clock, self._since, self._lock = clock, clock(), threading.Lock()
         self._phases = ["start"]
         self._seconds = defaultdict[str, float](float, start=max(0.0, now - self.began))
-        self._lost = 0.0, 0.0  # of input and of the whole loop, up to the step `furthest`
+        self._finished = self._lost = 0.0, 0.0  # of input and of the loop, up to the steps
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -64,8 +65,9 @@ class StartAccount:
         with self._lock:
             self._book()
             self.step = step
+            self._finished = self._seconds["input"], sum(self._seconds[name] for name in LOOP)
             if step <= self.furthest:
-                self._lost = self._seconds["input"], sum(self._seconds[name] for name in LOOP)
+                self._lost = self._finished
 
     @property
     def current(self) -> str:
@@ -78,18 +80,23 @@ class StartAccount:
             self._book()
             return (self._seconds["input"], self._seconds["device"], self._seconds["host"])
 
-    def spent(self) -> dict[str, float]:
+    def spent(self, has_ended: bool = False) -> dict[str, float]:
         """Seconds by their use; they add up to the time since `began`.
 
         "steps" are those of device and host; "lost" is the loop's time, input included, of steps
-        that an earlier start had recorded.
+        that an earlier start had recorded and, once the start has ended, of one that it did not
+        finish.
         """
         with self._lock:
             self._book()
             seconds, (lost_input, lost) = self._seconds.copy(), self._lost
+        loop = sum(seconds[name] for name in LOOP)
+        if has_ended:
+            lost_input += seconds["input"] - self._finished[0]
+            lost += loop - self._finished[1]
         result = {name: seconds[name] for name in ("start", "compile", "restore")}
         result["input"] = seconds["input"] - lost_input
-        result["steps"] = seconds["device"] + seconds["host"] - (lost - lost_input)
+        result["steps"] = loop - lost - result["input"]
         result["lost"] = lost
         return result | {name: seconds[name] for name in ("save", "evaluate", "other")}
 
