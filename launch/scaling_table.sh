@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Prints the cost of the paper's recipes on several accelerators as one Markdown table: runs `tttjax
-# plan` for each recipe and pod, with one sequence per chip and gradient accumulation.
+# plan` for each recipe and pod, with one sequence per chip and gradient accumulation. A second table
+# has the FLOPs of TTT-E2E relative to full attention, both with the pod's attention kernels.
 #
 #   bash launch/scaling_table.sh OUT
 #
 # Writes one JSON file per recipe and pod to the folder OUT and prints the table. Takes hours,
-# because each TPU plan is a compilation; the same command resumes with the missing plans. OUT also
-# has the logs of failed plans. Needs tttjax with the extra `plan` on PATH.
+# because each plan is a compilation; the same command resumes with the missing plans. OUT also has
+# the logs of failed plans. Needs tttjax with the extras `plan` and `plan-gpu` on PATH.
 #
 # RECIPES   arguments of the recipe file paper (default: TTT-E2E and full attention, all sizes at
 #           8K, and 3b's extensions to 16K, 32K, 64K and 128K)
-# PODS      topologies (default: 4 chips of v5e, v5p, v6e, H100 and H200)
+# PODS      topologies (default: 4 chips of v5e, v5p, v6e, H100, H200 and B200)
 # FSDP      chips that parameters and optimizer state are sharded over (default: 4)
 set -euo pipefail
 
@@ -22,7 +23,7 @@ fi
 
 OUT="$1"
 FSDP="${FSDP:-4}"
-PODS="${PODS:-v5e:2x2 v5p:2x2x1 v6e:2x2 gpu:h100:4 gpu:h200:4}"
+PODS="${PODS:-v5e:2x2 v5p:2x2x1 v6e:2x2 gpu:h100:4 gpu:h200:4 gpu:b200:4}"
 if [[ -z "${RECIPES:-}" ]]; then
     for system in ttt_e2e full; do
         for size in 125m 350m 760m 1b 3b; do
@@ -61,3 +62,20 @@ print(load_config(sys.argv[1]).train.batch_size)' "paper:$recipe")"
 done
 ((${#plans[@]})) || exit 1
 tttjax plan --table "${plans[@]}"
+python - "${plans[@]}" <<'EOF'
+import json
+import sys
+from pathlib import Path
+
+plans = {Path(path).stem: json.loads(Path(path).read_text()) for path in sys.argv[1:]}
+rows = []
+for name, plan in plans.items():
+    full = plans.get(name.replace("-ttt_e2e-", "-full-"))
+    if full and full is not plan:
+        program = plan["program_flops"] / full["program_flops"]
+        method = plan["flops"]["total"] / full["flops"]["total"]
+        rows.append(f"| {name} | {program:.2f} | {method:.2f} |")
+if rows:
+    print("\n| FLOPs relative to full attention | program | method |")
+    print("| --- | --- | --- |", *rows, sep="\n")
+EOF

@@ -264,6 +264,7 @@ def report(systems: Mapping[str, StrPath], out: StrPath, *, data: StrPath | None
 def plan(config: Config | str, topology: str) -> Plan:
     """Memory, FLOPs and time of a train step on a pod such as "v5p:2x2x1", compiled for it.
 
-    Needs the extra `plan`. Raises UserError if the mesh does not fit the topology.
+    Needs the extra `plan` for TPUs, `plan-gpu` for GPUs. Raises UserError if the mesh does not fit
+    the topology.
     """
     return make_plan(_resolved(config), parse_topology(topology))

@@ -8,9 +8,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tttjax.ops.attention.attend import AttentionMask
+from tttjax.ops.attention.library import attend_sequence
 from tttjax.ops.window_attention import window_attention
 from tttjax.parallel.mesh import make_mesh
-from tttjax.planning.count import Count, Transfer, count
+from tttjax.planning.count import count
+from tttjax.planning.primitives import Count, Transfer
 
 X = jnp.ones((3, 5))
 W = jnp.ones((5, 5))
@@ -202,3 +204,31 @@ def test_loops_inside_platform_dependent_are_counted():
     # Two products forward, five backward, for at least the visible pairs.
     visible_pairs = sum(min(1024 * i + t + 1, 2048) for i in range(3) for t in range(1024))
     assert result.flops > 2 * 7 * visible_pairs * 12 * 64
+
+
+@pytest.mark.parametrize(
+    ("window", "pairs"), [(0, 256 * 257 / 2), (130, 130 * 131 / 2 + 126 * 130)]
+)
+def test_attention_by_cudnn_counts_its_visible_pairs(monkeypatch, window, pairs):
+    """Two products forward, again in recomputation, and five backward."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 256, 4, 8), jnp.bfloat16)
+
+    def attention(q):
+        attend = partial(attend_sequence, attention_mask=AttentionMask(window), query_block=64)
+        return jax.vmap(attend)(q, q, q)
+
+    def loss(q, body=attention):
+        return jnp.sum(body(q).astype(jnp.float32))
+
+    def counted(function, platform="cuda"):
+        return count(jax.make_jaxpr(function)(q), platform).flops
+
+    one = 2 * 2 * 4 * 8 * pairs  # a product over all pairs of two sequences and four heads
+    again = jax.checkpoint(attention, prevent_cse=False)
+    assert counted(attention) == 2 * one
+    assert counted(jax.grad(loss)) == 7 * one
+    assert counted(jax.grad(partial(loss, body=again))) == 9 * one
+    assert counted(attention, "cpu") > 2 * one  # in XLA, by whole blocks

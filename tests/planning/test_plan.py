@@ -1,4 +1,4 @@
-"""`tttjax plan` from the command line to JSON, on CPU, by calculation, and for a TPU."""
+"""`tttjax plan` from the command line to JSON, on CPU, by calculation, for a TPU and for a GPU."""
 
 import dataclasses
 import importlib.util
@@ -8,15 +8,16 @@ import pytest
 from helpers.small import small_config
 
 from tttjax.cli import main
-from tttjax.planning import flops
+from tttjax.planning import flops, topologies
 from tttjax.planning import make as make_module
+from tttjax.planning.accelerators import ACCELERATORS
 from tttjax.planning.bounds import make_bounds, wire_bytes
-from tttjax.planning.count import Transfer
 from tttjax.planning.make import make_plan
 from tttjax.planning.memory import Memory
-from tttjax.planning.program import _out_of_memory, trace
+from tttjax.planning.primitives import Transfer
+from tttjax.planning.program import _out_of_memory, available_bytes, compile_program, trace
 from tttjax.planning.show import duration, markdown, show
-from tttjax.planning.topologies import parse_topology
+from tttjax.planning.topologies import open_mesh, parse_topology
 
 pytestmark = pytest.mark.slow
 
@@ -36,19 +37,32 @@ SHALLOW = {"model": {"num_layers": 1}, "train": {"batch_size": 4}}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def traced_programs():
-    """Plans of one configuration for one topology, with any accelerator, share a traced program."""
-    programs = {}
+def compiled_programs():
+    """Plans of one configuration for one topology, with any accelerator, share their programs."""
+    programs, steps = {}, {}
 
-    def trace_once(config, topology):
-        key = (config, topology.name)
+    def trace_once(config, topology, mesh):
+        key = config, topology.name
         if key not in programs:
-            programs[key] = trace(config, topology)
+            programs[key] = trace(config, topology, mesh)
         return dataclasses.replace(programs[key], topology=topology)
+
+    def compile_once(program):
+        key = program.config, program.topology.name
+        if key not in steps:
+            steps[key] = compile_program(program)
+        return dataclasses.replace(steps[key], available=available_bytes(program.topology))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_module, "trace", trace_once)
+        patch.setattr(make_module, "compile_program", compile_once)
         yield
+
+
+def here(memory=80e9):
+    """Two devices of this machine, with the rates of an H100 and this memory."""
+    accelerator = dataclasses.replace(ACCELERATORS["h100"], memory=memory)
+    return dataclasses.replace(parse_topology("cpu:2"), accelerator=accelerator)
 
 
 @pytest.fixture
@@ -67,7 +81,6 @@ def plan():
 
 def test_memory_is_the_compilers_and_adds_up(plan):
     memory = plan.memory
-    assert memory.source == "compiler"
     assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=0.02)
     assert memory.working > 0
     assert memory.total == plan.needed
@@ -146,49 +159,42 @@ def test_durations_have_readable_units(seconds, expected):
 
 
 def test_short_runs_are_not_given_in_days():
-    plan = make_plan(small_config(**SHALLOW), parse_topology("gpu:h100:2"))
+    plan = make_plan(small_config(**SHALLOW), here())
     plan = dataclasses.replace(plan, cost=dataclasses.replace(plan.cost, days=12_000 / 86_400))
     assert " steps take 3 h 20 min, " in show(plan)
     assert " 3 h 20 min |" in markdown([plan.to_dict()])
     assert "days" not in show(plan)
 
 
-def test_json_and_table(file, capsys, tmp_path):
+def test_json_and_table(file, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(topologies, "parse_topology", lambda name: here())
     words = [f"--config={file}", "--config.model.num_layers=1", "--config.train.batch_size=4"]
-    words += ["--topology=gpu:h100:2"]
-    assert main.main(["plan", *words, "--json"]) == 0
+    assert main.main(["plan", *words, "--topology=cpu:2", "--json"]) == 0
     text = capsys.readouterr().out
     plan = json.loads(text)
-    assert (plan["fits"], plan["memory"]["source"], plan["chips"]) == (True, "estimate", 2)
+    assert (plan["fits"], plan["launches"], plan["chips"]) == (True, {}, 2)
     assert plan["bounds"]["step"] == plan["bounds"][plan["bounds"]["limit"]]
     assert plan["cost"]["chip_hours"] == pytest.approx(2 * 24 * plan["cost"]["days"])
     path = tmp_path / "plan.json"
     path.write_text(text)
     assert main.main(["plan", f"--table={tmp_path}/*.json"]) == 0
     assert capsys.readouterr().out == markdown([plan]) + "\n"
-    assert "gpu:h100:2" in markdown([plan]).splitlines()[2]
+    assert "cpu:2" in markdown([plan]).splitlines()[2]
     path.write_text("{}")
     assert main.main(["plan", f"--table={path}"]) == main.USER_ERROR
     assert "is not a plan" in capsys.readouterr().err
 
 
 def test_recipe_that_does_not_fit_has_proposal():
-    topology = parse_topology("gpu:h100:2")
     config = small_config(**SHALLOW)
-    before = make_plan(config, topology)
-    accelerator = dataclasses.replace(topology.accelerator, memory=0.8 * before.needed)
-    plan = make_plan(config, dataclasses.replace(topology, accelerator=accelerator))
+    needed = make_plan(config, here()).needed
+    plan = make_plan(config, here(memory=0.8 * needed))
     assert plan.fits is False
     assert plan.proposal.fits
-    assert plan.proposal.needed <= accelerator.memory < before.needed
+    assert plan.proposal.needed <= 0.8 * needed
     assert plan.proposal.changes
     assert "fits with --config." in show(plan)
-    assert (
-        make_plan(
-            config, dataclasses.replace(topology, accelerator=accelerator), propose=False
-        ).proposal
-        is None
-    )
+    assert make_plan(config, here(memory=0.8 * needed), propose=False).proposal is None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ def test_errors(file, capsys, words, message):
 def test_bounds_by_hand():
     topology = parse_topology("v5p:2x2x1")
     accelerator = topology.accelerator
-    memory = Memory(3 * GIB, 6 * GIB, 0, GIB, 0, 5 * GIB, 0, "compiler")
+    memory = Memory(3 * GIB, 6 * GIB, 0, GIB, 0, 5 * GIB, 0)
     transfers = [Transfer("all-reduce", 8e9, group_size=4, times=3)]
     bounds = make_bounds(topology, 4e15, 2e15, memory, transfers)
     assert bounds.compute == pytest.approx(4e15 / (4 * 459e12))
@@ -227,14 +233,19 @@ def test_bytes_sent_by_collectives():
 
 
 def test_the_compilers_out_of_memory_error_is_parsed():
+    known = Memory(GIB, 2 * GIB, GIB, 5 * GIB, GIB, 0, 0)
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
-    assert _out_of_memory(message, GIB) == (20.5 * GIB, 15.75 * GIB)
+    memory, available = _out_of_memory(message, known, 80 * GIB)
+    assert (memory.total, memory.temporary, available) == (20.5 * GIB, 10.5 * GIB, 15.75 * GIB)
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (51.85G) exceeds available HBM (31.25G)."
     )
-    assert _out_of_memory(message, GIB) == (52.85 * GIB, 31.25 * GIB)
-    assert _out_of_memory("RESOURCE_EXHAUSTED: something else", GIB) == (0, 0)
+    memory, available = _out_of_memory(message, known, 80 * GIB)
+    assert (memory.total, available) == (55.85 * GIB, 31.25 * GIB)
+    for capacity, needed in ((80 * GIB, 80 * GIB), (5 * GIB, known.total)):
+        memory, available = _out_of_memory("RESOURCE_EXHAUSTED: no numbers", known, capacity)
+        assert (memory.total, available) == (needed, capacity)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
@@ -242,7 +253,7 @@ def test_plan_for_an_absent_tpu():
     config = small_config(model={"num_layers": 1, "suffix_layers": 0, "fast_mlp": False})
     plan = make_plan(config, parse_topology("v5e:1x1"))
     assert plan.fits
-    assert plan.memory.source == "compiler"
+    assert plan.memory.temporary > 0
     assert plan.compile_seconds > 0
 
 
@@ -256,9 +267,10 @@ def test_the_step_for_a_tpu_has_its_kernel():
         mesh={"fsdp": 2, "tensor": 2},
     )
     topology = parse_topology("v5p:2x2x2")
-    with_kernel = trace(config, topology)
+    mesh = open_mesh(topology, config.mesh)
+    with_kernel = trace(config, topology, mesh)
     assert "splash_mha" in with_kernel.traced.lower().compile().as_text()
     in_xla = dataclasses.replace(config.model, attention_kernel="xla")
-    without = trace(dataclasses.replace(config, model=in_xla), topology)
+    without = trace(dataclasses.replace(config, model=in_xla), topology, mesh)
     assert "tpu_custom_call" not in without.traced.lower().as_text()
     assert with_kernel.count.flops == without.count.flops

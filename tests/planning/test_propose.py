@@ -20,7 +20,7 @@ def recipe(**sections):
 
 
 def needs(parameters=10.0, working=120.0) -> Memory:
-    return Memory(parameters, 2 * parameters, 0.0, 0.0, 0.0, working, 0.0, "compiler")
+    return Memory(parameters, 2 * parameters, 0.0, 0.0, 0.0, working, 0.0)
 
 
 def proposals(config, needed, capacity) -> list[dict[str, str]]:

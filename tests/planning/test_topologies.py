@@ -59,7 +59,7 @@ def test_console_numbers_count_cores_or_chips():
 
 def test_this_machine():
     topology = parse_topology("cpu:4")
-    assert (topology.accelerator, topology.devices, topology.compiles) == (None, 4, True)
+    assert (topology.accelerator, topology.devices, topology.platform) == (None, 4, "cpu")
     assert open_mesh(topology, MeshConfig(data=2, fsdp=2)).devices.size == 4
     with pytest.raises(UserError, match="has 8 CPU devices"):
         open_mesh(parse_topology("cpu:16"), MeshConfig(data=16))

@@ -4,6 +4,7 @@ import pytest
 from helpers.small import small_config
 
 from tttjax.parallel.mesh import make_mesh
+from tttjax.training import attention_kernels
 from tttjax.training.attention_kernels import (
     KernelChoice,
     choose_chunk_kernels,
@@ -21,6 +22,12 @@ def config_with(kernel="auto", **model):
     return small_config(model={**MODEL, "attention_kernel": kernel, **model}, train=LONG)
 
 
+@pytest.fixture
+def every_library(monkeypatch):
+    """Simulates a machine that can compile for every platform."""
+    monkeypatch.setattr(attention_kernels, "unsupported_reason_on_backend", lambda *_: "")
+
+
 def test_cpu_uses_xla():
     assert platform_of(make_mesh()) == "cpu"
     chosen = choose_kernels(config_with(), "cpu")
@@ -30,13 +37,13 @@ def test_cpu_uses_xla():
     )
 
 
-def test_kernels_of_other_platforms():
-    chosen = choose_kernels(config_with(**EVERY), "cuda", compile_locally=False)
+def test_kernels_of_other_platforms(every_library):
+    chosen = choose_kernels(config_with(**EVERY), "cuda")
     assert {kind: choice.kernel for kind, choice in chosen.items()} == {
         "full": "cuDNN",
         "window": "cuDNN",
     }
-    assert describe_kernels(config_with(), "tpu", compile_locally=False) == (
+    assert describe_kernels(config_with(), "tpu") == (
         "attention over whole sequences: window by splash attention"
     )
 
@@ -46,8 +53,8 @@ def test_missing_local_library_is_the_reason():
     assert chosen["window"] == KernelChoice("XLA", "cuDNN is not detected")
 
 
-def test_xla_can_be_forced():
-    chosen = choose_kernels(config_with("xla"), "tpu", compile_locally=False)
+def test_xla_can_be_forced(every_library):
+    chosen = choose_kernels(config_with("xla"), "tpu")
     assert chosen["window"] == KernelChoice("XLA", 'model.attention_kernel = "xla"')
 
 

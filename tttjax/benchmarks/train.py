@@ -24,6 +24,7 @@ from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.planning.count import count
+from tttjax.training.attention_kernels import platform_of
 from tttjax.training.step import TrainState, make_trainer
 from tttjax.types import Batch
 
@@ -118,7 +119,7 @@ def _prepare(name: str, config: Config) -> _TrainEntry:
         none_if_out_of_memory(partial(trainer.init_state, config.train.seed)),
         batch,
         compile_seconds,
-        count(traced.jaxpr).flops,
+        count(traced.jaxpr, platform_of(trainer.mesh)).flops,
         compiled and peak_bytes(compiled),
         compiled and temporary_bytes(compiled),
     )

@@ -7,17 +7,18 @@ examples:
 
 Compiles the real train step for the pod on this machine, which needs no accelerator. Prints whether
 it fits; memory per device by kind; model FLOPs by part and FLOPs of the program, which include
-recomputation; collectives and their bytes; upper bounds on MFU from compute, memory and links; and
-tokens per day, time and chip-hours at an expected MFU. If the recipe does not fit, the nearest one
-that does is compiled and printed as well.
+recomputation; collectives and their bytes; what a GPU launches; upper bounds on MFU from compute,
+memory and links; and tokens per day, time and chip-hours at an expected MFU. If the recipe does not
+fit, the nearest one that does is compiled and printed as well.
 
 topologies:
   v5e:4x8, v5p:4x4x4, v6e:16x16, v7x:2x2x1    TPU slice, by chips along each axis; needs libtpu
                                               (pip install -e '.[plan]') and takes some minutes
   v5litepod-32, v5p-128, v6e-256, tpu7x-8     TPU slice by its cloud console name; v5p and tpu7x
                                               count TensorCores (two per chip), others chips
-  gpu:h100:8x4                                GPUs per host x hosts; memory is estimated from the
-                                              traced program
+  gpu:h100:8x4                                GPUs per host x hosts, also of a100, h100-pcie, h200
+                                              and b200; needs the CUDA compiler
+                                              (pip install -e '.[plan-gpu]', 2 GB)
   cpu:4                                       this machine as 4 devices, without bounds
 
 The exit code is 1 if the recipe does not fit, whether or not another one does.

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tttjax.config import Config
-from tttjax.planning.count import Transfer
 from tttjax.planning.memory import Memory
+from tttjax.planning.primitives import Transfer
 from tttjax.planning.topologies import Topology
 
 DAY = 24 * 3600.0

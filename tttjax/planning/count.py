@@ -12,8 +12,8 @@ and is reported in `unknown_loops`; the counts are then lower bounds.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,68 +21,24 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from tttjax.planning.constant_folding import (
     KnownValues,
-    aval_of,
     constants,
     fold_eqn,
     fold_jaxpr,
     is_platform_dependent,
     known_value,
 )
+from tttjax.planning.primitives import FLASH_ATTENTION, RULES, Axes, Count, product
 
 MAX_TRIP_COUNT = 100_000  # of a `while` that is unrolled
 
 
-@dataclass(frozen=True)
-class Transfer:
-    """Collectives of one kind and size. bytes: the larger of operands and results on one device.
+def count(program: ClosedJaxpr, platform: str = "") -> Count:
+    """Counts `program`, such as `jax.make_jaxpr(f)(x)` or `jitted.trace(x).jaxpr`.
 
-    group_size: devices in a replica group. times: per step.
+    platform: the one that it is lowered to, "cuda", "tpu" or "cpu": attention by cuDNN is counted
+    as that kernel. On other platforms, and without one, library kernels count as XLA's form.
     """
-
-    kind: str
-    bytes: float
-    group_size: int
-    times: float = 1.0
-
-
-@dataclass(frozen=True)
-class Count:
-    """Counts of a program over all devices; transfers are those of one device.
-
-    flops: of matrix products and convolutions. product_bytes: of their operands and results.
-    unknown_loops: loops of unknown trip count, counted once.
-    """
-
-    flops: float = 0.0
-    product_bytes: float = 0.0
-    unknown_loops: int = 0
-    transfers: tuple[Transfer, ...] = ()
-
-    def __add__(self, other: "Count") -> "Count":
-        return Count(
-            self.flops + other.flops,
-            self.product_bytes + other.product_bytes,
-            self.unknown_loops + other.unknown_loops,
-            self.transfers + other.transfers,
-        )
-
-    def times(self, trip_count: float) -> "Count":
-        """The count of a loop with this body."""
-        return Count(
-            self.flops * trip_count,
-            self.product_bytes * trip_count,
-            self.unknown_loops,
-            tuple(replace(t, times=t.times * trip_count) for t in self.transfers),
-        )
-
-    def on_devices(self, devices: int) -> "Count":
-        """The count of this program run by each of `devices` devices."""
-        return replace(self, flops=self.flops * devices, product_bytes=self.product_bytes * devices)
-
-
-def count(program: ClosedJaxpr) -> Count:
-    """Counts `program`, such as `jax.make_jaxpr(f)(x)` or `jitted.trace(x).jaxpr`."""
-    return _Counter().count_closed(program, {}, [None] * len(program.jaxpr.invars))
+    return _Counter(platform).count_closed(program, {}, [None] * len(program.jaxpr.invars))
 
 
 def inner_programs(eqn: JaxprEqn) -> Iterator[ClosedJaxpr | Jaxpr]:
@@ -106,6 +62,13 @@ def inner_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
         yield program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
+def _has_flash_attention(jaxpr: Jaxpr) -> bool:
+    return any(
+        eqn.primitive.name in FLASH_ATTENTION or any(map(_has_flash_attention, inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
 def num_consts_and_carry(eqn: JaxprEqn) -> tuple[int, int]:
     """(num_consts, num_carry) of a scan: its unstacked inputs.
 
@@ -121,14 +84,6 @@ def num_consts_and_carry(eqn: JaxprEqn) -> tuple[int, int]:
     return len(eqn.invars) - carries - stacked(eqn.invars, body.invars), carries
 
 
-def size_in_bytes(var: Any) -> int:
-    """Of a variable or literal of a jaxpr; 0 if it is not an array (tokens, keys)."""
-    shape, dtype = getattr(var.aval, "shape", None), getattr(var.aval, "dtype", None)
-    if shape is None or dtype is None:
-        return 0
-    return math.prod(shape) * getattr(dtype, "itemsize", 0)
-
-
 def manual_axis_sizes(eqn: JaxprEqn) -> dict[str, int]:
     """Sizes of the mesh axes that a shard_map equation makes manual."""
     shape = dict(eqn.params["mesh"].shape)
@@ -136,14 +91,14 @@ def manual_axis_sizes(eqn: JaxprEqn) -> dict[str, int]:
     return {axis: size for axis, size in shape.items() if axis in eqn.params[name]}
 
 
-Axes = Mapping[str, int]  # sizes of the manual mesh axes
 Inputs = Sequence[np.ndarray | None]  # a program's known integer inputs
 
 
 class _Counter:
     """Counts nested jaxprs, caching by jaxpr and known inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, platform: str) -> None:
+        self.platform = platform
         self._counts: dict[Any, Count] = {}
         self._has_loops: dict[int, bool] = {}
 
@@ -189,7 +144,7 @@ class _Counter:
         """jit, remat, custom derivatives and the like: their body, once."""
         values = [known_value(atom, known) for atom in eqn.invars]
         total = Count()
-        for program in inner_programs(eqn):
+        for program in self.inner_programs(eqn):
             jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
             inputs = values if len(values) == len(jaxpr.invars) else [None] * len(jaxpr.invars)
             if isinstance(program, ClosedJaxpr):
@@ -197,6 +152,16 @@ class _Counter:
             else:
                 total += self.count_jaxpr(jaxpr, axes, inputs)
         return total
+
+    def inner_programs(self, eqn: JaxprEqn) -> list[ClosedJaxpr | Jaxpr]:
+        """As the function of this name, but of `platform_dependent` the branch of the platform, if
+        it is attention by cuDNN."""
+        if is_platform_dependent(eqn):
+            choices = zip(eqn.params["branches_platforms"], eqn.params["branches"], strict=True)
+            for platforms, branch in choices:
+                if self.platform in (platforms or ()) and _has_flash_attention(branch.jaxpr):
+                    return [branch]
+        return list(inner_programs(eqn))
 
     def shard_map(self, eqn: JaxprEqn, axes: Axes, known: KnownValues) -> Count:
         manual, jaxpr = manual_axis_sizes(eqn), eqn.params["jaxpr"]
@@ -225,7 +190,7 @@ class _Counter:
         branch_index, *values = (known_value(atom, known) for atom in eqn.invars)
         branches = eqn.params["branches"]
         if is_platform_dependent(eqn):
-            branches = list(inner_programs(eqn))
+            branches = self.inner_programs(eqn)
         elif branch_index is not None:
             branches = branches[min(int(branch_index), len(branches) - 1) :][:1]
         counts = [self.count_closed(branch, axes, values) for branch in branches]
@@ -249,68 +214,17 @@ class _Counter:
         once = self.count_closed(body, axes, [*body_fixed, *initial])
         return replace(once, unknown_loops=once.unknown_loops + 1)
 
-
-# --- rules by primitive --------------------------------------------------------------------------
-
-
-def _product(eqn: JaxprEqn, flops: float) -> Count:
-    return Count(flops, sum(size_in_bytes(var) for var in (*eqn.invars, *eqn.outvars)))
-
-
-def _dot_general(eqn: JaxprEqn, axes: Axes) -> Count:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    left = aval_of(eqn.invars[0]).shape
-    depth = math.prod(left[i] for i in contracted)
-    return _product(eqn, 2.0 * depth * math.prod(aval_of(eqn.outvars[0]).shape))
+    def pallas_call(self, eqn: JaxprEqn, axes: Axes, known: KnownValues) -> Count:
+        """Its `cost_estimate` if it has one, otherwise the kernel times its grid cells."""
+        estimate = eqn.params.get("cost_estimate")
+        if estimate is not None:
+            return product(eqn, float(estimate.flops))
+        grid = (size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+        return self.count_inner(eqn, axes, {}).times(math.prod(grid))
 
 
-def _convolution(eqn: JaxprEqn, axes: Axes) -> Count:
-    """Each output sums over the kernel's taps and the input features of its feature group."""
-    kernel = aval_of(eqn.invars[1]).shape
-    out_dimension = eqn.params["dimension_numbers"].rhs_spec[0]
-    depth = math.prod(kernel) // kernel[out_dimension]
-    return _product(eqn, 2.0 * depth * math.prod(aval_of(eqn.outvars[0]).shape))
-
-
-def _triangular_solve(eqn: JaxprEqn, axes: Axes) -> Count:
-    matrix, right = (aval_of(var).shape for var in eqn.invars)
-    return _product(eqn, float(matrix[-1] * math.prod(right)))
-
-
-def _pallas_call(eqn: JaxprEqn, axes: Axes) -> Count:
-    """Its `cost_estimate` if it has one, otherwise the kernel times its grid cells."""
-    estimate = eqn.params.get("cost_estimate")
-    if estimate is not None:
-        return _product(eqn, float(estimate.flops))
-    cells = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
-    return _Counter().count_inner(eqn, axes, {}).times(cells)
-
-
-def _collective(kind: str) -> Callable[[JaxprEqn, Axes], Count]:
-    def rule(eqn: JaxprEqn, axes: Axes) -> Count:
-        names = eqn.params["axes"] if "axes" in eqn.params else eqn.params["axis_name"]
-        names = names if isinstance(names, tuple | list) else (names,)
-        group_size = math.prod(axes.get(name, 1) for name in names)
-        if group_size == 1:
-            return Count()
-        size = max(sum(map(size_in_bytes, atoms)) for atoms in (eqn.invars, eqn.outvars))
-        return Count(transfers=(Transfer(kind, size, group_size),))
-
-    return rule
-
-
-RULES: dict[str, Callable[[JaxprEqn, Axes], Count]] = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
-    "triangular_solve": _triangular_solve,
-    "pallas_call": _pallas_call,
-    **dict.fromkeys(("psum", "psum_invariant"), _collective("all-reduce")),
-    "all_gather": _collective("all-gather"),
-    "reduce_scatter": _collective("reduce-scatter"),
-    "all_to_all": _collective("all-to-all"),
-    "ppermute": _collective("collective-permute"),
-}
 LOOPS: dict[str, Callable[[_Counter, JaxprEqn, Axes, KnownValues], Count]] = {
+    "pallas_call": _Counter.pallas_call,
     "scan": _Counter.scan,
     "while": _Counter.while_,
     "cond": _Counter.cond,

@@ -8,14 +8,17 @@ from typing import Any
 from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.parallel.mesh import MESH_AXES
 from tttjax.planning.bounds import Bounds, RecipeCost, make_bounds, make_cost, wire_bytes
-from tttjax.planning.count import Transfer
 from tttjax.planning.flops import TrainFlops, train_flops_by_part
+from tttjax.planning.kernels import count_launches
 from tttjax.planning.memory import Memory
+from tttjax.planning.primitives import Transfer
 from tttjax.planning.program import CompiledStep, Program, compile_program, trace
 from tttjax.planning.propose import find_fitting
-from tttjax.planning.topologies import Topology
+from tttjax.planning.topologies import Topology, open_mesh
 from tttjax.runtime import progress
 from tttjax.training.attention_kernels import describe_kernels
+
+DEFAULT_SHARE = 0.75  # of a GPU's memory, which JAX's allocator takes
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class Traffic:
 class Plan:
     """One recipe on one pod. FLOPs are of a step over all devices, bytes of one device.
 
-    fits: None if the memory capacity is unknown. needed: bytes; more than memory.total if the
-    compiler ran out of memory. flops: of the method, by part. program_flops: of the program.
-    attention: the kernels used, and why. bounds, cost: None for devices not in the table.
+    fits: None if the memory capacity is unknown. needed: bytes, the total of memory. flops: of the
+    method, by part. program_flops: of the program.
+    attention: the kernels used, and why. launches: kernels, library calls, copies and collectives
+    that a GPU is given in a step, by kind. bounds, cost: None for devices not in the table.
     """
 
     name: str
@@ -51,10 +55,11 @@ class Plan:
     flops: TrainFlops
     program_flops: float
     traffic: tuple[Traffic, ...]
+    launches: dict[str, int]
     bounds: Bounds | None
     cost: RecipeCost | None
     trace_seconds: float
-    compile_seconds: float | None
+    compile_seconds: float
     notes: tuple[str, ...]
     changes: dict[str, str]
     proposal: "Plan | None" = None
@@ -87,34 +92,24 @@ def make_plan(
         plans[changed] = _plan(changed, topology, name, mfu, {})
         return bool(plans[changed].fits)
 
-    needed = _with_total_needed(plan)
-    candidate = find_fitting(config, topology.devices, needed, plan.capacity, fits)
+    candidate = find_fitting(config, topology.devices, plan.memory, plan.capacity, fits)
     if candidate is None:
         return plan
     proposal = replace(plans[candidate.config], changes=candidate.changes)
     return replace(plan, proposal=proposal)
 
 
-def _with_total_needed(plan: Plan) -> Memory:
-    """The memory by kind, with the difference to `plan.needed` added to `temporary`."""
-    difference = max(plan.needed - plan.memory.total, -plan.memory.temporary)
-    return replace(plan.memory, temporary=plan.memory.temporary + difference)
-
-
 def _plan(
     config: Config, topology: Topology, name: str, mfu: float, changes: dict[str, str]
 ) -> Plan:
-    kernels = describe_kernels(config, topology.platform, compile_locally=topology.compiles)
-    progress.rename_activity(f"tracing the train step for {topology.name}")
-    program = trace(config, topology)
-    progress.rename_activity(f"compiling the train step for {topology.name}")
-    compiled = compile_program(program) if topology.compiles else None
-    memory = compiled.memory if compiled and compiled.memory else program.memory
-    transfers = program.count.transfers
-    if compiled and compiled.memory:
-        transfers = compiled.transfers
-    fits, needed, capacity = _fit(topology, memory, compiled)
     mesh = check_mesh(config, topology.devices)
+    devices = open_mesh(topology, mesh)
+    attention = describe_kernels(config, topology.platform)
+    progress.rename_activity(f"tracing the train step for {topology.name}")
+    program = trace(config, topology, devices)
+    progress.rename_activity(f"compiling the train step for {topology.name}")
+    compiled = compile_program(program)
+    memory, transfers = compiled.memory, compiled.transfers
     tokens = config.train.batch_size * config.train.seq_len
     per_token = train_flops_by_part(config.model, config.inner, config.train.seq_len)
     flops = TrainFlops(*(value * tokens for value in asdict(per_token).values()))
@@ -134,34 +129,26 @@ def _plan(
             "steps": config.train.steps,
         },
         parameters=parameter_count(config.model)["total"],
-        attention=kernels,
-        fits=fits,
-        needed=needed,
-        capacity=capacity,
+        attention=attention,
+        fits=None if not compiled.available else _fits(compiled),
+        needed=memory.total,
+        capacity=compiled.available,
         memory=memory,
         flops=flops,
         program_flops=program.count.flops,
         traffic=_traffic(transfers),
+        launches=count_launches(compiled.kernels),
         bounds=bounds,
         cost=cost,
         trace_seconds=program.seconds,
-        compile_seconds=compiled.seconds if compiled else None,
-        notes=tuple(_notes(config, program, compiled)),
+        compile_seconds=compiled.seconds,
+        notes=tuple(_notes(topology, program, compiled)),
         changes=changes,
     )
 
 
-def _fit(
-    topology: Topology, memory: Memory, compiled: CompiledStep | None
-) -> tuple[bool | None, float, float]:
-    """(fits, bytes needed, bytes available) on one device."""
-    accelerator = topology.accelerator
-    capacity = accelerator.memory / accelerator.devices if accelerator else 0.0
-    if compiled and compiled.memory is None:
-        return False, compiled.needed or memory.total, compiled.available or capacity
-    if not capacity:
-        return None, memory.total, 0.0
-    return memory.total <= capacity, memory.total, capacity
+def _fits(compiled: CompiledStep) -> bool:
+    return not compiled.out_of_memory and compiled.memory.total <= compiled.available
 
 
 def _traffic(transfers: Sequence[Transfer]) -> tuple[Traffic, ...]:
@@ -179,28 +166,25 @@ def _traffic(transfers: Sequence[Transfer]) -> tuple[Traffic, ...]:
     )
 
 
-def _notes(config: Config, program: Program, compiled: CompiledStep | None) -> list[str]:
+def _notes(topology: Topology, program: Program, compiled: CompiledStep) -> list[str]:
     """Caveats of the numbers."""
     notes = []
-    if compiled is None:
+    if compiled.out_of_memory:
+        notes.append("the compiler ran out of memory: collectives are those of the traced program")
+    share = compiled.memory.total / compiled.available if compiled.available else 0.0
+    if topology.platform == "cuda" and DEFAULT_SHARE < share <= 1:
         notes.append(
-            "memory and collectives are estimated from the traced program, because there is no "
-            "compiler for this accelerator here"
+            f"by default JAX takes {DEFAULT_SHARE:.0%} of a GPU's memory; set "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for this recipe"
         )
-        if config.mesh.tensor > 1:
-            notes.append(
-                "the estimate does not include the sharding of layers by mesh.tensor and its "
-                "collectives"
-            )
-    elif compiled.memory is None:
-        notes.append("the compiler ran out of memory: bytes by kind and collectives are estimates")
     if program.count.unknown_loops:
         notes.append(
             f"{program.count.unknown_loops} loops of unknown length are counted once: the FLOPs of "
             "the program are a lower bound"
         )
-    if compiled and compiled.unknown_loops:
+    if compiled.unknown_loops:
         notes.append(
-            f"collectives in {compiled.unknown_loops} loops of unknown length are counted once"
+            f"{compiled.unknown_loops} loops of the compiled program, of unknown length, are "
+            "counted once: their collectives and launches are a lower bound"
         )
     return notes

@@ -1,35 +1,27 @@
-"""Bytes on one device by kind: exact for arguments, from the traced program for the rest.
+"""Bytes on one device by kind: the compiler's total, split by what the traced program saves.
 
-The residuals of the forward pass are the stacked outputs of its loops. Those shaped like fast
-weights are the trajectory, the others activations. The remainder of the peak is temporary.
-
-`estimate_temporary` replaces the compiler where there is none. It runs a liveness analysis of the
-jaxpr: an array lives from the equation that produces it to the last one that reads it. Chains of
-elementwise operations count as fused, in-place updates as in place. The estimate ignores the mesh
-axis `tensor`, which shards some of the arrays further.
+Arguments are exact. The residuals of the forward pass are the stacked outputs of its loops. Those
+shaped like fast weights are the trajectory, the others activations. The remainder is temporary.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from tttjax.planning.count import inner_jaxprs, num_consts_and_carry, size_in_bytes
+from tttjax.planning.count import inner_jaxprs, num_consts_and_carry
+from tttjax.planning.primitives import size_in_bytes
 from tttjax.training.step import TrainState
 from tttjax.types import PyTree
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. program: code, and outputs that reuse no argument's buffer.
-
-    source: "compiler", or "estimate".
-    """
+    """Bytes of one device. program: code, and outputs that reuse no argument's buffer."""
 
     parameters: float
     optimizer: float
@@ -38,7 +30,6 @@ class Memory:
     activations: float
     temporary: float
     program: float
-    source: str
 
     @property
     def total(self) -> float:
@@ -70,22 +61,31 @@ def bytes_per_device(tree: PyTree) -> float:
     )
 
 
-def make_memory(
-    state: TrainState, batch: PyTree, saved: Saved, working: float, program: float, source: str
-) -> Memory:
-    """working: all memory of the step besides its arguments; includes `saved`."""
+def known_memory(state: TrainState, batch: PyTree, saved: Saved) -> Memory:
+    """What is known before compilation: the arguments, and what the backward pass reads."""
     parameters, everything = bytes_per_device(state.params), bytes_per_device(state)
-    trajectory = min(saved.trajectory, working)
-    activations = min(saved.activations, working - trajectory)
     return Memory(
         parameters=parameters,
         optimizer=everything - parameters,
         batch=bytes_per_device(batch),
+        trajectory=saved.trajectory,
+        activations=saved.activations,
+        temporary=0.0,
+        program=0.0,
+    )
+
+
+def split_working(known: Memory, working: float, program: float = 0.0) -> Memory:
+    """The compiler's totals by kind. working: all memory of the step besides its arguments."""
+    trajectory = min(known.trajectory, working)
+    activations = min(known.activations, working - trajectory)
+    temporary = working - trajectory - activations
+    return replace(
+        known,
         trajectory=trajectory,
         activations=activations,
-        temporary=working - trajectory - activations,
+        temporary=temporary,
         program=program,
-        source=source,
     )
 
 
@@ -103,9 +103,6 @@ def device_program(program: ClosedJaxpr) -> Jaxpr:
         return None
 
     return find(program.jaxpr) or program.jaxpr
-
-
-# --- residuals ----------------------------------------------------------------------------------
 
 
 def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
@@ -130,6 +127,13 @@ def saved_bytes(jaxpr: Jaxpr, fast: PyTree) -> Saved:
             else:
                 activations += size_in_bytes(var)
     return Saved(trajectory, activations)
+
+
+# What moves the elements of an array without computing.
+REARRANGING = {
+    *("reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "iota", "slice"),
+    *("rev", "concatenate", "convert_element_type", "dynamic_slice", "copy"),
+}
 
 
 def _stacked(eqn: JaxprEqn) -> list[Any]:
@@ -163,87 +167,3 @@ def _shapes_of_weights(fast: PyTree) -> set[tuple[int, ...]]:
 def _has_suffix_in(shape: tuple[int, ...], shapes: set[tuple[int, ...]]) -> bool:
     """Whether a shape is one of `shapes` with any leading dimensions (batch, blocks)."""
     return any(shape[-len(suffix) :] == suffix for suffix in shapes)
-
-
-# --- the peak -----------------------------------------------------------------------------------
-
-# Views, which the compiler does not write to memory.
-VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "iota", "slice"}
-REARRANGING = {*VIEWS, "rev", "concatenate", "convert_element_type", "dynamic_slice", "copy"}
-LOOPS = {"scan", "while", "cond", "shard_map"}
-IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "scan", "while"}
-ELEMENTWISE = {
-    *("add", "sub", "mul", "div", "neg", "max", "min", "exp", "exp2", "log", "log1p", "tanh"),
-    *("logistic", "erf", "sqrt", "rsqrt", "integer_pow", "pow", "abs", "sign", "square", "sin"),
-    *("cos", "convert_element_type", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"),
-    *("not", "is_finite", "stop_gradient", "clamp", "add_any", "rem", "floor", "round", "copy"),
-}
-REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
-
-
-def estimate_temporary(jaxpr: Jaxpr) -> float:
-    """Peak bytes besides the program's inputs, its outputs included."""
-    reads = Counter(v for eqn in jaxpr.eqns for v in set(_inputs_of([eqn])))
-    unwritten = _unwritten(jaxpr)
-    last = _last_use(jaxpr, unwritten)
-    produced = {var for eqn in jaxpr.eqns for var in eqn.outvars}
-    live: dict[Any, int] = {}
-    live_bytes = peak = 0.0
-    last_uses: dict[int, list[Any]] = {}
-    for var, index in last.items():
-        if var in produced:
-            last_uses.setdefault(index, []).append(var)
-    for index, eqn in enumerate(jaxpr.eqns):
-        outputs = {v: 0 if v in unwritten else size_in_bytes(v) for v in eqn.outvars if v in reads}
-        outputs |= {v: size_in_bytes(v) for v in eqn.outvars if v in jaxpr.outvars}
-        freed = [var for var in last_uses.get(index, []) if var in live]
-        size = sum(outputs.values())
-        reused = 0
-        if eqn.primitive.name in IN_PLACE:
-            reused = min(size, sum(live[v] for v in freed if v in eqn.invars))
-        inner_peak = max((estimate_temporary(inner) for inner in inner_jaxprs(eqn)), default=0.0)
-        if eqn.primitive.name in LOOPS:
-            peak = max(peak, live_bytes - reused + size + inner_peak)
-        else:  # the outputs are part of the inner peak
-            peak = max(peak, live_bytes - reused + max(inner_peak, size))
-        live |= outputs
-        live_bytes += size
-        for var in dict.fromkeys([*freed, *(v for v in outputs if last.get(v, index) <= index)]):
-            live_bytes -= live.pop(var, 0)
-    return peak
-
-
-def _unwritten(jaxpr: Jaxpr) -> set[Any]:
-    """Variables that the compiler would not write to memory: views and fused operations."""
-    readers: dict[Any, list[str]] = {}
-    for eqn in jaxpr.eqns:
-        for var in _inputs_of([eqn]):
-            readers.setdefault(var, []).append(eqn.primitive.name)
-    fusing = ELEMENTWISE | REDUCTIONS | VIEWS
-    outputs = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-    unwritten = set()
-    for eqn in jaxpr.eqns:
-        for var in eqn.outvars:
-            if var in outputs:
-                continue
-            is_view = eqn.primitive.name in VIEWS
-            is_fused = eqn.primitive.name in ELEMENTWISE and fusing.issuperset(readers.get(var, []))
-            if is_view or is_fused:
-                unwritten.add(var)
-    return unwritten
-
-
-def _last_use(jaxpr: Jaxpr, unwritten: set[Any]) -> dict[Any, int]:
-    """Index of the last equation that needs each variable; outputs are needed to the end.
-
-    The inputs of an unwritten variable are needed as long as the variable is.
-    """
-    last = {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for index in range(len(jaxpr.eqns) - 1, -1, -1):
-        eqn = jaxpr.eqns[index]
-        needed = index
-        if any(var in unwritten for var in eqn.outvars):
-            needed = max((last.get(var, index) for var in eqn.outvars), default=index)
-        for var in _inputs_of([eqn]):
-            last[var] = max(last.get(var, 0), needed)
-    return last

@@ -1,6 +1,5 @@
 """The train step of a configuration, traced and compiled for a topology."""
 
-import dataclasses
 import re
 import time
 from dataclasses import dataclass
@@ -8,29 +7,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
+from jax.sharding import Mesh
 
-from tttjax.config import Config, check_mesh
+from tttjax.config import Config
 from tttjax.errors import is_out_of_memory
 from tttjax.parallel.mesh import batch_sharding
 from tttjax.parallel.precision import x64_if_configured
-from tttjax.planning.count import Count, Transfer, count
-from tttjax.planning.hlo import collectives
+from tttjax.planning.collectives import collectives
+from tttjax.planning.count import count
+from tttjax.planning.hlo import parse_hlo
+from tttjax.planning.hlo_runs import count_runs
+from tttjax.planning.kernels import Kernel, kernels
 from tttjax.planning.memory import (
     Memory,
     device_program,
-    estimate_temporary,
-    make_memory,
+    known_memory,
     saved_bytes,
+    split_working,
 )
-from tttjax.planning.topologies import Topology, open_mesh
+from tttjax.planning.primitives import Count, Transfer
+from tttjax.planning.topologies import Topology
 from tttjax.training.step import Trainer, make_trainer
 from tttjax.types import Batch
 
 
 @dataclass(frozen=True)
 class Program:
-    """A traced train step. memory: estimated. seconds: of tracing."""
+    """A traced train step. memory: what is known of it before compilation. seconds: of tracing."""
 
     config: Config
     topology: Topology
@@ -42,35 +45,38 @@ class Program:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A compiled train step. memory: None if the compiler ran out of memory; then it needs `needed`
-    bytes (0 if the compiler does not say). unknown_loops: see `hlo.Collectives`."""
+    """A compiled train step.
 
-    memory: Memory | None
-    needed: float
+    out_of_memory: the compiler gave up. memory is then what it asked for (at least what is
+    available, if it does not say), transfers are those of the traced program, and there are no
+    kernels. available: bytes, 0 if unknown. kernels: of GPUs. unknown_loops: loops with kernels or
+    collectives whose length is not known, counted once.
+    """
+
+    memory: Memory
+    out_of_memory: bool
     available: float
     transfers: tuple[Transfer, ...]
+    kernels: tuple[Kernel, ...]
     unknown_loops: int
     seconds: float
 
 
-def trace(config: Config, topology: Topology) -> Program:
+def trace(config: Config, topology: Topology, mesh: Mesh) -> Program:
     """Traces the real train step on a mesh over the topology.
 
-    Without a compiler for it, attention is traced in its XLA form, whose memory can be estimated.
-    Raises UserError if the mesh does not fit topology or model, or libtpu is missing.
+    Raises UserError if the mesh does not fit the model.
     """
     start = time.perf_counter()
-    if not topology.compiles:
-        model = dataclasses.replace(config.model, attention_kernel="xla")
-        config = dataclasses.replace(config, model=model)
-    mesh_config = check_mesh(config, topology.devices)
     with x64_if_configured(config):
-        trainer = make_trainer(config, open_mesh(topology, mesh_config))
+        trainer = make_trainer(config, mesh)
         batch = _abstract_batch(config, trainer)
         traced = trainer.step.trace(trainer.abstract_state, batch)
-    memory = _estimate(trainer, batch, traced.jaxpr)
-    seconds = time.perf_counter() - start
-    return Program(config, topology, traced, count(traced.jaxpr), memory, seconds)
+    state = trainer.abstract_state
+    saved = saved_bytes(device_program(traced.jaxpr), state.params.fast)
+    memory = known_memory(state, batch, saved)
+    counted = count(traced.jaxpr, topology.platform)
+    return Program(config, topology, traced, counted, memory, time.perf_counter() - start)
 
 
 def _abstract_batch(config: Config, trainer: Trainer) -> Batch:
@@ -83,68 +89,64 @@ def _abstract_batch(config: Config, trainer: Trainer) -> Batch:
     return Batch(array(jnp.int32), array(jnp.int32), array(jnp.bool_))
 
 
-def _estimate(trainer: Trainer, batch: Batch, program: ClosedJaxpr) -> Memory:
-    device = device_program(program)
-    state = trainer.abstract_state
-    saved = saved_bytes(device, state.params.fast)
-    return make_memory(state, batch, saved, estimate_temporary(device), 0.0, "estimate")
-
-
 def compile_program(program: Program) -> CompiledStep:
-    """Lowers and compiles it for its topology; needs `topology.compiles`."""
+    """Lowers and compiles it for its topology."""
     start = time.perf_counter()
+    platform, available = program.topology.platform, available_bytes(program.topology)
     with x64_if_configured(program.config):
         try:
-            compiled = program.traced.lower().compile()
+            compiled = program.traced.lower(lowering_platforms=(platform,)).compile()
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            arguments = program.memory.state + program.memory.batch
-            needed, available = _out_of_memory(str(error), arguments)
-            return CompiledStep(None, needed, available, (), 0, time.perf_counter() - start)
+            memory, available = _out_of_memory(str(error), program.memory, available)
+            seconds = time.perf_counter() - start
+            transfers = program.count.transfers
+            return CompiledStep(memory, True, available, transfers, (), 0, seconds)
     seconds = time.perf_counter() - start
-    parsed = collectives(compiled.as_text())
-    memory = _exact(program.memory, compiled.memory_analysis())
-    available = program.topology.accelerator.memory if program.topology.accelerator else 0.0
+    hlo = parse_hlo(compiled.as_text())
+    runs = count_runs(hlo)
+    found = collectives(hlo, runs)
     return CompiledStep(
-        memory, memory.total, available, parsed.transfers, parsed.unknown_loops, seconds
+        memory=_measured(program.memory, compiled.memory_analysis()),
+        out_of_memory=False,
+        available=available,
+        transfers=found.transfers,
+        kernels=kernels(hlo, runs) if platform == "cuda" else (),
+        unknown_loops=len(runs.unknown) if platform == "cuda" else found.unknown_loops,
+        seconds=seconds,
     )
 
 
-def _exact(estimate: Memory, analysis) -> Memory:
-    """The compiler's totals, split by kind as in the estimate."""
-    working = float(analysis.temp_size_in_bytes)
-    trajectory = min(estimate.trajectory, working)
-    activations = min(estimate.activations, working - trajectory)
-    arguments = estimate.state + estimate.batch
+def available_bytes(topology: Topology) -> float:
+    """Memory of one device; 0 if unknown."""
+    accelerator = topology.accelerator
+    return accelerator.memory / accelerator.devices if accelerator else 0.0
+
+
+def _measured(known: Memory, analysis) -> Memory:
+    """The compiler's totals."""
+    arguments = known.state + known.batch
     padding = analysis.argument_size_in_bytes - arguments
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return Memory(
-        parameters=estimate.parameters,
-        optimizer=estimate.optimizer,
-        batch=estimate.batch,
-        trajectory=trajectory,
-        activations=activations,
-        temporary=working - trajectory - activations,
-        program=results + analysis.generated_code_size_in_bytes + max(padding, 0.0),
-        source="compiler",
-    )
+    program = results + analysis.generated_code_size_in_bytes + max(padding, 0.0)
+    return split_working(known, float(analysis.temp_size_in_bytes), program)
 
 
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
-def _out_of_memory(message: str, arguments: float) -> tuple[float, float]:
-    """(bytes needed, bytes available) from the compiler's error; zeros if it states none.
-
-    arguments: bytes of the step's arguments, which one of the two messages does not include.
-    """
+def _out_of_memory(message: str, known: Memory, available: float) -> tuple[Memory, float]:
+    """(memory, bytes available) from the compiler's error, which may state both."""
     size = r"([\d.]+)([KMGT]?)"
+    arguments = known.state + known.batch
     if match := re.search(rf"Used {size} of {size}", message):
-        return _bytes(match[1], match[2]), _bytes(match[3], match[4])
-    if match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
-        return arguments + _bytes(match[1], match[2]), _bytes(match[3], match[4])
-    return 0.0, 0.0
+        working = _bytes(match[1], match[2]) - arguments
+    elif match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
+        working = _bytes(match[1], match[2])
+    else:
+        return split_working(known, max(known.working, available - arguments)), available
+    return split_working(known, working), _bytes(match[3], match[4])
 
 
 def _bytes(number: str, unit: str) -> float:

@@ -16,6 +16,7 @@ def show(plan: Plan) -> str:
         *_memory(plan),
         *_flops(plan),
         *_traffic(plan),
+        *_launches(plan),
         *_bounds(plan),
         *_times(plan),
         *(f"note: {note}" for note in plan.notes),
@@ -56,8 +57,7 @@ def _head(plan: Plan) -> list[str]:
         f"{plan.name} on {plan.topology}",
         f"{plan.parameters / 1e6:,.1f}M parameters; {recipe['batch_size']} sequences of "
         f"{recipe['seq_len']:,} tokens per step{accumulation}; mesh {mesh}",
-        f"{verdict}: {_gib(plan.needed)}{of} GiB per device"
-        + (" (estimate)" if plan.memory.source == "estimate" else ""),
+        f"{verdict}: {_gib(plan.needed)}{of} GiB per device",
         *filter(None, (plan.attention,)),
     ]
 
@@ -74,7 +74,7 @@ def _memory(plan: Plan) -> list[str]:
         "program and outputs": memory.program,
         "total": memory.total,
     }
-    return ["", f"GiB per device ({memory.source})", *_table(rows, lambda n: f"{n / GiB:12.3f}")]
+    return ["", "GiB per device", *_table(rows, lambda n: f"{n / GiB:12.3f}")]
 
 
 def _flops(plan: Plan) -> list[str]:
@@ -101,6 +101,15 @@ def _traffic(plan: Plan) -> list[str]:
     return ["", f"{'collectives per step':24}{'GiB':>12}  {'GiB sent':>12}  {'count':>6}", *lines]
 
 
+def _launches(plan: Plan) -> list[str]:
+    if not plan.launches:
+        return []
+    rows = {**plan.launches, "total": sum(plan.launches.values())}
+    width = max(map(len, rows))
+    lines = [f"  {name:{width}}  {number:12,}" for name, number in rows.items()]
+    return ["", "launches per step on each GPU", *lines]
+
+
 def _bounds(plan: Plan) -> list[str]:
     if not plan.bounds or not plan.cost:
         return []
@@ -122,9 +131,10 @@ def _bounds(plan: Plan) -> list[str]:
 
 
 def _times(plan: Plan) -> list[str]:
-    seconds = plan.compile_seconds
-    compilation = "" if seconds is None else f", compiled in {seconds:.0f} s"
-    return ["", f"traced in {plan.trace_seconds:.0f} s{compilation}"]
+    return [
+        "",
+        f"traced in {plan.trace_seconds:.0f} s, compiled in {plan.compile_seconds:.0f} s",
+    ]
 
 
 def _table(rows: dict[str, float], fmt: Callable[[float], str]) -> list[str]:
@@ -176,7 +186,7 @@ def _row(plan: dict[str, Any]) -> tuple[str, ...]:
         f"{plan['name']}{changes}",
         plan["topology"],
         " x ".join(str(size) for size in plan["mesh"].values()),
-        verdict + (" (estimate)" if memory["source"] == "estimate" else ""),
+        verdict,
         f"{plan['needed'] / GiB:.2f}",
         f"{working / GiB:.2f}",
         f"{plan['flops']['total'] / tokens / 1e9:.2f}",
@@ -185,5 +195,5 @@ def _row(plan: dict[str, Any]) -> tuple[str, ...]:
         _short(cost["tokens_per_day"] / 1e9) if cost else "?",
         duration(cost["days"] * DAY) if cost else "?",
         _short(cost["chip_hours"]) if cost else "?",
-        "" if plan["compile_seconds"] is None else f"{plan['compile_seconds']:.0f}",
+        f"{plan['compile_seconds']:.0f}",
     )

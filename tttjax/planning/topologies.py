@@ -1,9 +1,8 @@
 """Names of pods (`v5p:4x4x4`, `gpu:h100:8x4`, `cpu:4`), and meshes over devices that are absent.
 
 The devices of a TPU slice come from libtpu, which describes and compiles for any slice without
-hardware. There is no such compiler for GPUs: their mesh is abstract, so a program can be traced for
-it but not compiled. `cpu:N` is this machine as N (fake) devices. The cloud console's names of TPU
-slices, such as `v5p-128`, are accepted as well.
+hardware; those of GPUs from JAX's CUDA plugin, given their description. `cpu:N` is this machine as
+N (fake) devices. The cloud console's names of TPU slices, such as `v5p-128`, are accepted as well.
 """
 
 import importlib.util
@@ -11,21 +10,21 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import cast
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 
 from tttjax.config import MeshConfig
 from tttjax.config.values import nearest
 from tttjax.errors import UserError, install_extra
-from tttjax.parallel.mesh import MESH_AXES, make_mesh
+from tttjax.parallel.mesh import make_mesh
 from tttjax.planning.accelerators import ACCELERATORS, Accelerator
+from tttjax.planning.gpu_targets import GPU_TARGETS, missing_wheels, target_config
 from tttjax.runtime import libtpu
 
 TPUS = {name: tpu for name, tpu in ACCELERATORS.items() if tpu.topology}
-GPUS = {name: gpu for name, gpu in ACCELERATORS.items() if gpu.network}
+GPUS = {name: ACCELERATORS[name] for name in GPU_TARGETS}
 
 # Console name of a TPU -> (our name, units counted per chip, slices with a unique console name).
 _2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -68,16 +67,9 @@ class Topology:
         return self.num_chips * (self.accelerator.devices if self.accelerator else 1)
 
     @property
-    def compiles(self) -> bool:
-        """Whether programs can be compiled for it on this machine."""
-        return self.accelerator is None or bool(self.accelerator.topology)
-
-    @property
     def platform(self) -> str:
         """The platform that programs for it are lowered to."""
-        if self.accelerator is None:
-            return "cpu"
-        return "tpu" if self.accelerator.topology else "cuda"
+        return {"cpu": "cpu", "gpu": "cuda"}.get(self.name.partition(":")[0], "tpu")
 
     def link(self, group_size: int) -> float:
         """Peak outgoing bytes per second of a device in a collective among `group_size` devices."""
@@ -166,14 +158,10 @@ def _parse_gpu(name: str, spec: str) -> Topology:
 def open_mesh(topology: Topology, mesh: MeshConfig) -> Mesh:
     """The mesh of a configuration (with data resolved) over the topology's devices.
 
-    Raises UserError if libtpu is missing or does not know the slice.
+    Raises UserError if the compiler is missing or does not know the slice.
     """
-    if topology.compiles:
-        devices = _cpus(topology) if topology.accelerator is None else _tpus(topology)
-        return make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
-    sizes = mesh.data, mesh.fsdp, mesh.tensor
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return cast(Mesh, AbstractMesh(sizes, MESH_AXES, axis_types=types))  # enough for tracing
+    find_devices = {"cpu": _cpus, "tpu": _tpus, "cuda": _gpus}[topology.platform]
+    return make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=find_devices(topology))
 
 
 def _cpus(topology: Topology) -> list[jax.Device]:
@@ -190,7 +178,7 @@ def _tpus(topology: Topology) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology.name} needs libtpu, which is not installed; install it with "
-            f"{install_extra('plan')} (Linux), or plan for GPUs."
+            f"{install_extra('plan')} (Linux)."
         )
     for variable, value in _WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)
@@ -206,6 +194,29 @@ def _tpus(topology: Topology) -> list[jax.Device]:
             f"--topology={topology.name}: libtpu does not know this slice ({reason}); use sides "
             "that are 1 or multiples of 2, at least two of them more than 1."
         ) from error
+
+
+def _gpus(topology: Topology) -> list[jax.Device]:
+    if missing := missing_wheels():
+        raise UserError(
+            f"--topology={topology.name} needs packages that are not installed "
+            f"({', '.join(missing)}); install them with {install_extra('plan-gpu')} (Linux, no GPU "
+            "needed)."
+        )
+    assert topology.accelerator is not None
+    per_host, hosts = topology.shape
+    try:
+        description = topologies.get_topology_desc(
+            *("", "cuda"),
+            target_config=target_config(topology.accelerator.name),
+            topology=f"1x{hosts}x{per_host}",  # slices, hosts, devices
+        )
+    except NotImplementedError as error:  # JAX has looked for a GPU, and dropped the plugin
+        raise UserError(
+            f"--topology={topology.name}: this process has no CUDA compiler, because JAX found no "
+            "GPU when it started; set JAX_PLATFORMS=cpu before."
+        ) from error
+    return list(description.devices)
 
 
 def use_cpu_backend(devices: int) -> None:

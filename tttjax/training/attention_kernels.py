@@ -36,12 +36,10 @@ def platform_of(mesh: Mesh) -> str:
     return "cuda" if device.device_kind.startswith("NVIDIA") else device.platform
 
 
-def choose_kernels(
-    config: Config, platform: str, *, compile_locally: bool = True
-) -> dict[str, KernelChoice]:
+def choose_kernels(config: Config, platform: str) -> dict[str, KernelChoice]:
     """The kernel for whole sequences of `train.seq_len` tokens, by kind of attention.
 
-    compile_locally: programs are compiled on this machine, which must have the library.
+    Programs are compiled on this machine, which must have the library.
     Raises UserError if `model.attention_kernel` is "library" and a kind is not supported.
     """
     model = config.model
@@ -51,7 +49,7 @@ def choose_kernels(
     choices = {}
     for kind in (kind for kind in AttentionConfig.kinds if kind in model.mixer_kinds):
         reason = unsupported_reason(platform, q_THK, attention_mask(kind, model))
-        if not reason and compile_locally:
+        if not reason:
             reason = unsupported_reason_on_backend(platform, q_THK, model.kv_heads)
         if reason and model.attention_kernel == "library":
             raise UserError(
@@ -84,10 +82,10 @@ def choose_chunk_kernels(config: Config, platform: str) -> dict[str, KernelChoic
     return {"window": KernelChoice("XLA", reason) if reason else KernelChoice("Pallas")}
 
 
-def describe_kernels(config: Config, platform: str, *, compile_locally: bool = True) -> str:
+def describe_kernels(config: Config, platform: str) -> str:
     """Both choices in one line; "" for a model without attention."""
     parts = {
-        "whole sequences": choose_kernels(config, platform, compile_locally=compile_locally),
+        "whole sequences": choose_kernels(config, platform),
         "chunks": choose_chunk_kernels(config, platform),
     }
     phrases = [f"over {what}: {_join(choices)}" for what, choices in parts.items() if choices]

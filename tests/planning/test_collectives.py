@@ -6,8 +6,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tttjax.parallel.mesh import make_mesh
-from tttjax.planning.count import Transfer
-from tttjax.planning.hlo import collectives
+from tttjax.planning.collectives import Collectives, collectives
+from tttjax.planning.hlo import parse_hlo
+from tttjax.planning.hlo_runs import count_runs
+from tttjax.planning.primitives import Transfer
 
 # ruff: noqa: E501
 TEXT = """\
@@ -70,8 +72,13 @@ ENTRY %main (param: f32[8], small: bf16[2,128]) -> f32[8] {
 """
 
 
+def collectives_of(text: str) -> Collectives:
+    program = parse_hlo(text)
+    return collectives(program, count_runs(program))
+
+
 def test_a_program_by_hand():
-    result = collectives(TEXT)
+    result = collectives_of(TEXT)
     assert set(result.transfers) == {
         Transfer(
             "all-gather", 2 * 8 * 128, group_size=4, times=1.0
@@ -95,7 +102,7 @@ def test_a_program_by_hand():
 def test_replica_groups_have_several_formats(groups, size):
     line = f"  ROOT %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%a"
     program = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{line}\n}}\n"
-    assert collectives(program).transfers == (
+    assert collectives_of(program).transfers == (
         Transfer("all-reduce", 32.0, group_size=size, times=1.0),
     )
 
@@ -110,7 +117,7 @@ def test_a_compiled_loop():
         shard, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"}, check_vma=False
     )
     text = jax.jit(mapped).lower(jnp.ones((16, 3))).compile().as_text()
-    assert collectives(text).transfers == (
+    assert collectives_of(text).transfers == (
         Transfer("all-reduce", 4.0 * 48, group_size=4, times=6.0),
     )
 
@@ -122,5 +129,5 @@ def test_backend_configs_may_contain_line_breaks():
         + kernel
         + "  ROOT %sum = f32[8]{0} all-reduce(%k), replica_groups={{0,1}}, to_apply=%add\n}\n"
     )
-    (transfer,) = collectives(program).transfers
+    (transfer,) = collectives_of(program).transfers
     assert (transfer.kind, transfer.bytes, transfer.group_size) == ("all-reduce", 32, 2)
