@@ -48,7 +48,7 @@ def test_without_the_wheels_the_error_says_what_to_install(monkeypatch):
 
 @pytest.mark.exhaustive
 @pytest.mark.skipif(bool(missing_wheels()), reason=f"needs {', '.join(missing_wheels())}")
-@pytest.mark.parametrize("gpu", ["a100", "h100", "b200"])
+@pytest.mark.parametrize("gpu", ["a100", "b200"])
 def test_plan_for_an_absent_gpu(gpu):
     """In a process of its own: the plugin is loaded by a JAX that is told to look for no GPU."""
     code = f"""
@@ -56,12 +56,13 @@ from helpers.small import small_config
 from tttjax.planning.topologies import parse_topology, use_cpu_backend
 use_cpu_backend(1)
 from tttjax.planning.make import make_plan
-model = {{"num_layers": 2, "suffix_layers": 1, "embed_dim": 128, "num_heads": 2,
-         "window_size": 512, "compute_dtype": "bfloat16", "qk_norm": False, "post_norm": False}}
+model = {{"suffix_layers": 2, "num_layers": 3, "embed_dim": 96, "window_size": 512,
+         "compute_dtype": "bfloat16", "qk_norm": False, "post_norm": False}}
 config = small_config(model=model, train={{"batch_size": 2, "seq_len": 512}},
                       inner={{"chunk_size": 128}}, mesh={{"fsdp": 2}})
 plan = make_plan(config, parse_topology("gpu:{gpu}:2"))
-print(plan.fits, plan.memory.temporary > 0, plan.notes)
+shown = sum(time.kernel.flops for time in plan.kernels)
+print(plan.fits, plan.memory.working > 0, plan.notes, shown / (plan.program_flops / 2))
 print(sorted(plan.launches), [t.kind for t in plan.traffic])
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": ""}
@@ -71,6 +72,8 @@ print(sorted(plan.launches), [t.kind for t in plan.traffic])
     )
     assert result.returncode == 0, result.stderr[-2000:]
     first, second = result.stdout.splitlines()[-2:]
-    assert first == "True True ()"
+    assert first.startswith("True True () ")  # also the length of every loop over tiles is known
+    # Of products as small as these, some are compiled to sums.
+    assert 0.85 < float(first.split()[-1]) <= 1.01
     for kind in ("__cudnn$fmhaSoftmax'", "__cudnn$fmhaSoftmaxBackward", "all-gather"):
         assert kind in second

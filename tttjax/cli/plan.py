@@ -3,6 +3,7 @@
 examples:
   tttjax plan --config=paper:125m,ttt_e2e,pretrain --topology=v5p:4x4x4
   tttjax plan --config=paper:3b,ttt_e2e,extend,128k --topology=gpu:h100:8x4 --json
+  tttjax plan --config=paper:125m,ttt_e2e,pretrain --topology=gpu:h100:4 --kernels
   tttjax plan --table plans/*.json
 
 Compiles the real train step for the pod on this machine, which needs no accelerator. Prints whether
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )
     add("--no-proposal", action="store_true", help="do not search for a recipe that fits")
+    add(
+        "--kernels",
+        action="store_true",
+        help="of GPUs: a roofline of every kernel, and the operations that take longest",
+    )
     add("--json", action="store_true", help="print the plan as JSON")
     add(
         "--table",
@@ -83,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
 
     name = " ".join([args.config.rpartition("/")[2], *args.overrides])
     plan = make_plan(config, topology, name=name, mfu=args.mfu, propose=not args.no_proposal)
-    print(json.dumps(plan.to_dict(), indent=1) if args.json else show(plan))
+    if args.json:
+        print(json.dumps(plan.to_dict(args.kernels), indent=1))
+    else:
+        print(show(plan, args.kernels))
     return int(plan.fits is False)
 
 

@@ -61,6 +61,10 @@ class Instruction:
     def bytes(self) -> float:
         return sum(array.bytes for array in self.arrays)
 
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(array.shape) for array in self.arrays)
+
     def attribute(self, pattern: str) -> str:
         """The first group of a regular expression in `rest`; "" without a match."""
         match = re.search(pattern, self.rest)

@@ -1,12 +1,36 @@
-"""What a compiled program launches on a GPU: kernels, library calls, copies and collectives."""
+"""What a compiled program launches on a GPU, and a roofline of each launch.
+
+Kernels, library calls, copies and collectives are launches. Each takes at least the longest of
+
+    compute       its matrix products / bfloat16 peak; those of float32 operands run at half of it
+    memory        bytes that it reads and writes / memory bandwidth
+    interconnect  bytes that a collective sends / outgoing bandwidth
+    launch        LAUNCH_SECONDS
+
+Their sum is the time of a step in which every kernel is as fast as the chip allows and nothing
+overlaps. A Pallas kernel hides its products: those kernels together get what the traced program has
+more than the other launches.
+"""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from tttjax.planning.hlo import HloProgram, Instruction
+from tttjax.planning.bounds import wire_bytes
+from tttjax.planning.collectives import KINDS, transfer
+from tttjax.planning.hlo import Computation, HloProgram, Instruction
+from tttjax.planning.hlo_costs import cost_of
 from tttjax.planning.hlo_runs import Runs
+from tttjax.planning.topologies import Topology
+
+# Between the starts of two empty kernels of one stream, without CUDA graphs; a round figure for
+# NVIDIA GPUs of these generations, not measured here.
+LAUNCH_SECONDS = 2.5e-6
+
+PALLAS = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")  # by version of JAX
+LIMITS = ("compute", "memory", "interconnect", "launch")
 
 # Instructions that only name, arrange or call others; also those that end with -done.
 NO_LAUNCH = {
@@ -17,23 +41,68 @@ NO_LAUNCH = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instruction that launches something. kind: its library or custom call, or its HLO
-    operation. times: per step."""
+    """Launches of one kind for one operation. kind: its library or custom call, or its HLO
+    operation. operation: JAX's name, with einsum's letters. times: per step.
 
-    name: str
+    flops, bytes, sent: of all launches of a step; flops 0 of Pallas kernels until they are known.
+    wide_flops: FLOPs of float32 operands. group_size: devices of a collective.
+    """
+
     kind: str
+    operation: str
     times: int
+    flops: float = 0.0
+    wide_flops: float = 0.0
+    bytes: float = 0.0
+    sent: float = 0.0
+    group_size: int = 1
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """The roofline of a kernel: seconds per step by limit."""
+
+    kernel: Kernel
+    compute: float
+    memory: float
+    interconnect: float
+    launch: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.interconnect, self.launch)
+
+    @property
+    def limit(self) -> str:
+        """Name of the longest."""
+        return max(LIMITS, key=lambda name: getattr(self, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return asdict(self.kernel) | {"seconds": self.seconds, "limit": self.limit}
 
 
 def kernels(program: HloProgram, runs: Runs) -> tuple[Kernel, ...]:
-    """Everything that one device launches in a step."""
+    """Everything that one device launches in a step, equal kinds of equal cost together."""
     fused = _fused(program)
+    times: Counter[Kernel] = Counter()
+    for name, computation in program.computations.items():
+        if name in fused or not runs.times[name]:
+            continue
+        for instruction in computation.instructions:
+            if instruction.opcode in NO_LAUNCH or instruction.opcode.endswith("-done"):
+                continue
+            times[_kernel(program, computation, instruction)] += runs.times[name]
     return tuple(
-        Kernel(instruction.name, _kind(instruction), runs.times[name])
-        for name, computation in program.computations.items()
-        if name not in fused and runs.times[name]
-        for instruction in computation.instructions
-        if instruction.opcode not in NO_LAUNCH and not instruction.opcode.endswith("-done")
+        replace(
+            kernel,
+            times=n,
+            flops=n * kernel.flops,
+            wide_flops=n * kernel.wide_flops,
+            bytes=n * kernel.bytes,
+            sent=n * kernel.sent,
+        )
+        for kernel, n in times.items()
     )
 
 
@@ -45,6 +114,39 @@ def count_launches(launched: Iterable[Kernel]) -> dict[str, int]:
     return dict(total.most_common())
 
 
+def roofline(
+    launched: Iterable[Kernel], topology: Topology, program_flops: float
+) -> tuple[KernelTime, ...]:
+    """The time of every kernel, the longest first. program_flops: of a step, one device."""
+    known = sum(kernel.flops for kernel in launched)
+    hidden = max(program_flops - known, 0.0)
+    pallas_bytes = sum(kernel.bytes for kernel in launched if kernel.kind in PALLAS)
+    accelerator = topology.accelerator
+    assert accelerator is not None
+    result = []
+    for kernel in launched:
+        if kernel.kind in PALLAS:
+            kernel = replace(kernel, flops=hidden * kernel.bytes / pallas_bytes)
+        result.append(
+            KernelTime(
+                kernel,
+                compute=(kernel.flops + kernel.wide_flops) / accelerator.flops,
+                memory=kernel.bytes / accelerator.bandwidth,
+                interconnect=kernel.sent / topology.link(kernel.group_size),
+                launch=kernel.times * LAUNCH_SECONDS,
+            )
+        )
+    return tuple(sorted(result, key=lambda time: -time.seconds))
+
+
+def by_operation(times: Iterable[KernelTime]) -> list[list[KernelTime]]:
+    """The kernels of each kind and operation, those that take longest first."""
+    groups: defaultdict[tuple[str, str], list[KernelTime]] = defaultdict(list)
+    for time in times:
+        groups[time.kernel.kind, time.kernel.operation].append(time)
+    return sorted(groups.values(), key=lambda group: -sum(time.seconds for time in group))
+
+
 def _fused(program: HloProgram) -> set[str]:
     """Computations that are part of one kernel."""
     return {
@@ -54,6 +156,22 @@ def _fused(program: HloProgram) -> set[str]:
         if instruction.opcode == "fusion"
         for called in instruction.called["calls"]
     }
+
+
+def _kernel(program: HloProgram, computation: Computation, instruction: Instruction) -> Kernel:
+    """One launch."""
+    kind, operation = _kind(instruction), _operation(instruction)
+    if kind in KINDS:
+        sent = transfer(instruction, computation.operand_bytes(instruction))
+        return Kernel(kind, operation, 1, sent=wire_bytes(sent), group_size=sent.group_size)
+    cost = cost_of(program, computation, instruction)
+    return Kernel(kind, operation, 1, cost.flops, cost.wide_flops, cost.bytes)
+
+
+def _operation(instruction: Instruction) -> str:
+    """The last parts of JAX's name: `td,dhk->thk/dot_general`."""
+    parts = instruction.attribute(r'op_name="([^"]*)"').split("/")
+    return "/".join(parts[-2:] if "->" in parts[-2:][0] else parts[-1:])
 
 
 def _kind(instruction: Instruction) -> str:

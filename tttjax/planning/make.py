@@ -9,7 +9,7 @@ from tttjax.config import Config, check_mesh, parameter_count
 from tttjax.parallel.mesh import MESH_AXES
 from tttjax.planning.bounds import Bounds, RecipeCost, make_bounds, make_cost, wire_bytes
 from tttjax.planning.flops import TrainFlops, train_flops_by_part
-from tttjax.planning.kernels import count_launches
+from tttjax.planning.kernels import KernelTime, count_launches, roofline
 from tttjax.planning.memory import Memory
 from tttjax.planning.primitives import Transfer
 from tttjax.planning.program import CompiledStep, Program, compile_program, trace
@@ -38,7 +38,8 @@ class Plan:
     fits: None if the memory capacity is unknown. needed: bytes, the total of memory. flops: of the
     method, by part. program_flops: of the program.
     attention: the kernels used, and why. launches: kernels, library calls, copies and collectives
-    that a GPU is given in a step, by kind. bounds, cost: None for devices not in the table.
+    that a GPU is given in a step, by kind. kernels: the roofline of each, the longest first; empty
+    but for GPUs. bounds, cost: None for devices not in the table.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Plan:
     program_flops: float
     traffic: tuple[Traffic, ...]
     launches: dict[str, int]
+    kernels: tuple[KernelTime, ...]
     bounds: Bounds | None
     cost: RecipeCost | None
     trace_seconds: float
@@ -64,9 +66,19 @@ class Plan:
     changes: dict[str, str]
     proposal: "Plan | None" = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as values for JSON, with totals and the limiting bound."""
-        values = asdict(self) | {"proposal": self.proposal and self.proposal.to_dict()}
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds per step of all kernels, one after the other."""
+        return sum(time.seconds for time in self.kernels)
+
+    def to_dict(self, kernels: bool = False) -> dict[str, Any]:
+        """The plan as values for JSON, with totals and the limiting bound.
+
+        kernels: with the roofline of each.
+        """
+        values = asdict(self) | {"proposal": self.proposal and self.proposal.to_dict(kernels)}
+        values["kernel_seconds"] = self.kernel_seconds
+        values["kernels"] = [time.to_dict() for time in self.kernels] if kernels else []
         values["memory"]["total"] = self.memory.total
         values["flops"]["total"] = self.flops.total
         if self.bounds:
@@ -114,7 +126,9 @@ def _plan(
     per_token = train_flops_by_part(config.model, config.inner, config.train.seq_len)
     flops = TrainFlops(*(value * tokens for value in asdict(per_token).values()))
     bounds = cost = None
+    kernels: tuple[KernelTime, ...] = ()
     if topology.accelerator:
+        kernels = roofline(compiled.kernels, topology, program.count.flops / topology.devices)
         bounds = make_bounds(topology, program.count.flops, flops.total, memory, transfers)
         cost = make_cost(config, topology, flops.total, min(mfu, bounds.mfu))
     return Plan(
@@ -138,6 +152,7 @@ def _plan(
         program_flops=program.count.flops,
         traffic=_traffic(transfers),
         launches=count_launches(compiled.kernels),
+        kernels=kernels,
         bounds=bounds,
         cost=cost,
         trace_seconds=program.seconds,

@@ -3,14 +3,19 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tttjax.planning.bounds import DAY
+from tttjax.planning.bounds import DAY, Bounds
+from tttjax.planning.kernels import LIMITS, by_operation
 from tttjax.planning.make import Plan
 
 GiB = 2**30
+LISTED = 25  # operations in the table of kernels
 
 
-def show(plan: Plan) -> str:
-    """The plan as lines of less than 100 columns, followed by its proposal."""
+def show(plan: Plan, kernels: bool = False) -> str:
+    """The plan as lines of less than 100 columns, followed by its proposal.
+
+    kernels: also a table of the operations that take longest on a GPU.
+    """
     lines = [
         *_head(plan),
         *_memory(plan),
@@ -18,11 +23,12 @@ def show(plan: Plan) -> str:
         *_traffic(plan),
         *_launches(plan),
         *_bounds(plan),
+        *(_kernels(plan) if kernels else []),
         *_times(plan),
         *(f"note: {note}" for note in plan.notes),
     ]
     if plan.proposal:
-        lines += ["", f"fits with {_changes(plan.proposal)}:", "", show(plan.proposal)]
+        lines += ["", f"fits with {_changes(plan.proposal)}:", "", show(plan.proposal, kernels)]
     elif plan.fits is False and not plan.changes:
         lines.append(
             "No recipe fits this pod, even with gradient accumulation, recomputation or another "
@@ -123,11 +129,50 @@ def _bounds(plan: Plan) -> list[str]:
         *_table(rows, lambda n: f"{n:12.4f}"),
         f"  MFU at most {bounds.mfu:.1%}, limited by {bounds.limit}; at most "
         f"{_short(max_tokens_per_day / 1e9)}B tokens per day, at least {duration(min_seconds)}",
+        *_serial(plan, bounds),
         "",
         f"at {cost.mfu:.0%} MFU: {_short(cost.step_seconds)} s per step, "
         f"{_short(cost.tokens_per_day / 1e9)}B tokens per day; {plan.recipe['steps']:,} steps take "
         f"{duration(cost.days * DAY)}, {_short(cost.chip_hours)} chip-hours",
     ]
+
+
+def _serial(plan: Plan, bounds: Bounds) -> list[str]:
+    if not plan.kernels:
+        return []
+    mfu = bounds.mfu * bounds.step / plan.kernel_seconds
+    return [
+        f"  every kernel at its own limit, one after the other: {plan.kernel_seconds:.4f} s, "
+        f"MFU {mfu:.1%}"
+    ]
+
+
+def _kernels(plan: Plan) -> list[str]:
+    """The operations that take longest, and seconds by limit."""
+    if not plan.kernels:
+        return []
+    total = plan.kernel_seconds
+    lines = [
+        "",
+        f"{'kernels, on one GPU':44}{'launches':>10}{'seconds':>10}{'share':>7}  "
+        f"{'limit':12}{'TFLOP':>9}{'GB':>9}",
+    ]
+    for group in by_operation(plan.kernels)[:LISTED]:
+        kernels = [time.kernel for time in group]
+        seconds = sum(time.seconds for time in group)
+        limits = {name: sum(t.seconds for t in group if t.limit == name) for name in LIMITS}
+        name = f"{kernels[0].operation or '?'}, {kernels[0].kind.strip('_')}"
+        lines.append(
+            f"  {name[:42]:42}{sum(k.times for k in kernels):10,}{seconds:10.4f}"
+            f"{seconds / total:7.1%}  {max(limits, key=limits.__getitem__):12}"
+            f"{sum(k.flops for k in kernels) / 1e12:9.2f}{sum(k.bytes for k in kernels) / 1e9:9.1f}"
+        )
+    for limit in LIMITS:
+        seconds = sum(time.seconds for time in plan.kernels if time.limit == limit)
+        lines.append(
+            f"  {f'all limited by {limit}':42}{'':10}{seconds:10.4f}{seconds / total:7.1%}"
+        )
+    return lines
 
 
 def _times(plan: Plan) -> list[str]:
@@ -162,7 +207,8 @@ def _gib(number: float) -> str:
 
 COLUMNS = (
     *("recipe", "pod", "mesh", "fits", "GiB", "of which working", "GFLOP / token"),
-    *("program / model FLOPs", "max. MFU", "B tokens / day", "time", "chip-hours", "compiled, s"),
+    *("program / model FLOPs", "max. MFU", "MFU of kernels in turn", "launches"),
+    *("B tokens / day", "time", "chip-hours", "compiled, s"),
 )
 
 
@@ -178,6 +224,7 @@ def markdown(plans: Sequence[dict[str, Any]]) -> str:
 
 def _row(plan: dict[str, Any]) -> tuple[str, ...]:
     memory, bounds, cost = plan["memory"], plan["bounds"], plan["cost"]
+    serial = bounds and plan["kernel_seconds"]  # of GPUs
     working = memory["trajectory"] + memory["activations"] + memory["temporary"]
     tokens = plan["recipe"]["batch_size"] * plan["recipe"]["seq_len"]
     changes = "".join(f"; {name}={value}" for name, value in plan["changes"].items())
@@ -192,6 +239,8 @@ def _row(plan: dict[str, Any]) -> tuple[str, ...]:
         f"{plan['flops']['total'] / tokens / 1e9:.2f}",
         f"{plan['program_flops'] / plan['flops']['total']:.2f}",
         f"{bounds['mfu']:.0%}" if bounds else "?",
+        f"{bounds['mfu'] * bounds['step'] / plan['kernel_seconds']:.0%}" if serial else "",
+        f"{sum(plan['launches'].values()):,}" if serial else "",
         _short(cost["tokens_per_day"] / 1e9) if cost else "?",
         duration(cost["days"] * DAY) if cost else "?",
         _short(cost["chip_hours"]) if cost else "?",
