@@ -12,6 +12,7 @@ from tttjax.planning import flops, topologies
 from tttjax.planning import make as make_module
 from tttjax.planning.accelerators import ACCELERATORS
 from tttjax.planning.bounds import make_bounds, wire_bytes
+from tttjax.planning.kernels import Kernel, count_launches, roofline
 from tttjax.planning.make import make_plan
 from tttjax.planning.memory import Memory
 from tttjax.planning.primitives import Transfer
@@ -138,6 +139,33 @@ def test_text_has_all_sections(plan):
     ):
         assert words in text
     assert max(map(len, text.splitlines())) < 120
+
+
+def test_kernels_are_listed_by_operation():
+    config = small_config(**SHALLOW)
+    plan = make_plan(config, here())
+    topology = parse_topology("gpu:h100:2")
+    launched = [
+        Kernel("__triton_gemm", "td,dv->tv/dot_general", 4, flops=989e12, bytes=1e9),
+        Kernel("__triton_gemm", "td,dv->tv/dot_general", 2, flops=2 * 989e12, bytes=2e9),
+        Kernel("all-gather", "all_gather", 1, sent=450e9, group_size=2),
+    ]
+    plan = dataclasses.replace(
+        plan,
+        launches=count_launches(launched),
+        kernels=roofline(launched, topology, 0.0),
+    )
+    lines = [line.split() for line in show(plan, kernels=True).splitlines()]
+    gemm = ["td,dv->tv/dot_general,", "triton_gemm", "6", "3.0000", "75.0%", "compute"]
+    assert [*gemm, "2967.00", "3.0"] in lines
+    assert ["all", "limited", "by", "interconnect", "1.0000", "25.0%"] in lines
+    assert ["__triton_gemm", "6"] in lines
+    assert "one after the other: 4.0000 s" in show(plan)
+    assert "triton_gemm, " not in show(plan)
+    values = plan.to_dict(kernels=True)
+    assert values["kernels"][0]["seconds"] == 2.0
+    assert (plan.to_dict()["kernels"], values["kernel_seconds"]) == ([], 4.0)
+    assert " 7 |" in markdown([plan.to_dict()])
 
 
 @pytest.mark.parametrize(
