@@ -19,7 +19,7 @@ topologies:
                                               count TensorCores (two per chip), others chips
   gpu:h100:8x4                                GPUs per host x hosts, also of a100, h100-pcie, h200
                                               and b200; needs the CUDA compiler
-                                              (pip install -e '.[plan-gpu]', 2 GB)
+                                              (pip install -e '.[plan-gpu]', 2.5 GB)
   cpu:4                                       this machine as 4 devices, without bounds
 
 The exit code is 1 if the recipe does not fit, whether or not another one does.
