@@ -1,19 +1,25 @@
 """Trains one run of four processes with random faults, and compares it with an undisturbed run.
 
-    PYTHONPATH=.:tests python tests/pod/soak.py [--faults 24] [--steps 0] [--seed 0]
+    PYTHONPATH=.:tests python tests/pod/soak.py [--faults 24] [--steps 0] [--seed 0] [--bucket]
 
 The processes are real ones on loopback (`helpers/pod.py`) that train `helpers/tiny_run.py` with
 FSDP and data parallelism of two. Every fault is drawn by the seed: its kind (each of FAULTS once,
 then again), the process, and a moment after steps that no earlier start has reached. After it, all
 processes have ended, with the codes that the launchers know, and are started again.
 
-Prints a line for every fault. In the end metrics records and train states must be bit-identical;
-exit code 1, with a sentence, if they are not, or if a fault ended with other codes.
+Prints a line for every fault. In the end metrics records and train states must be bit-identical,
+and the run's ledger must know the time and the steps that the faults cost; exit code 1, with a
+sentence, if not, or if a fault ended with other codes.
+
+With --bucket, data and both runs are in a bucket, of an emulator, and the processes share no disk.
 """
 
 import argparse
+import contextlib
+import logging
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -37,10 +43,12 @@ from training import kill_and_resume
 
 from tttjax.data.preparation import prepare
 from tttjax.exit_codes import DONE, FAILED, LOST, SAVED, USER_ERROR
+from tttjax.io.paths import file_sizes
+from tttjax.runs.status import run_status
 from tttjax.training.checkpoint_format import completed_checkpoints
 from tttjax.training.checkpoint_integrity import find_damage
-from tttjax.training.checkpoints import CHECKPOINT_DIR
-from tttjax.training.metrics_file import deterministic_records, last_record
+from tttjax.training.checkpoints import CHECKPOINT_DIR, absolute
+from tttjax.training.metrics_file import deterministic_records
 
 COUNT = 4
 EVERY = 6  # steps from one checkpoint to the next
@@ -55,15 +63,21 @@ class SoakError(Exception):
 
 
 class Run:
-    """A run. pod: the processes of its newest start. furthest: the last step of all starts."""
+    """A run. pod: the processes of its newest start. furthest: the last step of all starts.
 
-    def __init__(self, server: PodServer, folder: Path, data: Path, steps: int) -> None:
-        self._server, self._folder, self._data = server, folder, data
-        folder.mkdir()
+    folder: what the processes print. hosts: their working folders, which stay empty, and caches.
+    began, ended: Unix times of the first start's begin and the newest one's end.
+    """
+
+    def __init__(self, server: PodServer, folder: Path, data: str, workdir: str, steps: int):
+        self._server, self._folder, self._data, self.workdir = server, folder, data, workdir
+        self._hosts = [folder / f"host{process}" for process in range(COUNT)]
+        for host in self._hosts:
+            host.mkdir(parents=True)
         settings = {"train.steps": steps, "train.log_every": 1, "train.checkpoint_every": EVERY}
         settings |= {"train.max_skipped_steps": 3, "mesh.fsdp": 2, "model.num_layers": 1}
         self._words = [f"--config.{field}={value}" for field, value in settings.items()]
-        self.furthest = 0
+        self.furthest, self.began, self.ended = 0, 0.0, 0.0
 
     def complete(self) -> None:
         """A start without a fault, up to the last step."""
@@ -73,30 +87,38 @@ class Run:
     def start(self, *words: str, rank: int = -1, fault: str = "slow", own: str = "") -> None:
         """Starts all processes; the process `rank` with this fault, and a flag of its own."""
         self.pod = self._server.pod(self._folder, self._data, COUNT, heartbeat=BEATS)
-        for process in range(COUNT):
+        self.began = self.began or time.time()
+        for process, host in enumerate(self._hosts):
             is_it = process == rank
-            flags = [*self._words, *words, *([own] if own and is_it else [])]
-            self.pod.start([process], fault=fault if is_it else "slow", words=flags)
+            self.pod.start(
+                [process],
+                fault=fault if is_it else "slow",
+                words=[*self._words, *words, *([own] if own and is_it else [])],
+                workdir=self.workdir,
+                cwd=host,
+                TTTJAX_DATA_CACHE=f"{host}.cache/data",
+            )
 
     def end(self, expected: list[int]) -> None:
         """Waits until all processes have ended, as they should, and looks at what they left."""
         ended = self.pod.wait(SOON)
+        self.ended = time.time()
         if ended != expected:
             raise SoakError(f"the exit codes {ended} should be {expected}:\n{self.pod.report()}")
         self.furthest = max(self.furthest, self.step())
         for path in self.checkpoints():
-            damage = find_damage(epath.Path(path))
+            damage = find_damage(path)
             state = kill_and_resume.train_state(path)
             if damage or not all(np.isfinite(array).all() for array in state.values()):
                 raise SoakError(f"{path} was sealed bad: {damage or 'it is not finite'}")
 
-    @property
-    def workdir(self) -> Path:
-        return self._folder / "run"
+    def steps(self) -> list[int]:
+        """The steps that process 0 has printed, in all starts."""
+        return [int(step) for step in re.findall(r"^step +(\d+)/", self.pod.read(0, "out"), re.M)]
 
     def step(self) -> int:
-        """The last step that the run has recorded."""
-        return last_record(self.workdir).get("step", 0)
+        """The last step of all starts."""
+        return max(self.steps(), default=0)
 
     def wait_for(self, step: int) -> None:
         """Returns after this step of the start."""
@@ -105,10 +127,24 @@ class Run:
         if pod.codes:
             raise SoakError(f"a start ended by itself before step {step}:\n{pod.report()}")
 
-    def checkpoints(self) -> list[Path]:
+    def checkpoints(self) -> list[epath.Path]:
         """The complete checkpoints, the newest first."""
-        folder = epath.Path(self.workdir / CHECKPOINT_DIR)
-        return [Path(path) for path in reversed(completed_checkpoints(folder))]
+        return completed_checkpoints(absolute(self.workdir) / CHECKPOINT_DIR)[::-1]
+
+    def check_ledger(self) -> None:
+        """Its time is that of all starts; steps are lost that were printed twice."""
+        status, wall = run_status(self.workdir), self.ended - self.began
+        known, steps = sum(status.goodput.values()), self.steps()
+        print(f"the ledger knows {known:.1f} s of {wall:.1f} s, {status.lost_steps} lost steps")
+        if abs(known - wall) > 0.02 * wall:
+            raise SoakError("that is not the time within 2%")
+        if status.lost_steps != len(steps) - len(set(steps)):
+            raise SoakError(f"{len(steps) - len(set(steps))} steps were printed again")
+
+    def check_hosts(self) -> None:
+        """No process has left a file where it was started."""
+        if left := [path for host in self._hosts for path in host.iterdir()]:
+            raise SoakError(f"the processes left {left[0]}")
 
 
 # Faults ------------------------------------------------------------------------------------------
@@ -192,10 +228,11 @@ def truncate(run: Run, rng: random.Random, rank: int) -> Outcome:
         run.pod.signal(rank, signal.SIGTERM)
         run.end([SAVED] * COUNT)
     newest = run.checkpoints()[0]
-    file = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
-    os.truncate(file, file.stat().st_size // 2)
+    name = rng.choice(sorted(file_sizes(newest)))
+    content = (newest / name).read_bytes()
+    (newest / name).write_bytes(content[: len(content) // 2])
     what, expected = sigterm(run, rng, rank)
-    return f"{file.relative_to(newest.parent)} truncated, then {what}", expected
+    return f"{newest.name}/{name} truncated, then {what}", expected
 
 
 def other_settings(run: Run, rng: random.Random, rank: int) -> Outcome:
@@ -216,15 +253,17 @@ def draw_faults(count: int, rng: random.Random) -> list[Callable]:
     return drawn[:count]
 
 
-def soak(root: Path, faults: int, steps: int, seed: int) -> None:
-    """The whole comparison in a folder. Raises SoakError."""
-    rng, began = random.Random(seed), time.monotonic()
+def soak(root: Path, faults: int, steps: int, seed: int, bucket: str = "") -> None:
+    """The whole comparison in a folder. bucket: for data and runs. Raises SoakError."""
+    rng, began, place = random.Random(seed), time.monotonic(), bucket or root
     library = Path(os.__file__).parent
     texts = [str(library / name) for name in ("argparse.py", "ast.py", "shutil.py")]
-    prepare(texts, root / "data", num_workers=0)
+    prepare(texts, f"{place}/data", num_workers=0)
     with PodServer(root / "compiled") as server:
-        runs = [Run(server, root / name, root / "data", steps) for name in ("alone", "disturbed")]
-        undisturbed, disturbed = runs
+        undisturbed, disturbed = runs = [
+            Run(server, root / f"{name}-out", f"{place}/data", f"{place}/{name}", steps)
+            for name in ("alone", "disturbed")
+        ]
         undisturbed.complete()
         print(f"{time.monotonic() - began:6.1f} s: {steps} steps without a fault", flush=True)
         for number, fault in enumerate(draw_faults(faults, rng), start=1):
@@ -234,11 +273,13 @@ def soak(root: Path, faults: int, steps: int, seed: int) -> None:
             now = time.monotonic()
             print(
                 f"{now - began:6.1f} s: fault {number}, {now - started:.1f} s: {what}; codes "
-                f"{disturbed.pod.wait(0)}, {disturbed.step()} steps recorded",
+                f"{disturbed.pod.wait(0)}, {disturbed.step()} steps done",
                 flush=True,
             )
         disturbed.complete()
         print(f"{time.monotonic() - began:6.1f} s: the disturbed run is complete", flush=True)
+        disturbed.check_ledger()
+        disturbed.check_hosts()
     records = [deterministic_records(run.workdir) for run in runs]
     if len(records[0]) != steps or records[0] != records[1]:
         pairs = zip(*records, strict=False)
@@ -254,11 +295,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--steps", type=int, default=0, help=f"0: {STEPS_PER_FAULT} per fault")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true", help="no shared disk")
     options = parser.parse_args(arguments)
     steps = options.steps or STEPS_PER_FAULT * (options.faults + 1)
-    with tempfile.TemporaryDirectory(prefix="soak") as folder:
+    with contextlib.ExitStack() as exit_stack:
+        folder = exit_stack.enter_context(tempfile.TemporaryDirectory(prefix="soak"))
+        if options.bucket:
+            from helpers.bucket_emulators import Emulators
+
+            logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+            os.environ.update(exit_stack.enter_context(Emulators()).environment)
+        bucket = "gs://bkt" if options.bucket else ""
         try:
-            soak(Path(folder), options.faults, steps, options.seed)
+            soak(Path(folder), options.faults, steps, options.seed, bucket)
         except (SoakError, AssertionError) as error:  # the latter of a process that did not end
             print(f"error: {error}", flush=True)
             return 1
