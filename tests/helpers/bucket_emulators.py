@@ -102,7 +102,8 @@ class Emulators:
     """environment: what tttjax and its libraries need to find them."""
 
     def __enter__(self):
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # of moto, a line per request
+        for name in ("werkzeug", "gcp_storage_emulator"):  # a line per request
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         storage = ConditionalStorage(use_memory_fs=True)
         create_bucket(BUCKET, storage)
         self._google = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, storage))

@@ -1,5 +1,6 @@
 """User-supplied paths: local files and folders, with `~` expanded, buckets, and URLs of texts."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -90,6 +91,20 @@ def raise_if_unreachable(path: str | os.PathLike, error: Exception) -> None:
 
     if is_bucket_error(error):
         raise UnreachableError(unreachable_sentence(path, error)) from error
+
+
+@contextlib.contextmanager
+def if_reachable(path: str | os.PathLike) -> Iterator[None]:
+    """For cleaning up after an error, which must not be hidden by a bucket that does not answer."""
+    try:
+        yield
+    except Exception as error:
+        if not is_bucket(path):
+            raise
+        from tttjax.io.buckets import is_bucket_error
+
+        if not isinstance(error, UnreachableError) and not is_bucket_error(error):
+            raise
 
 
 def file_sizes(folder: Any) -> dict[str, int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tttjax.errors import UserError
+from tttjax.io.paths import if_reachable
 from tttjax.parallel.coordinator import name_processes
 from tttjax.parallel.pod import Pod
 from tttjax.runtime.ending import at_sudden_end
@@ -101,7 +102,8 @@ def _nonce_file(workdir: Path) -> Iterator[str]:
             path.write_bytes(b"")
             yield nonce
         finally:
-            remove()
+            with if_reachable(workdir):
+                remove()
 
 
 def _check_shared(workdir: Path, nonce: str, other: str) -> None:

@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tttjax.errors import UserError
+from tttjax.errors import UnreachableError, UserError
 from tttjax.exit_codes import INTERRUPTED, USER_ERROR
 from tttjax.io.atomic import atomic_write
+from tttjax.io.paths import if_reachable
 from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.metrics_file import last_record
 
@@ -52,11 +53,15 @@ def count_start(workdir: Path, limit: int) -> Iterator[None]:
     try:
         with at_sudden_end(take_back):
             yield
+    except UnreachableError:  # counted, since launchers start the run again
+        raise
     except UserError:
-        take_back(USER_ERROR)
+        with if_reachable(workdir):
+            take_back(USER_ERROR)
         raise
     except KeyboardInterrupt:
-        take_back(INTERRUPTED)
+        with if_reachable(workdir):
+            take_back(INTERRUPTED)
         raise
 
 
