@@ -52,7 +52,8 @@ def test_every_second_belongs_to_one_phase(clock):
             clock.pass_(7)
         clock.pass_(1)
     account.begin_steps(2)
-    do_step(account, clock, 3)
+    do_step(account, clock, 3, waited=0.25, device=11)  # compiles
+    do_step(account, clock, 4)
     with account.phase("save"):
         clock.pass_(20)
         assert account.current == "save"
@@ -60,10 +61,10 @@ def test_every_second_belongs_to_one_phase(clock):
     account.end_steps()
     clock.pass_(2)
     spent = account.spent()
-    assert sum(spent.values()) == pytest.approx(103 + 12 + 6.5 + 20 + 2, abs=0.1)
+    assert sum(spent.values()) == pytest.approx(103 + 12 + 11.75 + 6.5 + 20 + 2, abs=0.1)
     assert spent.pop("start") == pytest.approx(103, abs=0.1)
     assert spent == {
-        **{"compile": 7, "restore": 5, "input": 1, "steps": 5.5, "lost": 0},
+        **{"compile": 18.5, "restore": 5, "input": 1.25, "steps": 5.5, "lost": 0},
         **{"save": 20, "evaluate": 0, "other": 2},
     }
 
@@ -71,7 +72,8 @@ def test_every_second_belongs_to_one_phase(clock):
 def test_steps_of_earlier_starts_are_lost_with_their_input(clock):
     account = StartAccount(clock=clock)
     account.furthest = 4
-    account.begin_steps(2)
+    account.begin_steps(1)
+    do_step(account, clock, 2, waited=0)
     do_step(account, clock, 3)
     with account.phase("save"):
         clock.pass_(20)

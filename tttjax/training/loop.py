@@ -250,7 +250,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
                 should_stop, should_save = stop.after(step), saves.is_due(step)
             if step == run.start + 1:  # includes compilation, so it is timed separately
                 with progress.report_activity("the first step"):
-                    first = async_metrics.flush("compile")  # other processes may compile longer
+                    first = async_metrics.flush()
                 try:
                     recorder.add(first)
                 finally:  # also if it was not finite and max_skipped_steps is 1

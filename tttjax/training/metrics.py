@@ -55,18 +55,16 @@ class AsyncMetrics:
         previous, self._dispatched = self._dispatched, (step, metrics, note)
         return self._read(previous)
 
-    def flush(self, phase: str = "device") -> tuple[int, dict[str, Any], Any] | None:
+    def flush(self) -> tuple[int, dict[str, Any], Any] | None:
         """Returns the metrics of the last dispatched step, if any; waits for the device."""
         previous, self._dispatched = self._dispatched, None
-        return self._read(previous, phase)
+        return self._read(previous)
 
-    def _read(
-        self, dispatched: tuple | None, phase: str = "device"
-    ) -> tuple[int, dict[str, Any], Any] | None:
+    def _read(self, dispatched: tuple | None) -> tuple[int, dict[str, Any], Any] | None:
         if dispatched is None:
             return None
         step, metrics, note = dispatched
-        with self._account.phase(phase):
+        with self._account.phase("device"):
             return step, {k: v.item() for k, v in jax.device_get(metrics).items()}, note
 
 

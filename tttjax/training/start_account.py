@@ -14,8 +14,8 @@ class StartAccount:
 
     "start" until `begin_steps`; then "host", the loop's own work, and in it "input" (waiting for
     a batch) and "device" (dispatching a step, waiting for its results or for other processes);
-    "compile" (with the first step), "restore", "save" and "evaluate"; "other" after `end_steps`.
-    Any thread may read.
+    "compile" (with all of the first step), "restore", "save" and "evaluate"; "other" after
+    `end_steps`. Any thread may read.
 
     began: Unix time, before imports and joining. steps_before: those that the start resumes after,
     None until it has. furthest: the last step that an earlier start recorded (of process 0): up to
@@ -101,6 +101,8 @@ class StartAccount:
         return result | {name: seconds[name] for name in ("save", "evaluate", "other")}
 
     def _book(self) -> None:
-        now = self._clock()
-        self._seconds[self._phases[-1]] += now - self._since
+        now, name = self._clock(), self._phases[-1]
+        if self.step == self.steps_before and name in ("device", "host"):
+            name = "compile"  # the first step: other processes may compile longer
+        self._seconds[name] += now - self._since
         self._since = now
