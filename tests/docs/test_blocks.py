@@ -214,8 +214,8 @@ def test_wrong_commands_are_noticed(line, words, parse):
         parse(line.split())
 
 
-# Of launch/test.sh, tensorboard, lm-eval, sbatch, kubectl.
-OTHER_FLAGS = {"--fast", "--logdir", "--device", "--exclude", "--prefix"}
+# Of launch/test.sh, tensorboard, lm-eval, sbatch, kubectl, docker.
+OTHER_FLAGS = {"--fast", "--logdir", "--device", "--exclude", "--nodes", "--prefix", "--build-arg"}
 
 
 def test_flags_and_fields_in_sentences_exist():

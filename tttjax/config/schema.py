@@ -156,7 +156,9 @@ class TrainConfig:
     seq_len: int = declare(2048, "Tokens of a sequence (T), a multiple of chunk_size.", minimum=1)
     accum_steps: int = declare(
         1,
-        "Microbatches per batch, to save memory (gradient accumulation).",
+        "Microbatches per batch, to save memory (gradient accumulation). A run that resumes on "
+        "another number of devices takes as many as keep the sequences that a device holds at a "
+        "time at most those of its first start with this value.",
         minimum=1,
         mutable_on_resume=True,
     )
