@@ -11,7 +11,11 @@ from helpers.scripts import LAUNCH, SHOW, write_program
 
 from tttjax.cli import launch as cli_launch
 from tttjax.cli.main import main
-from tttjax.planning import launch, topologies
+from tttjax.config import load_config
+from tttjax.errors import UserError
+from tttjax.planning import launch
+from tttjax.planning import make as make_module
+from tttjax.planning.make import make_plan
 from tttjax.planning.topologies import console_name, parse_topology
 
 JOB = [f"--config={TINY}", "--workdir=/shared/my runs/a"]
@@ -104,19 +108,48 @@ def test_launchers_are_those_of_the_command_and_their_scripts_run():
         assert all(f"# {name}" in header or f", {name}" in header for name in launcher.required)
 
 
-def test_only_a_plan_that_fits_is_submitted(cluster, capfd, monkeypatch):
+@pytest.fixture(scope="module")
+def plan():
+    """A plan for this machine, which needs no compiler of another."""
+    config = load_config(str(TINY), ["model.num_layers=1", "model.remat=none"])
+    return make_plan(config, parse_topology("cpu:1"))
+
+
+def test_only_a_plan_that_fits_is_submitted(plan, cluster, capfd, monkeypatch):
+    planned = []
+
+    def make(config, topology, name):
+        planned.append((config.train.steps, topology.name, name))
+        return dataclasses.replace(plan, name=name, topology=topology.name, **outcome)
+
+    monkeypatch.setattr(make_module, "make_plan", make)
     words = ["slurm", "gpu:h100:4x2", "--config.train.steps=7"]
+    outcome = {"fits": True, "capacity": 2.0**40}
     assert submit(*words) == 0
     out = capfd.readouterr().out
     assert out.index("\nfits: ") < out.index("\n$ CONFIG=") < out.index("[--nodes=2]")
     assert UNCHECKED not in out
-    small = dataclasses.replace(topologies.GPUS["h100"], memory=1e4)
-    monkeypatch.setitem(topologies.GPUS, "h100", small)
-    assert submit(*words) == 2
-    out, err = capfd.readouterr()
-    assert "does not fit gpu:h100:4x2: it needs 0.00 GiB per device" in err
-    assert "nothing was submitted" in err
-    assert "[--nodes" not in out
+    assert planned == [(7, "gpu:h100:4x2", f"{TINY} --config.train.steps=7")]
+
+    proposal = dataclasses.replace(plan, changes={"mesh.fsdp": "8"})
+    for changed, phrase in ((proposal, "it would with --config.mesh.fsdp=8;"), (None, "no change")):
+        outcome = {"fits": False, "needed": 3 * 2.0**30, "capacity": 2.0**30, "proposal": changed}
+        assert submit(*words) == 2
+        out, err = capfd.readouterr()
+        assert "does not fit gpu:h100:4x2: it needs 3.00 GiB per device of 1.00; " + phrase in err
+        assert "nothing was submitted" in err
+        assert "[--nodes" not in out
+
+
+def test_without_a_compiler_only_no_plan_submits(cluster, capfd, monkeypatch):
+    def make(*arguments, **options):
+        raise UserError("libtpu is not installed.")
+
+    monkeypatch.setattr(make_module, "make_plan", make)
+    assert submit("xpk", "v5e:2x4") == 2
+    err = capfd.readouterr().err
+    assert "libtpu is not installed; or submit it unchecked with --no-plan" in err
+    assert not (cluster / "submitted").exists()
 
 
 @pytest.mark.parametrize(
