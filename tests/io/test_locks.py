@@ -13,7 +13,7 @@ import pytest
 
 from tttjax.errors import UserError
 from tttjax.io import locks
-from tttjax.io.locks import FOLDER_LOCK, hold
+from tttjax.io.locks import FOLDER_LOCK, hold, living_holder
 
 QUICK = {"heartbeat_s": 0.02, "watch_s": 0.3}
 HOLDER = """
@@ -89,6 +89,7 @@ def test_sigterm_releases_the_lock(tmp_path, process):
 
 def test_a_reused_pid_does_not_hold_the_lock(tmp_path):
     left_behind(tmp_path / "run", started="1")
+    assert living_holder(tmp_path / "run") is None
     with hold(tmp_path / "run", log=lambda line: None, watch_s=60):
         pass
 
@@ -96,6 +97,7 @@ def test_a_reused_pid_does_not_hold_the_lock(tmp_path):
 @pytest.mark.parametrize("where", [{"host": "node3"}, {"boot": "b"}, {"namespace": "pid:[1]"}])
 def test_a_dead_holder_on_another_host_is_replaced(tmp_path, where):
     left_behind(tmp_path / "run", **where)
+    assert living_holder(tmp_path / "run", QUICK["watch_s"]) is None
     logged = []
     with hold(tmp_path / "run", log=logged.append, **QUICK):
         pass
@@ -108,6 +110,7 @@ def test_a_live_holder_on_another_host_is_respected(tmp_path, monkeypatch):
         elsewhere.setattr(locks.socket, "gethostname", lambda: "node3")
         held = hold(tmp_path / "run", **QUICK)
         held.__enter__()
+    assert "on node3, since" in living_holder(tmp_path / "run", QUICK["watch_s"])
     with pytest.raises(UserError, match="on node3, since"):
         hold(tmp_path / "run", log=lambda line: None, **QUICK).__enter__()
     held.__exit__(None, None, None)

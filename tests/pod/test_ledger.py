@@ -15,7 +15,7 @@ from tttjax.training.profiler import PROFILE_DIR, REQUEST
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
-STEPS = 480
+STEPS = 700
 WORDS = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=40"]
 WORDS += ["--config.train.checkpoint_minutes=0", "--config.train.log_every=10"]
 SOON = 240  # seconds for a start and the steps after it, on a busy machine
