@@ -25,12 +25,14 @@ class Duplicates:
         self._is_exact, self._path = kind == EXACT, folder / DIGESTS_FILE
         self._entry = state or {"size": 0, "crc32": 0}
         self._seen: set[bytes] = set()
-        if state:
+        self._unwritten = bytearray()
+        if not state:
+            self._path.unlink(missing_ok=True)
+        else:
             truncate(self._path, state)
             size = _EXACT_BYTES if self._is_exact else _BAND_BYTES
             with self._path.open("rb") as file:
                 self._seen.update(iter(lambda: file.read(size), b""))
-        self._file = self._path.open("ab" if state else "wb")
         self._tokens, self._signature = hashlib.blake2b(), b""
         self._digests: list[bytes] = []  # of the document that is complete
 
@@ -59,16 +61,15 @@ class Duplicates:
     def remember(self) -> None:
         """Remembers the document that the last span completed."""
         self._seen.update(self._digests)
-        content = b"".join(self._digests)
-        self._file.write(content)
-        self._entry["size"] += len(content)
-        self._entry["crc32"] = zlib.crc32(content, self._entry["crc32"])
+        self._unwritten += b"".join(self._digests)
 
     def state(self) -> dict[str, int]:
-        """Flushes to disk; returns the file's size and checksum."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return dict(self._entry)
-
-    def close(self) -> None:
-        self._file.close()
+        """Appends the new digests to the file; returns its size and checksum."""
+        with self._path.open("ab") as file:
+            file.write(self._unwritten)
+            file.flush()
+            os.fsync(file.fileno())
+        size = self._entry["size"] + len(self._unwritten)
+        self._entry = {"size": size, "crc32": zlib.crc32(self._unwritten, self._entry["crc32"])}
+        self._unwritten.clear()
+        return self._entry

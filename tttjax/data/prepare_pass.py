@@ -190,8 +190,6 @@ class PreparePass:
         finally:
             for writer in self.writers.values():
                 writer.abandon()
-            if self._duplicates:
-                self._duplicates.close()
             progress.report()
 
     def _append(self, span: EncodedSpan) -> None:

@@ -148,7 +148,7 @@ class SplitWriter:
         state = state or {"shards": [], "open": None, "longest": 0}
         self._shards: list[dict[str, Any]] = list(state["shards"])
         self._longest = state["longest"]
-        self.skipped: dict[str, int] = state.get("skipped", dict.fromkeys(SKIPPED, 0))
+        self.skipped: dict[str, int] = {reason: state.get(reason, 0) for reason in SKIPPED}
         current = state["open"]
         self._shard = _ShardFiles(folder, current["name"], is_masked, current) if current else None
         # Tokens and targets of a document below the minimum length so far.
@@ -230,7 +230,7 @@ class SplitWriter:
             "shards": list(self._shards),
             "open": self._shard.state() if self._shard else None,
             "longest": self._longest,
-            "skipped": dict(self.skipped),
+            **self.skipped,
         }
 
     def finish(self) -> dict[str, Any]:
