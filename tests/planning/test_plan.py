@@ -281,7 +281,7 @@ def test_plan_for_an_absent_tpu():
     config = small_config(model={"num_layers": 1, "suffix_layers": 0, "fast_mlp": False})
     plan = make_plan(config, parse_topology("v5e:1x1"))
     assert plan.fits
-    assert plan.memory.temporary > 0
+    assert plan.needed > plan.memory.state
     assert plan.compile_seconds > 0
 
 
