@@ -53,6 +53,7 @@ BUCKET_ARGUMENTS = {
     *("prepare --out", "prepare --check", "train --workdir", "runs folder", "sessions --run"),
     *("evaluate workdirs", "evaluate --out", "evaluate --data"),
     *("export workdir", "generate workdir", "read workdir", "report runs"),
+    *("launch --workdir", "status workdir"),
 }
 TEXT_FIELDS = {"data.val_split", "inner.code", "inner.fast_paths", "train.wandb_project"}
 
