@@ -58,6 +58,23 @@ def test_data_in_a_bucket_equal_those_on_disk(texts, bucket, tmp_path):
     )
 
 
+def test_parts_are_joined_in_a_bucket(texts, bucket, tmp_path):
+    local = prepare([texts], tmp_path / "data", **OPTIONS)
+    for part in ("1/3", "2/3", "0/3"):
+        assert not (storage_path(bucket) / "manifest.json").exists()
+        remote = prepare([texts], bucket, part=part, **OPTIONS)
+    for name in local.splits:
+        one, other = local.split(name), remote.split(name)
+        np.testing.assert_array_equal(one.read(0, one.num_tokens), other.read(0, one.num_tokens))
+        assert [*one.documents()] == [*other.documents()]
+    open_prepared(bucket, verify=True)
+    with pytest.raises(UserError, match="was prepared with other seed"):
+        prepare([texts], bucket, part="0/3", **OPTIONS, seed=1)
+    replaced = prepare([texts], bucket, overwrite=True, **OPTIONS)
+    assert len(file_sizes(storage_path(bucket))) == len(file_sizes(tmp_path / "data"))
+    same_content(local, replaced)
+
+
 @pytest.mark.parametrize("is_same_host", [True, False])
 def test_an_interrupted_call_is_resumed(is_same_host, texts, bucket, tmp_path, monkeypatch):
     reference = prepare([texts], tmp_path / "data", **OPTIONS)

@@ -20,20 +20,21 @@ def crc32_of(path: Path) -> int:
     return crc
 
 
-def _shard_files(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, dict[str, int]]]:
+def _shard_files(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, int]]]:
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             for part in parts_of(is_masked(manifest)):
-                yield folder / f"{shard['name']}.{part}", shard["files"][part]
+                yield f"{shard['name']}.{part}", shard["files"][part]
 
 
 def check_sizes(folder: Path, manifest: dict[str, Any]) -> int:
     """Total bytes of all shards; UserError if one is missing or has another size."""
     total = 0
     listed = file_sizes(folder) if is_bucket(folder) else None
-    for path, entry in _shard_files(folder, manifest):
+    for name, entry in _shard_files(manifest):
+        path = folder / name
         try:
-            size = path.stat().st_size if listed is None else listed[path.name]
+            size = path.stat().st_size if listed is None else listed[name]
         except (OSError, KeyError) as error:
             reason = error.strerror if isinstance(error, OSError) else "no such object"
             raise UserError(
@@ -55,10 +56,10 @@ def check_sums(folder: Path, manifest: dict[str, Any]) -> int:
 
     Returns the number of files. Raises UserError for the first that differs.
     """
-    files = list(_shard_files(folder, manifest))
-    for path, entry in files:
-        if crc32_of(path) != entry["crc32"]:
-            raise corrupt(path)
+    files = list(_shard_files(manifest))
+    for name, entry in files:
+        if crc32_of(folder / name) != entry["crc32"]:
+            raise corrupt(folder / name)
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             _check_index(folder, shard)

@@ -121,7 +121,7 @@ def hash_definition(config: dict[str, Any], model: bytes = b"") -> str:
 
 def save_definition(directory: str | os.PathLike, config: dict[str, Any], model: bytes = b""):
     """Writes the model file, then the settings, which make the folder loadable."""
-    directory = Path(directory)
+    directory = storage_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if model:
         _write(directory / config["file"], model)

@@ -173,7 +173,7 @@ class HuggingFaceTokenizer:
     def save(self, directory: str | os.PathLike) -> None:
         save_definition(directory, self._config(), self._model)
         if self.chat_template:
-            with atomic_write(Path(directory) / TEMPLATE_FILE) as temporary:
+            with atomic_write(storage_path(directory) / TEMPLATE_FILE) as temporary:
                 temporary.write_text(self.chat_template, encoding="utf-8", newline="")
 
 
