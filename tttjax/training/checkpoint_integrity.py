@@ -83,6 +83,13 @@ def _of_items(sizes: dict[str, int]) -> dict[str, int]:
     return {n: size for n, size in sizes.items() if n.partition("/")[0] in (*ARRAY_ITEMS, META)}
 
 
+def _below(item: epath.Path, own: str) -> list[str]:
+    """The paths in an item of a file, or of all files in a folder; none if it is missing."""
+    if (item / own).is_dir():
+        return [f"{own}/{name}" for name in file_sizes(item / own)]
+    return [own] if (item / own).exists() else []
+
+
 def checksums(path: epath.Path) -> dict[str, str]:
     """{path inside the checkpoint: BLAKE2b} of the files of its items."""
     return file_checksums(path, list(_of_items(file_sizes(path))))
@@ -97,11 +104,12 @@ def write_own_checksums(folder: epath.Path) -> None:
     index = jax.process_index()
     for path in uncommitted(folder):
         names = {}
-        for name in file_sizes(path):
-            item, _, inside = name.partition("/")
-            own = (f"ocdbt.process_{index}/", f"array_metadatas/process_{index}/")
-            if f"{inside}/".startswith(own):
-                names[name] = f"{item.split(TMP_MARK)[0]}/{inside}"
+        for item in path.iterdir():
+            final = item.name.split(TMP_MARK)[0]
+            for own in (f"ocdbt.process_{index}", f"array_metadatas/process_{index}"):
+                # No others: their files appear and vanish while they are being written.
+                for inside in _below(item, own):
+                    names[f"{item.name}/{inside}"] = f"{final}/{inside}"
         hashed = file_checksums(path, list(names))
         part = {names[name]: value for name, value in hashed.items()}
         (path / PART.format(index)).write_text(json.dumps(part))
