@@ -64,7 +64,7 @@ def test_a_run_that_lives_has_a_phase_and_an_eta(workdir):
     write_start(workdir, 1)
     with hold(workdir):
         status = run_status(workdir)
-    assert (status.state, status.phase) == ("running", "device")
+    assert (status.state, status.phase) == ("running", "steps")
     assert f"process {os.getpid()} on " in status.holder
     assert status.eta_seconds == (40 - 3) * 0.5
     assert status.tokens_per_second == 32.0 * 2.0 / 0.5  # at the last speed of process 0

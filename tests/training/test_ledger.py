@@ -10,6 +10,7 @@ from tttjax.errors import UserError
 from tttjax.exit_codes import DONE, FAILED, LOST, SAVED, USER_ERROR
 from tttjax.io.locks import Lock
 from tttjax.runtime import ending
+from tttjax.training import ledger as ledger_module
 from tttjax.training.hosts import Hosts
 from tttjax.training.ledger import STARTS, USES, Ledger, goodput, read_starts
 from tttjax.training.start_account import StartAccount
@@ -168,6 +169,15 @@ def test_a_start_whose_lock_was_taken_over_writes_no_more(tmp_path):
     with Ledger(tmp_path, lock, 100, Hosts(StartAccount())) as ledger:
         lock.lost.set()
         ledger.code = DONE
+    assert read_starts(tmp_path)[0].code is None
+
+
+def test_a_full_disk_is_left_to_those_that_need_it(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    with Ledger(tmp_path, Lock(tmp_path), 100, Hosts(StartAccount())):
+        monkeypatch.setattr(ledger_module, "atomic_write", fail)
     assert read_starts(tmp_path)[0].code is None
 
 

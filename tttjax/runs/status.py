@@ -21,6 +21,7 @@ from tttjax.training.checkpoints import CHECKPOINT_DIR, absolute
 from tttjax.training.failed_starts import FAILED_STARTS
 from tttjax.training.ledger import RunStart, goodput, read_starts
 from tttjax.training.metrics_file import last_record
+from tttjax.training.start_account import LOOP
 from tttjax.training.watchdog import STACKS_DIR
 
 ENDS = {
@@ -38,7 +39,8 @@ class RunStatus:
     """What the files of a run say.
 
     state: "running", "finished", "stopped", "failed", "killed", or "not running" for a run of an
-    earlier version. holder: the process that runs it. quiet_seconds: since its last sign of life.
+    earlier version. holder: the process that runs it. phase: "start", "steps", "save", ... of one
+    that runs. quiet_seconds: since its last sign of life.
     step, loss: of the last record. tokens_per_second, mfu, eta_seconds: at the last speed of the
     newest start. checkpoint_step, checkpoint_seconds: the newest checkpoint and its age. starts:
     as in their files. goodput: seconds by their use. hangs: stacks that were written, by time.
@@ -93,7 +95,7 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
         workdir=str(workdir),
         state="running" if holder else _state(last, step, steps),
         holder=holder,
-        phase=last.phase if holder and last else None,
+        phase=_phase(last) if holder and last else None,
         quiet_seconds=now - last.ended if last else None,
         step=step,
         steps=steps,
@@ -114,10 +116,14 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
 def describe_end(start: RunStart, is_running: bool) -> str:
     """How a start ended, and its exit code where that is known. is_running: it has not."""
     if is_running:
-        return f"running ({start.phase})"
+        return f"running ({_phase(start)})"
     if start.code is not None:
         return f"{ENDS.get(start.code, 'ended')} ({start.code})"
     return f"failed ({start.error})" if start.error else "killed"
+
+
+def _phase(start: RunStart) -> str:
+    return "steps" if start.phase in LOOP else start.phase
 
 
 def _state(last: RunStart | None, step: int, steps: int | None) -> str:

@@ -51,8 +51,8 @@ class HostFigures:
 
     step: its last finished one. step_seconds: mean; None if no step has ended. input, other:
     shares of the seconds, waiting for batches and in other work than steps. input_of_start: that
-    share of all seconds of the start in the loop. memory_bytes,
-    peak_bytes: of the fullest device, or of the process (memory_of).
+    share of all seconds of the start in the loop. memory_bytes, peak_bytes: of the fullest device,
+    or of the process (memory_of).
     """
 
     step: int
@@ -113,7 +113,10 @@ class Hosts:
         total, steps = waited + device + host, now[1] - samples[0][1]
         if total <= 0:
             return {}
-        memory = memory_use()
+        try:
+            memory = memory_use()
+        except jax.errors.JaxRuntimeError:  # of a lost device, which the loop reports
+            return {}
         return asdict(
             HostFigures(
                 step=now[1],

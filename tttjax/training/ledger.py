@@ -101,8 +101,7 @@ class Ledger:
 
     def _write_often(self) -> None:
         while not self._closed.wait(WRITE_SECONDS):
-            with contextlib.suppress(Exception):  # a disk or bucket that is away for some time
-                self._write()
+            self._write()
 
     def _end(self, code: int | None, error: BaseException | None = None) -> None:
         """Writes how this start ended. One that the user has to mend leaves none without a step."""
@@ -114,7 +113,8 @@ class Ledger:
             self._write(code=code, error="" if error is None else type(error).__name__)
 
     def _write(self, **end: Any) -> None:
-        with self._writing:
+        # A disk that is full, or away for some time, is for what needs it to report.
+        with self._writing, contextlib.suppress(OSError):
             if self._lock.lost.is_set() or (self._closed.is_set() and not end):
                 return
             self._folder.mkdir(exist_ok=True)
