@@ -15,6 +15,7 @@ from typing import Any
 from tttjax.planning.hlo import Computation, HloProgram, Instruction
 from tttjax.planning.hlo_integers import Value, evaluate, is_small
 
+CONTROL = ("parameter", "while", "conditional", "call")
 MAX_TRIP_COUNT = 100_000  # of a loop that is run step by step
 
 _STATED = r"known_trip_count\W+n\W+(\d+)"
@@ -41,6 +42,7 @@ class _Runner:
     program: HloProgram
     unknown: set[str] = field(default_factory=set)
     _results: dict[Any, tuple[Counter[str], Value]] = field(default_factory=dict)
+    _prepared: dict[str, tuple[Counter[str], list[Instruction]]] = field(default_factory=dict)
     _has_open_loops: dict[str, bool] = field(default_factory=dict)
 
     def run(self, name: str, arguments: Sequence[Value]) -> tuple[Counter[str], Value]:
@@ -53,27 +55,42 @@ class _Runner:
     def _run(
         self, computation: Computation, arguments: Sequence[Value]
     ) -> tuple[Counter[str], Value]:
-        times: Counter[str] = Counter({computation.name: 1})
+        fixed, steps = self.prepare(computation)
+        times = Counter(fixed)
         known: dict[str, Value] = {}
-        for instruction in computation.instructions:
+        for instruction in steps:
             inputs = [known.get(name) for name in instruction.operands]
             if instruction.opcode == "parameter":
                 index = int(instruction.rest.partition(")")[0])
                 value = arguments[index] if index < len(arguments) else None
             elif instruction.opcode == "while":
                 inner, value = self._loop(instruction, inputs[0])
-                times += inner
+                times.update(inner)
             elif instruction.opcode == "conditional":
                 inner, value = self._branch(instruction, inputs)
-                times += inner
+                times.update(inner)
             elif (called := self._callee(instruction)) is not None:
-                inner, value = self.run(called, inputs if is_small(instruction) else [])
-                times += inner
+                inner, value = self.run(called, inputs)
+                times.update(inner)
             else:
                 value = evaluate(instruction, inputs)
             if value is not None:
                 known[instruction.name] = value
         return times, known.get(computation.root.name)
+
+    def prepare(self, computation: Computation) -> tuple[Counter[str], list[Instruction]]:
+        """(runs that do not depend on arguments, the instructions that may)."""
+        if computation.name not in self._prepared:
+            times: Counter[str] = Counter({computation.name: 1})
+            steps = []
+            for instruction in computation.instructions:
+                called = self._callee(instruction)
+                if instruction.opcode in CONTROL or is_small(instruction):
+                    steps.append(instruction)
+                elif called is not None:
+                    times.update(self.run(called, ())[0])
+            self._prepared[computation.name] = times, steps
+        return self._prepared[computation.name]
 
     def _callee(self, instruction: Instruction) -> str | None:
         """The computation that a call, fusion or asynchronous start runs once."""
@@ -95,11 +112,11 @@ class _Runner:
                 inner, goes_on = self.run(condition, [carry])
                 if goes_on is None:
                     return self._guess_loop(body, condition), None
-                times += inner
+                times.update(inner)
                 if not goes_on:
                     return times, carry
             inner, carry = self.run(body, [carry])
-            times += inner
+            times.update(inner)
         return (times, carry) if stated else (self._guess_loop(body, condition), None)
 
     def _guess_loop(self, body: str, condition: str) -> Counter[str]:
