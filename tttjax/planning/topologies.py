@@ -203,6 +203,8 @@ def _gpus(topology: Topology) -> list[jax.Device]:
             f"({', '.join(missing)}); install them with {install_extra('plan-gpu')} (Linux, no GPU "
             "needed)."
         )
+    # XLA logs a compilation of some minutes as an error; others raise an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     assert topology.accelerator is not None
     per_host, hosts = topology.shape
     try:
