@@ -154,7 +154,7 @@ def _kernels(plan: Plan) -> list[str]:
     total = plan.kernel_seconds
     lines = [
         "",
-        f"{'kernels, on one GPU':44}{'launches':>10}{'seconds':>10}{'share':>7}  "
+        f"{'kernels, on one GPU':40}{'launches':>10}{'seconds':>10}{'share':>7}  "
         f"{'limit':12}{'TFLOP':>9}{'GB':>9}",
     ]
     for group in by_operation(plan.kernels)[:LISTED]:
@@ -163,14 +163,14 @@ def _kernels(plan: Plan) -> list[str]:
         limits = {name: sum(t.seconds for t in group if t.limit == name) for name in LIMITS}
         name = f"{kernels[0].operation or '?'}, {kernels[0].kind.strip('_')}"
         lines.append(
-            f"  {name[:42]:42}{sum(k.times for k in kernels):10,}{seconds:10.4f}"
+            f"  {name[:38]:38}{sum(k.times for k in kernels):10,}{seconds:10.4f}"
             f"{seconds / total:7.1%}  {max(limits, key=limits.__getitem__):12}"
             f"{sum(k.flops for k in kernels) / 1e12:9.2f}{sum(k.bytes for k in kernels) / 1e9:9.1f}"
         )
     for limit in LIMITS:
         seconds = sum(time.seconds for time in plan.kernels if time.limit == limit)
         lines.append(
-            f"  {f'all limited by {limit}':42}{'':10}{seconds:10.4f}{seconds / total:7.1%}"
+            f"  {f'all limited by {limit}':38}{'':10}{seconds:10.4f}{seconds / total:7.1%}"
         )
     return lines
 
