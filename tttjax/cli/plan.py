@@ -107,9 +107,10 @@ def _match_files(patterns: list[str]) -> list[Path]:
 def _read_plan(path: Path) -> dict:
     try:
         plan = json.loads(path.read_text())
-        plan["memory"]["total"], plan["flops"]["total"]
+        plan["memory"]["total"], plan["flops"]["total"], plan["kernel_seconds"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not a plan; make one with `tttjax plan ... --json > {path}`."
+            f"{path} is not a plan of this version; make one with "
+            f"`tttjax plan ... --json > {path}`."
         ) from error
     return plan

@@ -32,9 +32,9 @@ def collectives(program: HloProgram, runs: Runs) -> Collectives:
     totals: defaultdict[Transfer, float] = defaultdict(float)
     own = {name: _own_transfers(c) for name, c in program.computations.items()}
     for name, times in runs.times.items():
-        for found in own[name]:
-            totals[found] += times
-    transfers = tuple(replace(found, times=times) for found, times in totals.items())
+        for transfer in own[name]:
+            totals[transfer] += times
+    transfers = tuple(replace(transfer, times=times) for transfer, times in totals.items())
     return Collectives(transfers, sum(_reaches(program, own, body) for body in runs.unknown))
 
 
@@ -54,13 +54,13 @@ def _own_transfers(computation: Computation) -> list[Transfer]:
         if instruction.opcode.removesuffix("-start") in KINDS:
             # TPUs split an async collective over several fusions; only its start counts.
             part_of_several = "chain_id=" in instruction.rest
-            found = transfer(instruction, computation.operand_bytes(instruction))
-            (async_parts if part_of_several else plain).append(found)
+            transfer = read_transfer(instruction, computation.operand_bytes(instruction))
+            (async_parts if part_of_several else plain).append(transfer)
     starts_async = any("AsyncCollectiveStart" in i.rest for i in computation.instructions)
     return plain + (async_parts if starts_async else [])
 
 
-def transfer(instruction: Instruction, operand_bytes: float) -> Transfer:
+def read_transfer(instruction: Instruction, operand_bytes: float) -> Transfer:
     """One collective; operand_bytes: of what it reads."""
     result_bytes = instruction.bytes
     if instruction.opcode.endswith("-start") and instruction.type.startswith("("):

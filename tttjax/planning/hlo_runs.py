@@ -131,14 +131,14 @@ class _Runner:
         computation = self.program.computations[condition]
         names = [name for i in computation.instructions if (name := self._callee(i))]
         parts = [computation, *(self.program.computations[name] for name in names)]
-        found = {
+        constants = {
             int(match[0])
             for part in parts
             for i in part.instructions
             if i.opcode == "constant" and re.match(r"[su]32\[\]", i.type)
             if (match := re.match(r"-?\d+", i.rest))
         }
-        return found.pop() if len(found) == 1 else 0
+        return constants.pop() if len(constants) == 1 else 0
 
     def _branch(
         self, instruction: Instruction, inputs: Sequence[Value]

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tttjax.planning.bounds import wire_bytes
-from tttjax.planning.collectives import KINDS, transfer
+from tttjax.planning.collectives import KINDS, read_transfer
 from tttjax.planning.hlo import Computation, HloProgram, Instruction
 from tttjax.planning.hlo_costs import cost_of
 from tttjax.planning.hlo_runs import Runs
@@ -162,8 +162,9 @@ def _kernel(program: HloProgram, computation: Computation, instruction: Instruct
     """One launch."""
     kind, operation = _kind(instruction), _operation(instruction)
     if kind in KINDS:
-        sent = transfer(instruction, computation.operand_bytes(instruction))
-        return Kernel(kind, operation, 1, sent=wire_bytes(sent), group_size=sent.group_size)
+        transfer = read_transfer(instruction, computation.operand_bytes(instruction))
+        sent = wire_bytes(transfer)
+        return Kernel(kind, operation, 1, sent=sent, group_size=transfer.group_size)
     cost = cost_of(program, computation, instruction)
     return Kernel(kind, operation, 1, cost.flops, cost.wide_flops, cost.bytes)
 

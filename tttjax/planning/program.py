@@ -106,14 +106,14 @@ def compile_program(program: Program) -> CompiledStep:
     seconds = time.perf_counter() - start
     hlo = parse_hlo(compiled.as_text())
     runs = count_runs(hlo)
-    found = collectives(hlo, runs)
+    traffic = collectives(hlo, runs)
     return CompiledStep(
         memory=_measured(program.memory, compiled.memory_analysis()),
         out_of_memory=False,
         available=available,
-        transfers=found.transfers,
+        transfers=traffic.transfers,
         kernels=kernels(hlo, runs) if platform == "cuda" else (),
-        unknown_loops=len(runs.unknown) if platform == "cuda" else found.unknown_loops,
+        unknown_loops=len(runs.unknown) if platform == "cuda" else traffic.unknown_loops,
         seconds=seconds,
     )
 
