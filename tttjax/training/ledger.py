@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from tttjax.errors import UserError, is_out_of_memory
+from tttjax.errors import UnreachableError, UserError, is_out_of_memory
 from tttjax.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
@@ -113,8 +113,8 @@ class Ledger:
             self._write(code=code, error="" if error is None else type(error).__name__)
 
     def _write(self, **end: Any) -> None:
-        # A disk that is full, or away for some time, is for what needs it to report.
-        with self._writing, contextlib.suppress(OSError):
+        # A disk or bucket that is full, or away for some time, is for what needs it to report.
+        with self._writing, contextlib.suppress(OSError, UnreachableError):
             if self._lock.lost.is_set() or (self._closed.is_set() and not end):
                 return
             self._folder.mkdir(exist_ok=True)
