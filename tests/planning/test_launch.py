@@ -18,10 +18,11 @@ from tttjax.planning import make as make_module
 from tttjax.planning.make import make_plan
 from tttjax.planning.topologies import console_name, parse_topology
 
-JOB = [f"--config={TINY}", "--workdir=/shared/my runs/a"]
+DATA = "--config.data.sources=/shared/data"
+JOB = [f"--config={TINY}", "--workdir=/shared/my runs/a", DATA]
 NAMES = {
     "slurm": [],
-    "jobset": ["--set=NAME=run", "--set=IMAGE=i"],
+    "jobset": ["--set=NAME=run", "--set=IMAGE=i", "--set=CLAIM=disk"],
     "xpk": [f"--set={name}=x" for name in ("CLUSTER", "ZONE", "IMAGE", "NAME")],
     "tpu-vm": ["--set=TPU_NAME=t", "--set=ZONE=z"],
 }
@@ -50,7 +51,7 @@ def test_slurm_gets_nodes_and_gpus(cluster, capfd):
     out = capfd.readouterr().out
     assert UNCHECKED in out
     assert (
-        "[--nodes=2][--gpus-per-node=4][launch/slurm.sh][--config.train.batch_size=16]"
+        f"[--nodes=2][--gpus-per-node=4][launch/slurm.sh][{DATA}][--config.train.batch_size=16]"
         f"({TINY})(/shared/my runs/a)" in out
     )
 
@@ -129,7 +130,7 @@ def test_only_a_plan_that_fits_is_submitted(plan, cluster, capfd, monkeypatch):
     out = capfd.readouterr().out
     assert out.index("\nfits: ") < out.index("\n$ CONFIG=") < out.index("[--nodes=2]")
     assert UNCHECKED not in out
-    assert planned == [(7, "gpu:h100:4x2", f"{TINY} --config.train.steps=7")]
+    assert planned == [(7, "gpu:h100:4x2", f"{TINY} {DATA} --config.train.steps=7")]
 
     proposal = dataclasses.replace(plan, changes={"mesh.fsdp": "8"})
     for changed, phrase in ((proposal, "it would with --config.mesh.fsdp=8;"), (None, "no change")):
@@ -165,6 +166,11 @@ def test_without_a_compiler_only_no_plan_submits(cluster, capfd, monkeypatch):
         (("slurm", "gpu:h100:4x2", "--set=NAME"), "write --set=VARIABLE=VALUE"),
         (("slurm", "gpu:h100:4x2", "--workdir=runs/a"), "--workdir=runs/a must be an absolute"),
         (("jobset", "v5e:2x4", "--set=NUM_SLICES=2"), "a plan is of one slice"),
+        (("jobset", "v5e:2x4", "--set=CLAIM="), "would end with its pod"),
+        (("jobset", "v5e:2x4", "--workdir=/other/a"), "would end with its pod"),
+        (("jobset", "v5e:2x4", "--set=GRACES=9"), "has no such variable"),
+        (("slurm", "gpu:h100:4x2", "--config.data.sources="), "the run has no data"),
+        (("slurm", "gpu:h100:4x2", "--config.data.sources=d"), "data.sources=d must be"),
     ],
 )
 def test_what_cannot_run_is_refused(words, phrase, cluster, capfd):

@@ -2,7 +2,7 @@
 
 examples:
   tttjax launch slurm --config=paper:125m,ttt_e2e,pretrain --workdir=/shared/runs/125m \\
-      --topology=gpu:h100:8x4 --config.mesh.fsdp=8 --dry-run
+      --config.data.sources=/shared/data --topology=gpu:h100:8x4 --config.mesh.fsdp=8 --dry-run
   tttjax launch jobset ... --topology=v5e:4x4 --set=NAME=run125m --set=IMAGE=... --set=CLAIM=shared
 
 Runs in the checkout of tttjax, whose scripts it calls:

@@ -5,6 +5,7 @@ and chips.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import tttjax
 from tttjax.config import Config, check_mesh
 from tttjax.errors import UserError
+from tttjax.io.paths import is_bucket
 from tttjax.planning.topologies import Topology, console_name
 
 CHECKOUT = Path(tttjax.__file__).parents[1]
@@ -105,7 +107,7 @@ def make_launch(
     variables: of its script, as its first lines describe them; they replace those of the topology.
     overrides: arguments of `tttjax train`.
     Raises UserError if launcher and topology, or mesh and topology, do not go together, a variable
-    is missing, or this is no checkout.
+    is missing or unknown, no host would find the data or keep the run, or this is no checkout.
     """
     launcher = LAUNCHERS[name]
     script = CHECKOUT / "launch" / launcher.script
@@ -117,14 +119,29 @@ def make_launch(
             f"--topology={topology.name} is not for `tttjax launch {name}`; choose "
             f"{' or '.join(_EXAMPLES[platform] for platform in launcher.platforms)}"
         )
+    text = script.read_text()
+    for variable in variables:
+        if not (re.search(rf"\b{variable}\b", text) or variable.startswith("SBATCH_")):
+            raise UserError(
+                f"--set={variable}: launch/{launcher.script} has no such variable; its first lines "
+                "list them"
+            )
     variables = _variables(name, topology) | dict(variables)
     is_gpu = topology.platform == "cuda"
     check_mesh(config, topology.devices, topology.shape[1] if is_gpu else 1)
+    _check_data(config.data.sources)
     for variable in launcher.required:
         if not (variables.get(variable) or os.environ.get(variable)):
             raise UserError(
                 f"give --set={variable}=...; the first lines of launch/{launcher.script} say what "
                 "it is"
+            )
+    if name == "jobset" and not is_bucket(workdir):
+        claim = variables.get("CLAIM") or os.environ.get("CLAIM")
+        if not (claim and workdir.startswith("/shared/")):
+            raise UserError(
+                f"--workdir={workdir} would end with its pod: give a bucket (gs://, s3://), or "
+                "--set=CLAIM=... and a folder in /shared, where the claim is mounted"
             )
     words = [f"launch/{launcher.script}", *launcher.arguments, *overrides]
     if name == "slurm":
@@ -137,6 +154,18 @@ def make_launch(
         variables={"CONFIG": recipe, "WORKDIR": workdir, **variables},
         pipe_to=("kubectl", "apply", "-f", "-") if name == "jobset" else (),
     )
+
+
+def _check_data(sources: Sequence[str]) -> None:
+    """Refuses data that no host would find."""
+    if not sources:
+        raise UserError("the run has no data: add --config.data.sources=DIR, with prepared data")
+    for source in sources:
+        if not (is_bucket(source) or os.path.isabs(source)):
+            raise UserError(
+                f"data.sources={source} must be an absolute path, the same on all hosts, or in a "
+                "bucket"
+            )
 
 
 _EXAMPLES = {"cuda": "GPUs, as in gpu:h100:8x4", "tpu": "a TPU slice, as in v5e:4x4"}
