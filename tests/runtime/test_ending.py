@@ -1,5 +1,7 @@
 """A sudden end runs the clean-ups of the open blocks, and nothing else."""
 
+import threading
+
 from tttjax.runtime import ending
 
 
@@ -16,3 +18,13 @@ def test_clean_ups_run_innermost_first(monkeypatch):
     with ending.at_sudden_end(lambda code: calls.append(code + 1)), ending.at_sudden_end(fails):
         ending.end_process(76)
     assert calls == ["fails", 77, 76]
+
+
+def test_a_clean_up_that_hangs_does_not_keep_the_process(monkeypatch):
+    calls, released = [], threading.Event()
+    monkeypatch.setattr(ending.os, "_exit", calls.append)
+    monkeypatch.setattr(ending, "CLEAN_UP_SECONDS", 0.01)
+    with ending.at_sudden_end(lambda _: released.wait(60)):
+        ending.end_process(76)
+    assert calls == [76]
+    released.set()

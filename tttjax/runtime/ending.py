@@ -6,9 +6,11 @@ The main thread may be in a collective or a compilation that never returns, so n
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+CLEAN_UP_SECONDS = 60.0  # after which a disk or bucket that hangs is left
 _cleanups: list[Callable[[int], None]] = []
 
 
@@ -24,10 +26,17 @@ def at_sudden_end(clean_up: Callable[[int], None]) -> Iterator[None]:
 
 def end_process(code: int) -> NoReturn:
     """Cleans up, the innermost block first, and ends the process without unwinding it."""
-    for clean_up in reversed(_cleanups):
-        with contextlib.suppress(Exception):
-            clean_up(code)
+    thread = threading.Thread(target=_clean_up, args=(code,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        thread.start()
+        thread.join(CLEAN_UP_SECONDS)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads
             stream.flush()
     os._exit(code)
+
+
+def _clean_up(code: int) -> None:
+    for clean_up in reversed(_cleanups):
+        with contextlib.suppress(Exception):
+            clean_up(code)
