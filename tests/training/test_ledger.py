@@ -9,6 +9,7 @@ import pytest
 from tttjax.errors import UserError
 from tttjax.exit_codes import DONE, FAILED, LOST, SAVED, USER_ERROR
 from tttjax.io.locks import Lock
+from tttjax.io.paths import storage_path
 from tttjax.runtime import ending
 from tttjax.training import ledger as ledger_module
 from tttjax.training.hosts import Hosts
@@ -172,13 +173,26 @@ def test_a_start_whose_lock_was_taken_over_writes_no_more(tmp_path):
     assert read_starts(tmp_path)[0].code is None
 
 
-def test_a_full_disk_is_left_to_those_that_need_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "disk full"), UserError("credentials expired")])
+def test_a_failed_write_is_left_to_those_that_need_it(error, tmp_path, monkeypatch):
     def fail(path):
-        raise OSError(28, "No space left on device")
+        raise error
 
     with Ledger(tmp_path, Lock(tmp_path), 100, Hosts(StartAccount())):
         monkeypatch.setattr(ledger_module, "atomic_write", fail)
     assert read_starts(tmp_path)[0].code is None
+
+
+def test_a_bucket_that_does_not_answer_hides_no_error(bucket, monkeypatch):
+    from gcsfs.retry import HttpError
+
+    def fail(path, missing_ok=False):
+        raise HttpError({"code": 503})
+
+    folder, mend_it = storage_path(bucket), pytest.raises(UserError, match="mend it")
+    with mend_it, Ledger(folder, Lock(folder), 100, Hosts(StartAccount())):
+        monkeypatch.setattr(type(folder), "unlink", fail)
+        raise UserError("mend it")
 
 
 def test_goodput_adds_up_to_the_time_since_the_first_start(tmp_path):
@@ -213,7 +227,9 @@ def test_the_input_is_that_of_the_host_that_waits_longest(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path):
     run_start(tmp_path, 0, [1], code=DONE)
     path = tmp_path / STARTS / "0001.json"
-    for text in ("{", "[]", '{"number": 1}'):
+    start = json.loads(path.read_text())
+    changed = [{"spent": {}}, {"began": "noon"}, {"step": None}, {"hosts": [1]}]
+    for text in ("{", "[]", '{"number": 1}', *(json.dumps(start | fields) for fields in changed)):
         path.write_text(text)
         with pytest.raises(UserError, match=r"0001.json is damaged"):
             read_starts(tmp_path)

@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 
-from tttjax.errors import UnreachableError, UserError, is_out_of_memory
+from tttjax.errors import UserError, is_out_of_memory
 from tttjax.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
+from tttjax.io.paths import if_reachable
 from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.hosts import Hosts
 from tttjax.training.metrics_file import last_record
@@ -114,7 +115,7 @@ class Ledger:
 
     def _write(self, **end: Any) -> None:
         # A disk or bucket that is full, or away for some time, is for what needs it to report.
-        with self._writing, contextlib.suppress(OSError, UnreachableError):
+        with self._writing, contextlib.suppress(OSError, UserError):
             if self._lock.lost.is_set() or (self._closed.is_set() and not end):
                 return
             self._folder.mkdir(exist_ok=True)
@@ -122,7 +123,7 @@ class Ledger:
                 temporary.write_text(json.dumps(asdict(self._start(**end)), indent=1) + "\n")
 
     def _remove(self) -> None:
-        with self._writing:
+        with self._writing, if_reachable(self._folder):
             if not self._lock.lost.is_set():
                 self._path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # files of other starts
@@ -206,6 +207,12 @@ def _files(folder: Path) -> list[Path]:
 
 def _read(path: Path) -> RunStart:
     try:
-        return RunStart(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        start = RunStart(**json.loads(path.read_text(encoding="utf-8")))
+        # These raise for a value of another type.
+        sum([start.number, start.recorded_before, start.furthest, start.steps_before or 0])
+        sum([start.step, start.steps, start.began, start.seconds])
+        sum(start.spent[name] for name in USES)
+        [dict(host) for host in start.hosts]
+        return start
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, or restore it") from None
