@@ -69,6 +69,10 @@ def test_a_run_that_lives_has_a_phase_and_an_eta(workdir):
     assert status.eta_seconds == (40 - 3) * 0.5
     assert status.tokens_per_second == 32.0 * 2.0 / 0.5  # at the last speed of process 0
     assert (status.checkpoint_step, status.loss) == (3, 1.0)
+    (workdir / "metrics.jsonl").unlink()  # as before the first upload into a bucket
+    with hold(workdir):
+        status = run_status(workdir)
+    assert (status.eta_seconds, status.tokens_per_second) == (40 * 0.5, None)
 
 
 def test_steps_and_time_over_all_starts(workdir):

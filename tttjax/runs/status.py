@@ -89,7 +89,7 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
     last, step = (starts[-1] if starts else None), record.get("step", 0)
     steps = last.steps if last else config.train.steps if config else None
     rates, seconds = record.get("time", {}), _step_seconds(last, record)
-    scale = rates["seconds"] / seconds if seconds else 1.0
+    scale = rates["seconds"] / seconds if rates and seconds else 1.0
     checkpoints = completed_checkpoints(absolute(folder / CHECKPOINT_DIR))
     return RunStatus(
         workdir=str(workdir),
