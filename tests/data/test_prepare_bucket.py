@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from gcsfs.retry import HttpError
 
 from tttjax.data import encode, prepare_pass
 from tttjax.data.pipeline import StreamOptions, make_train_stream
@@ -12,6 +13,7 @@ from tttjax.data.preparation import prepare
 from tttjax.data.shards import open_prepared
 from tttjax.errors import UnreachableError, UserError
 from tttjax.io import block_cache
+from tttjax.io.locks import Lock
 from tttjax.io.paths import file_sizes, storage_path
 
 OPTIONS = {"num_workers": 0, "shard_tokens": 900, "val_fraction": 0.3}  # needs no second pass
@@ -100,6 +102,31 @@ def test_an_interrupted_call_is_resumed(is_same_host, texts, bucket, tmp_path, m
     same_content(reference, prepare([texts], bucket, **OPTIONS))
     is_kept = done[0] not in again  # the first shard was complete, and journalled
     assert is_kept == is_same_host
+
+
+@pytest.mark.parametrize("cause", ["credentials", "lock"])
+def test_what_is_no_fault_of_the_data_deletes_nothing(cause, texts, bucket, tmp_path, monkeypatch):
+    """Expired credentials, and a lock that another process took over and writes below."""
+    upload, done = prepare_pass.upload, []
+
+    def fail(source, path):
+        if len(done) == 5 and cause == "credentials":
+            raise UserError("refused") from HttpError({"code": 401})
+        done.append(path)
+        upload(source, path)
+
+    def check(lock):
+        if len(done) >= 5:
+            lock.lost.set()
+            raise UserError("took over the lock")
+
+    if cause == "lock":
+        monkeypatch.setattr(Lock, "check", check)
+    monkeypatch.setattr(prepare_pass, "upload", fail)
+    with pytest.raises(UserError, match=r"refused|took over"):
+        prepare([texts], bucket, **OPTIONS)
+    assert all(path.exists() for path in done)
+    assert [*(tmp_path / "cache" / "prepare").glob("*/prepare.journal")]
 
 
 def test_other_data_are_replaced_only_on_request(texts, bucket):

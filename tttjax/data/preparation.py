@@ -163,7 +163,8 @@ def _prepare_alone(
         except (ResumableError, UnreachableError):
             raise
         except UserError:
-            if journal is request:  # started by this call; an earlier call's work stays
+            # Started by this call; the work of an earlier one, or of another process, stays.
+            if journal is request and not lock.lost.is_set():
                 remove_prepared(build_dir, keep_folder=existed)
             raise
     if build_dir != folder:
@@ -181,6 +182,8 @@ def _prepare_in_bucket(
     lock: Lock,
 ) -> None:
     """Builds the shards in a local folder, and uploads each when it is complete."""
+    from tttjax.io.buckets import is_bucket_error  # slow to import
+
     if overwrite and (folder / MANIFEST).exists():
         remove_prepared(folder, keep_folder=True)
     if _claim(folder, request, replaceable=overwrite) is None:
@@ -196,9 +199,11 @@ def _prepare_in_bucket(
         _write_all(settings, source, local, num_workers, journal, log, lock, folder)
     except (ResumableError, UnreachableError):
         raise
-    except UserError:
-        remove_prepared(local)
-        remove_prepared(folder, keep_folder=True)
+    except UserError as error:
+        refused = is_bucket_error(error)  # credentials that have expired, for example
+        if journal is request and not refused and not lock.lost.is_set():
+            remove_prepared(local)
+            remove_prepared(folder, keep_folder=True)
         raise
     shutil.rmtree(local)
 
