@@ -76,6 +76,8 @@ def test_a_write_appears_whole_or_not_at_all(bucket, tmp_path):
         ("{}://user:word@bkt/x", "{}://bkt/x holds credentials"),
         ("{}://bkt/x?token=word", "{}://bkt/x holds credentials"),
         ("{}:///x", "names no bucket"),
+        ("{}://bkt/run[1]", "choose one without * ? and ["),
+        ("{}://bkt/run*", "choose one without * ? and ["),
     ],
 )
 def test_bad_bucket_paths_are_refused(url, phrase, buckets, capsys):
@@ -125,14 +127,16 @@ def test_an_unreachable_bucket_is_one_sentence(scheme, monkeypatch, buckets, cap
 
 
 def library_error(status=503):
-    from gcsfs.retry import HttpError
+    from gcsfs.retry import validate_response
 
-    return HttpError({"code": status, "message": "planned"})
+    with pytest.raises(Exception) as raised:  # noqa: PT011 (of a class for each status)
+        validate_response(status, b"planned", "bkt/x")
+    return raised.value
 
 
 def test_a_failed_request_is_repeated_and_then_given_up(monkeypatch, capsys):
     monkeypatch.setattr(buckets, "_DELAYS_S", (0.01, 0.01))
-    failures = [library_error(), library_error()]
+    failures = [library_error(), library_error(502)]
 
     def call():
         if failures:
@@ -186,6 +190,14 @@ def test_a_lock_of_another_host_is_watched(bucket, monkeypatch):
     assert any("taking over" in line for line in lines)
 
 
+def test_a_lock_whose_answer_was_lost_is_held(bucket, monkeypatch):
+    create = buckets.create
+    monkeypatch.setattr(buckets, "create", lambda *args: create(*args) and False)
+    with hold(bucket, exit_on_sigterm=False):
+        assert (storage_path(bucket) / ".lock").exists()
+    assert not storage_path(bucket).exists()
+
+
 def test_of_many_creators_one_succeeds(bucket):
     path, won = storage_path(bucket) / "object", []
 
@@ -213,6 +225,10 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(block_cache, "BLOCK", BLOCK)
     monkeypatch.setenv(block_cache.FOLDER, str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def raise_disk_full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def count_requests(monkeypatch):
@@ -259,6 +275,10 @@ def test_the_cache_keeps_its_budget(bucket, cache, monkeypatch):
         assert source.read(0, 1) == content[:1]  # in use, so it stays
         assert sum(file_sizes(cache).values()) <= 9 * BLOCK
     assert requests.count((0, BLOCK)) == 1
+    monkeypatch.setattr(block_cache.os, "replace", raise_disk_full)
+    before = file_sizes(cache)
+    source.read(20 * BLOCK, 21 * BLOCK)
+    assert file_sizes(cache) == before  # nothing half-written either
     for text in ("none", "0", "-1", "nan"):
         monkeypatch.setenv(block_cache.BUDGET, text)
         with pytest.raises(UserError, match=f"{block_cache.BUDGET}={text} must be"):
@@ -277,6 +297,7 @@ def test_a_spool_uploads_what_has_changed(bucket):
     (spool.folder / "sub").mkdir()
     (spool.folder / "sub" / "new").write_text("x")
     assert file_sizes(folder) == {"log": 2}
+    (spool.folder / "broken link").symlink_to("none")  # wandb makes such
     spool.upload()
     assert (folder / "log").read_text() == "1\n2\n"
     (folder / "log").unlink()  # not written again without a change

@@ -10,7 +10,7 @@ the least recent use are deleted when the cache exceeds its budget. Processes of
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 import threading
 import zlib
 from pathlib import Path
@@ -108,9 +108,13 @@ def cache_budget() -> int:
 def _write(path: Path, block: bytes) -> None:
     global _added
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(zlib.crc32(block).to_bytes(_CRC_BYTES, "little") + block)
-    os.replace(file.name, path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(zlib.crc32(block).to_bytes(_CRC_BYTES, "little") + block)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     with _lock:
         _added += len(block)
         is_due, budget = _added > cache_budget() // 16, cache_budget()

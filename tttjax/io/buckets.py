@@ -25,7 +25,8 @@ from tttjax.runtime.progress import report_activity
 
 _PACKAGES = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # by scheme: extra, package
 _DELAYS_S = (1.0, 2.0, 4.0, 8.0)  # after the retries of the package itself, about 30 s each time
-_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "s3fs")
+_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
+_PATTERN = re.compile(r"[*?\[]")
 # Of TensorStore, which reads and writes the arrays of checkpoints.
 _STORE_ERROR = re.compile(r"Error (reading|writing|opening|listing|deleting).*\b(gs|s3)://", re.S)
 T = TypeVar("T")
@@ -117,7 +118,8 @@ def open_bucket(text: str, label: str) -> Path:
     """The path of a folder or object in a bucket, which is reached once per process.
 
     label: the path with its option, for errors. Raises UserError without the package, for
-    credentials in the path, and for a bucket that is missing or not readable.
+    credentials in the path, for a name that is a pattern to fsspec (with `*`, it would delete the
+    files of other folders), and for a bucket that is missing or not readable.
     """
     parts = urlsplit(text)
     scheme = parts.scheme
@@ -126,6 +128,8 @@ def open_bucket(text: str, label: str) -> Path:
         shown = f"{scheme}://{parts.hostname or ''}{parts.path}"
         problem = "holds credentials or options" if parts.netloc else "names no bucket"
         raise UserError(f"{shown} {problem}; write {scheme}://BUCKET/FOLDER alone.")
+    if found := _PATTERN.search(text):
+        raise UserError(f"{label} has {found[0]} in its name; choose one without * ? and [.")
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{label} needs {package}: {install_extra(extra)}.")
     path: Any = BucketPath(text)
@@ -240,7 +244,7 @@ def unreachable_sentence(name: str | os.PathLike, error: BaseException) -> str:
 def is_bucket_error(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is of a library that talks to buckets."""
     while error is not None:
-        if type(error).__module__.partition(".")[0] in _LIBRARIES:
+        if type(error).__module__.partition(".")[0] in _LIBRARIES or _is_forbidden(error):
             return True
         if isinstance(error, ValueError) and _STORE_ERROR.search(str(error)):
             return True
@@ -252,7 +256,13 @@ def is_refusal(error: BaseException) -> bool:
     """Whether the credentials are missing or do not suffice."""
     status = str(getattr(error, "code", ""))
     is_named = "Credential" in type(error).__name__ or "PERMISSION_DENIED" in str(error)
-    return isinstance(error, PermissionError) or is_named or status in ("401", "403")
+    is_named = is_named or isinstance(error, PermissionError) or _is_forbidden(error)
+    return is_named or status in ("401", "403")
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    """Whether it is what gcsfs raises for status 403."""
+    return isinstance(error, OSError) and str(error).startswith("Forbidden: ")
 
 
 def _in_short(error: BaseException) -> str:

@@ -221,6 +221,8 @@ def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log)
         if state is None:
             continue
         holder = state.holder
+        if holder and holder.token == me.token:  # of a request whose answer was lost
+            return
         if holder and holder.is_on_this_host():
             if holder.is_alive():
                 raise _held_error(path, holder)

@@ -40,12 +40,15 @@ class Spool:
         """Copies what has changed into the bucket. Raises UnreachableError."""
         if self._temporary is None:
             return
-        self._last, self._is_down = time.monotonic(), True
-        for path, state in self._states().items():
-            if self._uploaded.get(path) != state:
-                upload(path, self._target / path.relative_to(self.folder).as_posix())
-                self._uploaded[path] = state
-        self._is_down = False
+        self._is_down = True
+        try:
+            for path, state in self._states().items():
+                if self._uploaded.get(path) != state:
+                    upload(path, self._target / path.relative_to(self.folder).as_posix())
+                    self._uploaded[path] = state
+            self._is_down = False
+        finally:  # retries take minutes, after which the caller has some time to itself
+            self._last = time.monotonic()
 
     def upload_sometimes(self) -> None:
         """`upload`, if the last was a minute ago; a bucket that does not answer is left alone."""
@@ -65,6 +68,10 @@ class Spool:
 
     def _states(self) -> dict[Path, tuple[int, int]]:
         """Size and time of the last change (ns) of every file."""
-        paths = [Path(where, name) for where, _, names in os.walk(self.folder) for name in names]
-        stats = {path: path.stat() for path in paths}
-        return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+        states = {}
+        for where, _, names in os.walk(self.folder):
+            for path in (Path(where, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # wandb deletes, and has links
+                    stat = path.stat()
+                    states[path] = (stat.st_size, stat.st_mtime_ns)
+        return states
