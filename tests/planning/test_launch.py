@@ -171,6 +171,8 @@ def test_without_a_compiler_only_no_plan_submits(cluster, capfd, monkeypatch):
         (("jobset", "v5e:2x4", "--set=GRACES=9"), "has no such variable"),
         (("slurm", "gpu:h100:4x2", "--config.data.sources="), "the run has no data"),
         (("slurm", "gpu:h100:4x2", "--config.data.sources=d"), "data.sources=d must be"),
+        (("slurm", "gpu:h100:4x2", "--set=CONFIG=other", "--no-plan"), "give it as --config"),
+        (("slurm", "gpu:h100:4x2", "--set=WORKDIR=/x", "--no-plan"), "give it as --workdir"),
     ],
 )
 def test_what_cannot_run_is_refused(words, phrase, cluster, capfd):
@@ -190,6 +192,12 @@ def test_without_program_or_checkout_the_sentence_says_so(cluster, tmp_path, mon
     monkeypatch.setattr(launch, "CHECKOUT", tmp_path)
     assert submit("slurm", "gpu:h100:4x2", "--no-plan") == 2
     assert "a wheel has no scripts" in capfd.readouterr().err
+
+
+def test_slices_of_the_environment_are_not_planned(cluster, monkeypatch, capfd):
+    monkeypatch.setenv("NUM_SLICES", "2")
+    assert submit("jobset", "v5e:2x4") == 2
+    assert "a plan is of one slice" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["v5litepod-16", "v5p-64", "v6e-256", "tpu7x-16"])

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         from tttjax.planning.make import make_plan
         from tttjax.planning.show import show, verdict
 
-        if launch.variables.get("NUM_SLICES", "1") != "1":
+        if launch.environment().get("NUM_SLICES", "1") not in ("", "1"):
             raise UserError(
                 "a plan is of one slice, and NUM_SLICES is another number; add --no-plan, or "
                 "remove it"
@@ -107,4 +107,6 @@ def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):
         raise UserError(f"--set={text}: write --set=VARIABLE=VALUE")
+    if option := {"CONFIG": "--config", "WORKDIR": "--workdir"}.get(name):
+        raise UserError(f"--set={text}: give it as {option}, which the plan goes by")
     return name, value

@@ -67,6 +67,10 @@ class Launch:
         pipe = f" | {shlex.join(self.pipe_to)}" if self.pipe_to else ""
         return f"{' '.join(pairs)} {shlex.join(self.words)}{pipe}"
 
+    def environment(self) -> dict[str, str]:
+        """The variables that the script sees."""
+        return {**os.environ, **self.variables}
+
     def submitted(self) -> str:
         """The manifest, or else the script, that the command submits."""
         if not self.pipe_to:
@@ -88,8 +92,7 @@ class Launch:
         return subprocess.run(self.pipe_to, input=self.submitted(), text=True).returncode
 
     def _run(self, **options) -> subprocess.CompletedProcess:
-        environment = {**os.environ, **self.variables}
-        return subprocess.run(self.words, env=environment, cwd=CHECKOUT, **options)
+        return subprocess.run(self.words, env=self.environment(), cwd=CHECKOUT, **options)
 
 
 def make_launch(
