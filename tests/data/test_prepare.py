@@ -14,7 +14,7 @@ import pytest
 import tokenizers as hf
 
 from tttjax.cli import prepare as command
-from tttjax.data import preparation, prepare_pass, writer
+from tttjax.data import preparation, prepare_pass, prepared_folder, writer
 from tttjax.data.preparation import prepare
 from tttjax.data.shards import JOURNAL, open_prepared
 from tttjax.errors import UserError
@@ -186,7 +186,7 @@ def test_overwriting_is_continued_and_spares_other_files(corpus, tmp_path, monke
     assert json.loads((tmp_path / ".real.preparing" / "prepare.journal").read_text())["tasks"] > 0
     assert open_prepared(out).manifest["settings"]["seed"] == 0
     with monkeypatch.context() as killed:
-        killed.setattr(preparation, "_replace_folder", _interrupt)
+        killed.setattr(preparation, "replace_folder", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus], out, **again)
     logged = []
@@ -348,7 +348,7 @@ def test_no_space_left(corpus, tmp_path, monkeypatch):
     whole = prepare([corpus], tmp_path / "whole", num_workers=0)
     assert same_files(again.folder, whole.folder)
     with monkeypatch.context() as full:
-        full.setattr(preparation, "write_json", _disk_full)
+        full.setattr(prepared_folder, "write_json", _disk_full)
         with pytest.raises(UserError, match="No space left"):
             prepare([corpus], tmp_path / "new", num_workers=0)
     assert not (tmp_path / "new").exists()

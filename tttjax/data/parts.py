@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from tttjax.data.input_source import InputSource
 from tttjax.data.inputs import InputFile
 from tttjax.data.manifest import counts_of, describe_split, is_masked, parse_manifest
-from tttjax.data.prepare_pass import InputSource, write_json
 from tttjax.data.prepare_settings import PrepareSettings
+from tttjax.data.prepared_folder import write_json
 from tttjax.data.shards import MANIFEST, TOKENIZER_DIR
 from tttjax.data.splits import TRAIN, VAL
 from tttjax.data.tokenizers.base import load_tokenizer

@@ -1,6 +1,8 @@
 """Settings of `tttjax prepare`, with their defaults. Imports no JAX."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tttjax.errors import UserError
 
@@ -54,3 +56,7 @@ class PrepareSettings:
             raise UserError(f"vocab_size={self.vocab_size} must be at most {LARGEST_VOCABULARY}.")
         if self.min_document_tokens < 0:
             raise UserError(f"min_document_tokens={self.min_document_tokens} must not be negative.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON has them: a tuple is a list."""
+        return json.loads(json.dumps(asdict(self)))
