@@ -109,9 +109,9 @@ class BucketPath(gpath.PosixGPath):
 
     def sizes(self) -> dict[str, int]:
         """Bytes of all objects below, by their path in this folder, from one listing."""
-        found = file_system(self).find(str(self), detail=True)
+        listing = file_system(self).find(str(self), detail=True)
         prefix = str(self).partition("://")[2] + "/"
-        return {name.removeprefix(prefix): info["size"] for name, info in found.items()}
+        return {name.removeprefix(prefix): info["size"] for name, info in listing.items()}
 
 
 def open_bucket(text: str, label: str) -> Path:

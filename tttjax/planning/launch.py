@@ -24,8 +24,10 @@ CHIPS_PER_HOST = 4  # at most, of a slice of several hosts
 
 # GKE's label cloud.google.com/gke-tpu-accelerator.
 _GKE_TPUS = {
-    **{"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice"},
-    **{"v6e": "tpu-v6e-slice", "v7x": "tpu7x"},
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "v7x": "tpu7x",
 }
 
 

@@ -127,8 +127,8 @@ def seal(folder: epath.Path) -> None:
         for part in path.glob(PART.format("*")):
             known |= json.loads(part.read_text())
             part.unlink()
-        rest = _of_items(file_sizes(path)).keys() - known.keys()
-        known |= file_checksums(path, sorted(rest))
+        remaining = _of_items(file_sizes(path)).keys() - known.keys()
+        known |= file_checksums(path, sorted(remaining))
         (path / CHECKSUMS).write_text(json.dumps(known, indent=1, sort_keys=True))
 
 
