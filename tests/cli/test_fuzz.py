@@ -22,7 +22,7 @@ from tttjax.cli import main
 from tttjax.config import load_config
 from tttjax.config.fields import get_value
 from tttjax.config.schema import all_fields
-from tttjax.training import loop
+from tttjax.training import loop, train_run
 from tttjax.ttt.outer_loss import learns, make_inner_loop, make_outer_loss
 from tttjax.types import Batch
 
@@ -43,7 +43,7 @@ def workspace(tmp_path, monkeypatch, data):
 def call(workspace, monkeypatch, capsys):
     """call(line) -> (exit code, stderr); accepted lines are traced, not compiled."""
     traced, trainers = set(), {}
-    make_trainer, per_token = loop.make_trainer, loop.flops.train_flops_per_token
+    make_trainer, per_token = train_run.make_trainer, train_run.flops.train_flops_per_token
 
     def make(config, mesh):
         key = config.model, config.inner, config.optim, config.train.steps, config.train.accum_steps
@@ -65,10 +65,10 @@ def call(workspace, monkeypatch, capsys):
             jax.eval_shape(loss, state.params, batch, jnp.float32(1))
         return state, run.start
 
-    monkeypatch.setattr(loop, "make_trainer", make)
+    monkeypatch.setattr(train_run, "make_trainer", make)
     monkeypatch.setattr(loop, "_loop", first_step)
-    monkeypatch.setattr(loop.flops, "device_peak", lambda: None)
-    monkeypatch.setattr(loop.flops, "train_flops_per_token", functools.cache(per_token))
+    monkeypatch.setattr(train_run.flops, "device_peak", lambda: None)
+    monkeypatch.setattr(train_run.flops, "train_flops_per_token", functools.cache(per_token))
 
     def run(line):
         shutil.rmtree("run", ignore_errors=True)

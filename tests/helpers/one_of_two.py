@@ -12,7 +12,7 @@ import numpy as np
 
 from tttjax.config import load_config
 from tttjax.parallel.distributed import start_distributed
-from tttjax.training import loop
+from tttjax.training import loop, train_run
 
 TINY = Path(__file__).parent / "tiny_run.py"
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 def run(folder: Path, rank: int) -> None:
     # The second start need not compile again.
-    loop.make_trainer = functools.cache(loop.make_trainer)
+    train_run.make_trainer = functools.cache(train_run.make_trainer)
     config, workdir = make_config(folder), folder / "of_two"
     loop.train(config, workdir, stop_after=2)
     result = loop.train(config, workdir, stop_after=5)  # after restoring a checkpoint

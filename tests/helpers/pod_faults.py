@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tttjax.data.pipeline import TrainStream
-from tttjax.training import checkpoint_integrity, loop
+from tttjax.training import checkpoint_integrity, train_run
 from tttjax.training.checkpoint_format import TMP_MARK
 
 PAUSE = 0.05  # seconds
@@ -43,7 +43,7 @@ def at_step(fault: str) -> None:
 
     TrainStream.__next__ = next_batch
     if kind == "NaN":
-        loop.make_trainer = _poisoned(loop.make_trainer, number)
+        train_run.make_trainer = _poisoned(train_run.make_trainer, number)
     if kind in ENDS_OF_SAVE:
         name = ENDS_OF_SAVE[kind]
         setattr(checkpoint_integrity, name, _killed(getattr(checkpoint_integrity, name), number))

@@ -21,7 +21,7 @@ from helpers.paths import ROOT
 from tttjax.config.placement import place
 from tttjax.data.preparation import prepare
 from tttjax.parallel.mesh import make_mesh
-from tttjax.training import loop
+from tttjax.training import loop, train_run
 from tttjax.training.metrics_file import deterministic_records
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
 @pytest.mark.exhaustive
 def test_two_processes_compute_what_one_does(folder, monkeypatch):
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
-    monkeypatch.setattr(loop, "_place", lambda *arguments: (place(*arguments, 2, 1), mesh))
+    monkeypatch.setattr(train_run, "_place", lambda *arguments: (place(*arguments, 2, 1), mesh))
     weights = loop.train(
         one_of_two.make_config(folder), folder / "of_one", stop_after=5
     ).state.params

@@ -13,7 +13,7 @@ from tttjax.config import MeshConfig, load_config
 from tttjax.config.placement import place
 from tttjax.data.preparation import prepare
 from tttjax.parallel.mesh import make_mesh
-from tttjax.training import loop
+from tttjax.training import train_run
 from tttjax.training.step import make_trainer
 
 TRAINERS: dict = {}
@@ -31,7 +31,7 @@ def shared_trainer(config, mesh):
     return TRAINERS[key]
 
 
-on_all_devices = loop._place
+on_all_devices = train_run._place
 
 
 def on_few_devices(config, workdir):
@@ -45,8 +45,8 @@ def on_few_devices(config, workdir):
 def trainers():
     """The trainers that the runs of this module share; clear it to compile again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_trainer", shared_trainer)
-        patch.setattr(loop, "_place", on_few_devices)
+        patch.setattr(train_run, "make_trainer", shared_trainer)
+        patch.setattr(train_run, "_place", on_few_devices)
         yield TRAINERS
 
 

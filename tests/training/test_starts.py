@@ -19,6 +19,7 @@ from tttjax.io import locks
 from tttjax.io.locks import FOLDER_LOCK, Lock, hold
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import loop as train_module
+from tttjax.training import train_run
 from tttjax.training.failed_starts import FAILED_STARTS
 from tttjax.training.loop import train
 
@@ -95,7 +96,7 @@ def test_crashes_are_counted_and_then_refused(tiny, tmp_path, monkeypatch):
 
     config, workdir = tiny(*SHORT, "train.max_failed_starts=2"), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "open_batches", crash)
+        patch.setattr(train_run, "open_batches", crash)
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 train(config, workdir)

@@ -13,7 +13,8 @@ from tttjax.evaluation.compare import compare
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
 from tttjax.training import checkpoints
-from tttjax.training.loop import open_batches, train
+from tttjax.training.loop import train
+from tttjax.training.train_run import open_batches
 
 pytestmark = pytest.mark.slow
 

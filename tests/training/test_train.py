@@ -21,7 +21,7 @@ from helpers.paths import TINY
 from tttjax.cli.main import main
 from tttjax.errors import UserError
 from tttjax.parallel.distributed import start_distributed
-from tttjax.training import loop, records
+from tttjax.training import records, train_run
 from tttjax.training.loop import train
 from tttjax.training.metrics_file import deterministic_records, read_records
 from tttjax.training.stopping import StopRequest
@@ -85,7 +85,7 @@ def test_step_is_compiled_once_per_run(complete_run):
 
 def poison_at(monkeypatch, done):
     """Weights become infinite after `done` steps, so that all later steps are skipped."""
-    make_trainer = loop.make_trainer
+    make_trainer = train_run.make_trainer
 
     def make_poisoned(*arguments):
         trainer = make_trainer(*arguments)
@@ -99,7 +99,7 @@ def poison_at(monkeypatch, done):
 
         return dataclasses.replace(trainer, step=step)
 
-    monkeypatch.setattr(loop, "make_trainer", make_poisoned)
+    monkeypatch.setattr(train_run, "make_trainer", make_poisoned)
 
 
 def test_stops_when_too_many_steps_are_not_finite(tiny, tmp_path, capsys, monkeypatch):

@@ -108,9 +108,9 @@ def test_a_suspension_does_not_count(clock):
 HANG_BEFORE_STEP = """
 import dataclasses, sys, time
 from tttjax.cli.main import main
-from tttjax.training import loop, watchdog
+from tttjax.training import train_run, watchdog
 
-make_trainer, calls = loop.make_trainer, []
+make_trainer, calls = train_run.make_trainer, []
 watchdog.STOP_SECONDS = 1
 
 def sleeping_step(step, *arguments):
@@ -125,7 +125,7 @@ def hanging(config, mesh):
     step = lambda *arguments: sleeping_step(trainer.step, *arguments)
     return dataclasses.replace(trainer, step=step)
 
-loop.make_trainer = hanging
+train_run.make_trainer = hanging
 sys.exit(main(sys.argv[1:]))
 """
 
