@@ -10,7 +10,8 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tttjax.data.prepared_folder import (
 )
 from tttjax.data.shards import JOURNAL, MANIFEST, TOKENIZER_DIR, PreparedData, open_prepared
 from tttjax.data.splits import VAL, SplitRule, read_split_manifest
-from tttjax.data.tokenizers.base import CONFIG_FILE, Tokenizer, copy_tokenizer, load_tokenizer
+from tttjax.data.tokenizers.base import CONFIG_FILE, copy_tokenizer, load_tokenizer
 from tttjax.data.tokenizers.vocabulary import make_tokenizer
 from tttjax.errors import ResumableError, UnreachableError, UserError
 from tttjax.io.block_cache import cache_folder
@@ -85,12 +86,15 @@ def prepare(
             f"prepare: {len(source.ignored)} .json files of folders are ignored: they are single "
             f"JSON documents, not JSON lines (the first: {source.ignored[0].path})"
         )
+    if chosen:
+        source = chosen.of(source)
     folder = storage_path(out_dir, "--out")
+    call = _Call(parsed, source, num_workers, overwrite, log)
     try:
         if chosen:
-            folder = _prepare_part(parsed, chosen.of(source), folder, chosen, num_workers, log)
+            folder = _prepare_part(call, folder, chosen)
         else:
-            _prepare(parsed, source, folder, num_workers, overwrite, log)
+            _prepare(call, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -100,98 +104,92 @@ def prepare(
     return open_prepared(folder)
 
 
-def _prepare_part(
-    settings, source: InputSource, folder: Path, part: InputPart, num_workers, log: Log
-) -> Path:
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call of `prepare`, checked."""
+
+    settings: PrepareSettings
+    source: InputSource
+    num_workers: int | None
+    overwrite: bool
+    log: Log
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """What journal and manifest record of it."""
+        request = {"settings": self.settings.to_json(), "inputs": self.source.identity}
+        return request | ({"part": list(self.source.part)} if self.source.part else {})
+
+    def log_finished(self, folder: Path) -> None:
+        self.log(f"prepare: {folder} is already prepared with these settings")
+
+
+def _prepare_part(call: _Call, folder: Path, part: InputPart) -> Path:
     """Prepares one part, and joins all that are finished; the folder of the whole or the part."""
     if (folder / MANIFEST).exists():
-        claim(folder, _request(settings, source), replaceable=False)
-        log(f"prepare: {folder} is already prepared with these settings")
+        claim(folder, call.request, replaceable=False)
+        call.log_finished(folder)
         return folder
     part.check_folder(folder)
-    _prepare(settings, source, folder / part.name, num_workers, False, log)
-    join(folder, part.count, log)
+    _prepare(call, folder / part.name)
+    join(folder, part.count, call.log)
     return folder if (folder / MANIFEST).exists() else folder / part.name
 
 
-def _request(settings: PrepareSettings, source: InputSource) -> dict[str, Any]:
-    """What a manifest records of the inputs."""
-    request = {"settings": settings.to_json(), "inputs": source.identity}
-    return request | ({"part": list(source.part)} if source.part else {})
-
-
-def _prepare(settings, source: InputSource, folder: Path, num_workers, overwrite: bool, log: Log):
-    request = _request(settings, source)
-    if not overwrite and has_data_set(folder, request):
+def _prepare(call: _Call, folder: Path) -> None:
+    if not call.overwrite and has_data_set(folder, call.request):
         # The folder may be read-only, so no lock is taken.
-        log(f"prepare: {folder} is already prepared with these settings")
+        call.log_finished(folder)
         return
-    prepare_alone = _prepare_in_bucket if is_bucket(folder) else _prepare_alone
     with hold(folder) as lock:
-        prepare_alone(settings, source, folder, request, num_workers, overwrite, log, lock)
+        (_prepare_in_bucket if is_bucket(folder) else _prepare_on_disk)(call, folder, lock)
 
 
-def _prepare_alone(
-    settings,
-    source: InputSource,
-    folder: Path,
-    request,
-    num_workers,
-    overwrite: bool,
-    log: Log,
-    lock: Lock,
-) -> None:
-    build_dir = choose_build_dir(folder, request, overwrite)
+def _prepare_on_disk(call: _Call, folder: Path, lock: Lock) -> None:
+    """Builds the shards in the folder, or beside the data set that they replace."""
+    build_dir = choose_build_dir(folder, call.request, call.overwrite)
     existed = build_dir.exists()
-    journal = claim(build_dir, request, replaceable=build_dir != folder)
+    journal = claim(build_dir, call.request, replaceable=build_dir != folder)
     if journal is None and build_dir == folder:
-        log(f"prepare: {folder} is already prepared with these settings")
+        call.log_finished(folder)
         return
     if journal is not None:
         try:
-            _write_all(settings, source, build_dir, num_workers, journal, log, lock)
+            _write_all(call, build_dir, journal, lock)
         except (ResumableError, UnreachableError):
             raise
         except UserError:
             # Started by this call; the work of an earlier one, or of another process, stays.
-            if journal is request and not lock.lost.is_set():
+            if journal is call.request and not lock.lost.is_set():
                 remove_prepared(build_dir, keep_folder=existed)
             raise
     if build_dir != folder:
         replace_folder(build_dir, folder)
 
 
-def _prepare_in_bucket(
-    settings,
-    source: InputSource,
-    folder: Path,
-    request,
-    num_workers,
-    overwrite: bool,
-    log: Log,
-    lock: Lock,
-) -> None:
+def _prepare_in_bucket(call: _Call, folder: Path, lock: Lock) -> None:
     """Builds the shards in a local folder, and uploads each when it is complete."""
     from tttjax.io.buckets import is_bucket_error  # slow to import
 
-    if overwrite and (folder / MANIFEST).exists():
+    if call.overwrite and (folder / MANIFEST).exists():
         remove_prepared(folder, keep_folder=True)
-    if claim(folder, request, replaceable=overwrite) is None:
-        log(f"prepare: {folder} is already prepared with these settings")
+    if claim(folder, call.request, replaceable=call.overwrite) is None:
+        call.log_finished(folder)
         return
     digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
     local = cache_folder().with_name("prepare") / digest
-    journal = claim(local, request, replaceable=True)
+    journal = claim(local, call.request, replaceable=True)
     if journal is None or not _are_uploaded(journal, folder):
         remove_prepared(local)
-        journal = claim(local, request, replaceable=True)
+        journal = claim(local, call.request, replaceable=True)
+    assert journal is not None
     try:
-        _write_all(settings, source, local, num_workers, journal, log, lock, folder)
+        _write_all(call, local, journal, lock, folder)
     except (ResumableError, UnreachableError):
         raise
     except UserError as error:
         refused = is_bucket_error(error)  # credentials that have expired, for example
-        if journal is request and not refused and not lock.lost.is_set():
+        if journal is call.request and not refused and not lock.lost.is_set():
             remove_prepared(local)
             remove_prepared(folder, keep_folder=True)
         raise
@@ -210,51 +208,51 @@ def _are_uploaded(journal: dict[str, Any], bucket: Path) -> bool:
 
 
 def _write_all(
-    settings,
-    source: InputSource,
-    folder: Path,
-    num_workers,
-    journal,
-    log: Log,
-    lock: Lock,
-    bucket: Path | None = None,
+    call: _Call, folder: Path, journal: dict[str, Any], lock: Lock, bucket: Path | None = None
 ) -> None:
-    """bucket: where the data set goes from the local `folder`; None: it stays."""
+    """Writes tokenizer, shards and manifest, continuing after `journal`.
+
+    bucket: where the data set goes from the local `folder`; None: it stays.
+    """
+    settings, source = call.settings, call.source
     listed = read_split_manifest(settings.split_manifest) if settings.split_manifest else None
     rule = SplitRule(settings.val_fraction, settings.seed, listed, journal.get("forced", {}))
     if not (folder / TOKENIZER_DIR / CONFIG_FILE).exists():
-        tokenizer = make_tokenizer(settings, source.files, rule, log)
+        tokenizer = make_tokenizer(settings, source.files, rule, call.log)
         tokenizer.save(folder / TOKENIZER_DIR)
     tokenizer = load_tokenizer(folder / TOKENIZER_DIR)
     if settings.add_eos and tokenizer.eos_id is None:
         raise UserError(
             f"The tokenizer {settings.tokenizer} has no EOS; give its id with --eos-id."
         )
-    workers = default_workers(source.total_bytes) if num_workers is None else num_workers
-    run = PreparePass(
-        settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket
-    )
+    workers = default_workers(source.total_bytes) if call.num_workers is None else call.num_workers
+
+    def make_pass(journal: dict[str, Any]) -> PreparePass:
+        chosen = replace(rule, forced=journal.get("forced", {}))
+        return PreparePass(
+            settings, source, folder, chosen, tokenizer, workers, journal, call.log, lock, bucket
+        )
+
+    run = make_pass(journal)
     splits = run.write()
     if second_pass := run.plan_second_pass(splits):
         what = next(iter(second_pass.get("forced", ["the end of the only document"])))
-        log(f"prepare: a split would be empty; repeating with {what} in it")
+        call.log(f"prepare: a split would be empty; repeating with {what} in it")
         journal = {key: journal[key] for key in ("settings", "inputs")} | second_pass
         write_json(folder / JOURNAL, journal)
-        rule = replace(rule, forced=second_pass.get("forced", {}))
-        run = PreparePass(
-            settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket
-        )
+        run = make_pass(journal)
         splits = run.write()
     lock.check()
     if bucket:
         copy_tokenizer(folder / TOKENIZER_DIR, bucket / TOKENIZER_DIR)
-    _finish(bucket or folder, journal, splits, run, tokenizer, log)
+    _finish(bucket or folder, journal, splits, run)
 
 
 def _finish(
-    folder: Path, journal, splits, run: PreparePass, tokenizer: Tokenizer, log: Log
+    folder: Path, journal: dict[str, Any], splits: dict[str, dict[str, Any]], run: PreparePass
 ) -> None:
-    skipped = run.skipped()
+    """Writes the manifest of the finished pass. Raises UserError if a needed split is empty."""
+    tokenizer, log, skipped = run.tokenizer, run.log, run.skipped()
     nonempty = {split: entry for split, entry in splits.items() if entry["documents"]}
     if empty := run.missing_purpose(nonempty):
         minimum = run.settings.min_document_tokens
@@ -266,7 +264,7 @@ def _finish(
     chat = {}
     if run.settings.chat:
         chat["chat_template_crc32"] = zlib.crc32(tokenizer.chat_template.encode())
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": "tttjax tokens",
         "version": MASKED_VERSION if run.settings.chat else VERSION,
         "dtype": token_dtype(tokenizer.vocab_size).str,

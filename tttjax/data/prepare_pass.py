@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from tttjax.data import shards, zarr
@@ -16,12 +17,14 @@ from tttjax.data.duplicates import Duplicates
 from tttjax.data.encode import EncodeTask, encode_in_order, make_tasks
 from tttjax.data.input_source import InputSource
 from tttjax.data.manifest import token_dtype
-from tttjax.data.prepare_settings import NEAR
+from tttjax.data.prepare_settings import NEAR, PrepareSettings
 from tttjax.data.prepared_folder import write_json
 from tttjax.data.shards import JOURNAL, TOKENIZER_DIR
-from tttjax.data.splits import TRAIN, VAL
+from tttjax.data.splits import TRAIN, VAL, SplitRule
+from tttjax.data.tokenizers.base import Tokenizer
 from tttjax.data.writer import SKIPPED, EncodedSpan, SplitWriter
 from tttjax.io.atomic import upload
+from tttjax.io.locks import Lock
 from tttjax.runtime.progress import report_activity
 
 JOURNAL_SECONDS = 5.0
@@ -36,7 +39,17 @@ class PreparePass:
     """
 
     def __init__(
-        self, settings, source, folder, rule, tokenizer, workers, journal, log, lock, bucket=None
+        self,
+        settings: PrepareSettings,
+        source: InputSource,
+        folder: Path,
+        rule: SplitRule,
+        tokenizer: Tokenizer,
+        workers: int,
+        journal: dict[str, Any],
+        log: Log,
+        lock: Lock,
+        bucket: Path | None = None,
     ):
         self.settings, self.source, self.folder = settings, source, folder
         self.rule, self.tokenizer, self.workers = rule, tokenizer, workers
@@ -63,10 +76,12 @@ class PreparePass:
             min_tokens=self.settings.min_document_tokens,
             is_masked=self.settings.chat,
             state=state,
-            **({"on_closed": self._upload} if self._bucket else {}),
+            on_closed=self._upload,
         )
 
     def _upload(self, shard: dict[str, Any]) -> None:
+        if self._bucket is None:
+            return
         with report_activity(f"writing {self._bucket / shard['name']}"):
             for part in shard["files"]:
                 name = f"{shard['name']}.{part}"
