@@ -7,7 +7,7 @@ import pytest
 from config.test_checks import configured
 
 from tttjax.config import write_run_info
-from tttjax.config.placement import Placement, describe_change, place
+from tttjax.config.placement import Placement, choose_placement, describe_change
 from tttjax.config.run_info import ENVIRONMENT
 from tttjax.errors import UserError
 
@@ -15,7 +15,7 @@ from tttjax.errors import UserError
 def start(workdir, devices, hosts=1, **values):
     """The placement of a start that takes a step, of a batch of 12 sequences."""
     config = configured(**{"train.batch_size": 12} | values)
-    placement = place(config, workdir, devices, hosts)
+    placement = choose_placement(config, workdir, devices, hosts)
     write_run_info(workdir, config, placement=dataclasses.asdict(placement))
     return placement
 

@@ -18,7 +18,7 @@ import pytest
 from helpers import one_of_two
 from helpers.paths import ROOT
 
-from tttjax.config.placement import place
+from tttjax.config.placement import choose_placement
 from tttjax.data.preparation import prepare
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import loop, train_run
@@ -76,7 +76,9 @@ def folder(tmp_path_factory):
 @pytest.mark.exhaustive
 def test_two_processes_compute_what_one_does(folder, monkeypatch):
     mesh = make_mesh(1, 2, 1, devices=jax.devices()[:2])
-    monkeypatch.setattr(train_run, "_place", lambda *arguments: (place(*arguments, 2, 1), mesh))
+    monkeypatch.setattr(
+        train_run, "_choose_mesh", lambda *arguments: (choose_placement(*arguments, 2, 1), mesh)
+    )
     weights = loop.train(
         one_of_two.make_config(folder), folder / "of_one", stop_after=5
     ).state.params

@@ -1,4 +1,4 @@
-"""What processes say with their signs of life, by a store in memory."""
+"""Payloads and messages of heartbeats, by a store in memory."""
 
 from types import SimpleNamespace
 
@@ -36,36 +36,36 @@ def beats():
     return [Heartbeats(MemoryStore(keys, process)) for process in range(3)]
 
 
-def test_the_first_process_hears_what_the_others_say_and_how_long_ago(beats, monkeypatch):
+def test_the_first_process_receives_payloads_with_their_age(beats, monkeypatch):
     now = beats[0].answered
     monkeypatch.setattr(heartbeats.time, "monotonic", lambda: now)
-    beats[1].says = lambda: {"input": 0.5}
+    beats[1].payload = lambda: {"input": 0.5}
     for beat in (beats[1], beats[2], beats[0]):
         beat.beat()
     now += 7
     beats[2].beat()
     beats[0].beat()
-    assert beats[0].heard() == [
+    assert beats[0].received() == [
         ({"beat": 2}, 0),
         ({"beat": 1, "input": 0.5}, 7),
         ({"beat": 2}, 0),
     ]
-    assert [values for values, _ in beats[1].heard()] == [{}, {}, {}]
+    assert [values for values, _ in beats[1].received()] == [{}, {}, {}]
 
 
-def test_a_process_that_listens_hears_too(beats):
-    beats[2].listens = True
+def test_a_process_that_collects_receives_them_too(beats):
+    beats[2].collects = True
     for beat in beats:
         beat.beat()
-    assert [values for values, _ in beats[2].heard()] == [{"beat": 1}] * 3
+    assert [values for values, _ in beats[2].received()] == [{"beat": 1}] * 3
 
 
-def test_a_word_reaches_all_with_their_next_beat(beats):
-    beats[0].tell("120")
-    assert [beat.word for beat in beats] == ["", "", ""]
+def test_a_message_reaches_all_with_their_next_beat(beats):
+    beats[0].broadcast("120")
+    assert [beat.message for beat in beats] == ["", "", ""]
     for beat in beats:
         beat.beat()
-    assert [beat.word for beat in beats] == ["120", "120", "120"]
+    assert [beat.message for beat in beats] == ["120", "120", "120"]
 
 
 def test_values_are_gathered_where_they_are_wanted():

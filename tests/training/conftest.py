@@ -10,7 +10,7 @@ import pytest
 from helpers.paths import TINY
 
 from tttjax.config import MeshConfig, load_config
-from tttjax.config.placement import place
+from tttjax.config.placement import choose_placement
 from tttjax.data.preparation import prepare
 from tttjax.parallel.mesh import make_mesh
 from tttjax.training import train_run
@@ -31,13 +31,13 @@ def shared_trainer(config, mesh):
     return TRAINERS[key]
 
 
-on_all_devices = train_run._place
+on_all_devices = train_run._choose_mesh
 
 
 def on_few_devices(config, workdir):
     """One device for configurations that do not mention the mesh: the others only take time."""
     if config.mesh == MeshConfig():
-        return place(config, workdir, 1, 1), make_mesh(devices=jax.devices()[:1])
+        return choose_placement(config, workdir, 1, 1), make_mesh(devices=jax.devices()[:1])
     return on_all_devices(config, workdir)
 
 
@@ -46,7 +46,7 @@ def trainers():
     """The trainers that the runs of this module share; clear it to compile again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_run, "make_trainer", shared_trainer)
-        patch.setattr(train_run, "_place", on_few_devices)
+        patch.setattr(train_run, "_choose_mesh", on_few_devices)
         yield TRAINERS
 
 

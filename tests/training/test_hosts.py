@@ -20,15 +20,15 @@ def figures(waiting, other=0.0, age=1.0, seconds=10.0):
     return HostFigures(9, seconds, 0.3, waiting, other, waiting, 100, 200, "process", age)
 
 
-def heard(*said):
+def received(*said):
     """A pod in whose process 0 each process has said these figures."""
     values = [({} if f is None else {**vars(f), "beat": 1}, f.age if f else 1.0) for f in said]
-    return SimpleNamespace(heartbeats=SimpleNamespace(heard=lambda: values))
+    return SimpleNamespace(heartbeats=SimpleNamespace(received=lambda: values))
 
 
 def make_hosts(*said, clock=None):
     hosts = Hosts(StartAccount(), clock or Clock())
-    hosts._pod = heard(*said)
+    hosts._pod = received(*said)
     hosts.hosts = [Host(f"node-{i}", "1 x cpu", "1", "2") for i in range(len(said))]
     return hosts
 
@@ -83,7 +83,7 @@ def test_figures_of_long_steps_hold_two_of_them():
         for _ in range(50):
             with account.phase("device"):
                 clock.now += 2
-            own = hosts.say()
+            own = hosts.own_figures()
         account.finish(step)
     assert own["step_seconds"] == pytest.approx(100, rel=0.5)
 

@@ -50,7 +50,7 @@ def test_a_file_asks_for_the_next_steps_each_time_it_is_created(tmp_path, traced
         for done in (0, 20):
             hosts.account.finish(done)
             (tmp_path / REQUEST).touch()
-            while (tmp_path / REQUEST).exists() or profiler._word == profiler._seen:
+            while (tmp_path / REQUEST).exists() or profiler._message == profiler._seen:
                 time.sleep(0.01)
             traced.clear()
             first = done + 2
@@ -62,7 +62,7 @@ def test_a_file_asks_for_the_next_steps_each_time_it_is_created(tmp_path, traced
 
 def test_a_process_that_hears_late_traces_the_same_number_of_steps(tmp_path, traced):
     with Profiler((), tmp_path, Hosts(StartAccount()), print) as profiler:
-        profiler._pod = SimpleNamespace(heartbeats=SimpleNamespace(word="3"))
+        profiler._pod = SimpleNamespace(heartbeats=SimpleNamespace(message="3"))
         assert run_steps(profiler, 7, 13, traced)[:6] == [
             (7, 1),
             (8, 1),

@@ -5,7 +5,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from tttjax.errors import UserError
-from tttjax.training.s3_arrays import teach_orbax_s3
+from tttjax.training.s3_arrays import register_s3_driver
 
 
 @pytest.fixture(autouse=True)
@@ -14,9 +14,9 @@ def _as_before(monkeypatch):
     choice = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
     monkeypatch.setattr(tensorstore_utils, "_use_gcs_driver", choice[0])
     monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", choice[1])
-    teach_orbax_s3.cache_clear()
+    register_s3_driver.cache_clear()
     yield
-    teach_orbax_s3.cache_clear()
+    register_s3_driver.cache_clear()
 
 
 @pytest.mark.parametrize("has_endpoint", [True, False])
@@ -28,7 +28,7 @@ def test_s3_has_the_driver_of_tensorstore_and_others_their_own(has_endpoint, mon
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     others = [f"{tmp_path}/params", "gs://bkt/run/params"]
     before = [tensorstore_utils.build_kvstore_tspec(path, use_ocdbt=True) for path in others]
-    teach_orbax_s3()
+    register_s3_driver()
     after = [tensorstore_utils.build_kvstore_tspec(path, use_ocdbt=True) for path in others]
     assert before == after
     spec = tensorstore_utils.build_kvstore_tspec("s3://bkt/run/params", use_ocdbt=True)
@@ -40,4 +40,4 @@ def test_s3_has_the_driver_of_tensorstore_and_others_their_own(has_endpoint, mon
 def test_an_orbax_of_another_shape_is_refused(monkeypatch):
     monkeypatch.delattr(tensorstore_utils, "_use_gcs_driver")
     with pytest.raises(UserError, match=r"cannot write checkpoints to s3://.*use gs://"):
-        teach_orbax_s3()
+        register_s3_driver()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tttjax.config.checks import check_mesh
-from tttjax.config.run_info import ENVIRONMENT, read_starts
+from tttjax.config.run_info import ENVIRONMENT, read_environments
 from tttjax.config.schema import Config
 from tttjax.errors import UserError
 
@@ -35,7 +35,7 @@ class Placement:
         return dataclasses.replace(config, mesh=mesh, train=train)
 
 
-def place(config: Config, workdir: str | Path, devices: int, hosts: int) -> Placement:
+def choose_placement(config: Config, workdir: str | Path, devices: int, hosts: int) -> Placement:
     """The placement of a start. Raises UserError if the mesh does not fit, naming what would."""
     limit, accum_steps = most_sequences(config, workdir), config.train.accum_steps
     if limit is None:
@@ -83,7 +83,7 @@ def _recorded(workdir: str | Path) -> list[tuple[int, Placement]]:
     try:
         return [
             (start["config"]["train"]["accum_steps"], Placement(**start["placement"]))
-            for start in read_starts(workdir)
+            for start in read_environments(workdir)
             if "placement" in start
         ]
     except (KeyError, TypeError) as error:

@@ -118,7 +118,7 @@ def write_run_info(
     }
     if placement:
         start["placement"] = dict(placement)
-    starts = read_starts(folder)
+    starts = read_environments(folder)
     if config.inner.code:
         with atomic_write(folder / CODE) as temporary:
             temporary.write_bytes(custom_code(config.inner.code).source)
@@ -126,7 +126,7 @@ def write_run_info(
     _write_json(folder / ENVIRONMENT, [*starts, start])
 
 
-def read_starts(workdir: str | Path) -> list[Any]:
+def read_environments(workdir: str | Path) -> list[Any]:
     """What `environment.json` holds of every start, in order. Raises UserError if it is damaged."""
     return _read_json(storage_path(workdir) / ENVIRONMENT, list) or []
 

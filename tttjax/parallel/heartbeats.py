@@ -1,4 +1,4 @@
-"""Signs of life of a run's processes, in its store, and what they say with them."""
+"""Heartbeats of a run's processes, in its store, with a payload from each."""
 
 import json
 import time
@@ -7,41 +7,41 @@ from typing import Any
 
 from tttjax.parallel.store import Store
 
-_BEATS, _WORD = "beat", "word"
+_BEATS, _MESSAGE = "beat", "message"
 
 
 class Heartbeats:
-    """Those of this process and, where it listens, of all; process 0 always does.
+    """Those of this process and, where it collects them, of all; process 0 always does.
 
-    says: what this process says with every beat (values of JSON); called in the thread of the
-    heartbeats. word: what a process last said to all with `tell`; "" for nothing.
+    payload: values of JSON that this process sends with every beat; called in the thread of the
+    heartbeats. message: the last one that a process broadcast to all; "" if none has.
     """
 
     def __init__(self, store: Store):
-        self.says: Callable[[], dict[str, Any]] = dict
-        self.word, self.listens = "", store.process_id == 0
+        self.payload: Callable[[], dict[str, Any]] = dict
+        self.message, self.collects = "", store.process_id == 0
         self._store, self._count, now = store, 0, time.monotonic()
         self.answered = now  # when the store last answered
         # By process: the text of the last beat, its values, and when it was new.
-        self._heard = {i: ("", dict[str, Any](), now) for i in range(store.process_count)}
+        self._received = {i: ("", dict[str, Any](), now) for i in range(store.process_count)}
 
     def beat(self) -> None:
-        """One sign of life. Raises StoreLostError."""
+        """One heartbeat. Raises StoreLostError."""
         self._count += 1
-        values = json.dumps({"beat": self._count, **self.says()})
+        values = json.dumps({"beat": self._count, **self.payload()})
         self._store.put(f"{_BEATS}/{self._store.process_id}", values)
         self.answered = time.monotonic()
-        self.word = self._store.peek(_WORD) or ""
-        if self.listens:
+        self.message = self._store.peek(_MESSAGE) or ""
+        if self.collects:
             for key, text in self._store.items(_BEATS).items():
-                if self._heard[int(key)][0] != text:
-                    self._heard[int(key)] = (text, json.loads(text), time.monotonic())
+                if self._received[int(key)][0] != text:
+                    self._received[int(key)] = (text, json.loads(text), time.monotonic())
 
-    def heard(self) -> list[tuple[dict[str, Any], float]]:
-        """Where this process listens: by process, what it last said, and how many seconds ago."""
+    def received(self) -> list[tuple[dict[str, Any], float]]:
+        """By process, its last payload and the age of that in seconds; {} without `collects`."""
         now = time.monotonic()
-        return [(values, now - since) for _, values, since in list(self._heard.values())]
+        return [(values, now - since) for _, values, since in list(self._received.values())]
 
-    def tell(self, word: str) -> None:
-        """Has `word` in all processes after their next beat. Raises StoreLostError."""
-        self._store.put(_WORD, word)
+    def broadcast(self, message: str) -> None:
+        """Gives `message` to all processes with their next beat. Raises StoreLostError."""
+        self._store.put(_MESSAGE, message)

@@ -3,7 +3,7 @@
 The first failure is written to the store. A thread of every process waits for it, prints it and
 ends its process, even if the main thread is in a collective or a compilation. Every process gives a
 sign of life in the store; process 0 watches those of the others, and the others watch the store.
-With it goes what the process says of itself (`parallel.heartbeats`).
+With it goes a payload of the process (`parallel.heartbeats`).
 
 Without a pod (one process, or a program that joined the processes itself) the functions below are
 those of one process.
@@ -275,7 +275,7 @@ class Pod:
                 self._check_others()
 
     def _check_others(self) -> None:
-        for process, (_, age) in enumerate(self.heartbeats.heard()):
+        for process, (_, age) in enumerate(self.heartbeats.received()):
             if process and age > self.limits.heartbeat:
                 self._lost.add(str(process))
                 self.end(

@@ -27,7 +27,7 @@ from tttjax.errors import UnreachableError, UserError
 from tttjax.io.paths import is_bucket, raise_if_unreachable, storage_path
 from tttjax.training import checkpoint_format, checkpoint_integrity, going_back
 from tttjax.training.checkpoint_integrity import all_texts
-from tttjax.training.s3_arrays import teach_orbax_s3
+from tttjax.training.s3_arrays import register_s3_driver
 from tttjax.types import Params, PyTree
 
 CHECKPOINT_DIR = "checkpoints"
@@ -67,7 +67,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """An absolute path, which Orbax requires."""
     folder: Any = storage_path(path)
     if str(folder).startswith("s3://"):
-        teach_orbax_s3()
+        register_s3_driver()
     return folder if is_bucket(folder) else epath.Path(folder).resolve()
 
 
@@ -345,7 +345,7 @@ class Checkpointer:
 
 
 @contextlib.contextmanager
-def saying_what_is_saved(checkpointer: Checkpointer) -> Iterator[None]:
+def naming_saved_step(checkpointer: Checkpointer) -> Iterator[None]:
     """Adds to an UnreachableError from where the run will resume."""
     saved = checkpointer.complete_step
     try:

@@ -1,4 +1,4 @@
-"""What the hosts of a run say of themselves: devices at the start, then times and memory.
+"""Figures of the hosts of a run: devices at the start, then times and memory.
 
 Every process gives its figures to process 0 with its heartbeats (`parallel.heartbeats`), at most
 every two seconds, from their thread. A process without others knows its own.
@@ -31,7 +31,7 @@ WINDOW_SECONDS, WINDOW_STEPS = 10.0, 2  # figures are means over at least so muc
 SLOWER = 0.2  # a straggler's share of its time, above the median
 PAUSE_SECONDS = 300.0  # between two lines about one straggler
 OLD_SECONDS = 10.0  # the age of a figure from which on it is shown
-TOLD_SECONDS = 6.0  # three heartbeats, after which all processes know what process 0 told
+BROADCAST_SECONDS = 6.0  # three heartbeats, after which all processes have a message
 MOST_LINES = 16  # of hosts; more are grouped
 
 
@@ -47,7 +47,7 @@ class Host:
 
 @dataclass(frozen=True)
 class HostFigures:
-    """A host's last seconds in the loop. age: how long ago it said this (s).
+    """A host's last seconds in the loop. age: of these figures (s).
 
     step: its last finished one. step_seconds: mean; None if no step has ended. input, other:
     shares of the seconds, waiting for batches and in other work than steps. input_of_start: that
@@ -76,10 +76,10 @@ class Hosts:
         self.me = self._pod.store.process_id if self._pod else 0
         self._samples: deque[tuple[float, int, tuple[float, ...]]] = deque(maxlen=1000)
         self._next_look = 0.0
-        self._told: dict[int, float] = {}  # when a straggler was last named
+        self._named: dict[int, float] = {}  # when a straggler was last named
 
-    def meet(self) -> list[str]:
-        """Exchanges devices and versions, and begins to tell figures; what process 0 prints."""
+    def exchange_devices(self) -> list[str]:
+        """Exchanges devices and versions, and begins to send figures; lines for process 0."""
         devices = jax.local_devices()
         me = Host(
             name=socket.gethostname(),
@@ -90,13 +90,13 @@ class Hosts:
             self.hosts = [me]
             return []
         is_first = jax.process_index() == 0  # on TPUs not always the store's process 0
-        self._pod.heartbeats.listens |= is_first
+        self._pod.heartbeats.collects |= is_first
         texts = gather(self._pod, "devices", json.dumps(asdict(me)), is_first)
         self.hosts = [Host(**json.loads(text)) for text in texts]
-        self._pod.heartbeats.says = self.say
+        self._pod.heartbeats.payload = self.own_figures
         return describe_hosts(self.hosts)
 
-    def say(self) -> dict[str, Any]:
+    def own_figures(self) -> dict[str, Any]:
         """This process's figures; {} until the first step has ended. From one thread only."""
         samples, account = self._samples, self.account
         if account.step == (account.steps_before or 0):
@@ -132,15 +132,15 @@ class Hosts:
         )
 
     def figures(self) -> list[HostFigures | None]:
-        """Of all hosts, by process; None of one that has not told any."""
+        """Of all hosts, by process; None of one that has not sent any."""
         if self._pod is None:
-            values = self.say()
+            values = self.own_figures()
             return [HostFigures(**values) if values else None]
         return [
             HostFigures(**{k: v for k, v in values.items() if k != "beat"} | {"age": age})
             if "step" in values
             else None
-            for values, age in self._pod.heartbeats.heard()
+            for values, age in self._pod.heartbeats.received()
         ]
 
     def next_step(self, seconds: float) -> int:
@@ -156,7 +156,7 @@ class Hosts:
         """
         worst, of = own, ""
         if self._pod is not None:
-            for process, (values, age) in enumerate(self._pod.heartbeats.heard()):
+            for process, (values, age) in enumerate(self._pod.heartbeats.received()):
                 if process != self.me and (share := values.get("input", 0.0)) > worst + 0.005:
                     old = f", {age:.0f} s ago" if age > OLD_SECONDS else ""
                     worst, of = share, f" (host {process}{old})"
@@ -178,8 +178,8 @@ class Hosts:
         }
         now, lines = self._clock(), []
         for i, text in describe_stragglers(recent).items():
-            if now - self._told.get(i, -PAUSE_SECONDS) >= PAUSE_SECONDS:
-                self._told[i] = now
+            if now - self._named.get(i, -PAUSE_SECONDS) >= PAUSE_SECONDS:
+                self._named[i] = now
                 lines.append(f"host {i} ({self.hosts[i].name}) {text}")
         return lines
 

@@ -25,7 +25,7 @@ from tttjax.parallel.pod import sharing_failures
 from tttjax.runtime import compilation_cache, progress
 from tttjax.runtime.memory import memory_use
 from tttjax.training import metrics
-from tttjax.training.checkpoints import saying_what_is_saved
+from tttjax.training.checkpoints import naming_saved_step
 from tttjax.training.failed_starts import forget_failed_starts
 from tttjax.training.hosts import Hosts
 from tttjax.training.ledger import Ledger
@@ -150,7 +150,7 @@ def _loop(run: TrainRun, state: TrainState, last: int) -> tuple[TrainState, int]
             if should_stop:
                 break
         activity = progress.report_activity("saving the last checkpoint")
-        with run.watchdog.phase("save"), activity, saying_what_is_saved(run.checkpointer):
+        with run.watchdog.phase("save"), activity, naming_saved_step(run.checkpointer):
             run.checkpointer.wait()
         if run.start >= last:  # no step to do
             _write_config(run)
@@ -193,7 +193,7 @@ def _evaluate(run: TrainRun, step: int, state: TrainState) -> None:
 
 def _save(run: TrainRun, step: int, state: TrainState) -> None:
     activity = progress.report_activity(f"saving the checkpoint of step {step}")
-    with run.watchdog.phase("save"), activity, saying_what_is_saved(run.checkpointer):
+    with run.watchdog.phase("save"), activity, naming_saved_step(run.checkpointer):
         run.logger.sync()
         run.checkpointer.save(
             step,

@@ -1,8 +1,8 @@
 """Profiler traces of training steps: those of the configuration, and those asked for meanwhile.
 
 A file `profile_now` in the work directory asks for the next steps. A thread of process 0 sees and
-removes it, and tells all processes with the heartbeats from which step on to trace, late enough
-that all of them know.
+removes it, and broadcasts with the heartbeats from which step on to trace, late enough that all
+processes know.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import jax
 from tttjax.io.paths import is_bucket
 from tttjax.io.spool import Spool
 from tttjax.parallel.pod import current_pod
-from tttjax.training.hosts import TOLD_SECONDS, Hosts
+from tttjax.training.hosts import BROADCAST_SECONDS, Hosts
 from tttjax.types import PyTree
 
 REQUEST, PROFILE_DIR = "profile_now", "profile"
@@ -34,7 +34,7 @@ class Profiler:
     ):
         self._first, self._last = steps or (0, 0)
         self._workdir, self._hosts, self._log = workdir, hosts, log
-        self._pod, self._word, self._seen = current_pod(), "", ""
+        self._pod, self._message, self._seen = current_pod(), "", ""
         self._running = False
         self._closed = threading.Event()
 
@@ -49,9 +49,9 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Begins a trace if this step is the first of one."""
-        word = self._pod.heartbeats.word if self._pod else self._word
-        if word != self._seen and not self._running:
-            self._seen, self._first = word, max(step, int(word))
+        message = self._pod.heartbeats.message if self._pod else self._message
+        if message != self._seen and not self._running:
+            self._seen, self._first = message, max(step, int(message))
             self._last = self._first + REQUESTED_STEPS - 1
         if step == self._first:
             self._spool, folder = Spool(self._workdir), self._workdir / PROFILE_DIR
@@ -72,13 +72,13 @@ class Profiler:
             self._spool.close()
 
     def _look(self) -> None:
-        """Of process 0's thread: turns the file into a word to all."""
+        """Of process 0's thread: turns the file into a message to all."""
         seconds = BUCKET_LOOK_SECONDS if is_bucket(self._workdir) else LOOK_SECONDS
         while not self._closed.wait(seconds):
             with contextlib.suppress(Exception):  # no file, no store, a bucket that does not answer
                 (self._workdir / REQUEST).unlink()
-                first = self._hosts.next_step(TOLD_SECONDS if self._pod else 0.0)
+                first = self._hosts.next_step(BROADCAST_SECONDS if self._pod else 0.0)
                 if self._pod:
-                    self._pod.heartbeats.tell(str(first))
+                    self._pod.heartbeats.broadcast(str(first))
                 else:
-                    self._word = str(first)
+                    self._message = str(first)

@@ -14,7 +14,7 @@ _PREFIX = "s3:/"  # Orbax normalises paths, which leaves one slash
 
 
 @functools.cache
-def teach_orbax_s3() -> None:
+def register_s3_driver() -> None:
     """Has Orbax use TensorStore's S3 driver. Raises UserError for an Orbax of another shape."""
     try:
         from orbax.checkpoint._src.path import gcs_utils

@@ -12,7 +12,7 @@ from tttjax.config import (
     check_memory,
     check_weights_config,
 )
-from tttjax.config.placement import Placement, describe_change, place
+from tttjax.config.placement import Placement, choose_placement, describe_change
 from tttjax.data.pipeline import StreamOptions, make_train_stream
 from tttjax.data.shards import TOKENIZER_DIR, open_prepared
 from tttjax.data.tokenizers.base import copy_tokenizer
@@ -81,7 +81,7 @@ def set_up(
 ) -> tuple[TrainRun, TrainState]:
     """Opens everything that training needs, closed by `exit_stack`, and the initial state."""
     settings = config.train
-    placement, mesh = _place(config, workdir)
+    placement, mesh = _choose_mesh(config, workdir)
     placed = placement.applied_to(config)
     batches, tokenizer = (batches, "") if batches else open_batches(config)
     exit_stack.callback(batches.close)
@@ -117,7 +117,8 @@ def set_up(
     )
     exit_stack.callback(logger.close)
     described = "; ".join(filter(None, (_describe(placed, trainer, start), kernels)))
-    for line in filter(None, (*hosts.meet(), describe_change(placement, workdir), described)):
+    lines = (*hosts.exchange_devices(), describe_change(placement, workdir), described)
+    for line in filter(None, lines):
         logger.print_line(line)
     recorder = StepRecorder(workdir, settings.max_skipped_steps, logger, totals, hosts.account)
     run = TrainRun(
@@ -172,8 +173,8 @@ def open_batches(config: Config) -> tuple[BatchStream, str]:
     return stream, sources[0].fingerprint
 
 
-def _place(config: Config, workdir: Path) -> tuple[Placement, jax.sharding.Mesh]:
-    placement = place(config, workdir, jax.device_count(), jax.process_count())
+def _choose_mesh(config: Config, workdir: Path) -> tuple[Placement, jax.sharding.Mesh]:
+    placement = choose_placement(config, workdir, jax.device_count(), jax.process_count())
     placed = placement.applied_to(config)
     check_memory(placed, placed.mesh, device_memory(), host_memory(), jax.process_count())
     return placement, make_mesh(placement.data, placement.fsdp, placement.tensor)
