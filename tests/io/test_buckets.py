@@ -14,6 +14,7 @@ from tttjax.errors import UnreachableError, UserError
 from tttjax.io import block_cache, buckets, locks
 from tttjax.io.atomic import atomic_write, local_copy
 from tttjax.io.block_cache import CachedObject
+from tttjax.io.lock_holder import LockHolder
 from tttjax.io.locks import LockHeldError, hold
 from tttjax.io.paths import file_sizes, remove_tree, storage_path, walk
 from tttjax.io.spool import Spool
@@ -174,7 +175,7 @@ def test_a_lock_of_another_host_is_watched(bucket, monkeypatch):
     options = {"log": lines.append, "heartbeat_s": 0.1, "exit_on_sigterm": False}
     with hold(bucket, **options) as first:
         path = storage_path(bucket) / ".lock"
-        monkeypatch.setattr(locks._Holder, "is_on_this_host", lambda holder: False)
+        monkeypatch.setattr(LockHolder, "is_on_this_host", lambda holder: False)
         with pytest.raises(LockHeldError), hold(bucket, watch_s=2.0, **options):
             pass
         assert json.loads(path.read_text())["beats"] > 0

@@ -13,6 +13,7 @@ import pytest
 
 from tttjax.errors import UserError
 from tttjax.io import locks
+from tttjax.io.lock_holder import LockHolder
 from tttjax.io.locks import FOLDER_LOCK, hold, living_holder
 
 QUICK = {"heartbeat_s": 0.02, "watch_s": 0.3}
@@ -26,7 +27,7 @@ with hold(sys.argv[1]):
 
 
 def holder(**values):
-    return dataclasses.replace(locks._Holder.me(), **values)
+    return dataclasses.replace(LockHolder.me(), **values)
 
 
 def left_behind(folder, **values):

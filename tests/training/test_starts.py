@@ -15,7 +15,7 @@ from tttjax.config.run_info import CONFIG, ENVIRONMENT
 from tttjax.data.preparation import prepare
 from tttjax.errors import UserError
 from tttjax.evaluation.text import _open_data
-from tttjax.io import locks
+from tttjax.io.lock_holder import LockHolder
 from tttjax.io.locks import FOLDER_LOCK, Lock, hold
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.training import loop as train_module
@@ -80,7 +80,7 @@ def test_start_interrupted_before_first_step_leaves_no_files(
 
 
 def test_files_of_a_killed_start_are_taken_over(tiny, tmp_path, capsys):
-    killed = dataclasses.replace(locks._Holder.me(), started="1")
+    killed = dataclasses.replace(LockHolder.me(), started="1")
     (tmp_path / FOLDER_LOCK).write_text(json.dumps(dataclasses.asdict(killed)))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()

@@ -16,19 +16,18 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from tttjax.errors import UserError
+from tttjax.io.lock_holder import LockHolder
 from tttjax.io.paths import is_bucket, storage_path
 from tttjax.runtime.ending import at_sudden_end
 
@@ -91,7 +90,7 @@ def hold(
     if not beside and target.exists() and not target.is_dir():
         raise UserError(f"{path} is a file; name a folder.")
     lock_path = target.with_name(f".{target.name}.lock") if beside else target / FOLDER_LOCK
-    me, lock, stop = _Holder.me(), Lock(path), threading.Event()
+    me, lock, stop = LockHolder.me(), Lock(path), threading.Event()
     heartbeat_args = (lock_path, me.token, heartbeat_s, stop, lock.lost)
     thread = threading.Thread(target=_heartbeat, args=heartbeat_args, daemon=True)
     with (
@@ -122,70 +121,6 @@ def living_holder(folder: str | os.PathLike, watch_s: float = WATCH_SECONDS) -> 
     return str(current.holder or "a process") if current and current != state else None
 
 
-# Holder ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Holder:
-    """The process that holds a lock. Pids are comparable where boot and namespace are equal.
-
-    started: in clock ticks since boot, to detect a reused pid. Fields are "" where unknown.
-    beats: heartbeats so far, of a lock in a bucket.
-    """
-
-    host: str
-    boot: str
-    namespace: str
-    pid: int
-    started: str
-    since: str
-    token: str
-    beats: int = 0
-
-    @classmethod
-    def me(cls) -> "_Holder":
-        host, boot, namespace = _host_identity()
-        started = _state_and_start("self")[1]
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        return cls(host, boot, namespace, os.getpid(), started, since, secrets.token_hex(8))
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
-
-    def is_on_this_host(self) -> bool:
-        """Whether its pid is one of this host and pid namespace."""
-        return (self.host, self.boot, self.namespace) == _host_identity()
-
-    def is_alive(self) -> bool:
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass  # process of another user
-        state, started = _state_and_start(str(self.pid))
-        is_reused = bool(started and self.started) and started != self.started
-        return state not in ("Z", "X") and not is_reused
-
-
-def _host_identity() -> tuple[str, str, str]:
-    """(host name, boot id, pid namespace); containers may share host names."""
-    boot = namespace = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    return socket.gethostname(), boot, namespace
-
-
-def _state_and_start(pid: str) -> tuple[str, str]:
-    """(state letter, start time in clock ticks) of a process; "" where unknown."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
 class _LockState(NamedTuple):
     """Content and mtime (ns; 0 in a bucket) of a lock file, read together."""
 
@@ -193,10 +128,10 @@ class _LockState(NamedTuple):
     mtime_ns: int
 
     @property
-    def holder(self) -> _Holder | None:
+    def holder(self) -> LockHolder | None:
         """None if the file is incomplete or damaged."""
         try:
-            holder = _Holder(**json.loads(self.content))
+            holder = LockHolder(**json.loads(self.content))
             return holder if isinstance(holder.pid, int) and holder.pid > 0 else None
         except (ValueError, TypeError):
             return None
@@ -215,7 +150,7 @@ def _read_lock(lock_path: Path) -> _LockState | None:
 # Acquire and release -----------------------------------------------------------------------------
 
 
-def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log) -> None:
+def _acquire(lock_path: Path, me: LockHolder, path: Path, watch_s: float, log: Log) -> None:
     while not _create(lock_path, me):
         state = _read_lock(lock_path)
         if state is None:
@@ -241,14 +176,14 @@ def _acquire(lock_path: Path, me: _Holder, path: Path, watch_s: float, log: Log)
             return
 
 
-def _held_error(path: Path, holder: _Holder | None) -> LockHeldError:
+def _held_error(path: Path, holder: LockHolder | None) -> LockHeldError:
     return LockHeldError(
         f"{path} is being written by another command ({holder or 'a process'}); wait until it "
         "ends, stop it, or choose another path."
     )
 
 
-def _create(lock_path: Path, me: _Holder) -> bool:
+def _create(lock_path: Path, me: LockHolder) -> bool:
     """Creates the lock file; False if it exists."""
     if is_bucket(lock_path):
         from tttjax.io.buckets import create
@@ -268,7 +203,7 @@ def _create(lock_path: Path, me: _Holder) -> bool:
     return True
 
 
-def _content(me: _Holder) -> bytes:
+def _content(me: LockHolder) -> bytes:
     return json.dumps(asdict(me)).encode()
 
 
@@ -285,7 +220,7 @@ def _watch(lock_path: Path, state: _LockState, watch_s: float) -> _LockState | N
     return current
 
 
-def _take_over(lock_path: Path, state: _LockState, me: _Holder) -> bool:
+def _take_over(lock_path: Path, state: _LockState, me: LockHolder) -> bool:
     """Replaces the file if its state is unchanged; of several processes one succeeds."""
     if is_bucket(lock_path):
         if _read_lock(lock_path) != state:
