@@ -155,7 +155,7 @@ def test_long_documents_count_as_a_whole(tmp_path, monkeypatch, kind):
             assert text == texts[int(document.name[2])]
 
 
-def test_the_only_document_of_a_shard_may_be_a_duplicate(tmp_path, monkeypatch):
+def test_the_only_document_of_a_shard_is_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", 20_000)
     text = " ".join(words(9000, 0))
     for name in "ab":

@@ -42,7 +42,7 @@ def test_bounds_that_follow_from_a_counter_are_computed():
     assert runs_of("sine", compiled(chunks, X)) == (expected, 0)
 
 
-def test_a_loop_runs_backwards_with_integers_of_the_forward_loop():
+def test_a_backward_loop_uses_integers_of_the_forward():
     def loss(x):
         def step(x, i):
             stop = (i * 5) % 3 + 1

@@ -100,7 +100,7 @@ def test_a_dry_run_submits_nothing(name, cluster, capfd):
     assert not (cluster / "submitted").exists()
 
 
-def test_launchers_are_those_of_the_command_and_their_scripts_run():
+def test_launchers_of_the_command_have_scripts_that_run():
     assert set(launch.LAUNCHERS) == set(cli_launch.LAUNCHERS)
     for launcher in launch.LAUNCHERS.values():
         script = LAUNCH / launcher.script

@@ -61,7 +61,7 @@ def final_weights(workdir, step=24):
     return jax.tree.map(np.asarray, jax.device_get(state))
 
 
-def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(bucket, server, empty, tmp_path, capsys):
+def test_a_killed_run_in_a_bucket_resumes_identically(bucket, server, empty, tmp_path, capsys):
     """The reference is a run on a disk that nobody stops."""
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -116,7 +116,7 @@ def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(bucket, server, empty, tmp
         assert not any((tmp_path / f"host{rank}").iterdir())
 
 
-def test_a_run_that_loses_its_bucket_says_from_where_it_resumes(
+def test_a_lost_bucket_ends_with_the_saved_step(
     buckets, data, empty, tmp_path, monkeypatch, capsys
 ):
     import gcsfs.retry

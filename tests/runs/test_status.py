@@ -60,7 +60,7 @@ def test_the_state_of_a_run_that_no_process_holds(fields, state, workdir):
     assert status.quiet_seconds == pytest.approx(500, abs=20)
 
 
-def test_a_run_that_lives_has_a_phase_and_an_eta(workdir):
+def test_a_living_run_has_phase_and_eta(workdir):
     write_start(workdir, 1)
     with hold(workdir):
         status = run_status(workdir)
@@ -92,7 +92,7 @@ def test_steps_and_time_over_all_starts(workdir):
 
 
 @pytest.mark.parametrize(("last_step", "living", "dead"), [(3, 1, 2), (2, 0, 0)])
-def test_a_start_counts_as_failed_if_it_ended_without_a_new_step(last_step, living, dead, workdir):
+def test_a_start_without_a_new_step_counts_as_failed(last_step, living, dead, workdir):
     (workdir / FAILED_STARTS).write_text(json.dumps({"starts": 2, "last_step": last_step}))
     assert run_status(workdir).failed_starts == dead
     with hold(workdir):

@@ -43,7 +43,7 @@ def make_hosts(*said, clock=None):
         ((figures(0.1), figures(0.9, age=34)), (0.9, " (host 1, 34 s ago)")),
     ],
 )
-def test_the_line_shows_the_worst_input_and_whose_it_is(said, shown):
+def test_the_line_names_the_host_with_worst_input(said, shown):
     assert make_hosts(*said).worst_input(0.1) == shown
 
 

@@ -128,7 +128,7 @@ def test_lost_steps_are_counted_exactly_over_kills(tmp_path):
     assert sum(s.step - s.steps_before - s.lost_steps for s in starts) == 17
 
 
-def test_the_last_start_of_a_dead_run_is_known_from_the_metrics(tmp_path):
+def test_metrics_complete_the_last_start_of_a_run(tmp_path):
     run_start(tmp_path, 0, range(1, 6), kill=True)
     assert json.loads((tmp_path / STARTS / "0001.json").read_text())["step"] == 4
     assert read_starts(tmp_path)[0].step == 5
@@ -165,7 +165,7 @@ def test_a_user_error_before_a_step_leaves_no_file(tmp_path):
     assert [start.number for start in read_starts(tmp_path)] == [1]
 
 
-def test_a_start_whose_lock_was_taken_over_writes_no_more(tmp_path):
+def test_a_start_without_its_lock_writes_nothing(tmp_path):
     lock = Lock(tmp_path)
     with Ledger(tmp_path, lock, 100, Hosts(StartAccount())) as ledger:
         lock.lost.set()
@@ -195,7 +195,7 @@ def test_a_bucket_that_does_not_answer_hides_no_error(bucket, monkeypatch):
         raise UserError("mend it")
 
 
-def test_goodput_adds_up_to_the_time_since_the_first_start(tmp_path):
+def test_goodput_adds_up_to_all_time(tmp_path):
     began = time.time() - 1000
     for number, (offset, seconds) in enumerate([(0, 100.0), (150, 300.0), (440, 60.0)], start=1):
         account = StartAccount(began + offset)
@@ -211,7 +211,7 @@ def test_goodput_adds_up_to_the_time_since_the_first_start(tmp_path):
     assert goodput([])["down"] == 0
 
 
-def test_the_input_is_that_of_the_host_that_waits_longest(tmp_path):
+def test_input_is_of_the_host_that_waits_longest(tmp_path):
     account = StartAccount()
     hosts = Hosts(account)
     figures = [SimpleNamespace(input_of_start=share) for share in (0.0, 0.75, 0.5)]

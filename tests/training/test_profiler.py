@@ -43,7 +43,7 @@ def test_an_unfinished_trace_ends_with_the_run(tmp_path, traced):
     assert traced[-1] is None
 
 
-def test_a_file_asks_for_the_next_steps_each_time_it_is_created(tmp_path, traced, monkeypatch):
+def test_each_request_file_traces_the_next_steps(tmp_path, traced, monkeypatch):
     monkeypatch.setattr(profiler_module, "LOOK_SECONDS", 0.01)
     lines, hosts = [], Hosts(StartAccount())
     with Profiler((), tmp_path, hosts, lines.append) as profiler:
@@ -60,7 +60,7 @@ def test_a_file_asks_for_the_next_steps_each_time_it_is_created(tmp_path, traced
     assert lines[0] == f"profiling steps 2 to 6 into {tmp_path / PROFILE_DIR}"
 
 
-def test_a_process_that_hears_late_traces_the_same_number_of_steps(tmp_path, traced):
+def test_a_late_message_traces_as_many_steps(tmp_path, traced):
     with Profiler((), tmp_path, Hosts(StartAccount()), print) as profiler:
         profiler._pod = SimpleNamespace(heartbeats=SimpleNamespace(message="3"))
         assert run_steps(profiler, 7, 13, traced)[:6] == [

@@ -20,7 +20,7 @@ def _as_before(monkeypatch):
 
 
 @pytest.mark.parametrize("has_endpoint", [True, False])
-def test_s3_has_the_driver_of_tensorstore_and_others_their_own(has_endpoint, monkeypatch, tmp_path):
+def test_s3_gets_the_driver_of_tensorstore(has_endpoint, monkeypatch, tmp_path):
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
