@@ -21,7 +21,7 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.runs import write_run
 from tttjax.runs.origin import ORIGIN
 from tttjax.runs.run import RunSpec, open_run
-from tttjax.training import checkpoints
+from tttjax.training import checkpoints, saved_weights
 from tttjax.training.step import make_trainer, weights_template
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_an_imported_run_generates(imported, capsys):
 
 def test_imported_run_can_be_extended_but_not_resumed(imported):
     trainer = make_trainer(read_config(imported), make_mesh())
-    checkpoints.restore_params(imported, trainer.abstract_state.params)
+    saved_weights.restore_params(imported, trainer.abstract_state.params)
     saver = checkpoints.Checkpointer(imported / checkpoints.CHECKPOINT_DIR)
     with pytest.raises(UserError, match=rf"weights alone.*train.init_from={imported}$"):
         saver.restore(trainer.abstract_state)

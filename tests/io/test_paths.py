@@ -18,7 +18,7 @@ from tttjax.inference.session_file import read_header
 from tttjax.io.atomic import require_empty_dir, write_files
 from tttjax.io.paths import absolute_path, local_path
 from tttjax.runs.run import RunSpec, open_run
-from tttjax.training import checkpoints
+from tttjax.training import saved_weights
 from tttjax.training.loop import train
 
 # Text arguments and fields that are not paths. Text in neither list nor choices is a path.
@@ -156,7 +156,7 @@ def test_every_path_field_is_declared(tmp_path, monkeypatch):
         lambda path: prepare([TINY], "out", tokenizer=path, num_workers=0),
         lambda path: open_prepared(path),
         lambda path: open_run(RunSpec(path)),
-        lambda path: checkpoints.find_checkpoint(path),
+        lambda path: saved_weights.find_checkpoint(path),
         lambda path: read_header(path),
         lambda path: require_empty_dir(path, "--to"),
         lambda path: write_files(path, {}),

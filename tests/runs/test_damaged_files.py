@@ -32,7 +32,7 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.runs.load import load_model
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
-from tttjax.training import checkpoint_integrity, checkpoints
+from tttjax.training import checkpoint_integrity, checkpoints, saved_weights
 from tttjax.training.checkpoint_integrity import checksums
 from tttjax.training.step import weights_template
 
@@ -223,7 +223,7 @@ def run(make_run, tmp_path_factory):
     write_run_info(folder, config)
     ByteTokenizer().save(folder / TOKENIZER_DIR)
     model = build_model(config.model, config.inner)
-    params = checkpoints.restore_params(template, weights_template(model, make_mesh()))
+    params = saved_weights.restore_params(template, weights_template(model, make_mesh()))
     saver = checkpoints.Checkpointer(folder / checkpoints.CHECKPOINT_DIR)
     for step in (2, 3):
         scaled = jax.tree.map(lambda x, k=step: jnp.asarray(np.asarray(x) * k), params)
@@ -290,7 +290,7 @@ def test_edited_configuration_is_refused_with_its_fields(run, tmp_path):
 def test_nonfinite_weights_are_refused(run, tmp_path, monkeypatch):
     config = read_config(run)
     model = build_model(config.model, config.inner)
-    params = checkpoints.restore_params(run, weights_template(model, make_mesh()))
+    params = saved_weights.restore_params(run, weights_template(model, make_mesh()))
     bad = jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * np.float32(np.nan)), params)
     write_run_info(tmp_path, config)
     monkeypatch.setattr(checkpoint_integrity, "first_nonfinite", lambda state: None)

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from tttjax.cli import main as cli
 from tttjax.data.preparation import prepare
-from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training import checkpoint_format, checkpoints, saved_weights
 from tttjax.training.metrics_file import deterministic_records, read_records
 
 TINY = Path(__file__).parents[1] / "helpers" / "tiny_run.py"
@@ -101,7 +101,7 @@ def train_state(workdir: Path) -> dict[str, np.ndarray]:
     arrays = {}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for item in checkpoint_format.ARRAY_ITEMS:
-        path = checkpoints.find_checkpoint(workdir) / item
+        path = saved_weights.find_checkpoint(workdir) / item
         saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
         template = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), saved

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tttjax.errors import UserError
-from tttjax.training import checkpoint_format, checkpoint_integrity, checkpoints
+from tttjax.training import checkpoint_format, checkpoint_integrity, checkpoints, saved_weights
 from tttjax.types import Params
 
 pytestmark = pytest.mark.slow
@@ -138,7 +138,7 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     states = save_steps(Path("run"), [1])
     assert_same_bits(restore(Path("run"), abstract(states[1])).state, states[1])
-    assert checkpoints.find_checkpoint("run") == tmp_path / "run" / "checkpoints" / "1"
+    assert saved_weights.find_checkpoint("run") == tmp_path / "run" / "checkpoints" / "1"
 
 
 def test_restore_from_empty_directory_is_none(tmp_path):
@@ -341,16 +341,16 @@ def test_restore_params_from_work_directory_or_checkpoint(tmp_path, copy_steps):
         (tmp_path / "checkpoints", 2),
         (tmp_path / "checkpoints/1", 1),
     ]:
-        assert_same_bits(checkpoints.restore_params(path, target), states[step]["params"])
-    assert checkpoints.load_saved_config(tmp_path) == {"a": {}}
+        assert_same_bits(saved_weights.restore_params(path, target), states[step]["params"])
+    assert saved_weights.load_saved_config(tmp_path) == {"a": {}}
     with pytest.raises(UserError, match="holds no checkpoint"):
-        checkpoints.restore_params(tmp_path / "nowhere", target)
+        saved_weights.restore_params(tmp_path / "nowhere", target)
 
 
 def test_restore_params_skips_damaged_without_renaming(tmp_path, capfd, copy_steps):
     states = copy_steps(tmp_path, [1, 2])
     flip_a_bit(tmp_path)
-    restored = checkpoints.restore_params(tmp_path, abstract(states[1])["params"])
+    restored = saved_weights.restore_params(tmp_path, abstract(states[1])["params"])
     assert_same_bits(restored, states[1]["params"])
     assert "is damaged" in capfd.readouterr().err
     assert (tmp_path / "checkpoints" / "2").exists()
@@ -362,18 +362,18 @@ def test_partial_loading_must_be_requested(tmp_path, copy_steps):
     extra = jax.device_put(jnp.full((3,), 7.0), NamedSharding(mesh(4, 2), PartitionSpec()))
     target = target.replace(fast={**target.fast, "new": {"scale": extra}})
     with pytest.raises(UserError, match="missing fast/new/scale"):
-        checkpoints.restore_params(tmp_path, target)
-    restored = checkpoints.restore_params(tmp_path, target, allow_missing=("fast/**",))
+        saved_weights.restore_params(tmp_path, target)
+    restored = saved_weights.restore_params(tmp_path, target, allow_missing=("fast/**",))
     np.testing.assert_array_equal(restored.fast["new"]["scale"], extra)
     assert_same_bits(restored.slow, saved.slow)
 
     partial = abstract(saved)
     del partial.slow["norm"]
     with pytest.raises(UserError, match="unexpected slow/norm/scale"):
-        checkpoints.restore_params(tmp_path, partial)
+        saved_weights.restore_params(tmp_path, partial)
     with pytest.raises(UserError, match="unexpected slow/norm/scale"):
-        checkpoints.restore_params(tmp_path, partial, allow_unexpected=("slow/*",))
-    restored = checkpoints.restore_params(tmp_path, partial, allow_unexpected=("slow/norm/*",))
+        saved_weights.restore_params(tmp_path, partial, allow_unexpected=("slow/*",))
+    restored = saved_weights.restore_params(tmp_path, partial, allow_unexpected=("slow/norm/*",))
     assert list(restored.slow) == ["embedding"]
 
 
@@ -403,7 +403,7 @@ def test_full_disk_is_an_error_and_keeps_checkpoints(tmp_path):
         save(2)
     assert "step 1 is intact" in str(info.value)
     saver.close()
-    assert checkpoints.find_checkpoint(folder).name == "1"
+    assert saved_weights.find_checkpoint(folder).name == "1"
     assert not list(folder.glob("*tmp*"))
 
 

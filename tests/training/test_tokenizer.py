@@ -12,7 +12,7 @@ from tttjax.errors import UserError
 from tttjax.evaluation.compare import compare
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.tokenizer import load_run_tokenizer
-from tttjax.training import checkpoints
+from tttjax.training import saved_weights
 from tttjax.training.loop import train
 from tttjax.training.train_run import open_batches
 
@@ -81,7 +81,7 @@ def test_evaluation_checks_tokenizer_of_weights_against_data(replaced):
 def test_weights_from_custom_batches_accept_any_data(replaced, tiny, data, tmp_path):
     config = tiny("model.vocab_size=400")
     train(config, tmp_path / "first", batches=open_batches(config)[0], stop_after=1)
-    assert checkpoints.load_tokenizer_fingerprint(tmp_path / "first") == ""
+    assert saved_weights.load_tokenizer_fingerprint(tmp_path / "first") == ""
     own_tokenizer = tmp_path / "first" / "tokenizer"
     assert not own_tokenizer.exists()
     train(
@@ -94,4 +94,4 @@ def test_weights_from_custom_batches_accept_any_data(replaced, tiny, data, tmp_p
     origin = f"train.init_from={tmp_path / 'first'}"
     extended = tiny(f"data.sources={replaced[2]}", "model.vocab_size=400", origin)
     assert train(extended, tmp_path / "second", stop_after=1).step == 1
-    assert len(checkpoints.load_tokenizer_fingerprint(tmp_path / "second")) > 12
+    assert len(saved_weights.load_tokenizer_fingerprint(tmp_path / "second")) > 12

@@ -20,7 +20,7 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.precision import x64_if_configured
 from tttjax.runs.run import RunSpec, open_run
 from tttjax.runs.write_run import max_concurrent_bytes, write_run
-from tttjax.training import checkpoints
+from tttjax.training import saved_weights
 from tttjax.training.step import weights_template
 from tttjax.types import Array, Params
 
@@ -66,7 +66,7 @@ def import_run(source: ImportSource, workdir: str | Path, log: Log = print) -> L
         del params  # never hold both copies in memory
         return_freed_memory()
         written = open_run(RunSpec(folder))
-        restored = checkpoints.restore_params(folder, template, concurrent_bytes=concurrent_bytes)
+        restored = saved_weights.restore_params(folder, template, concurrent_bytes=concurrent_bytes)
         read_back = largest_difference(sample_logits(written.config, restored), logit_TV)
         if not read_back <= TOLERANCE:  # also for NaN
             raise UserError(

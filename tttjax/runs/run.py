@@ -24,7 +24,7 @@ from tttjax.data.splits import TRAIN
 from tttjax.errors import UserError
 from tttjax.io.paths import storage_path
 from tttjax.parallel.mesh import make_mesh
-from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training import checkpoint_format, checkpoints, saved_weights
 from tttjax.training.checkpoint_integrity import first_nonfinite
 from tttjax.types import Params
 
@@ -82,7 +82,7 @@ def open_run(spec: RunSpec) -> Run:
     raises UserError if they are not finite.
     """
     path = storage_path(spec.workdir)
-    checkpoint = checkpoints.find_checkpoint(path)
+    checkpoint = saved_weights.find_checkpoint(path)
     meta = checkpoint_format.read_meta(checkpoint)
     config = read_config(path)
     if config is not None:

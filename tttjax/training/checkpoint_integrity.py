@@ -6,6 +6,7 @@ the checkpoint is committed, and a share of all files before a restore; all get 
 
 import hashlib
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,12 @@ SHARE = (
     "the work directory must be on one disk that all hosts share; mount it on each, and run the "
     "same command again"
 )
+
+
+def print_once(line: str) -> None:
+    """Prints a line on stderr, in process 0 alone."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def all_texts(text: str) -> list[str]:

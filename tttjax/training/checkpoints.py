@@ -14,7 +14,6 @@ every name, shape and dtype, and evaluation can read the weights alone.
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,9 +25,9 @@ from jax.experimental import multihost_utils
 from tttjax.errors import UnreachableError, UserError
 from tttjax.io.paths import is_bucket, raise_if_unreachable, storage_path
 from tttjax.training import checkpoint_format, checkpoint_integrity, going_back
-from tttjax.training.checkpoint_integrity import all_texts
+from tttjax.training.checkpoint_integrity import print_once
 from tttjax.training.s3_arrays import register_s3_driver
-from tttjax.types import Params, PyTree
+from tttjax.types import PyTree
 
 CHECKPOINT_DIR = "checkpoints"
 DAMAGED_PREFIX = "damaged-"  # of the names of checkpoints that were skipped
@@ -48,19 +47,6 @@ class RestoredCheckpoint:
     extra: dict[str, Any]
     tokenizer: str
     config: dict[str, Any] | None = None
-
-
-def _is_process_0() -> bool:
-    return jax.process_index() == 0
-
-
-def _print(line: str) -> None:
-    if _is_process_0():
-        print(line, file=sys.stderr, flush=True)
-
-
-def _warn(sentence: str) -> None:
-    _print(f"warning: {sentence}")
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -144,7 +130,10 @@ class Checkpointer:
         """Removes incomplete checkpoints now; Orbax would do so later."""
         unfinished = checkpoint_format.unfinished_steps(self.directory)
         for step in unfinished:
-            _warn(f"the checkpoint of step {step} in {self.directory} was never completed; removed")
+            print_once(
+                f"warning: the checkpoint of step {step} in {self.directory} was never completed; "
+                "removed"
+            )
         if unfinished:
             checkpoint_format.remove_unfinished(self.directory, quiet_s=0)
 
@@ -248,7 +237,7 @@ class Checkpointer:
             different files.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        chosen = self._choose(from_step, steps)
+        chosen = going_back.choose_step(self.directory, from_step, steps)
         skipped: list[epath.Path] = []
         for step in steps if chosen is None else [chosen]:
             restored, problem = self._read(step, abstract_state)
@@ -260,7 +249,10 @@ class Checkpointer:
                     f"--from-step={step}: {self.directory / str(step)} is damaged ({problem}); "
                     "choose another step"
                 )
-            _warn(f"the checkpoint of step {step} is damaged ({problem}); trying the one before it")
+            print_once(
+                f"warning: the checkpoint of step {step} is damaged ({problem}); trying the one "
+                "before it"
+            )
             skipped.append(self.directory / str(step))
         damaged = skipped or [
             path for path in self.directory.iterdir() if path.name.startswith(DAMAGED_PREFIX)
@@ -272,26 +264,6 @@ class Checkpointer:
                 "a copy, or start over in a new work directory"
             )
         return None
-
-    def _choose(self, from_step: int | None, steps: list[int]) -> int | None:
-        """`from_step`, if the run has to go back to it; None: the newest step."""
-        if len(set(all_texts(str(from_step)))) > 1:
-            raise UserError("give all processes the same --from-step, or none")
-        if from_step is None:
-            return None
-        has_gone_back = going_back.has_gone_back(self.directory, from_step)
-        if all_texts("yes" if has_gone_back else "")[0]:
-            _print(
-                f"note: the run has already gone back to step {from_step}, so it resumes from its "
-                f"newest checkpoint; to go back again, remove {self.directory / going_back.RECORD}"
-            )
-            return None
-        if from_step not in steps:
-            raise UserError(
-                f"--from-step={from_step}: {self.directory} has no checkpoint of that step; it has "
-                f"{', '.join(map(str, reversed(steps))) or 'none'}"
-            )
-        return from_step
 
     def _read(
         self, step: int, abstract_state: PyTree
@@ -313,7 +285,7 @@ class Checkpointer:
     def _rename_damaged(self, damaged: list[epath.Path]) -> None:
         if not damaged:
             return
-        if _is_process_0():
+        if jax.process_index() == 0:
             for path in damaged:
                 target = path.parent / f"{DAMAGED_PREFIX}{path.name}"
                 if target.exists():
@@ -326,7 +298,7 @@ class Checkpointer:
 
         `restore` with this `from_step` does not go back again, so that a command can be repeated.
         """
-        if _is_process_0():
+        if jax.process_index() == 0:
             newer = [other for other in self._manager.all_steps() if other > step]
             going_back.set_aside(self.directory, newer, step)
         self._reload("tttjax went back to an earlier checkpoint")
@@ -353,74 +325,3 @@ def naming_saved_step(checkpointer: Checkpointer) -> Iterator[None]:
     except UnreachableError as error:
         origin = "starts over" if saved is None else f"resumes after step {saved}, which is saved"
         raise UnreachableError(f"{error} The run {origin}.") from error
-
-
-def find_checkpoint(path: epath.PathLike) -> epath.Path:
-    """The newest undamaged checkpoint of a work directory, or `path` if it is a checkpoint.
-
-    Process 0 chooses; every process must call this.
-
-    Raises:
-      UserError: there is none, or the processes see different files.
-    """
-    path = absolute(path)
-    if (path / checkpoint_format.META).exists():
-        candidates = [path]
-    else:
-        folder = path / CHECKPOINT_DIR if (path / CHECKPOINT_DIR).exists() else path
-        candidates = checkpoint_format.completed_checkpoints(folder)
-    names = all_texts("\n".join(str(p.relative_to(path)) for p in candidates))[0].splitlines()
-    if not names:
-        raise UserError(
-            f"{path} holds no checkpoint: give a work directory of `tttjax train`, or one "
-            "checkpoint in it"
-        )
-    for candidate in (path / name for name in reversed(names)):
-        problem = checkpoint_integrity.find_damage(candidate)
-        if problem is None:
-            return candidate
-        _warn(f"the checkpoint {candidate} is damaged ({problem})")
-    raise UserError(f"every checkpoint in {path} is damaged: restore it from a copy")
-
-
-def load_saved_config(path: epath.PathLike) -> dict[str, Any] | None:
-    """The resolved configuration saved in the newest undamaged checkpoint under `path`."""
-    return checkpoint_format.read_meta(find_checkpoint(path))["config"]
-
-
-def load_tokenizer_fingerprint(path: epath.PathLike) -> str:
-    """Fingerprint of the training data's tokenizer, from the newest undamaged checkpoint.
-
-    "" if not known.
-    """
-    return checkpoint_format.read_meta(find_checkpoint(path)).get("tokenizer", "")
-
-
-def restore_params(
-    path: epath.PathLike,
-    template: Params,
-    *,
-    allow_missing: tuple[str, ...] = (),
-    allow_unexpected: tuple[str, ...] = (),
-    concurrent_bytes: int = 0,
-) -> Params:
-    """Reads the weights of a work directory (its newest checkpoint) or of a checkpoint.
-
-    Arguments:
-      template: jax.ShapeDtypeStructs with shardings. For arrays that the checkpoint may lack
-        (`allow_missing`), the template must hold arrays, which are returned unchanged.
-      allow_missing, allow_unexpected: path patterns such as "fast/**" or "slow/*/norm" of arrays
-        that the checkpoint, or the template, may lack (`*` matches within one part of a path, `**`
-        across parts). Everything else must match in name, shape and dtype.
-      concurrent_bytes: bytes of arrays read at a time (0: Orbax's default).
-
-    Raises:
-      UserError: no checkpoint, all damaged, or the differences between the two.
-    """
-    return checkpoint_format.read_item(
-        find_checkpoint(path) / "params",
-        template,
-        allow_missing=allow_missing,
-        allow_unexpected=allow_unexpected,
-        concurrent_bytes=concurrent_bytes,
-    )

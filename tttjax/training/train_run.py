@@ -23,7 +23,7 @@ from tttjax.parallel.mesh import make_mesh
 from tttjax.parallel.pod import sharing_failures
 from tttjax.planning import flops
 from tttjax.runtime.memory import device_memory, host_memory
-from tttjax.training import checkpoints, metrics
+from tttjax.training import checkpoints, metrics, saved_weights
 from tttjax.training.attention_kernels import describe_kernels, platform_of
 from tttjax.training.held_out_loss import HeldOutLoss, make_held_out_loss
 from tttjax.training.hosts import Hosts
@@ -200,7 +200,7 @@ def _initial_state(
             checkpointer.go_back_to(from_step)
         return restored.state, restored.step, Totals(**restored.extra)
     if origin := config.train.init_from:
-        origin_tokenizer = checkpoints.load_tokenizer_fingerprint(origin)
+        origin_tokenizer = saved_weights.load_tokenizer_fingerprint(origin)
         _check_tokenizer(config, tokenizer, origin_tokenizer, origin)
         weights = load_initial_weights(origin, trainer, config.train.seed)
         return trainer.start_from(weights), 0, Totals()

@@ -11,7 +11,7 @@ import jax
 from tttjax.config import from_config_dict
 from tttjax.models.relayout import fast_mlps, relayout
 from tttjax.models.transformer import Transformer, build_model
-from tttjax.training import checkpoint_format, checkpoints
+from tttjax.training import checkpoint_format, saved_weights
 from tttjax.training.step import Trainer, weights_template
 from tttjax.types import Array, Params, PyTree
 
@@ -23,7 +23,7 @@ def load_initial_weights(origin: str, trainer: Trainer, seed: int) -> Params:
     Raises UserError if there is no undamaged checkpoint, or if the models differ in more than the
     suffix and its fast weights.
     """
-    path = checkpoints.find_checkpoint(origin)
+    path = saved_weights.find_checkpoint(origin)
     expected, target = trainer.abstract_state.params, trainer.model
     saved = checkpoint_format.read_meta(path)["config"]
     source = target
