@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tttjax.errors import UserError
-from tttjax.io import locks
+from tttjax.io import lock_holder, locks
 from tttjax.io.lock_holder import LockHolder
 from tttjax.io.locks import FOLDER_LOCK, hold, living_holder
 
@@ -108,7 +108,7 @@ def test_a_dead_holder_on_another_host_is_replaced(tmp_path, where):
 
 def test_a_live_holder_on_another_host_is_respected(tmp_path, monkeypatch):
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(locks.socket, "gethostname", lambda: "node3")
+        elsewhere.setattr(lock_holder.socket, "gethostname", lambda: "node3")
         held = hold(tmp_path / "run", **QUICK)
         held.__enter__()
     assert "on node3, since" in living_holder(tmp_path / "run", QUICK["watch_s"])
