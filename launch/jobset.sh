@@ -3,8 +3,8 @@
 # (github.com/kubernetes-sigs/jobset, version 0.7 or newer) with one pod per host.
 #
 #   NAME=run125m HOSTS=4 GPUS=8 IMAGE=... CONFIG=paper:125m,ttt_e2e,pretrain \
-#       WORKDIR=/shared/runs/125m CLAIM=shared launch/jobset.sh --config.mesh.fsdp=8 |
-#       kubectl apply -f -
+#       WORKDIR=/shared/runs/125m CLAIM=shared launch/jobset.sh --config.mesh.fsdp=8 \
+#       --config.data.sources=/shared/data | kubectl apply -f -
 #   NAME=run125m TPU=tpu-v5p-slice TOPOLOGY=2x4x4 ...                       the same on GKE's TPUs
 #
 # NAME          name of the JobSet                                                     (required)

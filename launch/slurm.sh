@@ -2,7 +2,8 @@
 # Trains on the hosts of a Slurm cluster: one process per host, with all of its GPUs.
 #
 #   CONFIG=paper:125m,ttt_e2e,pretrain WORKDIR=/shared/runs/125m \
-#       sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config.mesh.fsdp=8
+#       sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh --config.mesh.fsdp=8 \
+#       --config.data.sources=/shared/data
 #
 # CONFIG        experiment file with its argument                                     (required)
 # WORKDIR       shared folder for checkpoints and metrics                             (required)

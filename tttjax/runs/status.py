@@ -96,7 +96,7 @@ def run_status(workdir: str | os.PathLike) -> RunStatus:
         state="running" if holder else _state(last, step, steps),
         holder=holder,
         phase=_phase(last) if holder and last else None,
-        quiet_seconds=now - last.ended if last else None,
+        quiet_seconds=max(0.0, now - last.ended) if last else None,
         step=step,
         steps=steps,
         loss=record.get("loss"),
