@@ -68,7 +68,11 @@ def test_conditionals_take_the_branch_of_their_counter():
 
 
 def test_bounds_that_depend_on_data_are_reported():
+    def down(x, n):
+        return jax.lax.while_loop(lambda c: c[0] > -2, lambda c: (c[0] - 1, jnp.sin(c[1])), (n, x))
+
     assert runs_of("sine", compiled(lambda x, n: sines(x, 0, n), X, 5)) == (1, 1)
+    assert runs_of("sine", compiled(down, X, 5)) == (1, 1)
 
 
 @pytest.mark.parametrize(

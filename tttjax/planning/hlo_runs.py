@@ -127,7 +127,8 @@ class _Runner:
         return _scaled(self.run(body, [])[0], limit or 1)
 
     def _only_constant(self, condition: str) -> int:
-        """The only integer constant of a condition, which is its limit; 0 if there are others."""
+        """The only integer constant of a condition, which is its limit; 0 if there are others, or
+        it is where a loop counts down to."""
         computation = self.program.computations[condition]
         names = [name for i in computation.instructions if (name := self._callee(i))]
         parts = [computation, *(self.program.computations[name] for name in names)]
@@ -138,7 +139,7 @@ class _Runner:
             if i.opcode == "constant" and re.match(r"[su]32\[\]", i.type)
             if (match := re.match(r"-?\d+", i.rest))
         }
-        return constants.pop() if len(constants) == 1 else 0
+        return max(constants.pop(), 0) if len(constants) == 1 else 0
 
     def _branch(
         self, instruction: Instruction, inputs: Sequence[Value]
