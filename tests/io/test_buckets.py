@@ -305,3 +305,25 @@ def test_a_spool_uploads_what_has_changed(bucket):
     spool.close()
     assert file_sizes(folder) == {"sub/new": 1}
     assert not os.path.exists(spool.folder)
+
+
+def test_a_bucket_that_is_slow_does_not_hold_up_a_run(bucket, monkeypatch):
+    import tttjax.io.spool as spool_module
+
+    answers, upload = threading.Event(), spool_module.upload
+
+    def upload_late(source, path):
+        answers.wait(30)
+        upload(source, path)
+
+    monkeypatch.setattr(spool_module, "upload", upload_late)
+    monkeypatch.setattr(spool_module, "UPLOAD_SECONDS", 0.0)
+    spool = Spool(storage_path(bucket))
+    (spool.folder / "metrics").write_text("1")
+    spool.upload_sometimes()  # returns although nothing answers
+    (spool.folder / "metrics").write_text("12")
+    spool.upload_sometimes()  # one at a time
+    assert not (storage_path(bucket) / "metrics").exists()
+    answers.set()
+    spool.close()
+    assert (storage_path(bucket) / "metrics").read_text() == "12"

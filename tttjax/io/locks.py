@@ -86,7 +86,7 @@ def hold(
     path = storage_path(path)
     target = path.absolute()
     if watch_s is None:
-        watch_s = BUCKET_WATCH_SECONDS if is_bucket(path) else WATCH_SECONDS
+        watch_s = _watch_seconds(path)
     if not beside and target.exists() and not target.is_dir():
         raise UserError(f"{path} is a file; name a folder.")
     lock_path = target.with_name(f".{target.name}.lock") if beside else target / FOLDER_LOCK
@@ -109,9 +109,14 @@ def hold(
             _release(lock_path, me.token)
 
 
-def living_holder(folder: str | os.PathLike, watch_s: float = WATCH_SECONDS) -> str | None:
-    """The process that holds a folder's lock, if it lives; takes up to watch_s for another host."""
+def living_holder(folder: str | os.PathLike, watch_s: float | None = None) -> str | None:
+    """The process that holds a folder's lock, if it lives; one of another host is watched first.
+
+    watch_s: as for `hold`.
+    """
     lock_path = storage_path(folder) / FOLDER_LOCK
+    if watch_s is None:
+        watch_s = _watch_seconds(lock_path)
     state = _read_lock(lock_path)
     if state is None:
         return None
@@ -119,6 +124,10 @@ def living_holder(folder: str | os.PathLike, watch_s: float = WATCH_SECONDS) -> 
         return str(state.holder) if state.holder.is_alive() else None
     current = _watch(lock_path, state, watch_s)
     return str(current.holder or "a process") if current and current != state else None
+
+
+def _watch_seconds(path: Path) -> float:
+    return BUCKET_WATCH_SECONDS if is_bucket(path) else WATCH_SECONDS
 
 
 class _LockState(NamedTuple):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ class Spool:
     """The local folder for files of `folder`: itself or, for a bucket, a temporary one.
 
     `upload` copies the files that have changed, each as a whole object. names: files to continue,
-    which are copied from the bucket first.
+    which are copied from the bucket first. One thread calls its methods.
     """
 
     def __init__(self, folder: Path, names: Sequence[str] = ()):
@@ -25,6 +26,7 @@ class Spool:
         self._temporary: tempfile.TemporaryDirectory | None = None
         self._uploaded: dict[Path, tuple[int, int]] = {}
         self._last, self._is_down = time.monotonic(), False
+        self._uploading, self._thread = threading.Lock(), threading.Thread()
         if not is_bucket(self._target):
             self.folder = self._target
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -40,25 +42,34 @@ class Spool:
         """Copies what has changed into the bucket. Raises UnreachableError."""
         if self._temporary is None:
             return
-        self._is_down = True
-        try:
+        with self._uploading:
+            self._is_down = True
             for path, state in self._states().items():
                 if self._uploaded.get(path) != state:
                     upload(path, self._target / path.relative_to(self.folder).as_posix())
                     self._uploaded[path] = state
-            self._is_down = False
-        finally:  # retries take minutes, after which the caller has some time to itself
-            self._last = time.monotonic()
+            self._is_down, self._last = False, time.monotonic()
 
     def upload_sometimes(self) -> None:
-        """`upload`, if the last was a minute ago; a bucket that does not answer is left alone."""
-        if self._temporary and time.monotonic() - self._last > UPLOAD_SECONDS:
-            with contextlib.suppress(Exception):
-                self.upload()
+        """`upload` in a thread, if the last was a minute ago; its failures are left to others.
+
+        A bucket that does not answer takes minutes until the retries end.
+        """
+        is_due = time.monotonic() - self._last > UPLOAD_SECONDS
+        if self._temporary and is_due and not self._thread.is_alive():
+            self._last = time.monotonic()
+            self._thread = threading.Thread(target=self._try_upload, name="upload", daemon=True)
+            self._thread.start()
+
+    def _try_upload(self) -> None:
+        with contextlib.suppress(Exception):
+            self.upload()
 
     def close(self) -> None:
         """Uploads what is left, unless the last upload failed, and deletes the temporary folder."""
         if self._temporary is not None:
+            if self._thread.is_alive():
+                self._thread.join()
             try:
                 if not self._is_down:
                     self.upload()
