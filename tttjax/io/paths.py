@@ -94,7 +94,7 @@ def raise_if_unreachable(path: str | os.PathLike, error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def ignoring_unreachable(path: str | os.PathLike) -> Iterator[None]:
+def if_reachable(path: str | os.PathLike) -> Iterator[None]:
     """For cleaning up after an error, which must not be hidden by a bucket that does not answer."""
     try:
         yield

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tttjax.errors import UserError
-from tttjax.io.paths import ignoring_unreachable
+from tttjax.io.paths import if_reachable
 from tttjax.parallel.coordinator import name_processes
 from tttjax.parallel.pod import Pod
 from tttjax.runtime.ending import at_sudden_end
@@ -102,7 +102,7 @@ def _nonce_file(workdir: Path) -> Iterator[str]:
             path.write_bytes(b"")
             yield nonce
         finally:
-            with ignoring_unreachable(workdir):
+            with if_reachable(workdir):
                 remove()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tttjax.errors import UnreachableError, UserError
 from tttjax.exit_codes import INTERRUPTED, USER_ERROR
 from tttjax.io.atomic import atomic_write
-from tttjax.io.paths import ignoring_unreachable
+from tttjax.io.paths import if_reachable
 from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.metrics_file import last_record
 
@@ -56,11 +56,11 @@ def count_start(workdir: Path, limit: int) -> Iterator[None]:
     except UnreachableError:  # counted, since launchers start the run again
         raise
     except UserError:
-        with ignoring_unreachable(workdir):
+        with if_reachable(workdir):
             take_back(USER_ERROR)
         raise
     except KeyboardInterrupt:
-        with ignoring_unreachable(workdir):
+        with if_reachable(workdir):
             take_back(INTERRUPTED)
         raise
 

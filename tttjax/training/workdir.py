@@ -12,7 +12,7 @@ from tttjax.config.run_info import CONFIG
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
-from tttjax.io.paths import ignoring_unreachable, remove_tree
+from tttjax.io.paths import if_reachable, remove_tree
 from tttjax.parallel.pod import share_failure
 from tttjax.parallel.store import process_count, process_id
 from tttjax.runtime.ending import at_sudden_end
@@ -88,5 +88,5 @@ def remove_failed_start(workdir: Path, lock: Lock) -> Iterator[None]:
         with at_sudden_end(lambda _: remove()):
             yield
     finally:
-        with ignoring_unreachable(workdir):
+        with if_reachable(workdir):
             remove()
