@@ -77,12 +77,12 @@ class Run:
         settings = {"train.steps": steps, "train.log_every": 1, "train.checkpoint_every": EVERY}
         settings |= {"train.max_skipped_steps": 3, "mesh.fsdp": 2, "model.num_layers": 1}
         self._words = [f"--config.{field}={value}" for field, value in settings.items()]
-        self.furthest, self.began, self.ended = 0, 0.0, 0.0
+        self._steps, self.furthest, self.began, self.ended = steps, 0, 0.0, 0.0
 
     def complete(self) -> None:
         """A start without a fault, up to the last step."""
         self.start(f"--config.train.checkpoint_every={10 * EVERY}")  # saves take most of the time
-        self.end([DONE] * COUNT)
+        self.end([DONE] * COUNT, SOON + self._steps)
 
     def start(self, *words: str, rank: int = -1, fault: str = "slow", own: str = "") -> None:
         """Starts all processes; the process `rank` with this fault, and a flag of its own."""
@@ -99,9 +99,9 @@ class Run:
                 TTTJAX_DATA_CACHE=f"{host}.cache/data",
             )
 
-    def end(self, expected: list[int]) -> None:
+    def end(self, expected: list[int], seconds: float = SOON) -> None:
         """Waits until all processes have ended, as they should, and looks at what they left."""
-        ended = self.pod.wait(SOON)
+        ended = self.pod.wait(seconds)
         self.ended = time.time()
         if ended != expected:
             raise SoakError(f"the exit codes {ended} should be {expected}:\n{self.pod.report()}")

@@ -20,7 +20,7 @@ from tttjax.errors import UserError, is_out_of_memory
 from tttjax.exit_codes import FAILED, INTERRUPTED, USER_ERROR
 from tttjax.io.atomic import atomic_write
 from tttjax.io.locks import Lock
-from tttjax.io.paths import ignoring_unreachable
+from tttjax.io.paths import if_reachable
 from tttjax.runtime.ending import at_sudden_end
 from tttjax.training.hosts import Hosts
 from tttjax.training.metrics_file import last_record
@@ -123,7 +123,7 @@ class Ledger:
                 temporary.write_text(json.dumps(asdict(self._start(**end)), indent=1) + "\n")
 
     def _remove(self) -> None:
-        with self._writing, ignoring_unreachable(self._folder):
+        with self._writing, if_reachable(self._folder):
             if not self._lock.lost.is_set():
                 self._path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # files of other starts
