@@ -184,7 +184,7 @@ start=$(wc -l <"$CLOUD/starts.${host: -1}")
 word="${plan[2 * (start - 1) + ${host: -1}]}"
 trap 'exit 75' TERM
 case "$word" in
-    wait) while :; do sleep 0.05; done ;;
+    wait) for _ in {1..1200}; do sleep 0.05; done ;;  # a minute
     preempted)
         sleep 1  # until both have started
         echo SUSPENDED >"$CLOUD/state"

@@ -327,3 +327,17 @@ def test_a_bucket_that_is_slow_does_not_hold_up_a_run(bucket, monkeypatch):
     answers.set()
     spool.close()
     assert (storage_path(bucket) / "metrics").read_text() == "12"
+
+
+def test_a_failed_request_is_not_a_missing_folder(bucket, monkeypatch):
+    """fsspec says of a folder that it is none if the connection breaks."""
+    folder = storage_path(bucket)
+    (folder / "file").write_text("1")
+
+    def fail(path):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(buckets.file_system(folder), "info", fail)
+    for question in (folder.is_dir, folder.exists, (folder / "file").is_file):
+        with pytest.raises(ConnectionResetError):
+            question()

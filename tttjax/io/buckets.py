@@ -42,13 +42,22 @@ class BucketPath(gpath.PosixGPath):
         return self
 
     def exists(self) -> bool:
-        return self._is_bucket() or super().exists()
+        return self._type() != ""
 
     def is_dir(self) -> bool:
-        return self._is_bucket() or super().is_dir()
+        return self._type() == "directory"
 
     def is_file(self) -> bool:
-        return self.exists() and not self.is_dir()
+        return self._type() == "file"
+
+    def _type(self) -> str:
+        """ "" if there is nothing. Errors are raised: fsspec takes them for "no folder"."""
+        if self._is_bucket():
+            return "directory"
+        try:
+            return file_system(self).info(str(self))["type"]
+        except FileNotFoundError:
+            return ""
 
     def _is_bucket(self) -> bool:  # or above it; `open_bucket` has seen that it exists
         return len(self.parts) <= 3

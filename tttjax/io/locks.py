@@ -87,7 +87,7 @@ def hold(
     target = path.absolute()
     if watch_s is None:
         watch_s = _watch_seconds(path)
-    if not beside and target.exists() and not target.is_dir():
+    if not (beside or is_bucket(target)) and target.exists() and not target.is_dir():
         raise UserError(f"{path} is a file; name a folder.")
     lock_path = target.with_name(f".{target.name}.lock") if beside else target / FOLDER_LOCK
     me, lock, stop = LockHolder.me(), Lock(path), threading.Event()

@@ -12,7 +12,7 @@ from tttjax.config.run_info import CONFIG
 from tttjax.data.shards import TOKENIZER_DIR
 from tttjax.errors import UserError
 from tttjax.io.locks import Lock, hold
-from tttjax.io.paths import if_reachable, remove_tree
+from tttjax.io.paths import if_reachable, is_bucket, remove_tree
 from tttjax.parallel.pod import share_failure
 from tttjax.parallel.store import process_count, process_id
 from tttjax.runtime.ending import at_sudden_end
@@ -44,7 +44,7 @@ def lock_workdir(workdir: Path, max_failed_starts: int) -> Iterator[Lock]:
     process, if the directory is a file, another command holds the lock, or as `count_start` does.
     """
     nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), workdir)
-    if nearest.exists() and not nearest.is_dir():
+    if nearest.exists() and not (is_bucket(nearest) or nearest.is_dir()):
         raise UserError(
             f"--workdir={workdir} cannot be a folder, because {nearest} is a file; choose another"
         )
