@@ -100,6 +100,8 @@ tttjax() { record tttjax "$@"; }
 python() { record python "$@"; }
 bash() { record bash "$@"; }
 hf() { :; }
+gcloud() { :; }
+docker() { :; }
 kubectl() { :; }
 sbatch() { SLURM_ARRAY_TASK_ID=0; for word; do [[ $word != --wrap=* ]] || eval "${word#*=}"; done; }
 pip() { record pip "$@"; }
