@@ -43,17 +43,13 @@ def lock_workdir(workdir: Path, max_failed_starts: int) -> Iterator[Lock]:
     Counts the start before it opens the devices, which can fail too. Raises UserError, on every
     process, if the directory is a file, another command holds the lock, or as `count_start` does.
     """
-    nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), workdir)
-    if nearest.exists() and not (is_bucket(nearest) or nearest.is_dir()):
-        raise UserError(
-            f"--workdir={workdir} cannot be a folder, because {nearest} is a file; choose another"
-        )
     with contextlib.ExitStack() as exit_stack:
         lock = Lock(workdir)
         lock_error: Exception | None = None
         is_alone = process_count() == 1
         if process_id() == 0:
             try:  # with several processes, JAX has its own handler of SIGTERM
+                _check_is_no_file(workdir)
                 lock = exit_stack.enter_context(hold(workdir, exit_on_sigterm=is_alone))
                 exit_stack.enter_context(count_start(workdir, max_failed_starts))
             except (UserError, OSError) as error:
@@ -65,6 +61,15 @@ def lock_workdir(workdir: Path, max_failed_starts: int) -> Iterator[Lock]:
         if has_failed:
             raise lock_error or UserError(f"{workdir} cannot be used; see the error of process 0")
         yield lock
+
+
+def _check_is_no_file(workdir: Path) -> None:
+    # In process 0 alone: it creates and removes folders while the others are at the same place.
+    nearest = next((path for path in (workdir, *workdir.parents) if path.exists()), None)
+    if nearest is not None and not (is_bucket(nearest) or nearest.is_dir()):
+        raise UserError(
+            f"--workdir={workdir} cannot be a folder, because {nearest} is a file; choose another"
+        )
 
 
 @contextlib.contextmanager
