@@ -423,3 +423,19 @@ def test_late_writes_after_a_failure_are_removed(tmp_path):
         pool.submit(keep_writing)
         checkpoint_format.remove_unfinished(epath.Path(tmp_path), quiet_s=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_save_that_fails_is_shared_before_the_next_barrier(tmp_path, monkeypatch):
+    """The other processes wait in another barrier, and would do so for ever."""
+    shared, barrier = [], lambda key, timeout_ms: None
+    monkeypatch.setattr(checkpoints, "share_failure", shared.append)
+    monkeypatch.setattr(checkpoints.ocp.multihost, "get_barrier_sync_fn", lambda: barrier)
+    with contextlib.closing(checkpoints.Checkpointer(tmp_path)) as saver:
+        saver._barrier(key="set_value_start", timeout_ms=1)
+        assert not shared
+        with pytest.raises(OSError, match="lost"):
+            try:
+                raise OSError("lost")
+            finally:  # as in the thread that finalises
+                saver._barrier(key="set_value_start", timeout_ms=1)
+    assert [str(error) for error in shared] == ["lost"]

@@ -14,6 +14,7 @@ every name, shape and dtype, and evaluation can read the weights alone.
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from tttjax.errors import UnreachableError, UserError
 from tttjax.io.paths import is_bucket, raise_if_unreachable, storage_path
+from tttjax.parallel.pod import share_failure
 from tttjax.training import checkpoint_format, checkpoint_integrity, going_back
 from tttjax.training.checkpoint_integrity import print_once
 from tttjax.training.s3_arrays import register_s3_driver
@@ -122,6 +124,8 @@ class Checkpointer:
 
         Hashing them there keeps the seal on process 0 from reading the files of all.
         """
+        if error := sys.exc_info()[1]:
+            share_failure(error)  # of a save: Orbax waits here for processes that wait elsewhere
         if "async_write_complete" in key:
             checkpoint_integrity.write_own_checksums(self.directory)
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
