@@ -8,14 +8,13 @@ import dataclasses
 import os
 import signal
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from tttjax.data.pipeline import TrainStream
 from tttjax.training import checkpoint_integrity, train_run
-from tttjax.training.checkpoint_format import TMP_MARK
+from tttjax.training.checkpoint_format import uncommitted
 
 PAUSE = 0.05  # seconds
 
@@ -78,7 +77,7 @@ def _killed(function, number: int):
     """A function of the folder of checkpoints that kills the process from step `number` on."""
 
     def call(folder):
-        saving = [path.name for path in Path(folder).iterdir() if TMP_MARK in path.name]
+        saving = [path.name for path in uncommitted(folder)]
         if any(int(name.split(".")[0]) >= number for name in saving):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(folder)
